@@ -1,0 +1,302 @@
+# python benchmarks/selection.py
+"""Selection at the paper's sizes: gradients streamed over coordinates, against the [r, d] matrix held and sent whole.
+
+Both arms choose b of r examples of one pool from the same SPSA coefficients, direction and history (K = 1): Adam
+geometry, mask of h coordinates, l1 distances, greedy medoids, update of the history. The matrix arm forms the [r, d]
+matrix of gradients, normalises all of it and evaluates the gain of every candidate anew for each pick; in a run of
+several processes the published code also sends that matrix as pickled objects, so it is shown with and without one
+`pickle.dumps` and `pickle.loads` of all rows (no network). Drawing the direction is left out of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import os
+import pickle
+import platform
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from colm_ds.seeds import private_generator
+from colm_ds.selection import AdamHistory, LowRankGradients, SelectionSettings, Signals, select_coreset
+
+MIB = 1 << 20
+WARM_UP_STEPS = 3
+"""Steps before the first one measured: with one probe and an empty history every |u| is 1 and the choice arbitrary."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """r, b, d, h."""
+
+    r: int = 128
+    b: int = 64
+    d: int = 327_680
+    h: int = 2560
+
+
+class Direction:
+    """One direction held in memory, `[1, d]`."""
+
+    def __init__(self, z: Tensor) -> None:
+        self.z = z
+        self.num_coordinates = z.shape[1]
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        """See `DirectionSource.chunk`."""
+        return self.z[:, start:stop]
+
+    def columns(self, index: Tensor) -> Tensor:
+        """See `DirectionSource.columns`."""
+        return self.z[:, index]
+
+
+def step_inputs(sizes: Sizes, step: int) -> tuple[Tensor, Tensor]:
+    """Coefficients `[r, 1]` and direction `[1, d]` of one step."""
+    generator = private_generator(0, "benchmark", step)
+    return torch.randn(sizes.r, 1, generator=generator), torch.randn(1, sizes.d, generator=generator)
+
+
+def streamed(coefficients: Tensor, z: Tensor, history: AdamHistory, sizes: Sizes) -> list[int]:
+    """Ours: `select_coreset`. Picks in order; updates the history."""
+    signals = Signals(
+        positions=torch.arange(sizes.r),
+        finite=torch.ones(sizes.r, dtype=torch.bool),
+        gradients=LowRankGradients(coefficients, Direction(z)),
+    )
+    sources = torch.zeros(sizes.r, dtype=torch.int64)
+    settings = SelectionSettings(mask_size=sizes.h)
+    return select_coreset(sources, signals, sizes.b, settings=settings, history=history).positions.tolist()
+
+
+def matrix(
+    coefficients: Tensor, z: Tensor, history: AdamHistory, sizes: Sizes, dtype: torch.dtype = torch.float32
+) -> list[int]:
+    """The same selection with whole matrices, `[r, d]`. Picks in order; updates the history.
+
+    Distances are taken in `dtype`. Float32 breaks the many ties of one probe by round-off, so the check that both arms
+    choose alike runs this once more in float64, without timing it.
+    """
+    gradients = coefficients @ z
+    (beta1, beta2), t = history.betas, history.count + 1
+    m = beta1 * history.m + (1 - beta1) * gradients
+    v = beta2 * history.v + (1 - beta2) * gradients**2
+    u = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + history.eps)
+    index = u.mean(dim=0).abs().topk(sizes.h).indices
+    features = u[:, index].to(dtype)
+    distance = torch.cdist(features, features, p=1.0)
+    similarity = distance.max() - distance
+    picks: list[int] = []
+    best = torch.zeros(sizes.r, dtype=dtype)
+    for _ in range(sizes.b):
+        gain = torch.maximum(similarity, best[:, None]).sum(dim=0) - best.sum()
+        gain[picks] = -torch.inf
+        picks.append(int((gain >= gain.max() - 1e-12 * similarity.sum()).int().argmax()))  # the first of equals
+        best = torch.maximum(best, similarity[:, picks[-1]])
+    history.m, history.v, history.count = m[picks].mean(dim=0), v[picks].mean(dim=0), t
+    return picks
+
+
+def pickled(coefficients: Tensor, z: Tensor, history: AdamHistory, sizes: Sizes) -> Tensor:
+    """The `[r, d]` matrix once through pickle, as object collectives send it."""
+    return pickle.loads(pickle.dumps(coefficients @ z))
+
+
+ARMS: dict[str, Callable[..., Any]] = {"streamed": streamed, "matrix": matrix, "pickling": pickled}
+
+
+def copy_of(history: AdamHistory) -> AdamHistory:
+    """An independent history of the same content."""
+    copy = AdamHistory(len(history.m), history.betas, history.eps)
+    copy.load_state_dict(history.state_dict())
+    return copy
+
+
+def warm_history(sizes: Sizes) -> AdamHistory:
+    """The history after the warm-up steps."""
+    history = AdamHistory(sizes.d)
+    for step in range(WARM_UP_STEPS):
+        streamed(*step_inputs(sizes, step), history, sizes)
+    return history
+
+
+def counted_allocations(function: Callable[[], Any]) -> tuple[int, int]:
+    """Highest running sum and largest single one of the tensor allocations in a call, in bytes (CPU)."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(trace))
+        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    running = peak = largest = 0
+    for event in sorted(events, key=lambda event: event["args"]["Ev Idx"]):
+        running += event["args"]["Bytes"]
+        peak, largest = max(peak, running), max(largest, event["args"]["Bytes"])
+    return peak, largest
+
+
+def resident_growth(function: Callable[[], Any]) -> int | None:
+    """By how much resident memory peaks above where it was before a call, in bytes; None where Linux does not tell."""
+
+    def status(key: str) -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+        return int(line.split()[1]) * 1024
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the present size
+        before = status("VmRSS")
+        function()
+        return status("VmHWM") - before
+    except OSError:
+        return None
+
+
+def memory_of(arm: str, sizes: Sizes, threads: int) -> dict[str, int | None]:
+    """Extra memory of one arm beside its inputs and history; meant for a fresh process."""
+    torch.set_num_threads(threads)
+    history, inputs = warm_history(sizes), step_inputs(sizes, WARM_UP_STEPS)
+    small = Sizes(r=4, b=2, d=64, h=8)
+    ARMS[arm](*step_inputs(small, 0), AdamHistory(small.d), small)  # code and thread pools are loaded
+    resident = resident_growth(lambda: ARMS[arm](*inputs, copy_of(history), sizes))
+    history_bytes = 2 * 4 * sizes.d  # of the copy
+    counted, _ = counted_allocations(lambda: ARMS[arm](*inputs, copy_of(history), sizes))
+    return {
+        "resident_bytes": None if resident is None else max(0, resident - history_bytes),
+        "counted_bytes": counted - history_bytes,
+    }
+
+
+def measure(sizes: Sizes, repeats: int) -> dict[str, Any]:
+    """Times of the interleaved arms, whether they chose alike, and their extra memory in fresh processes."""
+    times: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    same_set, same_order = [], []
+    history = warm_history(sizes)
+    for repeat in range(repeats + 1):
+        inputs = step_inputs(sizes, WARM_UP_STEPS + repeat)
+        order = list(ARMS) if repeat % 2 else list(ARMS)[::-1]
+        picks: dict[str, list[int]] = {}
+        for arm in order:
+            # The streamed arm's history goes on to the next repeat; the others start from the same one.
+            own = history if arm == order[-1] and arm == "streamed" else copy_of(history)
+            start = time.perf_counter()
+            outcome = ARMS[arm](*inputs, own, sizes)
+            elapsed = time.perf_counter() - start
+            if arm != "pickling":
+                picks[arm] = outcome
+            if arm == "streamed":
+                following = own
+            if repeat:  # the first one warms up
+                times[arm].append(elapsed)
+        history = following
+        same_order.append(picks["streamed"] == picks["matrix"])
+        same_set.append(set(picks["streamed"]) == set(picks["matrix"]))
+    times["matrix and pickling"] = [a + b for a, b in zip(times["matrix"], times["pickling"], strict=True)]
+
+    memory = {}
+    for arm in ARMS:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            memory[arm] = pool.apply(memory_of, (arm, sizes, torch.get_num_threads()))
+    return {
+        "times": {arm: summary(values) for arm, values in times.items()},
+        "memory": memory,
+        "exchanged_bytes": {"streamed": sizes.r * 1 * 4, "matrix": sizes.r * sizes.d * 4},
+        "same_set": f"{sum(same_set)} of {len(same_set)}",
+        "same_order": f"{sum(same_order)} of {len(same_order)}",
+        "all_the_same": all(same_set),
+    }
+
+
+def summary(times_s: list[float]) -> dict[str, Any]:
+    """Median and spread of times in seconds."""
+    ordered = sorted(times_s)
+    quartiles = statistics.quantiles(ordered, n=4) if len(ordered) > 1 else [ordered[0]] * 3
+    return {
+        "median_s": statistics.median(ordered),
+        "quartile1_s": quartiles[0],
+        "quartile3_s": quartiles[2],
+        "min_s": ordered[0],
+        "max_s": ordered[-1],
+        "runs_s": times_s,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = models[0] if models else cpu
+    return {"cpu": cpu, "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as lines of text."""
+    baseline = result["times"]["streamed"]["median_s"]
+    lines = [f"{'arm':<22}{'median s':>10}{'quartiles s':>18}{'x streamed':>12}{'counted MiB':>13}{'resident MiB':>14}"]
+    for arm, times in result["times"].items():
+        memory = result["memory"].get(arm, {})
+        shown = [
+            "" if memory.get(key) is None else f"{memory[key] / MIB:.1f}" for key in ("counted_bytes", "resident_bytes")
+        ]
+        spread = f"{times['quartile1_s']:.3f}-{times['quartile3_s']:.3f}"
+        ratio = times["median_s"] / baseline
+        lines.append(f"{arm:<22}{times['median_s']:>10.3f}{spread:>18}{ratio:>12.2f}{shown[0]:>13}{shown[1]:>14}")
+    exchanged = result["exchanged_bytes"]
+    lines.append(
+        f"bytes to exchange: {exchanged['streamed']:,} (r K floats) against {exchanged['matrix']:,} (r d floats)"
+    )
+    lines.append(f"same set in {result['same_set']} steps, in the same order in {result['same_order']}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    """Command line; 1 if the arms did not choose the same sets."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    for name, value in asdict(Sizes()).items():
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
+    parser.add_argument("--repeats", type=int, default=11, help="timed runs of each arm (default 11)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "results" / "selection.json",
+        help="result file (default benchmarks/results/selection.json)",
+    )
+    options = parser.parse_args(arguments)
+    if options.repeats < 1 or not 1 <= options.b <= options.r or not 1 <= options.h <= options.d:
+        parser.error("needs repeats >= 1, 1 <= b <= r and 1 <= h <= d")
+    sizes = Sizes(options.r, options.b, options.d, options.h)
+    result = measure(sizes, options.repeats)
+    sizes_given = [f"--{name}={value}" for name, value in asdict(sizes).items() if value != getattr(Sizes(), name)]
+    record = {
+        "benchmark": "selection",
+        "command": shlex.join(["python", "benchmarks/selection.py", f"--repeats={options.repeats}", *sizes_given]),
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "sizes": asdict(sizes),
+        **result,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"r {sizes.r}, b {sizes.b}, d {sizes.d:,}, h {sizes.h}, K 1; {options.repeats} runs of each arm, interleaved")
+    print(table(result))
+    return 0 if result["all_the_same"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,230 @@
+"""From a large batch to its coreset: probe, exchange, select. One implementation for the engine and any other loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from colm_ds.config import ColmConfig
+from colm_ds.data.micro_batch import make_micro_batch
+from colm_ds.distributed.assign import micro_batches
+from colm_ds.distributed.exchange import broadcast_coreset
+from colm_ds.errors import ConfigError
+from colm_ds.memory.meter import Meter
+from colm_ds.probe.architecture import Architecture, find_architecture
+from colm_ds.probe.estimators import Estimator
+from colm_ds.probe.patch import eval_mode
+from colm_ds.probe.registry import make_estimator
+from colm_ds.probe.tail import run_trunk
+from colm_ds.selection import SINGLE_PROCESS, Exchange, SelectionSettings, Selector, SelectorContext, Signals
+from colm_ds.selection import make_selector, split_sources
+from colm_ds.types import Coreset, LargeBatch
+
+
+def small_source_ids(config: ColmConfig, source_counts: Mapping[str, int]) -> list[int]:
+    """Ids of the sources whose examples are all kept.
+
+    Args:
+        config: `small_sources` in it is `auto`, `none`, or a list of names or ids.
+        source_counts: examples of every source in the dataset; ids follow its order.
+
+    Raises:
+        ConfigError: if a listed source is not in the dataset.
+    """
+    names = list(source_counts)
+    if config.small_sources == "none":
+        return []
+    if config.small_sources == "auto":
+        return [names.index(name) for name in split_sources(source_counts)[0]]
+    ids = [names.index(source) if source in names else source for source in config.small_sources]
+    unknown = [source for source in ids if not isinstance(source, int) or not 0 <= source < len(names)]
+    if unknown:
+        raise ConfigError(
+            f"colm.small_sources: {unknown} not in the dataset. Its sources: " + ", ".join(map(repr, names)) + "."
+        )
+    return sorted({int(source) for source in ids})
+
+
+class CoresetSelector:
+    """Chooses the coreset of every large batch; all ranks call it together.
+
+    Attributes:
+        small: ids of the small sources.
+        selector: the selector in use.
+        plain: the selector of the schedule's plain steps, a random b of r.
+        signal_bytes: payload of the last step's exchange of signals.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ColmConfig,
+        source_counts: Mapping[str, int],
+        *,
+        device: torch.device,
+        exchange: Exchange = SINGLE_PROCESS,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        equal_counts: bool = False,
+        rank: int = 0,
+    ) -> None:
+        """Prepare for a model and a dataset.
+
+        Args:
+            model: the module that a forward goes through; wrapped by DeepSpeed or PEFT or bare.
+            config: the `"colm"` section, `coreset_size` filled in.
+            source_counts: examples of every source in the dataset, in the order of their ids.
+            device: where the model runs.
+            exchange: the ranks that share the large batch.
+            betas: beta1 and beta2 of the optimizer.
+            eps: eps of the optimizer.
+            equal_counts: give every rank the same number of probe forwards (ZeRO-3 gathers weights in each).
+            rank: this rank.
+
+        Raises:
+            ProbeError: if the selector needs a signal that the probe can not read from this model.
+            ConfigError: if a listed small source is not in the dataset.
+        """
+        assert config.coreset_size is not None
+        self._model = model
+        self._config = config
+        self._device = device
+        self._exchange = exchange
+        self._equal_counts = equal_counts
+        self._rank = rank
+        self._num_sources = len(source_counts)
+        self.small = small_source_ids(config, source_counts)
+        architecture = find_architecture(model) if self._needs_probe(config) else None
+        settings = SelectionSettings(
+            metric=config.metric,
+            weights=config.weights,
+            per_source=config.per_source,
+            mask_size=self._mask_size(config, architecture),
+            mask_criterion=config.mask.criterion,
+            seed=config.seed,
+        )
+        context = SelectorContext(config.coreset_size, self.small, settings, betas, eps)
+        self.selector: Selector = make_selector(config.selector, context)
+        self.plain: Selector = make_selector("random", context)
+        self._architecture = architecture
+        self._estimator: Estimator | None = None
+        self._weights: Tensor | None = None
+        self.signal_bytes = 0
+        if architecture is not None:
+            self._estimator = make_estimator(
+                config.probe, architecture, device, seed=config.seed, beta2=betas[1]
+            )
+
+    def __call__(self, batch: LargeBatch, meter: Meter | None = None) -> Coreset:
+        """The coreset of a large batch, the same on every rank.
+
+        Args:
+            batch: the large batch as this rank sees it.
+            meter: times the phases probe, exchange and select.
+        """
+        meter = meter or Meter(self._device)
+        self.signal_bytes = 0
+        if not self.selects(batch.step):
+            with meter.phase("select"):
+                return self.plain.select(batch, None, SINGLE_PROCESS)
+        if self._estimator is None:
+            with meter.phase("select"):
+                return self.selector.select(batch, None, SINGLE_PROCESS)
+        with meter.phase("probe"):
+            self._probe(batch, self._estimator)
+        before = getattr(self._exchange, "num_bytes", 0)
+        with meter.phase("exchange"):
+            signals = replace(self._estimator.signals(batch.size, self._exchange), parameters=self._weights)
+        self.signal_bytes = getattr(self._exchange, "num_bytes", 0) - before
+        with meter.phase("select"):
+            coreset = self._select(batch, signals, self._estimator)
+            self._estimator.update(coreset, self._exchange)
+        return coreset
+
+    def selects(self, step: int) -> bool:
+        """Whether the configured selector runs in this step, and not the schedule's plain one."""
+        return self._config.schedule.selects(step)
+
+    def probed_positions(self, batch: LargeBatch) -> Tensor:
+        """Positions whose signal is needed in this step: none of small sources, ascending int64 `[n]`."""
+        if self._estimator is None or not self.selects(batch.step):
+            return torch.empty(0, dtype=torch.int64)
+        kept = torch.isin(batch.sources, torch.tensor(self.small, dtype=torch.int64))
+        if int(kept.sum()) >= (self._config.coreset_size or 0):
+            return torch.empty(0, dtype=torch.int64)
+        return (~kept).nonzero().flatten()
+
+    def state_dict(self) -> dict[str, Any]:
+        """History of the selector and of the estimator; on rank 0 it is complete."""
+        estimator = self._estimator.state_dict() if self._estimator else {}
+        return {"selector": self.selector.state_dict(), "estimator": estimator}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore both histories; every rank is given rank 0's."""
+        self.selector.load_state_dict(state["selector"])
+        if self._estimator and state["estimator"]:
+            self._estimator.load_state_dict(state["estimator"])
+
+    def _select(self, batch: LargeBatch, signals: Signals, estimator: Estimator) -> Coreset:
+        if estimator.is_local:
+            return self.selector.select(batch, signals, self._exchange)
+        coreset = self.selector.select(batch, signals, SINGLE_PROCESS) if self._exchange.is_main else None
+        return broadcast_coreset(coreset, self._config.coreset_size or 0, self._num_sources, self._exchange)
+
+    def _probe(self, batch: LargeBatch, estimator: Estimator) -> None:
+        probed = self.probed_positions(batch)
+        world = self._exchange.num_processes
+        by_rank = [probed[batch.home[probed] == rank].tolist() for rank in range(world)]
+        estimator.begin(batch.step, probed, len(by_rank[self._rank]))
+        plans = micro_batches(
+            by_rank, batch.lengths, max_tokens=self._config.probe.max_tokens, equal_counts=self._equal_counts
+        )
+        with eval_mode(self._model), torch.no_grad(), self._reading_weights():
+            for positions in plans[self._rank]:
+                self._probe_micro_batch(batch, positions, estimator)
+
+    def _probe_micro_batch(self, batch: LargeBatch, positions: Sequence[int], estimator: Estimator) -> None:
+        assert self._architecture is not None
+        examples = [batch.examples[position] for position in positions]
+        micro = make_micro_batch(examples).to(self._device)
+        tail = run_trunk(self._model, self._architecture, micro)
+        lengths = [len(example.input_ids) for example in examples]
+        estimator.observe(tail, torch.tensor(positions, dtype=torch.int64), lengths)
+
+    @contextmanager
+    def _reading_weights(self) -> Iterator[None]:
+        """Keep a copy of the probed weights if the mask needs them; ZeRO-3 has them only while the module runs."""
+        self._weights = None
+        if self._architecture is None or self._config.mask.criterion not in ("weight", "weight_grad"):
+            yield
+            return
+        target = self._architecture.target
+
+        def read(module: nn.Module, inputs: Any, output: Any) -> None:
+            if self._weights is None:
+                weight = module.weight
+                assert isinstance(weight, Tensor)
+                self._weights = weight[target.start : target.stop].detach().float().flatten()
+
+        handle = target.module.register_forward_hook(read)
+        try:
+            yield
+            if self._weights is None:  # this rank probed nothing; outside ZeRO-3 the weights are at hand
+                read(target.module, None, None)
+        finally:
+            handle.remove()
+
+    @staticmethod
+    def _needs_probe(config: ColmConfig) -> bool:
+        return config.selector == "colm"
+
+    @staticmethod
+    def _mask_size(config: ColmConfig, architecture: Architecture | None) -> int | None:
+        if config.mask.size != "auto":
+            return config.mask.size
+        return architecture.hidden_size if architecture is not None else None

@@ -1,0 +1,24 @@
+"""Instruction data with sources: reading, prompts, tokens, batches and the large batches of a run."""
+
+from colm_ds.data.collate import length_sorted_batches, pad_batch, padding_fraction
+from colm_ds.data.holdout import split_holdout
+from colm_ds.data.instructions import InstructionDataset, load_instructions
+from colm_ds.data.jsonl import find_files, read_records
+from colm_ds.data.mixture import MixtureSampler
+from colm_ds.data.prompt import encode_example, encode_examples, encode_prompt, format_prompt
+
+__all__ = [
+    "InstructionDataset",
+    "MixtureSampler",
+    "encode_example",
+    "encode_examples",
+    "encode_prompt",
+    "find_files",
+    "format_prompt",
+    "length_sorted_batches",
+    "load_instructions",
+    "pad_batch",
+    "padding_fraction",
+    "read_records",
+    "split_holdout",
+]

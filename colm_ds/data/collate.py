@@ -1,0 +1,101 @@
+"""Grouping examples of similar length into micro-batches, and padding them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from colm_ds.errors import ConfigError, DataError
+from colm_ds.types import Example
+
+IGNORE_INDEX = -100
+
+
+def length_sorted_batches(
+    lengths: Sequence[int], *, max_examples: int | None = None, max_tokens: int | None = None
+) -> list[list[int]]:
+    """Group examples of similar length so that little is padded.
+
+    The groups are contiguous slices of the length-sorted order (ties by index), the longest first, so that the first
+    micro-batch shows the peak memory. With `max_examples` alone the sizes differ by one at most; with `max_tokens` each
+    group takes as many as fit. An example longer than `max_tokens` makes a group of its own.
+
+    Args:
+        lengths: tokens of every example, `[n]`.
+        max_examples: most examples in a group.
+        max_tokens: most tokens in a group, padding included: examples times the longest.
+
+    Returns:
+        Groups of positions in `lengths`; every position is in exactly one.
+
+    Raises:
+        ConfigError: if neither budget is given or one is below 1.
+    """
+    if max_examples is None and max_tokens is None:
+        raise ConfigError("length_sorted_batches: no budget. Give max_examples or max_tokens.")
+    for name, budget in (("max_examples", max_examples), ("max_tokens", max_tokens)):
+        if budget is not None and budget < 1:
+            raise ConfigError(f"{name} = {budget}: must be at least 1.")
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    if max_tokens is None and max_examples is not None:
+        count = -(-len(order) // max_examples)
+        bounds = [group * len(order) // count for group in range(count + 1)] if count else []
+        return [order[start:end] for start, end in itertools.pairwise(bounds)]
+    groups: list[list[int]] = []
+    for index in order:
+        group = groups[-1] if groups else []
+        full = max_examples is not None and len(group) >= max_examples
+        if group and not full and (len(group) + 1) * lengths[group[0]] <= (max_tokens or 0):
+            group.append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def pad_batch(examples: Sequence[Example], pad_token_id: int, multiple_of: int = 1) -> dict[str, Tensor]:
+    """Pad examples on the right to a common length.
+
+    There is no attention mask: with causal attention nothing in front of the padding sees it.
+
+    Args:
+        examples: examples of the micro-batch, `[n]`, at least one.
+        pad_token_id: token id to pad `input_ids` with (`labels` are padded with -100).
+        multiple_of: round the common length up to a multiple of this (8 or 64 suit GPU kernels).
+
+    Returns:
+        `input_ids` and `labels`, int64 `[n, length]`, and `lengths`, int64 `[n]` (tokens before padding).
+
+    Raises:
+        DataError: if there are no examples.
+        ConfigError: if `multiple_of` is below 1.
+    """
+    if not examples:
+        raise DataError("pad_batch: no examples to pad.")
+    if multiple_of < 1:
+        raise ConfigError(f"multiple_of = {multiple_of}: must be at least 1.")
+    lengths = torch.tensor([len(example.input_ids) for example in examples])
+    width = -(-int(lengths.max()) // multiple_of) * multiple_of
+    input_ids = torch.full((len(examples), width), pad_token_id, dtype=torch.int64)
+    labels = torch.full((len(examples), width), IGNORE_INDEX, dtype=torch.int64)
+    for row, example in enumerate(examples):
+        input_ids[row, : len(example.input_ids)] = example.input_ids
+        labels[row, : len(example.labels)] = example.labels
+    return {"input_ids": input_ids, "labels": labels, "lengths": lengths}
+
+
+def padding_fraction(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
+    """Share of padding among the tokens computed when every group is padded to its longest example.
+
+    Args:
+        lengths: tokens of every example, `[n]`.
+        batches: groups of positions in `lengths`.
+
+    Returns:
+        Between 0 (no padding; also for no groups) and 1.
+    """
+    real = sum(int(lengths[index]) for batch in batches for index in batch)
+    padded = sum(len(batch) * max(int(lengths[index]) for index in batch) for batch in batches if batch)
+    return 1.0 - real / padded if padded else 0.0

@@ -1,0 +1,56 @@
+"""Held-out examples that training never sees, not even as another answer to the same instruction."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from colm_ds.data.instructions import InstructionDataset
+from colm_ds.data.mixture import seeded_permutation
+from colm_ds.errors import ConfigError
+
+
+def split_holdout(
+    dataset: InstructionDataset, *, fraction: float | None = None, per_source: int | None = None, seed: int = 0
+) -> tuple[InstructionDataset, InstructionDataset]:
+    """Take held-out examples out of every source.
+
+    Examples with the same prompt stay on one side, whatever their source and response; so a source may give fewer than
+    asked for where many of its examples share a prompt.
+
+    Args:
+        dataset: the examples to split.
+        fraction: share of each source to hold out, 0 to below 1, rounded to whole examples.
+        per_source: examples of each source to hold out, at most half of what the source has.
+        seed: seed of the draw.
+
+    Returns:
+        `(train, heldout)`, both in the order of `dataset` with its source ids and names.
+
+    Raises:
+        ConfigError: unless exactly one of `fraction` and `per_source` is given, and in its range.
+    """
+    if (fraction is None) == (per_source is None):
+        raise ConfigError("split_holdout: give either fraction or per_source.")
+    if fraction is not None and not 0 <= fraction < 1:
+        raise ConfigError(f"fraction = {fraction}: must be 0 or more and below 1.")
+    if per_source is not None and per_source < 0:
+        raise ConfigError(f"per_source = {per_source}: must be 0 or more.")
+    counts = np.bincount(dataset.source_ids, minlength=len(dataset.source_names)).tolist()
+    if fraction is not None:
+        wanted = [round(fraction * count) for count in counts]
+    else:
+        wanted = [min(per_source or 0, count // 2) for count in counts]
+    groups: dict[bytes, list[int]] = {}
+    for index in range(len(dataset)):
+        start = int(dataset.starts[index])
+        prompt = dataset.tokens[start : start + int(dataset.prompt_lengths[index])]
+        groups.setdefault(prompt.tobytes(), []).append(index)
+    members = list(groups.values())
+    held = np.zeros(len(dataset), dtype=bool)
+    for chosen in seeded_permutation(len(members), seed, "holdout"):
+        group = np.array(members[chosen])
+        needed = np.bincount(dataset.source_ids[group], minlength=len(counts)).tolist()
+        if all(need <= want for need, want in zip(needed, wanted, strict=True)):
+            held[group] = True
+            wanted = [want - need for need, want in zip(needed, wanted, strict=True)]
+    return dataset.subset(np.flatnonzero(~held)), dataset.subset(np.flatnonzero(held))

@@ -1,0 +1,275 @@
+"""Instruction data (MathInstruct's schema) as a compact, cached dataset of tokens with sources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from colm_ds.data.collate import IGNORE_INDEX
+from colm_ds.data.jsonl import PathLike, find_files, read_records
+from colm_ds.data.mixture import seeded_permutation
+from colm_ds.data.prompt import PROMPT_TEMPLATE, check_encoding, encode_examples
+from colm_ds.data.token_cache import cache_key, describe_files, describe_tokenizer, load_arrays, store_arrays
+from colm_ds.errors import ConfigError, DataError, Problems
+from colm_ds.types import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT_VERSION = 1  # of the cache; raise it whenever the same files would give other tokens
+MAX_PROBLEMS = 20  # shown of one file
+_CHUNK_EXAMPLES = 4096  # tokenised at once: enough for all threads, little memory
+_DTYPES = {"tokens": "int32", "offsets": "int64", "prompt_lengths": "int32", "source_ids": "int32"}
+
+
+class InstructionDataset:
+    """Tokenised instructions and responses with their sources; implements `colm_ds.types.SourcedDataset`.
+
+    The tokens lie flat in one array, which may be memory-mapped from the cache; a subset shares it.
+
+    Args:
+        tokens: token ids of all examples one after the other, int32 `[num_tokens]`.
+        starts: where each example starts in `tokens`, int64 `[num_examples]`.
+        lengths: tokens of each example, prompt included, int32 `[num_examples]`.
+        prompt_lengths: tokens of each example's prompt, which carry no label, int32 `[num_examples]`.
+        source_ids: source id of each example, int32 `[num_examples]`.
+        source_names: name of each source id, sorted.
+        num_dropped: examples left out, by reason.
+    """
+
+    def __init__(
+        self,
+        tokens: npt.NDArray[np.int32],
+        starts: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int32],
+        prompt_lengths: npt.NDArray[np.int32],
+        source_ids: npt.NDArray[np.int32],
+        source_names: Sequence[str],
+        num_dropped: dict[str, int],
+    ) -> None:
+        self.tokens = tokens
+        self.starts = starts
+        self.prompt_lengths = prompt_lengths
+        self.lengths: np.ndarray = lengths
+        self.source_ids: np.ndarray = source_ids
+        self.num_label_tokens: np.ndarray = lengths - prompt_lengths
+        self.source_names: Sequence[str] = tuple(source_names)
+        self.num_dropped = dict(num_dropped)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> Example:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index} of a dataset of {len(self)} examples")
+        index = int(index) % len(self)  # negative ones count from the end
+        start, length = int(self.starts[index]), int(self.lengths[index])
+        input_ids = torch.from_numpy(self.tokens[start : start + length].astype(np.int64))
+        labels = input_ids.clone()
+        labels[: int(self.prompt_lengths[index])] = IGNORE_INDEX
+        return Example(input_ids, labels, source=int(self.source_ids[index]), index=index)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+    def subset(self, indices: Sequence[int] | npt.NDArray[np.integer[Any]]) -> InstructionDataset:
+        """The examples at `indices`, in that order, with the same source ids and names; the tokens are shared.
+
+        `Example.index` counts within the subset.
+        """
+        chosen = np.asarray(indices, dtype=np.int64)
+        return InstructionDataset(
+            self.tokens,
+            self.starts[chosen],
+            self.lengths[chosen],
+            self.prompt_lengths[chosen],
+            self.source_ids[chosen],
+            self.source_names,
+            self.num_dropped,
+        )
+
+    def source_counts(self) -> dict[str, int]:
+        """Examples of each source by name, in the order of the ids; 0 for a source of which none is left."""
+        counts = np.bincount(self.source_ids, minlength=len(self.source_names))
+        return {name: int(count) for name, count in zip(self.source_names, counts, strict=True)}
+
+
+def load_instructions(
+    paths: PathLike | Sequence[PathLike],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    source_key: str = "source",
+    cache_dir: PathLike | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> InstructionDataset:
+    """Read, check and tokenise instruction data `{"source", "instruction", "output"}`.
+
+    Examples of which truncation leaves no labelled token are dropped and counted in `num_dropped`; duplicates are kept;
+    further keys are ignored, except an Alpaca `input` with text in it, without which the instruction is not whole.
+
+    Args:
+        paths: a file, a folder or a list of these (`.json`, `.jsonl`, `.jsonl.gz`, `.jsonl.zst`).
+        tokenizer: any Hugging Face tokenizer with an eos token; a fast one encodes on all cores.
+        max_length: most tokens of an example; longer ones are truncated on the right.
+        source_key: key that names the source of a record.
+        cache_dir: folder to keep the tokens in, found again by the content of the files, the tokenizer and the
+            arguments here; None: nothing is kept.
+        limit: read at most this many examples, drawn at random from all of the records.
+        seed: seed of that draw.
+
+    Returns:
+        The dataset, in the order of the files and records.
+
+    Raises:
+        DataError: for files that can not be read, bad records (up to 20 of a file, each with its line) or no example
+            left.
+        ConfigError: for a `max_length` or `limit` below 1, or a tokenizer without an eos token.
+    """
+    check_encoding(tokenizer, max_length)
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit = {limit}: must be at least 1.")
+    files = find_files(paths)
+    key = ""
+    if cache_dir is not None:
+        key = cache_key(
+            {
+                "version": FORMAT_VERSION,
+                "files": describe_files(files),
+                "tokenizer": describe_tokenizer(tokenizer),
+                "prompt": PROMPT_TEMPLATE,
+                "max_length": max_length,
+                "source_key": source_key,
+                "sample": None if limit is None else [limit, seed],
+            }
+        )
+        cached = load_arrays(Path(cache_dir), key, _DTYPES, _is_consistent)
+        if cached is not None:
+            return _from_arrays(*cached)
+    records = [record for file in files for record in _read_checked(file, source_key)]
+    source_names = sorted({source for source, _, _ in records})
+    if limit is not None and limit < len(records):
+        records = [records[index] for index in np.sort(seeded_permutation(len(records), seed, "limit")[:limit])]
+    arrays, num_dropped = _tokenise(records, source_names, tokenizer, max_length)
+    if not len(arrays["source_ids"]):
+        raise DataError(
+            f"{', '.join(map(str, files))}: no example left: all {len(records)} prompts fill "
+            f"max_length = {max_length} tokens. Choose a larger one."
+        )
+    facts = {"source_names": source_names, "num_dropped": num_dropped}
+    if cache_dir is not None:
+        store_arrays(Path(cache_dir), key, arrays, facts, _is_consistent)
+        cached = load_arrays(Path(cache_dir), key, _DTYPES, _is_consistent)
+        arrays = arrays if cached is None else cached[0]  # memory-mapped from here on, as from a cache hit
+    return _from_arrays(arrays, facts)
+
+
+def _from_arrays(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> InstructionDataset:
+    offsets = np.array(arrays["offsets"])
+    return InstructionDataset(
+        arrays["tokens"],
+        offsets[:-1],
+        np.diff(offsets).astype(np.int32),
+        np.array(arrays["prompt_lengths"]),
+        np.array(arrays["source_ids"]),
+        facts["source_names"],
+        facts["num_dropped"],
+    )
+
+
+def _is_consistent(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> bool:
+    """Whether a cache entry that could be read also makes sense."""
+    offsets, prompt_lengths, source_ids = arrays["offsets"], arrays["prompt_lengths"], arrays["source_ids"]
+    if not {"source_names", "num_dropped"} <= facts.keys() or not 0 < len(source_ids) == len(prompt_lengths):
+        return False
+    if len(offsets) != len(source_ids) + 1 or offsets[0] != 0 or offsets[-1] != len(arrays["tokens"]):
+        return False
+    whole = bool((prompt_lengths < np.diff(offsets)).all() and (prompt_lengths >= 0).all())
+    return whole and bool((source_ids >= 0).all() and (source_ids < len(facts["source_names"])).all())
+
+
+def _tokenise(
+    records: list[tuple[str, str, str]],
+    source_names: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    ids = {name: number for number, name in enumerate(source_names)}
+    tokens: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)]
+    lengths, prompt_lengths, source_ids = [0], [], []
+    num_unlabelled = 0
+    for start in range(0, len(records), _CHUNK_EXAMPLES):
+        sources, instructions, outputs = zip(*records[start : start + _CHUNK_EXAMPLES], strict=True)
+        flat: list[int] = []
+        encoded = encode_examples(tokenizer, instructions, outputs, max_length)
+        for source, (input_ids, prompt_length) in zip(sources, encoded, strict=True):
+            if prompt_length >= len(input_ids):
+                num_unlabelled += 1
+                continue
+            flat.extend(input_ids)
+            lengths.append(len(input_ids))
+            prompt_lengths.append(prompt_length)
+            source_ids.append(ids[source])
+        tokens.append(np.array(flat, dtype=np.int32))
+    arrays: dict[str, np.ndarray] = {
+        "tokens": np.concatenate(tokens),
+        "offsets": np.cumsum(np.array(lengths, dtype=np.int64)),
+        "prompt_lengths": np.array(prompt_lengths, dtype=np.int32),
+        "source_ids": np.array(source_ids, dtype=np.int32),
+    }
+    return arrays, {"no_labels_after_truncation": num_unlabelled}
+
+
+def _read_checked(file: Path, source_key: str) -> list[tuple[str, str, str]]:
+    """(source, instruction, output) of every record of a file; up to 20 problems in one DataError."""
+    problems = Problems(str(file))
+    records: list[tuple[str, str, str]] = []
+    try:
+        for where, record in read_records(file):
+            found = find_problems(record, source_key)
+            problems.messages += [f"{where}: {problem}" for problem in found]
+            if not found:
+                records.append((record[source_key], record["instruction"], record["output"]))
+            if len(problems.messages) >= MAX_PROBLEMS:
+                del problems.messages[MAX_PROBLEMS:]
+                problems.where += f" (stopped reading after {MAX_PROBLEMS})"
+                break
+    except DataError as error:
+        if not problems.messages:
+            raise
+        problems.messages.append(str(error))
+    problems.raise_if_any(DataError)
+    return records
+
+
+def find_problems(record: dict[str, Any], source_key: str = "source") -> list[str]:
+    """What is wrong with one record of instruction data, and what to write instead; nothing if it is good."""
+    found = []
+    for key in (source_key, "instruction", "output"):
+        value = record.get(key)
+        if key not in record:
+            fix = "Add it, or name the right key in source_key" if key == source_key else "Add it"
+            found.append(f"no key {key!r}. {fix}; the record has {', '.join(map(repr, record)) or 'no keys'}.")
+        elif not isinstance(value, str):
+            found.append(f"{key!r} is of type {type(value).__name__}, not text. Write a string.")
+        elif not value.strip():
+            found.append(f"example with an empty {key}. Write one or remove the record.")
+        elif not _is_unicode(value):
+            found.append(f"{key!r} holds half of a surrogate pair (\\ud800 to \\udfff). Write whole characters.")
+    if isinstance(record.get("input"), str) and record["input"].strip():
+        found.append("key 'input' would be ignored. Append its text to 'instruction'.")
+    return found
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

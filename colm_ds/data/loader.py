@@ -1,0 +1,134 @@
+"""Large batches of one rank, from a dataset that knows its sources and lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from colm_ds.data.mixture import MixtureSampler
+from colm_ds.distributed.assign import home_ranks
+from colm_ds.errors import DataError
+from colm_ds.types import Example, LargeBatch, SourcedDataset
+
+
+class LargeBatchLoader:
+    """Endless large batches; what a step holds follows from (seed, step) alone.
+
+    Attributes:
+        dataset: the examples.
+        next_step: 1-based step of the next large batch; set it to go on elsewhere.
+    """
+
+    def __init__(
+        self, dataset: SourcedDataset, large_batch_size: int, *, seed: int, rank: int, world_size: int
+    ) -> None:
+        """Load for one rank.
+
+        Args:
+            dataset: the examples.
+            large_batch_size: r.
+            seed: seed of the run.
+            rank: this rank.
+            world_size: W.
+
+        Raises:
+            SelectionError: if the dataset has fewer than r examples.
+        """
+        self.dataset = dataset
+        self.next_step = 1
+        self._sampler = MixtureSampler(len(dataset), large_batch_size, seed)
+        self._rank = rank
+        self._world_size = world_size
+
+    def __iter__(self) -> Iterator[LargeBatch]:
+        while True:
+            batch = self.batch(self.next_step)
+            self.next_step += 1
+            yield batch
+
+    def epoch(self, step: int) -> int:
+        """0-based pass over the dataset in a 1-based step."""
+        return self._sampler.epoch(step)
+
+    def batch(self, step: int) -> LargeBatch:
+        """The large batch of a 1-based step."""
+        indices = self._sampler.indices(step)
+        lengths = torch.from_numpy(self.dataset.lengths[indices].astype(np.int64))
+        home = home_ranks(lengths, self._world_size)
+        mine = (home == self._rank).nonzero().flatten().tolist()
+        return LargeBatch(
+            step=step,
+            indices=torch.from_numpy(indices),
+            sources=torch.from_numpy(self.dataset.source_ids[indices].astype(np.int64)),
+            lengths=lengths,
+            num_label_tokens=torch.from_numpy(self.dataset.num_label_tokens[indices].astype(np.int64)),
+            home=home,
+            examples={position: self.dataset[int(indices[position])] for position in mine},
+        )
+
+
+class RecordDataset:
+    """A `SourcedDataset` over any map-style dataset of records with `input_ids`, `labels` and `source`.
+
+    Lengths and sources are read once from every record. `labels` default to `input_ids` (a prediction at every token).
+    """
+
+    def __init__(self, records: Any, source_key: str = "source") -> None:
+        """Read lengths and sources.
+
+        Args:
+            records: has `len` and integer indexing; items are mappings, for example a Hugging Face dataset.
+            source_key: key of the source's name or number.
+
+        Raises:
+            DataError: if a record lacks a key or has no labelled token.
+        """
+        self._records = records
+        names, lengths, labelled = [], [], []
+        for index in range(len(records)):
+            record = records[index]
+            missing = [key for key in ("input_ids", source_key) if key not in record]
+            if missing:
+                raise DataError(f"example {index}: no {missing[0]!r}. Its keys: {', '.join(map(str, record))}.")
+            ids, labels = _tokens(record)
+            count = int((labels[1:] != -100).sum())
+            if len(ids) != len(labels) or count == 0:
+                raise DataError(
+                    f"example {index}: {len(ids)} tokens, {len(labels)} labels, {count} of them trained. "
+                    "Give labels of the same length with at least one that is not -100 after the first."
+                )
+            names.append(record[source_key])
+            lengths.append(len(ids))
+            labelled.append(count)
+        self.source_names: Sequence[str] = [str(name) for name in sorted(set(names))]
+        number = {name: source for source, name in enumerate(sorted(set(names)))}
+        self.source_ids = np.array([number[name] for name in names], dtype=np.int32)
+        self.lengths = np.array(lengths, dtype=np.int32)
+        self.num_label_tokens = np.array(labelled, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Example:
+        ids, labels = _tokens(self._records[index])
+        return Example(ids, labels, int(self.source_ids[index]), index)
+
+
+def source_counts(dataset: SourcedDataset) -> dict[str, int]:
+    """Examples by source name, in the order of the source ids."""
+    counts = np.bincount(dataset.source_ids, minlength=len(dataset.source_names))
+    return dict(zip(dataset.source_names, counts.tolist(), strict=True))
+
+
+def _tokens(record: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.as_tensor(record["input_ids"], dtype=torch.int64)
+    labels = record.get("labels") if hasattr(record, "get") else record["labels"]
+    labels = ids if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+    mask = record.get("attention_mask") if hasattr(record, "get") else None
+    if mask is not None:  # padding that a tokenizer added is taken off again
+        keep = torch.as_tensor(mask, dtype=torch.bool)
+        ids, labels = ids[keep], labels[keep]
+    return ids, labels

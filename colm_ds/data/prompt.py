@@ -1,0 +1,131 @@
+"""The instruction prompt of training and evaluation, and its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from colm_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROMPT_TEMPLATE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+
+def format_prompt(instruction: str) -> str:
+    """Text of the prompt for one instruction; the response follows directly after it."""
+    return PROMPT_TEMPLATE.format(instruction=instruction)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str) -> list[int]:
+    """Token ids of the prompt of one instruction, the same in training and in evaluation.
+
+    Args:
+        tokenizer: any Hugging Face tokenizer. Its bos is there once if it adds one by itself; an eos it would add
+            after the prompt is left out.
+        instruction: the instruction as it stands in the data.
+
+    Returns:
+        Token ids, `[prompt_length]`.
+    """
+    return leading_special_ids(tokenizer) + _encode(tokenizer, [format_prompt(instruction)])[0]
+
+
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase, instruction: str, output: str, max_length: int
+) -> tuple[list[int], int]:
+    """Token ids of one example: prompt, response and eos, truncated on the right.
+
+    Args:
+        tokenizer: any Hugging Face tokenizer with an eos token.
+        instruction: the instruction.
+        output: the response.
+        max_length: most tokens to keep, at least 1.
+
+    Returns:
+        `(input_ids, prompt_length)`: token ids, at most `max_length`, and how many of them belong to the prompt; an
+        example whose prompt fills `max_length` has no response left (`prompt_length == len(input_ids)`).
+
+    Raises:
+        ConfigError: if `max_length` is below 1 or the tokenizer has no eos token.
+    """
+    return encode_examples(tokenizer, [instruction], [output], max_length)[0]
+
+
+def encode_examples(
+    tokenizer: PreTrainedTokenizerBase, instructions: Sequence[str], outputs: Sequence[str], max_length: int
+) -> list[tuple[list[int], int]]:
+    """Token ids of many examples; the same as `encode_example` of each, encoded in parallel by fast tokenizers.
+
+    Prompt and response are tokenised separately, so that the prompt has the ids that evaluation gives it. Text that
+    looks like a special token ("</s>") is encoded as text.
+
+    Args:
+        tokenizer: any Hugging Face tokenizer with an eos token.
+        instructions: the instructions, `[n]`.
+        outputs: the responses, `[n]`.
+        max_length: most tokens to keep of each, at least 1.
+
+    Returns:
+        `(input_ids, prompt_length)` of each, `[n]`.
+
+    Raises:
+        ConfigError: if `max_length` is below 1 or the tokenizer has no eos token.
+    """
+    check_encoding(tokenizer, max_length)
+    eos_id: int = tokenizer.eos_token_id
+    leading = leading_special_ids(tokenizer)
+    prompts = _encode(tokenizer, [format_prompt(instruction) for instruction in instructions])
+    responses = _encode(tokenizer, list(outputs))
+    examples = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        input_ids = [*leading, *prompt, *response, eos_id][:max_length]
+        examples.append((input_ids, min(len(leading) + len(prompt), len(input_ids))))
+    return examples
+
+
+def check_encoding(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Raise a ConfigError if no example can be encoded with this tokenizer and maximum length."""
+    if max_length < 1:
+        raise ConfigError(f"max_length = {max_length}: must be at least 1. The recipes use 512.")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer has no eos token, which ends every response. Set tokenizer.eos_token.")
+
+
+def leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that a tokenizer puts before a text by itself: `[bos]` or nothing.
+
+    Found by trying, because tokenizers differ in what they add and in what they say about it.
+
+    Raises:
+        ConfigError: if the tokenizer changes a text's tokens when it adds special ones.
+    """
+    probe = "a"
+    with_special = list(tokenizer(probe, add_special_tokens=True, verbose=False)["input_ids"])
+    plain = list(tokenizer(probe, add_special_tokens=False, verbose=False)["input_ids"])
+    for start in range(len(with_special) - len(plain) + 1):
+        if with_special[start : start + len(plain)] == plain:
+            return with_special[:start]
+    raise ConfigError(
+        f"the tokenizer encodes {probe!r} as {with_special} with and {plain} without special tokens: which of them "
+        "come first can not be told. Use a tokenizer that adds special tokens around the text only."
+    )
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text alone, without special tokens; the list is encoded in parallel by fast tokenizers."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # no warning about texts longer than the model's maximum: they are truncated above
+    )
+    return list(encoded["input_ids"])

@@ -1,0 +1,155 @@
+"""Arrays on disk under a key that tells what they were made from; half-written or damaged entries are never used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Arrays = dict[str, np.ndarray]
+Check = Callable[[Arrays, dict[str, Any]], bool]
+_META = "meta.json"
+_log = logging.getLogger(__name__)
+
+
+def cache_key(facts: Mapping[str, Any]) -> str:
+    """Name of the cache entry made from these facts: 24 hex digits of the hash of their JSON."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def describe_files(files: Sequence[Path]) -> list[list[Any]]:
+    """Name, size in bytes and content hash of each file: what a key must depend on.
+
+    Times and folders are left out: a copied or touched file with the same content is the same data.
+    """
+    return [[file.name, file.stat().st_size, _hash_file(file)] for file in files]
+
+
+def _hash_file(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of all of a tokenizer that decides which ids a text gets, wherever it was loaded from."""
+    facts: dict[str, Any] = {
+        "class": type(tokenizer).__name__,
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "eos": tokenizer.eos_token_id,
+        "probe": tokenizer("a b\n1", verbose=False)["input_ids"],
+    }
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        serialised = json.loads(backend.to_str())
+        # truncation and padding are leftovers of the last call, not part of what the tokenizer is
+        facts["backend"] = {key: value for key, value in serialised.items() if key not in ("truncation", "padding")}
+    else:
+        facts["vocabulary"] = tokenizer.get_vocab()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def load_arrays(
+    cache_dir: Path, key: str, dtypes: Mapping[str, str], is_valid: Check
+) -> tuple[Arrays, dict[str, Any]] | None:
+    """Open a cache entry.
+
+    Args:
+        cache_dir: folder of all entries.
+        key: name of the entry.
+        dtypes: the expected one-dimensional arrays and their dtypes.
+        is_valid: whether arrays and facts that could be read also make sense.
+
+    Returns:
+        The arrays, memory-mapped read-only, and the facts stored with them; None if there is no such entry or it is
+        damaged (which is logged).
+    """
+    folder = cache_dir / key
+    if not folder.is_dir():
+        return None
+    try:
+        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+        arrays: Arrays = {}
+        for name, dtype in dtypes.items():
+            size = int(meta["sizes"][name])
+            array = np.load(folder / f"{name}.npy", mmap_mode="r" if size else None, allow_pickle=False)
+            if array.dtype != np.dtype(dtype) or array.shape != (size,):
+                raise ValueError(f"{name}.npy holds {array.dtype} {list(array.shape)}, not {dtype} [{size}]")
+            arrays[name] = array
+        facts = dict(meta["facts"])
+        if not is_valid(arrays, facts):
+            raise ValueError("its arrays contradict each other")
+        return arrays, facts
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _log.warning("cache entry %s is damaged (%s); building it again", folder, error)
+        return None
+
+
+def store_arrays(
+    cache_dir: Path, key: str, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any], is_valid: Check
+) -> None:
+    """Write a cache entry: whole or not at all, whoever else writes the same one meanwhile.
+
+    A valid entry of the same key is kept, because others may have it mapped; a damaged one is replaced. A disk that is
+    full or can not be written costs the cache (which is logged), not the run.
+
+    Args:
+        cache_dir: folder of all entries, made if missing.
+        key: name of the entry.
+        arrays: one-dimensional arrays by name.
+        facts: what else to store, JSON-able.
+        is_valid: as for `load_arrays`.
+    """
+    temporary = cache_dir / f".{key}.{uuid.uuid4().hex}"
+    dtypes = {name: str(array.dtype) for name, array in arrays.items()}
+    try:
+        temporary.mkdir(parents=True)
+        for name, array in arrays.items():
+            np.save(temporary / f"{name}.npy", array, allow_pickle=False)
+        meta = {"sizes": {name: len(array) for name, array in arrays.items()}, "facts": dict(facts)}
+        (temporary / _META).write_text(json.dumps(meta), encoding="utf-8")
+        while not _rename(temporary, cache_dir / key):
+            if load_arrays(cache_dir, key, dtypes, is_valid) is not None:
+                return
+            _remove(cache_dir / key)
+    except OSError as error:
+        _log.warning("the tokens could not be cached in %s (%s); going on without", cache_dir, error)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename(source: Path, target: Path) -> bool:
+    """Rename a folder; False if the target is there already."""
+    try:
+        os.rename(source, target)
+    except OSError:
+        if not target.exists():
+            raise
+        return False
+    return True
+
+
+def _remove(folder: Path) -> None:
+    """Take a damaged entry out of the way in one step, then delete it."""
+    gone = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        os.rename(folder, gone)
+    except FileNotFoundError:  # another writer was faster
+        return
+    if gone.is_dir():
+        shutil.rmtree(gone, ignore_errors=True)
+    else:
+        gone.unlink()

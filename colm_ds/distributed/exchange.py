@@ -1,0 +1,166 @@
+"""Tensor collectives of one step over the ranks that share a large batch; no pickled objects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from colm_ds.selection import SINGLE_PROCESS, Exchange
+from colm_ds.types import Coreset, Example
+
+
+class ProcessGroupExchange:
+    """`Exchange` over a process group; counts the bytes that the collectives carry.
+
+    Attributes:
+        num_bytes: payload of the collectives since it was last set to 0.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        self.num_processes = dist.get_world_size(group)
+        self.is_main = dist.get_rank(group) == 0
+        self._main = dist.get_global_rank(group, 0) if group is not None else 0
+        self.num_bytes = 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """See `Exchange.sum`."""
+        self._count(tensor)
+        dist.all_reduce(tensor, group=self._group)
+        return tensor
+
+    def gather_rows(self, rows: Tensor, positions: Tensor, num_rows: int) -> Tensor:
+        """See `Exchange.gather_rows`.
+
+        A sum in which every row has one contributor: no positions travel, and x + 0 is exact.
+        """
+        gathered = rows.new_zeros(num_rows, *rows.shape[1:])
+        gathered[positions] = rows
+        return self.sum(gathered)
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """See `Exchange.broadcast`."""
+        self._count(tensor)
+        dist.broadcast(tensor, self._main, group=self._group)
+        return tensor
+
+    def _count(self, tensor: Tensor) -> None:
+        self.num_bytes += tensor.numel() * tensor.element_size()
+
+
+class DeviceExchange:
+    """Carries CPU tensors over a backend that only takes the device's (NCCL); other tensors pass through."""
+
+    def __init__(self, inner: ProcessGroupExchange, device: torch.device) -> None:
+        self._inner = inner
+        self._device = device
+        self.num_processes = inner.num_processes
+        self.is_main = inner.is_main
+
+    @property
+    def num_bytes(self) -> int:
+        """See `ProcessGroupExchange.num_bytes`."""
+        return self._inner.num_bytes
+
+    @num_bytes.setter
+    def num_bytes(self, value: int) -> None:
+        self._inner.num_bytes = value
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """See `Exchange.sum`."""
+        return tensor.copy_(self._inner.sum(tensor.to(self._device)))
+
+    def gather_rows(self, rows: Tensor, positions: Tensor, num_rows: int) -> Tensor:
+        """See `Exchange.gather_rows`."""
+        gathered = self._inner.gather_rows(rows.to(self._device), positions.to(self._device), num_rows)
+        return gathered.to(rows.device)
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """See `Exchange.broadcast`."""
+        return tensor.copy_(self._inner.broadcast(tensor.to(self._device)))
+
+
+def make_exchange(device: torch.device, group: dist.ProcessGroup | None = None) -> Exchange:
+    """The exchange for this process: none where it is alone, through the device where the backend wants that."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return SINGLE_PROCESS
+    exchange = ProcessGroupExchange(group)
+    return exchange if device.type == "cpu" else DeviceExchange(exchange, device)
+
+
+def broadcast_coreset(coreset: Coreset | None, size: int, num_sources: int, exchange: Exchange) -> Coreset:
+    """Rank 0's coreset on every rank, as one float64 tensor.
+
+    Args:
+        coreset: the choice; None on other ranks than 0.
+        size: b, at least the size of the coreset.
+        num_sources: c; coherence is known by source id, or -1 for the joint pool.
+        exchange: the ranks.
+    """
+    if exchange.num_processes == 1:
+        assert coreset is not None
+        return coreset
+    header = 4
+    packed = torch.full((header + 2 * size + num_sources + 1,), torch.nan, dtype=torch.float64)
+    if coreset is not None:
+        count = coreset.size
+        packed[0], packed[1] = count, coreset.num_kept
+        packed[2], packed[3] = coreset.num_dropped_small, coreset.num_nonfinite
+        packed[header : header + count] = coreset.positions.double()
+        packed[header + size : header + size + count] = coreset.weights.double()
+        for source, value in coreset.coherence.items():
+            packed[header + 2 * size + 1 + source] = value
+    exchange.broadcast(packed)
+    count = int(packed[0])
+    coherence = packed[header + 2 * size :].tolist()
+    return Coreset(
+        positions=packed[header : header + count].long(),
+        weights=packed[header + size : header + size + count].float(),
+        num_kept=int(packed[1]),
+        num_dropped_small=int(packed[2]),
+        num_nonfinite=int(packed[3]),
+        coherence={index - 1: value for index, value in enumerate(coherence) if value == value},
+    )
+
+
+def move_examples(
+    examples: dict[int, Example],
+    moves: Sequence[tuple[int, int, int]],
+    lengths: Tensor,
+    facts: tuple[Tensor, Tensor],
+    rank: int,
+    exchange: Exchange,
+) -> dict[int, Example]:
+    """Send the tokens of examples that are trained on another rank than the one that holds them.
+
+    Args:
+        examples: this rank's examples by position.
+        moves: (position, from rank, to rank), the same list on every rank.
+        lengths: tokens of every example, `[r]`.
+        facts: source id and dataset index of every example, each `[r]`.
+        rank: this rank.
+        exchange: the ranks.
+
+    Returns:
+        The examples that came to this rank, by position.
+    """
+    if not moves:
+        return {}
+    sizes = [int(lengths[position]) for position, _, _ in moves]
+    tokens = torch.zeros(2, sum(sizes), dtype=torch.int32)
+    starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
+    for (position, source, _), start, size in zip(moves, starts, sizes, strict=False):
+        if source == rank:
+            example = examples[position]
+            tokens[0, start : start + size] = example.input_ids
+            tokens[1, start : start + size] = example.labels
+    exchange.sum(tokens)
+    arrived = {}
+    for (position, _, target), start, size in zip(moves, starts, sizes, strict=False):
+        if target == rank:
+            ids, labels = tokens[:, start : start + size].long()
+            arrived[position] = Example(ids, labels, int(facts[0][position]), int(facts[1][position]))
+    return arrived

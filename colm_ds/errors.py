@@ -1,0 +1,70 @@
+"""Errors of colm_ds. Each says where the problem is, what is wrong and what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+
+class ColmError(Exception):
+    """Base class: an error whose message is meant for the user, shown without a traceback."""
+
+
+class ConfigError(ColmError):
+    """Configuration (recipe, DeepSpeed JSON or `"colm"` section) that can not work."""
+
+
+class DataError(ColmError):
+    """Input data that is missing, broken or empty; the message names file and line."""
+
+
+class ProbeError(ColmError):
+    """A model in which the probe can not find or handle the last V-projection."""
+
+
+class SelectionError(ColmError):
+    """Sizes or arguments with which no coreset can be selected."""
+
+
+class CheckpointError(ColmError):
+    """A checkpoint that can not be saved or loaded."""
+
+
+@dataclass
+class Problems:
+    """Collects problems so that the user sees all of them at once.
+
+    Example:
+        >>> problems = Problems("zero2.json")
+        >>> problems.add("colm.coreset_size", 200, "more than large_batch_size = 128", "Choose at most 128.")
+        >>> problems.raise_if_any()  # ConfigError listing every problem
+    """
+
+    where: str
+    messages: list[str] = field(default_factory=list)
+
+    def add(self, key: str, value: object, why: str, fix: str = "") -> None:
+        """Record one problem: the key, its value, why it is wrong and what to write instead."""
+        shown = f"{key} = {value!r}" if not isinstance(value, (int, float)) else f"{key} = {value}"
+        self.messages.append(f"{shown}: {why}" + (f". {fix}" if fix else ""))
+
+    def add_unknown(self, key: str, known: Iterable[str]) -> None:
+        """Record an unknown key together with the nearest known one."""
+        self.messages.append(f"{key}: unknown key. {nearest_key(key, known)}")
+
+    def raise_if_any(self, error: type[ColmError] = ConfigError) -> None:
+        """Raise `error` with all messages; do nothing if there are none."""
+        if not self.messages:
+            return
+        count = len(self.messages)
+        head = f"{count} problem{'s' if count > 1 else ''} in {self.where}"
+        raise error("\n  ".join([head, *self.messages]))
+
+
+def nearest_key(key: str, known: Iterable[str]) -> str:
+    """Advice for a misspelled key: the nearest known one, or all of them."""
+    names = sorted(known)
+    last = key.rsplit(".", 1)[-1]
+    close = difflib.get_close_matches(last, names, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Known keys: {', '.join(names)}."

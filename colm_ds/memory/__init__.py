@@ -1,0 +1,1 @@
+"""Where memory goes: measured per phase of a step."""

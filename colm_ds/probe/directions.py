@@ -1,0 +1,95 @@
+"""Random directions and sign vectors shared by all examples and ranks, from (seed, step) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from colm_ds.seeds import private_generator
+
+_BLOCK = 1 << 14
+"""Coordinates drawn from one generator: what is regenerated when a part of a direction is read."""
+
+_CACHE_BYTES = 32 << 20
+"""Directions up to this size are kept for the step; larger sets are drawn again wherever they are read."""
+
+
+class Directions:
+    """K standard normal directions z of length d, drawn in blocks so that no more than a part need exist.
+
+    Attributes:
+        num_coordinates: d.
+        num_probes: K.
+    """
+
+    def __init__(
+        self, seed: int, epoch: int, num_probes: int, num_coordinates: int, device: torch.device | str = "cpu"
+    ) -> None:
+        """Directions of one refresh.
+
+        Args:
+            seed: seed of the run.
+            epoch: the step for `refresh: step`, 0 for `refresh: run`.
+            num_probes: K.
+            num_coordinates: d.
+            device: where they are drawn; each type of device has numbers of its own.
+        """
+        self.num_coordinates = num_coordinates
+        self.num_probes = num_probes
+        self._seed = (seed, epoch)
+        self._device = torch.device(device)
+        self._cache: Tensor | None = None
+        self._last: tuple[int, Tensor] | None = None
+        if 4 * num_probes * num_coordinates <= _CACHE_BYTES:
+            self._cache = torch.cat([block for _, block in self._blocks(0, num_coordinates)], dim=1)
+
+    def direction(self, probe: int) -> Tensor:
+        """Direction number `probe`, float32 `[d]`."""
+        if self._cache is not None:
+            return self._cache[probe]
+        return torch.cat([self._draw(block, probe) for block in range(self._num_blocks())])
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        """Coordinates start to stop of every direction, float32 `[K, stop - start]`."""
+        if self._cache is not None:
+            return self._cache[:, start:stop]
+        parts = [
+            values[:, max(start - offset, 0) : stop - offset]
+            for offset, values in self._blocks(start // _BLOCK, stop)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def columns(self, index: Tensor) -> Tensor:
+        """Every direction at ascending coordinates, float32 `[K, len(index)]`."""
+        if self._cache is not None:
+            return self._cache[:, index]
+        parts = []
+        for block in torch.unique(index // _BLOCK).tolist():
+            inside = index[(index // _BLOCK) == block] - block * _BLOCK
+            parts.append(self._block(block)[:, inside])
+        return torch.cat(parts, dim=1)
+
+    def _num_blocks(self) -> int:
+        return -(-self.num_coordinates // _BLOCK)
+
+    def _blocks(self, first: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        for block in range(first, -(-stop // _BLOCK)):
+            yield block * _BLOCK, self._block(block)
+
+    def _block(self, block: int) -> Tensor:
+        if self._last is None or self._last[0] != block:
+            self._last = block, torch.stack([self._draw(block, probe) for probe in range(self.num_probes)])
+        return self._last[1]
+
+    def _draw(self, block: int, probe: int) -> Tensor:
+        size = min(_BLOCK, self.num_coordinates - block * _BLOCK)
+        generator = private_generator(*self._seed[:1], "direction", self._seed[1], probe, block, device=self._device)
+        return torch.randn(size, generator=generator, device=self._device)
+
+
+def sign_vectors(seed: int, purpose: str, epoch: int, count: int, size: int, device: torch.device) -> Tensor:
+    """`count` vectors of random signs, float32 `[count, size]`, drawn on the CPU: the same on every device."""
+    generator = private_generator(seed, purpose, epoch)
+    return (torch.randint(0, 2, (count, size), generator=generator, dtype=torch.int8) * 2 - 1).to(device).float()

@@ -1,0 +1,86 @@
+"""What every estimator of the signal does in a step: observe micro-batches, hand out signals, learn from the choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from colm_ds.probe.tail import TailInput
+from colm_ds.selection import Exchange, Signals
+from colm_ds.types import Coreset
+
+
+class Estimator(Protocol):
+    """Estimates per-example gradients of the last V projection.
+
+    Attributes:
+        is_local: whether every rank's signals stay with it, so that all ranks select together.
+    """
+
+    is_local: bool
+
+    def begin(self, step: int, probed: Tensor, num_local: int) -> None:
+        """Prepare for a step.
+
+        Args:
+            step: 1-based optimizer step.
+            probed: positions that any rank probes, ascending, int64 `[n]` on the CPU.
+            num_local: how many of them this rank probes.
+        """
+        ...
+
+    def observe(self, tail: TailInput, positions: Tensor, lengths: Sequence[int]) -> None:
+        """Probe one micro-batch, under no_grad.
+
+        Args:
+            tail: what enters the last layer.
+            positions: position in the large batch of every row, int64 `[batch]` on the CPU; rows beyond them are forgotten
+                (the place holder of a rank that has nothing left to probe while others do).
+            lengths: tokens of every row.
+        """
+        ...
+
+    def signals(self, batch_size: int, exchange: Exchange) -> Signals:
+        """The step's signals, exchanged as far as the estimator needs; called by all ranks together."""
+        ...
+
+    def update(self, coreset: Coreset, exchange: Exchange) -> None:
+        """Learn from the selected examples of this step, if the estimator does; called by all ranks together."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What later steps depend on, the same on every rank."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        ...
+
+
+class VectorRows:
+    """Short signals of the probed examples, collected on every rank and put together on all."""
+
+    def __init__(self) -> None:
+        self._probed = torch.empty(0, dtype=torch.int64)
+        self._rows: list[Tensor] = []
+        self._positions: list[Tensor] = []
+
+    def begin(self, probed: Tensor) -> None:
+        """Forget the last step."""
+        self._probed, self._rows, self._positions = probed, [], []
+
+    def add(self, positions: Tensor, vectors: Tensor) -> None:
+        """Take in one micro-batch's vectors, float32 `[batch, K]`."""
+        self._positions.append(positions)
+        self._rows.append(vectors)
+
+    def gather(self, batch_size: int, width: int, device: torch.device, exchange: Exchange) -> Signals:
+        """Signals whose vectors are those of every probed example, on all ranks."""
+        local = torch.cat(self._rows) if self._rows else torch.zeros(0, width, device=device)
+        positions = torch.cat(self._positions) if self._positions else self._probed[:0]
+        vectors = exchange.gather_rows(local, positions.to(device), batch_size)
+        probed = self._probed.to(device)
+        return Signals(probed, torch.isfinite(vectors).all(dim=1), vectors=vectors[probed])

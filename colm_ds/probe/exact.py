@@ -1,0 +1,71 @@
+"""`exact`: per-example gradients of the last V projection, held by the rank that has the example."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colm_ds.probe.architecture import Architecture
+from colm_ds.probe.factors import gradient_factors
+from colm_ds.probe.tail import TailInput
+from colm_ds.selection import DenseGradients, Exchange, Signals, finite_rows
+from colm_ds.types import Coreset
+
+
+class ExactEstimator:
+    """Every rank keeps its examples' gradients `[n, d]` in the model's dtype and all ranks select together."""
+
+    is_local = True
+
+    def __init__(self, architecture: Architecture, device: torch.device) -> None:
+        self._architecture = architecture
+        self._device = device
+        self._probed = torch.empty(0, dtype=torch.int64)
+        self._positions: list[Tensor] = []
+        self._matrix: Tensor | None = None
+        self._num_local = 0
+        self._filled = 0
+
+    def begin(self, step: int, probed: Tensor, num_local: int) -> None:
+        """See `Estimator.begin`."""
+        self._probed, self._num_local = probed, num_local
+        self._positions, self._matrix, self._filled = [], None, 0
+
+    def observe(self, tail: TailInput, positions: Tensor, lengths: Sequence[int]) -> None:
+        """See `Estimator.observe`."""
+        target = self._architecture.target
+        delta, inputs = gradient_factors(self._architecture, tail)
+        if self._matrix is None:
+            size = (self._num_local, target.num_coordinates)
+            self._matrix = torch.empty(size, dtype=delta.dtype, device=delta.device)
+        for row, length in enumerate(lengths):
+            gradient = delta[row, :length].T.float() @ inputs[row, :length].float()
+            self._matrix[self._filled] = gradient.flatten()
+            self._filled += 1
+        self._positions.append(positions)
+
+    def signals(self, batch_size: int, exchange: Exchange) -> Signals:
+        """See `Estimator.signals`; only which examples are finite travels here."""
+        target = self._architecture.target
+        matrix = self._matrix
+        if matrix is None:
+            matrix = torch.zeros(0, target.num_coordinates, device=self._device)
+        positions = torch.cat(self._positions) if self._positions else self._probed[:0]
+        positions = positions.to(self._device)
+        broken = torch.zeros(batch_size, device=self._device)
+        broken[positions] = (~finite_rows(matrix)).float()
+        return Signals(positions, exchange.sum(broken) == 0, gradients=DenseGradients(matrix))
+
+    def update(self, coreset: Coreset, exchange: Exchange) -> None:
+        """Nothing to learn; the gradients' memory is given back."""
+        self._matrix = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the selector keeps the history."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""

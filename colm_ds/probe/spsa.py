@@ -1,0 +1,122 @@
+"""`spsa`: the gradient along K random directions from losses at both ends of a small step (CoLM, equation 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from colm_ds.probe.architecture import Architecture, ProbeTarget
+from colm_ds.probe.directions import Directions
+from colm_ds.probe.estimators import VectorRows
+from colm_ds.probe.tail import TailInput, float32_tail, tail_losses
+from colm_ds.selection import Exchange, LowRankGradients, Signals
+from colm_ds.types import Coreset
+
+
+@contextmanager
+def shifted_output(target: ProbeTarget, direction: Tensor, epsilon: float) -> Iterator[None]:
+    """Let the target compute as if `epsilon` times `direction` were added to its weight, which stays untouched.
+
+    Args:
+        target: the probed linear map.
+        direction: z, `[out, in]`.
+        epsilon: signed step.
+    """
+
+    def shift(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        moved = F.linear(inputs[0], direction.to(inputs[0].dtype))
+        if target.stop - target.start == output.shape[-1]:
+            return output.add(moved, alpha=epsilon)
+        output = output.clone()
+        output[..., target.start : target.stop].add_(moved, alpha=epsilon)
+        return output
+
+    handle = target.module.register_forward_hook(shift)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def spsa_coefficients(
+    architecture: Architecture, tail: TailInput, directions: Directions, epsilon: float
+) -> Tensor:
+    """c_ik = (L_i(theta + eps z_k) - L_i(theta - eps z_k)) / (2 eps), float32 `[batch, K]`; computed in float32."""
+    target = architecture.target
+    tail = tail.in_float32()
+    columns = []
+    with torch.no_grad(), float32_tail(architecture):
+        for probe in range(directions.num_probes):
+            direction = directions.direction(probe).view(target.out_features, target.in_features)
+            losses = []
+            for step in (epsilon, -epsilon):
+                with shifted_output(target, direction, step):
+                    losses.append(tail_losses(architecture, tail))
+            columns.append((losses[0] - losses[1]) / (2.0 * epsilon))
+    return torch.stack(columns, dim=1)
+
+
+class SpsaEstimator:
+    """K finite differences per example; r x K floats travel and the ranks' examples are selected from together."""
+
+    is_local = False
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        device: torch.device,
+        *,
+        num_probes: int,
+        epsilon: float,
+        every_step: bool,
+        seed: int,
+    ) -> None:
+        self._architecture = architecture
+        self._device = device
+        self._num_probes = num_probes
+        self._epsilon = epsilon
+        self._every_step = every_step
+        self._seed = seed
+        self._epoch: int | None = None
+        self._directions: Directions | None = None
+        self._rows = VectorRows()
+
+    def begin(self, step: int, probed: Tensor, num_local: int) -> None:
+        """See `Estimator.begin`; the step's directions are drawn when the first examples come."""
+        self._rows.begin(probed)
+        epoch = step if self._every_step else 0
+        if epoch != self._epoch:
+            self._epoch, self._directions = epoch, None
+
+    def observe(self, tail: TailInput, positions: Tensor, lengths: Sequence[int]) -> None:
+        """See `Estimator.observe`."""
+        coefficients = spsa_coefficients(self._architecture, tail, self._directions_now(), self._epsilon)
+        self._rows.add(positions, coefficients[: len(positions)])
+
+    def signals(self, batch_size: int, exchange: Exchange) -> Signals:
+        """See `Estimator.signals`: all ranks get all coefficients."""
+        signals = self._rows.gather(batch_size, self._num_probes, self._device, exchange)
+        assert signals.vectors is not None
+        return replace(signals, gradients=LowRankGradients(signals.vectors, self._directions_now()))
+
+    def update(self, coreset: Coreset, exchange: Exchange) -> None:
+        """Nothing to learn: the selector keeps the history."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: directions follow from seed and step."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+    def _directions_now(self) -> Directions:
+        if self._directions is None:
+            size = self._architecture.target.num_coordinates
+            self._directions = Directions(self._seed, self._epoch or 0, self._num_probes, size, self._device)
+        return self._directions

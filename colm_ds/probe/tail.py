@@ -1,0 +1,175 @@
+"""The probe's two halves: the trunk (all layers but the last, no gradient) and the tail (last layer, norm, head)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from colm_ds.data.micro_batch import MicroBatch
+from colm_ds.errors import ProbeError
+from colm_ds.probe.architecture import Architecture
+from colm_ds.probe.patch import Forward, patched_forwards
+from colm_ds.probe.token_loss import sums_by_row, token_losses
+
+_CAST_ELEMENTS = 1 << 22
+"""Weight elements cast to float32 at a time (16 MB)."""
+
+
+@dataclass(frozen=True)
+class TailInput:
+    """What enters the last layer for one micro-batch.
+
+    Attributes:
+        hidden: hidden states, `[batch, length, hidden]`.
+        args: further positional arguments of the layer.
+        kwargs: its keyword arguments (mask, rotary embeddings, positions).
+        batch: the micro-batch, with the places that have a loss.
+    """
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    batch: MicroBatch
+
+    def in_float32(self) -> TailInput:
+        """The same with every floating tensor in float32."""
+        return TailInput(_cast(self.hidden), _cast(self.args), _cast(self.kwargs), self.batch)
+
+
+def run_trunk(model: nn.Module, architecture: Architecture, batch: MicroBatch) -> TailInput:
+    """One no-grad pass through every layer but the last; the norm and the head are skipped.
+
+    Args:
+        model: what to call: the module of the DeepSpeed engine, or the model itself.
+        architecture: its parts.
+        batch: the micro-batch, on the device.
+    """
+    captured: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+
+    def capture(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        captured.append((hidden_states, args, kwargs))
+        return hidden_states
+
+    skip = {
+        architecture.last_layer: capture,
+        architecture.norm: _first_position,
+        architecture.head: _same,
+    }
+    with torch.no_grad(), patched_forwards(skip):
+        model(input_ids=batch.input_ids, use_cache=False)
+    if len(captured) != 1:
+        raise ProbeError(f"the last decoder layer ran {len(captured)} times in one forward; expected once.")
+    return TailInput(*captured[0], batch)
+
+
+def _same(hidden: Tensor) -> Tensor:
+    return hidden
+
+
+def _first_position(hidden: Tensor) -> Tensor:
+    return hidden[:, :1]
+
+
+def tail_losses(architecture: Architecture, tail: TailInput) -> Tensor:
+    """Mean loss over the labelled tokens of every example, in nats, float32 `[batch]`.
+
+    Runs the last layer on all positions, norm and head on labelled ones. Hooks on the layer's modules apply.
+    """
+    output = architecture.last_layer(tail.hidden, *tail.args, **tail.kwargs)
+    output = output[0] if isinstance(output, tuple) else output
+    batch = tail.batch
+    hidden = architecture.norm(output[batch.rows, batch.positions])
+    head = architecture.head
+    plain_head: Callable[[Tensor], Tensor] = head.forward
+
+    def loss_head(states: Tensor) -> Tensor:
+        return token_losses(plain_head, states, batch.targets, architecture.vocabulary_size)
+
+    with patched_forwards({head: loss_head}):
+        losses = head(hidden)
+    return sums_by_row(losses, batch.rows, len(batch.counts)) / batch.counts.clamp_min(1.0)
+
+
+@contextmanager
+def float32_tail(architecture: Architecture) -> Iterator[None]:
+    """Let the last layer, norm and head compute in float32 whatever the type of their weights.
+
+    Weights are cast a part at a time inside the modules' forwards and stay as they are. A finite difference in bf16
+    would be noise (DESIGN, section 3).
+
+    Raises:
+        ProbeError: if a module with weights is of a kind that can not be run in float32.
+    """
+    forwards: dict[nn.Module, Forward] = {}
+    casting = []
+    for part in (architecture.last_layer, architecture.norm, architecture.head):
+        for name, module in part.named_modules():
+            if getattr(module, "cast_input_dtype_enabled", False):
+                casting.append(module)
+            forward = _float32_forward(name, module)
+            if forward is not None:
+                forwards[module] = forward
+    for module in casting:  # LoRA layers would round their input to the adapter's type
+        module.cast_input_dtype_enabled = False
+    try:
+        with patched_forwards(forwards), torch.autocast(architecture.head.weight.device.type, enabled=False):
+            yield
+    finally:
+        for module in casting:
+            module.cast_input_dtype_enabled = True
+
+
+def _float32_forward(name: str, module: nn.Module) -> Forward | None:
+    """A forward in float32 for a module with low-precision weights of its own, None where its own serves."""
+    weights = [parameter for parameter in module.parameters(recurse=False) if parameter.dtype != torch.float32]
+    if not weights:
+        return None
+    if isinstance(module, nn.Linear):
+        return _float32_linear(module)
+    if isinstance(module, nn.LayerNorm):
+        layer_norm = module
+
+        def forward(hidden: Tensor) -> Tensor:
+            weight, bias = _cast(layer_norm.weight), _cast(layer_norm.bias)
+            return F.layer_norm(hidden, layer_norm.normalized_shape, weight, bias, layer_norm.eps)
+
+        return forward
+    if "RMSNorm" in type(module).__name__:
+        return None  # multiplies in the input's type by promotion
+    raise ProbeError(
+        f"{name or type(module).__name__} ({type(module).__name__}) can not be run in float32, which `spsa` needs. "
+        'Use "estimator": "exact" or "sketch".'
+    )
+
+
+def _float32_linear(module: nn.Linear) -> Forward:
+    def forward(hidden: Tensor) -> Tensor:
+        weight, bias = module.weight, module.bias
+        if weight.numel() <= _CAST_ELEMENTS:
+            return F.linear(hidden, weight.float(), _cast(bias))
+        output = hidden.new_empty(*hidden.shape[:-1], weight.shape[0])
+        rows = max(1, _CAST_ELEMENTS // weight.shape[1])
+        for start in range(0, weight.shape[0], rows):
+            stop = start + rows
+            part = None if bias is None else _cast(bias[start:stop])
+            output[..., start:stop] = F.linear(hidden, weight[start:stop].float(), part)
+        return output
+
+    return forward
+
+
+def _cast(value: Any) -> Any:
+    """Floating tensors of a nested structure in float32, all else as it is."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cast(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _cast(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,48 @@
+"""Cross-entropy at labelled positions only, never more than a chunk of logits at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+_CHUNK_LOGITS = 1 << 23
+"""Logits of one chunk (32 MB in float32)."""
+
+
+def token_losses(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocabulary_size: int
+) -> Tensor:
+    """Cross-entropy of every position in nats, float32 `[n]`.
+
+    With more than one chunk under autograd the logits of a chunk are computed again in the backward pass.
+
+    Args:
+        head: maps `[n, hidden]` to logits `[n, vocabulary]`.
+        hidden: `[n, hidden]`, after the final norm.
+        targets: int64 `[n]`.
+        vocabulary_size: width of the logits.
+    """
+
+    def chunk_loss(part: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(head(part).float(), target, reduction="none")
+
+    size = max(1, _CHUNK_LOGITS // vocabulary_size)
+    if len(targets) <= size:
+        return chunk_loss(hidden, targets)
+    recompute = torch.is_grad_enabled()
+    parts = [
+        checkpoint(chunk_loss, part, target, use_reentrant=False, preserve_rng_state=False)
+        if recompute
+        else chunk_loss(part, target)
+        for part, target in zip(hidden.split(size), targets.split(size), strict=True)
+    ]
+    return torch.cat([part for part in parts if part is not None])
+
+
+def sums_by_row(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """Sum of the values of every row, float32 `[num_rows]`."""
+    return torch.zeros(num_rows, device=values.device).index_add(0, rows, values)

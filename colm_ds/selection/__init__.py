@@ -1,0 +1,38 @@
+"""Choosing a coreset of a large batch: sources and quotas, Adam geometry, masks, medoids, weights. Needs torch only."""
+
+from colm_ds.selection.coreset import SelectionSettings, Signals, select_coreset
+from colm_ds.selection.exchange import SINGLE_PROCESS, Exchange, SingleProcess
+from colm_ds.selection.facility_location import Medoids, facility_location, pairwise_similarity
+from colm_ds.selection.gradients import DenseGradients, Gradients, LowRankGradients, finite_rows
+from colm_ds.selection.history import AdamHistory
+from colm_ds.selection.mask import mask_coordinates
+from colm_ds.selection.selectors import SELECTORS, Selector, SelectorContext, make_selector
+from colm_ds.selection.sources import coreset_quotas, share_out, split_sources
+from colm_ds.selection.weights import cluster_weights, matched_weights
+
+__all__ = [
+    "SELECTORS",
+    "SINGLE_PROCESS",
+    "AdamHistory",
+    "DenseGradients",
+    "Exchange",
+    "Gradients",
+    "LowRankGradients",
+    "Medoids",
+    "SelectionSettings",
+    "Selector",
+    "SelectorContext",
+    "Signals",
+    "SingleProcess",
+    "cluster_weights",
+    "coreset_quotas",
+    "facility_location",
+    "finite_rows",
+    "make_selector",
+    "mask_coordinates",
+    "matched_weights",
+    "pairwise_similarity",
+    "select_coreset",
+    "share_out",
+    "split_sources",
+]

@@ -1,0 +1,156 @@
+"""Medoids: greedy maximisation of the facility-location function (CoLM, section 4.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from colm_ds.errors import SelectionError
+
+METRICS = ("l1", "euclidean", "cosine")
+
+TIE_TOLERANCE = 1e-12
+"""Similarities this close, relative to the largest one, are equal, and gains n times as close (float64 round-off)."""
+
+_ELEMENTS_AT_ONCE = 1 << 21
+"""Elements of the features, or of the similarity, that are worked on at a time (16 MB in float64)."""
+
+
+def pairwise_similarity(features: Tensor, metric: str = "l1") -> Tensor:
+    """Similarity of every pair of examples: C - distance with C the largest distance, or the cosine.
+
+    Args:
+        features: one row per example, `[n, h]`.
+        metric: `l1`, `euclidean` or `cosine`.
+
+    Returns:
+        float64 `[n, n]`, symmetric; at least 0 for the distances. A row of zeros has cosine 0 with every other.
+
+    Raises:
+        SelectionError: if the metric is unknown or `features` is not a matrix.
+    """
+    if features.dim() != 2:
+        raise SelectionError(f"pairwise_similarity: features of shape {tuple(features.shape)}. Give [n, h].")
+    if metric not in METRICS:
+        raise SelectionError(f"pairwise_similarity: unknown metric {metric!r}. Choose one of {', '.join(METRICS)}.")
+    n = features.shape[0]
+    # In float64, because ties are common (of an even number of examples that one probe orders alike in every
+    # coordinate, the two in the middle have the same gain) and float32 sums would break them at random.
+    total = torch.zeros(n, n, dtype=torch.float64, device=features.device)
+    for part in features.split(max(1, _ELEMENTS_AT_ONCE // max(n, 1)), dim=1):
+        wide = part.double()
+        if metric == "l1":
+            total += torch.cdist(wide, wide, p=1.0)
+        elif metric == "euclidean":
+            # Not by a matrix product, which loses the small distances to cancellation.
+            total += torch.cdist(wide, wide, p=2.0, compute_mode="donot_use_mm_for_euclid_dist").square_()
+        else:
+            total.addmm_(wide, wide.T)
+    if metric == "cosine":
+        norms = total.diagonal().sqrt().clamp_min(1e-150)  # a product of two of them is not zero
+        return (total + total.T).div_(2.0 * torch.outer(norms, norms))
+    distance = total.sqrt_() if metric == "euclidean" else total
+    return (distance.max() - distance) if n else distance
+
+
+@dataclass(frozen=True)
+class Medoids:
+    """Result of the greedy maximisation of F(S) = sum_i max_{s in S} similarity[i, s].
+
+    Attributes:
+        indices: picked rows in pick order, int64 `[k]`.
+        gains: what each pick added to F, float64 `[k]`, non-increasing after the first.
+        objective: F of the picked set.
+        cluster_sizes: examples whose most similar pick each is, int64 `[k]`; at least 1, adding up to n.
+    """
+
+    indices: Tensor
+    gains: Tensor
+    objective: float
+    cluster_sizes: Tensor
+
+
+def facility_location(similarity: Tensor, k: int) -> Medoids:
+    """Pick `k` medoids greedily; ties go to the lowest index.
+
+    The gains of all candidates are kept up to date: after a pick only the rows that it serves better than the earlier
+    picks are read again, so the whole run reads about n * n * log(k) similarities instead of k * n * n.
+
+    Args:
+        similarity: `[n, n]`, from `pairwise_similarity`.
+        k: picks, 0 <= k <= n.
+
+    Returns:
+        The medoids; within a factor 1 - 1/e of the best objective where similarities are not negative.
+
+    Raises:
+        SelectionError: if `similarity` is not a square matrix, `k` is out of range or a value is not finite.
+    """
+    if similarity.dim() != 2 or similarity.shape[0] != similarity.shape[1]:
+        raise SelectionError(f"facility_location: similarity of shape {tuple(similarity.shape)}. Give [n, n].")
+    n = similarity.shape[0]
+    if not 0 <= k <= n:
+        raise SelectionError(f"facility_location: {k} medoids of {n} examples. Ask for 0 to {n}.")
+    if not bool(torch.isfinite(similarity).all()):
+        raise SelectionError("facility_location: a similarity is not finite. Leave out examples without finite signal.")
+    indices: list[int] = []
+    gains: list[float] = []
+    device = similarity.device
+    if k == 0:
+        empty = torch.empty(0, dtype=torch.int64, device=device)
+        return Medoids(empty, empty.double(), 0.0, empty)
+
+    gain = similarity.sum(dim=0, dtype=torch.float64)
+    low, high = similarity.aminmax()
+    margin = TIE_TOLERANCE * max(abs(float(low)), abs(float(high)))
+    best = similarity.new_empty(n)  # similarity of each row to its nearest pick
+    cluster = torch.zeros(n, dtype=torch.int64, device=device)
+    for pick in range(k):
+        chosen = _first_of_the_best(gain, n * margin)
+        indices.append(chosen)
+        gains.append(float(gain[chosen]))
+        column = similarity[:, chosen]
+        if pick == 0:
+            best.copy_(column)
+            gain = _gains_over(similarity, best)
+        else:
+            better = (column > best + margin).nonzero().flatten()
+            _move_gains(gain, similarity, better, best[better], column[better])
+            best[better] = column[better]
+            cluster[better] = pick
+        gain[chosen] = -torch.inf
+    picked = torch.tensor(indices, device=device)
+    cluster[picked] = torch.arange(k, device=device)  # a medoid stands for itself, also beside an equal one
+    objective = float(best.sum(dtype=torch.float64))
+    return Medoids(picked, torch.tensor(gains, dtype=torch.float64), objective, torch.bincount(cluster, minlength=k))
+
+
+def _first_of_the_best(gain: Tensor, tolerance: float) -> int:
+    return int((gain >= gain.max() - tolerance).int().argmax())
+
+
+def _gains_over(similarity: Tensor, best: Tensor) -> Tensor:
+    """What every candidate would add to `best`, float64 `[n]`."""
+    n = similarity.shape[1]
+    total = torch.zeros(n, dtype=torch.float64, device=similarity.device)
+    rows = max(1, _ELEMENTS_AT_ONCE // max(n, 1))
+    for start in range(0, similarity.shape[0], rows):
+        total += _above(similarity[start : start + rows], best[start : start + rows])
+    return total
+
+
+def _move_gains(gain: Tensor, similarity: Tensor, rows: Tensor, old: Tensor, new: Tensor) -> None:
+    """Take the part of `rows` out of the gains at their `old` best similarity and put it in at the `new` one."""
+    at_once = max(1, _ELEMENTS_AT_ONCE // similarity.shape[1])
+    for start in range(0, len(rows), at_once):
+        stop = start + at_once
+        part = similarity[rows[start:stop]]
+        gain -= _above(part, old[start:stop])
+        gain += _above(part, new[start:stop])
+
+
+def _above(similarity: Tensor, level: Tensor) -> Tensor:
+    """By how much columns exceed each row's level, summed over rows; in float64, where such differences are exact."""
+    return (similarity.double() - level.double()[:, None]).relu_().sum(dim=0)

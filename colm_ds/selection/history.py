@@ -1,0 +1,136 @@
+"""Adam geometry of per-example gradients, streamed over coordinates (CoLM, section 4.2, equation 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colm_ds.errors import SelectionError
+from colm_ds.selection.exchange import Exchange
+from colm_ds.selection.gradients import Gradients
+
+_CHUNK_ELEMENTS = 1 << 18
+"""Elements of one [rows, coordinates] chunk (1 MB in float32): three of them stay in a core's cache."""
+
+Transform = Callable[[Tensor, slice], Tensor]
+
+
+def normalise(gradients: Tensor, m: Tensor, v: Tensor, count: int, betas: tuple[float, float], eps: float) -> Tensor:
+    """Adam-normalise gradients against a history; overwrites and returns `gradients`.
+
+    u = mhat / (sqrt(vhat) + eps) with mhat = (beta1 m + (1 - beta1) g) / (1 - beta1^t), vhat likewise from g^2 and
+    t = count + 1.
+
+    Args:
+        gradients: `[n, w]`.
+        m: first moment at these coordinates, `[w]`.
+        v: second moment at these coordinates, `[w]`.
+        count: updates that the history has had.
+        betas: beta1 and beta2 of the optimizer.
+        eps: eps of the optimizer.
+    """
+    beta1, beta2 = betas
+    first, second = 1.0 - beta1 ** (count + 1), 1.0 - beta2 ** (count + 1)
+    root = torch.addcmul(v * (beta2 / second), gradients, gradients, value=(1.0 - beta2) / second)
+    root.sqrt_().add_(eps)
+    return gradients.mul_((1.0 - beta1) / first).add_(m * (beta1 / first)).div_(root)
+
+
+class AdamHistory:
+    """Moments of the selected examples' gradients, and the geometry they define.
+
+    The moments are those of *selected* examples of big sources: m becomes the mean over them of
+    beta1 m + (1 - beta1) g_i, v likewise with g_i^2. Bias correction uses the number of updates plus one, which is the
+    step number where every step selects. Extra memory beside m and v: one chunk of about 1 MB and one sum `[d]`.
+
+    Attributes:
+        m: first moment, float32 `[d]`.
+        v: second moment, float32 `[d]`.
+        count: updates so far.
+    """
+
+    def __init__(
+        self,
+        num_coordinates: int,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.m = torch.zeros(num_coordinates, device=device)
+        self.v = torch.zeros(num_coordinates, device=device)
+        self.count = 0
+        self.betas = betas
+        self.eps = eps
+
+    def normalise(self, gradients: Tensor, where: slice | Tensor) -> Tensor:
+        """u_i from g_i at some coordinates, `[n, w]`; overwrites and returns `gradients`."""
+        return normalise(gradients, self.m[where], self.v[where], self.count, self.betas, self.eps)
+
+    def update(self, gradients: Gradients, rows: Tensor, total: int, exchange: Exchange) -> None:
+        """Take in the selected rows of all processes; nothing happens if there are none.
+
+        Args:
+            gradients: this process's gradients.
+            rows: this process's selected rows, int64 `[n]`.
+            total: selected rows of all processes.
+            exchange: sums over processes.
+        """
+        if total == 0:
+            return
+        sums = torch.zeros(2, len(self.m), device=self.m.device)
+        if len(rows):
+            for start, stop in _chunks(len(self.m), len(rows)):
+                chunk = gradients.chunk(rows, start, stop)
+                sums[0, start:stop] = chunk.sum(dim=0)
+                sums[1, start:stop] = chunk.square_().sum(dim=0)
+        exchange.sum(sums)
+        for moment, beta, increment in zip((self.m, self.v), self.betas, sums, strict=True):
+            moment.mul_(beta).add_(increment, alpha=(1.0 - beta) / total)
+        self.count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and count."""
+        return {"m": self.m, "v": self.v, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore moments and count.
+
+        Raises:
+            SelectionError: if the moments have another length.
+        """
+        if state["m"].shape != self.m.shape:
+            raise SelectionError(
+                f"history of {len(state['m'])} coordinates does not fit a probe of {len(self.m)}. "
+                "Resume with the model, LoRA rank and probe layer of the saved run."
+            )
+        self.m.copy_(state["m"])
+        self.v.copy_(state["v"])
+        self.count = int(state["count"])
+
+
+def mean_gradient(
+    gradients: Gradients, rows: Tensor, total: int, exchange: Exchange, transform: Transform | None = None
+) -> Tensor:
+    """Mean over the rows of all processes, read in chunks, each transformed first; float32 `[d]`.
+
+    Args:
+        gradients: this process's gradients.
+        rows: this process's rows to average, int64 `[n]`.
+        total: rows of all processes.
+        exchange: sums over processes.
+        transform: (chunk, its coordinates) -> chunk, for example `AdamHistory.normalise`.
+    """
+    mean = torch.zeros(gradients.num_coordinates, device=rows.device)
+    if len(rows):
+        for start, stop in _chunks(gradients.num_coordinates, len(rows)):
+            chunk = gradients.chunk(rows, start, stop)
+            mean[start:stop] = (transform(chunk, slice(start, stop)) if transform else chunk).sum(dim=0)
+    return exchange.sum(mean).div_(total)
+
+
+def _chunks(num_coordinates: int, num_rows: int) -> list[tuple[int, int]]:
+    width = max(1, _CHUNK_ELEMENTS // num_rows)
+    return [(start, min(start + width, num_coordinates)) for start in range(0, num_coordinates, width)]

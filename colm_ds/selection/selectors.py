@@ -1,0 +1,183 @@
+"""Selectors by name: CoLM and the baselines that need no signal. A new one is a class and a line in `SELECTORS`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from colm_ds.errors import SelectionError
+from colm_ds.seeds import private_generator
+from colm_ds.selection.coreset import SelectionSettings, Signals, select_coreset
+from colm_ds.selection.exchange import Exchange
+from colm_ds.selection.history import AdamHistory
+from colm_ds.selection.sources import share_out
+from colm_ds.types import Coreset, LargeBatch
+
+
+@dataclass(frozen=True)
+class SelectorContext:
+    """What every selector is made from.
+
+    Attributes:
+        size: b.
+        small: ids of small sources.
+        settings: how medoids are chosen; `seed` seeds every random choice.
+        betas: beta1 and beta2 of the optimizer in use.
+        eps: eps of the optimizer in use.
+    """
+
+    size: int
+    small: Collection[int] = ()
+    settings: SelectionSettings = field(default_factory=SelectionSettings)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+
+class Selector(Protocol):
+    """Chooses a coreset of every large batch.
+
+    Attributes:
+        needs_signals: whether the probe has to run before `select`.
+    """
+
+    needs_signals: bool
+
+    def select(self, batch: LargeBatch, signals: Signals | None, exchange: Exchange) -> Coreset:
+        """The coreset of one large batch."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What later choices depend on."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        ...
+
+
+class ColmSelector:
+    """All examples of small sources and the medoids of the others (CoLM, algorithm 1)."""
+
+    needs_signals = True
+
+    def __init__(self, context: SelectorContext) -> None:
+        self._context = context
+        self._history: AdamHistory | None = None
+        self._saved: dict[str, Any] | None = None
+
+    def select(self, batch: LargeBatch, signals: Signals | None, exchange: Exchange) -> Coreset:
+        """See `select_coreset`."""
+        if signals is None:
+            raise SelectionError("selector 'colm' was given no signals. Run the probe first.")
+        context = self._context
+        return select_coreset(
+            batch.sources,
+            signals,
+            context.size,
+            small=context.small,
+            settings=context.settings,
+            history=self._history_for(signals),
+            step=batch.step,
+            exchange=exchange,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, once there is one."""
+        return self._history.state_dict() if self._history else dict(self._saved or {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the history; it is placed on a device when the next signals arrive."""
+        self._history, self._saved = None, state or None
+
+    def _history_for(self, signals: Signals) -> AdamHistory | None:
+        if signals.gradients is None:
+            return None
+        if self._history is None:
+            context = self._context
+            device = signals.positions.device
+            self._history = AdamHistory(signals.gradients.num_coordinates, context.betas, context.eps, device)
+            if self._saved is not None:
+                self._history.load_state_dict(self._saved)
+                self._saved = None
+        return self._history
+
+
+class _Stateless:
+    """Base of selectors that choose from seed and step alone."""
+
+    needs_signals = False
+
+    def __init__(self, context: SelectorContext) -> None:
+        self._context = context
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: there is no state."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+class RandomSelector(_Stateless):
+    """Plain training on b: a random b of the r examples."""
+
+    def select(self, batch: LargeBatch, signals: Signals | None, exchange: Exchange) -> Coreset:
+        """b positions drawn from (seed, step), ascending."""
+        generator = private_generator(self._context.settings.seed, "random", batch.step)
+        return _uniform(torch.randperm(batch.size, generator=generator)[: self._context.size].sort().values)
+
+
+class KeepRandomSelector(_Stateless):
+    """All examples of small sources, random ones of the others by CoLM's quotas: what CoLM is without medoids."""
+
+    def select(self, batch: LargeBatch, signals: Signals | None, exchange: Exchange) -> Coreset:
+        """Kept examples, then each pool's random picks, drawn from (seed, step)."""
+        context = self._context
+        generator = private_generator(context.settings.seed, "keep_random", batch.step)
+        shares = share_out(
+            batch.sources,
+            context.size,
+            context.small,
+            per_source=context.settings.per_source,
+            generator=generator,
+        )
+        picks = [
+            pool.positions[torch.randperm(len(pool.positions), generator=generator)[: pool.quota]]
+            for pool in shares.pools
+        ]
+        return _uniform(torch.cat([shares.kept, *picks]), len(shares.kept), shares.num_dropped_small)
+
+
+class FullSelector(_Stateless):
+    """Plain training on r: every example of the large batch."""
+
+    def select(self, batch: LargeBatch, signals: Signals | None, exchange: Exchange) -> Coreset:
+        """All positions."""
+        return _uniform(torch.arange(batch.size))
+
+
+SELECTORS: dict[str, type[ColmSelector] | type[_Stateless]] = {
+    "colm": ColmSelector,
+    "random": RandomSelector,
+    "keep_random": KeepRandomSelector,
+    "full": FullSelector,
+}
+
+
+def make_selector(name: str, context: SelectorContext) -> Selector:
+    """The selector of that name.
+
+    Raises:
+        SelectionError: if there is none.
+    """
+    if name not in SELECTORS:
+        raise SelectionError(f"selector {name!r} is unknown. Choose one of {', '.join(SELECTORS)}.")
+    return SELECTORS[name](context)  # type: ignore[return-value]
+
+
+def _uniform(positions: Tensor, num_kept: int = 0, num_dropped_small: int = 0) -> Coreset:
+    return Coreset(positions, torch.ones(len(positions)), num_kept, num_dropped_small)

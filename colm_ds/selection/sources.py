@@ -1,0 +1,159 @@
+"""Which examples are kept by source and how many picks each pool of the others gets (CoLM, section 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from colm_ds.errors import SelectionError
+
+Source = TypeVar("Source", bound=Hashable)
+
+JOINT_POOL = -1
+"""Source id of the pool that holds the examples of every big source (`per_source: false`)."""
+
+
+def split_sources(counts: Mapping[Source, int]) -> tuple[list[Source], list[Source]]:
+    """Split sources into small and big ones: small has fewer than |V|/c examples in the dataset.
+
+    Args:
+        counts: examples of each of the c sources in the dataset; |V| is their sum.
+
+    Returns:
+        Small sources and big sources, each in the order of `counts`.
+
+    Raises:
+        SelectionError: if there is no source or a count is negative.
+    """
+    if not counts:
+        raise SelectionError("split_sources: no sources. Give the number of examples of at least one source.")
+    negative = {source: count for source, count in counts.items() if count < 0}
+    if negative:
+        raise SelectionError(f"split_sources: negative counts {negative}. Counts are numbers of examples.")
+    total, num_sources = sum(counts.values()), len(counts)
+    small = [source for source, count in counts.items() if count * num_sources < total]
+    big = [source for source, count in counts.items() if count * num_sources >= total]
+    return small, big
+
+
+def coreset_quotas(counts: Sequence[int], total: int) -> list[int]:
+    """Share `total` picks among sources in proportion to their examples in the large batch.
+
+    Largest remainder in exact integers, capped by what a source has; ties go to the lower source id (CoLM,
+    section 4.1: b_q).
+
+    Args:
+        counts: examples of each source in the large batch, `[num_sources]`.
+        total: picks to hand out, b - |S_small|; at most `sum(counts)`.
+
+    Returns:
+        Picks per source, `[num_sources]`, adding up to exactly `total`.
+
+    Raises:
+        SelectionError: if `total` is negative or more than there are examples.
+    """
+    available = sum(counts)
+    if any(count < 0 for count in counts):
+        raise SelectionError(f"coreset_quotas: negative count in {list(counts)}. Counts are numbers of examples.")
+    if not 0 <= total <= available:
+        raise SelectionError(f"coreset_quotas: {total} picks of {available} examples. Ask for 0 to {available}.")
+    if available == 0:
+        return [0] * len(counts)
+    quotas = [total * count // available for count in counts]
+    remainders = [total * count % available for count in counts]
+    by_remainder = sorted(range(len(counts)), key=lambda source: (-remainders[source], source))
+    for source in by_remainder[: total - sum(quotas)]:
+        quotas[source] += 1
+    return quotas
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Examples among which `quota` medoids are picked.
+
+    Attributes:
+        source: source id, or `JOINT_POOL`.
+        positions: positions in the large batch, ascending, int64 `[n]`.
+        quota: picks, at most n.
+    """
+
+    source: int
+    positions: Tensor
+    quota: int
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How the b places of a coreset are handed out before any signal is compared.
+
+    Attributes:
+        kept: positions of kept small-source examples, ascending, int64 `[num_kept]`.
+        pools: pools of the other examples; empty pools and pools without picks are left out.
+        num_dropped_small: small-source examples for which b had no room.
+    """
+
+    kept: Tensor
+    pools: list[Pool]
+    num_dropped_small: int
+
+
+def share_out(
+    sources: Tensor,
+    size: int,
+    small: Collection[int],
+    *,
+    selectable: Tensor | None = None,
+    per_source: bool = True,
+    generator: torch.Generator | None = None,
+) -> Shares:
+    """Keep the examples of small sources and give every pool of the others its quota (CoLM, section 4.1).
+
+    If more small-source examples than `size` are in the batch, `size` of them are kept, spread over the small sources
+    in proportion, within a source in random order.
+
+    Args:
+        sources: source id of every example, int64 `[r]`.
+        size: b, the size of the coreset.
+        small: ids of the small sources; empty to keep nothing by source.
+        selectable: False for examples to treat as absent from the batch, bool `[r]`.
+        per_source: one pool per big source, or one joint pool.
+        generator: private CPU generator for the random order; needed only if small sources exceed `size`.
+
+    Returns:
+        The shares; kept plus quotas add up to min(size, number of selectable examples).
+
+    Raises:
+        SelectionError: if `size` is not positive.
+    """
+    if size < 1:
+        raise SelectionError(f"share_out: coreset size {size}. Choose at least 1.")
+    sources = sources.cpu()
+    present = torch.ones_like(sources, dtype=torch.bool) if selectable is None else selectable.cpu()
+    is_small = torch.isin(sources, torch.tensor(sorted(small), dtype=sources.dtype)) & present
+    small_positions = is_small.nonzero().flatten()
+    if len(small_positions) > size:
+        kept = _spread_small(sources, small_positions, size, generator)
+        return Shares(kept, [], len(small_positions) - size)
+
+    rest = (present & ~is_small).nonzero().flatten()
+    picks = min(size - len(small_positions), len(rest))
+    ids = sorted(set(sources[rest].tolist())) if per_source else [JOINT_POOL] if len(rest) else []
+    members = [rest[sources[rest] == source] if per_source else rest for source in ids]
+    quotas = coreset_quotas([len(positions) for positions in members], picks)
+    pools = [Pool(*pool) for pool in zip(ids, members, quotas, strict=True) if pool[2] > 0]
+    return Shares(small_positions, pools, 0)
+
+
+def _spread_small(sources: Tensor, positions: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
+    ids = sorted(set(sources[positions].tolist()))
+    members = [positions[sources[positions] == source] for source in ids]
+    quotas = coreset_quotas([len(member) for member in members], size)
+    kept = [
+        member[torch.randperm(len(member), generator=generator)[:quota]]
+        for member, quota in zip(members, quotas, strict=True)
+    ]
+    return torch.cat(kept).sort().values

@@ -1,0 +1,147 @@
+"""Data that flows through one step: examples, the large batch, its coreset, the step's statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example, unpadded.
+
+    Attributes:
+        input_ids: token ids, int64 `[length]`.
+        labels: token ids to predict, -100 where there is no loss, int64 `[length]`.
+        source: source id.
+        index: position in the dataset.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    source: int
+    index: int
+
+
+class SourcedDataset(Protocol):
+    """A map-style dataset that knows, without tokenising again, source and length of every example.
+
+    Attributes:
+        source_names: name of each source id.
+        source_ids: source id of every example, `[num_examples]`.
+        lengths: tokens of every example, `[num_examples]`.
+        num_label_tokens: labelled tokens of every example, `[num_examples]`.
+    """
+
+    source_names: Sequence[str]
+    source_ids: np.ndarray
+    lengths: np.ndarray
+    num_label_tokens: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclass(frozen=True)
+class LargeBatch:
+    """The r examples of one step as one rank sees them: all of the facts, its own share of the tokens.
+
+    `r` is the large batch size; a *position* is a place in the large batch, `0 <= position < r`.
+
+    Attributes:
+        step: 1-based optimizer step.
+        indices: dataset index of every example, int64 `[r]`.
+        sources: source id of every example, int64 `[r]`.
+        lengths: tokens of every example, int64 `[r]`.
+        num_label_tokens: labelled tokens of every example, int64 `[r]`.
+        home: rank that holds every example, int64 `[r]`.
+        examples: this rank's examples by position.
+    """
+
+    step: int
+    indices: Tensor
+    sources: Tensor
+    lengths: Tensor
+    num_label_tokens: Tensor
+    home: Tensor
+    examples: dict[int, Example]
+
+    @property
+    def size(self) -> int:
+        """r, the number of examples in the large batch."""
+        return len(self.indices)
+
+
+@dataclass(frozen=True)
+class Coreset:
+    """The examples of a large batch to train on.
+
+    Attributes:
+        positions: chosen positions in the large batch, int64 `[b]`: kept small-source examples first, then the
+            medoids of each pool in pick order.
+        weights: loss weight of each, float32 `[b]`; mean 1 within each pool, 1 for kept examples.
+        num_kept: how many of the first positions are kept small-source examples.
+        num_dropped_small: small-source examples that did not fit into b.
+        num_nonfinite: examples left out because their signal was not finite.
+        coherence: by source (or -1 for the joint pool), |mean g| / mean |g| of the signals; near 1 where a medoid
+            can stand for the others, near 1/sqrt(n) where nothing can.
+    """
+
+    positions: Tensor
+    weights: Tensor
+    num_kept: int = 0
+    num_dropped_small: int = 0
+    num_nonfinite: int = 0
+    coherence: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """b, the number of chosen examples."""
+        return len(self.positions)
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one optimizer step did; one object of `metrics.jsonl`.
+
+    Attributes:
+        step: 1-based optimizer step.
+        loss: weighted mean loss of the coreset (nats per token, by `loss_normalization`).
+        lr: learning rate of the first parameter group in this step.
+        grad_norm: norm of the gradient before clipping; None where DeepSpeed does not give it.
+        tokens: non-padding tokens trained on, over all ranks.
+        samples: examples trained on since the first step (b a step), over all ranks.
+        examples_probed: examples that the probe ran on, over all ranks.
+        examples_trained: size of the coreset.
+        padding_fraction: share of padding among the tokens computed in training, over all ranks.
+        exchange_bytes: payload of the collectives: signals (what the estimator sends), selection (masked columns, sums and
+            the choice itself), tokens (of examples trained on another rank than the one that holds them).
+        selected: whether the selector ran (False for a plain step of the schedule).
+        time_s: seconds of each phase on this rank: probe, exchange, select, train, step, total.
+        memory_gib: peak memory of each phase on this rank (GiB = 2^30 bytes): probe, train, peak.
+        coreset: kept_small, dropped_small, nonfinite, per_source (examples by source name), coherence by source name.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float | None
+    tokens: int
+    samples: int
+    examples_probed: int
+    examples_trained: int
+    padding_fraction: float
+    exchange_bytes: dict[str, int]
+    selected: bool
+    time_s: dict[str, float]
+    memory_gib: dict[str, float]
+    coreset: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dictionary for JSON."""
+        return asdict(self)

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Makes the Python environment .venv in the repository root and installs colm_ds with its test tools into it.
+#
+#   bash launch/setup.sh                     # from any directory: minutes the first time, at once when all is there
+#   PYTHON=python3.12 bash launch/setup.sh   # the interpreter to make .venv with (default: python3)
+#
+# No C++ compiler and no CUDA toolkit is needed: DeepSpeed builds its extensions when they are first used, colm_ds
+# switches off the one that would be built at start-up (shm_comm), and "torch_adam": true avoids the fused Adam.
+set -euo pipefail
+
+torch_pin="torch==2.13.0"
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+venv="$root/.venv"
+python="$venv/bin/python"
+stamp="$venv/colm_ds_setup"     # written last: what the environment was made from, and where
+
+say() { echo "setup: $*"; }
+fail() { echo "setup: $*" >&2; exit 1; }
+
+checksum="$(cat "$root/pyproject.toml" "$root/launch/setup.sh" | cksum)"
+made_from="" made_in=""
+if [[ -f "$stamp" ]]; then { read -r made_from && read -r made_in; } < "$stamp" || true; fi
+if [[ -x "$python" && "$made_from" == "$checksum" && "$made_in" == "$root" ]]; then
+    say ".venv is up to date"
+    exit 0
+fi
+
+check_version() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "$1 is $("$1" --version 2>&1), but colm_ds needs 3.10 or newer. $2"
+}
+
+# A moved environment (its scripts name the old path) or one without a working pip is made anew.
+if [[ -n "$made_in" && "$made_in" != "$root" ]] || ! "$python" -m pip --version >/dev/null 2>&1; then
+    base="${PYTHON:-python3}"
+    command -v "$base" >/dev/null || fail "$base is not installed. colm_ds needs Python 3.10 or newer."
+    check_version "$base" "Name another one: PYTHON=python3.12 bash launch/setup.sh"
+    if ! "$base" -c 'import ensurepip, venv' 2>/dev/null; then
+        version="$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+        fail "$base can not make environments with pip. On Debian and Ubuntu: apt-get install python$version-venv"
+    fi
+    say "making .venv with $("$base" --version)"
+    "$base" -m venv --clear "$venv"
+else
+    check_version "$python" "Delete .venv, then: PYTHON=python3.12 bash launch/setup.sh"
+fi
+rm -f "$stamp"
+
+install() { "$python" -m pip install -qq --no-input --disable-pip-version-check "$@"; }
+retry="Run it again once the cause is gone; what is installed already stays."
+
+# torch goes first and stays: a later package must not bring another build of it (CUDA over CPU, say).
+say "installing $torch_pin (a large download the first time)"
+install "$torch_pin" || fail "installing $torch_pin failed. $retry"
+constraint="$venv/torch_constraint.txt"
+echo "$torch_pin" > "$constraint"
+say "installing colm_ds, editable, with its test tools"
+(cd "$root" && install --constraint "$constraint" --editable ".[test]") || fail "installing colm_ds failed. $retry"
+
+say "checking that the main packages import"
+"$python" -c 'import torch, transformers, peft, datasets, deepspeed' >/dev/null ||
+    fail "a package does not import. Delete .venv and run it again."
+
+printf '%s\n%s\n' "$checksum" "$root" > "$stamp.new"
+mv "$stamp.new" "$stamp"
+say "done"

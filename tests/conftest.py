@@ -1,0 +1,59 @@
+"""Fixtures and environment that all tests share."""
+
+from __future__ import annotations
+
+import os
+
+# Read by the libraries when they are imported, so set first.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+
+# More threads than cores only slow small tensors down; two is what continuous integration has.
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """Root folder of the repository."""
+    return REPO_ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data(repo_root: Path) -> Path:
+    """Folder of the data sets that lie beside the repository; skips the test where there is none."""
+    folder = repo_root.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no shared/data folder beside the repository")
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _remove_deepspeed_buffers() -> Iterator[None]:
+    """Remove the 66 MiB shared-memory files that DeepSpeed leaves, if they appeared in this session."""
+
+    def buffers() -> set[Path]:
+        return set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
+
+    before = buffers()
+    yield
+    for path in buffers() - before:
+        with suppress(OSError):  # another user's, or gone already
+            path.unlink()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name the checks of launch/test.sh that failed before pytest, so that they are not lost above its output."""
+    failed = os.environ.get("COLM_DS_FAILED_CHECKS")
+    if failed:
+        terminalreporter.write_sep("=", "launch/test.sh", red=True)
+        for name in failed.split(","):
+            terminalreporter.write_line(f"FAILED {name} (see above pytest's output)", red=True)

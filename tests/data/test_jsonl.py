@@ -1,0 +1,195 @@
+"""Readers of JSON files: every format gives the same records, every defect is named with its line."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from colm_ds.data import find_files, read_records
+from colm_ds.data.jsonl import split_lines
+from colm_ds.errors import DataError
+
+RECORDS = [
+    {"text": "line\u2028separator \x85 \x1c inside", "n": 1},
+    {"text": "é 数 \U0001f600"},
+    {"text": 'quote " and \\n'},
+]
+LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
+
+
+def save(path: Path, data: bytes) -> Path:
+    if path.name.endswith(".gz"):
+        data = gzip.compress(data)
+    elif path.name.endswith(".zst"):
+        data = pytest.importorskip("zstandard").ZstdCompressor(write_checksum=True).compress(data)
+    path.write_bytes(data)
+    return path
+
+
+def failure(path: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        list(read_records(path))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("ending", [b"", b"\n", b"\n\n", b"\n \t\r\n"])
+def test_lines_of_every_format(tmp_path: Path, name: str, ending: bytes) -> None:
+    path = save(tmp_path / name, LINES.removesuffix(b"\n") + ending)
+    assert list(read_records(path)) == [(f"{path}:{line}", record) for line, record in enumerate(RECORDS, start=1)]
+
+
+def test_array(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(RECORDS, indent=1, ensure_ascii=False), encoding="utf-8")
+    assert list(read_records(path)) == [(f"{path}[item {item}]", record) for item, record in enumerate(RECORDS, 1)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_byte_order_mark_and_windows_line_ends(tmp_path: Path, name: str) -> None:
+    text = b'{"a": 1}\r\n' if name == "a.jsonl" else b'[{"a": 1}]\r\n'
+    assert [record for _, record in read_records(save(tmp_path / name, b"\xef\xbb\xbf" + text))] == [{"a": 1}]
+
+
+def test_reading_streams(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jsonl", b'{"a": 1}\n' * 3 + b"broken")
+    records = read_records(path)
+    assert [next(records)[1] for _ in range(3)] == [{"a": 1}] * 3
+    with pytest.raises(DataError, match=r"a.jsonl:4: not JSON"):
+        next(records)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_split_lines_like_a_binary_file(size: int) -> None:
+    for data in (b"", b"\n", b"a", b"a\nbc\n\n\rd\x0b\x0c\n", b"\n\nabc", LINES):
+        chunks = [data[start : start + size] for start in range(0, len(data), size)]
+        assert list(split_lines(chunks)) == [line.removesuffix(b"\n") for line in io.BytesIO(data)]
+
+
+@pytest.mark.parametrize(
+    ("data", "parts"),
+    [
+        (b'{"a": 1}\n{"a": 1\n{"a": 1}\n', [":2: not JSON", "column", "one complete JSON object per line"]),
+        (b'{"a": 1}\n[1]\n', [":2: a JSON array, not an object"]),
+        (b"null\n", [":1: a JSON null, not an object"]),
+        (b"true\n", [":1: a JSON boolean"]),
+        (b'"text"\n', [":1: a JSON string"]),
+        (b'{"a": 1}\n{"a": "\xff"}\n', [":2: not UTF-8: byte 0xff at byte 8", "Save the file as UTF-8"]),
+        (b'{"a": 1}\n\n \n{"a": 1}\n', [":2: a blank line", "remove the line"]),
+        (b"", ["no records in the file"]),
+        (b" \n\n", ["no records in the file"]),
+        (b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}\n", [":1: "]),
+        (b'{"a": ' + b"1" * 10_000 + b"}\n", [":1: JSON that can not be read"]),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_bad_lines(tmp_path: Path, name: str, data: bytes, parts: list[str]) -> None:
+    path = save(tmp_path / name, data)
+    message = failure(path)
+    assert message.startswith(str(path))
+    assert [part for part in parts if part not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("data", "parts"),
+    [
+        (b'{"a": 1}', ["a JSON object, not an array", ".jsonl"]),
+        (b'{"a": 1}\n{"a": 2}\n', ["one object per line: name the file .jsonl"]),
+        (b'[{"a": 1},\n{"a": 2}\n', [":3: not JSON", "Close the array"]),
+        (b"what", [":1: not JSON", "Write one array"]),
+        (b'[{"a": 1}, 3]', ["[item 2]: a JSON number, not an object"]),
+        (b"[]", ["no records in the file"]),
+        (b"", ["no records in the file"]),
+        (b'[{"a": "\xe9"}]', ["not UTF-8: byte 0xe9 at byte 9"]),
+        (b"[" * 200_000, ["a.json"]),
+    ],
+)
+def test_bad_arrays(tmp_path: Path, data: bytes, parts: list[str]) -> None:
+    message = failure(save(tmp_path / "a.json", data))
+    assert [part for part in parts if part not in message] == []
+
+
+def many_lines() -> bytes:
+    return b"".join(b'{"n": %d, "text": "%d"}\n' % (n, n * 2654435761 % 2**32) for n in range(3000))
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_cut_off_compressed_file(tmp_path: Path, suffix: str) -> None:
+    path = save(tmp_path / f"a.jsonl.{suffix}", many_lines())
+    whole = path.read_bytes()
+    assert len(list(read_records(path))) == 3000
+    for keep in (5, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:keep])
+        message = failure(path)
+        assert "after line" in message
+        assert f"broken {'zstd' if suffix == 'zst' else 'gzip'} data" in message
+        assert "again" in message
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_not_compressed_or_damaged(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.jsonl.{suffix}"
+    path.write_bytes(LINES)
+    assert "data after line 0" in failure(path)
+    damaged = bytearray(save(path, many_lines()).read_bytes())
+    damaged[len(damaged) // 2] ^= 0xFF
+    path.write_bytes(damaged)
+    assert str(path) in failure(path)
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_several_frames_in_one_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.jsonl.{suffix}"
+    frames = [save(path, LINES).read_bytes(), save(path, LINES).read_bytes()]
+    path.write_bytes(b"".join(frames))
+    assert [record for _, record in read_records(path)] == RECORDS * 2
+
+
+def test_zstandard_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "a.jsonl.zst", LINES)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    assert "pip install 'colm_ds[data]'" in failure(path)
+
+
+def test_missing_file_names_similar_ones(tmp_path: Path) -> None:
+    save(tmp_path / "train.jsonl.gz", LINES)
+    assert "Did you mean train.jsonl.gz?" in failure(tmp_path / "train.jsonl")
+    assert "The folder holds train.jsonl.gz" in failure(tmp_path / "something_else")
+    assert f"The folder {tmp_path / 'nowhere'} does not exist" in failure(tmp_path / "nowhere" / "train.jsonl")
+    (tmp_path / "empty").mkdir()
+    assert "is empty" in failure(tmp_path / "empty" / "train.jsonl")
+
+
+def test_unsupported_suffix_and_folder(tmp_path: Path) -> None:
+    save(tmp_path / "a.csv", b"x")
+    assert "unsupported kind of file" in failure(tmp_path / "a.csv")
+    assert "a folder, not a file" in failure(tmp_path)
+
+
+def test_find_files(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.json", "c.jsonl.gz", ".hidden.jsonl", "notes.txt"):
+        save(tmp_path / name, LINES)
+    (tmp_path / "folder.jsonl").mkdir()
+    save(tmp_path / "folder.jsonl" / "d.jsonl.zst", LINES)
+    inner = tmp_path / "folder.jsonl"
+    assert [file.name for file in find_files(tmp_path)] == ["a.json", "b.jsonl", "c.jsonl.gz"]
+    assert find_files(str(tmp_path / "b.jsonl")) == [tmp_path / "b.jsonl"]
+    assert [file.name for file in find_files([inner, tmp_path / "b.jsonl"])] == ["d.jsonl.zst", "b.jsonl"]
+
+
+def test_find_files_errors(tmp_path: Path) -> None:
+    save(tmp_path / "a.jsonl", LINES)
+    (tmp_path / "empty").mkdir()
+    for paths, message in (
+        ([], "no data files given"),
+        (tmp_path / "empty", "no data files in the folder"),
+        ([tmp_path, tmp_path / "a.jsonl"], "listed twice"),
+        (tmp_path / "a.jsonk", "Did you mean a.jsonl"),
+    ):
+        with pytest.raises(DataError, match=message):
+            find_files(paths)

@@ -1,0 +1,114 @@
+"""Plain autograd on the whole model, one unpadded example at a time: what the probe's numbers are compared with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from colm_ds.data.micro_batch import MicroBatch, make_micro_batch
+from colm_ds.probe.architecture import Architecture, find_architecture
+from colm_ds.probe.factors import gradient_factors
+from colm_ds.probe.patch import eval_mode
+from colm_ds.probe.tail import TailInput, run_trunk
+from colm_ds.seeds import private_generator
+from colm_ds.types import Example
+from tests.tiny_models import VOCABULARY_SIZE
+
+LENGTHS = (9, 14, 5, 11, 7)
+
+
+def make_examples(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[Example]:
+    """Random examples: a prompt without loss, then an answer with a gap in its labels."""
+    generator = private_generator(seed, "examples")
+    examples = []
+    for number, length in enumerate(lengths):
+        input_ids = torch.randint(3, VOCABULARY_SIZE, (length,), generator=generator)
+        labels = input_ids.clone()
+        start = 1 + number % 3
+        labels[:start] = -100
+        labels[start + 1] = -100
+        examples.append(Example(input_ids, labels, 0, number))
+    return examples
+
+
+def pad_further(batch: MicroBatch, columns: int, token_id: int) -> MicroBatch:
+    """The same examples with more padding, of another token."""
+    padding = torch.full((len(batch.input_ids), columns), token_id)
+    input_ids = torch.cat([batch.input_ids, padding], dim=1)
+    return MicroBatch(input_ids, batch.rows, batch.positions, batch.targets, batch.counts)
+
+
+def trunk(model: nn.Module, examples: Sequence[Example] | MicroBatch) -> tuple[Architecture, TailInput]:
+    """The model's parts and what enters its last layer, as a step of training gets them."""
+    batch = examples if isinstance(examples, MicroBatch) else make_micro_batch(examples)
+    architecture = find_architecture(model)
+    with eval_mode(model):
+        return architecture, run_trunk(model, architecture, batch)
+
+
+def probed_gradients(architecture: Architecture, tail: TailInput) -> Tensor:
+    """Per-example gradients from the probe's factors, float64 `[n, out, in]`."""
+    delta, inputs = gradient_factors(architecture, tail)
+    return torch.einsum("blo,bli->boi", delta.double(), inputs.double())
+
+
+def plain_losses(model: Any, examples: Sequence[Example]) -> Tensor:
+    """Hugging Face's own loss of every example alone, float32 `[n]`."""
+    with torch.no_grad():
+        losses = [model(input_ids=one.input_ids[None], labels=one.labels[None]).loss for one in examples]
+    return torch.stack(losses).float()
+
+
+def plain_gradients(model: Any, examples: Sequence[Example], dtype: torch.dtype | None = torch.float64) -> Tensor:
+    """Gradient of every example's mean loss for the last V projection, float64 `[n, out, in]`.
+
+    Args:
+        model: left alone; a copy is differentiated.
+        examples: taken one by one without padding.
+        dtype: what the copy computes in; None keeps the model's.
+    """
+    model = copy.deepcopy(model).eval()
+    model = model if dtype is None else model.to(dtype)
+    weight, rows = target_weight(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter is weight)
+    gradients = []
+    for example in examples:
+        logits = model(input_ids=example.input_ids[None]).logits[0, :-1]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        loss = F.cross_entropy(logits, example.labels[1:], ignore_index=-100)
+        (gradient,) = torch.autograd.grad(loss, weight)
+        gradients.append(gradient[rows].double())
+    return torch.stack(gradients)
+
+
+def target_weight(model: Any) -> tuple[nn.Parameter, slice]:
+    """The weight that the probe differentiates and its rows, found by name and not by the code under test."""
+    names = dict(model.named_parameters())
+    last = f"layers.{model.config.num_hidden_layers - 1}.self_attn."
+    endings = tuple(
+        f"{last}{projection}.{weight}"
+        for projection in ("v_proj", "qkv_proj")
+        for weight in ("weight", "lora_B.default.weight")
+    )
+    (name,) = [name for name in names if name.endswith(endings)]
+    config = model.config
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_values = config.num_key_value_heads * head_size
+    return names[name], slice(names[name].shape[0] - num_values, None)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest |found - expected| / |expected| of a row of `[n, ...]`."""
+    difference = found.double().flatten(1) - expected.double().flatten(1)
+    return float((difference.norm(dim=1) / expected.double().flatten(1).norm(dim=1)).max())
+
+
+def correlation(found: Tensor, expected: Tensor) -> float:
+    """Pearson correlation of all entries."""
+    return float(torch.corrcoef(torch.stack([found.double().flatten(), expected.double().flatten()]))[0, 1])
