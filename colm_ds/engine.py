@@ -92,6 +92,7 @@ class CoLMEngine:
         coreset_selector: probes and selects.
         step_count: optimizer steps so far.
         num_samples: examples trained on so far, over all ranks.
+        loss_head: from `find_loss_head`.
     """
 
     def __init__(self, engine: Any, config: ResolvedConfig, dataset: SourcedDataset) -> None:
@@ -103,7 +104,7 @@ class CoLMEngine:
         self._device = torch.device(engine.device)
         self._source_names = list(dataset.source_names)
         self._exchange = make_exchange(self._device)
-        self._head = find_loss_head(engine.module)
+        self.loss_head = find_loss_head(engine.module)
         self.loader = LargeBatchLoader(
             dataset,
             config.colm.large_batch_size,
@@ -236,7 +237,7 @@ class CoLMEngine:
             micro = make_micro_batch([examples[position] for position in mine]).to(self._device)
             scales = torch.zeros(len(micro.counts))
             scales[: len(mine)] = scale[mine]
-            sums = example_loss_sums(self.deepspeed_engine, self._head, micro)
+            sums = example_loss_sums(self.deepspeed_engine, self.loss_head, micro)
             loss = (sums * scales.to(self._device, non_blocking=True)).sum()
             total += loss.detach()
             self.deepspeed_engine.backward(loss * self._world_size, scale_wrt_gas=False)

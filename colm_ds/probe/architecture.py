@@ -79,7 +79,7 @@ def find_architecture(model: nn.Module) -> Architecture:
     Raises:
         ProbeError: if the family is unknown or a part is missing or of a kind that the probe can not handle.
     """
-    base = _unwrap(model)
+    base: Any = _unwrap(model)
     config = getattr(base, "config", None)
     model_type = str(getattr(config, "model_type", type(base).__name__))
     if model_type not in FAMILIES:
@@ -135,6 +135,7 @@ def _lora_b(projection: Any, name: str) -> Any:
             f"{name} of the last layer: {len(active)} active LoRA adapters (merged: {projection.merged}, disabled: "
             f"{projection.disable_adapters}). Train with exactly one active, unmerged adapter."
         )
-    if active[0] in getattr(projection, "lora_variant", {}):
-        raise ProbeError(f"{name} of the last layer uses a LoRA variant (DoRA or the like). Use plain LoRA.")
-    return projection.lora_B[active[0]]
+    module = projection.lora_B[active[0]]
+    if active[0] in getattr(projection, "lora_variant", {}) or not isinstance(module, nn.Module):
+        raise ProbeError(f"{name} of the last layer uses a LoRA variant (DoRA, AdaLoRA or the like). Use plain LoRA.")
+    return module

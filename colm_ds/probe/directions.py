@@ -56,8 +56,7 @@ class Directions:
         if self._cache is not None:
             return self._cache[:, start:stop]
         parts = [
-            values[:, max(start - offset, 0) : stop - offset]
-            for offset, values in self._blocks(start // _BLOCK, stop)
+            values[:, max(start - offset, 0) : stop - offset] for offset, values in self._blocks(start // _BLOCK, stop)
         ]
         return torch.cat(parts, dim=1)
 

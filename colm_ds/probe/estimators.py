@@ -37,8 +37,8 @@ class Estimator(Protocol):
 
         Args:
             tail: what enters the last layer.
-            positions: position in the large batch of every row, int64 `[batch]` on the CPU; rows beyond them are forgotten
-                (the place holder of a rank that has nothing left to probe while others do).
+            positions: position in the large batch of every row, int64 `[batch]` on the CPU; rows beyond them are
+                forgotten (the place holder of a rank that has nothing left to probe while others do).
             lengths: tokens of every row.
         """
         ...

@@ -1,4 +1,4 @@
-"""Replacing a module's forward for a moment, the module's own hooks (ZeRO-3 gathers its weights there) left in place."""
+"""Replacing a module's forward for a moment; its own hooks stay in place (ZeRO-3 gathers weights in them)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def patched_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
             module.__dict__["forward"] = forward
         yield
     finally:
-        for module, forward in saved.items():
-            if forward is None:
+        for module, own in saved.items():
+            if own is None:
                 module.__dict__.pop("forward", None)
             else:
-                module.__dict__["forward"] = forward
+                module.__dict__["forward"] = own
 
 
 @contextmanager

@@ -76,7 +76,7 @@ class FactoredHistory:
         self._beta2 = beta2
 
     def scales(self) -> tuple[Tensor, Tensor]:
-        """Inverse square roots for delta `[out]` and for x `[in]`, each relative to its mean; ones before any update."""
+        """Inverse square roots for delta `[out]` and x `[in]`, each relative to its mean; ones before any update."""
         return _inverse_root(self.row), _inverse_root(self.column)
 
     def update(self, row_mean: Tensor, column_mean: Tensor) -> None:
@@ -171,7 +171,7 @@ class SketchEstimator:
         """
         history = self._history
         if state["row"].shape != history.row.shape or state["column"].shape != history.column.shape:
-            raise ProbeError("the saved sketch history is of another shape. Resume with the model and LoRA rank it had.")
+            raise ProbeError("the saved sketch history has another shape. Resume with the model and LoRA rank it had.")
         history.row.copy_(state["row"])
         history.column.copy_(state["column"])
         history.count = int(state["count"])

@@ -44,9 +44,7 @@ def shifted_output(target: ProbeTarget, direction: Tensor, epsilon: float) -> It
         handle.remove()
 
 
-def spsa_coefficients(
-    architecture: Architecture, tail: TailInput, directions: Directions, epsilon: float
-) -> Tensor:
+def spsa_coefficients(architecture: Architecture, tail: TailInput, directions: Directions, epsilon: float) -> Tensor:
     """c_ik = (L_i(theta + eps z_k) - L_i(theta - eps z_k)) / (2 eps), float32 `[batch, K]`; computed in float32."""
     target = architecture.target
     tail = tail.in_float32()
@@ -86,6 +84,8 @@ class SpsaEstimator:
         self._epoch: int | None = None
         self._directions: Directions | None = None
         self._rows = VectorRows()
+        with float32_tail(architecture):
+            pass  # what it can not handle is an error now, on every rank, and not in the first step
 
     def begin(self, step: int, probed: Tensor, num_local: int) -> None:
         """See `Estimator.begin`; the step's directions are drawn when the first examples come."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ def run_trunk(model: nn.Module, architecture: Architecture, batch: MicroBatch) -
         captured.append((hidden_states, args, kwargs))
         return hidden_states
 
-    skip = {
+    skip: dict[nn.Module, Forward] = {
         architecture.last_layer: capture,
         architecture.norm: _first_position,
         architecture.head: _same,
@@ -65,6 +65,12 @@ def run_trunk(model: nn.Module, architecture: Architecture, batch: MicroBatch) -
         model(input_ids=batch.input_ids, use_cache=False)
     if len(captured) != 1:
         raise ProbeError(f"the last decoder layer ran {len(captured)} times in one forward; expected once.")
+    tokens, states = tuple(batch.input_ids.shape), tuple(captured[0][0].shape[:2])
+    if tokens != states:
+        raise ProbeError(
+            f"{tokens} tokens became {states} hidden states, so labels would meet the wrong ones. "
+            "Train without added tokens (no prompt tuning), with LoRA for example."
+        )
     return TailInput(*captured[0], batch)
 
 
@@ -101,11 +107,17 @@ def float32_tail(architecture: Architecture) -> Iterator[None]:
     """Let the last layer, norm and head compute in float32 whatever the type of their weights.
 
     Weights are cast a part at a time inside the modules' forwards and stay as they are. A finite difference in bf16
-    would be noise (DESIGN, section 3).
+    would be noise (DESIGN, section 3); one with TF32 matrix products nearly so, hence full float32 products.
 
     Raises:
-        ProbeError: if a module with weights is of a kind that can not be run in float32.
+        ProbeError: if a module with weights, or the attention, is of a kind that can not be run in float32.
     """
+    attention = str(getattr(getattr(architecture.model, "config", None), "_attn_implementation", ""))
+    if "flash" in attention:
+        raise ProbeError(
+            f"attn_implementation = {attention!r} computes in 16 bits, but `spsa` needs float32. "
+            'Load the model with attn_implementation="sdpa", or use "estimator": "exact" or "sketch".'
+        )
     forwards: dict[nn.Module, Forward] = {}
     casting = []
     for part in (architecture.last_layer, architecture.norm, architecture.head):
@@ -118,11 +130,35 @@ def float32_tail(architecture: Architecture) -> Iterator[None]:
     for module in casting:  # LoRA layers would round their input to the adapter's type
         module.cast_input_dtype_enabled = False
     try:
-        with patched_forwards(forwards), torch.autocast(architecture.head.weight.device.type, enabled=False):
+        device_type = str(architecture.head.weight.device.type)
+        with patched_forwards(forwards), _full_products(), torch.autocast(device_type, enabled=False):
             yield
     finally:
         for module in casting:
             module.cast_input_dtype_enabled = True
+
+
+@contextmanager
+def _full_products() -> Iterator[None]:
+    """Matrix products of float32 in float32, also where the user allows TF32; the settings are restored after."""
+    backends = [backend.matmul for backend in (torch.backends.cuda, torch.backends.mkldnn)]
+    settings = [getattr(backend, "fp32_precision", None) for backend in backends]  # since torch 2.9
+    precision = None
+    with suppress(RuntimeError):  # torch refuses the older interface where the newer one is in use
+        precision = torch.get_float32_matmul_precision()
+    try:
+        if precision is not None:
+            torch.set_float32_matmul_precision("highest")
+        for backend, setting in zip(backends, settings, strict=True):
+            if setting is not None:
+                backend.fp32_precision = "ieee"
+        yield
+    finally:
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        for backend, setting in zip(backends, settings, strict=True):
+            if setting is not None:
+                backend.fp32_precision = setting
 
 
 def _float32_forward(name: str, module: nn.Module) -> Forward | None:
@@ -130,7 +166,7 @@ def _float32_forward(name: str, module: nn.Module) -> Forward | None:
     weights = [parameter for parameter in module.parameters(recurse=False) if parameter.dtype != torch.float32]
     if not weights:
         return None
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:  # not a quantised one
         return _float32_linear(module)
     if isinstance(module, nn.LayerNorm):
         layer_norm = module

@@ -13,9 +13,7 @@ _CHUNK_LOGITS = 1 << 23
 """Logits of one chunk (32 MB in float32)."""
 
 
-def token_losses(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocabulary_size: int
-) -> Tensor:
+def token_losses(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocabulary_size: int) -> Tensor:
     """Cross-entropy of every position in nats, float32 `[n]`.
 
     With more than one chunk under autograd the logits of a chunk are computed again in the backward pass.

@@ -190,11 +190,23 @@ class _PoolReader:
             vectors = self._gather(signals.vectors[rows], pool)
             return vectors, vectors
         gradients = signals.gradients
+        if self._only_signs_count():
+            assert signals.vectors is not None
+            raw = self._gather(signals.vectors[rows], pool)
+            return raw.sign(), raw
         index = self._mask(gradients, rows, len(pool.positions))
         columns = self._gather(gradients.columns(rows, index), pool)
         features = columns if self._history is None else self._history.normalise(columns.clone(), index)
         raw = columns if signals.vectors is None else self._gather(signals.vectors[rows], pool)
         return features, raw
+
+    def _only_signs_count(self) -> bool:
+        """With one direction and no history yet every |u_ij| is 1 but for eps: what differs is the sign of c_i.
+
+        The l1 distance of the signs is the limit eps -> 0 without the round-off that would otherwise choose among equals.
+        """
+        vectors, history = self._signals.vectors, self._history
+        return vectors is not None and vectors.shape[1] == 1 and history is not None and history.count == 0
 
     def _mask(self, gradients: Gradients, rows: Tensor, total: int) -> Tensor:
         settings, d = self._settings, gradients.num_coordinates

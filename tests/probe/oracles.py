@@ -1,4 +1,4 @@
-"""Plain autograd on the whole model, one unpadded example at a time: what the probe's numbers are compared with."""
+"""Plain autograd, one unpadded example at a time, to compare the probe with; and a step of the probe to compare."""
 
 from __future__ import annotations
 
@@ -12,14 +12,21 @@ from torch.nn import functional as F
 
 from colm_ds.data.micro_batch import MicroBatch, make_micro_batch
 from colm_ds.probe.architecture import Architecture, find_architecture
+from colm_ds.probe.estimators import Estimator
+from colm_ds.probe.exact import ExactEstimator
 from colm_ds.probe.factors import gradient_factors
 from colm_ds.probe.patch import eval_mode
+from colm_ds.probe.sketch import SketchEstimator
+from colm_ds.probe.spsa import SpsaEstimator
 from colm_ds.probe.tail import TailInput, run_trunk
 from colm_ds.seeds import private_generator
+from colm_ds.selection import SINGLE_PROCESS, Signals
 from colm_ds.types import Example
 from tests.tiny_models import VOCABULARY_SIZE
 
 LENGTHS = (9, 14, 5, 11, 7)
+CPU = torch.device("cpu")
+ESTIMATORS = ("spsa", "exact", "sketch")
 
 
 def make_examples(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[Example]:
@@ -49,6 +56,55 @@ def trunk(model: nn.Module, examples: Sequence[Example] | MicroBatch) -> tuple[A
     architecture = find_architecture(model)
     with eval_mode(model):
         return architecture, run_trunk(model, architecture, batch)
+
+
+def make_estimator(name: str, architecture: Architecture, *, num_probes: int = 3, every_step: bool = True) -> Any:
+    """An estimator of seed 0."""
+    if name == "exact":
+        return ExactEstimator(architecture, CPU)
+    if name == "sketch":
+        return SketchEstimator(architecture, CPU, num_probes=num_probes, every_step=every_step, beta2=0.999, seed=0)
+    return SpsaEstimator(architecture, CPU, num_probes=num_probes, epsilon=1e-3, every_step=every_step, seed=0)
+
+
+def probe_step(
+    estimator: Estimator,
+    model: nn.Module,
+    examples: Sequence[Example],
+    micro_batches: Sequence[Sequence[int]] | None = None,
+    *,
+    step: int = 1,
+    batch_size: int | None = None,
+) -> Signals:
+    """Probe examples as a step of training does.
+
+    Args:
+        estimator: takes in the micro-batches.
+        model: bare or under PEFT, in any mode.
+        examples: the large batch; those in no micro-batch are not probed.
+        micro_batches: positions of every micro-batch in their order; None takes one of all examples.
+        step: 1-based.
+        batch_size: r, if larger than the examples given.
+    """
+    groups = [list(range(len(examples)))] if micro_batches is None else [list(group) for group in micro_batches]
+    probed = torch.tensor(sorted(position for group in groups for position in group))
+    estimator.begin(step, probed, len(probed))
+    architecture = find_architecture(model)
+    with eval_mode(model), torch.no_grad():
+        for group in groups:
+            members = [examples[position] for position in group]
+            tail = run_trunk(model, architecture, make_micro_batch(members))
+            estimator.observe(tail, torch.tensor(group, dtype=torch.int64), [len(one.input_ids) for one in members])
+    return estimator.signals(batch_size or len(examples), SINGLE_PROCESS)
+
+
+def signal_rows(signals: Signals) -> Tensor:
+    """What is known of every probed example, a row each, ordered by position: sketches, coefficients or gradients."""
+    if signals.vectors is not None:
+        return signals.vectors
+    assert signals.gradients is not None
+    order = signals.positions.argsort()
+    return signals.gradients.chunk(order, 0, signals.gradients.num_coordinates)
 
 
 def probed_gradients(architecture: Architecture, tail: TailInput) -> Tensor:

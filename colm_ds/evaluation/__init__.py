@@ -1,0 +1,1 @@
+"""Held-out loss per source and exact-match answers."""

@@ -1,0 +1,67 @@
+"""Held-out loss per source: token-weighted, the same at any batch size and number of ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from colm_ds.data.micro_batch import make_micro_batch
+from colm_ds.distributed.assign import home_ranks, micro_batches
+from colm_ds.probe.patch import eval_mode
+from colm_ds.selection import Exchange
+from colm_ds.training_loss import example_loss_sums
+from colm_ds.types import SourcedDataset
+
+
+def heldout_loss(
+    forward: Any,
+    model: nn.Module,
+    head: nn.Module | None,
+    dataset: SourcedDataset,
+    *,
+    device: torch.device,
+    exchange: Exchange,
+    rank: int,
+    max_tokens: int,
+) -> dict[str, Any]:
+    """Loss of every source on held-out examples, in nats per labelled token; all ranks call it together.
+
+    Args:
+        forward: engine or model to call.
+        model: the module to put into eval mode meanwhile.
+        head: from `find_loss_head`.
+        dataset: the held-out examples.
+        device: where the model runs.
+        exchange: the ranks.
+        rank: this rank.
+        max_tokens: padded tokens of a batch at most.
+
+    Returns:
+        `overall` (over all labelled tokens), `macro` (mean over sources), `per_source` by name; sources without a
+        held-out example are left out.
+    """
+    lengths = torch.as_tensor(dataset.lengths, dtype=torch.int64)
+    home = home_ranks(lengths, exchange.num_processes)
+    by_rank = [(home == process).nonzero().flatten().tolist() for process in range(exchange.num_processes)]
+    plan = micro_batches(by_rank, lengths, max_tokens=max_tokens)[rank]
+    sums = torch.zeros(2, len(dataset.source_names), dtype=torch.float64, device=device)
+    with eval_mode(model), torch.no_grad():
+        for indices in plan:
+            batch = make_micro_batch([dataset[index] for index in indices]).to(device)
+            losses = example_loss_sums(forward, head, batch).double()[: len(indices)]
+            sources = torch.as_tensor(dataset.source_ids[indices], dtype=torch.int64).to(device)
+            sums[0].index_add_(0, sources, losses)
+            sums[1].index_add_(0, sources, batch.counts[: len(indices)].double())
+    totals, counts = exchange.sum(sums).cpu()
+    per_source = {
+        name: float(totals[source] / counts[source])
+        for source, name in enumerate(dataset.source_names)
+        if counts[source] > 0
+    }
+    return {
+        "overall": float(totals.sum() / counts.sum()),
+        "macro": sum(per_source.values()) / len(per_source),
+        "per_source": per_source,
+    }

@@ -1,0 +1,236 @@
+"""Recipes: one YAML file per run, strict keys, `key=value` overrides, paths relative to the recipe or the working folder."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+
+from colm_ds.config import ColmConfig, Section, validate_section
+from colm_ds.errors import ConfigError, Problems
+
+PACKAGE_PREFIX = "package:"
+
+
+class ModelConfig(Section):
+    """Which model is trained."""
+
+    name_or_path: str | None = Field(
+        None, description="folder, hub name, or package:NAME for files inside an installed Python package"
+    )
+    gguf_file: str | None = Field(None, description="GGUF file in that folder to load weights and tokenizer from")
+    config: dict[str, Any] | None = Field(
+        None, description="build from this Hugging Face configuration with random weights instead (needs model_type)"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="precision of weights and compute")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention implementation")
+    activation_checkpointing: bool = Field(False, description="recompute activations: less memory, one more forward")
+    vocabulary_multiple: int = Field(8, ge=1, description="with config: round the tokenizer's vocabulary up to this")
+
+
+class LoraConfig(Section):
+    """LoRA; leave the section out to train all parameters."""
+
+    rank: int = Field(128, ge=1, description="rank of the adapters")
+    alpha: float = Field(512, gt=0, description="scale: updates are multiplied by alpha / rank")
+    dropout: float = Field(0.05, ge=0, lt=1, description="dropout in front of the adapters while training")
+    targets: Literal["auto"] | list[str] = Field("auto", description="adapted modules; auto: the family's")
+
+
+class DataConfig(Section):
+    """What is trained on and what is held out."""
+
+    train: str | list[str] = Field(description="file, folder or list: .json, .jsonl, .jsonl.gz, .jsonl.zst")
+    heldout: str | list[str] | None = Field(None, description="held-out file or folder")
+    holdout_per_source: int = Field(0, ge=0, description="without a held-out file: examples of each source to hold out")
+    max_length: int = Field(512, ge=2, description="tokens of an example at most; longer ones are truncated")
+    source_key: str = Field("source", description="key that names the source of a record")
+    limit: int | None = Field(None, ge=1, description="use at most this many examples, drawn at random")
+    cache_dir: str | None = Field("~/.cache/colm_ds/tokens", description="where tokens are kept; null: nowhere")
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    lr: float = Field(2e-5, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="beta1 and beta2, also of the selection's geometry")
+    eps: float = Field(1e-8, gt=0, description="eps, also of the selection's geometry")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+
+
+class LrScheduleConfig(Section):
+    """Learning rate over the run."""
+
+    kind: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warm-up")
+    warmup_fraction: float = Field(0.03, ge=0, lt=1, description="share of the steps with a rising rate")
+    final_fraction: float = Field(0.0, ge=0, le=1, description="rate at the end, relative to the peak")
+
+
+class EvaluationConfig(Section):
+    """What is measured on held-out examples."""
+
+    every: int = Field(0, ge=0, description="held-out loss every n steps; 0: at the start and the end only")
+    exact_match: bool = Field(False, description="greedy answers compared with the gold ones, at the end")
+    max_new_tokens: int = Field(64, ge=1, description="tokens of an answer at most")
+    max_tokens: int = Field(16384, ge=1, description="padded tokens of one evaluation batch at most")
+
+
+class Recipe(Section):
+    """Everything that defines a run."""
+
+    name: str = Field("run", description="name in reports")
+    output_dir: str = Field(description="folder that the run is written to; relative to the working folder")
+    overwrite: bool = Field(False, description="replace a run that is already there")
+    steps: int = Field(ge=1, description="optimizer steps")
+    seed: int = Field(0, ge=0, description="seeds weights, data order and every choice")
+    micro_batch_size: int = Field(4, ge=1, description="examples per device and backward pass: the lever on memory")
+    model: ModelConfig
+    tokenizer: str | None = Field(None, description="tokenizer folder or hub name; default: the model's")
+    lora: LoraConfig | None = Field(None, description="LoRA; leave out to train all parameters")
+    data: DataConfig
+    colm: ColmConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lr_schedule: LrScheduleConfig = LrScheduleConfig()
+    deepspeed: str | dict[str, Any] = Field(description="DeepSpeed configuration: JSON file or mapping")
+    evaluation: EvaluationConfig = EvaluationConfig()
+    save_every: int = Field(0, ge=0, description="checkpoint every n steps; 0: none")
+    verbose: bool = Field(False, description="show DeepSpeed's own log messages")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: `key=value` with dots for nested keys, for example `colm.coreset_size=8`; values are YAML.
+
+    Raises:
+        ConfigError: listing every problem found: a file that is missing or not YAML, unknown keys, wrong values,
+            paths that do not exist.
+    """
+    path = Path(path)
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
+        raise ConfigError(f"{path}: no such recipe." + (f" In that folder: {near}." if near else "")) from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: holds a {type(loaded).__name__}. Write keys and values.")
+    problems = Problems(str(path))
+    for override in overrides:
+        _override(loaded, override, problems)
+    _resolve_paths(loaded, path.parent, problems)
+    recipe = validate_section(Recipe, loaded, "", problems)
+    if isinstance(recipe, Recipe):
+        _check(recipe, problems)
+    problems.raise_if_any()
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def describe_keys(kind: type[Section] = Recipe, prefix: str = "") -> list[str]:
+    """One line per key of a recipe: name, default, what it does."""
+    lines = []
+    for name, field in kind.model_fields.items():
+        inner = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        section = next((c for c in inner if isinstance(c, type) and issubclass(c, Section)), None)
+        if section is not None:
+            lines += describe_keys(section, f"{prefix}{name}.")
+        else:
+            default = "required" if field.is_required() else repr(field.default)
+            lines.append(f"  {prefix}{name} ({default}): {field.description}")
+    return lines
+
+
+def _override(values: dict[str, Any], override: str, problems: Problems) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        problems.add("override", override, "not of the form key=value", "For example steps=20 or colm.coreset_size=8.")
+        return
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = values.setdefault(parent, {})
+        if inner is None:
+            inner = values[parent] = {}
+        if not isinstance(inner, dict):
+            problems.add("override", override, f"{parent} is not a section", "Override it whole.")
+            return
+        values = inner
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        problems.add("override", override, "the value is not YAML", "Quote it.")
+        return
+    if isinstance(values[last], str):
+        values[last] = _number(values[last])
+
+
+def _number(text: str) -> str | float:
+    """YAML 1.1 reads 2e-5 as a text; a recipe means the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _resolve_paths(values: dict[str, Any], folder: Path, problems: Problems) -> None:
+    """Make the paths of a recipe findable from anywhere: as written, else relative to the recipe."""
+    _resolve(values, "deepspeed", folder, problems, must_exist=True)
+    _resolve(values, "tokenizer", folder, problems, must_exist=False)
+    for section, keys in (("model", ("name_or_path",)), ("data", ("train", "heldout"))):
+        inner = values.get(section)
+        if isinstance(inner, dict):
+            for key in keys:
+                _resolve(inner, key, folder, problems, must_exist=section == "data", prefix=f"{section}.")
+
+
+def _resolve(
+    values: dict[str, Any], key: str, folder: Path, problems: Problems, *, must_exist: bool, prefix: str = ""
+) -> None:
+    value = values.get(key)
+    if isinstance(value, list):
+        values[key] = [_find(item, prefix + key, folder, problems, must_exist) for item in value]
+    elif isinstance(value, str):
+        values[key] = _find(value, prefix + key, folder, problems, must_exist)
+
+
+def _find(value: Any, key: str, folder: Path, problems: Problems, must_exist: bool) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value.startswith(PACKAGE_PREFIX):
+        spec = importlib.util.find_spec(value.removeprefix(PACKAGE_PREFIX))
+        if spec is None or spec.origin is None:
+            name = value.removeprefix(PACKAGE_PREFIX).replace("_", "-")
+            problems.add(key, value, "that Python package is not installed", f"pip install --no-deps {name}")
+            return value
+        return str(Path(spec.origin).parent)
+    given = Path(value).expanduser()
+    for candidate in (given, folder / given):
+        if candidate.exists():
+            return str(candidate)
+    if must_exist:
+        problems.add(key, value, "no such file or folder", f"It is looked for here and in {folder}.")
+    return value
+
+
+def _check(recipe: Recipe, problems: Problems) -> None:
+    model = recipe.model
+    if (model.name_or_path is None) == (model.config is None):
+        problems.add("model", model.name_or_path, "give either name_or_path or config", "One says what to load.")
+    if model.config is not None and "model_type" not in model.config:
+        problems.add("model.config", model.config, "has no model_type", "For example model_type: llama.")
+    if model.config is not None and recipe.tokenizer is None:
+        problems.add("tokenizer", None, "a model built from its config brings none", "Name a tokenizer folder.")
+    if recipe.data.heldout is not None and recipe.data.holdout_per_source:
+        problems.add(
+            "data.holdout_per_source", recipe.data.holdout_per_source, "there is a held-out file", "Remove one of both."
+        )
+    heldout = recipe.data.heldout is not None or recipe.data.holdout_per_source > 0
+    if not heldout and (recipe.evaluation.every or recipe.evaluation.exact_match):
+        problems.add("evaluation", recipe.evaluation.every, "nothing is held out", "Set data.holdout_per_source.")
