@@ -77,6 +77,10 @@ class ColmConfig(Section):
     )
     mask: MaskConfig = MaskConfig()
     probe: ProbeConfig = ProbeConfig()
+    replay: Literal["auto", "on", "off", "offload"] = Field(
+        "auto",
+        description="train from the probe's hidden states (with activation checkpointing); offload: from host memory",
+    )
     schedule: ScheduleConfig = ScheduleConfig()
     seed: int = Field(0, ge=0, description="seeds the data order and every random choice of the selection")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,15 +16,18 @@ from colm_ds.data.micro_batch import make_micro_batch
 from colm_ds.distributed.assign import micro_batches
 from colm_ds.distributed.exchange import broadcast_coreset
 from colm_ds.errors import ConfigError
-from colm_ds.memory.meter import Meter
+from colm_ds.memory.meter import GIB, Meter, free_bytes
 from colm_ds.probe.architecture import Architecture, find_architecture
 from colm_ds.probe.estimators import Estimator
 from colm_ds.probe.patch import eval_mode
 from colm_ds.probe.registry import make_estimator
+from colm_ds.probe.replay import ReplayStore, why_not_replay
 from colm_ds.probe.tail import run_trunk
 from colm_ds.selection import SINGLE_PROCESS, Exchange, SelectionSettings, Selector, SelectorContext, Signals
 from colm_ds.selection import make_selector, split_sources
 from colm_ds.types import Coreset, LargeBatch
+
+logger = logging.getLogger(__name__)
 
 
 def small_source_ids(config: ColmConfig, source_counts: Mapping[str, int]) -> list[int]:
@@ -58,6 +62,7 @@ class CoresetSelector:
         selector: the selector in use.
         plain: the selector of the schedule's plain steps, a random b of r.
         signal_bytes: payload of the last step's exchange of signals.
+        replay: what the last probe left for training to start from, if it did.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class CoresetSelector:
         eps: float = 1e-8,
         equal_counts: bool = False,
         rank: int = 0,
+        mean_length: float = 0.0,
     ) -> None:
         """Prepare for a model and a dataset.
 
@@ -85,6 +91,7 @@ class CoresetSelector:
             eps: eps of the optimizer.
             equal_counts: give every rank the same number of probe forwards (ZeRO-3 gathers weights in each).
             rank: this rank.
+            mean_length: mean tokens of an example, from which the memory of a replay is estimated.
 
         Raises:
             ProbeError: if the selector needs a signal that the probe can not read from this model.
@@ -115,6 +122,8 @@ class CoresetSelector:
         self._estimator: Estimator | None = None
         self._weights: Tensor | None = None
         self.signal_bytes = 0
+        self.replay: ReplayStore | None = None
+        self._store = self._make_store(mean_length)
         if architecture is not None:
             self._estimator = make_estimator(
                 config.probe, architecture, device, seed=config.seed, beta2=betas[1]
@@ -128,7 +137,9 @@ class CoresetSelector:
             meter: times the phases probe, exchange and select.
         """
         meter = meter or Meter(self._device)
-        self.signal_bytes = 0
+        self.signal_bytes, self.replay = 0, None
+        if self._store is not None:
+            self._store.begin(batch.step)
         if not self.selects(batch.step):
             with meter.phase("select"):
                 return self.plain.select(batch, None, SINGLE_PROCESS)
@@ -177,24 +188,40 @@ class CoresetSelector:
         return broadcast_coreset(coreset, self._config.coreset_size or 0, self._num_sources, self._exchange)
 
     def _probe(self, batch: LargeBatch, estimator: Estimator) -> None:
+        """Run the trunk and the tail over the examples whose signal is needed; with replay the trunk over all."""
         probed = self.probed_positions(batch)
+        is_probed = torch.zeros(batch.size, dtype=torch.bool)
+        is_probed[probed] = True
+        store = self._store if len(probed) else None
+        with eval_mode(self._model), torch.no_grad(), self._reading_weights():
+            estimator.begin(batch.step, probed, int((is_probed & (batch.home == self._rank)).sum()))
+            for positions in self._plan(batch, is_probed):
+                self._probe_micro_batch(batch, positions, estimator, store)
+            if store is not None:
+                for positions in self._plan(batch, ~is_probed):
+                    self._probe_micro_batch(batch, positions, None, store)
+        self.replay = store
+
+    def _plan(self, batch: LargeBatch, wanted: Tensor) -> Sequence[Sequence[int]]:
+        """This rank's micro-batches of the wanted examples."""
         world = self._exchange.num_processes
-        by_rank = [probed[batch.home[probed] == rank].tolist() for rank in range(world)]
-        estimator.begin(batch.step, probed, len(by_rank[self._rank]))
+        by_rank = [((batch.home == rank) & wanted).nonzero().flatten().tolist() for rank in range(world)]
         plans = micro_batches(
             by_rank, batch.lengths, max_tokens=self._config.probe.max_tokens, equal_counts=self._equal_counts
         )
-        with eval_mode(self._model), torch.no_grad(), self._reading_weights():
-            for positions in plans[self._rank]:
-                self._probe_micro_batch(batch, positions, estimator)
+        return plans[self._rank]
 
-    def _probe_micro_batch(self, batch: LargeBatch, positions: Sequence[int], estimator: Estimator) -> None:
+    def _probe_micro_batch(
+        self, batch: LargeBatch, positions: Sequence[int], estimator: Estimator | None, store: ReplayStore | None
+    ) -> None:
         assert self._architecture is not None
         examples = [batch.examples[position] for position in positions]
-        micro = make_micro_batch(examples).to(self._device)
-        tail = run_trunk(self._model, self._architecture, micro)
         lengths = [len(example.input_ids) for example in examples]
-        estimator.observe(tail, torch.tensor(positions, dtype=torch.int64), lengths)
+        micro = make_micro_batch(examples).to(self._device)
+        with store.recording(positions, lengths) if store is not None else nullcontext():
+            tail = run_trunk(self._model, self._architecture, micro)
+        if estimator is not None:
+            estimator.observe(tail, torch.tensor(positions, dtype=torch.int64), lengths)
 
     @contextmanager
     def _reading_weights(self) -> Iterator[None]:
@@ -218,6 +245,28 @@ class CoresetSelector:
                 read(target.module, None, None)
         finally:
             handle.remove()
+
+    def _make_store(self, mean_length: float) -> ReplayStore | None:
+        """The store for forward replay, where it is asked for or pays and its conditions hold."""
+        config, architecture = self._config, self._architecture
+        if config.replay == "off" or architecture is None:
+            return None
+        offload = config.replay == "offload"
+        reason = why_not_replay(architecture)
+        if reason is None and not offload:
+            tokens = config.large_batch_size / self._exchange.num_processes * mean_length
+            size = next(architecture.last_layer.parameters()).element_size()
+            needed = (len(architecture.layers) - 1) * tokens * architecture.hidden_size * size
+            free = free_bytes(self._device)
+            if needed > free / 2 and config.replay == "auto":
+                reason = f"it needs about {needed / GIB:.1f} GiB and {free / GIB:.1f} GiB are free"
+        if reason is None:
+            return ReplayStore(architecture, offload=offload, seed=config.seed)
+        if config.replay != "auto":
+            raise ConfigError(f"colm.replay = {config.replay!r}: {reason}. Change that, or write \"auto\" or \"off\".")
+        if self._rank == 0:
+            logger.info("no forward replay: %s", reason)
+        return None
 
     @staticmethod
     def _needs_probe(config: ColmConfig) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import deepspeed
@@ -123,6 +124,7 @@ class CoLMEngine:
             eps=group.get("eps", 1e-8),
             equal_counts=engine.zero_optimization_stage() == 3,
             rank=self._rank,
+            mean_length=float(dataset.lengths.mean()),
         )
         self._batches: Iterator[LargeBatch] = iter(self.loader)
 
@@ -218,7 +220,12 @@ class CoLMEngine:
     def _accumulate(self, batch: LargeBatch, coreset: Coreset, exchanged: _ByteCount) -> tuple[Tensor, float]:
         """Forward and backward over the coreset; this rank's share of the mean loss and the padded share of tokens."""
         positions = coreset.positions.tolist()
-        ranks = training_ranks(positions, batch.lengths, batch.home, self._world_size)
+        replay = self.coreset_selector.replay
+        if replay is None:
+            ranks = training_ranks(positions, batch.lengths, batch.home, self._world_size)
+        else:  # an example's hidden states are where it was probed
+            ranks = {position: int(batch.home[position]) for position in positions}
+            replay.keep(positions)
         moves = [(p, int(batch.home[p]), ranks[p]) for p in sorted(positions) if ranks[p] != int(batch.home[p])]
         facts = (batch.sources, batch.indices)
         arrived = move_examples(batch.examples, moves, batch.lengths, facts, self._rank, self._exchange)
@@ -237,10 +244,11 @@ class CoLMEngine:
             micro = make_micro_batch([examples[position] for position in mine]).to(self._device)
             scales = torch.zeros(len(micro.counts))
             scales[: len(mine)] = scale[mine]
-            sums = example_loss_sums(self.deepspeed_engine, self.loss_head, micro)
-            loss = (sums * scales.to(self._device, non_blocking=True)).sum()
-            total += loss.detach()
-            self.deepspeed_engine.backward(loss * self._world_size, scale_wrt_gas=False)
+            with replay.replaying(mine) if replay is not None and replay.has(mine) else nullcontext():
+                sums = example_loss_sums(self.deepspeed_engine, self.loss_head, micro)
+                loss = (sums * scales.to(self._device, non_blocking=True)).sum()
+                total += loss.detach()
+                self.deepspeed_engine.backward(loss * self._world_size, scale_wrt_gas=False)
         return total, _padding(plans, batch.lengths)
 
     def _loss_scale(self, batch: LargeBatch, coreset: Coreset) -> Tensor:

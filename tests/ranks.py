@@ -215,8 +215,8 @@ def _serve() -> None:
     rank = dist.get_rank()
     while (name := tasks.get()) is not None:
         task = Path(name)
-        module, function, args = pickle.loads(task.read_bytes())
         try:
+            module, function, args = pickle.loads(task.read_bytes())
             outcome = True, getattr(importlib.import_module(module), function)(*args)
             encoded = pickle.dumps(outcome)
         except BaseException:

@@ -27,6 +27,16 @@ def resident_peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process could still use: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    for line in Path("/proc/meminfo").read_text().split("\n"):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return resource.getpagesize() * 2**20
+
+
 def reset_resident_peak() -> bool:
     """Let the kernel count the resident peak anew; False where it does not offer that."""
     try:

@@ -203,7 +203,7 @@ class _PoolReader:
     def _only_signs_count(self) -> bool:
         """With one direction and no history yet every |u_ij| is 1 but for eps: what differs is the sign of c_i.
 
-        The l1 distance of the signs is the limit eps -> 0 without the round-off that would otherwise choose among equals.
+        The l1 distance of the signs is the limit eps -> 0, without the round-off that would choose among equals.
         """
         vectors, history = self._signals.vectors, self._history
         return vectors is not None and vectors.shape[1] == 1 and history is not None and history.count == 0

@@ -114,7 +114,10 @@ class AdamHistory:
 def mean_gradient(
     gradients: Gradients, rows: Tensor, total: int, exchange: Exchange, transform: Transform | None = None
 ) -> Tensor:
-    """Mean over the rows of all processes, read in chunks, each transformed first; float32 `[d]`.
+    """Mean over the rows of all processes, read in chunks, each transformed first; float64 `[d]`.
+
+    Float64 sums of float32 numbers hardly depend on the order, so every world size finds the same largest coordinates,
+    also in the first step, when |u| is 1 up to eps and coordinates differ by round-off.
 
     Args:
         gradients: this process's gradients.
@@ -123,11 +126,12 @@ def mean_gradient(
         exchange: sums over processes.
         transform: (chunk, its coordinates) -> chunk, for example `AdamHistory.normalise`.
     """
-    mean = torch.zeros(gradients.num_coordinates, device=rows.device)
+    mean = torch.zeros(gradients.num_coordinates, dtype=torch.float64, device=rows.device)
     if len(rows):
         for start, stop in _chunks(gradients.num_coordinates, len(rows)):
             chunk = gradients.chunk(rows, start, stop)
-            mean[start:stop] = (transform(chunk, slice(start, stop)) if transform else chunk).sum(dim=0)
+            chunk = transform(chunk, slice(start, stop)) if transform else chunk
+            mean[start:stop] = chunk.sum(dim=0, dtype=torch.float64)
     return exchange.sum(mean).div_(total)
 
 

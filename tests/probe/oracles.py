@@ -75,8 +75,8 @@ def probe_step(
     *,
     step: int = 1,
     batch_size: int | None = None,
-) -> Signals:
-    """Probe examples as a step of training does.
+) -> Any:
+    """The `Signals` of examples, probed as in a step of training.
 
     Args:
         estimator: takes in the micro-batches.

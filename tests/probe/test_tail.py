@@ -21,6 +21,8 @@ from colm_ds.types import Example
 from tests.probe.oracles import make_estimator, make_examples, pad_further, plain_losses, trunk
 from tests.tiny_models import tiny_model
 
+BACKENDS: Any = torch.backends
+
 
 def losses_of(architecture: Architecture, tail: TailInput) -> Tensor:
     with torch.no_grad():
@@ -143,10 +145,10 @@ def test_float32_tail_ignores_autocast() -> None:
 @pytest.fixture
 def product_settings() -> Iterator[None]:
     """Puts torch's settings for float32 matrix products back."""
-    cuda, cpu = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    cuda, cpu = BACKENDS.cuda.matmul.fp32_precision, BACKENDS.mkldnn.matmul.fp32_precision
     yield
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = cuda, cpu
+    BACKENDS.cuda.matmul.fp32_precision, BACKENDS.mkldnn.matmul.fp32_precision = cuda, cpu
 
 
 @pytest.mark.usefixtures("product_settings")
@@ -154,27 +156,27 @@ def product_settings() -> Iterator[None]:
 def test_float32_tail_allows_no_tf32(precision: str) -> None:
     architecture = find_architecture(tiny_model("llama"))
     torch.set_float32_matmul_precision(precision)
-    before = (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
+    before = (BACKENDS.cuda.matmul.fp32_precision, BACKENDS.mkldnn.matmul.fp32_precision)
     with float32_tail(architecture):
         assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
-        assert not torch.backends.cuda.matmul.allow_tf32
+        assert BACKENDS.cuda.matmul.fp32_precision == "ieee"
+        assert not BACKENDS.cuda.matmul.allow_tf32
     assert torch.get_float32_matmul_precision() == precision
-    assert (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision) == before
+    assert (BACKENDS.cuda.matmul.fp32_precision, BACKENDS.mkldnn.matmul.fp32_precision) == before
 
 
 @pytest.mark.usefixtures("product_settings")
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_float32_tail_allows_no_tf32_by_the_newer_interface(everywhere: bool) -> None:
     architecture = find_architecture(tiny_model("llama"))
-    switch = torch.backends if everywhere else torch.backends.cuda.matmul
+    switch = BACKENDS if everywhere else BACKENDS.cuda.matmul
     before = switch.fp32_precision
     switch.fp32_precision = "tf32"
     try:
-        effective = torch.backends.cuda.matmul.fp32_precision
+        effective = BACKENDS.cuda.matmul.fp32_precision
         with float32_tail(architecture):
-            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
-        assert torch.backends.cuda.matmul.fp32_precision == effective
+            assert BACKENDS.cuda.matmul.fp32_precision == "ieee"
+        assert BACKENDS.cuda.matmul.fp32_precision == effective
         assert switch.fp32_precision == "tf32"
     finally:
         switch.fp32_precision = before

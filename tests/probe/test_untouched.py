@@ -17,6 +17,7 @@ from colm_ds.probe.architecture import find_architecture
 from tests.probe.oracles import ESTIMATORS, make_estimator, make_examples, probe_step, signal_rows
 from tests.tiny_models import add_lora, randomise, tiny_model
 
+BACKENDS: Any = torch.backends
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -41,8 +42,8 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         "grad mode": torch.is_grad_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
         "matrix products": torch.get_float32_matmul_precision(),
-        "CUDA matrix products": torch.backends.cuda.matmul.fp32_precision,
-        "CPU matrix products": torch.backends.mkldnn.matmul.fp32_precision,
+        "CUDA matrix products": BACKENDS.cuda.matmul.fp32_precision,
+        "CPU matrix products": BACKENDS.mkldnn.matmul.fp32_precision,
     }
     for name, parameter in model.named_parameters(remove_duplicate=False):
         state[f"{name} value"] = parameter.detach().clone()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -32,6 +32,15 @@ R, D, B = 26, 40, 13
 SOURCES = torch.tensor([2, 0, 1, 3, 1, 2, 0, 1, 2, 1, 3, 2, 1, 1, 2, 0, 1, 2, 2, 1, 3, 2, 1, 2, 1, 2])
 SMALL = (0, 3)
 T = TypeVar("T")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Operations this small only wait for further threads, for long where other processes want the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def all_finite(r: int = R) -> Tensor:
@@ -99,6 +108,20 @@ def test_several_steps_against_the_transcription(
             np.testing.assert_allclose(history.m.numpy(), moments.m, rtol=1e-5, atol=1e-6)
             np.testing.assert_allclose(history.v.numpy(), moments.v, rtol=1e-5, atol=1e-7)
             assert history.count == moments.t - 1 == step
+
+
+def test_first_step_of_one_probe_compares_signs() -> None:
+    """Every |u| is 1: the lowest example of the commoner sign, then of the other, then what is left in order."""
+    c = torch.tensor([0.3, -2.0, -0.1, 5.0, -0.4, -7.0, 0.2, -1.0])[:, None]
+    gradients = LowRankGradients(c, FixedDirections(randn(1, D, seed=1)))
+    signals = Signals(torch.arange(8), all_finite(8), gradients, c)
+    for mask_size in (None, 5):
+        settings = SelectionSettings(mask_size=mask_size, weights="cluster")
+        history = AdamHistory(D)
+        coreset = select_coreset(torch.zeros(8, dtype=torch.int64), signals, 4, settings=settings, history=history)
+        assert coreset.positions.tolist() == [1, 0, 2, 3]
+        np.testing.assert_allclose(coreset.weights.numpy(), [2, 1, 0.5, 0.5])
+        assert history.count == 1
 
 
 @pytest.mark.parametrize("metric", ["l1", "euclidean", "cosine"])
@@ -406,11 +429,11 @@ class ThreadExchange:
         self.is_main = rank == 0
         self.num_processes = len(slots)
         self.calls: list[tuple[str, int]] = []  # name, elements sent
-        self._rank, self._slots, self._barrier = rank, slots, barrier
+        self.rank, self._slots, self._barrier = rank, slots, barrier
 
     def _share(self, name: str, value: T, size: int) -> list[T]:
         self.calls.append((name, size))
-        self._slots[self._rank] = value  # type: ignore[call-overload]
+        self._slots[self.rank] = value  # type: ignore[call-overload]
         self._barrier.wait(timeout=30)
         values = list(self._slots)
         self._barrier.wait(timeout=30)
@@ -475,7 +498,7 @@ def test_ranks_choose_what_one_process_chooses(weights: str, split: str) -> None
             kept: tuple[int, ...] = kept,
             matrices: list[Tensor] = matrices,
         ) -> tuple[list[Coreset], AdamHistory]:
-            mine = torch.arange(R) if exchange is None else (home == exchange._rank).nonzero().flatten()
+            mine = torch.arange(R) if exchange is None else (home == exchange.rank).nonzero().flatten()
             history = AdamHistory(D, eps=0.05)
             chosen = [
                 select_coreset(
@@ -507,13 +530,40 @@ def test_ranks_choose_what_one_process_chooses(weights: str, split: str) -> None
             assert max(size for name, size in exchange.calls if name == "gather_rows") <= R * (h or D)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_steps_do_not_depend_on_the_ranks(dtype: torch.dtype) -> None:
+    """With an empty history |u| is 1 up to eps: the order of float32 sums would choose the mask."""
+    r, d = 64, 8000
+    scale, shift = torch.exp(2 * randn(1, d, seed=99)), 0.3 * randn(1, d, seed=9)
+    matrices = [(randn(r, d, seed=step) * scale + shift).to(dtype) for step in range(3)]
+
+    def steps(exchange: ThreadExchange | None) -> list[list[int]]:
+        mine = torch.arange(r) if exchange is None else torch.arange(exchange.rank, r, exchange.num_processes)
+        history = AdamHistory(d)
+        return [
+            select_coreset(
+                torch.zeros(r, dtype=torch.int64),
+                Signals(mine, all_finite(r), DenseGradients(matrix[mine])),
+                16,
+                settings=SelectionSettings(mask_size=300),
+                history=history,
+                exchange=exchange or SINGLE_PROCESS,
+            ).positions.tolist()
+            for matrix in matrices
+        ]
+
+    alone = steps(None)
+    for num_ranks in (2, 3):
+        assert [chosen for chosen, _ in run_ranks(steps, num_ranks)] == [alone] * num_ranks
+
+
 def test_ranks_share_spoilt_examples() -> None:
     matrix = randn(R, D, seed=7)
     matrix[3], matrix[8] = torch.nan, torch.inf
     finite = finite_rows(matrix)
 
     def select(exchange: ThreadExchange | None) -> Coreset:
-        mine = torch.arange(R) if exchange is None else torch.arange(exchange._rank, R, 2)
+        mine = torch.arange(R) if exchange is None else torch.arange(exchange.rank, R, 2)
         signals = Signals(mine, finite, DenseGradients(matrix[mine]))
         settings = SelectionSettings(mask_size=9)
         return select_coreset(SOURCES, signals, B, settings=settings, exchange=exchange or SINGLE_PROCESS)
@@ -529,7 +579,7 @@ def test_ranks_share_random_masks_and_vectors() -> None:
     matrix, parameters = randn(R, D, seed=8), randn(D, seed=9)
 
     def select(exchange: ThreadExchange | None) -> list[list[int]]:
-        mine = torch.arange(R) if exchange is None else torch.arange(exchange._rank, R, 2)
+        mine = torch.arange(R) if exchange is None else torch.arange(exchange.rank, R, 2)
         other = exchange or SINGLE_PROCESS
         chosen = []
         for criterion in ("random", "weight"):

@@ -16,7 +16,7 @@ from torch import Tensor
 from colm_ds.errors import SelectionError
 from colm_ds.selection.facility_location import METRICS, Medoids, facility_location, pairwise_similarity
 from tests.selection import oracles
-from tests.selection.oracles import randn
+from tests.selection.oracles import property_test, randn
 
 MODULE = importlib.import_module("colm_ds.selection.facility_location")  # the package has a function of that name
 
@@ -115,6 +115,7 @@ def test_similarity_errors() -> None:
 
 
 @given(FEATURES, st.sampled_from(["l1", "euclidean", "cosine"]), st.data())
+@property_test
 def test_greedy_trace_with_ties(features: np.ndarray, metric: str, data: st.DataObject) -> None:
     """Picks, gains and clusters are those of the plain greedy, ties to the lowest index."""
     k = data.draw(st.integers(0, len(features)))
@@ -143,7 +144,7 @@ def test_greedy_trace_of_random_examples(metric: str, seed: int) -> None:
 
 
 @given(st.integers(0, 10**6), st.integers(1, 10), st.data())
-@settings(max_examples=40)
+@settings(property_test, max_examples=40)
 def test_greedy_keeps_its_promise(seed: int, n: int, data: st.DataObject) -> None:
     k = data.draw(st.integers(1, n))
     similarity = pairwise_similarity(randn(n, 2, seed=seed))
@@ -222,6 +223,7 @@ def test_ties_of_one_probe_go_to_the_lowest_index() -> None:
     st.lists(st.integers(-50, 50), min_size=1, max_size=25),
     st.data(),
 )
+@property_test
 def test_on_a_line_against_exact_medians(points: list[int], data: st.DataObject) -> None:
     n = len(points)
     k = data.draw(st.integers(1, n))
@@ -247,6 +249,7 @@ def test_on_a_line_with_separate_groups_greedy_is_exact(seed: int) -> None:
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5))
+@property_test
 def test_one_medoid_for_every_group_of_equal_examples(sizes: list[int]) -> None:
     features = (2.0 ** torch.arange(len(sizes))).repeat_interleave(torch.tensor(sizes))[:, None]
     medoids = facility_location(pairwise_similarity(features), len(sizes))

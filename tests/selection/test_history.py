@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -19,6 +20,15 @@ from colm_ds.selection.history import AdamHistory, mean_gradient
 from tests.selection.oracles import FixedDirections, Moments, low_rank_matrix, randn
 
 KINDS = ("low_rank_1", "low_rank_4", "float32", "bfloat16", "float64")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Operations this small only wait for further threads, for long where other processes want the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make_gradients(kind: str, n: int, d: int, seed: int) -> tuple[Gradients, np.ndarray]:

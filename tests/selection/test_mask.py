@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from colm_ds.errors import SelectionError
 from colm_ds.seeds import private_generator
 from colm_ds.selection.mask import mask_coordinates, top_coordinates
-from tests.selection.oracles import mask, randn
+from tests.selection.oracles import mask, property_test, randn
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.integers(1, 45))
+@property_test
 def test_top_coordinates_is_a_stable_sort(values: list[int], count: int) -> None:
     score = torch.tensor(values, dtype=torch.float32)
     stable = score.sort(descending=True, stable=True).indices[:count].sort().values

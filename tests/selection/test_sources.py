@@ -11,6 +11,7 @@ from colm_ds.errors import SelectionError
 from colm_ds.seeds import private_generator
 from colm_ds.selection.sources import JOINT_POOL, Shares, coreset_quotas, share_out, split_sources
 from tests.selection import oracles
+from tests.selection.oracles import property_test
 
 COUNTS = st.lists(st.integers(0, 200), min_size=1, max_size=8)
 
@@ -19,6 +20,7 @@ COUNTS = st.lists(st.integers(0, 200), min_size=1, max_size=8)
 
 
 @given(COUNTS)
+@property_test
 def test_split_follows_the_rule_and_keeps_the_order(counts: list[int]) -> None:
     named = {f"s{i}": count for i, count in enumerate(counts)}
     small, big = split_sources(named)
@@ -59,6 +61,7 @@ def test_split_errors() -> None:
 
 
 @given(COUNTS, st.data())
+@property_test
 def test_quotas_add_up_within_the_caps(counts: list[int], data: st.DataObject) -> None:
     total = data.draw(st.integers(0, sum(counts)))
     quotas = coreset_quotas(counts, total)
@@ -68,6 +71,7 @@ def test_quotas_add_up_within_the_caps(counts: list[int], data: st.DataObject) -
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any), st.data())
+@property_test
 def test_quotas_are_the_nearest_whole_shares(counts: list[int], data: st.DataObject) -> None:
     total = data.draw(st.integers(0, sum(counts)))
     assert coreset_quotas(counts, total) == oracles.nearest_whole_shares(counts, total)
@@ -114,6 +118,7 @@ def _positions(shares: Shares) -> list[int]:
     per_source=st.booleans(),
     data=st.data(),
 )
+@property_test
 def test_shares_always_fill_the_coreset(
     sources: list[int], small: set[int], size: int, per_source: bool, data: st.DataObject
 ) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from colm_ds.errors import SelectionError
 from colm_ds.selection.weights import RIDGE, cluster_weights, matched_weights, mean_one
 from tests.selection import oracles
-from tests.selection.oracles import randn
+from tests.selection.oracles import property_test, randn
 
 
 def _raw(picks: Tensor, target: Tensor, weights: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +39,7 @@ def _error(picks: Tensor, target: Tensor, weights: np.ndarray) -> float:
     seed=st.integers(0, 10**6),
     exponent=st.integers(-12, 12),
 )
-@settings(max_examples=150)
+@settings(property_test, max_examples=150)
 def test_matched_is_the_normalised_least_squares_solution(
     n: int, share: float, width: int, offset: float, seed: int, exponent: int
 ) -> None:
@@ -106,6 +106,7 @@ def test_matched_errors(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=30))
+@property_test
 def test_cluster_weights_are_in_proportion_with_mean_one(sizes: list[int]) -> None:
     weights = cluster_weights(torch.tensor(sizes))
     assert weights.dtype == torch.float32

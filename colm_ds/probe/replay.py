@@ -1,0 +1,231 @@
+"""Forward replay: the probe's pass is the checkpointed first forward of the examples that are then selected.
+
+With activation checkpointing, training runs every layer forward twice: once to get through, once more in the backward
+pass. The probe has been through already. It leaves the hidden states between the layers, training starts from them, and
+only the recomputation is left: b forwards less, with the same gradients (DESIGN, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from colm_ds.probe.architecture import Architecture
+from colm_ds.probe.patch import patched_forwards
+from colm_ds.seeds import private_generator
+
+Run = Callable[[Tensor], Any]
+
+
+class _Replayed(torch.autograd.Function):
+    """Forward: the stored output. Backward: run the layer on its input and go back through it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, attach: Tensor, output: Tensor, run: Run) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.run = run
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (hidden,) = ctx.saved_tensors
+        hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[0])
+        with torch.enable_grad():
+            output = ctx.run(hidden)
+        output = output[0] if isinstance(output, tuple) else output
+        torch.autograd.backward(output, gradients[0])
+        return hidden.grad, None, None, None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an example was in the probe's pass."""
+
+    micro_batch: int
+    row: int
+    length: int
+
+
+def why_not_replay(architecture: Architecture) -> str | None:
+    """What keeps this model's forwards from being replayed; None if nothing does."""
+    layers = list(architecture.layers)
+    if not all(getattr(layer, "gradient_checkpointing", False) for layer in layers):
+        return "activation checkpointing is off, so no forward is computed twice"
+    if len(layers) < 2:
+        return "the model has a single layer"
+    config: Any = architecture.model.config
+    for name in ("attention_dropout", "attention_probs_dropout_prob"):
+        if float(getattr(config, name, 0.0) or 0.0) > 0:
+            return f"{name} is {getattr(config, name)}: attention dropout can not be drawn again"
+    inside = {module for layer in layers for module in layer.modules()}
+    outside = [module for module in architecture.model.modules() if module not in inside]
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in outside):
+        return "there is dropout outside the decoder layers"
+    return None
+
+
+class ReplayStore:
+    """Hidden states at the layer boundaries of one step's examples, on this rank.
+
+    Attributes:
+        num_bytes: size of what is stored now.
+    """
+
+    def __init__(self, architecture: Architecture, *, offload: bool = False, seed: int = 0) -> None:
+        """Prepare for a model.
+
+        Args:
+            architecture: its parts.
+            offload: keep the states in host memory (pinned where there is a GPU).
+            seed: seed of the run; dropout masks of replayed layers follow from it.
+        """
+        self._layers = list(architecture.layers)[:-1]  # the last layer runs as usual: nothing was stored behind it
+        self._last = architecture.last_layer
+        self._offload = offload
+        self._seed = seed
+        self._step = 0
+        self._states: list[list[Tensor]] = []  # by micro-batch of the probe, by layer
+        self._shapes: list[tuple[int, int]] = []
+        self._places: dict[int, _Place] = {}
+        self._rows: list[dict[int, int]] = []  # by micro-batch: where a row is after the others were dropped
+        self._attach = torch.zeros(1, requires_grad=True)
+        modules = [module for layer in self._layers for module in layer.modules()]
+        dropouts = [module for module in modules if isinstance(module, nn.Dropout) and module.p > 0]
+        self._dropouts = {module: (number, module.p) for number, module in enumerate(dropouts)}
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of what is stored now."""
+        return sum(state.numel() * state.element_size() for states in self._states for state in states)
+
+    def begin(self, step: int) -> None:
+        """Forget the last step."""
+        self._step = step
+        self._states, self._shapes, self._places, self._rows = [], [], {}, []
+
+    @contextmanager
+    def recording(self, positions: Sequence[int], lengths: Sequence[int]) -> Iterator[None]:
+        """Store the output of every layer but the last in one forward of the trunk.
+
+        Args:
+            positions: position in the large batch of every row.
+            lengths: tokens of every row.
+        """
+        states: list[Tensor] = []
+        number = len(self._states)
+
+        def record(module: nn.Module, inputs: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            states.append(self._put_away(hidden.detach()))
+            if len(states) == 1:
+                self._shapes.append((hidden.shape[0], hidden.shape[1]))
+
+        def drop(module: nn.Dropout, hidden: Tensor) -> Tensor:
+            return hidden * self._mask(number, module, hidden)
+
+        with ExitStack() as stack:
+            for layer in self._layers:
+                stack.callback(layer.register_forward_hook(record).remove)
+            stack.enter_context(patched_forwards({module: _bind(drop, module) for module in self._dropouts}))
+            yield
+        self._states.append(states)
+        self._rows.append({row: row for row in range(len(positions))})
+        for row, (position, length) in enumerate(zip(positions, lengths, strict=True)):
+            self._places[position] = _Place(number, row, length)
+
+    def keep(self, positions: Sequence[int]) -> None:
+        """Free the memory of all other examples."""
+        wanted = set(positions)
+        self._places = {position: place for position, place in self._places.items() if position in wanted}
+        for number, states in enumerate(self._states):
+            rows = sorted(place.row for place in self._places.values() if place.micro_batch == number)
+            self._rows[number] = {row: index for index, row in enumerate(rows)}
+            index = torch.tensor(rows, dtype=torch.int64)
+            for layer, state in enumerate(states):
+                states[layer] = state[index.to(state.device)]
+
+    def has(self, positions: Sequence[int]) -> bool:
+        """Whether a micro-batch of these positions can be replayed here."""
+        return len(positions) > 0 and all(position in self._places for position in positions)
+
+    @contextmanager
+    def replaying(self, positions: Sequence[int]) -> Iterator[None]:
+        """Let the forward and backward of one micro-batch of these positions start from the stored states.
+
+        Args:
+            positions: position in the large batch of every row of the training micro-batch.
+        """
+        saved = [layer.__dict__.get("_gradient_checkpointing_func") for layer in self._layers]
+        last_setting = self._last.__dict__.get("gradient_checkpointing")
+
+        def drop(module: nn.Dropout, hidden: Tensor) -> Tensor:
+            return hidden * self._mask_of(positions, module, hidden)
+
+        try:
+            for number, layer in enumerate(self._layers):
+                layer.__dict__["_gradient_checkpointing_func"] = self._replay_of(number, positions)
+            self._last.__dict__["gradient_checkpointing"] = False  # its recomputation would cost a forward
+            with patched_forwards({module: _bind(drop, module) for module in self._dropouts}):
+                yield
+        finally:
+            for layer, function in zip(self._layers, saved, strict=True):
+                _restore(layer, "_gradient_checkpointing_func", function)
+            _restore(self._last, "gradient_checkpointing", last_setting)
+
+    def _replay_of(self, number: int, positions: Sequence[int]) -> Callable[..., Tensor]:
+        def replay(run: Callable[..., Any], hidden: Tensor, *args: Any) -> Tensor:
+            output = self._assemble(number, positions, hidden)
+            attach = self._attach.to(hidden.device)
+            return _Replayed.apply(hidden, attach, output, lambda states: run(states, *args))  # type: ignore[no-any-return]
+
+        return replay
+
+    def _assemble(self, number: int, positions: Sequence[int], like: Tensor) -> Tensor:
+        """The stored output of one layer for a training micro-batch, zero at padding, `[batch, length, hidden]`."""
+        output = like.new_zeros(like.shape)
+        for row, position in enumerate(positions):
+            place = self._places[position]
+            state = self._states[place.micro_batch][number]
+            output[row, : place.length] = state[self._rows[place.micro_batch][place.row], : place.length]
+        return output
+
+    def _put_away(self, hidden: Tensor) -> Tensor:
+        if not self._offload or hidden.device.type == "cpu":
+            return hidden
+        host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+        return host.copy_(hidden, non_blocking=True)
+
+    def _mask(self, micro_batch: int, module: nn.Dropout, like: Tensor) -> Tensor:
+        """Dropout mask of a whole micro-batch of the probe, scaled; from seed, step, micro-batch and module alone."""
+        number, probability = self._dropouts[module]
+        rows, length = self._shapes[micro_batch] if micro_batch < len(self._shapes) else like.shape[:2]
+        generator = private_generator(self._seed, "dropout", self._step, micro_batch, number, device=like.device)
+        drawn = torch.rand(rows, length, like.shape[-1], generator=generator, device=like.device)
+        return (drawn >= probability).to(like.dtype) / (1.0 - probability)
+
+    def _mask_of(self, positions: Sequence[int], module: nn.Dropout, like: Tensor) -> Tensor:
+        """The same masks for the rows of a training micro-batch, one elsewhere."""
+        mask = torch.ones_like(like)
+        for micro_batch in sorted({self._places[position].micro_batch for position in positions}):
+            whole = self._mask(micro_batch, module, like)
+            for row, position in enumerate(positions):
+                place = self._places[position]
+                if place.micro_batch == micro_batch:
+                    mask[row, : place.length] = whole[place.row, : place.length]
+        return mask
+
+
+def _bind(drop: Callable[[nn.Dropout, Tensor], Tensor], module: nn.Dropout) -> Callable[[Tensor], Tensor]:
+    return lambda hidden: drop(module, hidden)
+
+
+def _restore(module: nn.Module, name: str, value: Any) -> None:
+    if value is None:
+        module.__dict__.pop(name, None)
+    else:
+        module.__dict__[name] = value

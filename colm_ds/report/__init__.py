@@ -1,0 +1,9 @@
+"""Reports: what runs cost and what came out of them, as a page, as Markdown, as JSON and in the terminal."""
+
+from __future__ import annotations
+
+from colm_ds.report.comparison import Comparison, compare
+from colm_ds.report.run import Run, load_run
+from colm_ds.report.terminal import format_table
+
+__all__ = ["Comparison", "Run", "compare", "format_table", "load_run"]

@@ -1,0 +1,239 @@
+"""What it cost and what was selected: time, memory, padding and exchanged bytes, shares of sources, coherence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+from colm_ds.report.arms import Arm
+from colm_ds.report.charts import Line, Picture, dot_picture, grouped_picture, line_picture, stacked_picture
+from colm_ds.report.curves import envelope, smooth, thin
+from colm_ds.report.facts import BYTE_KINDS, PHASES
+from colm_ds.report.quality import data_shares, mark_small, source_names
+from colm_ds.report.run import lookup, number
+from colm_ds.report.section import Section
+from colm_ds.report.tables import Column, Table, compact, fixed, kib, percent, seconds, times, whole
+
+JOINT = "joint"
+_MOST_COHERENCE_PICTURES = 6
+
+
+def time_section(arms: Sequence[Arm]) -> Section:
+    """Seconds of a step by phase."""
+    bars = {arm.name: _phases(arm) for arm in arms}
+    parts = [*PHASES, *dict.fromkeys(name for bar in bars.values() for name in bar if name not in PHASES)]
+    parts = [part for part in parts if any(part in bar for bar in bars.values())]
+    picture = stacked_picture(
+        "phases", "Seconds of a step by phase", bars, parts, x_label="seconds (median of the steps)"
+    )
+    columns = [Column("arm"), *(Column(f"{part}, s", seconds) for part in parts), Column("step in all, s", seconds)]
+    rows = [[arm.name, *(bars[arm.name].get(part) for part in parts), arm.mean("step_s")] for arm in arms]
+    text = [
+        "probe: the pass over the large batch; exchange: signals between ranks; select: the choice; train: forward and "
+        "backward over the coreset; step: the optimizer; other: what the total has beyond the phases. Each is a median "
+        "over steps on rank 0, so that parts need not add up to the total exactly."
+    ]
+    tables = [Table("phases", "Seconds of a step by phase", columns, rows)] if parts else []
+    return Section("time", "Time", text if parts else [], [picture] if picture else [], tables)
+
+
+def memory_section(arms: Sequence[Arm]) -> Section:
+    """Peak memory of probing and training, with the micro-batches that it follows from."""
+    parts = ["probe", "train"]
+    measured = {
+        arm.name: {part: value for part in parts if (value := arm.mean(f"{part}_gib")) is not None} for arm in arms
+    }
+    picture = grouped_picture("memory", "Peak memory by phase, GiB", measured, parts, x_label="GiB (2^30 bytes)")
+    columns = [
+        Column("arm"),
+        Column("probe, GiB", fixed(3)),
+        Column("train, GiB", fixed(3)),
+        Column("peak, GiB", fixed(3)),
+        Column("micro-batch", whole),
+        Column("micro-batches per step and rank", whole),
+    ]
+    rows = []
+    for arm in arms:
+        micro = number(lookup(arm.config, "deepspeed", "train_micro_batch_size_per_gpu"))
+        world, size = number(arm.config.get("world_size")) or 1.0, arm.coreset_size
+        count = math.ceil(size / (world * micro)) if micro and size else None
+        rows.append([arm.name, *(arm.mean(f"{part}_gib") for part in (*parts, "peak")), micro, count])
+    devices = {str(lookup(arm.config, "machine", "device") or "") for arm in arms}
+    text = [
+        "The largest value of all steps, of rank 0 and of all seeds. The probe's includes the exchange and the choice. "
+        "The peak of training follows the micro-batch, not b: compare arms of the same micro-batch."
+    ]
+    if any(device.lower().startswith("cpu") for device in devices):
+        text.append(
+            "Measured on a CPU: the resident memory of one process, which includes Python, the libraries' code and the "
+            "weights. Differences say more than ratios."
+        )
+    if any(device and not device.lower().startswith("cpu") for device in devices):
+        text.append("Measured on a GPU: memory allocated by PyTorch on one device, weights and optimizer included.")
+    has_any = any(value is not None for row in rows for value in row[1:4])
+    table = Table("memory", "Peak memory by phase", columns, rows)
+    return Section(
+        "memory", "Memory", text if has_any else [], [picture] if picture else [], [table] if has_any else []
+    )
+
+
+def traffic_section(arms: Sequence[Arm]) -> Section:
+    """Padding in training and bytes exchanged between ranks."""
+    kinds = [*BYTE_KINDS]
+    kinds += [k for arm in arms for k in arm.groups.get("exchange_bytes", {}) if k not in kinds]
+    columns = [
+        Column("arm"),
+        Column("ranks", whole),
+        Column("padding", percent),
+        *(Column(f"{kind}, KiB per step", kib) for kind in dict.fromkeys(kinds)),
+    ]
+    rows = [
+        [
+            arm.name,
+            number(arm.config.get("world_size")),
+            arm.mean("padding_fraction"),
+            *(arm.groups.get("exchange_bytes", {}).get(kind) for kind in dict.fromkeys(kinds)),
+        ]
+        for arm in arms
+    ]
+    note = (
+        "Padding: share of the tokens computed in training that are padding, mean of the steps. Exchanged: payload of "
+        "the collectives, mean of a step: signals of examples, the selection itself, tokens of examples that are "
+        "trained on another rank than the one that holds them. A single rank exchanges nothing."
+    )
+    has_any = any(value is not None for row in rows for value in row[2:])
+    tables = [Table("traffic", "Padding and exchanged data", columns, rows, note)] if has_any else []
+    return Section("traffic", "Padding and exchange", tables=tables)
+
+
+def shares_section(arms: Sequence[Arm], small: Collection[str]) -> Section:
+    """Share of each source among the examples trained on, against its share in the data."""
+    data = data_shares(arms)
+    found = {arm.name: arm.groups.get("coreset_share", {}) for arm in arms}
+    trained = {arm: {name: share.mean for name, share in shares.items()} for arm, shares in found.items()}
+    named = source_names(arms, [data, *found.values()]) if any(found.values()) else []
+    marked = {name: mark_small(name, small) for name in named}
+
+    def by_row(shares: Mapping[str, float]) -> dict[str, float]:
+        return {marked[name]: 100 * share for name, share in shares.items() if name in marked}
+
+    picture = dot_picture(
+        "shares",
+        "Share of each source in the coreset, against its share in the data",
+        list(marked.values()),
+        [(arm.name, style, by_row(trained[arm.name])) for style, arm in enumerate(arms)],
+        ("share in the data", by_row(data)),
+        x_label="share of the examples, %",
+    )
+    columns = [Column("source"), Column("in the data", percent)]
+    for arm in arms:
+        columns += [Column(arm.name, percent), Column(f"{arm.name}: × data", times)]
+    rows = []
+    for name in named:
+        row: list[object] = [marked[name], data.get(name)]
+        for arm in arms:
+            share = trained[arm.name].get(name)
+            row += [share, share / data[name] if share is not None and data.get(name) else None]
+        rows.append(row)
+    tables = [Table("shares", "Share of each source in the coreset", columns, rows)] if rows else []
+    text = [
+        "Counted over all examples that the run trained on. Plain training follows the data; keeping small sources "
+        "whole raises their share at the cost of the others."
+    ]
+    return Section("shares", "What was selected", text if rows else [], [picture] if picture else [], tables)
+
+
+def coherence_section(arms: Sequence[Arm]) -> Section:
+    """How far the gradients of one source agree, and what that says about medoids."""
+    pictures: list[Picture] = []
+    rows = []
+    verdicts = []
+    for place, arm in enumerate(arms):
+        curves = arm.coherence()
+        expected = {name: _unrelated(arm, name) for name in curves}
+        lines = []
+        for style, (name, curve) in enumerate(curves.items()):
+            smoothed, raw = thin(smooth(curve)), envelope(curve)
+            lines.append(
+                Line(name, style, smoothed.steps, smoothed.values, (raw.steps, raw.values), level=expected[name])
+            )
+            tenth = max(1, len(curve.values) // 10)
+            start, end = sum(curve.values[:tenth]) / tenth, sum(curve.values[-tenth:]) / tenth
+            mean = sum(curve.values) / len(curve.values)
+            rows.append([arm.name, name, mean, start, end, expected[name]])
+        picture = line_picture(
+            f"coherence-{place}",
+            f"Coherence by source: {arm.name}",
+            lines,
+            x_label="step",
+            y_label="|mean g| / mean |g|",
+            limits=(0.0, 1.02),
+            caption="Marks at the right: 1/√n, what unrelated gradients would give.",
+        )
+        if picture is not None:
+            pictures.append(picture)
+            verdicts.append(_coherence_verdict(arm, expected))
+    if not rows:
+        return Section("coherence", "Coherence")
+    columns = [
+        Column("arm"),
+        Column("source"),
+        Column("mean", fixed(3)),
+        Column("first tenth", fixed(3)),
+        Column("last tenth", fixed(3)),
+        Column("1/√n, unrelated gradients", fixed(3)),
+    ]
+    text = [
+        "Length of the mean gradient signal of a source's examples in the large batch over the mean length. Near 1 the "
+        "examples pull the same way and a medoid stands for its source; near 1/√n, n being the source's examples in "
+        "the large batch, they are unrelated and no example can stand for others: then the choice within a source can "
+        "not beat a random one, and what is gained comes from the balance between sources.",
+        *[verdict for verdict in verdicts if verdict],
+    ]
+    if len(pictures) > _MOST_COHERENCE_PICTURES:
+        text.append(f"Pictures of the first {_MOST_COHERENCE_PICTURES} arms; the table has all of them.")
+    table = Table("coherence", "Coherence by source", columns, rows, folded=len(rows) > 12)
+    return Section("coherence", "Coherence", text, pictures[:_MOST_COHERENCE_PICTURES], [table])
+
+
+def _coherence_verdict(arm: Arm, expected: Mapping[str, float | None]) -> str:
+    """What the coherence of an arm says, from its mean over sources."""
+    means = {name: measure.mean for name, measure in arm.groups.get("coherence", {}).items()}
+    known = [(means[name], value) for name, value in expected.items() if value is not None and name in means]
+    if not known:
+        return ""
+    mean = sum(value for value, _ in known) / len(known)
+    floor = sum(value for _, value in known) / len(known)
+    # Between the floor (0) and perfect agreement (1).
+    agreement = (mean - floor) / (1 - floor) if floor < 1 else 0.0
+    if agreement > 0.5:
+        words = "examples of one source agree well, and medoids stand for them"
+    elif agreement > 0.1:
+        words = "examples of one source agree in part, and medoids may do better than random picks"
+    else:
+        words = "examples of one source are close to unrelated, and medoids can not stand for them"
+    return f"{arm.name}: {compact(mean)} on average where unrelated gradients would give {compact(floor)}: {words}."
+
+
+def _unrelated(arm: Arm, name: str) -> float | None:
+    """1/sqrt(n) of a source: n is its expected number of examples in the large batch."""
+    shares = {key: share.mean for key, share in arm.groups.get("data_share", {}).items()}
+    large = arm.large_batch_size
+    if large is None or not shares:
+        return None
+    if name == JOINT and name not in shares:
+        named = arm.config.get("small_sources")
+        kept = named if arm.colm.get("small_sources") != "none" and isinstance(named, list) else []
+        share = 1.0 - sum(shares.get(str(key), 0.0) for key in kept)
+    else:
+        share = shares.get(name, 0.0)
+    return 1.0 / math.sqrt(max(1.0, large * share)) if share > 0 else None
+
+
+def _phases(arm: Arm) -> dict[str, float]:
+    """Seconds of each phase, and what the step has beyond them."""
+    found = {name: measure.mean for name, measure in arm.groups.get("phase_s", {}).items()}
+    total = arm.mean("step_s")
+    if found and total is not None and total > sum(found.values()):
+        found["other"] = total - sum(found.values())
+    return found

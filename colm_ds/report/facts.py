@@ -1,0 +1,230 @@
+"""The numbers of one run: from its summary where it has one, else from the steps that it logged."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from colm_ds.report.run import Run, lookup, names, number, numbers
+
+PHASES = ("probe", "exchange", "select", "train", "step")
+BYTE_KINDS = ("signals", "selection", "tokens")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A quantity along a run; all lists have one entry for each point.
+
+    Attributes:
+        steps: optimizer steps.
+        seconds: training time until then, evaluation not counted; empty if the run logged no times.
+        values: the quantity.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Numbers of one run; what it does not tell is absent.
+
+    Attributes:
+        num_steps: the last step logged, or the summary's number of steps.
+        scalars: one number each, see `run_facts`.
+        groups: numbers by source, phase or kind, see `run_facts`.
+        train_loss: training loss by step.
+        heldout: held-out losses by step: `overall`, `macro` and `small` (mean of the small sources).
+        coherence: |mean g| / mean |g| by step of every source (or pool).
+    """
+
+    num_steps: int | None
+    scalars: dict[str, float]
+    groups: dict[str, dict[str, float]]
+    train_loss: Curve
+    heldout: dict[str, Curve]
+    coherence: dict[str, Curve]
+
+
+def small_sources(runs: Sequence[Run]) -> list[str]:
+    """Names of the small sources: those that any run lists; by the |V|/c rule where no run has a list."""
+    listed = [run.config["small_sources"] for run in runs if isinstance(run.config.get("small_sources"), list)]
+    if listed:
+        return list(dict.fromkeys(name for found in listed for name in names(found)))
+    counts: dict[str, float] = {}
+    for run in runs:
+        counts = counts or numbers(run.config.get("sources"))
+    if not counts:
+        return []
+    from colm_ds.selection import split_sources  # imports torch: only where it is needed
+
+    return list(split_sources({name: int(count) for name, count in counts.items() if count >= 0})[0])
+
+
+def run_facts(run: Run, small: Collection[str]) -> Facts:
+    """Collect the numbers of a run.
+
+    Scalars: heldout_overall, heldout_macro, heldout_small, exact_match, num_questions, step_s, step_s_p10, step_s_p90,
+    probe_gib, train_gib, peak_gib, examples_trained, examples_probed, tokens_trained, wall_s, padding_fraction.
+    Groups: heldout, exact_match, data_share and coreset_share by source, phase_s by phase, exchange_bytes by kind (mean
+    of a step), coherence by source (mean over steps).
+
+    Args:
+        run: the run.
+        small: names of the small sources.
+    """
+    seconds = _seconds(run)
+    last = max(run.heldout, default=0)
+    heldout = lookup(run.summary, "heldout")
+    if not isinstance(heldout, Mapping):
+        heldout = run.heldout.get(last, {}) if last > 0 else {}
+    losses = heldout_losses(heldout, small)
+    coherence = _coherence(run, seconds)
+    groups = {
+        "heldout": numbers(lookup(heldout, "per_source")),
+        "exact_match": numbers(lookup(run.summary, "exact_match", "per_source")),
+        "data_share": _shares(numbers(run.config.get("sources"))),
+        "coreset_share": _shares(_sums(run.steps, "coreset", "per_source")),
+        "phase_s": _phase_seconds(run),
+        "exchange_bytes": {
+            kind: total / len(run.steps) for kind, total in _sums(run.steps, "exchange_bytes").items() if run.steps
+        },
+        "coherence": {name: float(np.mean(curve.values)) for name, curve in coherence.items()},
+    }
+    scalars = {f"heldout_{key}": value for key, value in losses.items()} | _costs(run)
+    for key in ("overall", "num_questions"):
+        value = number(lookup(run.summary, "exact_match", key))
+        if value is not None:
+            scalars["exact_match" if key == "overall" else key] = value
+    return Facts(
+        num_steps=_num_steps(run),
+        scalars=scalars,
+        groups={key: values for key, values in groups.items() if values},
+        train_loss=_curve(((step, found.get("loss")) for step, found in _by_step(run)), seconds),
+        heldout=_heldout_curves(run, small, seconds),
+        coherence=coherence,
+    )
+
+
+def heldout_losses(heldout: Mapping[str, Any], small: Collection[str]) -> dict[str, float]:
+    """`overall`, `macro` and `small` of a `heldout` object, those that it has or that follow from its sources."""
+    per_source = numbers(heldout.get("per_source"))
+    kept = [per_source[name] for name in small if name in per_source]
+    found = {
+        "overall": number(heldout.get("overall")),
+        "macro": number(heldout.get("macro")),
+        "small": float(np.mean(kept)) if kept and len(kept) == len(small) else None,
+    }
+    if found["macro"] is None and per_source:
+        found["macro"] = float(np.mean(list(per_source.values())))
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _by_step(run: Run) -> list[tuple[int, dict[str, Any]]]:
+    return [(int(found["step"]), found) for found in run.steps]
+
+
+def _num_steps(run: Run) -> int | None:
+    steps = number(run.summary.get("steps"))
+    if steps is not None:
+        return int(steps)
+    return int(run.steps[-1]["step"]) if run.steps else None
+
+
+def _seconds(run: Run) -> dict[int, float]:
+    """Training seconds at the end of every step, 0 at step 0; a step without its time counts as the median."""
+    times = [number(lookup(found, "time_s", "total")) for found in run.steps]
+    known = [value for value in times if value is not None]
+    if not known:
+        return {}
+    median = float(np.median(known))
+    ends = np.cumsum([median if value is None else value for value in times])
+    return {0: 0.0} | {step: float(end) for (step, _), end in zip(_by_step(run), ends, strict=True)}
+
+
+def _curve(points: Iterable[tuple[int, Any]], seconds: Mapping[int, float]) -> Curve:
+    kept = [(step, number(value)) for step, value in points]
+    kept = [(step, value) for step, value in kept if value is not None and (not seconds or step in seconds)]
+    return Curve(
+        [step for step, _ in kept],
+        [seconds[step] for step, _ in kept] if seconds else [],
+        [value for _, value in kept if value is not None],
+    )
+
+
+def _heldout_curves(run: Run, small: Collection[str], seconds: Mapping[int, float]) -> dict[str, Curve]:
+    losses = {step: heldout_losses(found, small) for step, found in run.heldout.items()}
+    curves = {
+        key: _curve(((step, found.get(key)) for step, found in losses.items()), seconds)
+        for key in ("overall", "macro", "small")
+    }
+    return {key: curve for key, curve in curves.items() if curve.steps}
+
+
+def _coherence(run: Run, seconds: Mapping[int, float]) -> dict[str, Curve]:
+    points: dict[str, list[tuple[int, float]]] = {}
+    for step, found in _by_step(run):
+        for name, value in numbers(lookup(found, "coreset", "coherence")).items():
+            points.setdefault(name, []).append((step, value))
+    return {name: _curve(found, seconds) for name, found in points.items()}
+
+
+def _sums(steps: Iterable[Mapping[str, Any]], *keys: str) -> dict[str, float]:
+    """Sum over the steps of every entry of the mapping below `keys`."""
+    sums: dict[str, float] = {}
+    for found in steps:
+        for name, value in numbers(lookup(found, *keys)).items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
+
+
+def _shares(counts: Mapping[str, float]) -> dict[str, float]:
+    total = sum(counts.values())
+    return {name: count / total for name, count in counts.items()} if total > 0 else {}
+
+
+def _phase_seconds(run: Run) -> dict[str, float]:
+    """Median seconds of each phase of a step; one that a step does not have took 0 s in it."""
+    found = numbers(run.summary.get("phase_s"))
+    if not found:
+        steps = [numbers(step.get("time_s")) for step in run.steps]
+        steps = [times for times in steps if times]
+        phases = dict.fromkeys(name for times in steps for name in times)
+        found = {name: float(np.median([times.get(name, 0.0) for times in steps])) for name in phases}
+    found.pop("total", None)
+    return {name: found[name] for name in (*PHASES, *sorted(set(found) - set(PHASES))) if name in found}
+
+
+def _costs(run: Run) -> dict[str, float]:
+    summary = run.summary
+    found: dict[str, float | None] = {
+        "wall_s": number(summary.get("wall_s")),
+        "padding_fraction": _mean(found.get("padding_fraction") for found in run.steps),
+    }
+    times = [value for value in (number(lookup(step, "time_s", "total")) for step in run.steps) if value is not None]
+    for key, name, quantile in (("step_s", "median", 0.5), ("step_s_p10", "p10", 0.1), ("step_s_p90", "p90", 0.9)):
+        value = number(lookup(summary, "step_s", name))
+        found[key] = float(np.quantile(times, quantile)) if value is None and times else value
+    for phase in ("probe", "train", "peak"):
+        peaks = [number(lookup(step, "memory_gib", phase)) for step in run.steps]
+        value = number(lookup(summary, "peak_memory_gib", phase))
+        found[f"{phase}_gib"] = max((p for p in peaks if p is not None), default=None) if value is None else value
+    for key, name in (
+        ("examples_trained", "examples_trained"),
+        ("examples_probed", "examples_probed"),
+        ("tokens_trained", "tokens"),
+    ):
+        value = number(summary.get(key))
+        counts = [number(step.get(name)) for step in run.steps]
+        known = [count for count in counts if count is not None]
+        found[key] = sum(known) if value is None and known else value
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _mean(values: Iterable[Any]) -> float | None:
+    known = [value for value in map(number, values) if value is not None]
+    return float(np.mean(known)) if known else None
