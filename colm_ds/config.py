@@ -220,7 +220,10 @@ def _resolve_batch(colm: ColmConfig, deepspeed: dict[str, Any], world_size: int,
         )
     if colm.selector == "full" and size != large:
         problems.add(
-            "colm.coreset_size", size, f"the selector 'full' trains on all {large} of the large batch", f"Write {large}."
+            "colm.coreset_size",
+            size,
+            f"the selector 'full' trains on all {large} of the large batch",
+            f"Write {large}.",
         )
     if batch is not None and batch != size:
         problems.add(

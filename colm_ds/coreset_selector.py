@@ -23,8 +23,16 @@ from colm_ds.probe.patch import eval_mode
 from colm_ds.probe.registry import make_estimator
 from colm_ds.probe.replay import ReplayStore, why_not_replay
 from colm_ds.probe.tail import run_trunk
-from colm_ds.selection import SINGLE_PROCESS, Exchange, SelectionSettings, Selector, SelectorContext, Signals
-from colm_ds.selection import make_selector, split_sources
+from colm_ds.selection import (
+    SINGLE_PROCESS,
+    Exchange,
+    SelectionSettings,
+    Selector,
+    SelectorContext,
+    Signals,
+    make_selector,
+    split_sources,
+)
 from colm_ds.types import Coreset, LargeBatch
 
 logger = logging.getLogger(__name__)
@@ -125,9 +133,7 @@ class CoresetSelector:
         self.replay: ReplayStore | None = None
         self._store = self._make_store(mean_length)
         if architecture is not None:
-            self._estimator = make_estimator(
-                config.probe, architecture, device, seed=config.seed, beta2=betas[1]
-            )
+            self._estimator = make_estimator(config.probe, architecture, device, seed=config.seed, beta2=betas[1])
 
     def __call__(self, batch: LargeBatch, meter: Meter | None = None) -> Coreset:
         """The coreset of a large batch, the same on every rank.
@@ -263,7 +269,7 @@ class CoresetSelector:
         if reason is None:
             return ReplayStore(architecture, offload=offload, seed=config.seed)
         if config.replay != "auto":
-            raise ConfigError(f"colm.replay = {config.replay!r}: {reason}. Change that, or write \"auto\" or \"off\".")
+            raise ConfigError(f'colm.replay = {config.replay!r}: {reason}. Change that, or write "auto" or "off".')
         if self._rank == 0:
             logger.info("no forward replay: %s", reason)
         return None

@@ -179,7 +179,9 @@ class CoLMEngine:
         """b, the examples trained on in a step."""
         return self.config.coreset_size
 
-    def save_checkpoint(self, save_dir: str, tag: str | None = None, client_state: dict[str, Any] | None = None) -> bool:
+    def save_checkpoint(
+        self, save_dir: str, tag: str | None = None, client_state: dict[str, Any] | None = None
+    ) -> bool:
         """DeepSpeed's checkpoint with the selector's history, data position and counts beside it.
 
         Args:
@@ -196,7 +198,9 @@ class CoLMEngine:
         }
         return bool(self.deepspeed_engine.save_checkpoint(save_dir, tag or f"step_{self.step_count}", state))
 
-    def load_checkpoint(self, load_dir: str, tag: str | None = None, **kwargs: Any) -> tuple[str | None, dict[str, Any]]:
+    def load_checkpoint(
+        self, load_dir: str, tag: str | None = None, **kwargs: Any
+    ) -> tuple[str | None, dict[str, Any]]:
         """Restore model, optimizer, scheduler, selector history, data position and counts.
 
         Args:

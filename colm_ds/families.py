@@ -1,4 +1,4 @@
-"""Model-family facts in one place: where the last layer's parts are, what LoRA adapts, which precision the paper used."""
+"""Model-family facts in one place: where the last layer's parts are and what LoRA adapts."""
 
 from __future__ import annotations
 

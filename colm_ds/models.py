@@ -98,7 +98,7 @@ def _add_lora(model: Any, config: LoraConfig) -> nn.Module:
             model,
             peft.LoraConfig(
                 r=config.rank,
-                lora_alpha=config.alpha,  # type: ignore[arg-type]
+                lora_alpha=config.alpha,
                 lora_dropout=config.dropout,
                 target_modules=targets,
                 task_type="CAUSAL_LM",

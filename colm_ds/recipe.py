@@ -1,4 +1,4 @@
-"""Recipes: one YAML file per run, strict keys, `key=value` overrides, paths relative to the recipe or the working folder."""
+"""Recipes: one YAML file per run, strict keys, `key=value` overrides, paths relative to the recipe or to here."""
 
 from __future__ import annotations
 

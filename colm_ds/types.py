@@ -119,8 +119,8 @@ class StepStats:
         examples_probed: examples that the probe ran on, over all ranks.
         examples_trained: size of the coreset.
         padding_fraction: share of padding among the tokens computed in training, over all ranks.
-        exchange_bytes: payload of the collectives: signals (what the estimator sends), selection (masked columns, sums and
-            the choice itself), tokens (of examples trained on another rank than the one that holds them).
+        exchange_bytes: payload of the collectives: signals (what the estimator sends), selection (masked columns, sums
+            and the choice itself), tokens (of examples trained on another rank than the one that holds them).
         selected: whether the selector ran (False for a plain step of the schedule).
         time_s: seconds of each phase on this rank: probe, exchange, select, train, step, total.
         memory_gib: peak memory of each phase on this rank (GiB = 2^30 bytes): probe, train, peak.

@@ -181,7 +181,7 @@ class ReplayStore:
         def replay(run: Callable[..., Any], hidden: Tensor, *args: Any) -> Tensor:
             output = self._assemble(number, positions, hidden)
             attach = self._attach.to(hidden.device)
-            return _Replayed.apply(hidden, attach, output, lambda states: run(states, *args))  # type: ignore[no-any-return]
+            return _Replayed.apply(hidden, attach, output, lambda states: run(states, *args))
 
         return replay
 

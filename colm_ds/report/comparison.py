@@ -129,7 +129,7 @@ def _title(arms: Sequence[Arm]) -> str:
 def _about(found: Comparison) -> str:
     devices = dict.fromkeys(str(lookup(arm.config, "machine", "device") or "") for arm in found.arms)
     parts = [f"Written {found.date} by colm_ds", *(f"trained on {device}" for device in devices if device)]
-    if len(found.arms) > 1:
+    if len(found.arms) > 1 and found.arms[-1].name not in found.title:
         parts.append(f"compared: {', '.join(arm.name for arm in found.arms)}")
     return " · ".join(parts)
 

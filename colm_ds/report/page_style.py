@@ -30,7 +30,8 @@ h3 { font-size: 1rem; margin: 1.6rem 0 0.5rem; }
 p, li { max-width: 46rem; overflow-wrap: anywhere; }
 a { color: var(--accent); }
 .about { color: var(--soft); margin-top: 0; margin-bottom: 1.2rem; max-width: 76rem; }
-.summary { font-size: 1.06rem; max-width: 62rem; background: var(--panel); border-left: 4px solid var(--accent); padding: 0.9rem 1.2rem; }
+.summary { font-size: 1.06rem; max-width: 62rem; background: var(--panel); border-left: 4px solid var(--accent); }
+.summary { padding: 0.9rem 1.2rem; margin-left: 0; }
 .summary p { margin: 0; max-width: none; }
 .caveats { padding-left: 1.2rem; }
 nav ul { display: flex; flex-wrap: wrap; gap: 0.2rem 1.1rem; padding: 0; margin: 1.2rem 0 0; list-style: none; }
@@ -46,7 +47,9 @@ figcaption { font-weight: 600; margin-bottom: 0.3rem; }
 .legend li { display: flex; align-items: center; gap: 0.4rem; min-width: 0; }
 .legend svg { flex: none; width: 36px; height: 12px; }
 .scroll { overflow-x: auto; margin: 0.4rem 0; border: 1px solid var(--line); border-radius: 6px; }
-table { border-collapse: collapse; width: 100%; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
+table {
+  border-collapse: separate; border-spacing: 0; width: 100%; font-size: 0.88rem; font-variant-numeric: tabular-nums;
+}
 th, td { padding: 0.4rem 0.6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 tr:last-child > * { border-bottom: 0; }
 thead th {
@@ -57,7 +60,8 @@ tbody th { font-weight: 600; }
 .word { white-space: nowrap; }
 th:first-child, .text, .brief { text-align: left; }
 tbody th:first-child, thead th:first-child { position: sticky; left: 0; z-index: 1; }
-tbody th { background: var(--page); max-width: 16rem; white-space: normal; overflow-wrap: anywhere; min-width: 7rem; }
+tbody th { background: var(--page); }
+tbody th.text { min-width: 11rem; max-width: 16rem; white-space: normal; overflow-wrap: anywhere; }
 td.text { white-space: normal; min-width: 11rem; max-width: 34rem; overflow-wrap: break-word; }
 td.best { font-weight: 700; }
 details { margin: 0.6rem 0; }
@@ -68,7 +72,7 @@ pre {
 }
 @media (max-width: 40rem) {
   body { padding: 0 0.9rem 3rem; }
-  tbody th { max-width: 9rem; min-width: 6rem; }
+  tbody th.text { max-width: 9rem; min-width: 6rem; }
   th, td { padding: 0.35rem 0.55rem; }
   .summary { padding: 0.8rem 0.9rem; font-size: 1rem; }
 }
@@ -89,7 +93,7 @@ pre {
   .scroll { overflow: visible; border: 0; }
   table { font-size: 7.5pt; }
   th, td { padding: 0.15rem 0.3rem; white-space: normal; }
-  thead th, tbody th, td.text { min-width: 0; }
+  thead th, tbody th.text, td.text { min-width: 0; }
   pre { max-height: none; white-space: pre-wrap; overflow-wrap: anywhere; }
   details.numbers::details-content { content-visibility: visible; block-size: auto; }
 }

@@ -28,7 +28,7 @@ def arms_table(arms: Sequence[Arm], *, short: bool = False) -> Table:
     """
     columns = [
         Column("arm"),
-        *([] if short else [Column("selection"), Column("b of r")]),
+        *([] if short else [Column("b of r")]),
         Column("seeds", whole),
         Column("steps", whole),
         Column("held-out loss", _LOSS, "min"),
@@ -40,6 +40,7 @@ def arms_table(arms: Sequence[Arm], *, short: bool = False) -> Table:
         Column("peak GiB", fixed(2), "min"),
         Column("trained", whole),
         Column("probed", whole),
+        *([] if short else [Column("selection")]),
     ]
     rows = []
     for arm in arms:
@@ -47,7 +48,7 @@ def arms_table(arms: Sequence[Arm], *, short: bool = False) -> Table:
         rows.append(
             [
                 arm.name + ("" if arm.is_finished else " (unfinished)"),
-                *([] if short else [describe(arm), _sizes(arm)]),
+                *([] if short else [_sizes(arm)]),
                 len(arm.counted),
                 arm.num_steps,
                 *quality,
@@ -57,6 +58,7 @@ def arms_table(arms: Sequence[Arm], *, short: bool = False) -> Table:
                 arm.mean("peak_gib"),
                 arm.mean("examples_trained"),
                 arm.mean("examples_probed"),
+                *([] if short else [describe(arm)]),
             ]
         )
     note = (

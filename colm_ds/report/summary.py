@@ -149,7 +149,7 @@ def _against_plain(arms: Sequence[Arm], ranked: Sequence[Arm]) -> list[str]:
     selecting.sort(key=lambda arm: (arm not in ranked, arm.mean("heldout_overall") or math.inf))
     best = selecting[0]
     others = references(best, arms)
-    plain = {role: others[role] for role in ("plain_r", "plain_b") if role in others}
+    plain: dict[str, Arm] = {role: others[role] for role in ("plain_r", "plain_b") if role in others}
     if not plain:
         return ["There is no plain training on r or b among the arms to hold time and memory against."]
     sentences = [_quality(best, plain, ranked), _medoids(best, others.get("keep_random"), ranked)]
