@@ -284,20 +284,28 @@ def main(arguments: list[str]) -> int:
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
     parser.add_argument("--repeats", type=int, default=11, help="timed runs of each arm (default 11)")
     parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="threads of both arms (default 1: with more, small operations wait for each other where cores are busy)",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         default=Path(__file__).parent / "results" / "selection.json",
         help="result file (default benchmarks/results/selection.json)",
     )
     options = parser.parse_args(arguments)
-    if options.repeats < 1 or not 1 <= options.b <= options.r or not 1 <= options.h <= options.d:
-        parser.error("needs repeats >= 1, 1 <= b <= r and 1 <= h <= d")
+    if options.repeats < 1 or options.threads < 1 or not 1 <= options.b <= options.r or not 1 <= options.h <= options.d:
+        parser.error("needs repeats and threads >= 1, 1 <= b <= r and 1 <= h <= d")
     sizes = Sizes(options.r, options.b, options.d, options.h)
+    torch.set_num_threads(options.threads)
     result = measure(sizes, options.repeats)
-    sizes_given = [f"--{name}={value}" for name, value in asdict(sizes).items() if value != getattr(Sizes(), name)]
+    flags = {"repeats": options.repeats, "threads": options.threads, **asdict(sizes)}
+    given = [f"--{name}={value}" for name, value in flags.items() if value != parser.get_default(name)]
     record = {
         "benchmark": "selection",
-        "command": shlex.join(["python", "benchmarks/selection.py", f"--repeats={options.repeats}", *sizes_given]),
+        "command": shlex.join(["python", "benchmarks/selection.py", *given]),
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -306,7 +314,10 @@ def main(arguments: list[str]) -> int:
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"r {sizes.r}, b {sizes.b}, d {sizes.d:,}, h {sizes.h}, K 1; {options.repeats} runs of each arm, interleaved")
+    print(
+        f"r {sizes.r}, b {sizes.b}, d {sizes.d:,}, h {sizes.h}, K 1; {options.repeats} runs of each arm, interleaved, "
+        f"threads {options.threads}"
+    )
     print(table(result))
     return 0 if result["all_the_same"] else 1
 

@@ -38,6 +38,8 @@ class ProbeConfig(Section):
     epsilon: float = Field(1e-3, gt=0, description="spsa: size of the step to both sides")
     num_probes: Literal["auto"] | int = Field("auto", description="K: directions or sketches; auto: 1, sketch 256")
     refresh: Literal["step", "run"] = Field("step", description="new directions every step, or one set for the run")
+    sample: float = Field(1.0, gt=0, le=1, description="share of the examples outside small sources that is probed")
+    dtype: Literal["auto", "bfloat16"] = Field("auto", description="trunk's compute; auto: as the model trains")
     max_tokens: int = Field(8192, ge=1, description="padded tokens of one micro-batch of the probe")
 
     @property
@@ -140,7 +142,8 @@ def resolve_config(config: Config, world_size: int) -> ResolvedConfig:
     problems = Problems(where)
     section = loaded.pop("colm", None)
     if not isinstance(section, dict):
-        problems.add("colm", section, "missing", 'Add "colm": {"large_batch_size": ..., "coreset_size": ...}.')
+        why = "missing" if section is None else "not a section of keys and values"
+        problems.add("colm", section, why, 'Add "colm": {"large_batch_size": ..., "coreset_size": ...}.')
         problems.raise_if_any()
     colm = validate_section(ColmConfig, section, "colm", problems)
     problems.raise_if_any()
@@ -163,6 +166,8 @@ def validate_section(kind: type[Section], values: Any, prefix: str, problems: Pr
             key = ".".join([prefix, *names] if prefix else names)
             if item["type"] == "extra_forbidden":
                 problems.add_unknown(key, _known_keys(kind, names[:-1]))
+            elif item["type"] == "missing":
+                problems.messages.append(f"{key}: missing. {_describe(kind, names)}")
             elif key not in seen:
                 problems.add(key, item["input"], item["msg"][0].lower() + item["msg"][1:], _describe(kind, names))
             seen.add(key)
@@ -280,7 +285,31 @@ def _check_mask_and_probe(colm: ColmConfig, problems: Problems) -> None:
 def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems) -> None:
     if deepspeed.get("managed_gradient_accumulation") is True:
         problems.add("managed_gradient_accumulation", True, "colm_ds accumulates gradients itself", "Remove it.")
+    for key in ("amp", "bf16", "fp16", "torch_autocast", "optimizer", "scheduler", "zero_optimization"):
+        if not isinstance(deepspeed.get(key) or {}, dict):
+            problems.add(key, deepspeed[key], "not a section of keys and values", "Write an object: {...}.")
+            deepspeed[key] = {}
+    for key in _auto_keys(deepspeed):
+        problems.add(key, "auto", "only Hugging Face's Trainer fills this in", "Write the value.")
+    zero = deepspeed.get("zero_optimization") or {}
+    if zero.get("overlap_comm") is True and zero.get("stage", 0) in (0, 1):
+        problems.add(
+            "zero_optimization.overlap_comm",
+            True,
+            "works with accumulation by colm_ds at stages 2 and 3 only",
+            "Remove it, or use stage 2.",
+        )
     if (deepspeed.get("amp") or {}).get("enabled"):
         problems.add("amp.enabled", True, "does not work with accumulation by colm_ds", "Use bf16 or fp16.")
     if (deepspeed.get("torch_autocast") or {}).get("enabled"):
         problems.add("torch_autocast.enabled", True, "the probe does not run under autocast", "Use bf16 or fp16.")
+
+
+def _auto_keys(deepspeed: dict[str, Any]) -> list[str]:
+    """Keys with the value "auto" where DeepSpeed fails on it, or takes it for a precision that is off."""
+    found = [key for key, value in deepspeed.items() if value == "auto"]
+    for section in ("bf16", "fp16", "optimizer", "scheduler"):
+        values = deepspeed.get(section) or {}
+        found += [f"{section}.{key}" for key, value in values.items() if value == "auto"]
+        found += [f"{section}.params.{key}" for key, value in (values.get("params") or {}).items() if value == "auto"]
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -23,6 +24,7 @@ from colm_ds.probe.patch import eval_mode
 from colm_ds.probe.registry import make_estimator
 from colm_ds.probe.replay import ReplayStore, why_not_replay
 from colm_ds.probe.tail import run_trunk
+from colm_ds.seeds import private_generator
 from colm_ds.selection import (
     SINGLE_PROCESS,
     Exchange,
@@ -53,7 +55,8 @@ def small_source_ids(config: ColmConfig, source_counts: Mapping[str, int]) -> li
         return []
     if config.small_sources == "auto":
         return [names.index(name) for name in split_sources(source_counts)[0]]
-    ids = [names.index(source) if source in names else source for source in config.small_sources]
+    # A number names the source that is called so in the data; where no source is called so, it is an id.
+    ids = [names.index(str(source)) if str(source) in names else source for source in config.small_sources]
     unknown = [source for source in ids if not isinstance(source, int) or not 0 <= source < len(names)]
     if unknown:
         raise ConfigError(
@@ -131,6 +134,7 @@ class CoresetSelector:
         self._weights: Tensor | None = None
         self.signal_bytes = 0
         self.replay: ReplayStore | None = None
+        self._trunk_dtype = torch.bfloat16 if config.probe.dtype == "bfloat16" else None
         self._store = self._make_store(mean_length)
         if architecture is not None:
             self._estimator = make_estimator(config.probe, architecture, device, seed=config.seed, beta2=betas[1])
@@ -156,7 +160,8 @@ class CoresetSelector:
             self._probe(batch, self._estimator)
         before = getattr(self._exchange, "num_bytes", 0)
         with meter.phase("exchange"):
-            signals = replace(self._estimator.signals(batch.size, self._exchange), parameters=self._weights)
+            signals = self._estimator.signals(batch.size, self._exchange)
+            signals = replace(signals, parameters=self._weights, unprobed=self._unprobed(batch))
         self.signal_bytes = getattr(self._exchange, "num_bytes", 0) - before
         with meter.phase("select"):
             coreset = self._select(batch, signals, self._estimator)
@@ -171,10 +176,17 @@ class CoresetSelector:
         """Positions whose signal is needed in this step: none of small sources, ascending int64 `[n]`."""
         if self._estimator is None or not self.selects(batch.step):
             return torch.empty(0, dtype=torch.int64)
+        config = self._config
         kept = torch.isin(batch.sources, torch.tensor(self.small, dtype=torch.int64))
-        if int(kept.sum()) >= (self._config.coreset_size or 0):
+        picks = (config.coreset_size or 0) - int(kept.sum())
+        if picks <= 0:
             return torch.empty(0, dtype=torch.int64)
-        return (~kept).nonzero().flatten()
+        rest = (~kept).nonzero().flatten()
+        if config.probe.sample == 1.0:
+            return rest
+        count = max(picks, math.ceil(config.probe.sample * len(rest)))
+        generator = private_generator(config.seed, "sample", batch.step)
+        return rest[torch.randperm(len(rest), generator=generator)[:count]].sort().values
 
     def state_dict(self) -> dict[str, Any]:
         """History of the selector and of the estimator; on rank 0 it is complete."""
@@ -208,6 +220,15 @@ class CoresetSelector:
                     self._probe_micro_batch(batch, positions, None, store)
         self.replay = store
 
+    def _unprobed(self, batch: LargeBatch) -> Tensor | None:
+        """Examples outside small sources that a sub-sampling probe leaves out, bool `[r]`."""
+        probed = self.probed_positions(batch)
+        if self._config.probe.sample == 1.0 or len(probed) == 0:
+            return None
+        unprobed = ~torch.isin(batch.sources, torch.tensor(self.small, dtype=torch.int64))
+        unprobed[probed] = False
+        return unprobed
+
     def _plan(self, batch: LargeBatch, wanted: Tensor) -> Sequence[Sequence[int]]:
         """This rank's micro-batches of the wanted examples."""
         world = self._exchange.num_processes
@@ -225,7 +246,7 @@ class CoresetSelector:
         lengths = [len(example.input_ids) for example in examples]
         micro = make_micro_batch(examples).to(self._device)
         with store.recording(positions, lengths) if store is not None else nullcontext():
-            tail = run_trunk(self._model, self._architecture, micro)
+            tail = run_trunk(self._model, self._architecture, micro, self._trunk_dtype)
         if estimator is not None:
             estimator.observe(tail, torch.tensor(positions, dtype=torch.int64), lengths)
 
@@ -238,17 +259,18 @@ class CoresetSelector:
             return
         target = self._architecture.target
 
-        def read(module: nn.Module, inputs: Any, output: Any) -> None:
+        def read(module: nn.Module, inputs: Any) -> None:
             if self._weights is None:
                 weight = module.weight
                 assert isinstance(weight, Tensor)
                 self._weights = weight[target.start : target.stop].detach().float().flatten()
 
-        handle = target.module.register_forward_hook(read)
+        # Before the forward, after ZeRO-3's own hook has gathered the weight; after the forward it is gone again.
+        handle = target.module.register_forward_pre_hook(read)
         try:
             yield
             if self._weights is None:  # this rank probed nothing; outside ZeRO-3 the weights are at hand
-                read(target.module, None, None)
+                read(target.module, None)
         finally:
             handle.remove()
 
@@ -259,6 +281,8 @@ class CoresetSelector:
             return None
         offload = config.replay == "offload"
         reason = why_not_replay(architecture)
+        if config.probe.dtype != "auto":
+            reason = "the probe computes in another type than training (colm.probe.dtype)"
         if reason is None and not offload:
             tokens = config.large_batch_size / self._exchange.num_processes * mean_length
             size = next(architecture.last_layer.parameters()).element_size()

@@ -18,12 +18,14 @@ from colm_ds.data.loader import LargeBatchLoader, RecordDataset, source_counts
 from colm_ds.data.micro_batch import make_micro_batch
 from colm_ds.distributed.assign import micro_batches, training_ranks
 from colm_ds.distributed.exchange import make_exchange, move_examples
-from colm_ds.errors import ConfigError
+from colm_ds.errors import CheckpointError, ConfigError, SelectionError
 from colm_ds.memory.meter import GIB, Meter
 from colm_ds.training_loss import example_loss_sums, find_loss_head
 from colm_ds.types import Coreset, LargeBatch, SourcedDataset, StepStats
 
 _ADAM = ("Adam", "AdamW")
+
+_PHASES = ("probe", "exchange", "select", "train", "step")
 
 
 def initialize(
@@ -63,6 +65,8 @@ def initialize(
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_init_required=dist_init_required)
     resolved = resolve_config(config, dist.get_world_size())
+    if optimizer is None and not resolved.deepspeed.get("optimizer"):
+        raise ConfigError('optimizer: none. Add "optimizer": {"type": "AdamW", ...} to the configuration or give one.')
     dataset = training_data if _is_sourced(training_data) else RecordDataset(training_data)
     _prefer_torch_adam(resolved.deepspeed)
     inner, optimizer, _, scheduler = deepspeed.initialize(
@@ -129,7 +133,9 @@ class CoLMEngine:
         self._batches: Iterator[LargeBatch] = iter(self.loader)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["deepspeed_engine"], name)
+        if "deepspeed_engine" not in self.__dict__:  # asked before __init__, as copy and pickle do
+            raise AttributeError(name)
+        return getattr(self.deepspeed_engine, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A forward of the model, as on a DeepSpeed engine."""
@@ -140,6 +146,9 @@ class CoLMEngine:
 
         Args:
             batch: this rank's view of the large batch; default: the loader's next.
+
+        Raises:
+            SelectionError: if no example of the batch has a finite signal.
         """
         start = time.perf_counter()
         meter = Meter(self._device)
@@ -148,6 +157,11 @@ class CoLMEngine:
         self.deepspeed_engine.train()
         coreset = self.coreset_selector(batch, meter)
         exchanged.note("selection")
+        if coreset.size == 0:
+            raise SelectionError(
+                f"step {batch.step}: none of the {batch.size} examples has a finite signal. "
+                "The model has diverged: resume from an earlier checkpoint with a lower learning rate."
+            )
         with meter.phase("train"):
             loss, padding = self._accumulate(batch, coreset, exchanged)
         lr = float(self.deepspeed_engine.get_lr()[0])
@@ -170,7 +184,7 @@ class CoLMEngine:
             padding_fraction=padding,
             exchange_bytes=exchanged.by_kind,
             selected=self.coreset_selector.selects(batch.step),
-            time_s={**meter.seconds, "total": time.perf_counter() - start},
+            time_s={**dict.fromkeys(_PHASES, 0.0), **meter.seconds, "total": time.perf_counter() - start},
             memory_gib=_peaks(meter),
             coreset=self._describe(batch, coreset),
         )
@@ -191,6 +205,7 @@ class CoLMEngine:
         """
         state = dict(client_state or {})
         state["colm"] = {
+            "client_keys": sorted(client_state or {}),
             "selector": self.coreset_selector.state_dict(),
             "next_step": self.loader.next_step,
             "step_count": self.step_count,
@@ -210,16 +225,24 @@ class CoLMEngine:
 
         Returns:
             The path that was loaded and the client state.
+
+        Raises:
+            CheckpointError: if the checkpoint was not saved by this class.
         """
         path, state = self.deepspeed_engine.load_checkpoint(load_dir, tag, **kwargs)
         if path is None:
             return None, {}
-        saved = state.pop("colm")
+        if "colm" not in state:
+            raise CheckpointError(
+                f"{path}: holds no state of colm_ds. It was saved by a plain DeepSpeed engine; "
+                "load it with engine.deepspeed_engine.load_checkpoint to go on from its weights."
+            )
+        saved = state["colm"]
         self.coreset_selector.load_state_dict(saved["selector"])
         self.loader.next_step = saved["next_step"]
         self.step_count, self.num_samples = saved["step_count"], saved["num_samples"]
         self._batches = iter(self.loader)
-        return path, state
+        return path, {key: state[key] for key in saved["client_keys"]}  # DeepSpeed adds keys of its own
 
     def _accumulate(self, batch: LargeBatch, coreset: Coreset, exchanged: _ByteCount) -> tuple[Tensor, float]:
         """Forward and backward over the coreset; this rank's share of the mean loss and the padded share of tokens."""

@@ -93,18 +93,25 @@ class RecordDataset:
             missing = [key for key in ("input_ids", source_key) if key not in record]
             if missing:
                 raise DataError(f"example {index}: no {missing[0]!r}. Its keys: {', '.join(map(str, record))}.")
-            ids, labels = _tokens(record)
+            try:
+                ids, labels = _tokens(record)
+            except (TypeError, ValueError, IndexError, RuntimeError) as error:
+                reason = str(error).split("\n")[0]
+                raise DataError(
+                    f"example {index}: {reason}. Give input_ids, labels and attention_mask as lists of as many numbers."
+                ) from None
             count = int((labels[1:] != -100).sum())
             if len(ids) != len(labels) or count == 0:
                 raise DataError(
                     f"example {index}: {len(ids)} tokens, {len(labels)} labels, {count} of them trained. "
                     "Give labels of the same length with at least one that is not -100 after the first."
                 )
-            names.append(record[source_key])
+            names.append(_source_name(record[source_key], index))
             lengths.append(len(ids))
             labelled.append(count)
-        self.source_names: Sequence[str] = [str(name) for name in sorted(set(names))]
-        number = {name: source for source, name in enumerate(sorted(set(names)))}
+        in_order = sorted(set(names), key=lambda name: (isinstance(name, str), name))  # numbers in front of names
+        self.source_names: Sequence[str] = [str(name) for name in in_order]
+        number = {name: source for source, name in enumerate(in_order)}
         self.source_ids = np.array([number[name] for name in names], dtype=np.int32)
         self.lengths = np.array(lengths, dtype=np.int32)
         self.num_label_tokens = np.array(labelled, dtype=np.int32)
@@ -121,6 +128,14 @@ def source_counts(dataset: SourcedDataset) -> dict[str, int]:
     """Examples by source name, in the order of the source ids."""
     counts = np.bincount(dataset.source_ids, minlength=len(dataset.source_names))
     return dict(zip(dataset.source_names, counts.tolist(), strict=True))
+
+
+def _source_name(value: Any, index: int) -> str | int:
+    """A source's name or number; numbers may come as tensors."""
+    value = value.item() if hasattr(value, "item") else value
+    if not isinstance(value, (str, int)):
+        raise DataError(f"example {index}: source {value!r}. Give a name or a whole number.")
+    return value
 
 
 def _tokens(record: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

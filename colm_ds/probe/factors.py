@@ -23,7 +23,8 @@ def gradient_factors(architecture: Architecture, tail: TailInput) -> tuple[Tenso
 
     Returns:
         delta `[batch, length, out]`, the gradient of the example's own loss at the projection's output, zero at
-        padding; x `[batch, length, in]`, the projection's input. Both in the model's compute dtype.
+        padding; x `[batch, length, in]`, the projection's input. Both in the model's compute dtype, but delta of an
+        fp16 model in float32.
     """
     target = architecture.target
     seen: list[tuple[Tensor, Tensor]] = []
@@ -39,9 +40,14 @@ def gradient_factors(architecture: Architecture, tail: TailInput) -> tuple[Tenso
     handle = target.module.register_forward_hook(cut)
     try:
         with torch.enable_grad():
-            loss = tail_losses(architecture, tail).sum()
-        inputs, leaf = seen[0]
+            losses = tail_losses(architecture, tail)
+            inputs, leaf = seen[0]
+            # In fp16 the gradient of a mean over many tokens underflows; that of their sum does not.
+            summed = torch.float16 in (tail.hidden.dtype, leaf.dtype)
+            loss = (losses * tail.batch.counts if summed else losses).sum()
         (delta,) = torch.autograd.grad(loss, leaf)
+        if summed:
+            delta = delta.float() / tail.batch.counts.clamp_min(1.0)[:, None, None]
     finally:
         handle.remove()
     return delta, inputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,13 +42,16 @@ class TailInput:
         return TailInput(_cast(self.hidden), _cast(self.args), _cast(self.kwargs), self.batch)
 
 
-def run_trunk(model: nn.Module, architecture: Architecture, batch: MicroBatch) -> TailInput:
+def run_trunk(
+    model: nn.Module, architecture: Architecture, batch: MicroBatch, dtype: torch.dtype | None = None
+) -> TailInput:
     """One no-grad pass through every layer but the last; the norm and the head are skipped.
 
     Args:
         model: what to call: the module of the DeepSpeed engine, or the model itself.
         architecture: its parts.
         batch: the micro-batch, on the device.
+        dtype: compute in this type instead of the model's own (autocast); what is captured has the model's.
     """
     captured: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
@@ -61,7 +64,8 @@ def run_trunk(model: nn.Module, architecture: Architecture, batch: MicroBatch) -
         architecture.norm: _first_position,
         architecture.head: _same,
     }
-    with torch.no_grad(), patched_forwards(skip):
+    lower = torch.autocast(batch.input_ids.device.type, dtype=dtype) if dtype else nullcontext()
+    with torch.no_grad(), patched_forwards(skip), lower:
         model(input_ids=batch.input_ids, use_cache=False)
     if len(captured) != 1:
         raise ProbeError(f"the last decoder layer ran {len(captured)} times in one forward; expected once.")
@@ -71,7 +75,11 @@ def run_trunk(model: nn.Module, architecture: Architecture, batch: MicroBatch) -
             f"{tokens} tokens became {states} hidden states, so labels would meet the wrong ones. "
             "Train without added tokens (no prompt tuning), with LoRA for example."
         )
-    return TailInput(*captured[0], batch)
+    if dtype is None:
+        return TailInput(*captured[0], batch)
+    own = next(parameter.dtype for parameter in architecture.norm.parameters())
+    hidden, args, kwargs = captured[0]
+    return TailInput(_cast(hidden, own), _cast(args, own), _cast(kwargs, own), batch)
 
 
 def _same(hidden: Tensor) -> Tensor:
@@ -85,11 +93,20 @@ def _first_position(hidden: Tensor) -> Tensor:
 def tail_losses(architecture: Architecture, tail: TailInput) -> Tensor:
     """Mean loss over the labelled tokens of every example, in nats, float32 `[batch]`.
 
-    Runs the last layer on all positions, norm and head on labelled ones. Hooks on the layer's modules apply.
+    Runs the last layer's attention on all positions; its MLP, the norm and the head on labelled ones, as nothing behind
+    the attention mixes positions. Hooks on the layer's modules apply.
     """
-    output = architecture.last_layer(tail.hidden, *tail.args, **tail.kwargs)
-    output = output[0] if isinstance(output, tuple) else output
     batch = tail.batch
+    mlp = architecture.last_layer.mlp
+    plain_mlp: Callable[[Tensor], Tensor] = mlp.forward  # type: ignore[union-attr]
+
+    def labelled_mlp(states: Tensor) -> Tensor:
+        values = plain_mlp(states[batch.rows, batch.positions])
+        return values.new_zeros(states.shape).index_put((batch.rows, batch.positions), values)
+
+    with patched_forwards({mlp: labelled_mlp}):  # type: ignore[dict-item]
+        output = architecture.last_layer(tail.hidden, *tail.args, **tail.kwargs)
+    output = output[0] if isinstance(output, tuple) else output
     hidden = architecture.norm(output[batch.rows, batch.positions])
     head = architecture.head
     plain_head: Callable[[Tensor], Tensor] = head.forward
@@ -200,12 +217,12 @@ def _float32_linear(module: nn.Linear) -> Forward:
     return forward
 
 
-def _cast(value: Any) -> Any:
-    """Floating tensors of a nested structure in float32, all else as it is."""
+def _cast(value: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """Floating tensors of a nested structure in a type, all else as it is."""
     if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
+        return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, (tuple, list)):
-        return type(value)(_cast(item) for item in value)
+        return type(value)(_cast(item, dtype) for item in value)
     if isinstance(value, dict):
-        return {key: _cast(item) for key, item in value.items()}
+        return {key: _cast(item, dtype) for key, item in value.items()}
     return value

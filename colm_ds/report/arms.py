@@ -14,7 +14,21 @@ from colm_ds.report.facts import Curve, Facts, run_facts, small_sources
 from colm_ds.report.run import Run, lookup, number
 
 # Keys that tell runs of one arm apart: seeds, names and places.
-_NOT_THE_METHOD = {"seed", "name", "run_name", "output", "output_dir", "output_folder", "run_folder", "device", "date"}
+_NOT_THE_METHOD = {
+    *(
+        "seed",
+        "name",
+        "run_name",
+        "date",
+        "output",
+        "output_dir",
+        "output_folder",
+        "run_folder",
+        "overwrite",
+        "cache_dir",
+    ),
+    "save_every",
+}
 
 _LARGEST = ("probe_gib", "train_gib", "peak_gib")  # of several seeds the largest counts, not the mean
 
@@ -180,7 +194,15 @@ def method_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """What makes up the method of a run, with dotted keys: no seed, name or place."""
     kept = {key: config.get(key) for key in ("colm", "recipe", "deepspeed", "world_size", "num_parameters")}
     kept["num_trainable"], kept["sources"] = config.get("num_trainable"), config.get("sources")
-    return {key: value for key, value in flatten(kept) if key.rsplit(".", 1)[-1] not in _NOT_THE_METHOD}
+    settings = {key: value for key, value in flatten(kept) if key.rsplit(".", 1)[-1] not in _NOT_THE_METHOD}
+    # A recipe's own "colm" part is what the resolved one was made from: the same settings a second time.
+    return {key: value for key, value in settings.items() if not key.startswith("recipe.colm.")}
+
+
+def micro_batch_size(arm: Arm) -> int | None:
+    """Examples per rank and backward pass, where the configuration says it."""
+    found = lookup(arm.config, "deepspeed", "train_micro_batch_size_per_gpu")
+    return _whole(found) or _whole(lookup(arm.config, "recipe", "micro_batch_size"))
 
 
 def _method(run: Run) -> str:

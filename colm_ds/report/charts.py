@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from colm_ds.report.svg import COLORS, GRID, INK, PAPER, drawing, to_svg
-from colm_ds.report.tables import clean
+from colm_ds.report.tables import shorten
 
 WIDTH = 460
 LINE_WIDTH = 1.8
@@ -109,7 +109,7 @@ def line_picture(
         for line in shown:
             color = COLORS[line.style % len(COLORS)]
             if line.faint is not None:
-                axes.plot(*line.faint, color=color, linewidth=0.7, alpha=0.22)
+                axes.plot(*line.faint, color=color, linewidth=0.7, alpha=min(0.25, 0.6 / len(shown)))
         for line in shown:
             marked = line.marked or len(line.x) == 1
             axes.plot(
@@ -257,7 +257,7 @@ def _linestyle(style: int) -> Any:
 
 
 def _label_rows(axes: Any, labels: Sequence[str], x_label: str) -> None:
-    axes.set_yticks(range(len(labels)), [_short(label) for label in labels])
+    axes.set_yticks(range(len(labels)), [shorten(label, _MAX_LABEL) for label in labels])
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.set_xlabel(x_label)
@@ -266,17 +266,15 @@ def _label_rows(axes: Any, labels: Sequence[str], x_label: str) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def _short(label: str) -> str:
-    label = clean(label)
-    return label if len(label) <= _MAX_LABEL else label[: _MAX_LABEL - 1] + "…"
-
-
 def _focused(lines: Sequence[Line]) -> tuple[float, float]:
     """Heights that hold every line after its first third, with a margin."""
     low, high = float("inf"), float("-inf")
     for line in lines:
         start = line.x[0] + (line.x[-1] - line.x[0]) / 3
         late = [y for x, y in zip(line.x, line.y, strict=True) if x >= start]
-        low, high = min(low, *late, low), max(high, *late, high)
+        if line.faint is not None:  # and most of the raw values, to show how they scatter
+            raw = [y for x, y in zip(*line.faint, strict=True) if x >= start]
+            late += np.quantile(raw, [0.1, 0.9]).tolist() if raw else []
+        low, high = min([low, *late]), max([high, *late])
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     return low - margin, high + margin

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from colm_ds.report.arms import Arm
+from colm_ds.report.arms import Arm, micro_batch_size
 from colm_ds.report.charts import Line, Picture, dot_picture, grouped_picture, line_picture, stacked_picture
 from colm_ds.report.curves import envelope, smooth, thin
 from colm_ds.report.facts import BYTE_KINDS, PHASES
@@ -54,13 +54,13 @@ def memory_section(arms: Sequence[Arm]) -> Section:
     ]
     rows = []
     for arm in arms:
-        micro = number(lookup(arm.config, "deepspeed", "train_micro_batch_size_per_gpu"))
+        micro = micro_batch_size(arm)
         world, size = number(arm.config.get("world_size")) or 1.0, arm.coreset_size
         count = math.ceil(size / (world * micro)) if micro and size else None
         rows.append([arm.name, *(arm.mean(f"{part}_gib") for part in (*parts, "peak")), micro, count])
     devices = {str(lookup(arm.config, "machine", "device") or "") for arm in arms}
     text = [
-        "The largest value of all steps, of rank 0 and of all seeds. The probe's includes the exchange and the choice. "
+        "The largest value of all steps, ranks and seeds (of rank 0 while a run is not finished). The probe's includes the exchange and the choice. "
         "The peak of training follows the micro-batch, not b: compare arms of the same micro-batch."
     ]
     if any(device.lower().startswith("cpu") for device in devices):
@@ -92,9 +92,10 @@ def traffic_section(arms: Sequence[Arm]) -> Section:
             arm.name,
             number(arm.config.get("world_size")),
             arm.mean("padding_fraction"),
-            *(arm.groups.get("exchange_bytes", {}).get(kind) for kind in dict.fromkeys(kinds)),
+            *(sent[kind].mean if kind in sent else None for kind in dict.fromkeys(kinds)),
         ]
         for arm in arms
+        for sent in [arm.groups.get("exchange_bytes", {})]
     ]
     note = (
         "Padding: share of the tokens computed in training that are padding, mean of the steps. Exchanged: payload of "
@@ -135,7 +136,9 @@ def shares_section(arms: Sequence[Arm], small: Collection[str]) -> Section:
             share = trained[arm.name].get(name)
             row += [share, share / data[name] if share is not None and data.get(name) else None]
         rows.append(row)
-    tables = [Table("shares", "Share of each source in the coreset", columns, rows)] if rows else []
+    tables = (
+        [Table("shares", "Share of each source in the coreset", columns, rows, folded=len(rows) > 12)] if rows else []
+    )
     text = [
         "Counted over all examples that the run trained on. Plain training follows the data; keeping small sources "
         "whole raises their share at the cost of the others."

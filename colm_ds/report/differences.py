@@ -61,9 +61,9 @@ def difference(arm: Arm, other: Arm, key: str) -> Difference | None:
     gaps = [mine[seed] - theirs[seed] for seed in mine if seed in theirs and seed is not None]
     a, b = arm.scalars[key], other.scalars[key]
     error: float | None = None
-    if len(gaps) > 1:
+    if gaps:
         mean, freedom = float(np.mean(gaps)), len(gaps) - 1
-        error = float(np.std(gaps, ddof=1)) / math.sqrt(len(gaps))
+        error = float(np.std(gaps, ddof=1)) / math.sqrt(len(gaps)) if freedom else None
     else:
         mean, freedom = a.mean - b.mean, min(a.num_seeds, b.num_seeds) - 1
         if a.standard_error is not None and b.standard_error is not None:

@@ -1,4 +1,8 @@
-"""The page's style sheet: light and dark, wide and narrow, paper. Nothing in it is fetched."""
+"""The page's style sheet: light and dark, wide and narrow, paper. Nothing in it is fetched.
+
+The colours c0 to c6 have a contrast of 3 or more to the page, and stay apart (CIE Lab distance 23 or more) in simulated
+protanopia, deuteranopia and tritanopia, in the light set and in the dark one.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,13 @@ CSS = """
   color-scheme: light dark;
   --page: #ffffff; --ink: #1c2025; --soft: #5c6570; --line: #d9dde2; --grid: #d3d8de;
   --panel: #f5f6f8; --accent: #0b5c94;
-  --c0: #0067a8; --c1: #c24e00; --c2: #00805c; --c3: #b0578a; --c4: #b37700; --c5: #2b8fc4; --c6: #6b6b6b;
+  --c0: #0077f0; --c1: #77370e; --c2: #079d6b; --c3: #df3fa0; --c4: #ad6a0a; --c5: #07335e; --c6: #565656;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #14171b; --ink: #e4e7eb; --soft: #a0a9b4; --line: #353b43; --grid: #3a4149;
     --panel: #1d2126; --accent: #7cc0f2;
-    --c0: #3b9ade; --c1: #f07a33; --c2: #1fb98a; --c3: #dd92b9; --c4: #f0b429; --c5: #8fd0f5; --c6: #a3a3a3;
+    --c0: #4cb1fd; --c1: #ff8f22; --c2: #66f5bf; --c3: #b1338c; --c4: #fedd7c; --c5: #b1e5f5; --c6: #9e9e9e;
   }
 }
 * { box-sizing: border-box; }
@@ -81,19 +85,22 @@ pre {
     color-scheme: light;
     --page: #ffffff; --ink: #000000; --soft: #444444; --line: #bbbbbb; --grid: #cccccc;
     --panel: #f3f3f3; --accent: #000000;
-    --c0: #0067a8; --c1: #c24e00; --c2: #00805c; --c3: #b0578a; --c4: #b37700; --c5: #2b8fc4; --c6: #6b6b6b;
+    --c0: #0077f0; --c1: #77370e; --c2: #079d6b; --c3: #df3fa0; --c4: #ad6a0a; --c5: #07335e; --c6: #565656;
   }
   @page { margin: 14mm; }
   body { padding: 0; font-size: 10pt; }
   body > *, p, li, figure { max-width: none; }
   nav { display: none; }
-  h2 { break-after: avoid; margin-top: 1.6rem; }
+  h2, h3, figcaption { break-after: avoid; }
+  h2 { margin-top: 1.6rem; }
+  .note, .caption, .legend { font-size: 8pt; }
   figure, tr, .summary { break-inside: avoid; }
   .pictures { grid-template-columns: 1fr 1fr; gap: 1rem; }
   .scroll { overflow: visible; border: 0; }
   table { font-size: 7.5pt; }
   th, td { padding: 0.15rem 0.3rem; white-space: normal; }
   thead th, tbody th.text, td.text { min-width: 0; }
+  td.brief { white-space: nowrap; }
   pre { max-height: none; white-space: pre-wrap; overflow-wrap: anywhere; }
   details.numbers::details-content { content-visibility: visible; block-size: auto; }
 }

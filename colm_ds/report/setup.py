@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from colm_ds.report.arms import Arm, flatten, method_settings, value_text
+from colm_ds.report.arms import Arm, flatten, micro_batch_size, method_settings, value_text
 from colm_ds.report.run import Run, lookup, number, numbers
 from colm_ds.report.section import Listing, Section
 from colm_ds.report.tables import MISSING, Column, Table, compact, whole
@@ -98,7 +98,7 @@ def unequal(arms: Sequence[Arm]) -> list[str]:
         ("the device", [_text(lookup(arm.config, "machine", "device")) for arm in arms]),
         (
             "the micro-batch",
-            [number(lookup(arm.config, "deepspeed", "train_micro_batch_size_per_gpu")) for arm in arms],
+            [micro_batch_size(arm) for arm in arms],
         ),
         ("the git revision", [_text(arm.config.get("git_revision")) for arm in arms]),
     ):
@@ -114,6 +114,7 @@ def _machine(run: Run) -> dict[str, Any]:
         ("world_size", "ranks"),
         ("num_parameters", "parameters"),
         ("num_trainable", "trainable parameters"),
+        ("num_heldout", "held-out examples"),
     ):
         value = number(config.get(key))
         if value is not None:

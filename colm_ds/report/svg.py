@@ -20,7 +20,7 @@ INK, GRID, PAPER = "#010101", "#020202", "#030303"
 """Stand-ins for the page's own colours: text, grid lines, background."""
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
-"""Okabe and Ito's colour-blind-safe colours and a grey; `page_style` has a light and a dark shade of each."""
+"""Okabe and Ito's colours and a grey, replaced by the page's shades of them, which differ between light and dark."""
 
 _VARIABLES = {INK: "currentColor", GRID: "var(--grid)", PAPER: "var(--page)"} | {
     color: f"var(--c{index}, {color})" for index, color in enumerate(COLORS)

@@ -112,8 +112,13 @@ def fixed(digits: int) -> Format:
 
 
 def signed(digits: int) -> Format:
-    """Numbers with their sign and so many decimals; the minus is a real one."""
-    return lambda value: f"{value:+.{digits}f}".replace("-", "−")
+    """Numbers with their sign and so many decimals; the minus is a real one, zero has none."""
+
+    def form(value: float) -> str:
+        shown = f"{value:+.{digits}f}"
+        return shown.replace("-", "−") if float(shown) else shown[1:]
+
+    return form
 
 
 def whole(value: float) -> str:
@@ -137,7 +142,8 @@ def compact(value: float) -> str:
         return "0"
     if abs(value) >= 100:
         return f"{value:,.0f}"
-    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}" if abs(value) >= 1e-4 else f"{value:.2g}"
+    digits = 2 - math.floor(math.log10(abs(value)))
+    return f"{value:.{digits}f}" if digits <= 6 else f"{value:.2g}"
 
 
 def seconds(value: float) -> str:
@@ -154,6 +160,13 @@ def clean(text: Any) -> str:
     """Text on one line without characters that XML forbids."""
     shown = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]", "\ufffd", str(text))
     return " ".join(shown.split())
+
+
+def shorten(text: Any, most: int) -> str:
+    """Clean text of at most so many characters; the surplus is cut out of the middle."""
+    shown = clean(text)
+    head = (most - 1) // 2
+    return shown if len(shown) <= most else f"{shown[:head]}…{shown[head + 1 - most :]}"
 
 
 def plural(count: int, noun: str) -> str:

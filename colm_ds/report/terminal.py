@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from colm_ds.report.arms import make_arms
 from colm_ds.report.quality import arms_table
 from colm_ds.report.run import Run
-from colm_ds.report.tables import clean
+from colm_ds.report.tables import shorten
 
 _WIDEST = 28
 
@@ -20,7 +20,7 @@ def format_table(runs: Sequence[Run]) -> str:
     """
     arms, _ = make_arms(runs)
     table = arms_table(arms, short=True)
-    rows = [[_cut(clean(cell)) for cell in row] for row in table.text_rows()]
+    rows = [[shorten(cell, _WIDEST) for cell in row] for row in table.text_rows()]
     lines = [[column.label for column in table.columns], *rows]
     widths = [max(len(line[place]) for line in lines) for place in range(len(table.columns))]
 
@@ -33,7 +33,3 @@ def format_table(runs: Sequence[Run]) -> str:
 
     head, *body = [joined(line) for line in lines]
     return "\n".join([head, "─" * len(head), *body])
-
-
-def _cut(cell: str) -> str:
-    return cell if len(cell) <= _WIDEST else cell[: _WIDEST - 1] + "…"

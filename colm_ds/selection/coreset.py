@@ -11,11 +11,12 @@ from torch import Tensor
 from colm_ds.errors import SelectionError
 from colm_ds.seeds import private_generator
 from colm_ds.selection.exchange import SINGLE_PROCESS, Exchange
-from colm_ds.selection.facility_location import METRICS, facility_location, pairwise_similarity
+from colm_ds.selection.facility_location import METRICS
 from colm_ds.selection.gradients import Gradients
 from colm_ds.selection.history import AdamHistory, mean_gradient
 from colm_ds.selection.mask import CRITERIA, mask_coordinates
 from colm_ds.selection.sources import Pool, share_out
+from colm_ds.selection.two_round import pick_medoids
 from colm_ds.selection.weights import WEIGHTS, cluster_weights, matched_weights
 from colm_ds.types import Coreset
 
@@ -65,6 +66,7 @@ class Signals:
         gradients: per-example gradients, compared in Adam geometry under a mask.
         vectors: short signals, float32 `[n, K]`; compared as they are where there are no gradients.
         parameters: value of every probed parameter, float32 `[d]`, for the weight criteria of the mask.
+        unprobed: examples outside small sources that were left out of the probe, and so of the choice, bool `[r]`.
     """
 
     positions: Tensor
@@ -72,6 +74,7 @@ class Signals:
     gradients: Gradients | None = None
     vectors: Tensor | None = None
     parameters: Tensor | None = None
+    unprobed: Tensor | None = None
 
 
 def select_coreset(
@@ -114,7 +117,8 @@ def select_coreset(
             f"select_coreset: {len(finite)} finite flags for {len(sources)} examples. Give one for every example."
         )
     generator = private_generator(settings.seed, "selection", step)
-    shares = share_out(sources, size, small, selectable=finite, per_source=settings.per_source, generator=generator)
+    selectable = finite if signals.unprobed is None else finite & ~signals.unprobed.cpu()
+    shares = share_out(sources, size, small, selectable=selectable, per_source=settings.per_source, generator=generator)
     reader = _PoolReader(signals, settings, history, len(finite), generator, exchange)
     chosen, weights = [shares.kept], [torch.ones(len(shares.kept))]
     coherence: dict[int, float] = {}
@@ -169,7 +173,7 @@ class _PoolReader:
         outcome = torch.zeros(2 * pool.quota + 1, dtype=torch.float64)
         if self._exchange.is_main:
             settings = self._settings
-            medoids = facility_location(pairwise_similarity(features, settings.metric), pool.quota)
+            medoids = pick_medoids(features, pool.quota, settings.metric)
             weights = torch.ones(pool.quota)
             if settings.weights == "cluster":
                 weights = cluster_weights(medoids.cluster_sizes)

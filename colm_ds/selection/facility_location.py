@@ -17,6 +17,9 @@ TIE_TOLERANCE = 1e-12
 _ELEMENTS_AT_ONCE = 1 << 21
 """Elements of the features, or of the similarity, that are worked on at a time (16 MB in float64)."""
 
+_ROWS_AT_ONCE = 1024
+"""Rows of one block of distances."""
+
 
 def pairwise_similarity(features: Tensor, metric: str = "l1") -> Tensor:
     """Similarity of every pair of examples: C - distance with C the largest distance, or the cosine.
@@ -72,7 +75,7 @@ class Medoids:
     cluster_sizes: Tensor
 
 
-def facility_location(similarity: Tensor, k: int) -> Medoids:
+def facility_location(similarity: Tensor, k: int, demand: Tensor | None = None) -> Medoids:
     """Pick `k` medoids greedily; ties go to the lowest index.
 
     The gains of all candidates are kept up to date: after a pick only the rows that it serves better than the earlier
@@ -81,6 +84,7 @@ def facility_location(similarity: Tensor, k: int) -> Medoids:
     Args:
         similarity: `[n, n]`, from `pairwise_similarity`.
         k: picks, 0 <= k <= n.
+        demand: how many examples each row stands for, `[n]`; default 1.
 
     Returns:
         The medoids; within a factor 1 - 1/e of the best objective where similarities are not negative.
@@ -93,7 +97,8 @@ def facility_location(similarity: Tensor, k: int) -> Medoids:
     n = similarity.shape[0]
     if not 0 <= k <= n:
         raise SelectionError(f"facility_location: {k} medoids of {n} examples. Ask for 0 to {n}.")
-    if not bool(torch.isfinite(similarity).all()):
+    low, high = similarity.aminmax() if n else (torch.zeros(()), torch.zeros(()))
+    if not (bool(torch.isfinite(low)) and bool(torch.isfinite(high))):
         raise SelectionError("facility_location: a similarity is not finite. Leave out examples without finite signal.")
     indices: list[int] = []
     gains: list[float] = []
@@ -102,55 +107,65 @@ def facility_location(similarity: Tensor, k: int) -> Medoids:
         empty = torch.empty(0, dtype=torch.int64, device=device)
         return Medoids(empty, empty.double(), 0.0, empty)
 
-    gain = similarity.sum(dim=0, dtype=torch.float64)
-    low, high = similarity.aminmax()
+    demand = None if demand is None else demand.double().to(device)
+    served = float(n if demand is None else demand.sum())
+    gain = _column_sums(similarity, demand)
     margin = TIE_TOLERANCE * max(abs(float(low)), abs(float(high)))
     best = similarity.new_empty(n)  # similarity of each row to its nearest pick
     cluster = torch.zeros(n, dtype=torch.int64, device=device)
     for pick in range(k):
-        chosen = _first_of_the_best(gain, n * margin)
+        chosen = _first_of_the_best(gain, served * margin)
         indices.append(chosen)
         gains.append(float(gain[chosen]))
         column = similarity[:, chosen]
         if pick == 0:
             best.copy_(column)
-            gain = _gains_over(similarity, best)
+            gain = _gains_over(similarity, best, demand)
         else:
             better = (column > best + margin).nonzero().flatten()
-            _move_gains(gain, similarity, better, best[better], column[better])
+            _lower_gains(gain, similarity, better, best[better], column[better], demand)
             best[better] = column[better]
             cluster[better] = pick
         gain[chosen] = -torch.inf
     picked = torch.tensor(indices, device=device)
     cluster[picked] = torch.arange(k, device=device)  # a medoid stands for itself, also beside an equal one
-    objective = float(best.sum(dtype=torch.float64))
-    return Medoids(picked, torch.tensor(gains, dtype=torch.float64), objective, torch.bincount(cluster, minlength=k))
+    objective = float(_column_sums(best[:, None], demand))
+    sizes = torch.bincount(cluster, demand, minlength=k).round().long()
+    return Medoids(picked, torch.tensor(gains, dtype=torch.float64), objective, sizes)
 
 
 def _first_of_the_best(gain: Tensor, tolerance: float) -> int:
     return int((gain >= gain.max() - tolerance).int().argmax())
 
 
-def _gains_over(similarity: Tensor, best: Tensor) -> Tensor:
+def _gains_over(similarity: Tensor, best: Tensor, demand: Tensor | None) -> Tensor:
     """What every candidate would add to `best`, float64 `[n]`."""
     n = similarity.shape[1]
     total = torch.zeros(n, dtype=torch.float64, device=similarity.device)
     rows = max(1, _ELEMENTS_AT_ONCE // max(n, 1))
     for start in range(0, similarity.shape[0], rows):
-        total += _above(similarity[start : start + rows], best[start : start + rows])
+        part = slice(start, start + rows)
+        level = best[part, None]
+        total += _column_sums(similarity[part].maximum(level), demand, part) - _column_sums(level, demand, part)
     return total
 
 
-def _move_gains(gain: Tensor, similarity: Tensor, rows: Tensor, old: Tensor, new: Tensor) -> None:
-    """Take the part of `rows` out of the gains at their `old` best similarity and put it in at the `new` one."""
+def _lower_gains(
+    gain: Tensor, similarity: Tensor, rows: Tensor, old: Tensor, new: Tensor, demand: Tensor | None
+) -> None:
+    """Take out of the gains what `rows` lose as their best similarity rises from `old` to `new`.
+
+    relu(s - old) - relu(s - new) is s clamped to [old, new], less old: float32 values that the float64 sum keeps exact.
+    """
     at_once = max(1, _ELEMENTS_AT_ONCE // similarity.shape[1])
     for start in range(0, len(rows), at_once):
-        stop = start + at_once
-        part = similarity[rows[start:stop]]
-        gain -= _above(part, old[start:stop])
-        gain += _above(part, new[start:stop])
+        part = slice(start, start + at_once)
+        low, high = old[part, None], new[part, None]
+        served = None if demand is None else demand[rows[part]]
+        gain -= _column_sums(similarity[rows[part]].clamp_(low, high), served) - _column_sums(low, served)
 
 
-def _above(similarity: Tensor, level: Tensor) -> Tensor:
-    """By how much columns exceed each row's level, summed over rows; in float64, where such differences are exact."""
-    return (similarity.double() - level.double()[:, None]).relu_().sum(dim=0)
+def _column_sums(values: Tensor, demand: Tensor | None, part: slice = slice(None)) -> Tensor:
+    if demand is None:
+        return values.sum(dim=0, dtype=torch.float64)
+    return demand[part] @ values.double()

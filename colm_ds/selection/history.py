@@ -12,8 +12,8 @@ from colm_ds.errors import SelectionError
 from colm_ds.selection.exchange import Exchange
 from colm_ds.selection.gradients import Gradients
 
-_CHUNK_ELEMENTS = 1 << 18
-"""Elements of one [rows, coordinates] chunk (1 MB in float32): three of them stay in a core's cache."""
+_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}
+"""Elements of one [rows, coordinates] chunk: 1 MB in float32 stays in a core's cache, 16 MB keeps a GPU busy."""
 
 Transform = Callable[[Tensor, slice], Tensor]
 
@@ -82,7 +82,7 @@ class AdamHistory:
             return
         sums = torch.zeros(2, len(self.m), device=self.m.device)
         if len(rows):
-            for start, stop in _chunks(len(self.m), len(rows)):
+            for start, stop in _chunks(len(self.m), rows):
                 chunk = gradients.chunk(rows, start, stop)
                 sums[0, start:stop] = chunk.sum(dim=0)
                 sums[1, start:stop] = chunk.square_().sum(dim=0)
@@ -128,13 +128,13 @@ def mean_gradient(
     """
     mean = torch.zeros(gradients.num_coordinates, dtype=torch.float64, device=rows.device)
     if len(rows):
-        for start, stop in _chunks(gradients.num_coordinates, len(rows)):
+        for start, stop in _chunks(gradients.num_coordinates, rows):
             chunk = gradients.chunk(rows, start, stop)
             chunk = transform(chunk, slice(start, stop)) if transform else chunk
             mean[start:stop] = chunk.sum(dim=0, dtype=torch.float64)
     return exchange.sum(mean).div_(total)
 
 
-def _chunks(num_coordinates: int, num_rows: int) -> list[tuple[int, int]]:
-    width = max(1, _CHUNK_ELEMENTS // num_rows)
+def _chunks(num_coordinates: int, rows: Tensor) -> list[tuple[int, int]]:
+    width = max(1, _CHUNK_ELEMENTS.get(rows.device.type, 1 << 18) // len(rows))
     return [(start, min(start + width, num_coordinates)) for start in range(0, num_coordinates, width)]

@@ -48,10 +48,23 @@ def test_low_precision_equals_autograd_in_it(family: str, lora: bool, dtype: tor
     estimator = make_estimator("exact", find_architecture(model))
     signals = probe_step(estimator, model, examples)
     assert isinstance(signals.gradients, DenseGradients)
-    assert signals.gradients.matrix.dtype == dtype
+    assert signals.gradients.matrix.dtype == (torch.float32 if dtype == torch.float16 else dtype)
     found = signal_rows(signals)
     assert relative_error(found, plain_gradients(model, examples, None)) < bound
     assert relative_error(found, plain_gradients(model, examples)) < 5 * bound
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["exact", "sketch"])
+def test_small_gradients_of_long_examples_do_not_underflow(name: str, dtype: torch.dtype) -> None:
+    model, examples = tiny_model("llama"), make_examples((120, 110))
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.mul_(1e-4)  # a gradient of 1e-6 for a token's values
+    architecture = find_architecture(model)
+    expected = signal_rows(probe_step(make_estimator(name, architecture), model, examples))
+    model = model.to(dtype)
+    found = signal_rows(probe_step(make_estimator(name, architecture), model, examples))
+    assert relative_error(found, expected) < 5e-2
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
@@ -191,6 +204,21 @@ def test_example_that_is_not_finite_is_flagged_and_the_others_are_not(name: str)
     others = torch.tensor([0, 2, 3, 4])
     found = signal_rows(signals)[others]
     assert torch.allclose(found, expected[others], rtol=1e-3, atol=2e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["spsa", "exact", "sketch"])
+def test_step_forgets_the_one_before(name: str) -> None:
+    model, examples = tiny_model("llama"), make_examples()
+    architecture = find_architecture(model)
+    used, fresh = (make_estimator(name, architecture) for _ in range(2))
+    token_id = max(int(one.input_ids.max()) for one in examples) + 1
+    poison(model, token_id)
+    broken = [*examples[:4], with_token(examples[4], token_id)]
+    assert not probe_step(used, model, broken).finite.all()
+    found, expected = (probe_step(one, model, examples, [[2], [0]], step=2) for one in (used, fresh))
+    assert found.finite.all()
+    assert torch.equal(found.positions, expected.positions)
+    assert torch.equal(signal_rows(found), signal_rows(expected))
 
 
 @pytest.mark.parametrize("name", ["spsa", "exact", "sketch"])

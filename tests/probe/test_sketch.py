@@ -88,6 +88,9 @@ def test_scaled_after_an_update() -> None:
     medoids = gradients[[0, 2]]  # 3 is kept, not chosen
     moment_of_rows = (medoids @ columns.T).square().mean(dim=(0, 2)) / 32
     moment_of_columns = (medoids.transpose(1, 2) @ rows.T).square().mean(dim=(0, 2)) / 16
+    state = estimator.state_dict()
+    assert torch.allclose(state["row"].double(), 0.001 * moment_of_rows, rtol=1e-4)  # a mean over the medoids
+    assert torch.allclose(state["column"].double(), 0.001 * moment_of_columns, rtol=1e-4)
     row_scale = (moment_of_rows / moment_of_rows.mean() + 1e-4).rsqrt()
     column_scale = (moment_of_columns / moment_of_columns.mean() + 1e-4).rsqrt()
     rows, columns = (signs.double() for signs in signs_of(architecture, 6, epoch=2))

@@ -102,6 +102,31 @@ def test_trunk_computes_no_logits() -> None:
     assert not tail.hidden.requires_grad
 
 
+def test_mlp_norm_and_head_see_labelled_positions_only() -> None:
+    model = tiny_model("llama")
+    architecture, tail = trunk(model, make_examples())
+    seen: dict[str, torch.Size] = {}
+    for name in ("model.layers.1.self_attn.v_proj", "model.layers.1.mlp.up_proj", "model.norm", "lm_head"):
+        module = model.get_submodule(name)
+        module.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: inputs[0].shape}))
+    losses_of(architecture, tail)
+    num_labels = len(tail.batch.rows)
+    assert seen.pop("model.layers.1.self_attn.v_proj") == (5, 14, 32)
+    assert set(seen.values()) == {torch.Size([num_labels, 32])}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trunk_of_a_float32_model_in_bf16(family: str, lora: bool) -> None:
+    model, batch = tiny_model(family, lora), make_micro_batch(make_examples())
+    architecture = find_architecture(model)
+    own, lower = (run_trunk(model, architecture, batch, dtype) for dtype in (None, torch.bfloat16))
+    assert lower.hidden.dtype == torch.float32
+    assert all(part.dtype == torch.float32 for part in lower.kwargs["position_embeddings"])
+    assert 1e-4 < float((lower.hidden - own.hidden).norm() / own.hidden.norm()) < 3e-2
+    assert torch.allclose(losses_of(architecture, lower), losses_of(architecture, own), rtol=0.1)
+
+
 def test_layer_that_runs_twice_is_an_error() -> None:
     model = tiny_model("llama")
     model.model.layers.append(model.model.layers[-1])

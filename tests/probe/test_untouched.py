@@ -109,10 +109,11 @@ class BoomError(Exception):
         ("model.layers.0.mlp", 1),
         ("model.layers.1", 2),
         ("model.layers.1.self_attn", 1),
+        ("model.layers.1.mlp", 1),
         ("model.norm", 2),
         ("lm_head", 2),
     ],
-    ids=["trunk", "last layer", "attention of the last layer", "norm", "head"],
+    ids=["trunk", "last layer", "attention of the last layer", "MLP of the last layer", "norm", "head"],
 )
 def test_model_that_raises_is_put_back(where: str, call: int, dtype: torch.dtype, name: str) -> None:
     model = tiny_model("llama", True, dtype)
@@ -170,3 +171,13 @@ def test_spsa_works_in_inference_mode() -> None:
     with torch.inference_mode(), untouched(model):
         found = signal_rows(probe_step(make_estimator("spsa", find_architecture(model)), model, examples))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_training_in_the_same_autocast_gets_all_its_gradients(name: str) -> None:
+    """Casts of weights that autocast keeps for later must not be those made without gradients."""
+    model, examples = tiny_model("llama"), make_examples()
+    with torch.autocast("cpu", torch.bfloat16):
+        probe_step(make_estimator(name, find_architecture(model)), model, examples)
+        model(input_ids=examples[0].input_ids[None]).logits.float().square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -1,0 +1,233 @@
+"""Time of one optimizer step: plain training against CoLM, with and without replay, every estimator, beside the ideal.
+
+    python benchmarks/step.py                                    # a shape that two CPU cores can carry
+    python benchmarks/step.py --layers 32 --hidden 2560 --heads 32 --intermediate 10240 --dtype bfloat16   # Phi-2's size
+
+Every arm has a model and an engine of its own with the same weights; the arms take turns, so that a slow moment of the
+machine meets all of them. The ideal is DESIGN's cost model in units of a forward F, with F from the measured plain step
+with checkpointing: plain n costs 3 n F there, CoLM with replay (1.03 r + 2 b) F, without (1.03 p + 3 b) F, where p is the
+number of examples probed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import gzip
+import json
+import os
+import statistics
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+PROBE_COST = 1.03  # DESIGN, section 3: the probe's pass relative to a forward
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL_DATA = ROOT.parent / "shared" / "data" / "math_instruct" / "train.jsonl.gz"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8, help="decoder layers (8)")
+    parser.add_argument("--hidden", type=int, default=256, help="hidden size (256)")
+    parser.add_argument("--intermediate", type=int, default=704, help="MLP width (704)")
+    parser.add_argument("--heads", type=int, default=8, help="attention heads (8)")
+    parser.add_argument("--vocabulary", type=int, default=8192, help="rows of the head (8192)")
+    parser.add_argument("--rank", type=int, default=16, help="LoRA rank (16); 0: full training")
+    parser.add_argument("--large", type=int, default=128, help="r (128)")
+    parser.add_argument("--coreset", type=int, default=64, help="b (64)")
+    parser.add_argument("--micro", type=int, default=8, help="examples of a micro-batch (8)")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens of an example at most (256)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision (float32)")
+    parser.add_argument("--rounds", type=int, default=5, help="measured steps of every arm (5)")
+    parser.add_argument("--arms", default="", help="only arms whose name contains one of these, separated by commas")
+    parser.add_argument("--data", type=Path, default=REAL_DATA, help="instruction data whose lengths are used")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "step.json", help="result file")
+    options = parser.parse_args()
+    from colm_ds.distributed.agreement import single_process_environment
+
+    single_process_environment()
+    torch.set_num_threads(os.cpu_count() or 1)
+    records, sources = make_records(options)
+    arms = {name: make_arm(options, records, arm) for name, arm in arms_of(options).items()}
+    measured: dict[str, list[Any]] = {name: [] for name in arms}
+    for turn in range(options.rounds + 1):
+        for name, engine in arms.items():
+            stats = engine.train_batch()
+            gc.collect()
+            if turn > 0:  # the first one warms up
+                measured[name].append(stats)
+            print(f"round {turn}: {name}: {stats.time_s['total']:.2f} s", flush=True)
+    rows = summarise(options, measured)
+    print(format_rows(rows))
+    report(options, rows, sources)
+
+
+def arms_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Settings of every arm by name."""
+    r, b = options.large, options.coreset
+    plain = {"selector": "full", "checkpointing": True}
+    arms = {
+        f"plain {b}": {**plain, "r": b, "b": b},
+        f"plain {r}": {**plain, "r": r, "b": r},
+        f"plain {2 * r}": {**plain, "r": 2 * r, "b": 2 * r},
+        f"plain {r} without checkpointing": {**plain, "r": r, "b": r, "checkpointing": False},
+    }
+    for estimator in ("spsa", "exact", "sketch"):
+        arms[f"CoLM {estimator}, replay"] = {"estimator": estimator, "replay": "on", "r": r, "b": b}
+    arms["CoLM spsa, no replay"] = {"estimator": "spsa", "replay": "off", "r": r, "b": b}
+    wanted = [part.strip() for part in options.arms.split(",") if part.strip()]
+    return {name: arm for name, arm in arms.items() if not wanted or any(part in name for part in wanted)}
+
+
+def make_records(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    """Random tokens with the lengths, labelled shares and sources of real data where it is there."""
+    generator = torch.Generator().manual_seed(0)
+    facts: list[tuple[int, int, str]] = []
+    if options.data.exists():
+        with gzip.open(options.data, "rt", encoding="utf-8") as lines:
+            for _, line in zip(range(20_000), lines, strict=False):
+                record = json.loads(line)
+                prompt = 40 + len(record["instruction"]) // 4  # about 4 characters a token, and the prompt's own 40
+                facts.append((prompt, len(record["output"]) // 4 + 2, record["source"]))
+        where = "lengths of the math mixture, 4 characters a token"
+    else:
+        draws = torch.randn(20_000, 2, generator=generator).mul(0.6).add(4.2).exp().long().tolist()
+        facts = [(40 + prompt, answer + 2, f"source {index % 7 % 4}") for index, (prompt, answer) in enumerate(draws)]
+        where = "log-normal lengths (no real data at hand)"
+    records = []
+    for prompt, answer, source in facts:
+        length = min(prompt + answer, options.max_length)
+        if length <= prompt:
+            continue
+        ids = torch.randint(0, options.vocabulary, (length,), generator=generator)
+        labels = ids.clone()
+        labels[:prompt] = -100
+        records.append({"input_ids": ids, "labels": labels, "source": source})
+    return records, where
+
+
+def make_arm(options: argparse.Namespace, records: list[dict[str, Any]], arm: dict[str, Any]) -> Any:
+    """An engine for one arm."""
+    import colm_ds
+
+    set_seed(0)
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=options.hidden,
+        intermediate_size=options.intermediate,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.heads,
+        vocab_size=options.vocabulary,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
+    if options.rank:
+        import peft
+
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        lora = peft.LoraConfig(r=options.rank, lora_alpha=4 * options.rank, target_modules=targets)
+        model = peft.get_peft_model(model, lora)
+    if arm.get("checkpointing", True):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    section: dict[str, Any] = {"large_batch_size": arm["r"], "coreset_size": arm["b"]}
+    section["selector"] = arm.get("selector", "colm")
+    if "estimator" in arm:
+        section |= {"probe": {"estimator": arm["estimator"]}, "replay": arm["replay"]}
+    settings = {
+        "train_micro_batch_size_per_gpu": options.micro,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": options.dtype == "bfloat16"},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
+        "colm": section,
+    }
+    return colm_ds.initialize(model=model, config=settings, training_data=records)[0]
+
+
+def summarise(options: argparse.Namespace, measured: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """One row per arm: medians, spread, ratio to plain r, ratio to its ideal."""
+    totals = {name: [stats.time_s["total"] for stats in steps] for name, steps in measured.items()}
+    reference = f"plain {options.large}"
+    forward = statistics.median(totals[reference]) / (3 * options.large) if reference in totals else None
+    rows = []
+    for name, steps in measured.items():
+        seconds = totals[name]
+        ideal = None if forward is None else forward * ideal_forwards(name, steps)
+        rows.append(
+            {
+                "arm": name,
+                "median_s": statistics.median(seconds),
+                "min_s": min(seconds),
+                "max_s": max(seconds),
+                "phase_s": {
+                    phase: statistics.median(stats.time_s.get(phase, 0.0) for stats in steps)
+                    for phase in ("probe", "exchange", "select", "train", "step")
+                },
+                "ideal_s": ideal,
+                "over_ideal": None if ideal is None else statistics.median(seconds) / ideal,
+                "to_plain_large": None
+                if forward is None
+                else statistics.median(seconds) / (forward * 3 * options.large),
+                "tokens_per_s": statistics.median(stats.tokens / stats.time_s["total"] for stats in steps),
+                "padding_fraction": statistics.median(stats.padding_fraction for stats in steps),
+                "peak_gib": max(stats.memory_gib["peak"] for stats in steps),
+                "exchange_bytes": steps[0].exchange_bytes,
+            }
+        )
+    return rows
+
+
+def ideal_forwards(name: str, steps: list[Any]) -> float:
+    """Cost of a step in forwards of one example (LoRA: the backward pass costs one, its recomputation another)."""
+    trained = steps[0].examples_trained
+    if "without" in name:
+        return 2.0 * trained
+    if "CoLM" not in name:
+        return 3.0 * trained
+    if ", replay" in name:
+        return PROBE_COST * 2 * trained + 2.0 * trained
+    return PROBE_COST * statistics.median(stats.examples_probed for stats in steps) + 3.0 * trained
+
+
+def format_rows(rows: list[dict[str, Any]]) -> str:
+    """The table for the terminal."""
+    lines = [
+        f"{'arm':34} {'s/step':>8} {'to plain r':>10} {'/ ideal':>8} {'probe':>7} {'train':>7} {'pad':>6} {'GiB':>6}"
+    ]
+    for row in rows:
+        phases = row["phase_s"]
+        ratio = "" if row["to_plain_large"] is None else f"{row['to_plain_large']:.3f}"
+        ideal = "" if row["over_ideal"] is None else f"{row['over_ideal']:.3f}"
+        lines.append(
+            f"{row['arm']:34} {row['median_s']:8.2f} {ratio:>10} {ideal:>8} {phases['probe']:7.2f} "
+            f"{phases['train']:7.2f} {row['padding_fraction']:6.1%} {row['peak_gib']:6.2f}"
+        )
+    return "\n".join(lines)
+
+
+def report(options: argparse.Namespace, rows: list[dict[str, Any]], data: str) -> None:
+    """Write the result file."""
+    from colm_ds.tracking import describe_environment
+
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    settings.pop("data"), settings.pop("out")
+    result = {
+        "benchmark": "step",
+        **describe_environment(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "settings": settings,
+        "data": data,
+        "rows": rows,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Medoids of pools too large for one similarity matrix: pick in parts, then among the picks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from colm_ds.selection.facility_location import Medoids, facility_location, pairwise_similarity
+
+MAX_POOL = 8192
+"""Examples compared in one matrix (256 MiB of similarities); larger pools take two rounds."""
+
+OVERSAMPLING = 1.5
+"""Picks of the first round in all, relative to those asked for: what the second round can choose from."""
+
+FEW = 256
+"""Up to so many picks every part makes all of them, so that no cluster is missed by all parts alike."""
+
+
+def pick_medoids(features: Tensor, k: int, metric: str, max_pool: int = MAX_POOL) -> Medoids:
+    """Medoids of a pool of any size, with memory for `max_pool` squared similarities.
+
+    Args:
+        features: one row per example, `[n, h]`.
+        k: picks, 0 <= k <= n.
+        metric: see `pairwise_similarity`.
+        max_pool: largest pool that is done in one round.
+    """
+    if len(features) <= max_pool:
+        return facility_location(pairwise_similarity(features, metric), k)
+    return two_round_medoids(features, k, metric, num_parts=-(-len(features) // max_pool))
+
+
+def two_round_medoids(features: Tensor, k: int, metric: str, num_parts: int) -> Medoids:
+    """Greedy picks in every part, then greedy picks among them, each standing for its cluster (GreeDi).
+
+    Args:
+        features: one row per example, `[n, h]`.
+        k: picks, 0 <= k <= n.
+        metric: see `pairwise_similarity`.
+        num_parts: parts of the first round; rows are dealt out in turn.
+
+    Returns:
+        The medoids. Gains and objective are those of the second round, over the first round's clusters; that round
+        compares about 1.5 k examples, or up to 256 of every part.
+    """
+    candidates, demands = [], []
+    for part in range(num_parts):
+        rows = torch.arange(part, len(features), num_parts, device=features.device)
+        picks = min(len(rows), k, max(FEW, -(-int(OVERSAMPLING * k) // num_parts)))
+        found = facility_location(pairwise_similarity(features[rows], metric), picks)
+        candidates.append(rows[found.indices])
+        demands.append(found.cluster_sizes)
+    rows, order = torch.cat(candidates).sort()  # ties go to the lowest index here too
+    demand = torch.cat(demands)[order]
+    found = facility_location(pairwise_similarity(features[rows], metric), k, demand)
+    return Medoids(rows[found.indices], found.gains, found.objective, found.cluster_sizes)

@@ -1,0 +1,266 @@
+"""The three files of a report: what is in them, what must not be, and that nothing stops them."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import datetime, timezone
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from colm_ds.errors import DataError
+from colm_ds.report import Comparison, Run, compare, format_table, load_run
+from tests.report.run_folders import ARMS, write_run
+
+DATE = datetime(2025, 1, 2, 3, 4, tzinfo=timezone.utc)
+NASTY = '<script>alert("1")</script> & $x_1$ | *b* `c` \x07 größe 数'
+
+
+class PageReader(HTMLParser):
+    """Collects attributes and checks that tags are balanced."""
+
+    VOID = frozenset({"meta", "link", "br", "img", "hr"})
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open_tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in self.VOID:
+            self.open_tags.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open_tags.pop() == tag
+
+
+def check_page(page: str) -> PageReader:
+    """What holds for every page: balanced, nothing fetched, valid pictures, ids that are there once."""
+    reader = PageReader()
+    reader.feed(page)
+    assert reader.open_tags == []
+    assert "script" not in reader.tags
+    for tag, name, value in reader.attributes:
+        if name in ("src", "href", "xlink:href", "srcset", "action", "data"):
+            assert value.startswith("#") or value == "data:,", (tag, name, value)
+    assert not re.search(r"@import|url\((?!#)", page)
+    ids = [value for _, name, value in reader.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r"url\(#([^)]+)\)", page)) | {
+        v[1:] for _, n, v in reader.attributes if n == "href" and v[0] == "#"
+    }
+    assert used <= set(ids)
+    for picture in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        ElementTree.fromstring(picture)
+    return reader
+
+
+def files_of(found: Comparison) -> tuple[str, str, dict]:
+    """Page, Markdown and JSON of a comparison."""
+    page, markdown, numbers = (found.files[key].read_text(encoding="utf-8") for key in ("html", "markdown", "json"))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return page, markdown, json.loads(numbers, parse_constant=refuse)
+
+
+@pytest.fixture(scope="module")
+def five_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    folder = tmp_path_factory.mktemp("five")
+    return [load_run(write_run(folder / name, name)) for name in ARMS]
+
+
+@pytest.fixture(scope="module")
+def five(five_runs: list[Run], tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    return compare(five_runs, tmp_path_factory.mktemp("report"), date=DATE)
+
+
+def test_every_chapter_and_number_is_there(five: Comparison, five_runs: list[Run]) -> None:
+    page, markdown, numbers = files_of(five)
+    check_page(page)
+    for section in five.sections:
+        assert not section.is_empty
+        assert f'id="{section.key}"' in page
+        assert f"## {section.title}" in markdown
+        for picture in section.pictures:
+            assert picture.svg in page
+    for run in five_runs:
+        overall = run.summary["heldout"]["overall"]
+        assert f"{overall:.4f}" in page
+        assert f"{overall:.4f}" in markdown
+        arm = next(arm for arm in numbers["arms"] if arm["name"] == run.name)
+        assert arm["numbers"]["heldout_overall"]["mean"] == pytest.approx(overall, rel=1e-5)
+        assert f"{run.summary['step_s']['median']:.2f}" in page
+        assert run.config["command"] in page
+    for text in (page, markdown):
+        for expected in ("dates (small)", "0123abc", "2.13.0", "Some CPU", "13,200", "2025-01-02 03:04 UTC"):
+            assert expected in text, expected
+    assert numbers["tables"]["arms"]["columns"][0] == "arm"
+    assert numbers["date"] == "2025-01-02 03:04 UTC"
+
+
+def test_every_table_is_the_same_in_all_files(five: Comparison) -> None:
+    page, markdown, numbers = files_of(five)
+    for section in five.sections:
+        for table in section.tables:
+            assert len(numbers["tables"][table.key]["rows"]) == len(table.rows)
+            for row in table.text_rows():
+                assert all(f">{cell}</" in page or cell in page for cell in row)
+                assert row[0] in markdown
+
+
+def test_pictures_follow_the_page(five: Comparison) -> None:
+    """Text and lines take their colours from the page, so that one picture serves light and dark."""
+    pictures = [picture for section in five.sections for picture in section.pictures]
+    assert len(pictures) >= 10
+    for picture in pictures:
+        assert "currentColor" in picture.svg
+        assert "var(--c" in picture.svg
+        hard = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]+)", picture.svg))
+        assert hard <= {"#000000"}, picture.key  # clip paths only
+        assert "font-family: inherit" in picture.svg
+        assert "DejaVu" not in picture.svg
+
+
+def test_deterministic_but_for_the_date(five: Comparison, five_runs: list[Run], tmp_path: Path) -> None:
+    again = compare(five_runs, tmp_path / "again", date=DATE)
+    assert files_of(again) == files_of(five)
+    later = compare(five_runs, tmp_path / "later", date=datetime(2026, 5, 6, 7, 8, tzinfo=timezone.utc))
+    page = later.files["html"].read_text(encoding="utf-8")
+    assert page.replace(later.date, five.date) == files_of(five)[0]
+
+
+def test_no_folder_of_this_machine(five: Comparison, tmp_path_factory: pytest.TempPathFactory) -> None:
+    for text in (path.read_text(encoding="utf-8") for path in five.files.values()):
+        assert str(tmp_path_factory.getbasetemp()) not in text
+
+
+def test_one_run(five_runs: list[Run], tmp_path: Path) -> None:
+    found = compare(five_runs[3:4], tmp_path)
+    page, _, numbers = files_of(found)
+    check_page(page)
+    assert found.title == "Report of colm-spsa"
+    assert len(numbers["arms"]) == 1
+
+
+def test_ten_runs(tmp_path: Path) -> None:
+    runs = []
+    for place in range(10):
+        arm = list(ARMS)[place % len(ARMS)]
+        folder = write_run(tmp_path / str(place), f"arm {place}", arm=arm, num_steps=800, every=80, finished=place != 7)
+        runs.append(load_run(folder))
+    found = compare(runs, tmp_path / "report")
+    page, markdown, numbers = files_of(found)
+    check_page(page)
+    assert len(numbers["arms"]) == 10
+    assert found.title == "Comparison of arm 0, arm 1, arm 2, arm 3, arm 4, arm 5, arm 6, arm 7, arm 8 and arm 9"
+    assert "arm 7 (unfinished)" in markdown
+    assert len(page) < 2_000_000
+
+
+def test_names_are_text_and_nothing_else(tmp_path: Path) -> None:
+    sources = {NASTY + " source": 100, "plain": 900}
+    runs = [
+        load_run(
+            write_run(tmp_path / str(place), NASTY + str(place), arm=arm, sources=sources, small=[NASTY + " source"])
+        )
+        for place, arm in enumerate(("plain-64", "colm-spsa"))
+    ]
+    page, markdown, _ = files_of(compare(runs, tmp_path / "report"))
+    check_page(page)
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "\x07" not in page
+    assert not re.search(r"(?<!\\)<script", re.sub(r"```json.*?```", "", markdown, flags=re.DOTALL))
+    rows = [line for line in markdown.split("\n") if line.startswith("|")]
+    assert all(not re.search(r"(?<!\\)\*b", row) for row in rows)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "metrics.jsonl", "summary.json"])
+def test_missing_files(tmp_path: Path, missing: str) -> None:
+    for name in ("plain-64", "colm-spsa"):
+        write_run(tmp_path / name, name, num_steps=12)
+    (tmp_path / "colm-spsa" / missing).unlink()
+    runs = [load_run(tmp_path / name) for name in ("plain-64", "colm-spsa")]
+    page, _, _ = files_of(compare(runs, tmp_path / "report"))
+    check_page(page)
+    assert "colm-spsa" in format_table(runs)
+
+
+def test_nothing_but_a_name_is_all_dashes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"name": "bare", "colm": {}}')
+    run = load_run(tmp_path)
+    found = compare([run, run], tmp_path / "report")
+    page, markdown, _ = files_of(found)
+    check_page(page)
+    assert "| bare (unfinished) | – | 1 | – | – |" in markdown
+    assert "–" in format_table([run])
+
+
+WRONG = [None, 3, "text", [], {}, [1], {"a": None}, {"overall": "x", "per_source": 3}, float("nan"), True, 10**400]
+
+
+def write_spoilt_run(folder: Path, spoilt: dict[str, dict[str, object]]) -> Run:
+    """A run in which some entries of its files (by file name) are replaced."""
+    write_run(folder, "colm-spsa", num_steps=4, every=2)
+    for name in ("config.json", "summary.json"):
+        found = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(found | spoilt.get(name, {})))
+    if "metrics.jsonl" in spoilt:
+        lines = (folder / "metrics.jsonl").read_text().split("\n")
+        with (folder / "metrics.jsonl").open("a") as metrics:
+            metrics.write(json.dumps(json.loads(lines[3]) | spoilt["metrics.jsonl"] | {"step": 5}) + "\n")
+    return load_run(folder)
+
+
+def keys_of_a_run(folder: Path) -> dict[str, list[str]]:
+    """Keys of each file of a run."""
+    write_run(folder, "colm-spsa", num_steps=4, every=2)
+    texts = {name: (folder / name).read_text() for name in ("config.json", "summary.json", "metrics.jsonl")}
+    return {name: list(json.loads(text.split("\n")[2] if name[0] == "m" else text)) for name, text in texts.items()}
+
+
+@pytest.mark.parametrize("place", range(len(WRONG)))
+def test_every_value_of_a_file_is_of_the_wrong_kind(tmp_path: Path, place: int) -> None:
+    """Whatever stands in the place of numbers, lists and objects, the report is written."""
+    keys = keys_of_a_run(tmp_path / "keys")
+    runs = [write_spoilt_run(tmp_path / name, {name: dict.fromkeys(keys[name], WRONG[place])}) for name in keys]
+    check_page(files_of(compare(runs, tmp_path / "report"))[0])
+    format_table(runs)
+
+
+def test_one_value_of_the_wrong_kind(tmp_path: Path) -> None:
+    keys = [(name, key) for name, found in keys_of_a_run(tmp_path / "keys").items() for key in found]
+    runs = [
+        write_spoilt_run(tmp_path / f"{place}", {name: {key: WRONG[place % len(WRONG)]}})
+        for place, (name, key) in enumerate(keys)
+    ]
+    for start in range(0, len(runs), 10):
+        check_page(files_of(compare(runs[start : start + 10], tmp_path / "report"))[0])
+
+
+def test_no_runs_and_no_place_to_write(five_runs: list[Run], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no runs"):
+        compare([], tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="can not write the report"):
+        compare(five_runs[:1], tmp_path / "file")
+
+
+def test_terminal_table(five_runs: list[Run]) -> None:
+    head, rule, *rows = format_table(five_runs).split("\n")
+    assert head.split("  ")[0] == "arm"
+    assert len(rule) == len(head)
+    assert len(rows) == 5
+    assert all(len(row) <= 130 for row in (head, *rows))
+    assert f"{five_runs[0].summary['heldout']['overall']:.4f}" in rows[0]

@@ -1,0 +1,67 @@
+"""Smoothing and thinning keep what a curve shows."""
+
+from __future__ import annotations
+
+import pytest
+
+from colm_ds.report.curves import envelope, even_places, smooth, thin, value_at
+from colm_ds.report.facts import Curve
+from colm_ds.report.tables import Column, Table, compact, fixed, shorten, signed
+
+
+def curve(values: list[float]) -> Curve:
+    steps = list(range(1, len(values) + 1))
+    return Curve(steps, [2.0 * step for step in steps], values)
+
+
+def test_smoothing_keeps_constants_and_the_first_value() -> None:
+    assert smooth(curve([2.0] * 50)).values == pytest.approx([2.0] * 50)
+    assert smooth(curve([9.0, 1.0, 1.0, 1.0])).values[0] == 9.0
+    assert smooth(curve([5.0])).values == [5.0]
+
+
+def test_smoothing_averages() -> None:
+    noisy = smooth(curve([1.0, 3.0] * 100)).values
+    assert all(abs(value - 2.0) < 0.2 for value in noisy[20:])
+
+
+def test_thinning_keeps_both_ends() -> None:
+    thinned = thin(curve([float(value) for value in range(5000)]), 100)
+    assert len(thinned.values) == len(thinned.seconds) == 100
+    assert (thinned.steps[0], thinned.steps[-1]) == (1, 5000)
+    assert even_places(3, 10) == [0, 1, 2]
+
+
+def test_envelope_keeps_the_extremes() -> None:
+    values = [0.0] * 5000
+    values[1234], values[4321] = 7.0, -7.0
+    found = envelope(curve(values), 100)
+    assert len(found.values) <= 100
+    assert (max(found.values), min(found.values)) == (7.0, -7.0)
+
+
+def test_value_at_a_step() -> None:
+    points = Curve([10, 20], [], [1.0, 2.0])
+    assert value_at(points, 20) == 2.0
+    assert value_at(points, 19) is None
+    assert value_at(points, 19, nearby=1) == 2.0
+    assert value_at(Curve(), 1) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (1234.5, "1,234"), (12.345, "12.3"), (0.0123456, "0.0123"), (1e-7, "1e-07"), (-2.5, "-2.50")],
+)
+def test_compact(value: float, text: str) -> None:
+    assert compact(value) == text
+
+
+def test_signs_and_short_names() -> None:
+    assert [signed(1)(value) for value in (0.04, -0.04, -1.26, 2.0)] == ["0.0", "0.0", "−1.3", "+2.0"]
+    assert shorten("a long name of an arm, number 3", 15) == "a long …umber 3"
+    assert shorten("short", 15) == "short"
+
+
+def test_what_reads_the_same_is_equally_good() -> None:
+    table = Table("t", "t", [Column("arm"), Column("loss", fixed(2), "min")], [["a", 1.001], ["b", 1.004], ["c", 2.0]])
+    assert table.best_cells() == {(0, 1), (1, 1)}
