@@ -1,12 +1,12 @@
 """Time of one optimizer step: plain training against CoLM, with and without replay, every estimator, beside the ideal.
 
     python benchmarks/step.py                                    # a shape that two CPU cores can carry
-    python benchmarks/step.py --layers 32 --hidden 2560 --heads 32 --intermediate 10240 --dtype bfloat16   # Phi-2's size
+    python benchmarks/step.py --layers 32 --hidden 2560 --heads 32 --intermediate 10240 --dtype bfloat16   # Phi-2
 
 Every arm has a model and an engine of its own with the same weights; the arms take turns, so that a slow moment of the
 machine meets all of them. The ideal is DESIGN's cost model in units of a forward F, with F from the measured plain step
-with checkpointing: plain n costs 3 n F there, CoLM with replay (1.03 r + 2 b) F, without (1.03 p + 3 b) F, where p is the
-number of examples probed.
+with checkpointing: plain n costs 3 n F there, CoLM with replay (1.03 r + 2 b) F, without (1.03 p + 3 b) F, where p is
+the number of examples probed.
 """
 
 from __future__ import annotations

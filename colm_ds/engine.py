@@ -271,7 +271,9 @@ class CoLMEngine:
             micro = make_micro_batch([examples[position] for position in mine]).to(self._device)
             scales = torch.zeros(len(micro.counts))
             scales[: len(mine)] = scale[mine]
-            with replay.replaying(mine) if replay is not None and replay.has(mine) else nullcontext():
+            # A place holder is replayed too: under ZeRO-3 all ranks gather the same layers in the same order.
+            replayed = replay is not None and (not mine or replay.has(mine))
+            with replay.replaying(mine) if replay is not None and replayed else nullcontext():
                 sums = example_loss_sums(self.deepspeed_engine, self.loss_head, micro)
                 loss = (sums * scales.to(self._device, non_blocking=True)).sum()
                 total += loss.detach()

@@ -79,8 +79,9 @@ def test_gradients_are_those_of_checkpointing(family: str, lora: bool, attention
     store.keep([0, 1, 2, 4, 5])
     actual = gradients(model, examples, plan, store)
     assert len(actual) == len(expected) > 0
+    largest = max(float(b.abs().max()) for b in expected)
     for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-6 * float(b.abs().max()))  # other batches, other round-off
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6 * largest)  # other batches, other round-off
 
 
 def test_difference_is_zero_when_the_micro_batches_are_the_same() -> None:
@@ -167,6 +168,7 @@ def test_memory_of_what_is_not_selected_is_freed() -> None:
 def test_everything_is_restored_when_a_forward_raises() -> None:
     model = checkpointed("llama", lora=True, lora_dropout=0.1)
     examples = examples_of([9, 8])
+    hooks = [len(module._forward_hooks) for module in model.modules()]
     store = record(model, examples, [[0, 1]])
     before = [set(module.__dict__) for module in model.modules()]
     functions = [layer._gradient_checkpointing_func for layer in find_architecture(model).layers]
@@ -175,7 +177,7 @@ def test_everything_is_restored_when_a_forward_raises() -> None:
     assert [set(module.__dict__) for module in model.modules()] == before
     assert [layer._gradient_checkpointing_func for layer in find_architecture(model).layers] == functions
     assert all(layer.gradient_checkpointing for layer in find_architecture(model).layers)
-    assert not any(module._forward_hooks for module in model.modules())
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
 
 
 def test_reasons_against_replay() -> None:
