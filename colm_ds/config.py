@@ -84,6 +84,7 @@ class ColmConfig(Section):
         description="train from the probe's hidden states (with activation checkpointing); offload: from host memory",
     )
     schedule: ScheduleConfig = ScheduleConfig()
+    num_workers: int = Field(0, ge=0, description="processes that read the next large batches ahead")
     seed: int = Field(0, ge=0, description="seeds the data order and every random choice of the selection")
 
 

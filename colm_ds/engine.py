@@ -116,6 +116,7 @@ class CoLMEngine:
             seed=config.colm.seed,
             rank=self._rank,
             world_size=self._world_size,
+            num_workers=config.colm.num_workers,
         )
         group = engine.optimizer.param_groups[0]
         self.coreset_selector = CoresetSelector(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from colm_ds.data.mixture import MixtureSampler
 from colm_ds.distributed.assign import home_ranks
 from colm_ds.errors import DataError
 from colm_ds.types import Example, LargeBatch, SourcedDataset
+
+_Arrays = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int, int]
 
 
 class LargeBatchLoader:
@@ -23,7 +28,14 @@ class LargeBatchLoader:
     """
 
     def __init__(
-        self, dataset: SourcedDataset, large_batch_size: int, *, seed: int, rank: int, world_size: int
+        self,
+        dataset: SourcedDataset,
+        large_batch_size: int,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        num_workers: int = 0,
     ) -> None:
         """Load for one rank.
 
@@ -33,6 +45,7 @@ class LargeBatchLoader:
             seed: seed of the run.
             rank: this rank.
             world_size: W.
+            num_workers: processes that read the next large batches ahead; 0 reads when a batch is asked for.
 
         Raises:
             SelectionError: if the dataset has fewer than r examples.
@@ -42,12 +55,25 @@ class LargeBatchLoader:
         self._sampler = MixtureSampler(len(dataset), large_batch_size, seed)
         self._rank = rank
         self._world_size = world_size
+        self._num_workers = num_workers
 
     def __iter__(self) -> Iterator[LargeBatch]:
-        while True:
-            batch = self.batch(self.next_step)
-            self.next_step += 1
+        for batch in self._ahead() if self._num_workers else map(self.batch, itertools.count(self.next_step)):
+            self.next_step = batch.step + 1
             yield batch
+
+    def _ahead(self) -> Iterator[LargeBatch]:
+        """Batches read by worker processes, two each in advance; arrays travel, not tensors (no file handle each)."""
+        loader: DataLoader[Any] = DataLoader(
+            _Steps(self),
+            batch_size=None,
+            sampler=itertools.count(self.next_step),
+            num_workers=self._num_workers,
+            prefetch_factor=2,
+            collate_fn=_same,
+        )
+        for step, arrays in loader:
+            yield self._assemble(step, {position: _to_example(values) for position, values in arrays.items()})
 
     def epoch(self, step: int) -> int:
         """0-based pass over the dataset in a 1-based step."""
@@ -55,10 +81,22 @@ class LargeBatchLoader:
 
     def batch(self, step: int) -> LargeBatch:
         """The large batch of a 1-based step."""
+        return self._assemble(step, self.read(step))
+
+    def read(self, step: int) -> dict[int, Example]:
+        """This rank's examples of a step, by position."""
+        indices, _, home = self._facts(step)
+        mine = (home == self._rank).nonzero().flatten().tolist()
+        return {position: self.dataset[int(indices[position])] for position in mine}
+
+    def _facts(self, step: int) -> tuple[npt.NDArray[np.int64], torch.Tensor, torch.Tensor]:
+        """Dataset indices, lengths and home ranks of a step's examples."""
         indices = self._sampler.indices(step)
         lengths = torch.from_numpy(self.dataset.lengths[indices].astype(np.int64))
-        home = home_ranks(lengths, self._world_size)
-        mine = (home == self._rank).nonzero().flatten().tolist()
+        return indices, lengths, home_ranks(lengths, self._world_size)
+
+    def _assemble(self, step: int, examples: dict[int, Example]) -> LargeBatch:
+        indices, lengths, home = self._facts(step)
         return LargeBatch(
             step=step,
             indices=torch.from_numpy(indices),
@@ -66,8 +104,31 @@ class LargeBatchLoader:
             lengths=lengths,
             num_label_tokens=torch.from_numpy(self.dataset.num_label_tokens[indices].astype(np.int64)),
             home=home,
-            examples={position: self.dataset[int(indices[position])] for position in mine},
+            examples=examples,
         )
+
+
+class _Steps(Dataset[tuple[int, dict[int, _Arrays]]]):
+    """Steps as the items of a map-style dataset, for worker processes."""
+
+    def __init__(self, loader: LargeBatchLoader) -> None:
+        self._loader = loader
+
+    def __getitem__(self, step: int) -> tuple[int, dict[int, _Arrays]]:
+        examples = self._loader.read(step)
+        return step, {
+            position: (example.input_ids.numpy(), example.labels.numpy(), example.source, example.index)
+            for position, example in examples.items()
+        }
+
+
+def _to_example(values: _Arrays) -> Example:
+    ids, labels, source, index = values
+    return Example(torch.from_numpy(ids), torch.from_numpy(labels), source, index)
+
+
+def _same(item: Any) -> Any:
+    return item
 
 
 class RecordDataset:

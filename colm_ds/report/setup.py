@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from colm_ds.report.arms import Arm, flatten, micro_batch_size, method_settings, value_text
+from colm_ds.report.arms import Arm, flatten, method_settings, micro_batch_size, value_text
 from colm_ds.report.run import Run, lookup, number, numbers
 from colm_ds.report.section import Listing, Section
 from colm_ds.report.tables import MISSING, Column, Table, compact, whole
