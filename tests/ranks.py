@@ -191,6 +191,7 @@ class Ranks:
 def _free_port(wanted: int) -> int:
     for port in (wanted, 0):
         with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the last pool may linger
             probe.bind(("127.0.0.1", port))
             return int(probe.getsockname()[1])
     raise OSError("no free port on 127.0.0.1")

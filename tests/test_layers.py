@@ -15,7 +15,7 @@ LAYERS = (
     {"errors", "types", "seeds"},
     {"selection"},
     {"config", "recipe", "families", "models", "probe", "distributed", "data"},
-    {"engine", "checkpoint", "memory", "evaluation"},
+    {"engine", "coreset_selector", "training_loss", "export", "checkpoint", "memory", "evaluation"},
     {"tracking", "report", "training", "cli", "integrations"},
     {"__init__", "__main__"},
 )

@@ -30,7 +30,7 @@ from colm_ds.report.run import Run, lookup
 from colm_ds.report.section import Section
 from colm_ds.report.setup import problems_of, setup_section
 from colm_ds.report.summary import caveats, listed, summary
-from colm_ds.report.tables import plain
+from colm_ds.report.tables import plain, quoted
 
 _LONGEST_TITLE = 90
 
@@ -122,7 +122,7 @@ def compare(runs: Sequence[Run], out_folder: str | Path, *, date: datetime | Non
 def _title(arms: Sequence[Arm]) -> str:
     if len(arms) == 1:
         return f"Report of {arms[0].name}"
-    named = listed([arm.name for arm in arms])
+    named = listed([quoted(arm.name) if "," in arm.name else arm.name for arm in arms])
     return f"Comparison of {named}" if len(named) <= _LONGEST_TITLE else f"Comparison of {len(arms)} arms"
 
 

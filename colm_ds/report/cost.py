@@ -8,11 +8,11 @@ from collections.abc import Collection, Mapping, Sequence
 from colm_ds.report.arms import Arm, micro_batch_size
 from colm_ds.report.charts import Line, Picture, dot_picture, grouped_picture, line_picture, stacked_picture
 from colm_ds.report.curves import envelope, smooth, thin
-from colm_ds.report.facts import BYTE_KINDS, PHASES
+from colm_ds.report.facts import BYTE_KINDS, PHASES, Curve
 from colm_ds.report.quality import data_shares, mark_small, source_names
 from colm_ds.report.run import lookup, number
 from colm_ds.report.section import Section
-from colm_ds.report.tables import Column, Table, compact, fixed, kib, percent, seconds, times, whole
+from colm_ds.report.tables import Column, Table, fixed, kib, percent, quoted, seconds, times, whole
 
 JOINT = "joint"
 _MOST_COHERENCE_PICTURES = 6
@@ -60,8 +60,9 @@ def memory_section(arms: Sequence[Arm]) -> Section:
         rows.append([arm.name, *(arm.mean(f"{part}_gib") for part in (*parts, "peak")), micro, count])
     devices = {str(lookup(arm.config, "machine", "device") or "") for arm in arms}
     text = [
-        "The largest value of all steps, ranks and seeds (of rank 0 while a run is not finished). The probe's includes the exchange and the choice. "
-        "The peak of training follows the micro-batch, not b: compare arms of the same micro-batch."
+        "The largest value of all steps, ranks and seeds (of rank 0 while a run is not finished). The probe's includes "
+        "the exchange and the choice. The peak of training follows the micro-batch, not b: compare arms of the same "
+        "micro-batch."
     ]
     if any(device.lower().startswith("cpu") for device in devices):
         text.append(
@@ -160,10 +161,10 @@ def coherence_section(arms: Sequence[Arm]) -> Section:
             lines.append(
                 Line(name, style, smoothed.steps, smoothed.values, (raw.steps, raw.values), level=expected[name])
             )
-            tenth = max(1, len(curve.values) // 10)
-            start, end = sum(curve.values[:tenth]) / tenth, sum(curve.values[-tenth:]) / tenth
-            mean = sum(curve.values) / len(curve.values)
-            rows.append([arm.name, name, mean, start, end, expected[name]])
+            start = _average(curve.values[: max(1, len(curve.values) // 10)])
+            rows.append(
+                [arm.name, name, _average(curve.values), start, _average(last_tenth(curve.values)), expected[name]]
+            )
         picture = line_picture(
             f"coherence-{place}",
             f"Coherence by source: {arm.name}",
@@ -175,7 +176,7 @@ def coherence_section(arms: Sequence[Arm]) -> Section:
         )
         if picture is not None:
             pictures.append(picture)
-            verdicts.append(_coherence_verdict(arm, expected))
+            verdicts.append(_coherence_verdict(arm, curves, expected))
     if not rows:
         return Section("coherence", "Coherence")
     columns = [
@@ -193,29 +194,45 @@ def coherence_section(arms: Sequence[Arm]) -> Section:
         "not beat a random one, and what is gained comes from the balance between sources.",
         *[verdict for verdict in verdicts if verdict],
     ]
+    if any(lookup(arm.colm, "probe", "estimator") == "spsa" for arm in arms if arm.coherence()):
+        text.append("spsa sees a gradient through K directions only; with K = 1 the ratio scatters from step to step.")
     if len(pictures) > _MOST_COHERENCE_PICTURES:
         text.append(f"Pictures of the first {_MOST_COHERENCE_PICTURES} arms; the table has all of them.")
     table = Table("coherence", "Coherence by source", columns, rows, folded=len(rows) > 12)
     return Section("coherence", "Coherence", text, pictures[:_MOST_COHERENCE_PICTURES], [table])
 
 
-def _coherence_verdict(arm: Arm, expected: Mapping[str, float | None]) -> str:
-    """What the coherence of an arm says, from its mean over sources."""
-    means = {name: measure.mean for name, measure in arm.groups.get("coherence", {}).items()}
-    known = [(means[name], value) for name, value in expected.items() if value is not None and name in means]
+def _coherence_verdict(arm: Arm, curves: Mapping[str, Curve], expected: Mapping[str, float | None]) -> str:
+    """What the coherence of an arm says, on average over sources and steps, and towards the end."""
+    known = [(curves[name].values, value) for name, value in expected.items() if value is not None]
     if not known:
         return ""
-    mean = sum(value for value, _ in known) / len(known)
-    floor = sum(value for _, value in known) / len(known)
-    # Between the floor (0) and perfect agreement (1).
-    agreement = (mean - floor) / (1 - floor) if floor < 1 else 0.0
-    if agreement > 0.5:
-        words = "examples of one source agree well, and medoids stand for them"
-    elif agreement > 0.1:
-        words = "examples of one source agree in part, and medoids may do better than random picks"
-    else:
-        words = "examples of one source are close to unrelated, and medoids can not stand for them"
-    return f"{arm.name}: {compact(mean)} on average where unrelated gradients would give {compact(floor)}: {words}."
+    floor = _average([value for _, value in known])
+    mean = _average([_average(values) for values, _ in known])
+    end = _average([_average(last_tenth(values)) for values, _ in known])
+    text = f"{quoted(arm.name)}: {fixed(2)(mean)} on average, {fixed(2)(end)} in the last tenth of the steps, "
+    text += f"where unrelated gradients would give {fixed(2)(floor)}: {_agreement(mean, floor)}"
+    late = _agreement(end, floor)
+    return text + (f"; towards the end {late}." if late != _agreement(mean, floor) else ".")
+
+
+def _agreement(coherence: float, floor: float) -> str:
+    """Coherence in words, by its place between unrelated gradients and equal ones."""
+    place = (coherence - floor) / (1 - floor) if floor < 1 else 0.0
+    if place > 0.5:
+        return "examples of one source agree well, and medoids stand for them"
+    if place > 0.1:
+        return "examples of one source agree in part, and medoids may do better than random picks"
+    return "examples of one source are close to unrelated, and medoids can not stand for them"
+
+
+def last_tenth(values: Sequence[float]) -> Sequence[float]:
+    """The last tenth of some values, at least one."""
+    return values[-max(1, len(values) // 10) :]
+
+
+def _average(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _unrelated(arm: Arm, name: str) -> float | None:

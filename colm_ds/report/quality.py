@@ -217,12 +217,20 @@ def heldout_section(arms: Sequence[Arm]) -> Section:
             ]
             title = f"Held-out loss, {what}, {ending}"
             pictures.append(
-                line_picture(f"heldout-{key}-{by}", title, lines, x_label=x_label, y_label="nats per token", focus=True)
+                line_picture(
+                    f"heldout-{key}-{by}",
+                    title,
+                    lines,
+                    x_label=x_label,
+                    y_label="nats per token",
+                    caption=_FOCUS,
+                    focus=True,
+                )
             )
         tables.append(_curve_table(f"heldout_{key}", f"Held-out loss, {what}", arms, curves[key], 25, exact=True))
     text = [
         "Nats per labelled token on examples that no arm trains on. Seconds count training steps only, not the "
-        "evaluations. " + _FOCUS
+        "evaluations."
     ]
     return Section(
         "heldout", "Held-out loss", text, [p for p in pictures if p is not None], [t for t in tables if t is not None]

@@ -11,6 +11,8 @@ from colm_ds.report.run import Run, lookup, number, numbers
 from colm_ds.report.section import Listing, Section
 from colm_ds.report.tables import MISSING, Column, Table, compact, whole
 
+_REVISION = 12  # characters of a git revision in the table; the configuration has all
+
 
 def setup_section(arms: Sequence[Arm]) -> Section:
     """Runs, machine and versions, differing settings, and every run's resolved configuration."""
@@ -50,7 +52,7 @@ def runs_table(arms: Sequence[Arm]) -> Table:
                     run.folder.resolve().name,
                     run.seed,
                     _text(run.config.get("date")),
-                    _text(run.config.get("git_revision")),
+                    (_text(run.config.get("git_revision")) or "")[:_REVISION] or None,
                     _text(run.summary.get("status")) or "unfinished",
                     facts.num_steps,
                     facts.scalars.get("wall_s"),

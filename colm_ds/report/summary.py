@@ -9,10 +9,11 @@ from colm_ds.report.arms import Arm
 from colm_ds.report.differences import TINY, Difference, difference, ratio, references
 from colm_ds.report.run import numbers
 from colm_ds.report.setup import unequal
-from colm_ds.report.tables import fixed, percent, plural, seconds, signed, times
+from colm_ds.report.tables import fixed, percent, plural, quoted, seconds, signed, times
 
 _NUMBER_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _SAME_COST = 0.03  # ratios of time and memory within this of 1 are called about the same
+_UNEVEN = 2.0  # p90 over p10 of the time per step above which times are called unreliable
 _MOST_NAMED = 3
 
 _LOSS = fixed(3)
@@ -43,12 +44,19 @@ def caveats(arms: Sequence[Arm]) -> list[str]:
     for arm in unfinished:
         where = f"at step {arm.num_steps:,}" if arm.num_steps is not None else "before its first step"
         found.append(
-            f"{arm.name} is not finished: it still runs or was stopped {where}; its numbers are the last it logged."
+            f"{quoted(arm.name)} is not finished: it still runs or was stopped {where}; "
+            "its numbers are the last it logged."
         )
     for arm in arms:
         if arm.is_finished and not all(run.is_finished for run in arm.runs):
             count = sum(not run.is_finished for run in arm.runs)
-            found.append(f"{arm.name}: {plural(count, 'run')} not finished and left out of the means.")
+            found.append(f"{quoted(arm.name)}: {plural(count, 'run')} not finished and left out of the means.")
+    uneven = [arm for arm in arms if (arm.mean("step_s_p90") or 0.0) > _UNEVEN * (arm.mean("step_s_p10") or math.inf)]
+    if uneven:
+        found.append(
+            f"The time per step of {listed([quoted(arm.name) for arm in uneven])} varies more than twofold within the "
+            "run: something else may have used the machine, and ratios of time then say little."
+        )
     different = unequal(arms)
     if different:
         found.append(f"Not the same in all arms: {listed(different)}.")
@@ -89,7 +97,7 @@ def _single_arm(arm: Arm) -> str:
         value = arm.mean(key)
         if value is not None:
             parts.append(words.format(form(value)))
-    told = f"{arm.name} shows {listed(parts)}." if parts else f"{arm.name} has no results yet."
+    told = f"{quoted(arm.name)} shows {listed(parts)}." if parts else f"{quoted(arm.name)} has no results yet."
     return f"{told} There is no other arm to hold it against."
 
 
@@ -111,11 +119,11 @@ def _ranking(arms: Sequence[Arm], key: str, what: str) -> str:
     first, second = known[0], known[1]
     gap = difference(second, first, key)
     assert gap is not None
-    head = f"The lowest {what} is that of {first.name}, {_LOSS(first.mean(key) or 0.0)} nats per token"
+    head = f"The lowest {what} is that of {quoted(first.name)}, {_LOSS(first.mean(key) or 0.0)} nats per token"
     close = [arm for arm in known[1:] if not (found := difference(arm, first, key)) or not found.is_measurable]
     if not close:
-        return f"{head}; next is {second.name} with {_LOSS(second.mean(key) or 0.0)}, {_gap(gap)}."
-    named = listed([arm.name for arm in close[:_MOST_NAMED]])
+        return f"{head}; next is {quoted(second.name)} with {_LOSS(second.mean(key) or 0.0)}, {_gap(gap)}."
+    named = listed([quoted(arm.name) for arm in close[:_MOST_NAMED]])
     if len(close) > _MOST_NAMED:
         named = f"{_word(len(close))} other arms"
     return f"{head}; {named} {'is' if len(close) == 1 else 'are'} not measurably different."
@@ -132,8 +140,8 @@ def _exact_match(arms: Sequence[Arm]) -> str:
     if best == 0:
         return "No arm answered any question exactly."
     counts = [arm.mean("num_questions") for arm in (first, second)]
-    text = f"{first.name} answers the most questions exactly, {percent(best)}; "
-    text += f"next is {second.name} with {percent(next_best)}"
+    text = f"{quoted(first.name)} answers the most questions exactly, {percent(best)}; "
+    text += f"next is {quoted(second.name)} with {percent(next_best)}"
     if all(counts):
         variance = sum(p * (1 - p) / n for p, n in zip((best, next_best), counts, strict=True) if n)
         if best - next_best <= 1.96 * math.sqrt(variance):
@@ -173,7 +181,10 @@ def _quality(arm: Arm, plain: Mapping[str, Arm], ranked: Sequence[Arm]) -> str:
                 gaps.append(f"{_gap(gap)} {what}")
         if gaps:
             size = f"{role[-1]} = {other.coreset_size}"
-            parts.append(f"against {other.name} (plain training on {size}) the loss of {arm.name} is {listed(gaps)}")
+            parts.append(
+                f"against {quoted(other.name)} (plain training on {size}) "
+                f"the loss of {quoted(arm.name)} is {listed(gaps)}"
+            )
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}." if text else ""
 
@@ -184,8 +195,9 @@ def _medoids(arm: Arm, control: Arm | None, ranked: Sequence[Arm]) -> str:
     if gap is None or control is None or arm not in ranked or control not in ranked:
         return ""
     return (
-        f"Against {control.name}, which keeps the small sources and picks the rest at random, it is {_gap(gap)} "
-        f"overall: the medoids {'make that difference' if gap.is_measurable else 'add nothing measurable'}."
+        f"Against {quoted(control.name)}, which keeps the small sources and picks the rest at random, "
+        f"it is {_gap(gap)} overall: "
+        f"the medoids {'make that difference' if gap.is_measurable else 'add nothing measurable'}."
     )
 
 
@@ -201,10 +213,10 @@ def _costs(arms: Sequence[Arm], plain: Sequence[Arm], key: str, what: str) -> st
     shown = [(arm, values) for arm, values in shown if len(values) == len(plain)][:_MOST_NAMED]
     if not shown:
         return ""
-    named = listed([other.name for other in plain])
+    named = listed([quoted(other.name) for other in plain])
     if all(abs(value - 1) < _SAME_COST for _, values in shown for value in values):
-        return f"{what} is about that of {named} for {listed([arm.name for arm, _ in shown])}."
-    parts = [f"{arm.name} {listed([times(value) for value in values])}" for arm, values in shown]
+        return f"{what} is about that of {named} for {listed([quoted(arm.name) for arm, _ in shown])}."
+    parts = [f"{quoted(arm.name)} {listed([times(value) for value in values])}" for arm, values in shown]
     return f"{what}, against that of {named}: {', '.join(parts)}."
 
 
@@ -218,7 +230,7 @@ def _gap(gap: Difference) -> str:
 
 
 def _seeds(arms: Sequence[Arm]) -> str:
-    single = [arm.name for arm in arms if len(arm.counted) == 1]
+    single = [quoted(arm.name) for arm in arms if len(arm.counted) == 1]
     if not single:
         return ""
     if len(single) == len(arms):

@@ -162,6 +162,11 @@ def clean(text: Any) -> str:
     return " ".join(shown.split())
 
 
+def quoted(name: str) -> str:
+    """A name for a sentence: in quotation marks where its end could not be told otherwise."""
+    return f"“{name}”" if " " in name or "," in name else name
+
+
 def shorten(text: Any, most: int) -> str:
     """Clean text of at most so many characters; the surplus is cut out of the middle."""
     shown = clean(text)

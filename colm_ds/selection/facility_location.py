@@ -43,19 +43,32 @@ def pairwise_similarity(features: Tensor, metric: str = "l1") -> Tensor:
     # coordinate, the two in the middle have the same gain) and float32 sums would break them at random.
     total = torch.zeros(n, n, dtype=torch.float64, device=features.device)
     for part in features.split(max(1, _ELEMENTS_AT_ONCE // max(n, 1)), dim=1):
-        wide = part.double()
-        if metric == "l1":
-            total += torch.cdist(wide, wide, p=1.0)
-        elif metric == "euclidean":
-            # Not by a matrix product, which loses the small distances to cancellation.
-            total += torch.cdist(wide, wide, p=2.0, compute_mode="donot_use_mm_for_euclid_dist").square_()
-        else:
-            total.addmm_(wide, wide.T)
+        _add_pairs(total, part.double(), metric)
     if metric == "cosine":
         norms = total.diagonal().sqrt().clamp_min(1e-150)  # a product of two of them is not zero
-        return (total + total.T).div_(2.0 * torch.outer(norms, norms))
+        return total.div_(torch.outer(norms, norms))
     distance = total.sqrt_() if metric == "euclidean" else total
-    return (distance.max() - distance) if n else distance
+    return distance.neg_().sub_(distance.min()) if n else distance  # in place: the matrix exists once
+
+
+def _add_pairs(total: Tensor, wide: Tensor, metric: str) -> None:
+    """Add what some coordinates, float64 `[n, w]`, contribute to every pair: the upper triangle in blocks, mirrored."""
+    for start in range(0, len(wide), _ROWS_AT_ONCE):
+        rows, others = wide[start : start + _ROWS_AT_ONCE], wide[start:]
+        if metric == "cosine":
+            block = rows @ others.T
+            square = block[:, : len(rows)]
+            block[:, : len(rows)] = (square + square.T) / 2.0  # products of rows a and b differ from b and a in round-off
+        elif wide.shape[1] == 1:
+            block = (rows - others.T).abs_()
+        else:  # not by a matrix product, which loses the small distances to cancellation
+            p = 1.0 if metric == "l1" else 2.0
+            block = torch.cdist(rows, others, p=p, compute_mode="donot_use_mm_for_euclid_dist")
+        if metric == "euclidean":
+            block = block.square_()
+        corner = slice(start, start + _ROWS_AT_ONCE)
+        total[corner, start:] += block
+        total[start + _ROWS_AT_ONCE :, corner] = total[corner, start + _ROWS_AT_ONCE :].T
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ class PlainRun:
     """What the plain loop arrives at.
 
     Attributes:
-        parameters: trained parameters at the end.
+        parameters: trained parameters at the end, by name.
         losses: weighted mean loss of every step.
         grad_norms: norm of the whole gradient of every step, before clipping.
     """
@@ -55,7 +55,7 @@ def plain_training(
     optimizer = torch.optim.AdamW(trained.values(), LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
     by_token = case.colm.get("loss_normalization", "example") == "token"
     clipping = case.deepspeed.get("gradient_clipping", 0.0)
-    run = PlainRun(trained, [], [])
+    run = PlainRun({}, [], [])
     for place, step in enumerate(steps):
         if before_step is not None:
             before_step(place, model)
@@ -72,4 +72,11 @@ def plain_training(
         optimizer.step()
         run.losses.append(total)
         run.grad_norms.append(float(norm))
+    run.parameters.update({name: parameter.detach() for name, parameter in trained.items()})
     return run
+
+
+def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Largest absolute difference between two sets of parameters of the same names."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)

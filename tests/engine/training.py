@@ -1,4 +1,4 @@
-"""Training cases of the engine's tests: one description, run on W ranks by the engine and plainly by the oracle."""
+"""Training runs of the engine's tests: one description, run on W ranks by the engine and plainly by the oracle."""
 
 from __future__ import annotations
 
@@ -18,10 +18,18 @@ from tests.tiny_models import VOCABULARY_SIZE, tiny_model
 SOURCES = {"algebra": 44, "biology": 37, "code": 30, "drama": 7, "essays": 5}
 """Examples by source; the last two have fewer than |V|/c = 24.6."""
 
-LARGE, SMALL = 29, 13
-"""r and b: neither divides into 2 ranks, nor b into micro-batches of 3."""
+SMALL_SOURCES = ("drama", "essays")
 
-LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 3e-3, (0.9, 0.999), 1e-3, 0.01
+LARGE, CORESET = 29, 13
+"""r and b: neither can be divided by 2 ranks, nor b by micro-batches of 3."""
+
+LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.999), 1e-3, 0.01
+
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+"""For GPT-2, which has dropout by default."""
+
+NOTHING_PERSISTS = {"stage3_param_persistence_threshold": 0}
+"""Lets ZeRO-3 cut up even parameters as small as those of the tiny models."""
 
 Record = dict[str, Any]
 
@@ -31,27 +39,30 @@ class Case:
     """One training run.
 
     Attributes:
-        name: for messages; must tell it from other cases.
+        name: for messages.
         family: model type.
         lora: whether a LoRA adapter is trained.
         model: overrides of the model's configuration.
+        checkpointing: whether activations are recomputed in the backward pass.
         colm: overrides of the `"colm"` section.
-        deepspeed: overrides of the DeepSpeed configuration; `stage` and `zero` are put into `zero_optimization`.
+        deepspeed: overrides of the DeepSpeed configuration.
         stage: of ZeRO.
+        zero: further keys of `zero_optimization`.
         steps: optimizer steps.
-        dtype: of the model's weights.
+        sources: examples of each source in the dataset.
     """
 
     name: str
     family: str = "llama"
     lora: bool = False
     model: dict[str, Any] = field(default_factory=dict)
+    checkpointing: bool = False
     colm: dict[str, Any] = field(default_factory=dict)
     deepspeed: dict[str, Any] = field(default_factory=dict)
     stage: int = 0
     zero: dict[str, Any] = field(default_factory=dict)
     steps: int = 5
-    dtype: torch.dtype = torch.float32
+    sources: dict[str, int] = field(default_factory=lambda: dict(SOURCES))
 
     def config(self) -> dict[str, Any]:
         """The DeepSpeed configuration with its `"colm"` section."""
@@ -62,13 +73,21 @@ class Case:
             "gradient_clipping": 0.0,
             "zero_optimization": {"stage": self.stage, **self.zero},
             "steps_per_print": 10**9,
-            "colm": {"large_batch_size": LARGE, "coreset_size": SMALL, "seed": 3, **self.colm},
+            "colm": {"large_batch_size": LARGE, "coreset_size": CORESET, "seed": 3, **self.colm},
         }
         return copy.deepcopy(config | self.deepspeed)
 
     def build_model(self) -> Any:
         """The model, the same on every rank, in training mode."""
-        return tiny_model(self.family, self.lora, self.dtype, **self.model).train()
+        model = tiny_model(self.family, self.lora, **self.model).train()
+        if self.checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        return model
+
+    def records(self) -> list[Record]:
+        """The dataset."""
+        return records(self.sources)
 
 
 @dataclass(frozen=True)
@@ -79,21 +98,18 @@ class StepRecord:
         large: dataset indices of the large batch, `[r]`.
         chosen: dataset indices of the coreset in its order, `[b]`.
         weights: loss weight of each, `[b]`.
-        num_kept: how many of the first are kept small-source examples.
         stats: `StepStats` as a dictionary.
         shapes: rows and columns of every micro-batch that this rank trained on.
-        clean: whether selection left the global random state alone, and the step no hooks and no patched forwards.
-        is_training: whether the model was left in training mode.
+        untouched: by what must be as before: the global random state after selecting, hooks and forwards after the
+            step, training mode.
     """
 
     large: list[int]
     chosen: list[int]
     weights: list[float]
-    num_kept: int
     stats: dict[str, Any]
     shapes: list[tuple[int, int]]
-    clean: dict[str, bool]
-    is_training: bool
+    untouched: dict[str, bool]
 
 
 @dataclass(frozen=True)
@@ -103,10 +119,12 @@ class Outcome:
     Attributes:
         steps: a record of every step.
         parameters: trained parameters at the end; on rank 0 only.
+        replays: whether training started from the probe's hidden states in the last step.
     """
 
     steps: list[StepRecord]
     parameters: dict[str, Tensor]
+    replays: bool
 
     @property
     def chosen(self) -> list[list[int]]:
@@ -114,14 +132,14 @@ class Outcome:
         return [sorted(step.chosen) for step in self.steps]
 
 
-def records(counts: dict[str, int] | None = None, seed: int = 0) -> list[Record]:
+def records(counts: dict[str, int], seed: int = 0) -> list[Record]:
     """Random examples of several sources, in mixed order; the first third of each has no labels.
 
     Every source draws from tokens of its own most of the time, so that gradients cluster.
     """
     generator = private_generator(seed, "records")
     made = []
-    for number, (source, count) in enumerate((counts or SOURCES).items()):
+    for source, count in counts.items():
         own = torch.randint(3, VOCABULARY_SIZE, (12,), generator=generator)
         for _ in range(count):
             length = int(torch.randint(4, 33, (), generator=generator))
@@ -129,26 +147,33 @@ def records(counts: dict[str, int] | None = None, seed: int = 0) -> list[Record]
             noise = torch.randint(3, VOCABULARY_SIZE, (length,), generator=generator)
             tokens = torch.where(torch.rand(length, generator=generator) < 0.7, tokens, noise)
             labels = tokens.clone()
-            labels[: 1 + (number + length) // 3] = -100
-            labels[-1] = tokens[-1]
+            labels[: 1 + length // 3] = -100
             made.append({"input_ids": tokens.tolist(), "labels": labels.tolist(), "source": source})
     order = torch.randperm(len(made), generator=generator).tolist()
     return [made[index] for index in order]
 
 
-def start(case: Case, data: Any = None) -> Any:
-    """The engine of a case, in a rank."""
+def start(case: Case, data: Any = None, **arguments: Any) -> Any:
+    """The engine of a case, in a rank.
+
+    Args:
+        case: the case.
+        data: its dataset, if another than its own.
+        arguments: of `colm_ds.initialize`, over those that follow from the case.
+    """
     import colm_ds
 
-    data = records() if data is None else data
-    return colm_ds.initialize(model=case.build_model(), config=case.config(), training_data=data)[0]
+    data = case.records() if data is None else data
+    given = {"model": case.build_model(), "config": case.config(), "training_data": data} | arguments
+    return colm_ds.initialize(**given)[0]
 
 
 def train(case: Case) -> Outcome:
     """Run a case in a rank."""
     engine = start(case)
     try:
-        return Outcome([step(engine) for _ in range(case.steps)], parameters(engine))
+        steps = [step(engine) for _ in range(case.steps)]
+        return Outcome(steps, parameters(engine), engine.coreset_selector.replay is not None)
     finally:
         engine.destroy()
 
@@ -160,7 +185,8 @@ def step(engine: Any) -> StepRecord:
 
     def note_shape(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if module.training:  # the probe runs in eval mode
-            shapes.append(tuple(kwargs["input_ids"].shape))
+            rows, columns = kwargs["input_ids"].shape
+            shapes.append((rows, columns))
 
     handle = engine.module.register_forward_pre_hook(note_shape, with_kwargs=True)
     before = attachments(engine.module)
@@ -176,11 +202,13 @@ def step(engine: Any) -> StepRecord:
         large=batch.indices.tolist(),
         chosen=batch.indices[coreset.positions].tolist(),
         weights=coreset.weights.tolist(),
-        num_kept=coreset.num_kept,
         stats=stats.as_dict(),
         shapes=shapes,
-        clean={"random state": watcher.random_state_kept, "hooks and forwards": before == after},
-        is_training=all(module.training for module in engine.module.modules()),
+        untouched={
+            "random state": watcher.random_state_kept,
+            "hooks and forwards": before == after,
+            "training mode": all(module.training for module in engine.module.modules()),
+        },
     )
 
 
@@ -204,10 +232,11 @@ class Watcher:
 
 
 def attachments(model: nn.Module) -> list[tuple[Any, ...]]:
-    """Hooks and replaced forwards of every module."""
+    """Hooks, replaced forwards and checkpointing functions of every module."""
     kinds = [name for name in nn.Module().__dict__ if name.endswith("_hooks")]
+    replaced = ("forward", "_gradient_checkpointing_func", "gradient_checkpointing")
     return [
-        (name, "forward" in module.__dict__, *(tuple(getattr(module, kind)) for kind in kinds))
+        (name, *(module.__dict__.get(key) for key in replaced), *(tuple(getattr(module, kind)) for kind in kinds))
         for name, module in model.named_modules()
     ]
 

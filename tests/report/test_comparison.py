@@ -145,6 +145,42 @@ def test_no_folder_of_this_machine(five: Comparison, tmp_path_factory: pytest.Te
         assert str(tmp_path_factory.getbasetemp()) not in text
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "expected"),
+    [
+        (0.9, 0.9, r"examples of one source agree well, and medoids stand for them\."),
+        (
+            0.9,
+            0.1,
+            "agree well, and medoids stand for them; towards the end examples of one source are close to unrelated",
+        ),
+        (0.15, 0.15, r"close to unrelated, and medoids can not stand for them\."),
+    ],
+)
+def test_coherence_is_put_into_words(tmp_path: Path, start: float, end: float, expected: str) -> None:
+    folder = write_run(tmp_path / "run", "colm-sketch", num_steps=40, finished=False)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[1:]:
+        value = start if line["step"] <= 36 else end
+        line["coreset"]["coherence"] = dict.fromkeys(("sums", "sorting", "words"), value)
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    section = next(s for s in compare([load_run(folder)], tmp_path / "report").sections if s.key == "coherence")
+    assert re.search(expected, section.text[1])
+    # 1/sqrt(n): 128 examples, 4000 of 9300 of them from this source.
+    row = next(row for row in section.tables[0].rows if row[1] == "sums")
+    assert row[5] == pytest.approx((128 * 4000 / 9300) ** -0.5)
+
+
+def test_memory_says_what_was_measured(tmp_path: Path) -> None:
+    runs = [
+        load_run(write_run(tmp_path / device, "plain-64", num_steps=3, config={"machine": {"device": device}}))
+        for device in ("cpu", "NVIDIA H200")
+    ]
+    for run, words in zip(runs, ("resident memory of one process", "memory allocated by PyTorch"), strict=True):
+        page = files_of(compare([run], tmp_path / "report"))[0]
+        assert words in page
+
+
 def test_one_run(five_runs: list[Run], tmp_path: Path) -> None:
     found = compare(five_runs[3:4], tmp_path)
     page, _, numbers = files_of(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,6 +87,15 @@ def test_unequal_conditions_are_told(tmp_path: Path) -> None:
         load_run(write_run(tmp_path / "b", "plain-128", num_steps=60, config={"world_size": 2})),
     ]
     assert caveats(make_arms(runs)[0]) == ["Not the same in all arms: the number of steps and the number of ranks."]
+
+
+def test_uneven_times_are_told(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a b", "plain-64", num_steps=20, config={"name": "a b"})
+    found = json.loads((folder / "summary.json").read_text()) | {"step_s": {"median": 0.2, "p10": 0.1, "p90": 0.9}}
+    (folder / "summary.json").write_text(json.dumps(found))
+    assert caveats(make_arms([load_run(folder)])[0])[0].startswith(
+        "The time per step of “a b” varies more than twofold"
+    )
 
 
 def test_listed() -> None:

@@ -48,7 +48,7 @@ def close(actual: Tensor, expected: np.ndarray) -> None:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of few coordinates, so that small cases cross their borders."""
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 64)
+    monkeypatch.setitem(module._CHUNK_ELEMENTS, "cpu", 64)
 
 
 # Reading gradients

@@ -1,0 +1,181 @@
+"""The same examples are chosen at any number of ranks and any stage of ZeRO, and they are the right ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from colm_ds.data.mixture import MixtureSampler
+from colm_ds.selection import AdamHistory, DenseGradients, SelectionSettings, Signals, select_coreset
+from tests.engine.cases import ESTIMATORS, matrix_case
+from tests.engine.conftest import Runner
+from tests.engine.oracle import plain_training, token_losses
+from tests.engine.training import BETAS, CORESET, EPS, LARGE, NOTHING_PERSISTS, SMALL_SOURCES, SOURCES, Case, Record
+
+EXACT = {"probe": {"estimator": "exact"}}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "joint pool": {"per_source": False},
+    "no small sources": {"small_sources": "none"},
+    "one pool of all": {"per_source": False, "small_sources": "none"},
+    "small sources by name": {"small_sources": ["code", "essays"]},
+    "small sources by id": {"small_sources": [3]},
+    "more small examples than b": {"small_sources": ["algebra", "biology"]},
+    "a mask by weight": {"mask": {"criterion": "weight", "size": 40}},
+    "a mask by weight and gradient": {"mask": {"criterion": "weight_grad", "size": 40}, "metric": "cosine"},
+    "a random mask": {"mask": {"criterion": "random", "size": 40}, "metric": "euclidean"},
+    "directions for the run": {"probe": {"estimator": "spsa", "refresh": "run", "num_probes": 3, "epsilon": 0.03}},
+    "probe micro-batches": {"probe": {"estimator": "exact", "max_tokens": 50}},
+}
+
+MANY = {"algebra": 300, "biology": 40, "code": 10}
+
+
+def source_of(data: list[Record], indices: list[int]) -> list[str]:
+    """Source names of examples."""
+    return [data[index]["source"] for index in indices]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_ranks_and_stages_choose_the_same(estimator: str, lora: bool, outcomes: Runner) -> None:
+    wanted = outcomes(matrix_case(estimator, lora, 0), 1)[0].chosen
+    assert len(wanted) == 5
+    assert len({tuple(chosen) for chosen in wanted}) == 5
+    for stage in range(4):
+        for seen in outcomes(matrix_case(estimator, lora, stage), 2):
+            assert seen.chosen == wanted, f"stage {stage}"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_choose_the_same(variant: str, outcomes: Runner) -> None:
+    case = Case(variant, colm=EXACT | VARIANTS[variant], steps=3)
+    wanted = outcomes(case, 1)[0].chosen
+    cut_up = dataclasses.replace(case, stage=3, zero=NOTHING_PERSISTS)
+    for seen in outcomes(cut_up, 2):
+        assert seen.chosen == wanted
+
+
+@pytest.mark.distributed
+def test_variants_differ(outcomes: Runner) -> None:
+    """Each key does something: no two of the variants choose the same examples throughout."""
+    cases = [Case(variant, colm=EXACT | VARIANTS[variant], steps=3) for variant in VARIANTS if variant[:5] != "probe"]
+    runs = [tuple(map(tuple, outcomes(case, 1)[0].chosen)) for case in cases]
+    assert len(set(runs)) == len(runs)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("lora", "stage"), [(False, 0), (True, 2), (False, 3)], ids=["full", "lora", "full-stage3"])
+def test_choice_is_the_one_of_plain_gradients(
+    lora: bool, stage: int, outcomes: Runner, data: list[Record]
+) -> None:
+    """Selecting in one process, from gradients by plain autograd on the parameters as they were, gives the same."""
+    case = matrix_case("exact", lora, stage)
+    seen = outcomes(case, 2)[0]
+    names = list(SOURCES)
+    settings = SelectionSettings(mask_size=32, seed=3, weights=case.colm["weights"])
+    history: list[AdamHistory] = []
+
+    def choose(place: int, model: Any) -> None:
+        step = seen.steps[place]
+        attention = (model.get_base_model() if lora else model).model.layers[-1].self_attn
+        weight = attention.v_proj.lora_B["default"].weight if lora else attention.v_proj.weight
+        rows = [
+            torch.autograd.grad(token_losses(model, data[index]).mean(), weight)[0].flatten() for index in step.large
+        ]
+        history.extend([] if history else [AdamHistory(weight.numel(), BETAS, EPS)])
+        coreset = select_coreset(
+            torch.tensor([names.index(source) for source in source_of(data, step.large)]),
+            Signals(torch.arange(LARGE), torch.ones(LARGE, dtype=torch.bool), DenseGradients(torch.stack(rows))),
+            CORESET,
+            small=[names.index(source) for source in SMALL_SOURCES],
+            settings=settings,
+            history=history[0],
+            step=place + 1,
+        )
+        assert torch.tensor(step.large)[coreset.positions].tolist() == step.chosen
+        assert coreset.weights.tolist() == pytest.approx(step.weights, abs=1e-5)
+
+    plain_training(case, data, seen.steps, choose)
+    assert history[0].count == 5
+
+
+@pytest.mark.distributed
+def test_large_batches_follow_from_seed_and_step(outcomes: Runner, data: list[Record]) -> None:
+    sampler = MixtureSampler(len(data), LARGE, seed=3)
+    for estimator in ESTIMATORS:
+        for step, seen in enumerate(outcomes(matrix_case(estimator, False, 0), 2)[1].steps, start=1):
+            assert seen.large == sampler.indices(step).tolist()
+
+
+@pytest.mark.distributed
+def test_small_sources_are_kept_whole(outcomes: Runner, data: list[Record]) -> None:
+    for estimator in ESTIMATORS:
+        for step in outcomes(matrix_case(estimator, False, 0), 1)[0].steps:
+            small = {index for index in step.large if data[index]["source"] in SMALL_SOURCES}
+            assert small <= set(step.chosen)
+            assert len(step.chosen) == len(set(step.chosen)) == CORESET
+            assert set(step.chosen) <= set(step.large)
+
+
+@pytest.mark.distributed
+def test_too_many_small_examples(outcomes: Runner, data: list[Record]) -> None:
+    """Only some of them fit; nothing is probed then."""
+    case = Case("more small examples than b", colm=EXACT | VARIANTS["more small examples than b"], steps=3)
+    dropped = 0
+    for step in outcomes(case, 1)[0].steps:
+        small = [index for index in step.large if data[index]["source"] in ("algebra", "biology")]
+        assert step.stats["coreset"]["dropped_small"] == max(0, len(small) - CORESET)
+        assert step.stats["coreset"]["kept_small"] == min(len(small), CORESET)
+        assert len(step.chosen) == CORESET
+        assert step.stats["examples_probed"] == (0 if len(small) >= CORESET else LARGE - len(small))
+        dropped += step.stats["coreset"]["dropped_small"]
+    assert dropped > 0
+
+
+@pytest.mark.distributed
+def test_one_large_source(outcomes: Runner) -> None:
+    """Sources far apart in size, and a step whose large batch may lack one of them."""
+    case = Case("one large source", sources=MANY, colm={"large_batch_size": 24, "coreset_size": 9, **EXACT})
+    assert outcomes(case, 2)[1].chosen == outcomes(case, 1)[0].chosen
+    assert all(sum(step.stats["coreset"]["per_source"].values()) == 9 for step in outcomes(case, 1)[0].steps)
+
+
+@pytest.mark.distributed
+def test_plain_steps_of_the_schedule(outcomes: Runner) -> None:
+    """Before `start_step` and between every `every`-th step a random b of the same r is trained on, without a probe."""
+    scheduled = Case("schedule", colm={"schedule": {"start_step": 2, "every": 2}, **EXACT}, steps=6)
+    random = Case("random", colm={"selector": "random"}, steps=6)
+    for world_size in (1, 2):
+        seen, plain = outcomes(scheduled, world_size)[-1], outcomes(random, world_size)[-1]
+        assert [step.stats["selected"] for step in seen.steps] == [False, False, True, False, True, False]
+        for ours, theirs in zip(seen.steps, plain.steps, strict=True):
+            assert ours.large == theirs.large
+            assert (ours.chosen == theirs.chosen) == (not ours.stats["selected"])
+            assert (ours.stats["examples_probed"] == 0) == (not ours.stats["selected"])
+            assert ours.stats["coreset"]["coherence"].keys() == (
+                {"algebra", "biology", "code"} if ours.stats["selected"] else set()
+            )
+            assert ours.weights == [1.0] * CORESET
+    assert outcomes(scheduled, 1)[0].chosen == outcomes(scheduled, 2)[0].chosen
+
+
+@pytest.mark.distributed
+def test_selectors_without_a_probe(outcomes: Runner, data: list[Record]) -> None:
+    for selector in ("random", "keep_random"):
+        case = Case(selector, colm={"selector": selector})
+        one, two = outcomes(case, 1)[0], outcomes(case, 2)[0]
+        assert one.chosen == two.chosen
+        for step in one.steps:
+            assert set(step.chosen) <= set(step.large)
+            assert len(set(step.chosen)) == CORESET
+            assert step.stats["examples_probed"] == 0
+            if selector == "keep_random":
+                assert {i for i in step.large if data[i]["source"] in SMALL_SOURCES} <= set(step.chosen)
+    full = outcomes(Case("full", colm={"selector": "full", "coreset_size": LARGE}, steps=2), 2)[0]
+    assert full.chosen == [sorted(step.large) for step in full.steps]
