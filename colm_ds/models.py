@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import warnings
 from pathlib import Path
@@ -74,7 +76,8 @@ def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
         path = str(config.name_or_path)
         if gguf and not (Path(path) / str(config.gguf_file)).is_file():
             raise ConfigError(f"model.gguf_file = {config.gguf_file!r}: no such file in {path}.")
-        model = AutoModelForCausalLM.from_pretrained(path, **gguf, **options)
+        with contextlib.redirect_stderr(io.StringIO()) if gguf else contextlib.nullcontext():  # a bar per rank
+            model = AutoModelForCausalLM.from_pretrained(path, **gguf, **options)
         if gguf and hasattr(model.config, "quantization_config"):
             del model.config.quantization_config  # the weights are plain now; a saved copy must load as such
         return model
@@ -115,7 +118,8 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for module in ("transformers", "torch.distributed", "peft"):  # advice to their own developers
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,8 +17,8 @@ import torch
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 
-# More threads than cores only slow small tensors down; two is what continuous integration has.
-torch.set_num_threads(2)
+# The tests' tensors are small: further threads only wait for each other, for long where others want the cores.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -71,6 +71,7 @@ class LargeBatchLoader:
             num_workers=self._num_workers,
             prefetch_factor=2,
             collate_fn=_same,
+            generator=torch.Generator(),  # or it would draw the workers' seed from the global state
         )
         for step, arrays in loader:
             yield self._assemble(step, {position: _to_example(values) for position, values in arrays.items()})
@@ -170,10 +171,10 @@ class RecordDataset:
             names.append(_source_name(record[source_key], index))
             lengths.append(len(ids))
             labelled.append(count)
-        in_order = sorted(set(names), key=lambda name: (isinstance(name, str), name))  # numbers in front of names
-        self.source_names: Sequence[str] = [str(name) for name in in_order]
-        number = {name: source for source, name in enumerate(in_order)}
-        self.source_ids = np.array([number[name] for name in names], dtype=np.int32)
+        by_name = {str(name): name for name in names}  # 2 and "2" are one source
+        self.source_names: Sequence[str] = sorted(by_name, key=lambda name: (isinstance(by_name[name], str), by_name[name]))
+        number = {name: source for source, name in enumerate(self.source_names)}
+        self.source_ids = np.array([number[str(name)] for name in names], dtype=np.int32)
         self.lengths = np.array(lengths, dtype=np.int32)
         self.num_label_tokens = np.array(labelled, dtype=np.int32)
 

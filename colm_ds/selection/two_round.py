@@ -8,7 +8,7 @@ from torch import Tensor
 from colm_ds.selection.facility_location import Medoids, facility_location, pairwise_similarity
 
 MAX_POOL = 8192
-"""Examples compared in one matrix (256 MiB of similarities); larger pools take two rounds."""
+"""Examples compared in one matrix (512 MiB of similarities); larger pools take two rounds."""
 
 OVERSAMPLING = 1.5
 """Picks of the first round in all, relative to those asked for: what the second round can choose from."""

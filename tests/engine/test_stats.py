@@ -114,7 +114,7 @@ def check_exact_bytes(per_source: dict[str, int], exchanged: dict[str, int], lor
     """Sums over coordinates for every pool's mask and for the history, masked columns, picks: no [r, d] matrix."""
     d = 16 * 4 if lora else NUM_COORDINATES
     num_pools = sum(per_source[source] > 0 for source in set(SOURCES) - set(SMALL_SOURCES))
-    sums = 4 * d * (num_pools + 2)
+    sums = d * (8 * num_pools + 2 * 4)  # means in float64, moments in float32
     columns = 4 * LARGE * MASK_SIZE
     choice = 8 * (num_pools * (MASK_SIZE + 1) + 2 * CORESET)
     assert exchanged["signals"] == 4 * LARGE  # which signals are finite

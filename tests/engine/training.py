@@ -50,6 +50,7 @@ class Case:
         zero: further keys of `zero_optimization`.
         steps: optimizer steps.
         sources: examples of each source in the dataset.
+        dtype: of the model's weights.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Case:
     zero: dict[str, Any] = field(default_factory=dict)
     steps: int = 5
     sources: dict[str, int] = field(default_factory=lambda: dict(SOURCES))
+    dtype: str = "float32"
 
     def config(self) -> dict[str, Any]:
         """The DeepSpeed configuration with its `"colm"` section."""
@@ -79,7 +81,7 @@ class Case:
 
     def build_model(self) -> Any:
         """The model, the same on every rank, in training mode."""
-        model = tiny_model(self.family, self.lora, **self.model).train()
+        model = tiny_model(self.family, self.lora, getattr(torch, self.dtype), **self.model).train()
         if self.checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
@@ -153,18 +155,11 @@ def records(counts: dict[str, int], seed: int = 0) -> list[Record]:
     return [made[index] for index in order]
 
 
-def start(case: Case, data: Any = None, **arguments: Any) -> Any:
-    """The engine of a case, in a rank.
-
-    Args:
-        case: the case.
-        data: its dataset, if another than its own.
-        arguments: of `colm_ds.initialize`, over those that follow from the case.
-    """
+def start(case: Case, **arguments: Any) -> Any:
+    """The engine of a case, in a rank; arguments of `colm_ds.initialize` go over those that follow from the case."""
     import colm_ds
 
-    data = case.records() if data is None else data
-    given = {"model": case.build_model(), "config": case.config(), "training_data": data} | arguments
+    given = {"model": case.build_model(), "config": case.config(), "training_data": case.records()} | arguments
     return colm_ds.initialize(**given)[0]
 
 
