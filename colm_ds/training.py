@@ -43,8 +43,11 @@ def run(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
     prepare_deepspeed()
     quiet_libraries()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))))
+    accelerator = deepspeed.get_accelerator()
+    if torch.cuda.is_available():
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(verbose=False)
-    device = torch.device(deepspeed.get_accelerator().current_device_name())
+    device = torch.device(accelerator.current_device_name())
     recipe = together(lambda: load_recipe(recipe_path, overrides), device)
     Run(recipe, device).train()
     dist.destroy_process_group()
@@ -113,6 +116,7 @@ class Run:
         )
         self.engine = self._make_engine()
         self.stats: list[StepStats] = []
+        self.last_heldout: dict[str, Any] | None = None
 
     def train(self) -> None:
         """All steps, then the evaluation, the summary and the trained weights."""
@@ -217,8 +221,6 @@ class Run:
             max_tokens=self.recipe.evaluation.max_tokens,
         )
         return {"heldout": self.last_heldout}
-
-    last_heldout: dict[str, Any] | None = None
 
     def _exact_match(self) -> dict[str, Any] | None:
         if not self.questions:

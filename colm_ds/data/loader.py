@@ -172,7 +172,9 @@ class RecordDataset:
             lengths.append(len(ids))
             labelled.append(count)
         by_name = {str(name): name for name in names}  # 2 and "2" are one source
-        self.source_names: Sequence[str] = sorted(by_name, key=lambda name: (isinstance(by_name[name], str), by_name[name]))
+        self.source_names: Sequence[str] = sorted(
+            by_name, key=lambda name: (isinstance(by_name[name], str), by_name[name])
+        )
         number = {name: source for source, name in enumerate(self.source_names)}
         self.source_ids = np.array([number[str(name)] for name in names], dtype=np.int32)
         self.lengths = np.array(lengths, dtype=np.int32)

@@ -58,7 +58,9 @@ def _add_pairs(total: Tensor, wide: Tensor, metric: str) -> None:
         if metric == "cosine":
             block = rows @ others.T
             square = block[:, : len(rows)]
-            block[:, : len(rows)] = (square + square.T) / 2.0  # products of rows a and b differ from b and a in round-off
+            block[:, : len(rows)] = (
+                square + square.T
+            ) / 2.0  # products of rows a and b differ from b and a in round-off
         elif wide.shape[1] == 1:
             block = (rows - others.T).abs_()
         else:  # not by a matrix product, which loses the small distances to cancellation

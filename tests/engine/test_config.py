@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from colm_ds.config import resolve_config
+from colm_ds.coreset_selector import small_source_ids
 from colm_ds.errors import ColmError, ConfigError
 from tests.engine.conftest import Runner
 from tests.engine.training import LARGE, NO_DROPOUT, Case, start, step
@@ -77,11 +78,27 @@ def test_dictionary_is_not_changed_and_file_is_the_same(tmp_path: Path) -> None:
         assert resolve_config(name, 2).colm == resolved.colm
 
 
+@pytest.mark.parametrize(
+    ("listed", "sources", "ids"),
+    [
+        ("auto", ("web", "code", "math"), [1, 2]),
+        ("none", ("web", "code", "math"), []),
+        (["math", "web", "math"], ("web", "code", "math"), [0, 2]),
+        ([2, "web"], ("web", "code", "math"), [0, 2]),
+        ([20, "30"], ("10", "20", "30"), [1, 2]),  # numbers of the data, not ids
+        ([1], ("1", "2", "3"), [0]),
+    ],
+)
+def test_small_sources(listed: Any, sources: tuple[str, ...], ids: list[int]) -> None:
+    colm = resolve_config(config(small_sources=listed), 1).colm
+    assert small_source_ids(colm, dict(zip(sources, (90, 5, 5), strict=True))) == ids
+
+
 # --- mistakes ---
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
-    ({}, "colm = None: missing. Add \"colm\": {\"large_batch_size\": ..., \"coreset_size\": ...}."),
-    ({"colm": [128, 64]}, "colm = [128, 64]: not a section of keys and values. Add \"colm\": {"),
+    ({}, 'colm = None: missing. Add "colm": {"large_batch_size": ..., "coreset_size": ...}.'),
+    ({"colm": [128, 64]}, 'colm = [128, 64]: not a section of keys and values. Add "colm": {'),
     ({"colm": {"coreset_size": 4}}, "colm.large_batch_size: missing. It is: r: examples looked at in every step."),
     (config(corset_size=3), "colm.corset_size: unknown key. Did you mean 'coreset_size'?"),
     (config(zebra=3), "colm.zebra: unknown key. Known keys: coreset_size, large_batch_size, "),
@@ -95,7 +112,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     (config(metric="l2"), "colm.metric = 'l2': input should be 'l1', 'euclidean' or 'cosine'. It is: distance"),
     (config(small_sources="all"), "colm.small_sources = 'all': input should be 'auto' or 'none'"),
     (config(mask={"size": "big"}), "colm.mask.size = 'big': input should be 'auto'. It is: h; auto:"),
-    (config(mask={"size": 0}), "colm.mask.size = 0: less than 1. Write at least 1, or \"auto\"."),
+    (config(mask={"size": 0}), 'colm.mask.size = 0: less than 1. Write at least 1, or "auto".'),
     (config(mask=7), "colm.mask = 7: input should be a valid dictionary"),
     (config(probe={"epsilon": 0}), "colm.probe.epsilon = 0: input should be greater than 0"),
     (config(probe={"num_probes": 0}), "colm.probe.num_probes = 0: less than 1"),
@@ -234,7 +251,7 @@ def test_mistakes_found_with_model_and_data(pools: dict[int, Ranks]) -> None:
         (gpt2, {}, "ProbeError: model of type 'gpt2': the probe knows the families llama, mistral, "),
         (Case("x"), {"training_data": None}, "ConfigError: colm_ds.initialize: model, config and training_data"),
         (Case("x"), {"config": None}, "ConfigError: colm_ds.initialize: model, config and training_data"),
-        (Case("x", deepspeed={"optimizer": {}}), {}, "ConfigError: optimizer: none. Add \"optimizer\": {"),
+        (Case("x", deepspeed={"optimizer": {}}), {}, 'ConfigError: optimizer: none. Add "optimizer": {'),
         (Case("x"), {"training_data": [{"input_ids": [1, 2]}]}, "DataError: example 0: no 'source'."),
         (Case("x"), {}, ""),
     ]

@@ -76,7 +76,9 @@ def test_mixed_names_and_numbers() -> None:
 
 
 def test_labels_default_to_tokens() -> None:
-    dataset = RecordDataset([{"input_ids": [5, 6, 7], "source": "a"}, {"input_ids": [8, 9], "labels": None, "source": "a"}])
+    dataset = RecordDataset(
+        [{"input_ids": [5, 6, 7], "source": "a"}, {"input_ids": [8, 9], "labels": None, "source": "a"}]
+    )
     assert [one.labels.tolist() for one in (dataset[0], dataset[1])] == [[5, 6, 7], [8, 9]]
     assert dataset.num_label_tokens.tolist() == [2, 1]  # nothing predicts the first
 

@@ -71,9 +71,7 @@ def test_variants_differ(outcomes: Runner) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("lora", "stage"), [(False, 0), (True, 2), (False, 3)], ids=["full", "lora", "full-stage3"])
-def test_choice_is_the_one_of_plain_gradients(
-    lora: bool, stage: int, outcomes: Runner, data: list[Record]
-) -> None:
+def test_choice_is_the_one_of_plain_gradients(lora: bool, stage: int, outcomes: Runner, data: list[Record]) -> None:
     """Selecting in one process, from gradients by plain autograd on the parameters as they were, gives the same."""
     case = matrix_case("exact", lora, stage)
     seen = outcomes(case, 2)[0]

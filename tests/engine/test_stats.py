@@ -127,6 +127,8 @@ def check_exact_bytes(per_source: dict[str, int], exchanged: dict[str, int], lor
 def test_exact_reads_few_bytes_of_large_gradients(outcomes: Runner) -> None:
     """What depends on d does not grow with r: twice the examples add masked columns only."""
     small = outcomes(matrix_case("exact", False, 0), 2)[0].steps[0].stats["exchange_bytes"]["selection"]
-    twice = Case("exact, 2 r", colm={"large_batch_size": 2 * LARGE, "coreset_size": 26, "probe": {"estimator": "exact"}})
+    twice = Case(
+        "exact, 2 r", colm={"large_batch_size": 2 * LARGE, "coreset_size": 26, "probe": {"estimator": "exact"}}
+    )
     large = outcomes(twice, 2)[0].steps[0].stats["exchange_bytes"]["selection"]
     assert large - small <= 4 * LARGE * MASK_SIZE * 1.25 + 8 * 2 * CORESET

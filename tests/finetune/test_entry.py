@@ -94,7 +94,8 @@ def test_runs_and_leaves_what_the_design_says(folder: Path, name: str) -> None:
     recipe["colm"] = {**recipe["colm"], **changes}  # type: ignore[dict-item]
     if lora:
         recipe["lora"] = {"rank": 4, "alpha": 8}
-    if name == "spsa":
+    evaluated = name in ("spsa", "exact at stage 3")
+    if evaluated:
         recipe["evaluation"] = {"exact_match": True, "max_new_tokens": 8, "every": 2}
         recipe["data"] = {**recipe["data"], "heldout": str(folder / "data" / "heldout.jsonl")}  # type: ignore[dict-item]
     outcome = start(folder, recipe)
@@ -114,7 +115,7 @@ def test_runs_and_leaves_what_the_design_says(folder: Path, name: str) -> None:
     assert config["world_size"] == 2
     assert config["versions"]["deepspeed"]
     check_weights(folder / "run", lora)
-    if name == "spsa":
+    if evaluated:
         assert summary["exact_match"]["num_questions"] == 12
         assert [entry["step"] for entry in metrics(folder) if "heldout" in entry] == [0, 2, 3]
 
