@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from colm_ds.config import Config, ResolvedConfig, resolve_config
-from colm_ds.coreset_selector import CoresetSelector
+from colm_ds.coreset_selector import CoresetSelector, small_source_ids
 from colm_ds.data.loader import LargeBatchLoader, RecordDataset, source_counts
 from colm_ds.data.micro_batch import make_micro_batch
 from colm_ds.distributed.assign import micro_batches, training_ranks
@@ -117,6 +117,7 @@ class CoLMEngine:
             rank=self._rank,
             world_size=self._world_size,
             num_workers=config.colm.num_workers,
+            kept_sources=small_source_ids(config.colm, source_counts(dataset)),
         )
         group = engine.optimizer.param_groups[0]
         self.coreset_selector = CoresetSelector(

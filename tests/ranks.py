@@ -66,7 +66,6 @@ class Ranks:
         self._folder = Path(tempfile.mkdtemp(prefix="colm_ds_ranks_"))
         self._processes: list[subprocess.Popen[bytes]] = []
         self._num_tasks = 0
-        self._port = _free_port(BASE_PORT + world_size)
 
     def __enter__(self) -> Ranks:
         return self
@@ -116,12 +115,13 @@ class Ranks:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> None:
+        port = _free_port(BASE_PORT + self.world_size)
         environment = dict(
             os.environ,
             WORLD_SIZE=str(self.world_size),
             LOCAL_SIZE=str(self.world_size),
             MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(self._port),
+            MASTER_PORT=str(port),
             OMP_NUM_THREADS="1",
             HF_HUB_OFFLINE="1",
             TOKENIZERS_PARALLELISM="false",
@@ -173,8 +173,8 @@ class Ranks:
 
     def _kill(self) -> None:
         for process in self._processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
+            with suppress(ProcessLookupError):  # its whole session: what it started must not outlive it
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             if process.stdin is not None:
                 with suppress(OSError):

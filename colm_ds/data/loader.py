@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ class LargeBatchLoader:
         rank: int,
         world_size: int,
         num_workers: int = 0,
+        kept_sources: Collection[int] = (),
     ) -> None:
         """Load for one rank.
 
@@ -45,6 +46,7 @@ class LargeBatchLoader:
             seed: seed of the run.
             rank: this rank.
             world_size: W.
+            kept_sources: ids of sources that are kept without a probe; the others' examples are balanced over ranks.
             num_workers: processes that read the next large batches ahead; 0 reads when a batch is asked for.
 
         Raises:
@@ -56,6 +58,7 @@ class LargeBatchLoader:
         self._rank = rank
         self._world_size = world_size
         self._num_workers = num_workers
+        self._kept_sources = sorted(kept_sources)
 
     def __iter__(self) -> Iterator[LargeBatch]:
         for batch in self._ahead() if self._num_workers else map(self.batch, itertools.count(self.next_step)):
@@ -94,7 +97,8 @@ class LargeBatchLoader:
         """Dataset indices, lengths and home ranks of a step's examples."""
         indices = self._sampler.indices(step)
         lengths = torch.from_numpy(self.dataset.lengths[indices].astype(np.int64))
-        return indices, lengths, home_ranks(lengths, self._world_size)
+        probed = torch.from_numpy(~np.isin(self.dataset.source_ids[indices], self._kept_sources))
+        return indices, lengths, home_ranks(lengths, self._world_size, probed)
 
     def _assemble(self, step: int, examples: dict[int, Example]) -> LargeBatch:
         indices, lengths, home = self._facts(step)

@@ -16,19 +16,23 @@ Batches = list[list[int]]
 """Micro-batches as lists of positions; an empty one is a place holder that every rank needs for its collectives."""
 
 
-def home_ranks(lengths: Tensor, world_size: int) -> Tensor:
+def home_ranks(lengths: Tensor, world_size: int, probed: Tensor | None = None) -> Tensor:
     """Share the large batch among ranks so that counts differ by one at most and tokens little.
 
-    Longest first, dealt out forwards and backwards in turn.
+    Longest first, dealt out forwards and backwards in turn; the probed examples before the others, so that each rank has
+    as much to probe.
 
     Args:
         lengths: tokens of every example, `[r]`.
         world_size: W.
+        probed: which examples will be probed, bool `[r]`; default all.
 
     Returns:
         Rank of every example, int64 `[r]`.
     """
     order = torch.sort(lengths, descending=True, stable=True).indices
+    if probed is not None:
+        order = torch.cat([order[probed[order]], order[~probed[order]]])
     place = torch.arange(len(lengths))
     turn, seat = place // world_size, place % world_size
     rank = torch.empty_like(place)
