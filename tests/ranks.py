@@ -229,8 +229,12 @@ def _serve() -> None:
 
 
 def _read_tasks(tasks: queue.Queue[str | None]) -> None:
-    for line in sys.stdin:
-        tasks.put(line.strip())
+    """Hand on what is written to standard input, read without the lock of `sys.stdin`: forked children close that."""
+    unread = b""
+    while part := os.read(0, 4096):
+        *lines, unread = (unread + part).split(b"\n")
+        for line in lines:
+            tasks.put(line.decode())
     tasks.put(None)
     time.sleep(_STOP_S)  # whoever started this rank is gone, and it is stuck in a collective
     os._exit(1)

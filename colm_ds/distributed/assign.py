@@ -19,8 +19,8 @@ Batches = list[list[int]]
 def home_ranks(lengths: Tensor, world_size: int, probed: Tensor | None = None) -> Tensor:
     """Share the large batch among ranks so that counts differ by one at most and tokens little.
 
-    Longest first, dealt out forwards and backwards in turn; the probed examples before the others, so that each rank has
-    as much to probe.
+    Longest first, dealt out forwards and backwards in turn; the probed examples before the others, so that each rank
+    has as much to probe.
 
     Args:
         lengths: tokens of every example, `[r]`.

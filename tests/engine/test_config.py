@@ -271,10 +271,12 @@ def test_unknown_family_trains_without_a_probe(outcomes: Runner) -> None:
 
 
 def run_from_arguments(path: str) -> dict[str, Any]:
-    """In a rank: train as scripts do, with the configuration among parsed arguments, a scheduler, other optimizers."""
+    """In a rank: train as scripts do: configuration among parsed arguments, a scheduler, an optimizer, own batches."""
     case = Case("x")
     engine = start(case, config=None, args=types.SimpleNamespace(deepspeed_config=path))
     found = {"by arguments": step(engine).chosen, "train_batch_size": engine.train_batch_size()}
+    found["own batch"] = engine.train_batch(engine.loader.batch(4)).step, engine.step_count, engine.num_samples
+    found["forward"] = engine(input_ids=torch.tensor([[5, 6, 7]])).logits.shape
     engine.destroy()
     engine = start(case, lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, halved))
     found["lr"] = [step(engine).stats["lr"] for _ in range(3)]
@@ -305,6 +307,8 @@ def test_arguments_of_initialize(pools: dict[int, Ranks], outcomes: Runner, tmp_
     for found in pools[2].run(run_from_arguments, str(path)):
         assert found["by arguments"] == wanted
         assert found["train_batch_size"] == 13
+        assert found["own batch"] == (4, 2, 26)
+        assert tuple(found["forward"]) == (1, 3, 97)
         assert found["lr"] == pytest.approx([1e-3, 5e-4, 2.5e-4])
         assert found["client lr"] == pytest.approx(3e-4)
         assert found["history"] == 1

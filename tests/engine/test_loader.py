@@ -175,5 +175,5 @@ def test_large_batches_are_the_samplers() -> None:
 
 
 def test_more_than_the_dataset_has() -> None:
-    with pytest.raises(SelectionError, match="large_batch_size = 124: more than the 123 examples.*Choose at most 123"):
+    with pytest.raises(SelectionError, match=r"large_batch_size = 124: more than the 123 examples.*Choose at most 123"):
         loaders(1, large_batch_size=124)

@@ -1,4 +1,4 @@
-"""Signals that are not finite: such examples are left out, and a batch of nothing else ends the run with one message."""
+"""Signals that are not finite: such examples are left out; a batch of nothing else ends the run with one message."""
 
 from __future__ import annotations
 

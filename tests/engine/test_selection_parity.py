@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a random mask": {"mask": {"criterion": "random", "size": 40}, "metric": "euclidean"},
     "directions for the run": {"probe": {"estimator": "spsa", "refresh": "run", "num_probes": 3, "epsilon": 0.03}},
     "probe micro-batches": {"probe": {"estimator": "exact", "max_tokens": 50}},
+    "probe of a part": {"probe": {"estimator": "exact", "sample": 0.6}},
 }
 
 MANY = {"algebra": 300, "biology": 40, "code": 10}
@@ -134,6 +136,16 @@ def test_too_many_small_examples(outcomes: Runner, data: list[Record]) -> None:
         assert step.stats["examples_probed"] == (0 if len(small) >= CORESET else LARGE - len(small))
         dropped += step.stats["coreset"]["dropped_small"]
     assert dropped > 0
+
+
+@pytest.mark.distributed
+def test_probe_of_a_part(outcomes: Runner, data: list[Record]) -> None:
+    """Medoids come from the probed share of the big sources."""
+    case = Case("probe of a part", colm=EXACT | VARIANTS["probe of a part"], steps=3)
+    for step in outcomes(case, 1)[0].steps:
+        num_big = sum(data[index]["source"] not in SMALL_SOURCES for index in step.large)
+        assert step.stats["examples_probed"] == math.ceil(0.6 * num_big)
+        assert len(step.chosen) == CORESET
 
 
 @pytest.mark.distributed

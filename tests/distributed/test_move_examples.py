@@ -1,0 +1,63 @@
+"""Examples trained on another rank than the one that holds them arrive there whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from colm_ds.distributed.exchange import ProcessGroupExchange, move_examples
+from colm_ds.seeds import private_generator
+from colm_ds.types import Example
+from tests.ranks import Ranks
+
+pytestmark = pytest.mark.distributed
+
+LENGTHS = [5, 1, 8, 3, 2, 6, 4]
+HOME = [0, 1, 2, 0, 1, 2, 0]
+Move = tuple[int, int, int]
+
+
+def example(position: int) -> Example:
+    """The example at a position: large token ids, some places without a label."""
+    generator = private_generator(0, "example", position)
+    input_ids = torch.randint(0, 250_000, (LENGTHS[position],), generator=generator)
+    labels = torch.where(torch.rand(LENGTHS[position], generator=generator) < 0.5, -100, input_ids)
+    return Example(input_ids, labels, source=position % 3, index=1000 + position)
+
+
+def arrive(moves: list[Move]) -> tuple[dict[int, Example], int]:
+    """In a rank: what comes here, and the bytes that travelled."""
+    rank, exchange = dist.get_rank(), ProcessGroupExchange()
+    held = {position: example(position) for position, home in enumerate(HOME) if home == rank}
+    before = dict(held)
+    facts = torch.tensor([p % 3 for p in range(7)]), torch.tensor([1000 + p for p in range(7)])
+    arrived = move_examples(held, moves, torch.tensor(LENGTHS), facts, rank, exchange)
+    assert held == before
+    return arrived, exchange.num_bytes
+
+
+@pytest.mark.parametrize(
+    "moves",
+    [
+        [(0, 0, 2)],
+        [(0, 0, 1), (2, 2, 1), (4, 1, 0), (5, 2, 0), (6, 0, 2)],
+        [(1, 1, 0), (3, 0, 1)],
+        [(position, home, (home + 1) % 3) for position, home in enumerate(HOME)],
+    ],
+)
+def test_tokens_arrive(moves: list[Move], three_ranks: Ranks) -> None:
+    for rank, (arrived, num_bytes) in enumerate(three_ranks.run(arrive, moves)):
+        assert sorted(arrived) == [position for position, _, target in moves if target == rank]
+        for position, found in arrived.items():
+            wanted = example(position)
+            assert torch.equal(found.input_ids, wanted.input_ids)
+            assert torch.equal(found.labels, wanted.labels)
+            assert found.input_ids.dtype == found.labels.dtype == torch.int64
+            assert (found.source, found.index) == (wanted.source, wanted.index)
+        assert num_bytes == 2 * 4 * sum(LENGTHS[position] for position, _, _ in moves)
+
+
+def test_nothing_moves(three_ranks: Ranks) -> None:
+    """No collective then."""
+    assert three_ranks.run(arrive, []) == [({}, 0)] * 3
