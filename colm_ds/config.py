@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from colm_ds.errors import ConfigError, Problems
 from colm_ds.selection import SELECTORS
@@ -86,6 +86,12 @@ class ColmConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     num_workers: int = Field(0, ge=0, description="processes that read the next large batches ahead")
     seed: int = Field(0, ge=0, description="seeds the data order and every random choice of the selection")
+
+    @field_validator("replay", mode="before")
+    @classmethod
+    def _yaml_switch(cls, value: Any) -> Any:
+        """YAML reads a bare on or off as a truth value."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 @dataclass(frozen=True)

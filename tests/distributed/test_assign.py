@@ -34,6 +34,19 @@ def test_homes_are_even(lengths: list[int], world_size: int) -> None:
     assert max(tokens) - min(tokens) <= max(lengths)
 
 
+@given(st.data(), lengths_of_examples, worlds)
+@settings(deadline=None)
+def test_homes_are_even_in_what_is_probed(data: st.DataObject, lengths: list[int], world_size: int) -> None:
+    probed = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths))))
+    sizes = torch.tensor(lengths)
+    home = home_ranks(sizes, world_size, probed)
+    for members, bound in ((probed, max(lengths)), (torch.ones_like(probed), 2 * max(lengths))):
+        counts = torch.bincount(home[members], minlength=world_size)
+        assert int(counts.max() - counts.min()) <= 1
+        tokens = torch.zeros(world_size, dtype=torch.int64).index_add(0, home[members], sizes[members])
+        assert int(tokens.max() - tokens.min()) <= bound
+
+
 def test_homes_of_many_examples_are_nearly_equal_in_tokens() -> None:
     lengths = torch.randint(10, 500, (128,), generator=private_generator(0, "lengths"))
     tokens = loads(dict(enumerate(home_ranks(lengths, 4).tolist())), lengths, 4)

@@ -141,6 +141,16 @@ def test_ranks_share_the_large_batch(world_size: int) -> None:
                 assert example.source == int(batch.sources[position])
 
 
+def test_ranks_share_what_is_probed() -> None:
+    """Examples of small sources, which are not probed, are dealt out after the others."""
+    for step in (1, 2, 3):
+        batch = loaders(2, kept_sources=[3, 4])[0].batch(step)
+        probed = ~torch.isin(batch.sources, torch.tensor([3, 4]))
+        for members in (probed, torch.ones_like(probed)):
+            counts = torch.bincount(batch.home[members], minlength=2)
+            assert abs(int(counts[0] - counts[1])) <= 1
+
+
 def test_more_ranks_change_nothing_but_the_home() -> None:
     one, three = loaders(1)[0].batch(5), loaders(3)[2].batch(5)
     for name in ("indices", "sources", "lengths", "num_label_tokens"):
