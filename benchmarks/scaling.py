@@ -92,9 +92,13 @@ def measure_sketch(r: int, width: int, repeats: int) -> list[float]:
     return seconds
 
 
-def exchanged(r: int, d: int, h: int) -> dict[str, int]:
-    """Payload in bytes of the signals of one step; `matrix` is what gathering the gradients would take."""
-    return {"r": r, "d": d, "spsa": 4 * r, "sketch": 4 * r * 256, "exact": 4 * (r * h + 3 * d), "matrix": 4 * r * d}
+def exchanged(r: int, d: int, h: int, pools: int = 4) -> dict[str, int]:
+    """Payload in bytes of the signals of one step; `matrix` is what gathering the gradients would take.
+
+    `exact`: the masked columns, one float64 sum per pool for its mask, two float32 sums for the history.
+    """
+    exact = 4 * r * h + 8 * d * pools + 8 * d
+    return {"r": r, "d": d, "spsa": 4 * r, "sketch": 4 * r * 256, "exact": exact, "matrix": 4 * r * d}
 
 
 def on_paper(ranks: int, r: int, d: int, h: int) -> dict[str, Any]:
