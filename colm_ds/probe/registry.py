@@ -32,6 +32,13 @@ def make_estimator(
         return SketchEstimator(
             architecture, device, num_probes=num_probes, every_step=every_step, beta2=beta2, seed=seed
         )
+    double = config.precision == "float64" or (config.precision == "auto" and device.type == "cpu")
     return SpsaEstimator(
-        architecture, device, num_probes=num_probes, epsilon=config.epsilon, every_step=every_step, seed=seed
+        architecture,
+        device,
+        num_probes=num_probes,
+        epsilon=config.epsilon,
+        every_step=every_step,
+        seed=seed,
+        dtype=torch.float64 if double else torch.float32,
     )

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from colm_ds.probe.architecture import Architecture, ProbeTarget
 from colm_ds.probe.directions import Directions
 from colm_ds.probe.estimators import VectorRows
-from colm_ds.probe.tail import TailInput, float32_tail, tail_losses
+from colm_ds.probe.tail import TailInput, precise_tail, tail_losses
 from colm_ds.selection import Exchange, LowRankGradients, Signals
 from colm_ds.types import Coreset
 
@@ -44,12 +44,26 @@ def shifted_output(target: ProbeTarget, direction: Tensor, epsilon: float) -> It
         handle.remove()
 
 
-def spsa_coefficients(architecture: Architecture, tail: TailInput, directions: Directions, epsilon: float) -> Tensor:
-    """c_ik = (L_i(theta + eps z_k) - L_i(theta - eps z_k)) / (2 eps), float32 `[batch, K]`; computed in float32."""
+def spsa_coefficients(
+    architecture: Architecture,
+    tail: TailInput,
+    directions: Directions,
+    epsilon: float,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """c_ik = (L_i(theta + eps z_k) - L_i(theta - eps z_k)) / (2 eps), float32 `[batch, K]`.
+
+    Args:
+        architecture: the model's parts.
+        tail: what enters the last layer.
+        directions: z.
+        epsilon: eps.
+        dtype: float32 or float64, in which the last layer, norm and head compute.
+    """
     target = architecture.target
-    tail = tail.in_float32()
+    tail = tail.cast(dtype)
     columns = []
-    with torch.no_grad(), float32_tail(architecture):
+    with torch.no_grad(), precise_tail(architecture, dtype):
         for probe in range(directions.num_probes):
             direction = directions.direction(probe).view(target.out_features, target.in_features)
             losses = []
@@ -57,7 +71,7 @@ def spsa_coefficients(architecture: Architecture, tail: TailInput, directions: D
                 with shifted_output(target, direction, step):
                     losses.append(tail_losses(architecture, tail))
             columns.append((losses[0] - losses[1]) / (2.0 * epsilon))
-    return torch.stack(columns, dim=1)
+    return torch.stack(columns, dim=1).float()
 
 
 class SpsaEstimator:
@@ -74,8 +88,10 @@ class SpsaEstimator:
         epsilon: float,
         every_step: bool,
         seed: int,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._architecture = architecture
+        self._dtype = dtype
         self._device = device
         self._num_probes = num_probes
         self._epsilon = epsilon
@@ -84,7 +100,7 @@ class SpsaEstimator:
         self._epoch: int | None = None
         self._directions: Directions | None = None
         self._rows = VectorRows()
-        with float32_tail(architecture):
+        with precise_tail(architecture, dtype):
             pass  # what it can not handle is an error now, on every rank, and not in the first step
 
     def begin(self, step: int, probed: Tensor, num_local: int) -> None:
@@ -96,7 +112,7 @@ class SpsaEstimator:
 
     def observe(self, tail: TailInput, positions: Tensor, lengths: Sequence[int]) -> None:
         """See `Estimator.observe`."""
-        coefficients = spsa_coefficients(self._architecture, tail, self._directions_now(), self._epsilon)
+        coefficients = spsa_coefficients(self._architecture, tail, self._directions_now(), self._epsilon, self._dtype)
         self._rows.add(positions, coefficients[: len(positions)])
 
     def signals(self, batch_size: int, exchange: Exchange) -> Signals:

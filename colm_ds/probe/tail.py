@@ -18,7 +18,7 @@ from colm_ds.probe.patch import Forward, patched_forwards
 from colm_ds.probe.token_loss import sums_by_row, token_losses
 
 _CAST_ELEMENTS = 1 << 22
-"""Weight elements cast to float32 at a time (16 MB)."""
+"""Weight elements cast at a time (16 MB in float32)."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class TailInput:
     kwargs: dict[str, Any]
     batch: MicroBatch
 
-    def in_float32(self) -> TailInput:
-        """The same with every floating tensor in float32."""
-        return TailInput(_cast(self.hidden), _cast(self.args), _cast(self.kwargs), self.batch)
+    def cast(self, dtype: torch.dtype) -> TailInput:
+        """The same with every floating tensor in a type."""
+        return TailInput(_cast(self.hidden, dtype), _cast(self.args, dtype), _cast(self.kwargs, dtype), self.batch)
 
 
 def run_trunk(
@@ -75,11 +75,8 @@ def run_trunk(
             f"{tokens} tokens became {states} hidden states, so labels would meet the wrong ones. "
             "Train without added tokens (no prompt tuning), with LoRA for example."
         )
-    if dtype is None:
-        return TailInput(*captured[0], batch)
-    own = next(parameter.dtype for parameter in architecture.norm.parameters())
-    hidden, args, kwargs = captured[0]
-    return TailInput(_cast(hidden, own), _cast(args, own), _cast(kwargs, own), batch)
+    tail = TailInput(*captured[0], batch)
+    return tail if dtype is None else tail.cast(next(architecture.norm.parameters()).dtype)
 
 
 def _same(hidden: Tensor) -> Tensor:
@@ -120,14 +117,14 @@ def tail_losses(architecture: Architecture, tail: TailInput) -> Tensor:
 
 
 @contextmanager
-def float32_tail(architecture: Architecture) -> Iterator[None]:
-    """Let the last layer, norm and head compute in float32 whatever the type of their weights.
+def precise_tail(architecture: Architecture, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Let the last layer, norm and head compute in float32 or float64 whatever the type of their weights.
 
     Weights are cast a part at a time inside the modules' forwards and stay as they are. A finite difference in bf16
     would be noise (DESIGN, section 3); one with TF32 matrix products nearly so, hence full float32 products.
 
     Raises:
-        ProbeError: if a module with weights, or the attention, is of a kind that can not be run in float32.
+        ProbeError: if a module with weights, or the attention, is of a kind that can not be run so.
     """
     attention = str(getattr(getattr(architecture.model, "config", None), "_attn_implementation", ""))
     if "flash" in attention:
@@ -141,7 +138,7 @@ def float32_tail(architecture: Architecture) -> Iterator[None]:
         for name, module in part.named_modules():
             if getattr(module, "cast_input_dtype_enabled", False):
                 casting.append(module)
-            forward = _float32_forward(name, module)
+            forward = _precise_forward(name, module, dtype)
             if forward is not None:
                 forwards[module] = forward
     for module in casting:  # LoRA layers would round their input to the adapter's type
@@ -178,46 +175,58 @@ def _full_products() -> Iterator[None]:
                 backend.fp32_precision = setting
 
 
-def _float32_forward(name: str, module: nn.Module) -> Forward | None:
-    """A forward in float32 for a module with low-precision weights of its own, None where its own serves."""
-    weights = [parameter for parameter in module.parameters(recurse=False) if parameter.dtype != torch.float32]
+def _precise_forward(name: str, module: nn.Module, dtype: torch.dtype) -> Forward | None:
+    """A forward in a higher type for a module with weights of its own in a lower one, None where its own serves."""
+    weights = [parameter for parameter in module.parameters(recurse=False) if parameter.dtype != dtype]
     if not weights:
         return None
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:  # not a quantised one
-        return _float32_linear(module)
+        return _precise_linear(module, dtype)
     if isinstance(module, nn.LayerNorm):
         layer_norm = module
 
         def forward(hidden: Tensor) -> Tensor:
-            weight, bias = _cast(layer_norm.weight), _cast(layer_norm.bias)
+            weight, bias = _cast(layer_norm.weight, dtype), _cast(layer_norm.bias, dtype)
             return F.layer_norm(hidden, layer_norm.normalized_shape, weight, bias, layer_norm.eps)
 
         return forward
     if "RMSNorm" in type(module).__name__:
-        return None  # multiplies in the input's type by promotion
+        return _precise_rms_norm(module, dtype)
     raise ProbeError(
-        f"{name or type(module).__name__} ({type(module).__name__}) can not be run in float32, which `spsa` needs. "
+        f"{name or type(module).__name__} ({type(module).__name__}) can not be run in {dtype}, which `spsa` needs. "
         'Use "estimator": "exact" or "sketch".'
     )
 
 
-def _float32_linear(module: nn.Linear) -> Forward:
+def _precise_rms_norm(module: nn.Module, dtype: torch.dtype) -> Forward | None:
+    if dtype == torch.float32:
+        return None  # the module's own computes in float32 and multiplies in the input's type
+    epsilon = float(module.variance_epsilon)  # type: ignore[arg-type]
+
+    def forward(hidden: Tensor) -> Tensor:
+        scale = hidden.square().mean(dim=-1, keepdim=True).add_(epsilon).rsqrt_()
+        return _cast(module.weight, dtype) * (hidden * scale)
+
+    return forward
+
+
+def _precise_linear(module: nn.Linear, dtype: torch.dtype) -> Forward:
     def forward(hidden: Tensor) -> Tensor:
         weight, bias = module.weight, module.bias
         if weight.numel() <= _CAST_ELEMENTS:
-            return F.linear(hidden, weight.float(), _cast(bias))
+            return F.linear(hidden, weight.to(dtype), _cast(bias, dtype))
         output = hidden.new_empty(*hidden.shape[:-1], weight.shape[0])
         rows = max(1, _CAST_ELEMENTS // weight.shape[1])
         for start in range(0, weight.shape[0], rows):
             stop = start + rows
-            part = None if bias is None else _cast(bias[start:stop])
-            output[..., start:stop] = F.linear(hidden, weight[start:stop].float(), part)
+            part = None if bias is None else _cast(bias[start:stop], dtype)
+            output[..., start:stop] = F.linear(hidden, weight[start:stop].to(dtype), part)
         return output
 
     return forward
 
 
-def _cast(value: Any, dtype: torch.dtype = torch.float32) -> Any:
+def _cast(value: Any, dtype: torch.dtype) -> Any:
     """Floating tensors of a nested structure in a type, all else as it is."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value

@@ -26,7 +26,8 @@ def token_losses(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tens
     """
 
     def chunk_loss(part: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(head(part).float(), target, reduction="none")
+        logits = head(part)
+        return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), target, reduction="none")
 
     size = max(1, _CHUNK_LOGITS // vocabulary_size)
     if len(targets) <= size:
@@ -42,5 +43,5 @@ def token_losses(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tens
 
 
 def sums_by_row(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """Sum of the values of every row, float32 `[num_rows]`."""
-    return torch.zeros(num_rows, device=values.device).index_add(0, rows, values)
+    """Sum of the values of every row, `[num_rows]`."""
+    return torch.zeros(num_rows, dtype=values.dtype, device=values.device).index_add(0, rows, values)

@@ -23,14 +23,11 @@ _MICRO_BATCHES: tuple[tuple[int, int | None], ...] = ((3, None), (1, None), (50,
 
 
 def matrix_case(estimator: str, lora: bool, stage: int) -> Case:
-    """One run of the matrix.
-
-    `spsa` takes a larger step than by default: less round-off in its differences, so that no near tie turns over.
-    """
+    """One run of the matrix."""
     size, tokens = _MICRO_BATCHES[(stage + lora) % 4]
     probe: dict[str, Any] = {"estimator": estimator}
     if estimator == "spsa":
-        probe |= {"epsilon": 0.03, "num_probes": 1 + 3 * lora}
+        probe |= {"num_probes": 1 + 3 * lora}
     return Case(
         f"{estimator}-{'lora' if lora else 'full'}-stage{stage}",
         lora=lora,

@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a mask by weight": {"mask": {"criterion": "weight", "size": 40}},
     "a mask by weight and gradient": {"mask": {"criterion": "weight_grad", "size": 40}, "metric": "cosine"},
     "a random mask": {"mask": {"criterion": "random", "size": 40}, "metric": "euclidean"},
-    "directions for the run": {"probe": {"estimator": "spsa", "refresh": "run", "num_probes": 3, "epsilon": 0.03}},
+    "directions for the run": {"probe": {"estimator": "spsa", "refresh": "run", "num_probes": 3}},
     "probe micro-batches": {"probe": {"estimator": "exact", "max_tokens": 50}},
     "probe of a part": {"probe": {"estimator": "exact", "sample": 0.6}},
 }

@@ -16,7 +16,7 @@ from colm_ds.errors import ProbeError
 from colm_ds.families import FAMILIES
 from colm_ds.probe import tail as tail_module
 from colm_ds.probe.architecture import Architecture, find_architecture
-from colm_ds.probe.tail import TailInput, float32_tail, run_trunk, tail_losses
+from colm_ds.probe.tail import TailInput, precise_tail, run_trunk, tail_losses
 from colm_ds.types import Example
 from tests.probe.oracles import make_estimator, make_examples, pad_further, plain_losses, trunk
 from tests.tiny_models import tiny_model
@@ -64,8 +64,8 @@ def test_variants_of_the_families(family: str, config: dict[str, Any], dtype: to
     expected = plain_losses(model, examples)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     assert torch.allclose(losses_of(architecture, tail), expected, rtol=tolerance)
-    with float32_tail(architecture):  # also runs every module that these configurations add
-        assert torch.allclose(losses_of(architecture, tail.in_float32()), expected, rtol=tolerance)
+    with precise_tail(architecture):  # also runs every module that these configurations add
+        assert torch.allclose(losses_of(architecture, tail.cast(torch.float32)), expected, rtol=tolerance)
 
 
 def test_no_labels_no_loss() -> None:
@@ -145,25 +145,25 @@ def test_added_tokens_are_an_error() -> None:
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("part", [1 << 22, 200], ids=["whole", "parts"])
-def test_float32_tail_is_the_tail_of_the_model_in_float32(
+def test_precise_tail_is_the_tail_of_the_model_in_float32(
     monkeypatch: pytest.MonkeyPatch, part: int, family: str, lora: bool, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(tail_module, "_CAST_ELEMENTS", part)
     model = tiny_model(family, lora, dtype)
     architecture, tail = trunk(model, make_examples())
-    tail = tail.in_float32()
+    tail = tail.cast(torch.float32)
     expected = losses_of(find_architecture(copy.deepcopy(model).float()), tail)
-    with float32_tail(architecture):
+    with precise_tail(architecture):
         found = losses_of(architecture, tail)
     assert torch.allclose(found, expected, rtol=2e-6)
 
 
-def test_float32_tail_ignores_autocast() -> None:
+def test_precise_tail_ignores_autocast() -> None:
     architecture, tail = trunk(tiny_model("llama", dtype=torch.bfloat16), make_examples())
-    tail = tail.in_float32()
-    with float32_tail(architecture):
+    tail = tail.cast(torch.float32)
+    with precise_tail(architecture):
         expected = losses_of(architecture, tail)
-    with torch.autocast("cpu", torch.bfloat16), float32_tail(architecture):
+    with torch.autocast("cpu", torch.bfloat16), precise_tail(architecture):
         assert torch.equal(losses_of(architecture, tail), expected)
 
 
@@ -178,11 +178,11 @@ def product_settings() -> Iterator[None]:
 
 @pytest.mark.usefixtures("product_settings")
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_float32_tail_allows_no_tf32(precision: str) -> None:
+def test_precise_tail_allows_no_tf32(precision: str) -> None:
     architecture = find_architecture(tiny_model("llama"))
     torch.set_float32_matmul_precision(precision)
     before = (BACKENDS.cuda.matmul.fp32_precision, BACKENDS.mkldnn.matmul.fp32_precision)
-    with float32_tail(architecture):
+    with precise_tail(architecture):
         assert torch.get_float32_matmul_precision() == "highest"
         assert BACKENDS.cuda.matmul.fp32_precision == "ieee"
         assert not BACKENDS.cuda.matmul.allow_tf32
@@ -192,14 +192,14 @@ def test_float32_tail_allows_no_tf32(precision: str) -> None:
 
 @pytest.mark.usefixtures("product_settings")
 @pytest.mark.parametrize("everywhere", [False, True])
-def test_float32_tail_allows_no_tf32_by_the_newer_interface(everywhere: bool) -> None:
+def test_precise_tail_allows_no_tf32_by_the_newer_interface(everywhere: bool) -> None:
     architecture = find_architecture(tiny_model("llama"))
     switch = BACKENDS if everywhere else BACKENDS.cuda.matmul
     before = switch.fp32_precision
     switch.fp32_precision = "tf32"
     try:
         effective = BACKENDS.cuda.matmul.fp32_precision
-        with float32_tail(architecture):
+        with precise_tail(architecture):
             assert BACKENDS.cuda.matmul.fp32_precision == "ieee"
         assert BACKENDS.cuda.matmul.fp32_precision == effective
         assert switch.fp32_precision == "tf32"
