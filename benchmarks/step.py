@@ -138,7 +138,8 @@ def make_arm(options: argparse.Namespace, records: list[dict[str, Any]], arm: di
     section: dict[str, Any] = {"large_batch_size": arm["r"], "coreset_size": arm["b"]}
     section["selector"] = arm.get("selector", "colm")
     if "estimator" in arm:
-        section |= {"probe": {"estimator": arm["estimator"]}, "replay": arm["replay"]}
+        probe = {"estimator": arm["estimator"], "precision": "float32"}  # as on a GPU; a CPU's default is float64
+        section |= {"probe": probe, "replay": arm["replay"]}
     settings = {
         "train_micro_batch_size_per_gpu": options.micro,
         "gradient_clipping": 1.0,
