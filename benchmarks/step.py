@@ -44,6 +44,9 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=8, help="examples of a micro-batch (8)")
     parser.add_argument("--max-length", type=int, default=256, help="tokens of an example at most (256)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision (float32)")
+    parser.add_argument(
+        "--precision", default="float32", choices=["float32", "float64"], help="spsa's last layer and head (float32)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of every arm (5)")
     parser.add_argument("--arms", default="", help="only arms whose name contains one of these, separated by commas")
     parser.add_argument("--data", type=Path, default=REAL_DATA, help="instruction data whose lengths are used")
@@ -138,7 +141,7 @@ def make_arm(options: argparse.Namespace, records: list[dict[str, Any]], arm: di
     section: dict[str, Any] = {"large_batch_size": arm["r"], "coreset_size": arm["b"]}
     section["selector"] = arm.get("selector", "colm")
     if "estimator" in arm:
-        probe = {"estimator": arm["estimator"], "precision": "float32"}  # as on a GPU; a CPU's default is float64
+        probe = {"estimator": arm["estimator"], "precision": options.precision}
         section |= {"probe": probe, "replay": arm["replay"]}
     settings = {
         "train_micro_batch_size_per_gpu": options.micro,
