@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from colm_ds.data.collate import pad_batch
+from colm_ds.data.collate import IGNORE_INDEX, pad_batch
 from colm_ds.types import Example
 
-PLACE_HOLDER = Example(torch.zeros(2, dtype=torch.int64), torch.tensor([-100, 0]), 0, -1)
+PLACE_HOLDER = Example(torch.zeros(2, dtype=torch.int64), torch.tensor([IGNORE_INDEX, 0]), 0, -1)
 """What a rank computes, with weight 0, while others have one more micro-batch."""
 
 
@@ -45,6 +45,6 @@ def make_micro_batch(examples: Sequence[Example]) -> MicroBatch:
     """Pad examples and find their labelled positions, on the CPU; a place holder where there are none."""
     padded = pad_batch(list(examples) or [PLACE_HOLDER], pad_token_id=0)
     targets = padded["labels"][:, 1:]
-    rows, positions = (targets != -100).nonzero(as_tuple=True)
+    rows, positions = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
     counts = torch.bincount(rows, minlength=len(targets)).float()
     return MicroBatch(padded["input_ids"], rows, positions, targets[rows, positions], counts)
