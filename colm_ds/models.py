@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from colm_ds.errors import ConfigError
@@ -32,7 +33,10 @@ def load_tokenizer(recipe: Recipe) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **gguf)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ConfigError(f"tokenizer {path!r} can not be loaded: {_first_line(error)}") from None
+        raise ConfigError(
+            f"tokenizer {path!r} can not be loaded: {_first_line(error)} "
+            "Name a folder with tokenizer.json or tokenizer.model, or a hub name."
+        ) from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"tokenizer {path!r} has no eos token. Choose one that has: examples end with it.")
     if tokenizer.pad_token_id is None:
@@ -81,9 +85,12 @@ def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
         if gguf and hasattr(model.config, "quantization_config"):
             del model.config.quantization_config  # the weights are plain now; a saved copy must load as such
         return model
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+    except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         name = config.name_or_path or f"config of type {(config.config or {}).get('model_type')!r}"
-        raise ConfigError(f"model {name} can not be built: {_first_line(error)}") from None
+        raise ConfigError(
+            f"model {name} can not be built: {_first_line(error)} "
+            "Name a whole model folder or a hub name; a file that was cut off must be fetched again."
+        ) from None
 
 
 def _add_lora(model: Any, config: LoraConfig) -> nn.Module:
@@ -123,5 +130,5 @@ def quiet_libraries() -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.split("\n")[0] if text else type(error).__name__
+    text = str(error).strip().split("\n")[0] or type(error).__name__
+    return text if text[-1] in ".:?!" else f"{text}."

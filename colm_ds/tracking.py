@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from colm_ds.errors import ConfigError
-from colm_ds.types import StepStats
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "numpy")
 
@@ -30,24 +29,30 @@ class RunFolder:
         path: the folder.
     """
 
-    def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Make the folder.
+    def __init__(self, path: str | Path, *, overwrite: bool = False, resumed_step: int | None = None) -> None:
+        """Make the folder, or open that of a run which goes on.
 
         Args:
             path: where.
             overwrite: replace a run that is there.
+            resumed_step: the run goes on after this step; what was logged of later ones is dropped.
 
         Raises:
-            ConfigError: if a run is there and `overwrite` is False, or the folder can not be written.
+            ConfigError: if a run is there that neither goes on nor is replaced, or the folder can not be written.
         """
         self.path = Path(path)
+        metrics = self.path / "metrics.jsonl"
         try:
-            if (self.path / "metrics.jsonl").exists():
+            if resumed_step is not None:
+                _keep_up_to(metrics, resumed_step)
+            elif metrics.exists():
                 if not overwrite:
-                    raise ConfigError(f"output_dir = {path}: holds a run already. Choose another, or overwrite=true.")
+                    raise ConfigError(
+                        f"output_dir = {path}: holds a run already. Choose another, or overwrite=true to start anew."
+                    )
                 shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
-            self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+            self._metrics = metrics.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"output_dir = {path}: can not be written: {error.strerror}.") from None
 
@@ -63,9 +68,40 @@ class RunFolder:
         self._metrics.write(json.dumps(entry) + "\n")
         self._metrics.flush()
 
+    def sync(self) -> None:
+        """Let metrics.jsonl survive a crash of the machine."""
+        os.fsync(self._metrics.fileno())
+
     def close(self) -> None:
         """Close metrics.jsonl."""
         self._metrics.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Whole entries of a metrics.jsonl, in order; what a kill cut off is left out.
+
+    Args:
+        path: the file; none if it is missing.
+    """
+    entries = []
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                    entries.append(entry)
+    return entries
+
+
+def _keep_up_to(metrics: Path, step: int) -> None:
+    """Drop entries of later steps, whole file or none."""
+    entries = [entry for entry in read_metrics(metrics) if entry["step"] <= step]
+    temporary = metrics.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    os.replace(temporary, metrics)
 
 
 def describe_environment() -> dict[str, Any]:
@@ -84,30 +120,32 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def summarise(stats: Sequence[StepStats], peaks_gib: Mapping[str, float]) -> dict[str, Any]:
+def summarise(entries: Sequence[Mapping[str, Any]], peaks_gib: Mapping[str, float]) -> dict[str, Any]:
     """Totals and medians over the steps of a run.
 
     Args:
-        stats: one per step; the first is left out of times, as it warms up.
+        entries: `StepStats` as dictionaries, one per step; the first is left out of times, as it warms up.
         peaks_gib: largest peak of each phase over steps and ranks.
     """
-    timed = stats[1:] if len(stats) > 1 else stats
-    totals = [step.time_s["total"] for step in timed]
-    phases = sorted({name for step in timed for name in step.time_s})
+    timed = entries[1:] if len(entries) > 1 else entries
+    totals = [entry["time_s"]["total"] for entry in timed]
+    phases = sorted({name for entry in timed for name in entry["time_s"]})
     return {
-        "steps": stats[-1].step,
-        "loss": float(np.mean([step.loss for step in stats[-10:]])),
+        "steps": entries[-1]["step"],
+        "loss": float(np.mean([entry["loss"] for entry in entries[-10:]])),
         "step_s": {
             "median": float(np.median(totals)),
             "p10": float(np.percentile(totals, 10)),
             "p90": float(np.percentile(totals, 90)),
         },
-        "phase_s": {name: float(np.median([step.time_s.get(name, 0.0) for step in timed])) for name in phases},
+        "phase_s": {name: float(np.median([entry["time_s"].get(name, 0.0) for entry in timed])) for name in phases},
         "peak_memory_gib": dict(peaks_gib),
-        "examples_trained": sum(step.examples_trained for step in stats),
-        "examples_probed": sum(step.examples_probed for step in stats),
-        "tokens_trained": sum(step.tokens for step in stats),
-        "padding_fraction": float(np.mean([step.padding_fraction for step in stats])),
+        "examples_trained": sum(entry["examples_trained"] for entry in entries),
+        "examples_probed": sum(entry["examples_probed"] for entry in entries),
+        "tokens_trained": sum(entry["tokens"] for entry in entries),
+        "padding_fraction": float(np.mean([entry["padding_fraction"] for entry in entries])),
+        "skipped_steps": sum(bool(entry.get("skipped")) for entry in entries),
+        "nonfinite_examples": sum(entry["coreset"].get("nonfinite", 0) for entry in entries),
     }
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +18,41 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+from colm_ds import checkpoint
 from colm_ds.config import load_config, resolve_config
 from colm_ds.data import InstructionDataset, load_instructions, split_holdout
 from colm_ds.data.loader import source_counts
-from colm_ds.distributed.agreement import single_process_environment, together
+from colm_ds.distributed.agreement import broadcast_text, single_process_environment, together
 from colm_ds.distributed.exchange import make_exchange
+from colm_ds.distributed.interrupt import EXIT_CODE as STOPPED
+from colm_ds.distributed.interrupt import StopRequest
 from colm_ds.engine import CoLMEngine, initialize, prepare_deepspeed
-from colm_ds.errors import ConfigError
+from colm_ds.errors import CheckpointError, ColmError, ConfigError, DivergenceError, SelectionError
 from colm_ds.evaluation.exact_match import exact_match, load_questions
 from colm_ds.evaluation.heldout import heldout_loss
 from colm_ds.export import save_trained
 from colm_ds.models import load_model, load_tokenizer, precision_sections, quiet_libraries
 from colm_ds.probe.architecture import find_architecture
 from colm_ds.recipe import LrScheduleConfig, Recipe, load_recipe
-from colm_ds.tracking import RunFolder, describe_environment, summarise
+from colm_ds.run_start import CHECKPOINTS, may_restart, where_to_start
+from colm_ds.tracking import RunFolder, describe_environment, read_metrics, summarise
 from colm_ds.types import StepStats
+
+DIVERGED = 5
+"""Exit code of a run whose gradients or signals stopped being finite."""
 
 
 def run(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
-    """Train as a recipe says, under a launcher or alone; bad input ends all ranks with one message and exit code 2.
+    """Train as a recipe says, under a launcher or alone.
+
+    Exit codes: 0 done; 2 bad input (one message); 3 asked to stop, after a checkpoint; 4 a phase lasted too long;
+    5 diverged, after a checkpoint; 1 anything else.
 
     Args:
         recipe_path: the YAML file.
         overrides: `key=value` changes to it.
     """
+    stop = StopRequest()
     single_process_environment()
     prepare_deepspeed()
     quiet_libraries()
@@ -49,8 +63,30 @@ def run(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
     deepspeed.init_distributed(verbose=False)
     device = torch.device(accelerator.current_device_name())
     recipe = together(lambda: load_recipe(recipe_path, overrides), device)
-    Run(recipe, device).train()
+    with crashes_explained():
+        code = Run(recipe, device, stop).train()
+    dist.barrier()  # the launcher ends the others once one is gone
     dist.destroy_process_group()
+    if code:
+        sys.exit(code)
+
+
+@contextmanager
+def crashes_explained() -> Iterator[None]:
+    """One line for what is not a fault of this rank: a full disk, or another rank that is gone."""
+    try:
+        yield
+    except ColmError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except OSError as error:
+        sys.exit(f"rank {dist.get_rank()}: {error}. Restarting goes on from the last checkpoint.")
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection")):
+            raise
+        first = str(error).splitlines()[0]
+        sys.exit(
+            f"rank {dist.get_rank()}: lost the other ranks ({first}). Restarting goes on from the last checkpoint."
+        )
 
 
 def learning_rate_factor(config: LrScheduleConfig, steps: int) -> Callable[[int], float]:
@@ -95,12 +131,14 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
 class Run:
     """One run of a recipe on this rank; making it checks and loads everything."""
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, stop: StopRequest) -> None:
         self.recipe = recipe
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = device
+        self.stop = stop
         self.exchange = make_exchange(device)
         self.config = together(self._checked_config, device)
+        start = together(lambda: where_to_start(recipe) if self.rank == 0 else None, device)
         self.tokenizer = together(lambda: load_tokenizer(recipe), device)
         self.train_data, self.heldout_data = self._load_data()
         questions = recipe.data.heldout if recipe.evaluation.exact_match else None
@@ -111,43 +149,125 @@ class Run:
 
         set_seed(recipe.seed)
         self.model = together(self._checked_model, device)
-        self.folder = together(
-            lambda: RunFolder(recipe.output_dir, overwrite=recipe.overwrite) if self.rank == 0 else None, device
-        )
         self.engine = self._make_engine()
-        self.stats: list[StepStats] = []
+        self.first_step = together(lambda: self._go_on(start), device)
+        self.folder = together(self._make_folder, device)
         self.last_heldout: dict[str, Any] | None = None
+        self._peaks = dict.fromkeys(("probe", "train", "peak"), 0.0)
 
-    def train(self) -> None:
-        """All steps, then the evaluation, the summary and the trained weights."""
+    def train(self) -> int:
+        """All steps, then the evaluation, the summary and the trained weights; the process's exit code."""
         recipe, started = self.recipe, time.perf_counter()
         if self.folder:
             self.folder.write("config.json", self._describe())
-        self._log({"step": 0, **self._heldout(True)})
-        with tqdm(total=recipe.steps, disable=self.rank != 0, unit="step", desc=recipe.name) as bar:
-            for step in range(1, recipe.steps + 1):
-                stats = self.engine.train_batch()
-                self.stats.append(stats)
-                every = recipe.evaluation.every
-                due = step == recipe.steps or (every > 0 and step % every == 0)
-                self._log({**stats.as_dict(), **self._heldout(due)})
+        if self.stop.agreed(self.device):
+            return self._stopped(recipe.steps, f"before step {self.first_step}")
+        if self.first_step == 1:
+            self._log({"step": 0, **self._heldout(True)})
+        done = self.first_step - 1
+        with tqdm(total=recipe.steps, initial=done, disable=self.rank != 0, unit="step", desc=recipe.name) as bar:
+            for step in range(self.first_step, recipe.steps + 1):
+                try:
+                    stats = self.engine.train_batch()
+                except (DivergenceError, SelectionError) as error:
+                    return self._diverged(error)
+                self._record(stats, step)
                 rate = stats.examples_trained / stats.time_s["total"]
                 bar.set_postfix_str(f"loss {stats.loss:.3f}, {rate:.1f} examples/s, {stats.memory_gib['peak']:.2f} GiB")
                 bar.update()
-                if recipe.save_every and step % recipe.save_every == 0:
-                    self.engine.save_checkpoint(str(Path(recipe.output_dir) / "checkpoints"))
+                stopping = self.stop.agreed(self.device) and step < recipe.steps
+                if stopping or (recipe.save_every and (step % recipe.save_every == 0 or step == recipe.steps)):
+                    saved = self._save()
+                if stopping:
+                    return self._stopped(step, "without a checkpoint" if not saved else f"after step {step}", saved)
         self._finish(started)
+        return 0
+
+    def _record(self, stats: StepStats, step: int) -> None:
+        """Keep a step's numbers, with the held-out loss where it is due."""
+        for name in self._peaks:
+            self._peaks[name] = max(self._peaks[name], stats.memory_gib[name])
+        every = self.recipe.evaluation.every
+        due = step == self.recipe.steps or (every > 0 and step % every == 0)
+        self._log({**stats.as_dict(), **self._heldout(due)})
+        if self.folder and stats.skipped:
+            tqdm.write(
+                f"step {step}: the gradient is not finite, nothing was changed ({self.engine.skipped.total} so far)"
+            )
+        if self.folder:
+            for example in stats.coreset["nonfinite_examples"]:
+                what = f"the {example['what']} of example {example['index']} ({example['source']}) is not finite"
+                tqdm.write(f"step {step}: {what}; it is left out")
+
+    def _save(self) -> bool:
+        """A checkpoint; where it can not be written training goes on, and says so."""
+        if self.folder:
+            self.folder.sync()
+        client_state = {"sources": source_counts(self.train_data)}
+        try:
+            folder = str(Path(self.recipe.output_dir) / CHECKPOINTS)
+            self.engine.save_checkpoint(folder, client_state=client_state, keep_last=self.recipe.keep_last)
+        except CheckpointError as error:
+            if self.folder:
+                tqdm.write(f"CheckpointError: {error}", file=sys.stderr)
+            return False
+        return True
+
+    def _stopped(self, step: int, where: str, saved: bool = True) -> int:
+        if self.folder:
+            self.folder.write("summary.json", {"status": "stopped", "steps": step})
+            print(
+                f"{self.recipe.name}: stopped {where} ({self.stop.reason or 'asked on another rank'}).", file=sys.stderr
+            )
+        return STOPPED if saved else 1
+
+    def _diverged(self, error: ColmError) -> int:
+        self._save()
+        if self.folder:
+            self.folder.write("summary.json", {"status": "diverged", "steps": self.engine.step_count})
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return DIVERGED
 
     def _finish(self, started: float) -> None:
-        answers = self._exact_match()
-        save_trained(self.engine, self.tokenizer, Path(self.recipe.output_dir), is_main=self.rank == 0)
-        peaks = self._peaks()
+        with self.engine.watchdog.watching("the evaluation"):
+            if self.last_heldout is None:  # resumed after the last step
+                self._heldout(True)
+            answers = self._exact_match()
+        with self.engine.watchdog.watching("writing the trained weights"):
+            save_trained(self.engine, self.tokenizer, Path(self.recipe.output_dir), is_main=self.rank == 0)
+        peaks = self._largest_peaks()
         if self.folder:
-            summary = {"status": "finished", **summarise(self.stats, peaks), "heldout": self.last_heldout}
+            self.folder.close()
+            steps = [entry for entry in read_metrics(self.folder.path / "metrics.jsonl") if "loss" in entry]
+            summary = {"status": "finished", **summarise(steps, peaks), "heldout": self.last_heldout}
             summary |= {"exact_match": answers, "wall_s": time.perf_counter() - started}
             self.folder.write("summary.json", summary)
-            self.folder.close()
             print(f"{self.recipe.name}: {self.recipe.steps} steps done, written to {self.recipe.output_dir}")
+
+    def _go_on(self, start: checkpoint.Found | None) -> int:
+        """Load the checkpoint to go on from; the step that comes next."""
+        path = json.loads(broadcast_text(json.dumps(str(start.path) if start else None), 0))
+        if path is None:
+            return 1
+        loaded, state = self.engine.load_checkpoint(str(Path(path).parent), Path(path).name)
+        counts = source_counts(self.train_data)
+        if state["sources"] != counts:
+            raise ConfigError(
+                f"{loaded}: was trained on {sum(state['sources'].values())} examples of {len(state['sources'])} "
+                f"sources, data.train has {sum(counts.values())} of {len(counts)}. Resume with the same data."
+            )
+        if start:
+            for reason in start.passed_over:
+                print(f"not used: {reason}", file=sys.stderr)
+            print(f"{self.recipe.name}: going on after step {start.step}, from {loaded}", file=sys.stderr)
+        return self.engine.step_count + 1
+
+    def _make_folder(self) -> RunFolder | None:
+        if self.rank != 0:
+            return None
+        recipe, done = self.recipe, self.first_step - 1
+        restart = recipe.overwrite or (done == 0 and may_restart(recipe))
+        return RunFolder(recipe.output_dir, overwrite=restart, resumed_step=done if done else None)
 
     def _checked_config(self) -> dict[str, Any]:
         config = deepspeed_config(self.recipe)
@@ -237,13 +357,11 @@ class Run:
             synced=self.engine.zero_optimization_stage() == 3,
         )
 
-    def _peaks(self) -> dict[str, float]:
+    def _largest_peaks(self) -> dict[str, float]:
         """Largest peak of each phase over steps and ranks, in GiB."""
-        names = ("probe", "train", "peak")
-        largest = torch.tensor([max(step.memory_gib[name] for step in self.stats) for name in names])
-        largest = largest.to(self.device)
+        largest = torch.tensor(list(self._peaks.values())).to(self.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return dict(zip(names, largest.tolist(), strict=True))
+        return dict(zip(self._peaks, largest.tolist(), strict=True))
 
     def _log(self, entry: dict[str, Any]) -> None:
         if self.folder and len(entry) > 1:
@@ -268,4 +386,6 @@ class Run:
             "recipe": self.recipe.model_dump(),
             "deepspeed": {key: value for key, value in self.config.items() if key != "colm"},
             "colm": self.engine.config.colm.model_dump(),
+            "why_not_replay": self.engine.coreset_selector.why_not_replay,
+            "first_step": self.first_step,
         }

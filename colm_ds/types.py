@@ -77,6 +77,10 @@ class LargeBatch:
         return len(self.indices)
 
 
+NUM_NAMED = 8
+"""Examples with a non-finite signal that are named one by one; beyond that they are only counted."""
+
+
 @dataclass(frozen=True)
 class Coreset:
     """The examples of a large batch to train on.
@@ -88,6 +92,7 @@ class Coreset:
         num_kept: how many of the first positions are kept small-source examples.
         num_dropped_small: small-source examples that did not fit into b.
         num_nonfinite: examples left out because their signal was not finite.
+        nonfinite: positions of the first `NUM_NAMED` of them.
         coherence: by source (or -1 for the joint pool), |mean g| / mean |g| of the signals; near 1 where a medoid
             can stand for the others, near 1/sqrt(n) where nothing can.
     """
@@ -98,6 +103,7 @@ class Coreset:
     num_dropped_small: int = 0
     num_nonfinite: int = 0
     coherence: dict[int, float] = field(default_factory=dict)
+    nonfinite: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
@@ -114,6 +120,7 @@ class StepStats:
         loss: weighted mean loss of the coreset (nats per token, by `loss_normalization`).
         lr: learning rate of the first parameter group in this step.
         grad_norm: norm of the gradient before clipping; None where DeepSpeed does not give it.
+        skipped: whether the gradient was not finite, so that the step changed nothing.
         tokens: non-padding tokens trained on, over all ranks.
         samples: examples trained on since the first step (b a step), over all ranks.
         examples_probed: examples that the probe ran on, over all ranks.
@@ -124,13 +131,15 @@ class StepStats:
         selected: whether the selector ran (False for a plain step of the schedule).
         time_s: seconds of each phase on this rank: probe, exchange, select, train, step, total.
         memory_gib: peak memory of each phase on this rank (GiB = 2^30 bytes): probe, train, peak.
-        coreset: kept_small, dropped_small, nonfinite, per_source (examples by source name), coherence by source name.
+        coreset: kept_small, dropped_small, per_source (examples by source name), coherence by source name, nonfinite
+            (examples whose signal or loss was not) and nonfinite_examples (index in the dataset, source, what).
     """
 
     step: int
     loss: float
     lr: float
     grad_norm: float | None
+    skipped: bool
     tokens: int
     samples: int
     examples_probed: int

@@ -14,9 +14,10 @@ import pytest
 LAYERS = (
     {"errors", "types", "seeds"},
     {"selection"},
-    {"config", "recipe", "families", "models", "probe", "distributed", "data"},
-    {"engine", "coreset_selector", "training_loss", "export", "checkpoint", "memory", "evaluation"},
-    {"tracking", "report", "training", "cli", "integrations"},
+    {"config", "deepspeed_config", "recipe", "families", "models", "probe", "distributed", "data", "random_state"},
+    {"engine", "coreset_selector", "training_loss", "accumulation", "faults", "resume"}
+    | {"export", "checkpoint", "memory", "evaluation"},
+    {"tracking", "report", "run_start", "training", "cli", "export_run", "model_card", "integrations"},
     {"__init__", "__main__"},
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

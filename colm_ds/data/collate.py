@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,14 +14,18 @@ from colm_ds.types import Example
 IGNORE_INDEX = -100
 
 
+MICRO_BATCH_TOKENS = 128
+"""What one more micro-batch costs, in padded tokens that take as long: a new one starts where it saves more."""
+
+
 def length_sorted_batches(
     lengths: Sequence[int], *, max_examples: int | None = None, max_tokens: int | None = None
 ) -> list[list[int]]:
     """Group examples of similar length so that little is padded.
 
-    The groups are contiguous slices of the length-sorted order (ties by index), the longest first, so that the first
-    micro-batch shows the peak memory. With `max_examples` alone the sizes differ by one at most; with `max_tokens` each
-    group takes as many as fit. An example longer than `max_tokens` makes a group of its own.
+    The groups are contiguous slices of the length-sorted order (ties by index), the longest first. Of all such groups
+    within the budgets these have the least padded tokens plus `MICRO_BATCH_TOKENS` for each group (dynamic programming,
+    O(n) steps of at most a group's size). An example longer than `max_tokens` makes a group of its own.
 
     Args:
         lengths: tokens of every example, `[n]`.
@@ -40,19 +44,26 @@ def length_sorted_batches(
         if budget is not None and budget < 1:
             raise ConfigError(f"{name} = {budget}: must be at least 1.")
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    if max_tokens is None and max_examples is not None:
-        count = -(-len(order) // max_examples)
-        bounds = [group * len(order) // count for group in range(count + 1)] if count else []
-        return [order[start:end] for start, end in itertools.pairwise(bounds)]
-    groups: list[list[int]] = []
-    for index in order:
-        group = groups[-1] if groups else []
-        full = max_examples is not None and len(group) >= max_examples
-        if group and not full and (len(group) + 1) * lengths[group[0]] <= (max_tokens or 0):
-            group.append(index)
-        else:
-            groups.append([index])
-    return groups
+    count = len(order)
+    cost = np.full(count + 1, np.iinfo(np.int64).max)  # of the first k examples
+    cost[0] = 0
+    start_of = np.zeros(count + 1, dtype=np.int64)  # of the last group of the first k
+    for start, index in enumerate(order):
+        longest = int(lengths[index])
+        most = min(count - start, max_examples or count)
+        if max_tokens is not None:
+            most = min(most, max(1, max_tokens // max(1, longest)))
+        costs = cost[start] + MICRO_BATCH_TOKENS + longest * np.arange(1, most + 1)
+        stops = slice(start + 1, start + most + 1)
+        better = costs < cost[stops]
+        cost[stops][better] = costs[better]
+        start_of[stops][better] = start
+    groups, stop = [], count
+    while stop > 0:
+        start = int(start_of[stop])
+        groups.append(order[start:stop])
+        stop = start
+    return groups[::-1]
 
 
 def pad_batch(examples: Sequence[Example], pad_token_id: int, multiple_of: int = 1) -> dict[str, Tensor]:

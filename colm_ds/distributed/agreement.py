@@ -49,6 +49,34 @@ def together(work: Callable[[], Result], device: torch.device | None = None) -> 
     sys.exit(EXIT_CODE)
 
 
+def broadcast_text(text: str, source: int) -> str:
+    """One rank's text on all ranks, as a tensor of bytes; all ranks call it together.
+
+    Args:
+        text: what the source has to say; the others' is not looked at.
+        source: the rank that speaks.
+    """
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    said = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    length = torch.tensor(len(said), device=device)
+    dist.broadcast(length, source)
+    if dist.get_rank() != source:
+        said = torch.empty(int(length), dtype=torch.uint8, device=device)
+    dist.broadcast(said, source)
+    return bytes(said.tolist()).decode()
+
+
+def first_failure(message: str | None) -> str | None:
+    """What the lowest rank that failed has to say, on all ranks; None if none failed. All ranks call it together."""
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    world_size = dist.get_world_size()
+    lowest = torch.tensor(world_size if message is None else dist.get_rank(), device=device)
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+    if int(lowest) == world_size:
+        return None
+    return broadcast_text(f"rank {dist.get_rank()}: {message}", int(lowest))
+
+
 def single_process_environment() -> None:
     """Where no launcher started this process, let it be the only rank."""
     if "RANK" in os.environ:

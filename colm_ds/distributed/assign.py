@@ -83,14 +83,14 @@ def micro_batches(
     max_tokens: int | None = None,
     equal_counts: bool = True,
 ) -> list[Batches]:
-    """Micro-batches of every rank, longest examples first.
+    """Micro-batches of every rank, longest examples first, with as little padding as pays (`length_sorted_batches`).
 
     Args:
         by_rank: positions of each rank.
         lengths: tokens of every example, `[r]`.
         max_examples: examples per micro-batch at most.
         max_tokens: padded tokens per micro-batch at most.
-        equal_counts: give every rank the same number, first by splitting its largest ones, then by empty ones.
+        equal_counts: give every rank the same number, first by cutting some in two, then by empty ones.
 
     Returns:
         For every rank its micro-batches.
@@ -107,14 +107,21 @@ def micro_batches(
 
 
 def _split_to(batches: Batches, count: int, lengths: Tensor) -> Batches:
-    """Halve the micro-batches with the most padded tokens until there are `count`, then add empty ones."""
+    """Cut micro-batches in two where that saves the most padding until there are `count`, then add empty ones."""
     batches = list(batches)
     while len(batches) < count:
-        area = [len(batch) * int(lengths[batch[0]]) if len(batch) > 1 else 0 for batch in batches]
-        if not area or max(area) == 0:
+        cuts = [(*_best_cut(batch, lengths), number) for number, batch in enumerate(batches) if len(batch) > 1]
+        if not cuts:
             break
-        largest = area.index(max(area))
-        batch = batches[largest]
-        half = (len(batch) + 1) // 2
-        batches[largest : largest + 1] = [batch[:half], batch[half:]]
+        _, cut, number = max(cuts, key=lambda found: (found[0], -found[2]))
+        batches[number : number + 1] = [batches[number][:cut], batches[number][cut:]]
     return batches + [[] for _ in range(count - len(batches))]
+
+
+def _best_cut(batch: list[int], lengths: Tensor) -> tuple[int, int]:
+    """Padded tokens saved by the best cut of a micro-batch sorted by length, and where; the middle among equals."""
+    sizes = [int(lengths[position]) for position in batch]
+    middle = (len(batch) + 1) // 2
+    saved = {cut: (len(batch) - cut) * (sizes[0] - sizes[cut]) for cut in range(1, len(batch))}
+    cut = max(saved, key=lambda place: (saved[place], -abs(place - middle)))
+    return saved[cut], cut

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from colm_ds.selection import SINGLE_PROCESS, Exchange
-from colm_ds.types import Coreset, Example
+from colm_ds.types import NUM_NAMED, Coreset, Example
 
 
 class ProcessGroupExchange:
@@ -103,12 +103,13 @@ def broadcast_coreset(coreset: Coreset | None, size: int, num_sources: int, exch
     if exchange.num_processes == 1:
         assert coreset is not None
         return coreset
-    header = 4
+    header = 4 + NUM_NAMED
     packed = torch.full((header + 2 * size + num_sources + 1,), torch.nan, dtype=torch.float64)
     if coreset is not None:
         count = coreset.size
         packed[0], packed[1] = count, coreset.num_kept
         packed[2], packed[3] = coreset.num_dropped_small, coreset.num_nonfinite
+        packed[4 : 4 + len(coreset.nonfinite)] = torch.tensor(coreset.nonfinite, dtype=torch.float64)
         packed[header : header + count] = coreset.positions.double()
         packed[header + size : header + size + count] = coreset.weights.double()
         for source, value in coreset.coherence.items():
@@ -123,6 +124,7 @@ def broadcast_coreset(coreset: Coreset | None, size: int, num_sources: int, exch
         num_dropped_small=int(packed[2]),
         num_nonfinite=int(packed[3]),
         coherence={index - 1: value for index, value in enumerate(coherence) if value == value},
+        nonfinite=tuple(int(value) for value in packed[4:header].tolist() if value == value),
     )
 
 

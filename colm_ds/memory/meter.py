@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -56,8 +56,17 @@ class Meter:
         peak_bytes: by phase: allocated on a GPU, resident memory of the process on a CPU.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, around: Callable[[str], AbstractContextManager[None]] | None = None
+    ) -> None:
+        """Start with nothing measured.
+
+        Args:
+            device: whose memory counts.
+            around: makes a context in which a phase of the given name runs.
+        """
         self._device = device
+        self._around = around or (lambda name: nullcontext())
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
 
@@ -67,7 +76,8 @@ class Meter:
         self._reset()
         start = time.perf_counter()
         try:
-            yield
+            with self._around(name):
+                yield
         finally:
             peak = self._peak()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

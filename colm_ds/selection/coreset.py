@@ -18,7 +18,7 @@ from colm_ds.selection.mask import CRITERIA, mask_coordinates
 from colm_ds.selection.sources import Pool, share_out
 from colm_ds.selection.two_round import pick_medoids
 from colm_ds.selection.weights import WEIGHTS, cluster_weights, matched_weights
-from colm_ds.types import Coreset
+from colm_ds.types import NUM_NAMED, Coreset
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,7 @@ def select_coreset(
         num_dropped_small=shares.num_dropped_small,
         num_nonfinite=int((~finite).sum()),
         coherence=coherence,
+        nonfinite=tuple((~finite).nonzero().flatten()[:NUM_NAMED].tolist()),
     )
 
 

@@ -7,8 +7,11 @@ import random
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from colm_ds.data import length_sorted_batches, pad_batch, padding_fraction
+from colm_ds.data.collate import MICRO_BATCH_TOKENS
 from colm_ds.errors import ConfigError, DataError
 from colm_ds.types import Example
 
@@ -31,19 +34,38 @@ def test_budgets(max_examples: int | None, max_tokens: int | None, count: int) -
     for batch in batches:
         assert 1 <= len(batch) <= (max_examples or count)
         assert max_tokens is None or len(batch) == 1 or len(batch) * lengths[batch[0]] <= max_tokens
-    if max_tokens is not None:  # no group could have taken the next example too
-        for batch, following in itertools.pairwise(batches):
-            full = len(batch) == max_examples or (len(batch) + 1) * lengths[batch[0]] > max_tokens
-            assert full, (batch, following)
 
 
-def test_balanced_sizes() -> None:
-    sizes = [len(batch) for batch in length_sorted_batches(range(1, 10), max_examples=4)]
-    assert sizes == [3, 3, 3]
-    sizes = [len(batch) for batch in length_sorted_batches(range(1, 12), max_examples=4)]
-    assert sum(sizes) == 11
-    assert max(sizes) - min(sizes) <= 1
+def cost(lengths: list[int], batches: list[list[int]]) -> int:
+    """Padded tokens and the price of every group."""
+    return sum(len(batch) * max(lengths[index] for index in batch) + MICRO_BATCH_TOKENS for batch in batches)
+
+
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=9), st.integers(1, 9), st.none() | st.integers(1, 1500))
+@settings(deadline=None, max_examples=150)
+def test_no_grouping_is_cheaper(lengths: list[int], max_examples: int, max_tokens: int | None) -> None:
+    """Brute force over all ways to cut the sorted order."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    best = None
+    for cuts in itertools.product([False, True], repeat=len(lengths) - 1):
+        groups = [[order[0]]]
+        for index, cut in zip(order[1:], cuts, strict=True):
+            groups.append([index]) if cut else groups[-1].append(index)
+        fits = all(
+            len(group) <= max_examples
+            and (len(group) == 1 or max_tokens is None or len(group) * lengths[group[0]] <= max_tokens)
+            for group in groups
+        )
+        if fits:
+            best = min(cost(lengths, groups), best if best is not None else cost(lengths, groups))
+    batches = length_sorted_batches(lengths, max_examples=max_examples, max_tokens=max_tokens)
+    assert cost(lengths, batches) == best
+
+
+def test_a_new_group_must_pay() -> None:
     assert [len(batch) for batch in length_sorted_batches([7] * 64, max_examples=4)] == [4] * 16
+    assert length_sorted_batches([100, 37, 36], max_examples=3) == [[0, 1, 2]]  # apart they would save 126 tokens
+    assert length_sorted_batches([102, 37, 36], max_examples=3) == [[0], [1, 2]]  # now 130
 
 
 def test_ties_by_index_and_long_example_alone() -> None:

@@ -13,6 +13,8 @@ from tests.engine.oracle import largest_difference
 from tests.engine.training import NOTHING_PERSISTS, Case, StepRecord, parameters, start, step
 from tests.ranks import Ranks
 
+DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attention_dropout": 0.1}
+
 CASES = [
     Case("spsa", colm={"probe": {"estimator": "spsa"}}),
     Case("spsa", lora=True, colm={"probe": {"estimator": "spsa", "num_probes": 3, "refresh": "run"}}, stage=2),
@@ -21,6 +23,13 @@ CASES = [
     Case("exact", colm={"probe": {"estimator": "exact"}}, stage=2),
     Case("exact", colm={"probe": {"estimator": "exact"}}, stage=3, zero=NOTHING_PERSISTS),
     Case("workers", colm={"selector": "keep_random", "num_workers": 1}, stage=1),
+    Case("dropout", family="phi", model=DROPOUT, colm={"probe": {"estimator": "spsa"}}),
+    Case("dropout", family="phi", model=DROPOUT, colm={"probe": {"estimator": "sketch", "num_probes": 32}}, stage=2),
+    Case(
+        "dropout", family="phi", model=DROPOUT, colm={"probe": {"estimator": "exact"}}, stage=3, zero=NOTHING_PERSISTS
+    ),
+    Case("exact", lora=True, colm={"probe": {"estimator": "exact"}}, stage=1),
+    Case("exact", lora=True, colm={"probe": {"estimator": "exact"}}, stage=3, zero=NOTHING_PERSISTS),
 ]
 
 

@@ -111,7 +111,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     (config(per_source="perhaps"), "colm.per_source = 'perhaps': input should be a valid boolean"),
     (config(metric="l2"), "colm.metric = 'l2': input should be 'l1', 'euclidean' or 'cosine'. It is: distance"),
     (config(small_sources="all"), "colm.small_sources = 'all': input should be 'auto' or 'none'"),
-    (config(mask={"size": "big"}), "colm.mask.size = 'big': input should be 'auto'. It is: h; auto:"),
+    (config(mask={"size": "big"}), "colm.mask.size = 'big': input should be 'auto' or a valid integer"),
     (config(mask={"size": 0}), 'colm.mask.size = 0: less than 1. Write at least 1, or "auto".'),
     (config(mask=7), "colm.mask = 7: input should be a valid dictionary"),
     (config(probe={"epsilon": 0}), "colm.probe.epsilon = 0: input should be greater than 0"),
@@ -144,8 +144,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         config(probe={"estimator": "exact", "num_probes": 4}),
         "colm.probe.num_probes = 4: the exact gradient has no probes. Remove it.",
     ),
-    (config({"amp": {"enabled": True}}), "amp.enabled = True: does not work with accumulation by colm_ds."),
-    (config({"amp": True}), "amp = True: not a section of keys and values. Write an object: {...}."),
+    (config({"amp": {"enabled": True}}), "amp: removed from DeepSpeed (0.19.8 refuses it). Use bf16 or fp16."),
+    (config({"bf16": True}), "bf16 = True: not a section of keys and values. Write an object: {...}."),
     (config({"zero_optimization": 2}), "zero_optimization = 2: not a section of keys and values."),
     (config({"torch_autocast": {"enabled": True}}), "torch_autocast.enabled = True: the probe does not run under"),
     (
@@ -156,11 +156,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         config({"zero_optimization": {"stage": 1, "overlap_comm": True}}),
         "zero_optimization.overlap_comm = True: works with accumulation by colm_ds at stages 2 and 3 only.",
     ),
-    (config({"gradient_clipping": "auto"}), "gradient_clipping = 'auto': only Hugging Face's Trainer fills this in."),
-    (config({"bf16": {"enabled": "auto"}}), "bf16.enabled = 'auto': only Hugging Face's Trainer fills this in."),
+    (config({"gradient_cliping": 0.5}), "gradient_cliping: unknown key. Did you mean 'gradient_clipping'?"),
     (
-        config({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}),
-        "optimizer.params.lr = 'auto': only Hugging Face's Trainer fills this in. Write the value.",
+        config({"steps_per_print": "auto"}),
+        "steps_per_print = 'auto': can not be worked out. Write the value, or remove the key for DeepSpeed's default.",
     ),
 ]
 
@@ -183,17 +182,19 @@ def test_all_mistakes_at_once() -> None:
         },
         "train_batch_size": 7,
         "train_micro_batch_size_per_gpu": "x",
-        "amp": {"enabled": True},
+        "steps_per_print": "auto",
+        "torch_autocast": {"enabled": True},
     }
     head, *lines = problems(given)
-    assert head == "6 problems in the DeepSpeed configuration"
+    assert head == "7 problems in the DeepSpeed configuration"
     assert [line.split(" = ")[0] for line in lines] == [
         "train_micro_batch_size_per_gpu",
         "colm.coreset_size",
         "train_batch_size",
         "colm.mask.size",
         "colm.probe.num_probes",
-        "amp.enabled",
+        "steps_per_print",
+        "torch_autocast.enabled",
     ]
     head, *lines = problems(config(corset_size=1, metric="l2", probe={"epsilon": -1, "seed": 0}))
     assert head == "4 problems in the DeepSpeed configuration"
@@ -316,32 +317,74 @@ def test_arguments_of_initialize(pools: dict[int, Ranks], outcomes: Runner, tmp_
 
 # --- the JSON files that recipes use ---
 
+FILES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_file_of_a_stage_is_explicit(stage: int, repo_root: Path) -> None:
-    given = json.loads((repo_root / "ds_configs" / f"zero{stage}.json").read_text(encoding="utf-8"))
-    assert given["zero_optimization"]["stage"] == stage
+
+def test_files_are_those_tested(repo_root: Path) -> None:
+    assert {path.stem for path in (repo_root / "ds_configs").glob("*.json")} == set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file_is_explicit(name: str, repo_root: Path) -> None:
+    given = json.loads((repo_root / "ds_configs" / f"{name}.json").read_text(encoding="utf-8"))
+    zero = given["zero_optimization"]
+    assert zero["stage"] == int(name[4])
+    on_cpu = {part for part in ("offload_optimizer", "offload_param") if part in zero and zero[part]["device"] == "cpu"}
+    wanted = {"zero2_offload": {"offload_optimizer"}, "zero3_offload": {"offload_optimizer", "offload_param"}}
+    assert on_cpu == wanted.get(name, set())
     assert given["gradient_clipping"] == 1.0  # DeepSpeed's default since 0.19.3, none before
     assert given["bf16"] == given["fp16"] == {"enabled": False}
+    accumulation = None if name == "zero0" else "fp32"  # DeepSpeed refuses fp32 at stage 0 in bf16
+    assert given["data_types"] == {"grad_accum_dtype": accumulation}
     assert "auto" not in json.dumps(given)
     assert not {"colm", "optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu"} & set(given)
-    accumulation = {"grad_accum_dtype": "fp32"}
-    assert given.get("data_types") == (None if stage == 0 else accumulation)  # DeepSpeed refuses it at stage 0 in bf16
+    resolved = resolve_config(config(given, coreset_size=64), 2).deepspeed
+    assert given.items() <= resolved.items()
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", STAGES)
-def test_file_of_a_stage_trains(stage: int, outcomes: Runner, repo_root: Path) -> None:
-    """In float32 all stages take the same two steps; in bf16 they train."""
+@pytest.mark.parametrize("name", FILES)
+def test_file_trains(name: str, outcomes: Runner, repo_root: Path) -> None:
+    """In float32 all files take the same two steps; in bf16 they train."""
     runs = {}
     for precision in ("float32", "bfloat16"):
-        given = json.loads((repo_root / "ds_configs" / f"zero{stage}.json").read_text(encoding="utf-8"))
+        given = json.loads((repo_root / "ds_configs" / f"{name}.json").read_text(encoding="utf-8"))
         given["bf16"]["enabled"] = precision == "bfloat16"
         colm = {"probe": {"estimator": "exact"}, "coreset_size": 14, "large_batch_size": LARGE}
-        case = Case(f"zero{stage}.json", deepspeed=given, colm=colm, stage=stage, steps=2, dtype=precision)
+        case = Case(f"{name}.json", deepspeed=given, colm=colm, stage=int(name[4]), steps=2, dtype=precision)
         runs[precision] = outcomes(case, 2)[0]
     reference = Case("clipped", deepspeed={"gradient_clipping": 1.0}, colm=colm, steps=2)
     assert runs["float32"].chosen == outcomes(reference, 1)[0].chosen
     wanted = [step.stats["loss"] for step in outcomes(reference, 1)[0].steps]
     assert [step.stats["loss"] for step in runs["float32"].steps] == pytest.approx(wanted, rel=1e-6)
     assert [step.stats["loss"] for step in runs["bfloat16"].steps] == pytest.approx(wanted, rel=0.05)
+
+
+def settings_in_use(case: Case) -> dict[str, Any]:
+    """In a rank: what a case's engine trains with."""
+    engine = start(case)
+    lr = step(engine).stats["lr"]
+    inner = engine.deepspeed_engine
+    found = {"lr": lr, "clipping": inner.gradient_clipping(), "bucket": inner.zero_reduce_bucket_size()}
+    engine.destroy()
+    return {**found, "bf16": inner.bfloat16_enabled(), "optimizer": type(inner.basic_optimizer).__name__}
+
+
+@pytest.mark.distributed
+def test_configuration_for_hugging_face_trains(pools: dict[int, Ranks]) -> None:
+    given = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+        },
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": "auto"},
+    }
+    case = Case("auto", deepspeed=given, stage=2, dtype="bfloat16")
+    width = case.build_model().config.hidden_size
+    wanted = {"lr": 2e-5, "clipping": 1.0, "bucket": width**2, "bf16": True, "optimizer": "AdamW"}
+    assert pools[2].run(settings_in_use, case) == [wanted, wanted]

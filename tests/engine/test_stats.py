@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from colm_ds.types import NUM_NAMED
 from tests.engine.cases import MATRIX, matrix_case, matrix_ids
 from tests.engine.conftest import Runner
 from tests.engine.training import CORESET, LARGE, LEARNING_RATE, SMALL_SOURCES, SOURCES, Case, Record
@@ -87,7 +88,7 @@ def test_signals_are_r_times_k_floats(estimator: str, outcomes: Runner) -> None:
         exchanged = step.stats["exchange_bytes"]
         assert exchanged["signals"] == 128 * num_probes * 4
         second_moments = (16 + 32) * 4 if estimator == "sketch" else 0
-        assert exchanged["selection"] == second_moments + 8 * (4 + 2 * 64 + len(SOURCES) + 1)
+        assert exchanged["selection"] == second_moments + 8 * (4 + NUM_NAMED + 2 * 64 + len(SOURCES) + 1)
 
 
 @pytest.mark.distributed

@@ -1,0 +1,379 @@
+"""Checkpoints that are whole or not there: written aside, read back, renamed; loading takes the newest that is whole.
+
+A folder of checkpoints holds `step_12/` and `latest`. A checkpoint has DeepSpeed's files, `colm.pt` (what is the same
+on every rank), `colm_rank_00000.pt` (a rank's own), and `manifest_00000.json` with size and CRC-32 of the files that
+the rank checked. While it is written its name begins with a dot; so does the name of one that is being deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from colm_ds.distributed.agreement import first_failure
+from colm_ds.errors import CheckpointError
+
+LATEST = "latest"
+SHARED = "colm.pt"
+
+_PARTIAL, _TRASH, _UNIVERSAL = ".partial_", ".trash_", ".universal_"
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint to go on from.
+
+    Attributes:
+        path: its folder.
+        step: optimizer steps that it holds.
+        world_size: ranks that wrote it.
+        facts: what `save` was given to write into the manifest.
+        passed_over: newer ones that can not be used, each with its reason.
+    """
+
+    path: Path
+    step: int
+    world_size: int
+    facts: dict[str, Any]
+    passed_over: tuple[str, ...] = ()
+
+
+def save(
+    engine: Any,
+    folder: Path,
+    tag: str,
+    *,
+    step: int,
+    shared: dict[str, Any],
+    own: dict[str, Any],
+    facts: dict[str, Any],
+    keep_last: int | None = None,
+    exclude_frozen: bool = False,
+) -> Path:
+    """Write one checkpoint; all ranks call it together. Where it fails, what was there before is untouched.
+
+    Args:
+        engine: the DeepSpeed engine.
+        folder: folder of the run's checkpoints, on a file system that all ranks see.
+        tag: name of this one; one of that name is replaced.
+        step: optimizer steps so far.
+        shared: state that is the same on all ranks; rank 0's is written.
+        own: this rank's state.
+        facts: JSON values for the manifest.
+        keep_last: delete all but this many of the newest.
+        exclude_frozen: leave out parameters that are not trained.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: on every rank, if any could not write or did not read back what it wrote.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    target, partial = folder / tag, folder / f"{_PARTIAL}{tag}"
+    failures: list[str] = []
+    if rank == 0:
+        with _noting(failures):
+            _clean(folder)
+            partial.mkdir(parents=True)
+    _agree(target, failures)
+    with _writes_noted(engine, failures):
+        engine.save_checkpoint(
+            str(folder), tag=partial.name, save_latest=False, exclude_frozen_parameters=exclude_frozen
+        )
+    with _noting(failures):
+        torch.save(own, partial / _own_name(rank))
+        if rank == 0:
+            torch.save(shared, partial / SHARED)
+    _agree(target, failures, partial)
+    with _noting(failures):
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        checked = {str(path.relative_to(partial)): _read_back(path) for path in files[rank::world_size]}
+        manifest = {"step": step, "world_size": world_size, "files": checked}
+        _write_json(partial / _manifest_name(rank), manifest | ({"facts": facts} if rank == 0 else {}))
+    _agree(target, failures, partial)
+    if rank == 0:
+        with _noting(failures):
+            _put_in_place(partial, target)
+            _write_text(folder / LATEST, tag)
+            if keep_last is not None:
+                _prune(folder, keep_last)
+    _agree(target, failures)
+    return target
+
+
+def find(folder: Path, tag: str | None = None) -> Found | None:
+    """The newest checkpoint of a folder that is whole, every file read and compared with its manifest.
+
+    Args:
+        folder: folder of the run's checkpoints.
+        tag: take this one and no other.
+
+    Returns:
+        None if the folder holds no checkpoint.
+
+    Raises:
+        CheckpointError: if there are checkpoints but none of them, or not the one asked for, is whole.
+    """
+    if tag is None:
+        if folder.is_dir():
+            _rescue(folder)
+        candidates = _by_age(folder)
+    else:
+        candidates = [folder / tag]
+    passed_over: list[str] = []
+    for path in candidates:
+        reason = why_not_whole(path)
+        if reason is None:
+            return describe(path, passed_over)
+        passed_over.append(f"{path.name}: {reason}")
+    if not passed_over:
+        return None
+    raise CheckpointError(
+        f"{folder}: none of its checkpoints can be loaded.\n  "
+        + "\n  ".join(passed_over)
+        + "\n  Start anew with overwrite=true or in another folder, or bring back a copy of one."
+    )
+
+
+def describe(path: Path, passed_over: Sequence[str] = ()) -> Found:
+    """A whole checkpoint's facts from its manifest."""
+    first = json.loads((path / _manifest_name(0)).read_text(encoding="utf-8"))
+    return Found(path, first["step"], first["world_size"], first["facts"], tuple(passed_over))
+
+
+def why_not_whole(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None if they are all as they were written."""
+    if not path.is_dir():
+        return "no such checkpoint"
+    if not (path / _manifest_name(0)).exists():
+        return (
+            "holds no state of colm_ds: it is not complete, or a plain DeepSpeed engine saved it "
+            "(engine.deepspeed_engine.load_checkpoint goes on from such weights)"
+        )
+    try:
+        first = json.loads((path / _manifest_name(0)).read_text(encoding="utf-8"))
+        files = dict(first["files"])
+        for rank in range(1, first["world_size"]):
+            files |= json.loads((path / _manifest_name(rank)).read_text(encoding="utf-8"))["files"]
+        for name, (size, checksum) in files.items():
+            found = (path / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, not {size}"
+            if _checksum(path / name) != checksum:
+                return f"{name} is not what was written (CRC-32)"
+        names = {SHARED, *(_own_name(rank) for rank in range(first["world_size"]))}
+        if missing := sorted(names - files.keys()):
+            return f"{missing[0]} is not in its manifest"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"not readable: {error}"
+    return None
+
+
+def read_state(found: Found, rank: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What `save` was given: the shared state, and this rank's own (None for a rank that was not there)."""
+    shared = torch.load(found.path / SHARED, map_location="cpu", weights_only=False)
+    if rank >= found.world_size:
+        return shared, None
+    return shared, torch.load(found.path / _own_name(rank), map_location="cpu", weights_only=False)
+
+
+def load(engine: Any, found: Found, **options: Any) -> None:
+    """Restore a DeepSpeed engine; all ranks call it together. Other numbers of ranks go through the universal format.
+
+    Args:
+        engine: the DeepSpeed engine.
+        found: from `find`, the same on every rank.
+        options: further arguments of DeepSpeed's `load_checkpoint`.
+    """
+    folder, tag = found.path.parent, found.path.name
+    resharded = found.world_size != dist.get_world_size() and engine.zero_optimization_stage() > 0
+    if resharded:
+        failures: list[str] = []
+        if dist.get_rank() == 0:
+            with _noting(failures):
+                _make_universal(found.path, folder / f"{_UNIVERSAL}{tag}")
+        _agree(found.path, failures, what="converted for another number of ranks")
+        tag = f"{_UNIVERSAL}{tag}"
+    engine._config.load_universal_checkpoint = resharded
+    try:
+        path, _ = engine.load_checkpoint(str(folder), tag, **options)
+    finally:
+        engine._config.load_universal_checkpoint = False
+    if path is None:
+        raise CheckpointError(f"{found.path}: DeepSpeed found nothing to load there.")
+    if resharded:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder / tag, ignore_errors=True)
+
+
+def _own_name(rank: int) -> str:
+    return f"colm_rank_{rank:05d}.pt"
+
+
+def _manifest_name(rank: int) -> str:
+    return f"manifest_{rank:05d}.json"
+
+
+@contextmanager
+def _noting(failures: list[str]) -> Iterator[None]:
+    """Note what goes wrong in the block instead of leaving the other ranks waiting."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile, subprocess.SubprocessError) as error:
+        failures.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}")
+
+
+@contextmanager
+def _writes_noted(engine: Any, failures: list[str]) -> Iterator[None]:
+    """Let DeepSpeed's writes fail without an exception: it has barriers behind them that the other ranks wait in."""
+    writer = engine.checkpoint_engine
+    write: Callable[..., Any] = writer.save
+
+    def noted(*args: Any, **kwargs: Any) -> None:
+        with _noting(failures):
+            write(*args, **kwargs)
+
+    writer.save = noted
+    engine._copy_recovery_script = lambda folder: None  # its copy of zero_to_fp32.py; `colm-ds export` does that here
+    try:
+        yield
+    finally:
+        del writer.save
+        del engine._copy_recovery_script
+
+
+def _agree(target: Path, failures: list[str], partial: Path | None = None, what: str = "saved") -> None:
+    """Raise on every rank what went wrong on any; the remains are removed."""
+    failure = first_failure(failures[0] if failures else None)
+    if failure is None:
+        return
+    if partial is not None and dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    dist.barrier()
+    raise CheckpointError(f"{target}: could not be {what}. {failure}. Earlier checkpoints are untouched.")
+
+
+def _read_back(path: Path) -> tuple[int, int]:
+    """Size and CRC-32 of a file that is on the disk; a torch file's parts are compared with the sums inside it."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    if path.suffix == ".pt" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise CheckpointError(f"{path.name}: {broken} did not read back as written")
+    elif path.suffix == ".pt":
+        raise OSError(f"{path.name} did not read back as a torch file")
+    return path.stat().st_size, _checksum(path)
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    _write_text(path, json.dumps(content))
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a small file in one go: it is there whole and on the disk, or as it was before."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    _sync_folder(partial)
+    old = target.with_name(f"{_TRASH}{target.name}")
+    if target.exists():
+        os.replace(target, old)
+    os.replace(partial, target)
+    _sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _clean(folder: Path) -> None:
+    """Remove what a killed process left half-done."""
+    if not folder.is_dir():
+        return
+    _rescue(folder)
+    for prefix in (_PARTIAL, _TRASH, _UNIVERSAL):
+        for path in folder.glob(f"{prefix}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _rescue(folder: Path) -> None:
+    """Put back what was moved aside for a replacement that did not arrive."""
+    for old in folder.glob(f"{_TRASH}*"):
+        name = old.name.removeprefix(_TRASH)
+        if not (folder / name).exists() and why_not_whole(old) is None:
+            os.replace(old, folder / name)
+
+
+def _by_age(folder: Path) -> list[Path]:
+    """Checkpoints of a folder, the one with the most steps first."""
+    if not folder.is_dir():
+        return []
+    paths = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+
+    def steps(path: Path) -> tuple[int, str]:
+        try:
+            return int(json.loads((path / _manifest_name(0)).read_text(encoding="utf-8"))["step"]), path.name
+        except (OSError, ValueError, KeyError, TypeError):
+            number = re.search(r"(\d+)$", path.name)
+            return int(number[1]) if number else -1, path.name
+
+    return sorted(paths, key=steps, reverse=True)
+
+
+def _prune(folder: Path, keep_last: int) -> None:
+    for path in _by_age(folder)[max(1, keep_last) :]:
+        trash = folder / f"{_TRASH}{path.name}"
+        (path / _manifest_name(0)).unlink(missing_ok=True)  # from here on it is not a checkpoint any more
+        os.replace(path, trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def _make_universal(source: Path, target: Path) -> None:
+    """DeepSpeed's universal format, from which any number of ranks can load."""
+    shutil.rmtree(target, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(source), "--output_folder", str(target)]
+    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        raise OSError(f"ds_to_universal ended with code {done.returncode}: {lines[-1]}")

@@ -1,0 +1,219 @@
+"""What DeepSpeed leaves unchecked in its configuration: top-level keys that it does not know, and "auto" values."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from colm_ds.errors import Problems, nearest_key
+
+KNOWN_KEYS = frozenset(
+    {
+        "colm",
+        # Batches and the optimizer step
+        *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+        *("managed_gradient_accumulation", "gradient_clipping", "prescale_gradients", "gradient_predivide_factor"),
+        *("gradient_allreduce_op", "optimizer", "scheduler", "zero_allow_untested_optimizer"),
+        *("zero_force_ds_cpu_optimizer", "dataloader_drop_last", "data_efficiency"),
+        # Precision
+        *("bf16", "bfloat16", "fp16", "torch_autocast", "data_types", "weight_quantization"),
+        *("communication_data_type", "seq_parallel_communication_data_type"),
+        # Memory and parallelism
+        *("zero_optimization", "activation_checkpointing", "aio", "disable_allgather", "pipeline", "tensor_parallel"),
+        *("expert_parallel", "use_data_before_expert_parallelism", "data_parallel_size", "sequence_parallel_size"),
+        *("hybrid_engine", "compile", "vocabulary_size", "disable_python_gc"),
+        # Checkpoints
+        *("checkpoint", "datastates_ckpt"),
+        # Logs, timers, profilers, tuning
+        *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "timers"),
+        *("tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler", "autotuning"),
+    }
+)
+"""Top-level keys that DeepSpeed 0.19.8 reads (it ignores all others without a word), and ours."""
+
+REMOVED_KEYS = frozenset(
+    {
+        *("amp", "compression_training", "curriculum_learning", "eigenvalue", "elasticity", "graph_harvesting"),
+        *("nebula", "progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients"),
+    }
+)
+"""Top-level keys of earlier versions: DeepSpeed 0.19.8 stops at the first of them."""
+
+ADAM_DEFAULTS: Mapping[str, Any] = {"lr": 2e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
+"""What "auto" in `optimizer.params` of Adam and AdamW stands for: the defaults of a recipe."""
+
+# DeepSpeed takes "auto" literally in these sections (as true, or as a number that it then fails on). In its other
+# sections "auto" means DeepSpeed's own default.
+_LITERAL_SECTIONS = (
+    *("optimizer", "scheduler", "activation_checkpointing", "aio", "checkpoint", "data_types"),
+    *("flops_profiler", "torch_autocast"),
+)
+_DEEPSPEEDS_OWN_AUTO = ("data_types.keep_in_fp32_modules",)
+
+# Where DeepSpeed's default would quietly be something else than was asked for.
+_CHOICES = {
+    "zero_optimization.stage": "Write 0, 1, 2 or 3",
+    "zero_optimization.offload_optimizer": 'Write {"device": "cpu"}, or remove it',
+    "zero_optimization.offload_optimizer.device": 'Write "cpu", "nvme" or "none"',
+    "zero_optimization.offload_param": 'Write {"device": "cpu"}, or remove it',
+    "zero_optimization.offload_param.device": 'Write "cpu", "nvme" or "none"',
+}
+_ADVICE = {
+    **_CHOICES,
+    "data_types.grad_accum_dtype": 'Write "fp32", or null for the type of the model',
+    "optimizer.type": 'Write "AdamW"',
+    "scheduler.params.total_num_steps": "The length of the run is not known here: write the number of optimizer steps",
+    "scheduler.params.warmup_max_lr": "There is no optimizer.params.lr to take it from: write the peak learning rate",
+}
+
+
+def check_keys(config: Mapping[str, Any], problems: Problems) -> None:
+    """Record top-level keys that DeepSpeed would ignore, with the nearest known key, and keys that it has removed.
+
+    Notes are left alone: `comment`, and keys that start with `_`, `//` or `#`.
+
+    Args:
+        config: the DeepSpeed configuration.
+        problems: where they are recorded.
+    """
+    for key in map(str, config):
+        if key in KNOWN_KEYS or _is_note(key):
+            continue
+        if key in REMOVED_KEYS:
+            instead = "Use bf16 or fp16." if key == "amp" else "Remove it."
+            problems.messages.append(f"{key}: removed from DeepSpeed (0.19.8 refuses it). {instead}")
+            continue
+        advice = nearest_key(key, KNOWN_KEYS)
+        if not advice.startswith("Did you mean"):  # all sixty would bury the other problems
+            advice = f"DeepSpeed would ignore it. Remove it, or write '_{key}' to keep it as a note."
+        problems.messages.append(f"{key}: unknown key. {advice}")
+
+
+def check_auto(config: Mapping[str, Any], problems: Problems) -> None:
+    """Record every "auto" that `resolve_auto` can not replace, whatever the model.
+
+    Args:
+        config: the DeepSpeed configuration without `"auto"` batch sizes.
+        problems: where they are recorded.
+    """
+    _values(config, 1, torch.float32, problems)
+
+
+def resolve_auto(
+    config: Mapping[str, Any],
+    *,
+    hidden_size: int | None,
+    dtype: torch.dtype,
+    where: str = "the DeepSpeed configuration",
+) -> dict[str, Any]:
+    """Replace "auto" by what Hugging Face's Trainer would write there; the learning rate is a recipe's default.
+
+    - `gradient_clipping`: 1.0; `bf16.enabled`, `fp16.enabled`: by the model's dtype.
+    - `optimizer.params` of Adam and AdamW: `ADAM_DEFAULTS`.
+    - `scheduler.params`: `warmup_min_lr` 0, `warmup_max_lr` the optimizer's rate, `warmup_num_steps` 1 (no warm-up).
+    - `zero_optimization`, with hidden size H: `reduce_bucket_size` H^2, `stage3_prefetch_bucket_size` 0.9 H^2,
+      `stage3_param_persistence_threshold` 10 H.
+
+    Batch sizes are `resolve_config`'s. Sections in which "auto" means DeepSpeed's own default keep it.
+
+    Args:
+        config: the DeepSpeed configuration; it is not changed.
+        hidden_size: H, or None if the model's configuration has none.
+        dtype: of the model's weights.
+        where: name of the configuration in messages.
+
+    Returns:
+        A copy of the configuration.
+
+    Raises:
+        ConfigError: listing every "auto" that can not be replaced and what to write there.
+    """
+    problems = Problems(where)
+    values = _values(config, hidden_size, dtype, problems)
+    problems.raise_if_any()
+    resolved = copy.deepcopy(dict(config))
+    for key, value in values.items():
+        section: Any = resolved
+        *names, last = key.split(".")
+        for name in names:
+            section = section[name]
+        section[last] = copy.copy(value)
+    return resolved
+
+
+def model_facts(model: nn.Module) -> tuple[int | None, torch.dtype]:
+    """Hidden size (None if its configuration has none) and dtype of the weights of a model, bare or in a `PeftModel`.
+
+    Args:
+        model: what is to be trained.
+    """
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    hidden_size = getattr(config, "hidden_size", None) or max(getattr(config, "hidden_sizes", None) or [0])
+    dtype = getattr(model, "dtype", None)
+    if not isinstance(dtype, torch.dtype):
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return int(hidden_size) or None, dtype
+
+
+def _is_note(key: str) -> bool:
+    return key == "comment" or key.startswith(("_", "//", "#"))
+
+
+def _values(
+    config: Mapping[str, Any], hidden_size: int | None, dtype: torch.dtype, problems: Problems
+) -> dict[str, Any]:
+    """Dotted key -> value of every "auto" that is to be replaced; those that can not be are recorded."""
+    known = _replacements(config, hidden_size, dtype)
+    values = {}
+    for key in _auto_keys(config):
+        section = key.split(".")[0]
+        if known.get(key) is not None:
+            values[key] = known[key]
+        elif key in known and section == "zero_optimization":
+            problems.add(
+                key, "auto", "the model's configuration has no hidden_size", "Write a number of elements, such as 2e7."
+            )
+        elif key not in _DEEPSPEEDS_OWN_AUTO and (key == section or section in _LITERAL_SECTIONS or key in _CHOICES):
+            advice = _ADVICE.get(key, "Write the value, or remove the key for DeepSpeed's default")
+            problems.add(key, "auto", "can not be worked out", f"{advice}.")
+    return values
+
+
+def _replacements(config: Mapping[str, Any], hidden_size: int | None, dtype: torch.dtype) -> dict[str, Any]:
+    """Dotted key -> what "auto" stands for there, None where that needs what is not there."""
+    optimizer = config.get("optimizer") or {}
+    is_adam = str(optimizer.get("type")).lower() in ("adam", "adamw")
+    adam = ADAM_DEFAULTS if is_adam else {}
+    params = optimizer.get("params") or {}
+    rate = params.get("lr") if isinstance(params, Mapping) else None
+    square = hidden_size * hidden_size if hidden_size else None
+    return {
+        "gradient_clipping": 1.0,
+        "bf16.enabled": dtype == torch.bfloat16,
+        "bfloat16.enabled": dtype == torch.bfloat16,
+        "fp16.enabled": dtype == torch.float16,
+        **{f"optimizer.params.{name}": value for name, value in adam.items()},
+        "scheduler.params.warmup_min_lr": 0.0,
+        "scheduler.params.warmup_max_lr": adam.get("lr") if rate == "auto" else rate,
+        "scheduler.params.warmup_num_steps": 1,
+        "zero_optimization.reduce_bucket_size": square,
+        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * square) if square else None,
+        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size if hidden_size else None,
+    }
+
+
+def _auto_keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys with the value "auto", at any depth."""
+    for key, value in config.items():
+        if _is_note(str(key)):
+            continue
+        if value == "auto":
+            yield f"{prefix}{key}"
+        elif isinstance(value, Mapping):
+            yield from _auto_keys(value, f"{prefix}{key}.")

@@ -1,0 +1,81 @@
+"""Stopping at the end of a step when asked to, and not staying behind when the launcher is gone."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+EXIT_CODE = 3
+"""Exit code of a run that was asked to stop, saved a checkpoint and did."""
+
+_LAUNCHER = b"deepspeed.launcher.launch"
+_PR_SET_PDEATHSIG = 1
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Whether SIGTERM, SIGINT or SIGUSR1 came, or the launcher went away; the ranks agree on it after every step.
+
+    Attributes:
+        reason: why this rank wants to stop; empty if it does not.
+    """
+
+    def __init__(self) -> None:
+        """Install the signal handlers (main thread only); repeated signals change nothing."""
+        self.reason = ""
+        for number in _SIGNALS:
+            signal.signal(number, self._note)
+        self._launcher = _launcher()
+        self._launchers_parent = _parent(self._launcher) if self._launcher else None
+        if self._launcher:
+            _signal_when_parent_dies()
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any rank wants to stop; all ranks call it together.
+
+        Args:
+            device: where the backend's collectives want their tensors.
+        """
+        if self._launcher and not self.reason:
+            if os.getppid() != self._launcher:
+                self.reason = "the launcher is gone"
+            elif _parent(self._launcher) != self._launchers_parent:
+                self.reason = "the launcher's parent is gone"
+        wanted = torch.tensor(float(bool(self.reason)), device=device)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(wanted, op=dist.ReduceOp.MAX)
+        return bool(wanted)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.reason = self.reason or f"signal {signal.Signals(number).name}"
+
+
+def _launcher() -> int | None:
+    """Process id of DeepSpeed's launcher if it started this process."""
+    parent = os.getppid()
+    try:
+        return parent if _LAUNCHER in Path(f"/proc/{parent}/cmdline").read_bytes() else None
+    except OSError:
+        return None
+
+
+def _parent(process: int) -> int | None:
+    """Process id of a process's parent; None if it is gone."""
+    try:
+        status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return int(status.rpartition(")")[2].split()[1])
+
+
+def _signal_when_parent_dies() -> None:
+    """Ask Linux for a SIGTERM when the launcher ends, however it ends."""
+    with suppress(OSError, AttributeError):  # not Linux: the check after each step remains
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,72 @@
+"""Numerical faults: steps whose gradient is not finite change nothing, are counted, and end a run if they persist."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from colm_ds.errors import DivergenceError
+
+
+def guard_plain_optimizer(engine: Any) -> None:
+    """Give stage 0 in float32 what DeepSpeed has elsewhere: the gradient's norm, and no step where it is not finite.
+
+    DeepSpeed then calls the optimizer as it is. Here its `step` first takes the norm and clips; where that is not a
+    finite number the step is skipped and `overflow` set, which DeepSpeed heeds (its learning-rate schedule waits too).
+
+    Args:
+        engine: the DeepSpeed engine; nothing happens if its optimizer is one of DeepSpeed's wrappers.
+    """
+    if engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled():
+        return
+    optimizer = engine.optimizer
+    plain_step = optimizer.step
+    limit = float(engine.gradient_clipping() or math.inf)
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, limit)) if trained else 0.0
+        optimizer._global_grad_norm = norm
+        optimizer.overflow = not math.isfinite(norm)
+        return None if optimizer.overflow else plain_step(*args, **kwargs)
+
+    optimizer.step = step
+    engine.clip_fp32_gradients = lambda: None  # done above
+
+
+class SkippedSteps:
+    """Counts steps that were skipped because their gradient was not finite.
+
+    Attributes:
+        total: since the start.
+        in_a_row: up to the last step.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """Start at none.
+
+        Args:
+            limit: this many in a row are too many; 0: never.
+        """
+        self._limit = limit
+        self.total = 0
+        self.in_a_row = 0
+
+    def note(self, skipped: bool) -> None:
+        """Count one step."""
+        self.total += skipped
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+
+    def check(self, step: int) -> None:
+        """Raise if the last steps were all skipped.
+
+        Raises:
+            DivergenceError: if there were `limit` in a row.
+        """
+        if self._limit and self.in_a_row >= self._limit:
+            raise DivergenceError(
+                f"step {step}: the gradient was not finite in {self.in_a_row} steps in a row; they changed nothing. "
+                "Lower the learning rate, look at the examples named in the metrics, or raise colm.max_skipped_steps."
+            )

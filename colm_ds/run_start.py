@@ -1,0 +1,96 @@
+"""Whether a run starts anew or goes on, and from which checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from colm_ds import checkpoint
+from colm_ds.errors import ConfigError
+from colm_ds.recipe import Recipe
+
+CHECKPOINTS = "checkpoints"
+
+_MAY_CHANGE = {
+    *("name", "output_dir", "overwrite", "save_every", "keep_last", "resume", "verbose", "micro_batch_size"),
+    *("evaluation", "tokenizer", "deepspeed", "data.train", "data.heldout", "data.cache_dir", "model.name_or_path"),
+    *("model.attention", "model.activation_checkpointing", "colm.num_workers", "colm.micro_batch_tokens"),
+    *("colm.max_skipped_steps", "colm.phase_timeout_s", "colm.replay", "colm.probe.max_tokens"),
+}
+"""Keys that say how a run computes or where things are, and not what it computes (paths may have moved)."""
+
+
+def where_to_start(recipe: Recipe) -> checkpoint.Found | None:
+    """The checkpoint that a run goes on from; None starts it anew. Reads files only, on one rank.
+
+    Args:
+        recipe: what is to be run.
+
+    Raises:
+        ConfigError: if there is a run that neither goes on nor may be replaced, or that another recipe made.
+        CheckpointError: if there are checkpoints but none that can be loaded.
+    """
+    if recipe.overwrite:
+        return None
+    folder = Path(recipe.output_dir)
+    if recipe.resume not in ("auto", "never"):
+        path = Path(recipe.resume)
+        found = checkpoint.find(path.parent, path.name)
+        _check_same(recipe, path.parent.parent / "config.json")
+        return found
+    if not (folder / "metrics.jsonl").exists():
+        return None
+    if _read(folder / "summary.json").get("status") == "finished":
+        raise ConfigError(
+            f"output_dir = {recipe.output_dir}: holds a finished run. Choose another, or overwrite=true to start anew."
+        )
+    if recipe.resume == "never":
+        return None  # `RunFolder` refuses to replace what is there
+    _check_same(recipe, folder / "config.json")
+    return checkpoint.find(folder / CHECKPOINTS)
+
+
+def may_restart(recipe: Recipe) -> bool:
+    """Whether an unfinished run without a checkpoint may be replaced: this recipe's own, killed before its first."""
+    return recipe.resume == "auto" and not recipe.overwrite
+
+
+def _check_same(recipe: Recipe, config: Path) -> None:
+    """Compare what is to be run with what was."""
+    before = _read(config).get("recipe")
+    if not before:
+        return  # killed before it was written, or moved away
+    now = json.loads(json.dumps(recipe.model_dump(), default=str))
+    constant = recipe.lr_schedule.kind == "constant" and recipe.lr_schedule.warmup_fraction == 0
+    free = _MAY_CHANGE | ({"steps"} if constant else set())
+    differences = [
+        f"{key}: {before_value!r} there, {now_value!r} here"
+        for key, before_value, now_value in _compare(before, now)
+        if not any(key == name or key.startswith(f"{name}.") for name in free)
+    ]
+    if differences:
+        raise ConfigError(
+            f"{config.parent}: holds an unfinished run of another recipe.\n  "
+            + "\n  ".join(differences)
+            + "\n  Put that back to go on, choose another output_dir, or overwrite=true to start anew."
+        )
+
+
+def _compare(one: Any, other: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Keys of nested mappings whose values differ."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        keys = [*one, *(key for key in other if key not in one)]
+        found = [_compare(one.get(key), other.get(key), f"{prefix}.{key}" if prefix else str(key)) for key in keys]
+        return [difference for part in found for difference in part]
+    return [] if one == other else [(prefix, one, other)]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file of ours; empty if it is missing or broken."""
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
