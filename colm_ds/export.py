@@ -1,7 +1,10 @@
-"""Writing what was trained in Hugging Face format, from any ZeRO stage."""
+"""Trained weights out of an engine or a checkpoint of any ZeRO stage, and into Hugging Face format."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
+from colm_ds.checkpoint import Found
 from colm_ds.errors import CheckpointError
 
 
@@ -57,15 +61,95 @@ def save_trained(engine: Any, tokenizer: Any, folder: Path, *, is_main: bool) ->
             raise CheckpointError(f"{target}: no weights to write. Were any parameters trained?")
         tied = getattr(model, "_tied_weights_keys", None)
         if tied and not is_adapter and getattr(model.config, "tie_word_embeddings", False):
-            state = _with_tied(model, state)
-        model.save_pretrained(target, state_dict=state, safe_serialization=True)
+            state = with_tied(model, state)
+        if is_adapter:
+            model.save_pretrained(target, state_dict=state)
+        else:
+            save_model(model, target, state)
         tokenizer.save_pretrained(target)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return target
 
 
-def _with_tied(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def save_model(model: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write a Hugging Face model with its generation configuration as it is.
+
+    `save_pretrained` alone refuses generation configurations that it finds inconsistent, which published models have,
+    and models read from GGUF files, whose weights are plain by then.
+
+    Args:
+        model: a `PreTrainedModel`.
+        folder: where to; made.
+        state: weights by name, if the model itself does not hold them.
+    """
+    from transformers import GenerationConfig
+
+    model.hf_quantizer = None
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        model.generation_config = GenerationConfig()
+    try:
+        model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
+    finally:
+        model.generation_config = generation
+    if generation is not None:
+        generation.to_json_file(folder / "generation_config.json")
+
+
+def checkpoint_tensors(found: Found, buffers: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Trained weights of a checkpoint, one at a time on the CPU; needs no process group and no GPU.
+
+    At stages 0 to 2 they are the weights that the model ran with; at stage 3 the optimizer's, in float32.
+
+    Args:
+        found: a whole checkpoint.
+        buffers: names of buffers to give as well.
+        dtype: of floating-point tensors.
+
+    Yields:
+        Name and tensor, each with storage of its own.
+
+    Raises:
+        CheckpointError: if the files can not be read, or one of the tensors is not there.
+    """
+    trained = found.facts["trained"]
+    try:
+        state = _partitioned_state(found.path) if found.facts["stage"] == 3 else _module_state(found.path)
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{found.path}: its weights can not be read: {error}. Take another checkpoint.") from None
+    names = [*trained, *buffers]
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise CheckpointError(
+            f"{found.path}: {len(missing)} of {len(names)} trained tensors are not in it, the first is {missing[0]}. "
+            "Take another checkpoint."
+        )
+    for name in names:
+        value = state.pop(name).contiguous()
+        yield name, value.to(dtype if value.is_floating_point() else value.dtype, copy=True)
+
+
+def _module_state(folder: Path) -> dict[str, Any]:
+    """Stages 0 to 2: rank 0 wrote the whole model."""
+    file = folder / "mp_rank_00_model_states.pt"
+    state: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
+    return dict(state)
+
+
+def _partitioned_state(folder: Path) -> dict[str, Any]:
+    """Stage 3: every rank wrote its part; what is returned puts a weight together when `contiguous()` is called."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+        return dict(
+            get_fp32_state_dict_from_zero_checkpoint(
+                str(folder.parent), folder.name, exclude_frozen_parameters=True, lazy_mode=True
+            )
+        )
+
+
+def with_tied(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names of tied weights that `named_parameters` gives once only, pointing to the same tensor."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -74,7 +74,7 @@ def find_together(folder: Path, tag: str | None = None) -> checkpoint.Found | No
     answer: dict[str, Any] = {}
     if dist.get_rank() == 0:
         try:
-            found = checkpoint.find(folder, tag)
+            found = checkpoint.find(folder, tag, repair=True)
             answer = {"path": str(found.path), "passed_over": found.passed_over} if found else {}
         except CheckpointError as error:
             answer = {"error": str(error)}

@@ -49,7 +49,7 @@ def where_to_start(recipe: Recipe) -> checkpoint.Found | None:
     if recipe.resume == "never":
         return None  # `RunFolder` refuses to replace what is there
     _check_same(recipe, folder / "config.json")
-    return checkpoint.find(folder / CHECKPOINTS)
+    return checkpoint.find(folder / CHECKPOINTS, repair=True)
 
 
 def may_restart(recipe: Recipe) -> bool:

@@ -45,6 +45,7 @@ class RunFolder:
         try:
             if resumed_step is not None:
                 _keep_up_to(metrics, resumed_step)
+                (self.path / "summary.json").unlink(missing_ok=True)  # it was written when the run stopped
             elif metrics.exists():
                 if not overwrite:
                     raise ConfigError(
@@ -64,9 +65,16 @@ class RunFolder:
         os.replace(temporary, target)
 
     def log(self, entry: Mapping[str, Any]) -> None:
-        """Append one object to metrics.jsonl; it is on disk when the call returns."""
-        self._metrics.write(json.dumps(entry) + "\n")
-        self._metrics.flush()
+        """Append one object to metrics.jsonl; it is in the file when the call returns.
+
+        Raises:
+            OSError: naming the file.
+        """
+        try:
+            self._metrics.write(json.dumps(entry) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path / "metrics.jsonl")) from None
 
     def sync(self) -> None:
         """Let metrics.jsonl survive a crash of the machine."""

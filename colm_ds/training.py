@@ -31,6 +31,7 @@ from colm_ds.errors import CheckpointError, ColmError, ConfigError, DivergenceEr
 from colm_ds.evaluation.exact_match import exact_match, load_questions
 from colm_ds.evaluation.heldout import heldout_loss
 from colm_ds.export import save_trained
+from colm_ds.model_card import ADAPTER, MODEL, write_model_card
 from colm_ds.models import load_model, load_tokenizer, precision_sections, quiet_libraries
 from colm_ds.probe.architecture import find_architecture
 from colm_ds.recipe import LrScheduleConfig, Recipe, load_recipe
@@ -83,10 +84,9 @@ def crashes_explained() -> Iterator[None]:
     except RuntimeError as error:
         if not any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection")):
             raise
-        first = str(error).splitlines()[0]
-        sys.exit(
-            f"rank {dist.get_rank()}: lost the other ranks ({first}). Restarting goes on from the last checkpoint."
-        )
+        reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+        lost = f"rank {dist.get_rank()}: lost the other ranks ({reason})."
+        sys.exit(f"{lost} Restarting goes on from the last checkpoint.")
 
 
 def learning_rate_factor(config: LrScheduleConfig, steps: int) -> Callable[[int], float]:
@@ -234,7 +234,8 @@ class Run:
                 self._heldout(True)
             answers = self._exact_match()
         with self.engine.watchdog.watching("writing the trained weights"):
-            save_trained(self.engine, self.tokenizer, Path(self.recipe.output_dir), is_main=self.rank == 0)
+            folder = Path(self.recipe.output_dir)
+            weights = save_trained(self.engine, self.tokenizer, folder, is_main=self.rank == 0)
         peaks = self._largest_peaks()
         if self.folder:
             self.folder.close()
@@ -242,6 +243,7 @@ class Run:
             summary = {"status": "finished", **summarise(steps, peaks), "heldout": self.last_heldout}
             summary |= {"exact_match": answers, "wall_s": time.perf_counter() - started}
             self.folder.write("summary.json", summary)
+            write_model_card(weights, folder, kind=ADAPTER if self.recipe.lora else MODEL)
             print(f"{self.recipe.name}: {self.recipe.steps} steps done, written to {self.recipe.output_dir}")
 
     def _go_on(self, start: checkpoint.Found | None) -> int:
@@ -384,7 +386,7 @@ class Run:
             "num_dropped": self.train_data.num_dropped,
             "num_heldout": 0 if self.heldout_data is None else len(self.heldout_data),
             "recipe": self.recipe.model_dump(),
-            "deepspeed": {key: value for key, value in self.config.items() if key != "colm"},
+            "deepspeed": self.engine.config.deepspeed,
             "colm": self.engine.config.colm.model_dump(),
             "why_not_replay": self.engine.coreset_selector.why_not_replay,
             "first_step": self.first_step,

@@ -77,10 +77,26 @@ def first_failure(message: str | None) -> str | None:
     return broadcast_text(f"rank {dist.get_rank()}: {message}", int(lowest))
 
 
+_STARTED_BY = (
+    {
+        "RANK": "OMPI_COMM_WORLD_RANK",
+        "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+        "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+        "LOCAL_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
+    },
+    {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"},
+)
+"""What mpirun and srun call a process's place; without a MASTER_ADDR it is a single process inside a job."""
+
+
 def single_process_environment() -> None:
-    """Where no launcher started this process, let it be the only rank."""
+    """Take the place that mpirun or srun gave this process; where no launcher started it, let it be the only rank."""
     if "RANK" in os.environ:
         return
+    for names in _STARTED_BY:
+        if "MASTER_ADDR" in os.environ and all(name in os.environ for name in names.values()):
+            os.environ.update({ours: os.environ[theirs] for ours, theirs in names.items()})
+            return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
