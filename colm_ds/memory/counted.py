@@ -19,10 +19,12 @@ class Allocations:
     Attributes:
         peak: highest running sum.
         held: sum at its end: what the call left behind (negative if it freed more than it allocated).
+        largest: the largest single one.
     """
 
     peak: int
     held: int
+    largest: int
 
 
 def counted_allocations(function: Callable[[], Any]) -> Allocations:
@@ -36,8 +38,8 @@ def counted_allocations(function: Callable[[], Any]) -> Allocations:
         trace = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(trace))
         events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-    running = peak = 0
+    running = peak = largest = 0
     for event in sorted(events, key=lambda event: event["args"]["Ev Idx"]):
         running += event["args"]["Bytes"]
-        peak = max(peak, running)
-    return Allocations(peak, running)
+        peak, largest = max(peak, running), max(largest, event["args"]["Bytes"])
+    return Allocations(peak, running, largest)

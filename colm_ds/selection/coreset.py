@@ -220,8 +220,7 @@ class _PoolReader:
             return torch.arange(d, device=device)
         mean = torch.zeros(d, device=device)
         if settings.mask_criterion in ("grad", "weight_grad"):
-            transform = self._history.normalise if self._history else None
-            mean = mean_gradient(gradients, rows, total, self._exchange, transform)
+            mean = mean_gradient(gradients, rows, total, self._exchange, self._history)
         index = torch.zeros(settings.mask_size, dtype=torch.int64, device=device)
         if self._exchange.is_main:
             index = mask_coordinates(

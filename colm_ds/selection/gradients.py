@@ -60,6 +60,10 @@ class LowRankGradients:
         """See `Gradients.columns`."""
         return self._combine(rows, self._directions.columns(index))
 
+    def direction(self, start: int, stop: int) -> Tensor:
+        """Coordinates start to stop of the only direction, float32 `[stop - start]`."""
+        return self._directions.chunk(start, stop)[0]
+
     def _combine(self, rows: Tensor, directions: Tensor) -> Tensor:
         coefficients = self.coefficients[rows]
         num_probes = coefficients.shape[1]

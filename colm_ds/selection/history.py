@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from colm_ds.errors import SelectionError
 from colm_ds.selection.exchange import Exchange
-from colm_ds.selection.gradients import Gradients
+from colm_ds.selection.fused import COORDINATES, can_fuse, compiled_sum
+from colm_ds.selection.gradients import Gradients, LowRankGradients
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}
 """Elements of one [rows, coordinates] chunk: 1 MB in float32 stays in a core's cache, 16 MB keeps a GPU busy."""
-
-Transform = Callable[[Tensor, slice], Tensor]
 
 
 def normalise(gradients: Tensor, m: Tensor, v: Tensor, count: int, betas: tuple[float, float], eps: float) -> Tensor:
@@ -32,11 +31,17 @@ def normalise(gradients: Tensor, m: Tensor, v: Tensor, count: int, betas: tuple[
         betas: beta1 and beta2 of the optimizer.
         eps: eps of the optimizer.
     """
+    of_gradient, of_m, of_square, of_v, eps = moment_factors(count, betas, eps)
+    root = torch.addcmul(v * of_v, gradients, gradients, value=of_square)
+    root.sqrt_().add_(eps)
+    return gradients.mul_(of_gradient).add_(m * of_m).div_(root)
+
+
+def moment_factors(count: int, betas: tuple[float, float], eps: float) -> tuple[float, float, float, float, float]:
+    """Factors of g and m in mhat, of g^2 and v in vhat, and eps, after `count` updates."""
     beta1, beta2 = betas
     first, second = 1.0 - beta1 ** (count + 1), 1.0 - beta2 ** (count + 1)
-    root = torch.addcmul(v * (beta2 / second), gradients, gradients, value=(1.0 - beta2) / second)
-    root.sqrt_().add_(eps)
-    return gradients.mul_((1.0 - beta1) / first).add_(m * (beta1 / first)).div_(root)
+    return (1.0 - beta1) / first, beta1 / first, (1.0 - beta2) / second, beta2 / second, eps
 
 
 class AdamHistory:
@@ -69,6 +74,10 @@ class AdamHistory:
         """u_i from g_i at some coordinates, `[n, w]`; overwrites and returns `gradients`."""
         return normalise(gradients, self.m[where], self.v[where], self.count, self.betas, self.eps)
 
+    def factors(self) -> tuple[float, float, float, float, float]:
+        """See `moment_factors`."""
+        return moment_factors(self.count, self.betas, self.eps)
+
     def update(self, gradients: Gradients, rows: Tensor, total: int, exchange: Exchange) -> None:
         """Take in the selected rows of all processes; nothing happens if there are none.
 
@@ -81,7 +90,14 @@ class AdamHistory:
         if total == 0:
             return
         sums = torch.zeros(2, len(self.m), device=self.m.device)
-        if len(rows):
+        if gradients_of_rank_one(gradients):
+            coefficients = gradients.coefficients[rows, 0].double()
+            factors = coefficients.sum(), coefficients.square().sum()
+            for start, stop in _chunks(len(self.m), rows[:1]):
+                direction = gradients.direction(start, stop)
+                sums[0, start:stop] = direction * factors[0].float()
+                sums[1, start:stop] = direction.square() * factors[1].float()
+        elif len(rows):
             for start, stop in _chunks(len(self.m), rows):
                 chunk = gradients.chunk(rows, start, stop)
                 sums[0, start:stop] = chunk.sum(dim=0)
@@ -112,9 +128,9 @@ class AdamHistory:
 
 
 def mean_gradient(
-    gradients: Gradients, rows: Tensor, total: int, exchange: Exchange, transform: Transform | None = None
+    gradients: Gradients, rows: Tensor, total: int, exchange: Exchange, history: AdamHistory | None = None
 ) -> Tensor:
-    """Mean over the rows of all processes, read in chunks, each transformed first; float64 `[d]`.
+    """Mean over the rows of all processes, Adam-normalised first where there is a history; float64 `[d]`.
 
     Float64 sums of float32 numbers hardly depend on the order, so every world size finds the same largest coordinates,
     also in the first step, when |u| is 1 up to eps and coordinates differ by round-off.
@@ -124,17 +140,44 @@ def mean_gradient(
         rows: this process's rows to average, int64 `[n]`.
         total: rows of all processes.
         exchange: sums over processes.
-        transform: (chunk, its coordinates) -> chunk, for example `AdamHistory.normalise`.
+        history: normalises the rows.
     """
     mean = torch.zeros(gradients.num_coordinates, dtype=torch.float64, device=rows.device)
+    if len(rows) and history is not None and gradients_of_rank_one(gradients) and can_fuse(rows.device):
+        return exchange.sum(fused_sum(gradients, rows, history, compiled_sum())).div_(total)
     if len(rows):
         for start, stop in _chunks(gradients.num_coordinates, rows):
             chunk = gradients.chunk(rows, start, stop)
-            chunk = transform(chunk, slice(start, stop)) if transform else chunk
+            chunk = history.normalise(chunk, slice(start, stop)) if history else chunk
             mean[start:stop] = chunk.sum(dim=0, dtype=torch.float64)
     return exchange.sum(mean).div_(total)
 
 
+def gradients_of_rank_one(gradients: Gradients) -> TypeGuard[LowRankGradients]:
+    """Whether every gradient is a number times the one direction that all share."""
+    return isinstance(gradients, LowRankGradients) and gradients.coefficients.shape[1] == 1
+
+
+def fused_sum(gradients: LowRankGradients, rows: Tensor, history: AdamHistory, kernel: Callable[..., Tensor]) -> Tensor:
+    """Sum of the normalised rows of rank-one gradients, by a kernel that never forms them; float64 `[d]`.
+
+    Args:
+        gradients: with one direction.
+        rows: int64 `[n]`.
+        history: normalises the rows.
+        kernel: `normalised_sum` or what was compiled from it.
+    """
+    d, device = gradients.num_coordinates, rows.device
+    result = torch.empty(d, dtype=torch.float64, device=device)
+    factors = torch.tensor(history.factors(), device=device)
+    coefficients = gradients.coefficients[rows, 0]
+    for start in range(0, d, COORDINATES):
+        stop = min(start + COORDINATES, d)
+        part = slice(start, stop)
+        result[part] = kernel(coefficients, gradients.direction(start, stop), history.m[part], history.v[part], factors)
+    return result
+
+
 def _chunks(num_coordinates: int, rows: Tensor) -> list[tuple[int, int]]:
-    width = max(1, _CHUNK_ELEMENTS.get(rows.device.type, 1 << 18) // len(rows))
+    width = max(1, _CHUNK_ELEMENTS.get(rows.device.type, 1 << 18) // max(1, len(rows)))
     return [(start, min(start + width, num_coordinates)) for start in range(0, num_coordinates, width)]

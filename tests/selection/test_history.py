@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.selection import counted_allocations
 from colm_ds.errors import SelectionError
+from colm_ds.memory.counted import counted_allocations
 from colm_ds.selection import SelectionSettings, Signals, select_coreset
 from colm_ds.selection import history as module
 from colm_ds.selection.exchange import SINGLE_PROCESS
+from colm_ds.selection.fused import normalised_sum
 from colm_ds.selection.gradients import DenseGradients, Gradients, LowRankGradients, finite_rows
-from colm_ds.selection.history import AdamHistory, mean_gradient
+from colm_ds.selection.history import AdamHistory, fused_sum, mean_gradient
 from tests.selection.oracles import FixedDirections, Moments, low_rank_matrix, randn
 
 KINDS = ("low_rank_1", "low_rank_4", "float32", "bfloat16", "float64")
@@ -95,11 +98,11 @@ def test_several_steps_against_dense_float64(kind: str, n: int, d: int) -> None:
         close(history.normalise(gradients.chunk(rows, 0, d), slice(0, d)), u)
         index = torch.arange(0, d, 3)
         close(history.normalise(gradients.columns(rows, index), index), u[:, ::3])
-        close(mean_gradient(gradients, rows, n, SINGLE_PROCESS, history.normalise), u.mean(axis=0))
+        close(mean_gradient(gradients, rows, n, SINGLE_PROCESS, history), u.mean(axis=0))
         close(mean_gradient(gradients, rows, n, SINGLE_PROCESS), matrix.mean(axis=0))
         some = torch.arange(step % n, n, 2)
         close(
-            mean_gradient(gradients, some, len(some), SINGLE_PROCESS, history.normalise),
+            mean_gradient(gradients, some, len(some), SINGLE_PROCESS, history),
             u[some.numpy()].mean(axis=0),
         )
         history.update(gradients, some, len(some), SINGLE_PROCESS)
@@ -161,7 +164,7 @@ def test_inputs_are_left_alone() -> None:
     gradients = DenseGradients(matrix)
     history.update(gradients, torch.arange(6), 6, SINGLE_PROCESS)
     m, v = history.m.clone(), history.v.clone()
-    mean_gradient(gradients, torch.arange(6), 6, SINGLE_PROCESS, history.normalise)
+    mean_gradient(gradients, torch.arange(6), 6, SINGLE_PROCESS, history)
     history.normalise(gradients.columns(torch.arange(6), torch.arange(50)), torch.arange(50))
     assert torch.equal(matrix, kept)
     assert torch.equal(history.m, m)
@@ -219,10 +222,47 @@ def test_a_selection_is_streamed(kind: str) -> None:
         coreset = select_coreset(torch.arange(r) % 4, signals, b, settings=settings, history=history)
         assert coreset.size == b
 
-    peak, largest = counted_allocations(select)
+    counted = counted_allocations(select)
+    peak, largest = counted.peak, counted.largest
     matrix_bytes = r * d * 4
     assert largest < matrix_bytes / 10
     assert largest < 8e6
     assert peak < 64e6
     assert peak > d * 4  # the count does count
     assert history.count == 4
+
+
+def fused_case(n: int, d: int) -> tuple[LowRankGradients, AdamHistory]:
+    """Rank-one gradients and a history of three updates."""
+    gradients = LowRankGradients(randn(n, 1, seed=n), FixedDirections(randn(1, d, seed=d)))
+    history = AdamHistory(d)
+    for _ in range(3):
+        history.update(gradients, torch.arange(0, n, 2), len(range(0, n, 2)), SINGLE_PROCESS)
+    return gradients, history
+
+
+def test_kernel_that_never_forms_the_rows() -> None:
+    gradients, history = fused_case(23, 5000)
+    rows = torch.arange(1, 23)
+    close(
+        fused_sum(gradients, rows, history, normalised_sum) / len(rows),
+        mean_gradient(gradients, rows, len(rows), SINGLE_PROCESS, history).numpy(),
+    )
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler, which torch.compile needs on a CPU")
+def test_compiled_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled once for all sizes and steps; on a CPU here, as Triton compiles the same function for a GPU."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    kernel = torch.compile(normalised_sum, dynamic=True)
+    torch._dynamo.utils.counters.clear()
+    for n, d in ((23, 5000), (40, 3000)):
+        gradients, history = fused_case(n, d)
+        rows = torch.arange(n)
+        for _ in range(2):
+            close(
+                fused_sum(gradients, rows, history, kernel),
+                fused_sum(gradients, rows, history, normalised_sum).numpy(),
+            )
+            history.update(gradients, rows, n, SINGLE_PROCESS)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
