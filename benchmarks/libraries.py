@@ -14,6 +14,7 @@ import argparse
 import importlib
 import json
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "libraries.json", help="result file")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ["NUMBA_NUM_THREADS"] = "1"  # apricot's; all arms have one thread
     arms = {name: pick for name, (pick, package) in ARMS.items() if package is None or installed(name)}
     rows = [row for n in map(int, options.sizes.split(",")) for row in compare(arms, n, options.repeats)]
     versions = {name: metadata.version(package) for name, (_, package) in ARMS.items() if package and name in arms}
