@@ -73,6 +73,8 @@ class Trial:
         self.broken: list[str] = []
         self.victims: Counter[str] = Counter()
         self.lost: list[int] = []
+        self.typical_s = 0.0
+        """Seconds of a start that is left alone: kills come within this time."""
         self.recipe = self._write_recipe()
 
     def run(self) -> dict[str, Any]:
@@ -80,11 +82,11 @@ class Trial:
         if not self.options.launcher:
             preload()
         started = time.monotonic()
-        whole_s = self._uninterrupted()
+        whole_s = self.typical_s = self._uninterrupted()
         kills = runs = 0
         while kills < self.options.kills:
             folder = self.scratch / f"run_{runs}"
-            kills += self._until_finished(folder, self.options.kills - kills, whole_s)
+            kills += self._until_finished(folder, self.options.kills - kills)
             runs += 1
             self._compare(folder)
             shutil.rmtree(folder)
@@ -98,6 +100,11 @@ class Trial:
             "uninterrupted_run_s": whole_s,
             "total_s": time.monotonic() - started,
         }
+
+    def _break(self, what: str) -> None:
+        """Note a broken promise."""
+        print(f"BROKEN: {what}\n{self._log()}", flush=True)
+        self.broken.append(what)
 
     def _write_recipe(self) -> Path:
         from colm_ds.data.generated import write_mixture
@@ -129,13 +136,14 @@ class Trial:
             raise SystemExit(f"the uninterrupted run ended with {codes}: {self._log()}")
         return time.monotonic() - start
 
-    def _until_finished(self, folder: Path, most: int, whole_s: float) -> int:
+    def _until_finished(self, folder: Path, most: int) -> int:
         """Start one run again and again; how many kills it took."""
         kills = 0
         while True:
+            begun = time.monotonic()
             processes = self._start(folder)
             doomed = kills < most
-            moment = time.monotonic() + self.random.uniform(0.0, whole_s)
+            moment = begun + self.random.uniform(0.0, self.typical_s)
             while doomed and time.monotonic() < moment and any(process.poll() is None for process in processes):
                 time.sleep(0.002)
             if doomed and any(process.poll() is None for process in processes):
@@ -143,11 +151,14 @@ class Trial:
                 self._kill(processes)
                 self._wait_for_the_rest(processes)
                 self._look(folder)
+                if finished(folder):  # the kill came between the last file and the end of the process
+                    return kills
                 continue
             codes = [process.wait() for process in processes]
+            self.typical_s = min(self.typical_s, 1.2 * (time.monotonic() - begun))
             if not any(codes):
                 return kills
-            self.broken.append(f"a start that was not killed ended with {codes}: {self._log()}")
+            self._break(f"a start that was not killed ended with {codes}: {self._log()}")
             if len(self.broken) > 5:
                 raise SystemExit("\n".join(self.broken))
 
@@ -192,19 +203,25 @@ class Trial:
         return found
 
     def _wait_for_the_rest(self, processes: list[Any]) -> None:
-        """Nothing may stay behind."""
+        """Nothing may stay behind; without the launcher its part is played here: SIGTERM to the ranks that are left."""
+        if not self.options.launcher:
+            time.sleep(1.0)
+            for process in processes:
+                if process.poll() is None:
+                    os.kill(process.pid, signal.SIGTERM)
         deadline = time.monotonic() + PATIENCE_S
         for process in processes:
             while process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.01)
         alive = self._family
         while alive and time.monotonic() < deadline:
-            alive = [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+            alive = [one for one in alive if is_alive(one)]
             time.sleep(0.01)
         if alive:
-            self.broken.append(f"still running {PATIENCE_S:g} s after a kill: {[one.cmdline() for one in alive]}")
+            self._break(f"still running {PATIENCE_S:g} s after a kill: {alive}")
             for one in alive:
-                one.kill()
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
 
     def _look(self, folder: Path) -> None:
         """The newest checkpoint is whole, and not older than the last save."""
@@ -216,21 +233,24 @@ class Trial:
         try:
             found = checkpoint.find(folder / "checkpoints")
         except CheckpointError as error:
-            self.broken.append(f"no checkpoint loads: {error}")
+            self._break(f"no checkpoint loads: {error}")
             return
         step = found.step if found else 0
         if found and found.passed_over:
-            self.broken.append(f"a checkpoint that is not whole: {found.passed_over}")
+            self._break(f"a checkpoint that is not whole: {found.passed_over}")
         if step < (logged - 1) // SAVE_EVERY * SAVE_EVERY:
-            self.broken.append(f"{logged} steps done, but the checkpoint has {step}")
+            self._break(f"{logged} steps done, but the checkpoint has {step}")
         self.lost.append(max(0, logged - step))
 
     def _compare(self, folder: Path) -> None:
-        for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
-            if (folder / name).read_bytes() != (self.scratch / "whole" / name).read_bytes():
-                self.broken.append(f"{name} is not that of the uninterrupted run")
+        for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/README.md"):
+            whole = self.scratch / "whole" / name
+            if not (folder / name).exists() or (
+                name[-2:] != "md" and (folder / name).read_bytes() != whole.read_bytes()
+            ):
+                self._break(f"{name} is not that of the uninterrupted run")
         if steps_of(folder) != steps_of(self.scratch / "whole"):
-            self.broken.append("metrics.jsonl is not that of the uninterrupted run")
+            self._break("metrics.jsonl is not that of the uninterrupted run")
 
     def _log(self) -> str:
         log = self.scratch / "log.txt"
@@ -289,6 +309,20 @@ def preload() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
     import colm_ds.training  # noqa: F401
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a process runs, and is not only waiting to be buried."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def finished(folder: Path) -> bool:
+    """Whether the run's last file is there."""
+    summary = folder / "summary.json"
+    return summary.exists() and json.loads(summary.read_text())["status"] == "finished"
 
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:

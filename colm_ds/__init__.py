@@ -13,9 +13,10 @@ _LAZY = {
     "initialize": "colm_ds.engine",
     "CoLMEngine": "colm_ds.engine",
     "CoresetSelector": "colm_ds.coreset_selector",
+    "example_losses": "colm_ds.integrations.plain_loop",
 }
 
-__all__ = ["CoLMEngine", "CoresetSelector", "__version__", "initialize"]
+__all__ = ["CoLMEngine", "CoresetSelector", "__version__", "example_losses", "initialize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_report(commands)
     _add_export(commands)
+    _add_preview(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -88,6 +89,31 @@ def _export(options: argparse.Namespace) -> None:
     step = "" if done.step is None else f" after step {done.step}"
     print(f"{done.num_tensors} trained tensors{step}, from {done.source}")
     print(f"{done.folder}: {done.kind} in {done.dtype}")
+
+
+def _add_preview(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "preview",
+        help="what a recipe would train on: sources, lengths, examples, one selected coreset",
+        description="Show without training: sources with counts and which are small, lengths, examples with the "
+        "trained tokens between >>> and <<<, and what is kept of the first large batch, from which source and why.",
+    )
+    command.add_argument("recipe", help="YAML file")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    command.add_argument("--examples", type=int, default=3, help="examples to show (default: 3)")
+    command.add_argument("--no-coreset", action="store_true", help="do not load the model and select")
+    command.set_defaults(run=_preview)
+
+
+def _preview(options: argparse.Namespace) -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is trained here
+    from colm_ds.models import quiet_libraries
+    from colm_ds.preview import preview
+    from colm_ds.recipe import load_recipe
+
+    quiet_libraries()
+    recipe = load_recipe(options.recipe, options.overrides)
+    print(preview(recipe, num_examples=options.examples, with_coreset=not options.no_coreset))
 
 
 if __name__ == "__main__":

@@ -72,7 +72,11 @@ class ColmConfig(Section):
 
     large_batch_size: int = Field(ge=1, description="r: examples looked at in every step")
     coreset_size: int | None = Field(None, ge=1, description="b: examples trained on; default: train_batch_size")
-    selector: str = Field("colm", description="colm, random, keep_random or full")
+    selector: str = Field(
+        "colm",
+        description="colm; random, keep_random, full (plain training on b, small sources kept, all r); or a baseline: "
+        "big_loss, gradient_norm, middle_perplexity, completion_length, least_confidence, hidden_medoids",
+    )
     small_sources: Literal["auto", "none"] | list[str | int] = Field(
         "auto", description="kept whole: auto (fewer than |V|/c examples), none, or a list of names or ids"
     )

@@ -10,13 +10,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from colm_ds.config import ColmConfig
+from colm_ds.accumulation import loss_scale
+from colm_ds.config import ColmConfig, resolve_config
 from colm_ds.data.micro_batch import make_micro_batch
+from colm_ds.data.shares import gather_large_batch, read_examples
+from colm_ds.data.sources import known_counts, small_source_ids
 from colm_ds.distributed.assign import micro_batches
-from colm_ds.distributed.exchange import broadcast_coreset
-from colm_ds.errors import ConfigError
+from colm_ds.distributed.exchange import broadcast_coreset, make_exchange
+from colm_ds.errors import ConfigError, SelectionError
 from colm_ds.memory.meter import GIB, Meter, free_bytes
 from colm_ds.probe.architecture import Architecture, find_architecture
 from colm_ds.probe.estimators import Estimator
@@ -33,9 +37,9 @@ from colm_ds.selection import (
     SelectorContext,
     Signals,
     make_selector,
-    split_sources,
+    signal_of,
 )
-from colm_ds.types import Coreset, LargeBatch
+from colm_ds.types import Coreset, Example, LargeBatch, SourcedDataset
 
 logger = logging.getLogger(__name__)
 
@@ -44,29 +48,26 @@ _PROBE_TOKENS_CPU = 2048
 """Padded tokens of a micro-batch of the probe; on a CPU larger ones leave its caches (benchmarks/README.md)."""
 
 
-def small_source_ids(config: ColmConfig, source_counts: Mapping[str, int]) -> list[int]:
-    """Ids of the sources whose examples are all kept.
+def selection_config(config: ColmConfig | Mapping[str, Any], num_processes: int = 1) -> ColmConfig:
+    """Check the `"colm"` section outside a DeepSpeed configuration.
 
     Args:
-        config: `small_sources` in it is `auto`, `none`, or a list of names or ids.
-        source_counts: examples of every source in the dataset; ids follow its order.
+        config: keys and values; a `ColmConfig` with `coreset_size` filled in passes through.
+        num_processes: W.
 
     Raises:
-        ConfigError: if a listed source is not in the dataset.
+        ConfigError: listing every problem.
     """
-    names = list(source_counts)
-    if config.small_sources == "none":
-        return []
-    if config.small_sources == "auto":
-        return [names.index(name) for name in split_sources(source_counts)[0]]
-    # A number names the source that is called so in the data; where no source is called so, it is an id.
-    ids = [names.index(str(source)) if str(source) in names else source for source in config.small_sources]
-    unknown = [source for source in ids if not isinstance(source, int) or not 0 <= source < len(names)]
-    if unknown:
-        raise ConfigError(
-            f"colm.small_sources: {unknown} not in the dataset. Its sources: " + ", ".join(map(repr, names)) + "."
-        )
-    return sorted({int(source) for source in ids})
+    if isinstance(config, ColmConfig) and config.coreset_size is not None:
+        return config
+    section = config.model_dump(exclude_unset=True) if isinstance(config, ColmConfig) else dict(config)
+    if section.get("replay", "off") not in ("off", "auto", False):
+        raise ConfigError(f"colm.replay = {section['replay']!r}: needs the step of colm_ds.initialize. Remove it.")
+    section["replay"] = "off"  # nobody would train from the states
+    try:
+        return resolve_config({"colm": section}, num_processes).colm
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("the DeepSpeed configuration", "the colm configuration")) from None
 
 
 class CoresetSelector:
@@ -74,6 +75,8 @@ class CoresetSelector:
 
     Attributes:
         small: ids of the small sources.
+        source_names: names of all sources, by id.
+        step_count: step of the last large batch.
         selector: the selector in use.
         plain: the selector of the schedule's plain steps, a random b of r.
         signal_bytes: payload of the last step's exchange of signals.
@@ -84,35 +87,51 @@ class CoresetSelector:
     def __init__(
         self,
         model: nn.Module,
-        config: ColmConfig,
-        source_counts: Mapping[str, int],
+        config: ColmConfig | Mapping[str, Any],
+        source_counts: Mapping[str, int] | Sequence[str] | SourcedDataset | None = None,
         *,
-        device: torch.device,
-        exchange: Exchange = SINGLE_PROCESS,
+        optimizer: torch.optim.Optimizer | None = None,
+        device: torch.device | None = None,
+        exchange: Exchange | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        equal_counts: bool = False,
-        rank: int = 0,
+        equal_counts: bool | None = None,
+        rank: int | None = None,
         mean_length: float = 0.0,
     ) -> None:
         """Prepare for a model and a dataset.
 
         Args:
-            model: the module that a forward goes through; wrapped by DeepSpeed or PEFT or bare.
-            config: the `"colm"` section, `coreset_size` filled in.
-            source_counts: examples of every source in the dataset, in the order of their ids.
-            device: where the model runs.
-            exchange: the ranks that share the large batch.
+            model: the module that a forward goes through; wrapped by DDP, DeepSpeed or PEFT or bare.
+            config: the `"colm"` section: keys and values, or a `ColmConfig` with `coreset_size` filled in.
+            source_counts: examples of every source in the dataset, in the order of their ids, or the dataset; names are
+                enough where `small_sources` is not `auto`, and None where the selection does not look at sources.
+            optimizer: what trains the model: its betas and eps go over those given here.
+            device: where the model runs; default: where its parameters are.
+            exchange: the ranks that share the large batch; default: the process group, if there is one.
             betas: beta1 and beta2 of the optimizer.
             eps: eps of the optimizer.
-            equal_counts: give every rank the same number of probe forwards (ZeRO-3 gathers weights in each).
-            rank: this rank.
+            equal_counts: give every rank the same number of probe forwards (ZeRO-3 gathers weights in each); default:
+                if the model's parameters are cut up by ZeRO-3.
+            rank: this rank; default: that in the process group.
             mean_length: mean tokens of an example, from which the memory of a replay is estimated.
 
         Raises:
             ProbeError: if the selector needs a signal that the probe can not read from this model.
-            ConfigError: if a listed small source is not in the dataset.
+            ConfigError: if the configuration can not work or a listed small source is not in the dataset.
         """
+        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        device = device if device is not None else next(model.parameters()).device
+        exchange = exchange if exchange is not None else make_exchange(device)
+        if optimizer is not None:
+            group = optimizer.param_groups[0]
+            betas, eps = group.get("betas", betas), group.get("eps", eps)
+        if equal_counts is None:
+            equal_counts = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+        if rank is None:
+            rank = dist.get_rank() if exchange.num_processes > 1 else 0
+        config = selection_config(config, exchange.num_processes)
+        counts = known_counts(config, source_counts)
         assert config.coreset_size is not None
         self._model = model
         self._config = config
@@ -120,8 +139,11 @@ class CoresetSelector:
         self._exchange = exchange
         self._equal_counts = equal_counts
         self._rank = rank
-        self._num_sources = len(source_counts)
-        self.small = small_source_ids(config, source_counts)
+        self.source_names = list(counts)
+        self._source_key = None if source_counts is None else "source"
+        self.step_count = 0
+        self._batch: LargeBatch | None = None
+        self.small = small_source_ids(config, counts)
         architecture = find_architecture(model) if self._needs_probe(config) else None
         settings = SelectionSettings(
             metric=config.metric,
@@ -143,15 +165,31 @@ class CoresetSelector:
         self._trunk_dtype = torch.bfloat16 if config.probe.dtype == "bfloat16" else None
         self._store = self._make_store(mean_length)
         if architecture is not None:
-            self._estimator = make_estimator(config.probe, architecture, device, seed=config.seed, beta2=betas[1])
+            self._estimator = make_estimator(
+                config.probe,
+                architecture,
+                device,
+                seed=config.seed,
+                beta2=betas[1],
+                signal=self.selector.signal or "gradient",
+            )
 
-    def __call__(self, batch: LargeBatch, meter: Meter | None = None) -> Coreset:
+    def __call__(self, batch: LargeBatch | Sequence[Any] | Mapping[str, Any], meter: Meter | None = None) -> Coreset:
         """The coreset of a large batch, the same on every rank.
 
         Args:
-            batch: the large batch as this rank sees it.
+            batch: this rank's examples, a list of records or a padded batch (`colm_ds.data.shares.read_examples`): a
+                position in the large batch then counts through the ranks' examples in the order of the ranks, and the
+                step is the one after the last. Or the large batch as this rank sees it.
             meter: times the phases probe, exchange and select.
+
+        Raises:
+            DataError: on every rank, if the examples of any can not be read.
+            SelectionError: on every rank, if there are fewer examples than b.
         """
+        if not isinstance(batch, LargeBatch):
+            batch = self._gather(batch)
+        self._batch, self.step_count = batch, batch.step
         meter = meter or Meter(self._device)
         self.signal_bytes, self.replay = 0, None
         if self._store is not None:
@@ -174,6 +212,23 @@ class CoresetSelector:
             self._estimator.update(coreset, self._exchange)
         return coreset
 
+    def share(self, coreset: Coreset) -> tuple[list[int], Tensor]:
+        """What this rank trains of the last coreset, where each trains its own examples.
+
+        Args:
+            coreset: what the last call chose.
+
+        Returns:
+            Places among the examples that this rank passed, and a factor for the mean token loss of each, float32: the
+            gradient of the sum of the products, averaged over ranks as DDP and DeepSpeed do, is that of the step.
+        """
+        batch = self._batch
+        assert batch is not None, "share: call the selector first"
+        chosen = [position for position in coreset.positions.tolist() if int(batch.home[position]) == self._rank]
+        scale = loss_scale(batch, coreset, self._config.loss_normalization) * self._exchange.num_processes
+        first = int((batch.home < self._rank).sum())
+        return [position - first for position in chosen], (scale * batch.num_label_tokens)[chosen].to(self._device)
+
     def selects(self, step: int) -> bool:
         """Whether the configured selector runs in this step, and not the schedule's plain one."""
         return self._config.schedule.selects(step)
@@ -183,7 +238,7 @@ class CoresetSelector:
         if self._estimator is None or not self.selects(batch.step):
             return torch.empty(0, dtype=torch.int64)
         config = self._config
-        kept = torch.isin(batch.sources, torch.tensor(self.small, dtype=torch.int64))
+        kept = self._kept_anyway(batch)
         picks = (config.coreset_size or 0) - int(kept.sum())
         if picks <= 0:
             return torch.empty(0, dtype=torch.int64)
@@ -195,21 +250,34 @@ class CoresetSelector:
         return rest[torch.randperm(len(rest), generator=generator)[:count]].sort().values
 
     def state_dict(self) -> dict[str, Any]:
-        """History of the selector and of the estimator; on rank 0 it is complete."""
+        """Last step, history of the selector and of the estimator; on rank 0 it is complete."""
         estimator = self._estimator.state_dict() if self._estimator else {}
-        return {"selector": self.selector.state_dict(), "estimator": estimator}
+        return {"step": self.step_count, "selector": self.selector.state_dict(), "estimator": estimator}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore both histories; every rank is given rank 0's."""
+        """Restore step and histories; every rank is given rank 0's."""
+        self.step_count = state.get("step", 0)
         self.selector.load_state_dict(state["selector"])
         if self._estimator and state["estimator"]:
             self._estimator.load_state_dict(state["estimator"])
+
+    def _gather(self, examples: Sequence[Any] | Mapping[str, Any]) -> LargeBatch:
+        def read() -> list[Example]:
+            return read_examples(examples, self.source_names, self._source_key)
+
+        batch = gather_large_batch(read, self.step_count + 1, self._rank, self._exchange)
+        if batch.size < (self._config.coreset_size or 0):
+            raise SelectionError(
+                f"step {batch.step}: {batch.size} examples, fewer than coreset_size = {self._config.coreset_size}. "
+                "Leave out the last, smaller batch of an epoch (drop_last=True)."
+            )
+        return batch
 
     def _select(self, batch: LargeBatch, signals: Signals, estimator: Estimator) -> Coreset:
         if estimator.is_local:
             return self.selector.select(batch, signals, self._exchange)
         coreset = self.selector.select(batch, signals, SINGLE_PROCESS) if self._exchange.is_main else None
-        return broadcast_coreset(coreset, self._config.coreset_size or 0, self._num_sources, self._exchange)
+        return broadcast_coreset(coreset, self._config.coreset_size or 0, len(self.source_names), self._exchange)
 
     def _probe(self, batch: LargeBatch, estimator: Estimator) -> None:
         """Run the trunk and the tail over the examples whose signal is needed; with replay the trunk over all."""
@@ -231,9 +299,14 @@ class CoresetSelector:
         probed = self.probed_positions(batch)
         if self._config.probe.sample == 1.0 or len(probed) == 0:
             return None
-        unprobed = ~torch.isin(batch.sources, torch.tensor(self.small, dtype=torch.int64))
+        unprobed = ~self._kept_anyway(batch)
         unprobed[probed] = False
         return unprobed
+
+    def _kept_anyway(self, batch: LargeBatch) -> Tensor:
+        """Examples that the selector keeps without looking at them, bool `[r]`."""
+        small = self.small if self.selector.keeps_small else []
+        return torch.isin(batch.sources, torch.tensor(small, dtype=torch.int64))
 
     def _plan(self, batch: LargeBatch, wanted: Tensor) -> Sequence[Sequence[int]]:
         """This rank's micro-batches of the wanted examples."""
@@ -308,7 +381,7 @@ class CoresetSelector:
 
     @staticmethod
     def _needs_probe(config: ColmConfig) -> bool:
-        return config.selector == "colm"
+        return signal_of(config.selector) is not None
 
     @staticmethod
     def _mask_size(config: ColmConfig, architecture: Architecture | None) -> int | None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from colm_ds import checkpoint
 from colm_ds.config import load_config, resolve_config
-from colm_ds.data import InstructionDataset, load_instructions, split_holdout
+from colm_ds.data import InstructionDataset
 from colm_ds.data.loader import source_counts
 from colm_ds.distributed.agreement import broadcast_text, single_process_environment, together
 from colm_ds.distributed.exchange import make_exchange
@@ -35,7 +35,9 @@ from colm_ds.model_card import ADAPTER, MODEL, write_model_card
 from colm_ds.models import load_model, load_tokenizer, precision_sections, quiet_libraries
 from colm_ds.probe.architecture import find_architecture
 from colm_ds.recipe import LrScheduleConfig, Recipe, load_recipe
+from colm_ds.run_data import load_data
 from colm_ds.run_start import CHECKPOINTS, may_restart, where_to_start
+from colm_ds.selection import signal_of
 from colm_ds.tracking import RunFolder, describe_environment, read_metrics, summarise
 from colm_ds.types import StepStats
 
@@ -158,6 +160,7 @@ class Run:
     def train(self) -> int:
         """All steps, then the evaluation, the summary and the trained weights; the process's exit code."""
         recipe, started = self.recipe, time.perf_counter()
+        self.stop.listen()
         if self.folder:
             self.folder.write("config.json", self._describe())
         if self.stop.agreed(self.device):
@@ -240,10 +243,11 @@ class Run:
         if self.folder:
             self.folder.close()
             steps = [entry for entry in read_metrics(self.folder.path / "metrics.jsonl") if "loss" in entry]
-            summary = {"status": "finished", **summarise(steps, peaks), "heldout": self.last_heldout}
+            summary = {"status": "unfinished", **summarise(steps, peaks), "heldout": self.last_heldout}
             summary |= {"exact_match": answers, "wall_s": time.perf_counter() - started}
             self.folder.write("summary.json", summary)
             write_model_card(weights, folder, kind=ADAPTER if self.recipe.lora else MODEL)
+            self.folder.write("summary.json", {**summary, "status": "finished"})  # the last file of a run
             print(f"{self.recipe.name}: {self.recipe.steps} steps done, written to {self.recipe.output_dir}")
 
     def _go_on(self, start: checkpoint.Found | None) -> int:
@@ -278,38 +282,15 @@ class Run:
 
     def _checked_model(self) -> nn.Module:
         model = load_model(self.recipe, self.tokenizer)
-        if self.recipe.colm.selector == "colm":
+        if signal_of(self.recipe.colm.selector) is not None:
             find_architecture(model)
         return model
 
     def _load_data(self) -> tuple[InstructionDataset, InstructionDataset | None]:
         """Training and held-out data; rank 0 tokenises first, so that the others find its cache."""
-        recipe = self.recipe
-
-        def load(paths: Any, limit: int | None) -> InstructionDataset:
-            data = recipe.data
-            cache = None if data.cache_dir is None else Path(data.cache_dir).expanduser()
-            return load_instructions(
-                paths,
-                self.tokenizer,
-                data.max_length,
-                source_key=data.source_key,
-                cache_dir=cache,
-                limit=limit,
-                seed=recipe.seed,
-            )
 
         def load_all() -> tuple[InstructionDataset, InstructionDataset | None]:
-            train = load(recipe.data.train, recipe.data.limit)
-            heldout = load(recipe.data.heldout, None) if recipe.data.heldout is not None else None
-            if recipe.data.holdout_per_source:
-                train, heldout = split_holdout(train, per_source=recipe.data.holdout_per_source, seed=recipe.seed)
-            if recipe.colm.large_batch_size > len(train):
-                raise ConfigError(
-                    f"colm.large_batch_size = {recipe.colm.large_batch_size}: more than the {len(train)} examples of "
-                    "data.train. Choose fewer, or add data."
-                )
-            return train, heldout
+            return load_data(self.recipe, self.tokenizer)
 
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             loaded = together(load_all, self.device)

@@ -17,7 +17,8 @@ LAYERS = (
     {"config", "deepspeed_config", "recipe", "families", "models", "probe", "distributed", "data", "random_state"},
     {"engine", "coreset_selector", "training_loss", "accumulation", "faults", "resume"}
     | {"export", "checkpoint", "memory", "evaluation"},
-    {"tracking", "report", "run_start", "training", "cli", "export_run", "model_card", "integrations"},
+    {"tracking", "report", "run_data", "run_start", "preview", "sweep", "training"}
+    | {"cli", "export_run", "model_card", "integrations"},
     {"__init__", "__main__"},
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

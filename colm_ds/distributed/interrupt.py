@@ -28,14 +28,20 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        """Install the signal handlers (main thread only); repeated signals change nothing."""
+        """Start watching the launcher; signals end the process as ever until `listen`."""
         self.reason = ""
-        for number in _SIGNALS:
-            signal.signal(number, self._note)
         self._launcher = _launcher()
         self._launchers_parent = _parent(self._launcher) if self._launcher else None
         if self._launcher:
             _signal_when_parent_dies()
+
+    def listen(self) -> None:
+        """From here on signals are noted (main thread only); further ones change nothing.
+
+        Before that there is nothing to save, and a handler in Python would not run while ranks wait for each other.
+        """
+        for number in _SIGNALS:
+            signal.signal(number, self._note)
 
     def agreed(self, device: torch.device) -> bool:
         """Whether any rank wants to stop; all ranks call it together.

@@ -8,14 +8,21 @@ from colm_ds.config import ProbeConfig
 from colm_ds.probe.architecture import Architecture
 from colm_ds.probe.estimators import Estimator
 from colm_ds.probe.exact import ExactEstimator
+from colm_ds.probe.scores import ScoreEstimator
 from colm_ds.probe.sketch import SketchEstimator
 from colm_ds.probe.spsa import SpsaEstimator
 
 
 def make_estimator(
-    config: ProbeConfig, architecture: Architecture, device: torch.device, *, seed: int, beta2: float
+    config: ProbeConfig,
+    architecture: Architecture,
+    device: torch.device,
+    *,
+    seed: int,
+    beta2: float,
+    signal: str = "gradient",
 ) -> Estimator:
-    """The estimator that the `"probe"` section asks for.
+    """The estimator that the `"probe"` section asks for, or the one of a baseline's score.
 
     Args:
         config: the section.
@@ -23,7 +30,10 @@ def make_estimator(
         device: where the model runs.
         seed: seed of the run.
         beta2: of the optimizer in use.
+        signal: what the selector wants: "gradient", or one of `SCORES`.
     """
+    if signal != "gradient":
+        return ScoreEstimator(architecture, device, signal)
     every_step = config.refresh == "step"
     if config.estimator == "exact":
         return ExactEstimator(architecture, device)

@@ -87,11 +87,15 @@ def _first_position(hidden: Tensor) -> Tensor:
     return hidden[:, :1]
 
 
-def tail_losses(architecture: Architecture, tail: TailInput) -> Tensor:
-    """Mean loss over the labelled tokens of every example, in nats, float32 `[batch]`.
+def labelled_hidden(architecture: Architecture, tail: TailInput) -> Tensor:
+    """Hidden states after the final norm at labelled positions, `[num_labels, hidden]`.
 
-    Runs the last layer's attention on all positions; its MLP, the norm and the head on labelled ones, as nothing behind
-    the attention mixes positions. Hooks on the layer's modules apply.
+    Runs the last layer's attention on all positions; its MLP and the norm on labelled ones, as nothing behind the
+    attention mixes positions. Hooks on the layer's modules apply.
+
+    Args:
+        architecture: the model's parts.
+        tail: what enters the last layer.
     """
     batch = tail.batch
     mlp = architecture.last_layer.mlp
@@ -104,13 +108,19 @@ def tail_losses(architecture: Architecture, tail: TailInput) -> Tensor:
     with patched_forwards({mlp: labelled_mlp}):  # type: ignore[dict-item]
         output = architecture.last_layer(tail.hidden, *tail.args, **tail.kwargs)
     output = output[0] if isinstance(output, tuple) else output
-    hidden = architecture.norm(output[batch.rows, batch.positions])
-    head = architecture.head
+    hidden: Tensor = architecture.norm(output[batch.rows, batch.positions])
+    return hidden
+
+
+def tail_losses(architecture: Architecture, tail: TailInput) -> Tensor:
+    """Mean loss over the labelled tokens of every example, in nats, float32 `[batch]`; see `labelled_hidden`."""
+    batch, head = tail.batch, architecture.head
     plain_head: Callable[[Tensor], Tensor] = head.forward
 
     def loss_head(states: Tensor) -> Tensor:
         return token_losses(plain_head, states, batch.targets, architecture.vocabulary_size)
 
+    hidden = labelled_hidden(architecture, tail)
     with patched_forwards({head: loss_head}):
         losses = head(hidden)
     return sums_by_row(losses, batch.rows, len(batch.counts)) / batch.counts.clamp_min(1.0)

@@ -42,6 +42,19 @@ def token_losses(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tens
     return torch.cat([part for part in parts if part is not None])
 
 
+def in_chunks(function: Callable[[Tensor], Tensor], hidden: Tensor, vocabulary_size: int) -> Tensor:
+    """Apply a function that passes through logits to a chunk of positions at a time, without gradients.
+
+    Args:
+        function: maps `[n, hidden]` to one number for each row, `[n]`.
+        hidden: `[n, hidden]`.
+        vocabulary_size: width of the logits in between.
+    """
+    size = max(1, _CHUNK_LOGITS // vocabulary_size)
+    with torch.no_grad():
+        return torch.cat([function(part) for part in hidden.split(size)])
+
+
 def sums_by_row(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     """Sum of the values of every row, `[num_rows]`."""
     return torch.zeros(num_rows, dtype=values.dtype, device=values.device).index_add(0, rows, values)

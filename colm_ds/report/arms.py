@@ -27,7 +27,7 @@ _NOT_THE_METHOD = {
         "overwrite",
         "cache_dir",
     ),
-    "save_every",
+    *("save_every", "keep_last", "resume", "verbose"),
 }
 
 _LARGEST = ("probe_gib", "train_gib", "peak_gib")  # of several seeds the largest counts, not the mean

@@ -6,7 +6,8 @@ from colm_ds.selection.facility_location import Medoids, facility_location, pair
 from colm_ds.selection.gradients import DenseGradients, Gradients, LowRankGradients, finite_rows
 from colm_ds.selection.history import AdamHistory
 from colm_ds.selection.mask import mask_coordinates
-from colm_ds.selection.selectors import SELECTORS, Selector, SelectorContext, make_selector
+from colm_ds.selection.registry import SELECTORS, make_selector, signal_of
+from colm_ds.selection.selectors import Selector, SelectorContext
 from colm_ds.selection.sources import coreset_quotas, share_out, split_sources
 from colm_ds.selection.weights import cluster_weights, matched_weights
 
@@ -34,5 +35,6 @@ __all__ = [
     "pairwise_similarity",
     "select_coreset",
     "share_out",
+    "signal_of",
     "split_sources",
 ]

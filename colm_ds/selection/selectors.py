@@ -1,4 +1,4 @@
-"""Selectors by name: CoLM and the baselines that need no signal. A new one is a class and a line in `SELECTORS`."""
+"""What a selector is; CoLM's, and those that need no signal."""
 
 from __future__ import annotations
 
@@ -41,10 +41,12 @@ class Selector(Protocol):
     """Chooses a coreset of every large batch.
 
     Attributes:
-        needs_signals: whether the probe has to run before `select`.
+        signal: what the probe has to find out before `select`: "gradient", one of `probe.scores.SCORES`, or None.
+        keeps_small: whether all examples of small sources are kept, so that theirs need not be found out.
     """
 
-    needs_signals: bool
+    signal: str | None
+    keeps_small: bool
 
     def select(self, batch: LargeBatch, signals: Signals | None, exchange: Exchange) -> Coreset:
         """The coreset of one large batch."""
@@ -62,7 +64,8 @@ class Selector(Protocol):
 class ColmSelector:
     """All examples of small sources and the medoids of the others (CoLM, algorithm 1)."""
 
-    needs_signals = True
+    signal: str | None = "gradient"
+    keeps_small = True
 
     def __init__(self, context: SelectorContext) -> None:
         self._context = context
@@ -109,7 +112,8 @@ class ColmSelector:
 class _Stateless:
     """Base of selectors that choose from seed and step alone."""
 
-    needs_signals = False
+    signal: str | None = None
+    keeps_small = False
 
     def __init__(self, context: SelectorContext) -> None:
         self._context = context
@@ -158,25 +162,6 @@ class FullSelector(_Stateless):
     def select(self, batch: LargeBatch, signals: Signals | None, exchange: Exchange) -> Coreset:
         """All positions."""
         return _uniform(torch.arange(batch.size))
-
-
-SELECTORS: dict[str, type[ColmSelector] | type[_Stateless]] = {
-    "colm": ColmSelector,
-    "random": RandomSelector,
-    "keep_random": KeepRandomSelector,
-    "full": FullSelector,
-}
-
-
-def make_selector(name: str, context: SelectorContext) -> Selector:
-    """The selector of that name.
-
-    Raises:
-        SelectionError: if there is none.
-    """
-    if name not in SELECTORS:
-        raise SelectionError(f"selector {name!r} is unknown. Choose one of {', '.join(SELECTORS)}.")
-    return SELECTORS[name](context)  # type: ignore[return-value]
 
 
 def _uniform(positions: Tensor, num_kept: int = 0, num_dropped_small: int = 0) -> Coreset:

@@ -176,6 +176,45 @@ def test_plain_steps_of_the_schedule(outcomes: Runner) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize(
+    "selector",
+    ["big_loss", "gradient_norm", "middle_perplexity", "completion_length", "least_confidence", "hidden_medoids"],
+)
+def test_baselines_choose_alike_on_any_number_of_ranks(selector: str, outcomes: Runner, data: list[Record]) -> None:
+    """Of all examples, also those of small sources; no history, no quotas."""
+    case = Case(selector, colm={"selector": selector}, steps=3)
+    cut_up = dataclasses.replace(case, stage=3, zero=NOTHING_PERSISTS)
+    one = outcomes(case, 1)[0]
+    assert [seen.chosen for seen in outcomes(cut_up, 2)] == [one.chosen] * 2
+    for step in one.steps:
+        assert len(set(step.chosen)) == CORESET
+        assert step.stats["examples_probed"] == (0 if selector == "completion_length" else LARGE)
+        assert step.stats["coreset"]["kept_small"] == 0
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("selector", ["big_loss", "middle_perplexity", "completion_length"])
+def test_baselines_choose_what_they_say(selector: str, outcomes: Runner, data: list[Record]) -> None:
+    """From losses by a plain forward on the parameters as they were."""
+    case = Case(selector, colm={"selector": selector}, steps=3)
+    seen = outcomes(case, 1)[0]
+
+    def check(place: int, model: Any) -> None:
+        step = seen.steps[place]
+        with torch.no_grad():
+            scores = [float(token_losses(model, data[index]).mean()) for index in step.large]
+        if selector == "completion_length":
+            scores = [float(sum(label != -100 for label in data[index]["labels"][1:])) for index in step.large]
+        order = sorted(range(LARGE), key=lambda position: -scores[position])
+        first = (LARGE - CORESET) // 2
+        wanted = order[LARGE - first - CORESET : LARGE - first] if selector == "middle_perplexity" else order[:CORESET]
+        found = sorted(scores[step.large.index(index)] for index in step.chosen)
+        assert found == pytest.approx(sorted(scores[position] for position in wanted), rel=1e-5)
+
+    plain_training(case, data, seen.steps, check)
+
+
+@pytest.mark.distributed
 def test_selectors_without_a_probe(outcomes: Runner, data: list[Record]) -> None:
     for selector in ("random", "keep_random"):
         case = Case(selector, colm={"selector": selector})

@@ -64,7 +64,8 @@ def test_registry() -> None:
     for name, kind in SELECTORS.items():
         selector = make_selector(name, context())
         assert isinstance(selector, kind)
-        assert isinstance(selector.needs_signals, bool)
+        assert selector.signal in (None, "gradient", "loss", "confidence", "gradient_norm", "hidden")
+        assert selector.keeps_small is (name == "colm")
     with pytest.raises(SelectionError, match="selector 'greedy' is unknown"):
         make_selector("greedy", context())
 
@@ -72,7 +73,7 @@ def test_registry() -> None:
 @pytest.mark.parametrize("name", ["random", "keep_random", "full"])
 def test_baselines_have_no_state_and_read_no_signals(name: str) -> None:
     selector = make_selector(name, context())
-    assert selector.needs_signals is False
+    assert selector.signal is None
     before = choose(selector, 4)
     choose(selector, 5)
     assert selector.state_dict() == {}
@@ -162,7 +163,7 @@ def test_keep_random_joint_pool() -> None:
 
 def test_colm_is_select_coreset_with_its_history() -> None:
     selector = make_selector("colm", context())
-    assert selector.needs_signals is True
+    assert selector.signal == "gradient"
     assert selector.state_dict() == {}
     coreset = choose(selector, 1, make_signals(1))
     expected = select_coreset(SOURCES, make_signals(1), 6, small=(0,), settings=context().settings)

@@ -1,0 +1,182 @@
+"""What evaluation asks of a model: continue prompts, score candidates, lose nats on texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+
+from colm_ds.data.collate import length_sorted_batches
+from colm_ds.data.micro_batch import make_micro_batch
+from colm_ds.data.prompt import leading_special_ids
+from colm_ds.errors import ConfigError
+from colm_ds.evaluation.generate import Generation, end_of_sequence_ids, greedy, most_positions
+from colm_ds.evaluation.likelihood import Continuation, Likelihood, score_candidates
+from colm_ds.training_loss import example_loss_sums, find_loss_head
+from colm_ds.types import Example
+
+
+class Backend(Protocol):
+    """The interface behind which a model answers; results come batch by batch, each with its place in the request.
+
+    Attributes:
+        name: "transformers", "vllm", ...
+        tokenizer: of the model.
+    """
+
+    name: str
+    tokenizer: Any
+
+    def generate(
+        self, prompts: Sequence[str], *, max_new_tokens: int, stop_strings: Sequence[str]
+    ) -> Iterator[list[tuple[int, Generation]]]:
+        """Greedy continuations of texts."""
+        ...
+
+    def score(self, questions: Sequence[tuple[str, Sequence[str]]]) -> Iterator[list[tuple[int, list[Likelihood]]]]:
+        """Log-probabilities of the candidates of (prompt, candidates); a candidate brings its leading space."""
+        ...
+
+    def text_losses(self, texts: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, float]]]:
+        """Summed loss in nats of token ids, of all tokens but the first."""
+        ...
+
+
+class TransformersBackend:
+    """A Hugging Face model on this process's device.
+
+    Args:
+        model: a causal LM, bare or in a `PeftModel`; put into eval mode.
+        tokenizer: of the model.
+        device: where the model lies.
+        max_tokens: padded tokens of a batch at most, generated ones included; the lever on memory.
+        max_examples: sequences of a batch at most.
+        share_prompt: compute what candidates of a question share once, through the key-value cache.
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        device: torch.device,
+        *,
+        max_tokens: int = 16384,
+        max_examples: int = 64,
+        share_prompt: bool = True,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.share_prompt = share_prompt and _keeps_cache(model)
+        self._device = device
+        self._budget = {"max_tokens": max_tokens, "max_examples": max_examples}
+        self._leading = leading_special_ids(tokenizer)
+        self._positions = most_positions(model)
+        self._eos_ids = end_of_sequence_ids(model, tokenizer)
+
+    def generate(
+        self, prompts: Sequence[str], *, max_new_tokens: int, stop_strings: Sequence[str]
+    ) -> Iterator[list[tuple[int, Generation]]]:
+        """See `Backend.generate`. A prompt for which the model has too few positions is cut on the left.
+
+        Raises:
+            ConfigError: if the model has no positions left for prompts.
+        """
+        if self._positions is not None and max_new_tokens >= self._positions:
+            raise ConfigError(
+                f"--max-new-tokens {max_new_tokens}: the model has {self._positions} positions for prompt and answer. "
+                f"Choose at most {self._positions // 2}."
+            )
+        room = None if self._positions is None else self._positions - max_new_tokens
+        encoded = [encode_text(self.tokenizer, prompt, self._leading) for prompt in prompts]
+        fitted = [ids if room is None else ids[-room:] for ids in encoded]
+        for group in length_sorted_batches([len(ids) + max_new_tokens for ids in fitted], **self._budget):
+            answers = greedy(
+                self.model,
+                self.tokenizer,
+                [fitted[place] for place in group],
+                max_new_tokens=max_new_tokens,
+                stop_strings=stop_strings,
+                device=self._device,
+                eos_ids=self._eos_ids,
+            )
+            yield [
+                (place, replace(answer, prompt_truncated=len(fitted[place]) < len(encoded[place])))
+                for place, answer in zip(group, answers, strict=True)
+            ]
+
+    def score(self, questions: Sequence[tuple[str, Sequence[str]]]) -> Iterator[list[tuple[int, list[Likelihood]]]]:
+        """See `Backend.score`."""
+        encoded = [
+            [encode_pair(self.tokenizer, prompt, text, self._leading, self._positions) for text in candidates]
+            for prompt, candidates in questions
+        ]
+        sizes = [len(candidates) * max(len(candidate.ids) for candidate in candidates) for candidates in encoded]
+        for group in length_sorted_batches(sizes, **self._budget):
+            batch = [encoded[place] for place in group]
+            scores = score_candidates(self.model, batch, device=self._device, share_prompt=self.share_prompt)
+            yield list(zip(group, scores, strict=True))
+
+    def text_losses(self, texts: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, float]]]:
+        """See `Backend.text_losses`.
+
+        Raises:
+            ConfigError: if a text is longer than the model's positions.
+        """
+        longest = max(map(len, texts), default=0)
+        if self._positions is not None and longest > self._positions:
+            raise ConfigError(f"--chunk-tokens {longest}: the model has {self._positions} positions. Choose fewer.")
+        head = find_loss_head(self.model)
+        for group in length_sorted_batches([len(ids) for ids in texts], **self._budget):
+            batch = make_micro_batch([_example(texts[place]) for place in group]).to(self._device)
+            with torch.no_grad():
+                losses = example_loss_sums(self.model, head, batch)
+            yield list(zip(group, losses.tolist(), strict=True))
+
+
+def encode_text(tokenizer: Any, text: str, leading: Sequence[int] | None = None) -> list[int]:
+    """Token ids of a text, with the special tokens that the tokenizer puts in front; as `encode_prompt` encodes.
+
+    Args:
+        tokenizer: any Hugging Face tokenizer.
+        text: what looks like a special token in it is encoded as text.
+        leading: `leading_special_ids` of the tokenizer, if they are known.
+    """
+    front = leading_special_ids(tokenizer) if leading is None else leading
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return [*front, *ids]
+
+
+def encode_pair(
+    tokenizer: Any, prompt: str, candidate: str, leading: Sequence[int] | None = None, positions: int | None = None
+) -> Continuation:
+    """Tokens of a prompt and a candidate, encoded together; the candidate's are those beyond the prompt's number.
+
+    So a candidate's first token is the one that the model was trained on, with its leading space; as lm-eval does it.
+
+    Args:
+        tokenizer: any Hugging Face tokenizer.
+        prompt: ends without a space.
+        candidate: begins with one, where words are separated by it.
+        leading: `leading_special_ids` of the tokenizer, if they are known.
+        positions: longest sequence; what is longer is cut on the left.
+    """
+    ids = encode_text(tokenizer, prompt + candidate, leading)
+    start = len(encode_text(tokenizer, prompt, leading))
+    start = max(1, min(start, len(ids) - 1))  # a token at least to score, and one to predict it from
+    cut = 0 if positions is None else min(max(0, len(ids) - 1 - positions), start - 1)
+    return Continuation(tuple(ids[cut:]), start - cut)
+
+
+def _example(ids: Sequence[int]) -> Example:
+    tokens = torch.as_tensor(ids, dtype=torch.int64)
+    return Example(tokens, tokens, 0, 0)
+
+
+def _keeps_cache(model: Any) -> bool:
+    """Whether rows of the model's cache can be taken and repeated: not for models with a recurrent state."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return not getattr(base, "_is_stateful", False)

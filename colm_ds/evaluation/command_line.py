@@ -1,0 +1,180 @@
+"""The command line of an evaluation, on every rank that a launcher starts or alone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from colm_ds.distributed.agreement import EXIT_CODE, single_process_environment, together
+from colm_ds.distributed.exchange import make_exchange
+from colm_ds.errors import ColmError
+from colm_ds.evaluation import sandbox
+from colm_ds.evaluation.backend import Backend, TransformersBackend
+from colm_ds.evaluation.evaluate import GROUPS, TASK_NAMES, Options, evaluate, print_results, task_names
+from colm_ds.evaluation.model_source import ModelSource, describe, find_model, load, load_its_tokenizer
+from colm_ds.evaluation.question_files import parse_places
+from colm_ds.evaluation.question_log import EvaluationFolder
+from colm_ds.evaluation.vllm_backend import VllmBackend
+from colm_ds.models import DTYPES, quiet_libraries
+
+RANK_WAITS = timedelta(days=2)
+"""A rank with quick questions waits this long for the others."""
+
+
+def make_parser(description: str, tasks: str) -> argparse.ArgumentParser:
+    """The options.
+
+    Args:
+        description: what the program does.
+        tasks: what it asks if `--tasks` is left out.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"sets: {', '.join(TASK_NAMES)}\n"
+        + "\n".join(f"{group}: {', '.join(names)}" for group, names in GROUPS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL_OR_RUN", help="folder of a run, adapter or model; a hub name; or package:NAME")
+    add("--tasks", default=tasks, help=f"sets and groups, separated by commas (default: {tasks})")
+    add("--data", nargs="+", default=[], metavar="PLACE", help="a folder, and NAME=FILE or NAME=hub:NAME:CONFIG:SPLIT")
+    add("--out", help="folder for answers and results (default: RUN/evaluation, or runs/evaluation/MODEL)")
+    add(
+        "--limit", type=int, help="questions of each set at most, drawn by --seed; for perplexity chunks of each source"
+    )
+    add("--seed", type=int, default=0, help="of the draw (default: 0)")
+    add("--overwrite", action="store_true", help="remove answers that are there instead of going on from them")
+    add("--backend", choices=("transformers", "vllm"), default="transformers", help="what computes")
+    add("--dtype", choices=sorted(DTYPES), help="precision (default: float32 on a CPU, bfloat16 on a GPU)")
+    add("--gguf-file", help="GGUF file in the base model's folder")
+    add("--base", help="base model of an adapter, if it is not where the adapter says")
+    add("--tokenizer", help="tokenizer folder or hub name (default: the model's)")
+    add("--max-new-tokens", type=int, default=512, help="of an answer to a math question in each pass (default: 512)")
+    add("--max-tokens", type=int, default=16384, help="padded tokens of a batch at most: the lever on memory")
+    add("--max-examples", type=int, default=64, help="sequences of a batch at most (default: 64)")
+    add("--chunk-tokens", type=int, default=1024, help="tokens of a chunk for perplexity (default: 1024)")
+    add("--workers", type=int, default=2, help="programs that run at a time on each rank (default: 2)")
+    add(
+        "--isolation",
+        choices=sandbox.LEVELS,
+        help="weakest isolation of model-written programs to accept (default: the sandbox's rule)",
+    )
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
+    return parser
+
+
+def run(
+    arguments: Sequence[str] | None, *, description: str, tasks: str, environment: Callable[[], Mapping[str, Any]]
+) -> None:
+    """Evaluate as the command line says, under a launcher or alone.
+
+    Exit codes: 0 done; 2 bad input (one message); 1 anything else.
+
+    Args:
+        arguments: the command line; None: this process's.
+        description: of the program.
+        tasks: what it asks if `--tasks` is left out.
+        environment: describes command, versions and machine for `results.json`.
+    """
+    parsed = make_parser(description, tasks).parse_args(arguments)
+    quiet_libraries()
+    device = _join_ranks()
+    try:
+        _evaluate(parsed, device, environment)
+    except ColmError as error:  # on this rank alone: the launcher ends the others
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_CODE)
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from the answers so far")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _join_ranks() -> torch.device:
+    """The process group, if a launcher started several ranks, and this rank's device."""
+    single_process_environment()
+    local_rank, world_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ["WORLD_SIZE"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=RANK_WAITS)
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _evaluate(parsed: argparse.Namespace, device: torch.device, environment: Callable[[], Mapping[str, Any]]) -> None:
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    exchange = make_exchange(device)
+    options = together(lambda: _options(parsed), device)
+    source = together(lambda: _source(parsed, device), device)
+    backend, model = together(lambda: _backend(parsed, source, device), device)
+    folder = EvaluationFolder(parsed.out or _default_folder(parsed.model, source))
+    facts = {"environment": environment(), "world_size": exchange.num_processes}
+    if set(task_names(options.tasks)[0]) & set(GROUPS["math"]):
+        together(lambda: sandbox.run_programs(["print(1)"], minimum=options.minimum), device)  # now, not in an hour
+        facts["isolation"] = sandbox.detect().describe()
+    results = evaluate(
+        backend,
+        options,
+        folder,
+        title=f"Evaluation of {parsed.model}",
+        model=describe(source, model),
+        facts=facts,
+        exchange=exchange,
+        rank=rank,
+        device=device,
+        say=lambda message: print(message, file=sys.stderr, flush=True),
+        progress=True,
+    )
+    print_results(results, folder)
+
+
+def _options(parsed: argparse.Namespace) -> Options:
+    tasks = tuple(word.strip() for word in parsed.tasks.split(",") if word.strip())
+    task_names(tasks)  # complain before a model is loaded
+    return Options(
+        tasks=tasks,
+        places=parse_places(parsed.data, TASK_NAMES),
+        limit=parsed.limit,
+        seed=parsed.seed,
+        max_new_tokens=parsed.max_new_tokens,
+        chunk_tokens=parsed.chunk_tokens,
+        workers=parsed.workers,
+        minimum=parsed.isolation,
+        overwrite=parsed.overwrite,
+    )
+
+
+def _source(parsed: argparse.Namespace, device: torch.device) -> ModelSource:
+    dtype = parsed.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    return find_model(
+        parsed.model, gguf_file=parsed.gguf_file, base=parsed.base, tokenizer=parsed.tokenizer, dtype=dtype
+    )
+
+
+def _backend(parsed: argparse.Namespace, source: ModelSource, device: torch.device) -> tuple[Backend, Any]:
+    """The backend, and the model if this process holds it."""
+    if parsed.backend == "vllm":
+        return VllmBackend(source, load_its_tokenizer(source)), None
+    model, tokenizer = load(source)
+    model = model.to(device)
+    return TransformersBackend(
+        model, tokenizer, device, max_tokens=parsed.max_tokens, max_examples=parsed.max_examples
+    ), model
+
+
+def _default_folder(name: str, source: ModelSource) -> Path:
+    if source.run is not None:
+        return source.run / "evaluation"
+    return Path("runs") / "evaluation" / name.strip("/").replace(":", "_").replace("/", "_")

@@ -1,0 +1,292 @@
+"""An evaluation from its command line: load, share the questions over ranks, ask, count, write the tables.
+
+What `finetune/evaluate.py` and `pretrain/evaluate.py` call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from colm_ds.distributed.agreement import together
+from colm_ds.distributed.assign import home_ranks
+from colm_ds.errors import ConfigError, DataError, nearest_key
+from colm_ds.evaluation.backend import Backend
+from colm_ds.evaluation.choices import WRITERS, ChoiceTask
+from colm_ds.evaluation.math_tasks import MathTask
+from colm_ds.evaluation.perplexity import PerplexityTask
+from colm_ds.evaluation.question_files import DataPlaces, find_set, fingerprint, read_place, subset
+from colm_ds.evaluation.question_log import EvaluationFolder, append
+from colm_ds.evaluation.results import IN_DOMAIN, OUT_OF_DOMAIN, averages, markdown
+from colm_ds.evaluation.squad import SquadTask
+from colm_ds.evaluation.task import Row, Task
+from colm_ds.selection import SINGLE_PROCESS, Exchange
+
+SCORING_VERSION = 1
+"""Raise it whenever the same model and questions would give other answers or scores."""
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "math": IN_DOMAIN + OUT_OF_DOMAIN,
+    "superglue": tuple(WRITERS),
+    "pretrain": ("wic", "copa", "squad", "perplexity"),
+    "all": (*IN_DOMAIN, *OUT_OF_DOMAIN, *WRITERS, "squad"),
+}
+"""What a word after `--tasks` may stand for; sets of a group that have no data are left out."""
+
+MATH_SET = "MATH"
+"""The word after `--tasks` for the set `math` alone; "math" is all six."""
+
+TASK_NAMES = (*GROUPS["all"], "perplexity")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to evaluate.
+
+    Attributes:
+        tasks: names of sets and groups.
+        places: where the sets' data is.
+        limit: questions of each set at most (chunks of each source for perplexity), drawn by `seed`.
+        seed: of that draw.
+        max_new_tokens: of an answer to a math question, in each pass.
+        chunk_tokens: of a chunk of text for perplexity.
+        workers: programs that run at a time on each rank.
+        minimum: the weakest isolation of programs that is accepted; None: the sandbox's own rule.
+        overwrite: remove answers that are there.
+    """
+
+    tasks: tuple[str, ...]
+    places: DataPlaces
+    limit: int | None = None
+    seed: int = 0
+    max_new_tokens: int = 512
+    chunk_tokens: int = 1024
+    workers: int = 2
+    minimum: Any = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A set with its questions.
+
+    Attributes:
+        task: the set.
+        questions: those to ask, `[n]`.
+        indices: their places in the whole set, `[n]`.
+        settings: what identifies questions and answers.
+    """
+
+    task: Task
+    questions: list[Any]
+    indices: list[int]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def task_names(words: Sequence[str]) -> tuple[list[str], set[str]]:
+    """Sets that words name, in order and once each, and those of them that were named singly.
+
+    Raises:
+        ConfigError: for a word that is neither a set nor a group.
+    """
+    known = [*GROUPS, *TASK_NAMES, MATH_SET]
+    for word in words:
+        if word not in known:
+            raise ConfigError(f"--tasks {word}: no such evaluation set. {nearest_key(word, known)}")
+    meant = [(word,) if word not in (*GROUPS, MATH_SET) else GROUPS.get(word, ("math",)) for word in words]
+    singly = {names[0] for word, names in zip(words, meant, strict=True) if word not in GROUPS}
+    return list(dict.fromkeys(name for names in meant for name in names)), singly
+
+
+def make_task(name: str, options: Options) -> Task:
+    """The set of a name."""
+    if name in WRITERS:
+        return ChoiceTask(name, WRITERS[name])
+    if name == "squad":
+        return SquadTask()
+    if name == "perplexity":
+        return PerplexityTask(settings={"chunk_tokens": options.chunk_tokens})
+    settings = {"max_new_tokens": options.max_new_tokens}
+    return MathTask(name, workers=options.workers, minimum=options.minimum, settings=settings)
+
+
+def read_tasks(options: Options, backend: Backend) -> tuple[list[Asked], list[str]]:
+    """The sets with their questions, and the names of those that a group has and the data does not.
+
+    Args:
+        options: what to ask.
+        backend: its tokenizer cuts texts into chunks.
+
+    Raises:
+        ConfigError: for a set that is not known, or was named and has no data, or if none has.
+        DataError: for data that can not be read.
+    """
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError(f"--limit {options.limit}: must be at least 1.")
+    names, singly = task_names(options.tasks)
+    asked, left_out = [], []
+    for name in names:
+        task = make_task(name, options)
+        place = find_set(name, task.subpaths, options.places)
+        if place is None and (name in singly or name in options.places.named):
+            raise ConfigError(_no_data(name, task, options.places))
+        if place is None:
+            left_out.append(name)
+            continue
+        questions = task.read(read_place(place), backend)
+        if not questions:
+            raise DataError(f"{place}: no question of {name} in it. Give another place with --data {name}=PLACE.")
+        indices = subset([task.group(question) for question in questions], options.limit, options.seed)
+        chosen = [questions[index] for index in indices]
+        settings = {
+            **task.settings,
+            "limit": options.limit,
+            "seed": options.seed if options.limit is not None else None,
+            "questions": fingerprint(chosen),
+            "scoring_version": SCORING_VERSION,
+        }
+        asked.append(Asked(task, chosen, indices, settings))
+    if not asked:
+        raise ConfigError(f"no data for {', '.join(left_out)}. Give a folder with --data FOLDER, or NAME=PLACE.")
+    return asked, left_out
+
+
+def _no_data(name: str, task: Task, places: DataPlaces) -> str:
+    where = (
+        f"in {places.folder} there is none of {', '.join(task.subpaths)}" if places.folder else "no folder was given"
+    )
+    return f"{name}: no data: {where}. Write --data {name}=FILE or --data {name}=hub:NAME:CONFIG:SPLIT."
+
+
+def evaluate(
+    backend: Backend,
+    options: Options,
+    folder: EvaluationFolder,
+    *,
+    title: str,
+    model: Mapping[str, Any],
+    facts: Mapping[str, Any] | None = None,
+    exchange: Exchange = SINGLE_PROCESS,
+    rank: int = 0,
+    device: torch.device | None = None,
+    say: Callable[[str], None] | None = None,
+    progress: bool = False,
+) -> dict[str, Any] | None:
+    """Ask all sets, going on from the answers that the folder holds; all ranks call it together.
+
+    Args:
+        backend: the model, whole on every rank.
+        options: what to ask.
+        folder: where answers and results go.
+        title: of the tables.
+        model: what identifies the model.
+        facts: further entries of `results.json`, such as the environment.
+        exchange: the ranks.
+        rank: this rank.
+        device: where the backend's collectives want their tensors.
+        say: gets messages for the user, on rank 0.
+        progress: show a bar, on rank 0.
+
+    Returns:
+        What `results.json` holds, on rank 0; None on the others.
+    """
+    asked, left_out = together(lambda: read_tasks(options, backend), device)
+    identity = {**model, "backend": backend.name}
+    settings = {each.task.name: each.settings for each in asked}
+    say = say if say is not None and rank == 0 else _nothing
+    together(lambda: folder.start(identity, settings, overwrite=options.overwrite) if rank == 0 else None, device)
+    results: dict[str, Any] | None = None
+    for each in asked:
+        done = together(lambda name=each.task.name: folder.collect(name) if rank == 0 else {}, device)  # type: ignore[misc]
+        started = time.perf_counter()
+        num_before = _ask(each, done, backend, folder, exchange=exchange, rank=rank, say=say, progress=progress)
+        exchange.sum(torch.zeros(1))  # every rank has written its part
+        if rank == 0:
+            rows = _all_rows(each, folder)
+            timing = {"seconds": time.perf_counter() - started, "taken_over": num_before}
+            results = _write_results(
+                each, rows, timing, folder, {"title": title, "model": identity, **(facts or {}), "left_out": left_out}
+            )
+    return results
+
+
+def _nothing(message: str) -> None:
+    """Say nothing."""
+
+
+def _ask(
+    each: Asked,
+    done: Mapping[int, Row],
+    backend: Backend,
+    folder: EvaluationFolder,
+    *,
+    exchange: Exchange,
+    rank: int,
+    say: Callable[[str], None],
+    progress: bool,
+) -> int:
+    """Ask this rank's share of the questions that have no answer; how many have one already."""
+    task = each.task
+    known = torch.tensor([float(index in done) for index in each.indices])
+    open_places = (exchange.broadcast(known) == 0).nonzero().flatten().tolist()
+    num_before = len(each.indices) - len(open_places)
+    if num_before:
+        say(f"{task.name}: going on after {num_before} of {len(each.indices)} questions")
+    if not open_places:
+        return num_before
+    sizes = torch.tensor([task.size(each.questions[place]) for place in open_places])
+    home = home_ranks(sizes, exchange.num_processes).tolist()
+    mine = [place for place, owner in zip(open_places, home, strict=True) if owner == rank]
+    label = task.name if exchange.num_processes == 1 else f"{task.name}, rank 0 of {exchange.num_processes}"
+    bar = tqdm(total=len(mine), desc=label, unit="question", disable=not progress or rank != 0, smoothing=0.1)
+    num_right = 0
+    with bar, folder.open_part(task.name, rank) as part:
+        for batch in task.answer(backend, [each.questions[place] for place in mine]):
+            append(part, [{"index": each.indices[mine[at]], **row} for at, row in batch])
+            num_right += sum(bool(row.get("correct")) for _, row in batch)
+            bar.update(len(batch))
+            if bar.n and any("correct" in row for _, row in batch):
+                bar.set_postfix_str(f"accuracy {num_right / bar.n:.1%}")
+    return num_before
+
+
+def _all_rows(each: Asked, folder: EvaluationFolder) -> list[Row]:
+    """Rows of all questions of a set, in their order."""
+    rows = folder.collect(each.task.name)
+    missing = [index for index in each.indices if index not in rows]
+    if missing:
+        raise DataError(
+            f"{folder.path}: {len(missing)} answers of {each.task.name} are missing, the first to question "
+            f"{missing[0]}. All ranks must see this folder: give a shared one with --out."
+        )
+    return [rows[index] for index in each.indices]
+
+
+def _write_results(
+    each: Asked, rows: Sequence[Row], timing: dict[str, Any], folder: EvaluationFolder, head: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Put a set's numbers beside those of the others, and write the tables."""
+    earlier = folder.results()
+    tasks: dict[str, Any] = dict(earlier.get("tasks", {}))
+    before = tasks.get(each.task.name, {})
+    if timing["taken_over"] == len(rows) and "seconds" in before:  # nothing was asked
+        timing = {key: before[key] for key in ("seconds", "taken_over") if key in before}
+    tasks[each.task.name] = {**each.task.summarise(rows), **timing}
+    ordered = {name: tasks[name] for name in TASK_NAMES if name in tasks}
+    left_out = [name for name in head["left_out"] if name not in ordered]
+    results = {**head, "left_out": left_out, "tasks": ordered, "averages": averages(ordered)}
+    folder.write_json("results.json", results)
+    folder.write_text("results.md", markdown(results))
+    return results
+
+
+def print_results(results: Mapping[str, Any] | None, folder: EvaluationFolder) -> None:
+    """Show the tables, and where they are."""
+    if results is not None:
+        print(markdown(results))
+        print(f"written to {folder.path / 'results.json'} and results.md")

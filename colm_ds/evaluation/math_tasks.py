@@ -1,0 +1,165 @@
+"""The six math sets: a program first, words where that gives no answer (MAmmoTH's protocol)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from colm_ds.data.prompt import format_prompt
+from colm_ds.errors import DataError
+from colm_ds.evaluation import answers, sandbox
+from colm_ds.evaluation.backend import Backend
+from colm_ds.evaluation.generate import Generation
+from colm_ds.evaluation.question_files import Records, text_of
+from colm_ds.evaluation.results import accuracy_summary
+from colm_ds.evaluation.task import Answered, Row
+
+PROGRAM_SUFFIX = " Let's write a program."
+
+QUESTIONS_AT_ONCE = 256
+"""Questions whose programs are all asked for before the words of those without an answer: what a kill can cost."""
+
+
+@dataclass(frozen=True)
+class MathQuestion:
+    """A question and its gold answer, as the data has it."""
+
+    question: str
+    gold: str
+
+
+@dataclass
+class MathTask:
+    """One math set.
+
+    Attributes:
+        workers: programs that run at a time.
+        minimum: the weakest isolation that is accepted; None: the sandbox's own rule.
+        settings: `max_new_tokens`, of each pass.
+    """
+
+    name: str
+    workers: int = 2
+    minimum: Any = None
+    settings: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": 512})
+
+    @property
+    def subpaths(self) -> tuple[str, ...]:
+        """See `Task.subpaths`."""
+        return tuple(f"{folder}{self.name}{end}" for end in ("", "/test") for folder in ("math_eval/", ""))
+
+    def read(self, records: Records, backend: Backend) -> list[MathQuestion]:
+        """See `Task.read`."""
+        return [read_question(where, record) for where, record in records]
+
+    def size(self, question: MathQuestion) -> int:
+        """See `Task.size`."""
+        return len(question.question)
+
+    def group(self, question: MathQuestion) -> str:
+        """See `Task.group`."""
+        return ""
+
+    def answer(self, backend: Backend, questions: Sequence[MathQuestion]) -> Answered:
+        """See `Task.answer`."""
+        order = sorted(range(len(questions)), key=lambda place: (-len(questions[place].question), place))
+        for start in range(0, len(order), QUESTIONS_AT_ONCE):
+            yield from self._answer_some(backend, questions, order[start : start + QUESTIONS_AT_ONCE])
+
+    def summarise(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Accuracy; how many answers came from a program, from words of either pass, and how programs ended."""
+        statuses: dict[str, int] = {}
+        for row in rows:
+            if row["program_status"] is not None:
+                statuses[row["program_status"]] = statuses.get(row["program_status"], 0) + 1
+        return {
+            **accuracy_summary(rows),
+            "answered_by_program": sum(row["answered_by"] == "program" for row in rows),
+            "asked_for_words": sum(row["words_text"] is not None for row in rows),
+            "without_answer": sum(row["predicted"] == "" for row in rows),
+            "program_status": dict(sorted(statuses.items())),
+        }
+
+    def _answer_some(self, backend: Backend, questions: Sequence[MathQuestion], places: Sequence[int]) -> Answered:
+        """Both passes over some questions."""
+        without: list[tuple[int, Row]] = []
+        prompts = [format_prompt(questions[place].question + PROGRAM_SUFFIX) for place in places]
+        for batch in self._generate(backend, prompts):
+            rows = self._program_rows([(places[at], questions[places[at]], written) for at, written in batch])
+            without += [(place, row) for place, row in rows if row["predicted"] == ""]
+            yield [(place, row) for place, row in rows if row["predicted"] != ""]
+        prompts = [format_prompt(questions[place].question) for place, _ in without]
+        for batch in self._generate(backend, prompts):
+            for at, written in batch:
+                place, row = without[at]
+                predicted = answers.extract(self.name, written.text)
+                row |= {
+                    "words_text": written.text,
+                    "words_ended_by": written.reason,
+                    "predicted": predicted,
+                    "answered_by": "words" if predicted else None,
+                    "correct": answers.is_correct(self.name, predicted, questions[place].gold),
+                }
+            yield [without[at] for at, _ in batch]
+
+    def _generate(self, backend: Backend, prompts: Sequence[str]) -> Any:
+        return backend.generate(
+            prompts, max_new_tokens=self.settings["max_new_tokens"], stop_strings=answers.STOP_STRINGS
+        )
+
+    def _program_rows(self, written: Sequence[tuple[int, MathQuestion, Generation]]) -> list[tuple[int, Row]]:
+        """Rows of a batch of the first pass; its programs run side by side."""
+        programs = [answers.program_of(generation.text) for _, _, generation in written]
+        to_run = [program for program in programs if program is not None]
+        results = sandbox.run_programs(to_run, workers=self.workers, minimum=self.minimum) if to_run else []
+        ended = iter(results)
+        rows = []
+        for (place, question, generation), program in zip(written, programs, strict=True):
+            result = next(ended) if program is not None else None
+            if result is None:
+                predicted = answers.extract(self.name, generation.text)
+            elif result.status == "ok" and result.printed.strip():
+                predicted = answers.extract(self.name, answers.from_printed(result.printed))
+            else:
+                predicted = ""
+            source = "words" if result is None else "program"
+            row: Row = {
+                "correct": answers.is_correct(self.name, predicted, question.gold),
+                "predicted": predicted,
+                "gold": question.gold,
+                "answered_by": source if predicted else None,
+                "question": question.question,
+                "program_text": generation.text,
+                "program_ended_by": generation.reason,
+                "program_status": None if result is None else str(result.status),
+                "program_printed": None if result is None else result.printed[:2000],
+                "program_message": None if result is None else result.message,
+                "words_text": None,
+                "words_ended_by": None,
+                "prompt_truncated": generation.prompt_truncated,
+            }
+            rows.append((place, row))
+        return rows
+
+
+def read_question(where: str, record: Mapping[str, Any]) -> MathQuestion:
+    """The question of a record: `question` and `answer`, or what the sets have on the hub.
+
+    There GSM8K's answer is a solution with the number behind "####", MATH's stands in a box in its solution, and SVAMP
+    keeps the story and the question apart.
+
+    Raises:
+        DataError: if one of both is missing.
+    """
+    if "question" not in record and "Body" in record:
+        question = f"{text_of(where, record, 'Body').rstrip()} {text_of(where, record, 'Question').strip()}"
+    else:
+        question = text_of(where, record, "question", "problem")
+    if "answer" in record or "Answer" in record:
+        gold = text_of(where, record, "answer", "Answer").rpartition("####")[2].strip()
+    else:
+        gold = answers.extract("math", text_of(where, record, "solution"))
+    if not gold:
+        raise DataError(f"{where}: no answer in {', '.join(map(repr, record))}. Write it under 'answer'.")
+    return MathQuestion(question.strip(), gold)

@@ -1,0 +1,231 @@
+"""The model to evaluate: a base model, a run's result, an adapter or a merged model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from colm_ds.errors import CheckpointError, ConfigError
+from colm_ds.evaluation.question_files import package_folder
+from colm_ds.models import load_model, load_tokenizer
+from colm_ds.random_state import random_state, restore_random_state
+from colm_ds.recipe import PACKAGE_PREFIX, ModelConfig, Recipe
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        base: the model, without adapter.
+        adapter: folder of a LoRA adapter on it.
+        tokenizer: folder or hub name.
+        seed: of the base's random weights, where its recipe builds it from a configuration.
+        run: folder of the run that it comes from.
+    """
+
+    base: ModelConfig
+    adapter: Path | None
+    tokenizer: str | None
+    seed: int | None = None
+    run: Path | None = None
+
+
+def find_model(
+    name: str,
+    *,
+    gguf_file: str | None = None,
+    base: str | None = None,
+    tokenizer: str | None = None,
+    dtype: str = "float32",
+) -> ModelSource:
+    """What a name on the command line stands for; nothing is loaded.
+
+    Args:
+        name: a run's folder (its `model/` or `adapter/` is taken), an adapter's, a model's, package:NAME or a hub name.
+        gguf_file: GGUF file in the (base) model's folder.
+        base: base model of an adapter, if it is not where the adapter or its run says.
+        tokenizer: if it is not the model's.
+        dtype: precision of weights and computation.
+
+    Raises:
+        ConfigError: if the name stands for nothing that can be evaluated.
+    """
+    folder = Path(name).expanduser()
+    recipe = _recipe_of(folder)
+    adapter, run = None, folder if recipe is not None else None
+    if recipe is not None:
+        if (folder / "adapter").is_dir():
+            adapter = folder / "adapter"
+        elif (folder / "model").is_dir():
+            return ModelSource(_plain(str(folder / "model"), None, dtype), None, tokenizer, run=folder)
+        else:
+            raise ConfigError(
+                f"{name}: a run without adapter/ or model/: it has not come to its end. "
+                f"Write a checkpoint's weights with: colm-ds export {name}"
+            )
+    elif (folder / "adapter_config.json").is_file():
+        adapter = folder
+        run = next((above for above in list(folder.resolve().parents)[:2] if _recipe_of(above) is not None), None)
+        recipe = _recipe_of(run) if run is not None else None
+    elif base is not None:
+        raise ConfigError(f"--base {base}: {name} is no adapter. Leave --base out.")
+    if adapter is None:
+        return ModelSource(_plain(name, gguf_file, dtype), None, tokenizer)
+    tokenizer = tokenizer or (str(adapter) if _has_tokenizer(adapter) else None)
+    if base is None and recipe is not None:
+        model = recipe.model.model_copy(update={"dtype": dtype, "activation_checkpointing": False})
+        if gguf_file is not None:
+            model = model.model_copy(update={"gguf_file": gguf_file})
+        return ModelSource(model, adapter, tokenizer or recipe.tokenizer, recipe.seed, run)
+    base = base or _read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not base:
+        raise ConfigError(f"{adapter}: adapter_config.json names no base model. Give it with --base.")
+    return ModelSource(_plain(base, gguf_file, dtype), adapter, tokenizer, run=run)
+
+
+def load(source: ModelSource) -> tuple[Any, Any]:
+    """Model in eval mode and tokenizer, on the CPU.
+
+    Raises:
+        ConfigError: if the model or tokenizer can not be loaded.
+        CheckpointError: if the adapter does not fit the model.
+    """
+    from transformers import set_seed
+
+    tokenizer = load_its_tokenizer(source)
+    state = random_state()
+    try:
+        set_seed(source.seed or 0)
+        model: Any = load_model(_recipe(model=source.base, lora=None), tokenizer)
+    finally:
+        restore_random_state(state)
+    if source.adapter is not None:
+        model = _with_adapter(model, source.adapter)
+    return model.eval(), tokenizer
+
+
+def load_its_tokenizer(source: ModelSource) -> Any:
+    """The tokenizer alone.
+
+    Raises:
+        ConfigError: if it can not be loaded.
+    """
+    return load_tokenizer(_recipe(model=source.base, tokenizer=source.tokenizer))
+
+
+def _with_adapter(model: Any, adapter: Path) -> Any:
+    import peft
+
+    advice = "Is it an adapter of this base model? Give the right one with --base."
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = peft.PeftModel.from_pretrained(model, str(adapter))
+        held = {name for name in peft.load_peft_weights(str(adapter), device="cpu") if ".lora_" in name}
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        raise CheckpointError(f"{adapter}: can not be put on {model.config.model_type}: {reason} {advice}") from None
+    left_over = sorted(held - peft.get_peft_model_state_dict(adapted).keys())  # PEFT says nothing about these
+    if left_over:
+        name = f"{left_over[0]} and {len(left_over) - 1} more"
+        raise CheckpointError(f"{adapter}: {model.config.model_type} has no place for {name}. {advice}")
+    return adapted
+
+
+def describe(source: ModelSource, model: Any = None) -> dict[str, Any]:
+    """What identifies a model, so that its answers are not mixed with another's.
+
+    Weight files count by size and samples of their content, not whole: 64 blocks of 64 KiB of each.
+
+    Args:
+        source: from `find_model`.
+        model: the loaded one; a hub name's revision is taken from it.
+    """
+    base = source.base
+    values: dict[str, Any] = {"base": base.name_or_path, "gguf_file": base.gguf_file, "dtype": base.dtype}
+    if base.config is not None:
+        values |= {"config": base.config, "seed": source.seed}
+    elif Path(str(base.name_or_path)).is_dir():
+        values["base_weights"] = weights_fingerprint(Path(str(base.name_or_path)), base.gguf_file)
+    else:
+        values["revision"] = getattr(getattr(model, "config", None), "_commit_hash", None)
+    values["adapter"] = None if source.adapter is None else str(source.adapter)
+    if source.adapter is not None:
+        values["adapter_weights"] = weights_fingerprint(source.adapter)
+    return values
+
+
+def weights_fingerprint(folder: Path, gguf_file: str | None = None) -> str:
+    """A short name of the weights in a folder: names, sizes and samples of the content of its files.
+
+    Args:
+        folder: holds the files.
+        gguf_file: the one that counts, if it is a GGUF folder.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(folder.iterdir()):
+        wanted = file.name == gguf_file if gguf_file else file.suffix in WEIGHT_SUFFIXES or file.name == "config.json"
+        if not wanted or not file.is_file():
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as content:
+            step = max(_SAMPLE_BYTES, (size - _SAMPLE_BYTES) // _SAMPLES)
+            for start in range(0, size, step):
+                content.seek(start)
+                digest.update(content.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _plain(name: str, gguf_file: str | None, dtype: str) -> ModelConfig:
+    path = package_folder(name.removeprefix(PACKAGE_PREFIX)) if name.startswith(PACKAGE_PREFIX) else name
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if gguf_file is None and not (folder / "config.json").is_file():
+            held = sorted(file.name for file in folder.glob("*.gguf"))
+            advice = f"Give --gguf-file {held[0]}" if held else "Give the folder of a run, an adapter or a model"
+            raise ConfigError(f"{name}: has no config.json. {advice}.")
+        path = str(folder)
+    elif name.startswith((".", "/", "~")):
+        raise ConfigError(f"{name}: no such folder.")
+    return ModelConfig.model_validate({"name_or_path": path, "gguf_file": gguf_file, "dtype": dtype})
+
+
+def _recipe_of(folder: Path) -> Recipe | None:
+    """The recipe that a run wrote down, or None where there is no run."""
+    values = _read_json(folder / "config.json").get("recipe")
+    if not isinstance(values, dict):
+        return None
+    try:
+        model = ModelConfig.model_validate(values.get("model"))
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{folder / 'config.json'}: its recipe's model can not be read: {reason}.") from None
+    return _recipe(model=model, tokenizer=values.get("tokenizer"), seed=values.get("seed"))
+
+
+def _recipe(**values: Any) -> Recipe:
+    """A recipe of which only what says how to load a model is filled in."""
+    return Recipe.model_construct(**values)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}

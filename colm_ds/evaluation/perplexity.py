@@ -1,0 +1,131 @@
+"""Perplexity per source of texts in the Pile's format, weighted by tokens."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from colm_ds.data.prompt import leading_special_ids
+from colm_ds.errors import DataError
+from colm_ds.evaluation.backend import Backend
+from colm_ds.evaluation.question_files import Records, text_of
+from colm_ds.evaluation.task import Answered, Row
+
+DOCUMENTS_AT_ONCE = 512
+"""Documents tokenised in one call: enough for all threads."""
+
+
+@dataclass(frozen=True)
+class TextChunk:
+    """Tokens of one source, perhaps of several documents.
+
+    Attributes:
+        source: name of the source.
+        ids: token ids, at least two.
+    """
+
+    source: str
+    ids: array[int]
+
+
+@dataclass
+class PerplexityTask:
+    """Loss on chunks of text, source by source.
+
+    Documents of a source follow each other with an end-of-sequence token between them and are cut into chunks, as in
+    pretraining; the first token of a chunk is not predicted.
+
+    Attributes:
+        settings: `chunk_tokens`, tokens of a chunk at most.
+    """
+
+    name: str = "perplexity"
+    subpaths: tuple[str, ...] = ("pile5", "perplexity", "pile")
+    settings: dict[str, Any] = field(default_factory=lambda: {"chunk_tokens": 1024})
+
+    def read(self, records: Records, backend: Backend) -> list[TextChunk]:
+        """See `Task.read`."""
+        return list(chunks(records, backend.tokenizer, self.settings["chunk_tokens"]))
+
+    def size(self, question: TextChunk) -> int:
+        """See `Task.size`."""
+        return len(question.ids)
+
+    def group(self, question: TextChunk) -> str:
+        """See `Task.group`."""
+        return question.source
+
+    def answer(self, backend: Backend, questions: Sequence[TextChunk]) -> Answered:
+        """See `Task.answer`."""
+        for batch in backend.text_losses([question.ids for question in questions]):
+            yield [
+                (place, {"source": questions[place].source, "nats": nats, "num_tokens": len(questions[place].ids) - 1})
+                for place, nats in batch
+            ]
+
+    def summarise(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Loss and perplexity per source, over all tokens, and `macro`, the mean of the sources' losses."""
+        by_source: dict[str, list[Row]] = {}
+        for row in rows:
+            by_source.setdefault(row["source"], []).append(row)
+        per_source = {source: _weighted(by_source[source]) for source in sorted(by_source)}
+        macro = math.fsum(found["loss"] for found in per_source.values()) / len(per_source) if per_source else None
+        return {**_weighted(rows), "macro_loss": macro, "per_source": per_source}
+
+
+def _weighted(rows: Sequence[Row]) -> dict[str, Any]:
+    num_tokens = sum(row["num_tokens"] for row in rows)
+    # fsum is exact: the order of the chunks, and so the number of ranks, does not matter.
+    loss = math.fsum(row["nats"] for row in rows) / num_tokens if num_tokens else math.nan
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return {"n": len(rows), "num_tokens": num_tokens, "loss": loss, "perplexity": perplexity}
+
+
+def chunks(records: Records, tokenizer: Any, chunk_tokens: int) -> Iterator[TextChunk]:
+    """Cut the documents of every source into chunks, in the order of the records.
+
+    Args:
+        records: `{"text", "meta": {"pile_set_name"}}`; `source` names the source as well.
+        tokenizer: with an end-of-sequence token.
+        chunk_tokens: tokens of a chunk at most; the rest of a source is a shorter one.
+
+    Raises:
+        DataError: for a record without text or source.
+    """
+    leading = leading_special_ids(tokenizer)
+    open_chunks: dict[str, array[int]] = {}
+    for sources, texts in _in_groups(records):
+        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        for source, ids in zip(sources, encoded, strict=True):
+            tokens = open_chunks.setdefault(source, array("i"))
+            tokens.extend([*leading, *ids, tokenizer.eos_token_id])
+            while len(tokens) >= chunk_tokens:
+                yield TextChunk(source, tokens[:chunk_tokens])
+                del tokens[:chunk_tokens]
+    for source, tokens in open_chunks.items():
+        if len(tokens) > 1:
+            yield TextChunk(source, tokens)
+
+
+def _in_groups(records: Records) -> Iterator[tuple[list[str], list[str]]]:
+    sources: list[str] = []
+    texts: list[str] = []
+    for where, record in records:
+        sources.append(_source(where, record))
+        texts.append(text_of(where, record, "text"))
+        if len(texts) == DOCUMENTS_AT_ONCE:
+            yield sources, texts
+            sources, texts = [], []
+    if texts:
+        yield sources, texts
+
+
+def _source(where: str, record: Mapping[str, Any]) -> str:
+    meta = record.get("meta")
+    name = meta.get("pile_set_name") if isinstance(meta, Mapping) else record.get("source")
+    if not isinstance(name, str):
+        raise DataError(f"{where}: no source. Write 'meta': {{'pile_set_name': NAME}}, or 'source': NAME.")
+    return name

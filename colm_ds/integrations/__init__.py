@@ -1,0 +1,1 @@
+"""CoLM in other people's training loops: plain PyTorch, `transformers.Trainer`, TRL."""

@@ -1,0 +1,155 @@
+"""The keys of CoLM for trainers: a dataclass, a `colm:` block of an arguments file, and their checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from colm_ds.config import ColmConfig, validate_section
+from colm_ds.coreset_selector import selection_config
+from colm_ds.errors import ConfigError, Problems
+
+OWN_TO_THE_ENGINE = {
+    "micro_batch_tokens": "The Trainer's micro-batches have per_device_train_batch_size examples",
+    "num_workers": "The Trainer reads ahead with dataloader_num_workers",
+    "max_skipped_steps": "The Trainer keeps its own account of losses that are not finite",
+    "phase_timeout_s": "The Trainer has ddp_timeout",
+}
+"""Keys of the `"colm"` section that mean something to `colm_ds.initialize` only, and what does their work here."""
+
+
+def _help(text: str) -> dict[str, str]:
+    """A field's metadata, as `HfArgumentParser` reads it."""
+    return {"help": text}
+
+
+@dataclass
+class CoLMConfig:
+    """How a trainer selects: the keys of the `"colm"` section, with its defaults. The seed is the TrainingArguments'.
+
+    Suits `HfArgumentParser((TrainingArguments, CoLMConfig))`; there `mask`, `probe` and `schedule` are JSON.
+    """
+
+    large_batch_size: int = field(default=0, metadata=_help("r: examples looked at in an optimizer step"))
+    coreset_size: int | None = field(default=None, metadata=_help("b; default: by the Trainer's batch size"))
+    selector: str = field(default="colm", metadata=_help("colm, random, keep_random or full"))
+    small_sources: str = field(default="auto", metadata=_help("kept whole: auto (under |V|/c), none, or a,b"))
+    per_source: bool = field(default=True, metadata=_help("medoids per big source, or of all big sources together"))
+    metric: Literal["l1", "euclidean", "cosine"] = field(default="l1", metadata=_help("distance between examples"))
+    weights: Literal["uniform", "cluster", "matched"] = field(
+        default="uniform", metadata=_help("loss weights of medoids")
+    )
+    loss_normalization: Literal["example", "token"] = field(
+        default="example", metadata=_help("mean over examples or tokens")
+    )
+    mask: dict | str | None = field(default=None, metadata=_help("size, criterion of compared coordinates"))
+    probe: dict | str | None = field(default=None, metadata=_help("estimator (spsa, exact, sketch), epsilon, ..."))
+    schedule: dict | str | None = field(default=None, metadata=_help("start_step and every"))
+    source_column: str = field(default="source", metadata=_help("column that names each example's source"))
+
+    def section(self) -> dict[str, Any]:
+        """Keys and values of the `"colm"` section, without those left at None."""
+        values = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        names = values["small_sources"]
+        if isinstance(names, str) and names not in ("auto", "none"):
+            values["small_sources"] = [name.strip() for name in names.split(",")]
+        return values
+
+
+@dataclass
+class CoLMArguments:
+    """A `colm:` block beside the other arguments: `HfArgumentParser((TrainingArguments, CoLMArguments))`.
+
+    In a YAML or JSON file `colm:` holds keys and values; on a command line it is JSON or the path of such a file.
+    """
+
+    colm: dict | str | None = field(default=None, metadata=_help("keys of CoLM as JSON, or a file with a colm block"))
+
+
+Given = CoLMConfig | CoLMArguments | ColmConfig | Mapping[str, Any] | str | Path
+
+
+def read_section(given: Given) -> dict[str, Any]:
+    """Keys and values of whatever a trainer was given as `colm`.
+
+    Args:
+        given: a `CoLMConfig`, keys and values, JSON text, or a YAML or JSON file that holds them or a `colm` block.
+
+    Raises:
+        ConfigError: if it can not be read.
+    """
+    if isinstance(given, CoLMArguments):
+        if given.colm is None:
+            raise ConfigError('colm: no such block in the arguments. Add "colm:" with large_batch_size in it.')
+        given = given.colm
+    if isinstance(given, ColmConfig):
+        return given.model_dump(exclude_unset=True)
+    section = given.section() if isinstance(given, CoLMConfig) else _parse(given)
+    for key in ("mask", "probe", "schedule"):
+        if isinstance(section.get(key), str):
+            section[key] = _parse(section[key])
+    return section
+
+
+def resolve_section(
+    section: dict[str, Any], *, coreset_size: int, seed: int, num_processes: int, problems: Problems
+) -> ColmConfig | None:
+    """Check the keys and fill in what follows from the TrainingArguments.
+
+    Args:
+        section: from `read_section`, without `source_column`.
+        coreset_size: b as the TrainingArguments have it.
+        seed: of the TrainingArguments.
+        num_processes: W.
+        problems: collects what is wrong.
+
+    Returns:
+        The section, or None if its keys could not be read.
+    """
+    if not section.get("large_batch_size"):
+        problems.add("large_batch_size", section.get("large_batch_size"), "missing", "Write r, for example twice b.")
+        return None
+    config = validate_section(ColmConfig, {"seed": seed, **section}, "", problems)
+    if not isinstance(config, ColmConfig):
+        return None
+    for key in OWN_TO_THE_ENGINE.keys() & config.model_fields_set:
+        problems.add(key, getattr(config, key), "is for colm_ds.initialize", f"{OWN_TO_THE_ENGINE[key]}. Remove it.")
+    if config.replay in ("on", "offload"):
+        problems.add("replay", config.replay, "needs colm_ds.initialize: here examples change ranks", "Remove it.")
+    if config.coreset_size is not None and config.coreset_size != coreset_size:
+        problems.add(
+            "coreset_size",
+            config.coreset_size,
+            f"per_device_train_batch_size x gradient_accumulation_steps x {num_processes} ranks is {coreset_size}",
+            "Remove it, or change those.",
+        )
+    try:
+        filled = {**config.model_dump(exclude_unset=True), "coreset_size": coreset_size, "replay": "off"}
+        return selection_config(filled, num_processes)
+    except ConfigError as error:
+        problems.messages.extend(str(error).split("\n  ")[1:])
+        return None
+
+
+def _parse(given: Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    if isinstance(given, Mapping):
+        return dict(given)
+    text = str(given)
+    try:
+        if not text.lstrip().startswith("{"):
+            loaded = yaml.safe_load(Path(text).read_text(encoding="utf-8"))  # JSON is YAML
+        else:
+            loaded = json.loads(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = str(error).split("\n")[0]
+        raise ConfigError(f"colm = {text!r}: not readable: {reason}. Give JSON, or a YAML or JSON file.") from None
+    loaded = loaded.get("colm", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"colm = {text!r}: a {type(loaded).__name__}. Write keys and values.")
+    return loaded

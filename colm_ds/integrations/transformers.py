@@ -1,0 +1,306 @@
+"""CoLM in `transformers.Trainer`: every optimizer step fetches r examples and trains on the b that represent them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from colm_ds.accumulation import loss_scale
+from colm_ds.config import ColmConfig
+from colm_ds.coreset_selector import CoresetSelector
+from colm_ds.data.shares import gather_large_batch
+from colm_ds.data.sources import looks_at_sources, small_source_ids
+from colm_ds.distributed.exchange import make_exchange
+from colm_ds.errors import CheckpointError, ColmError, ConfigError, Problems, SelectionError
+from colm_ds.integrations.arguments import CoLMArguments, CoLMConfig, Given, read_section, resolve_section
+from colm_ds.integrations.large_batches import (
+    ExampleCollator,
+    NumberedDataset,
+    ShareSampler,
+    WithoutSource,
+    dataset_sources,
+    has_column,
+    number_sources,
+)
+from colm_ds.integrations.micro_batches import KEY, Weighted, coreset_micro_batches
+from colm_ds.integrations.statistics import SelectionStatistics
+from colm_ds.integrations.trainer_checks import check_arguments, check_sizes, is_trl
+from colm_ds.memory.meter import Meter
+from colm_ds.training_loss import example_loss_sums, find_loss_head
+from colm_ds.types import Coreset, Example
+
+__all__ = ["CoLMArguments", "CoLMConfig", "CoLMMixin", "CoLMTrainer"]
+
+STATE_FILE = "colm_state.pt"
+"""Beside the Trainer's own files in a checkpoint."""
+
+logger = logging.getLogger(__name__)
+
+# The mixin's calls of super() go to a Trainer; only a type checker needs to know.
+_Base = Trainer if TYPE_CHECKING else object
+
+
+class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
+    """Put it in front of `Trainer` or a subclass: `class MyTrainer(CoLMMixin, Seq...Trainer)`.
+
+    `per_device_train_batch_size` and `gradient_accumulation_steps` describe the coreset, what is trained on in an
+    optimizer step as ever; r is in `colm`. The gradient is the one of `colm_ds.initialize`.
+
+    Attributes:
+        loss_is_scaled_for_ga: tells the Trainer that the loss is a part of the whole step's already.
+        colm_config: the checked `"colm"` section.
+        coreset_selector: from the first step of a `train` on.
+        last_coreset: what was chosen for the last step.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self, *args: Any, colm: Given | None = None, sources: Sequence[Any] | None = None, **kwargs: Any
+    ) -> None:
+        """As the Trainer's.
+
+        Args:
+            args: the Trainer's.
+            colm: a `CoLMConfig`, a `CoLMArguments`, keys and values, or a file with a `colm` block; default:
+                `args.colm`, or the `"colm"` section of the DeepSpeed configuration.
+            sources: source of every example of `train_dataset`, where it has no such column (clusters, say).
+            kwargs: the Trainer's.
+
+        Raises:
+            ConfigError: listing everything that can not work.
+        """
+        super().__init__(*args, **kwargs)
+        self.data_collator: Any
+        self.coreset_selector: CoresetSelector | None = None
+        self.last_coreset: Coreset | None = None
+        self._colm_saved: dict[str, Any] | None = None
+        section = read_section(self._find_section(colm))
+        self.data_collator = WithoutSource(self.data_collator, section.pop("source_column", "source"))
+        self.colm_config = self._check(section, sources)
+
+    def _find_section(self, given: Given | None) -> Given:
+        deepspeed = getattr(getattr(self.args, "hf_deepspeed_config", None), "config", {})
+        found = given if given is not None else getattr(self.args, "colm", None) or deepspeed.get("colm")
+        if found is None:
+            raise ConfigError(f"{type(self).__name__}: no colm. Give colm=CoLMConfig(large_batch_size=...).")
+        return found
+
+    def _check(self, section: dict[str, Any], sources: Sequence[Any] | None) -> ColmConfig:
+        """Check everything that training will need; whatever is wrong is said at once."""
+        args = self.args
+        problems = Problems(f"the arguments of {type(self).__name__}")
+        after = type(self).__mro__[type(self).__mro__.index(CoLMMixin) + 1 :]
+        self._loss_owner = next(kind for kind in after if "compute_loss" in vars(kind))
+        check_arguments(self, self._loss_owner, problems)
+        config = resolve_section(
+            section,
+            coreset_size=self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            num_processes=args.world_size,
+            problems=problems,
+        )
+        dataset = self.train_dataset
+        # A packed dataset has no sources and other sizes, and that it is packed is said already.
+        packed = getattr(args, "packing", False) or getattr(args, "padding_free", False)
+        if dataset is not None and not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            problems.add(
+                "train_dataset", type(dataset).__name__, "its examples are not numbered", "Give a map-style dataset."
+            )
+        elif dataset is not None and config is not None and not packed:
+            check_sizes(self, config, problems)
+            self._read_sources(config, sources, problems)
+        problems.raise_if_any()
+        assert config is not None
+        return config
+
+    def _read_sources(self, config: ColmConfig, sources: Sequence[Any] | None, problems: Problems) -> None:
+        """Count the sources and look at one example."""
+        dataset = self.train_dataset
+        column = self.data_collator.source_column
+        given = sources is not None
+        try:
+            if sources is None and not looks_at_sources(config) and not has_column(dataset, column):
+                sources = ["all"] * len(dataset)
+            self._source_counts, source_ids = number_sources(dataset_sources(dataset, column, sources))
+            small_source_ids(config, self._source_counts)
+            collator = self._get_collator_with_removed_columns(self.data_collator, description="training")
+            self._examples_of = ExampleCollator(collator, source_ids)
+            self._examples_of.check(0, dataset[0])
+            if given and getattr(self.args, "shuffle_dataset", False):
+                problems.add("shuffle_dataset", True, "sources=[...] would meet other examples", "Use a column.")
+        except ColmError as error:
+            problems.messages.append(str(error))
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Loads this rank's share of each large batch, in as many parts as an optimizer step has micro-batches."""
+        args, config, dataset = self.args, self.colm_config, self.train_dataset
+        if dataset is None:
+            return super().get_train_dataloader()  # which says what is wrong
+        sampler = ShareSampler(
+            len(dataset),
+            config.large_batch_size,
+            args.gradient_accumulation_steps,
+            args.world_size,
+            seed=config.seed,
+            epoch=lambda: self.state.global_step // sampler.steps_per_epoch,
+            shuffle=str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)) == "random",
+        )
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="training")
+        workers = args.dataloader_num_workers
+        loader = DataLoader(
+            NumberedDataset(dataset, len(sampler) * sampler.batch_size),
+            batch_sampler=sampler,
+            collate_fn=self._examples_of,
+            num_workers=workers,
+            persistent_workers=args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
+        )
+        return self.accelerator.prepare_data_loader(loader, device_placement=False)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """The micro-batches of one optimizer step: fetch r examples, select b."""
+        selector = self.coreset_selector = self.coreset_selector or self._make_selector()
+        rank, exchange = self.args.process_index, self._exchange
+
+        def read() -> list[Example]:
+            return [example for part in islice(epoch_iterator, num_batches) for example in part]
+
+        batch = gather_large_batch(read, self.state.global_step + 1, rank, exchange)
+        if batch.size == 0:
+            return [], None
+        meter = Meter(self.args.device)
+        coreset = self.last_coreset = selector(batch, meter)
+        if coreset.size == 0:
+            raise SelectionError(
+                f"step {batch.step}: none of the {batch.size} examples has a finite signal. "
+                "The model has diverged: resume from an earlier checkpoint with a lower learning rate."
+            )
+        self._statistics.note(batch, coreset, len(selector.probed_positions(batch)), meter.seconds)
+        micro_batches = coreset_micro_batches(
+            batch,
+            coreset.positions.tolist(),
+            loss_scale(batch, coreset, self.colm_config.loss_normalization),
+            exchange,
+            rank,
+            num_batches=num_batches,
+            max_examples=self._train_batch_size,
+            pad_token_id=self._pad_token_id(),
+        )
+        return micro_batches, self._get_num_items_in_batch(micro_batches, device)
+
+    def _make_selector(self) -> CoresetSelector:
+        """The selector of a `train`, restored where that goes on from a checkpoint."""
+        args = self.args
+        self._exchange = make_exchange(args.device)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        group = getattr(optimizer, "param_groups", [{}])[0]
+        selector = CoresetSelector(
+            self.model,
+            self.colm_config,
+            self._source_counts,
+            device=args.device,
+            exchange=self._exchange,
+            betas=tuple(group.get("betas", (args.adam_beta1, args.adam_beta2))),
+            eps=group.get("eps", args.adam_epsilon),
+            rank=args.process_index,
+        )
+        if self._colm_saved is not None:
+            selector.load_state_dict(self._colm_saved)
+        self._statistics = SelectionStatistics(selector.source_names)
+        self._loss_head = find_loss_head(self.model)
+        return selector
+
+    def _pad_token_id(self) -> int:
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        for holder in (tokenizer, getattr(self.model, "config", None)):
+            found = getattr(holder, "pad_token_id", None)
+            if isinstance(found, int):
+                return found
+        return 0
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The part of a micro-batch in the step's loss, times W as gradients are averaged over ranks.
+
+        Outside training on a coreset (evaluation, say) it is the Trainer's own.
+        """
+        weighted: Weighted | None = inputs.pop(KEY, None)
+        if weighted is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        outputs: Any = None
+        if is_trl(self._loss_owner):
+            seen: list[Any] = []
+
+            def watched(**values: Any) -> Any:
+                seen.append(model(**values))
+                return seen[-1]
+
+            # TRL's loss is not used, its metrics are: entropy, accuracy and tokens of the coreset.
+            super().compute_loss(watched, inputs, num_items_in_batch=num_items_in_batch)
+            outputs = seen[0]
+            sums = -outputs.log_probs.sum(dim=1)  # 0 where there is no label
+        else:
+            sums = example_loss_sums(model, self._loss_head, weighted.batch.to(self.args.device))
+        scales = weighted.scales.to(sums.device, non_blocking=True)
+        loss = (sums * scales).sum() * self.args.world_size
+        return (loss, outputs) if return_outputs else loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; the history of the selection starts anew or from the checkpoint."""
+        self.coreset_selector, self._colm_saved = None, None
+        return super().train(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, with the means of the selection's statistics since the last entry of training."""
+        if "loss" in logs and self.coreset_selector is not None:
+            logs.update(self._statistics.take())
+        super().log(logs, *args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.coreset_selector is not None and self.args.process_index == 0:
+            state = {"sizes": self._sizes(), "selector": self.coreset_selector.state_dict()}
+            torch.save(state, Path(output_dir) / STATE_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / STATE_FILE
+        if not path.is_file():
+            logger.warning("%s: no %s, so the history of the selection starts empty.", checkpoint, STATE_FILE)
+            return
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["sizes"] != self._sizes():
+            raise CheckpointError(
+                f"{path}: saved with {saved['sizes']}, this run has {self._sizes()}. Resume with the former."
+            )
+        self._colm_saved = saved["selector"]
+
+    def _sizes(self) -> dict[str, Any]:
+        config = self.colm_config
+        return {
+            "large_batch_size": config.large_batch_size,
+            "coreset_size": config.coreset_size,
+            "seed": config.seed,
+            "selector": config.selector,
+            "estimator": config.probe.estimator,
+        }
+
+
+class CoLMTrainer(CoLMMixin, Trainer):
+    """`transformers.Trainer` on coresets: `CoLMTrainer(model, args, ..., colm=CoLMConfig(large_batch_size=128))`."""

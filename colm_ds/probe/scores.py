@@ -1,0 +1,115 @@
+"""What the baselines look at: one number per example, or its last hidden state, from the same pass as the probe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colm_ds.probe.architecture import Architecture
+from colm_ds.probe.estimators import VectorRows
+from colm_ds.probe.factors import gradient_factors
+from colm_ds.probe.patch import patched_forwards
+from colm_ds.probe.tail import TailInput, labelled_hidden, tail_losses
+from colm_ds.probe.token_loss import in_chunks, sums_by_row
+from colm_ds.selection import Exchange, Signals
+from colm_ds.types import Coreset
+
+SCORES = ("loss", "confidence", "gradient_norm", "hidden")
+
+
+def confidences(architecture: Architecture, tail: TailInput) -> Tensor:
+    """Mean over labelled positions of the likeliest token's probability, float32 `[batch]`.
+
+    Args:
+        architecture: the model's parts.
+        tail: what enters the last layer.
+    """
+    batch, head = tail.batch, architecture.head
+    plain_head = head.forward
+
+    def largest_probability(states: Tensor) -> Tensor:
+        return in_chunks(
+            lambda part: plain_head(part).float().softmax(dim=-1).amax(dim=-1), states, architecture.vocabulary_size
+        )
+
+    hidden = labelled_hidden(architecture, tail)
+    with patched_forwards({head: largest_probability}):
+        found = head(hidden)
+    return sums_by_row(found, batch.rows, len(batch.counts)) / batch.counts.clamp_min(1.0)
+
+
+def gradient_norms(architecture: Architecture, tail: TailInput) -> Tensor:
+    """Norm of each example's gradient of the probed projection, float32 `[batch]`, from its token factors.
+
+    |sum_t delta_t x_t^T|^2 = sum_ts (delta_t . delta_s)(x_t . x_s), so no gradient is formed.
+
+    Args:
+        architecture: the model's parts.
+        tail: what enters the last layer.
+    """
+    delta, inputs = (factor.float() for factor in gradient_factors(architecture, tail))
+    products = (delta @ delta.transpose(1, 2)) * (inputs @ inputs.transpose(1, 2))
+    return products.sum(dim=(1, 2)).clamp_min(0.0).sqrt()
+
+
+def last_hidden(architecture: Architecture, tail: TailInput) -> Tensor:
+    """Final hidden state where the last token is predicted, after the norm, float32 `[batch, hidden]`.
+
+    Args:
+        architecture: the model's parts.
+        tail: what enters the last layer.
+    """
+    batch = tail.batch
+    hidden = labelled_hidden(architecture, tail).float()
+    last = batch.counts.long().cumsum(0) - 1  # labelled positions come row by row
+    found = hidden[last.clamp_min(0)]
+    return torch.where(batch.counts[:, None] > 0, found, torch.zeros_like(found))
+
+
+class ScoreEstimator:
+    """One score, or one hidden state, per example; all ranks get all of them."""
+
+    is_local = False
+
+    def __init__(self, architecture: Architecture, device: torch.device, kind: str) -> None:
+        self._architecture = architecture
+        self._device = device
+        self._kind = kind
+        self._width = architecture.hidden_size if kind == "hidden" else 1
+        self._rows = VectorRows()
+
+    def begin(self, step: int, probed: Tensor, num_local: int) -> None:
+        """See `Estimator.begin`."""
+        self._rows.begin(probed)
+
+    def observe(self, tail: TailInput, positions: Tensor, lengths: Sequence[int]) -> None:
+        """See `Estimator.observe`."""
+        found = self._score(tail)
+        self._rows.add(positions, found.reshape(len(found), -1)[: len(positions)])
+
+    def signals(self, batch_size: int, exchange: Exchange) -> Signals:
+        """See `Estimator.signals`."""
+        return self._rows.gather(batch_size, self._width, self._device, exchange)
+
+    def update(self, coreset: Coreset, exchange: Exchange) -> None:
+        """Nothing to learn."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+    def _score(self, tail: TailInput) -> Tensor:
+        if self._kind == "gradient_norm":
+            return gradient_norms(self._architecture, tail)
+        with torch.no_grad():
+            if self._kind == "loss":
+                return tail_losses(self._architecture, tail).float()
+            if self._kind == "confidence":
+                return confidences(self._architecture, tail)
+            return last_hidden(self._architecture, tail)

@@ -1,0 +1,125 @@
+"""Baselines that choose b of all r examples by one number each, or by their hidden states (CoLM, section 5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colm_ds.errors import SelectionError
+from colm_ds.selection.coreset import Signals
+from colm_ds.selection.exchange import Exchange
+from colm_ds.selection.selectors import SelectorContext
+from colm_ds.selection.two_round import pick_medoids
+from colm_ds.types import NUM_NAMED, Coreset, LargeBatch
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """Places of the `count` largest scores, ascending int64; ties to the lowest place.
+
+    Args:
+        scores: `[n]`.
+        count: at most n.
+    """
+    return torch.sort(scores, descending=True, stable=True).indices[:count].sort().values
+
+
+def middle(scores: Tensor, count: int) -> Tensor:
+    """Places of the `count` scores around the median in sorted order, ascending int64; ties to the lowest place.
+
+    Args:
+        scores: `[n]`.
+        count: at most n.
+    """
+    order = torch.sort(scores, stable=True).indices
+    first = (len(scores) - count) // 2
+    return order[first : first + count].sort().values
+
+
+class _Scored:
+    """Base of selectors that look at one number per example; sources play no part."""
+
+    signal: str | None = None
+    keeps_small = False
+
+    def __init__(self, context: SelectorContext) -> None:
+        self._context = context
+
+    def select(self, batch: LargeBatch, signals: Signals | None, exchange: Exchange) -> Coreset:
+        """The b examples that `_places` names among those looked at whose number is finite."""
+        scores = self._scores(batch, signals)
+        finite = signals.finite.cpu() if signals is not None else torch.ones(batch.size, dtype=torch.bool)
+        looked_at = finite if signals is None or signals.unprobed is None else finite & ~signals.unprobed.cpu()
+        usable = looked_at.nonzero().flatten()
+        places = self._places(scores[usable], min(self._context.size, len(usable)))
+        return Coreset(
+            positions=usable[places],
+            weights=torch.ones(len(places)),
+            num_nonfinite=int((~finite).sum()),
+            nonfinite=tuple((~finite).nonzero().flatten()[:NUM_NAMED].tolist()),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: there is no state."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+    def _scores(self, batch: LargeBatch, signals: Signals | None) -> Tensor:
+        """One row per example of the large batch, on the CPU."""
+        if signals is None or signals.vectors is None:
+            raise SelectionError(f"selector {type(self).__name__} was given no signals. Run the probe first.")
+        scores = torch.zeros(batch.size, signals.vectors.shape[1])
+        scores[signals.positions.cpu()] = signals.vectors.float().cpu()
+        return scores
+
+    def _places(self, scores: Tensor, count: int) -> Tensor:
+        return largest(scores[:, 0], count)
+
+
+class BigLossSelector(_Scored):
+    """BL: the examples with the largest mean token loss."""
+
+    signal: str | None = "loss"
+
+
+class GradientNormSelector(_Scored):
+    """GN: the examples with the largest gradient of the last V projection."""
+
+    signal: str | None = "gradient_norm"
+
+
+class LeastConfidenceSelector(_Scored):
+    """LC: the examples whose likeliest tokens have the smallest mean probability."""
+
+    signal: str | None = "confidence"
+
+    def _places(self, scores: Tensor, count: int) -> Tensor:
+        return largest(-scores[:, 0], count)
+
+
+class MiddlePerplexitySelector(_Scored):
+    """MP: the examples around the median perplexity."""
+
+    signal: str | None = "loss"
+
+    def _places(self, scores: Tensor, count: int) -> Tensor:
+        return middle(scores[:, 0], count)
+
+
+class CompletionLengthSelector(_Scored):
+    """CL: the examples with the most labelled tokens; nothing is probed."""
+
+    def _scores(self, batch: LargeBatch, signals: Signals | None) -> Tensor:
+        return batch.num_label_tokens.float()[:, None]
+
+
+class HiddenMedoidsSelector(_Scored):
+    """FL: medoids of the last hidden states, of all examples together."""
+
+    signal: str | None = "hidden"
+
+    def _places(self, scores: Tensor, count: int) -> Tensor:
+        return pick_medoids(scores, count, self._context.settings.metric).indices.cpu()

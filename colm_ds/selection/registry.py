@@ -1,0 +1,52 @@
+"""Selectors by name. A new one is a class and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from colm_ds.errors import SelectionError
+from colm_ds.selection.baselines import (
+    BigLossSelector,
+    CompletionLengthSelector,
+    GradientNormSelector,
+    HiddenMedoidsSelector,
+    LeastConfidenceSelector,
+    MiddlePerplexitySelector,
+)
+from colm_ds.selection.selectors import (
+    ColmSelector,
+    FullSelector,
+    KeepRandomSelector,
+    RandomSelector,
+    Selector,
+    SelectorContext,
+)
+
+SELECTORS: dict[str, Callable[[SelectorContext], Selector]] = {
+    "colm": ColmSelector,
+    "random": RandomSelector,
+    "keep_random": KeepRandomSelector,
+    "full": FullSelector,
+    "big_loss": BigLossSelector,
+    "gradient_norm": GradientNormSelector,
+    "middle_perplexity": MiddlePerplexitySelector,
+    "completion_length": CompletionLengthSelector,
+    "least_confidence": LeastConfidenceSelector,
+    "hidden_medoids": HiddenMedoidsSelector,
+}
+
+
+def make_selector(name: str, context: SelectorContext) -> Selector:
+    """The selector of that name.
+
+    Raises:
+        SelectionError: if there is none.
+    """
+    if name not in SELECTORS:
+        raise SelectionError(f"selector {name!r} is unknown. Choose one of {', '.join(SELECTORS)}.")
+    return SELECTORS[name](context)
+
+
+def signal_of(name: str) -> str | None:
+    """What the selector of that name needs to be found out; None if nothing, or if there is no such selector."""
+    return getattr(SELECTORS.get(name), "signal", None)

@@ -1,0 +1,73 @@
+"""Fine-tune with transformers.Trainer on coresets: 64 of every 128 examples are trained on.
+
+    torchrun --nproc_per_node 4 finetune/examples/hf_trainer.py arguments.yaml
+
+arguments.yaml holds TrainingArguments, the keys of `Data` below and a colm block (the batch size is the coreset's):
+
+    model: HuggingFaceTB/SmolLM2-135M
+    data: train.jsonl                  # prompt, completion, source
+    output_dir: out
+    per_device_train_batch_size: 4
+    gradient_accumulation_steps: 4     # x 4 ranks: b = 64
+    max_steps: 1000
+    colm: {large_batch_size: 128}
+
+Under DeepSpeed add `deepspeed: ds.json`; `resume_from_checkpoint: out/checkpoint-500` goes on from there.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import load_dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    HfArgumentParser,
+    TrainingArguments,
+)
+
+from colm_ds.integrations.transformers import CoLMArguments, CoLMTrainer
+
+
+@dataclass
+class Data:
+    """What to train on what."""
+
+    model: str = field(metadata={"help": "model to start from"})
+    data: str = field(metadata={"help": "JSON lines with prompt, completion and source"})
+    max_length: int = field(default=1024, metadata={"help": "tokens of an example at most"})
+
+
+def main(arguments: str) -> None:
+    """Train as a YAML file says."""
+    parser = HfArgumentParser((Data, TrainingArguments, CoLMArguments))
+    data, args, colm = parser.parse_yaml_file(arguments)
+    tokenizer = AutoTokenizer.from_pretrained(data.model)
+    model = AutoModelForCausalLM.from_pretrained(data.model)
+
+    def tokenise(row: dict[str, str]) -> dict[str, Any]:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        labels = [-100] * len(prompt) + answer
+        return {"input_ids": (prompt + answer)[: data.max_length], "labels": labels[: data.max_length]}
+
+    rows = load_dataset("json", data_files=data.data, split="train").map(tokenise)
+    rows = rows.filter(lambda row: any(label != -100 for label in row["labels"]))
+    trainer = CoLMTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        colm=colm,
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,94 @@
+"""Every recipe is valid, and every family of theirs trains end to end from a tiny configuration of its own kind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from colm_ds.data.generated import write_mixture
+from colm_ds.families import FAMILIES
+from colm_ds.recipe import load_recipe
+from tests.finetune.test_entry import ROOT
+
+RECIPES = sorted((ROOT / "finetune" / "recipes").glob("*.yaml"))
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+TINY: dict[str, dict[str, Any]] = {
+    "phi2_math": {"model_type": "phi", "partial_rotary_factor": 0.5},
+    "phi3_mini_math": {"model_type": "phi3"},
+    "zephyr_3b_math": {"model_type": "stablelm", "partial_rotary_factor": 0.25, "num_key_value_heads": 4},
+    "zephyr_7b_math": {"model_type": "mistral", "num_key_value_heads": 2},
+    "llama3_8b_math": {"model_type": "llama", "num_key_value_heads": 2},
+}
+"""The families' own features: fused projections, partial rotary embeddings, grouped queries."""
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small mixture with its tokenizer."""
+    folder = tmp_path_factory.mktemp("recipes")
+    write_mixture(folder, seed=1, scale=0.05)
+    return folder
+
+
+def overrides_of(name: str, mixture: Path, output: Path) -> list[str]:
+    """What lets a recipe run on a small machine: a tiny model of its family, small data, two steps."""
+    shape = SHAPE | {"num_key_value_heads": 4} | TINY[name]
+    return [
+        "model.name_or_path=null",
+        f"model.config={json.dumps(shape)}",
+        f"tokenizer={mixture / 'tokenizer'}",
+        f"data.train={mixture / 'train.jsonl'}",
+        "data.max_length=96",
+        "data.holdout_per_source=2",
+        "data.cache_dir=null",
+        "lora.rank=4",
+        "colm.mask.size=16",
+        "colm.large_batch_size=16",
+        "colm.coreset_size=8",
+        "steps=2",
+        "deepspeed=ds_configs/zero2.json",
+        f"output_dir={output}",
+    ]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_valid(path: Path, mixture: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert f"finetune/recipes/{path.name}" in text.split("\n")[0]  # the command that runs it
+    data = mixture / "train.jsonl"
+    recipe = load_recipe(path, [f"data.train={data}", f"data.heldout={data if path.stem == 'demo' else 'null'}"])
+    if path.stem in TINY:
+        assert recipe.lora is not None
+        assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.dropout) == (128, 512, 0.05)
+        assert (recipe.colm.large_batch_size, recipe.colm.coreset_size) == (128, 64)
+        assert recipe.optimizer.lr == 2e-5
+
+
+def test_every_family_has_a_recipe() -> None:
+    """qwen2 has the architecture of llama with biases; it shares its recipe."""
+    assert {config["model_type"] for config in TINY.values()} | {"qwen2"} == set(FAMILIES)
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("name", TINY)
+def test_family_trains(name: str, mixture: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    recipe = ROOT / "finetune" / "recipes" / f"{name}.yaml"
+    command = [sys.executable, "finetune/train.py", str(recipe), *overrides_of(name, mixture, tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["examples_trained"] == 16
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    family = FAMILIES[TINY[name]["model_type"]]
+    assert sorted(config["target_modules"]) == sorted(family.lora_targets)
+    run = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert run["why_not_replay"] is None  # checkpointing is on, so the probe's forward is replayed

@@ -1,0 +1,43 @@
+"""The keys of CoLM: as a dataclass, on a command line, in a file."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from colm_ds.config import ColmConfig
+from colm_ds.integrations.arguments import OWN_TO_THE_ENGINE, CoLMArguments, CoLMConfig, read_section
+
+
+def test_the_dataclass_has_the_keys_and_defaults_of_the_section() -> None:
+    ours = {field.name: field.default for field in dataclasses.fields(CoLMConfig)}
+    theirs = {name: field.default for name, field in ColmConfig.model_fields.items()}
+    # Without: what is the engine's, what TrainingArguments have, and what only colm_ds.initialize can do.
+    assert ours.keys() - {"source_column"} == theirs.keys() - OWN_TO_THE_ENGINE.keys() - {"seed", "replay"}
+    for name in ours.keys() - {"source_column", "large_batch_size", "mask", "probe", "schedule"}:
+        assert ours[name] == theirs[name], name
+
+
+def test_command_line_beside_training_arguments() -> None:
+    line = "--output_dir=out --large_batch_size=32 --weights=matched --small_sources=a,b --no_per_source --use_cpu"
+    probe = ["--probe", '{"estimator": "exact"}']
+    _, colm = HfArgumentParser((TrainingArguments, CoLMConfig)).parse_args_into_dataclasses([*line.split(), *probe])
+    section = read_section(colm)
+    assert section["large_batch_size"] == 32
+    assert section["small_sources"] == ["a", "b"]
+    assert section["probe"] == {"estimator": "exact"}
+    assert (section["weights"], section["per_source"]) == ("matched", False)
+
+
+def test_block_of_an_arguments_file(tmp_path: Path) -> None:
+    path = tmp_path / "arguments.yaml"
+    path.write_text(
+        "output_dir: out\nuse_cpu: true\ncolm:\n  large_batch_size: 32\n  mask: {size: 8}\n", encoding="utf-8"
+    )
+    _, colm = HfArgumentParser((TrainingArguments, CoLMArguments)).parse_yaml_file(str(path))
+    wanted = {"large_batch_size": 32, "mask": {"size": 8}}
+    assert read_section(colm) == wanted
+    assert read_section(path) == wanted
+    assert read_section('{"large_batch_size": 32, "mask": {"size": 8}}') == wanted

@@ -1,0 +1,115 @@
+"""The examples and the README's section run as they stand, with a tiny model."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.engine.training import records
+from tests.integrations.runs import forget_deepspeed, pad
+from tests.integrations.tiny import save
+from tests.tiny_models import tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "finetune" / "examples"
+
+SIZES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 3, "logging_steps": 1}
+QUIET = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    forget_deepspeed()
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs an example as a program, in this process; gives what it printed."""
+
+    def run(name: str, *options: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *options])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def readme_section() -> str:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return text.split("## In a plain loop, Hugging Face Trainer, TRL")[1].split("\n## ")[0]
+
+
+def test_hf_trainer(run: Callable[..., str], tmp_path: Path) -> None:
+    model, data = save(tmp_path)
+    output = tmp_path / "out"
+    arguments = {"model": str(model), "data": str(data), "output_dir": str(output), **SIZES, **QUIET}
+    path = tmp_path / "arguments.yaml"
+    path.write_text(yaml.safe_dump({**arguments, "colm": {"large_batch_size": 16}}), encoding="utf-8")
+    printed = run("hf_trainer.py", str(path))
+    assert printed.count("'colm/chosen/algebra'") == 3
+    assert (output / "model.safetensors").exists()
+
+
+def test_trl_sft(run: Callable[..., str], tmp_path: Path) -> None:
+    if importlib.util.find_spec("trl") is None:
+        pytest.skip("TRL is not installed")
+    model, data = save(tmp_path)
+    output = tmp_path / "out"
+    options = {**SIZES, **QUIET, "model": model, "data": data, "output_dir": output}
+    options |= {"large_batch_size": 16, "lora_rank": 2, "probe": '{"estimator": "exact"}', "small_sources": "code"}
+    printed = run("trl_sft.py", *(f"--{key}={value}" for key, value in options.items()))
+    assert printed.count("'mean_token_accuracy'") == 3
+    assert (output / "adapter_model.safetensors").exists()
+
+
+def test_plain_loop(run: Callable[..., str], tmp_path: Path) -> None:
+    model, data = save(tmp_path)
+    sizes = ["--steps=4", "--large_batch_size=16", "--coreset_size=8", "--micro_batch_size=3"]
+    printed = run("plain_loop.py", str(model), str(data), str(tmp_path / "out"), *sizes)
+    assert "step 4 of 4: loss" in printed
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_examples_are_short() -> None:
+    for path in EXAMPLES.glob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) < 80, path
+
+
+def test_plain_loop_of_the_readme() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", readme_section(), flags=re.DOTALL)
+    assert len(code.strip().splitlines()) <= 15
+    names = {"model": tiny_model("llama").train(), "dataset": records({"a": 20, "b": 20, "c": 5})}
+    exec(code.replace("128", "16").replace("64", "8"), names)
+    assert names["selector"].step_count == 2
+
+
+def test_diff_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (diff,) = re.findall(r"```diff\n(.*?)```", readme_section(), flags=re.DOTALL)
+    lines = diff.splitlines()
+    assert sum(line[:1] in "+-" for line in lines if line) <= 6
+    printed = {}
+    for kind, other in (("-", "+"), ("+", "-")):
+        script = "\n".join(line[1:] for line in lines if line[:1] != other)
+        script = script.replace('"out"', "output, **small").replace("size=16", "size=4").replace("128", "32")
+        names: dict[str, object] = {
+            "model": tiny_model("llama").train(),
+            "dataset": records({"a": 20, "b": 20, "c": 5}),
+            "collator": pad,
+            "output": str(tmp_path / kind),
+            "small": {**QUIET, "max_steps": 2, "logging_steps": 1},
+        }
+        exec(script, names)
+        printed[kind] = capsys.readouterr().out
+    assert "'loss'" in printed["-"]
+    assert "colm/" not in printed["-"]
+    assert printed["+"].count("'colm/chosen/a'") == 2

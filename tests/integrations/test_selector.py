@@ -1,0 +1,122 @@
+"""`CoresetSelector` in a loop of one's own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+import colm_ds
+from colm_ds.errors import ConfigError, DataError, SelectionError
+from tests.engine.training import Record, records
+from tests.integrations.runs import pad
+from tests.tiny_models import tiny_model
+
+COUNTS = {"a": 20, "b": 16, "c": 3}
+SIZES = {"large_batch_size": 13, "coreset_size": 6, "seed": 1}
+
+
+def data() -> list[Record]:
+    return records(COUNTS)
+
+
+def make(**colm: Any) -> Any:
+    return colm_ds.CoresetSelector(tiny_model("llama"), {**SIZES, **colm}, COUNTS)
+
+
+def collated(examples: list[Record], *, left: bool = False) -> dict[str, Any]:
+    """A padded batch, on either side, with sources by name."""
+    batch: dict[str, Any] = pad([{k: row[k] for k in ("input_ids", "labels")} for row in examples])
+    if left:
+        for row, example in enumerate(examples):
+            shift = batch["input_ids"].shape[1] - len(example["input_ids"])
+            batch = {key: values.clone() for key, values in batch.items()}
+            for values in batch.values():
+                values[row] = values[row].roll(shift)
+    return {**batch, "source": [row["source"] for row in examples]}
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_list_and_padded_batch_are_the_same(left: bool) -> None:
+    examples = data()[:13]
+    one, other = make()(examples), make()(collated(examples, left=left))
+    assert one.positions.tolist() == other.positions.tolist()
+    numbers = {**collated(examples), "source": torch.tensor([list(COUNTS).index(row["source"]) for row in examples])}
+    assert make()(numbers).positions.tolist() == one.positions.tolist()
+
+
+def test_small_sources_are_kept_and_b_chosen() -> None:
+    selector = make()
+    coreset = selector(data()[:13])
+    kept = [place for place, row in enumerate(data()[:13]) if row["source"] == "c"]
+    assert set(kept) <= set(coreset.positions.tolist())
+    places, weights = selector.share(coreset)
+    assert sorted(places) == sorted(coreset.positions.tolist())
+    assert torch.allclose(weights, torch.full((6,), 1 / 6))
+
+
+def test_share_gives_the_mean_over_tokens() -> None:
+    selector = make(loss_normalization="token")
+    examples = data()[:13]
+    places, weights = selector.share(selector(examples))
+    labelled = torch.tensor([sum(label != -100 for label in examples[p]["labels"][1:]) for p in places])
+    assert torch.allclose(weights, labelled / labelled.sum())
+
+
+@pytest.mark.parametrize("estimator", ["spsa", "exact", "sketch"])
+def test_state_goes_on_exactly(estimator: str) -> None:
+    probe = {"estimator": estimator}
+    whole, first, rest = make(probe=probe), make(probe=probe), make(probe=probe)
+    batches = [data()[start : start + 13] for start in (0, 13, 26)]
+    wanted = [whole(batch).positions.tolist() for batch in batches]
+    for batch in batches[:2]:
+        first(batch)
+    rest.load_state_dict(first.state_dict())
+    assert rest(batches[2]).positions.tolist() == wanted[2]
+    assert rest.step_count == 3
+
+
+def test_example_losses_are_the_model_s() -> None:
+    model, examples = tiny_model("llama"), data()[:3]
+    losses = colm_ds.example_losses(model, examples)
+    for loss, row in zip(losses, examples, strict=True):
+        inputs = {key: torch.tensor([row[key]]) for key in ("input_ids", "labels")}
+        assert float(loss.detach()) == pytest.approx(float(model(**inputs).loss.detach()), abs=1e-5)
+    assert torch.equal(colm_ds.example_losses(model, collated(examples)), losses)
+    nothing = colm_ds.example_losses(model, [])
+    nothing.sum().backward()
+    assert all(float(p.grad.abs().sum()) == 0 for p in model.parameters() if p.grad is not None)
+
+
+def test_mistakes_are_named() -> None:
+    examples = data()[:13]
+    with pytest.raises(DataError, match="source 'z' is not among those counted before training: 'a', 'b', 'c'"):
+        make()([*examples[:12], {**examples[12], "source": "z"}])
+    with pytest.raises(DataError, match="example 0: no 'source'"):
+        make()([{"input_ids": [1, 2]}])
+    with pytest.raises(DataError, match=r"examples \[12\] have no label"):
+        make()([*examples[:12], {**examples[12], "labels": [-100] * len(examples[12]["labels"])}])
+    with pytest.raises(SelectionError, match=r"3 examples, fewer than coreset_size = 6"):
+        make()(examples[:3])
+    with pytest.raises(ConfigError, match="Did you mean 'metric'"):
+        make(metrik="l1")
+    with pytest.raises(ConfigError, match=r"more than colm\.large_batch_size = 13"):
+        make(coreset_size=14)
+    with pytest.raises(ConfigError, match=r"colm\.replay = 'on': needs the step of colm_ds\.initialize"):
+        make(replay="on")
+    model = tiny_model("llama")
+    with pytest.raises(ConfigError, match="the sources of the dataset are not known"):
+        colm_ds.CoresetSelector(model, SIZES)
+    with pytest.raises(ConfigError, match="no number of examples by which to tell"):
+        colm_ds.CoresetSelector(model, SIZES, ["a", "b", "c"])
+
+
+def test_names_or_nothing_where_counts_are_not_needed() -> None:
+    model, examples = tiny_model("llama"), data()[:13]
+    listed = colm_ds.CoresetSelector(model, {**SIZES, "small_sources": ["c"]}, ["a", "b", "c"])
+    assert listed(examples).positions.tolist() == make()(examples).positions.tolist()
+    pool = {**SIZES, "small_sources": "none", "per_source": False}
+    assert colm_ds.CoresetSelector(model, pool)(examples).num_kept == 0
+    assert Counter(row["source"] for row in data()) == COUNTS

@@ -1,0 +1,94 @@
+"""What a Trainer does beside choosing: epochs, evaluation, checkpoints, whose examples are where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from colm_ds.errors import CheckpointError
+from colm_ds.integrations.large_batches import ShareSampler, number_sources
+from colm_ds.integrations.micro_batches import equal_ranks
+from tests.engine.training import SOURCES, records
+from tests.integrations.runs import CORESET, LARGE, make_trainer, pad
+from tests.tiny_models import tiny_model
+
+SIZES = {"large_batch_size": LARGE, "probe": {"estimator": "sketch"}}
+
+
+def test_epochs_evaluation_and_workers(tmp_path: Path) -> None:
+    """Two epochs of four steps, read by a worker process; the `source` column reaches nobody, in evaluation neither."""
+    from transformers import Trainer
+
+    arguments: dict[str, Any] = {"max_steps": -1, "num_train_epochs": 2, "remove_unused_columns": False}
+    arguments |= {"eval_strategy": "epoch", "eval_dataset": records(SOURCES)[:9]}
+    trainer = make_trainer(str(tmp_path), SIZES, 8, **arguments, dataloader_num_workers=1)
+    trainer.train()
+    alone = make_trainer(str(tmp_path), SIZES, 8, **arguments)
+    alone.train()
+    assert trainer.chosen == alone.chosen
+    assert trainer.state.global_step == 8
+    assert trainer.state.epoch == 2
+    assert all(len(set(chosen)) == CORESET for chosen in trainer.chosen)
+    assert len({index for chosen in trainer.chosen[:4] for index in chosen}) == 4 * CORESET
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    rows = [{key: row[key] for key in ("input_ids", "labels")} for row in records(SOURCES)[:9]]
+    plain = Trainer(trainer.model, trainer.args, pad, eval_dataset=rows).evaluate()
+    assert evaluated[-1] == pytest.approx(plain["eval_loss"], abs=1e-6)
+    assert len(evaluated) == 2
+
+
+def test_checkpoint_of_other_sizes_or_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_trainer(str(tmp_path), SIZES, 1, save_strategy="steps", save_steps=1).train()
+    checkpoint = tmp_path / "checkpoint-1"
+    other = make_trainer(str(tmp_path), {**SIZES, "large_batch_size": 32}, 2)
+    with pytest.raises(CheckpointError, match="Resume with the former"):
+        other.train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / "colm_state.pt").unlink()
+    with caplog.at_level("WARNING"):
+        make_trainer(str(tmp_path), SIZES, 2).train(resume_from_checkpoint=str(checkpoint))
+    assert "the history of the selection starts empty" in caplog.text
+
+
+def test_every_rank_reads_its_part_of_each_large_batch() -> None:
+    """24 examples, r = 12, on 3 ranks with 2 micro-batches each: accelerate deals the batches out in turn."""
+    sampler = ShareSampler(29, 12, 2, 3, seed=0, epoch=lambda: 1)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 12
+    dealt = [[index for batch in batches[rank:6:3] for index in batch] for rank in range(3)]
+    assert [index for share in dealt for index in share] == sampler._mixture.indices(3).tolist()
+    ordered = list(ShareSampler(29, 12, 1, 1, seed=0, epoch=lambda: 3, shuffle=False))
+    assert ordered == [list(range(12)), list(range(12, 24))]
+
+
+def test_ranks_train_as_many_examples_each() -> None:
+    lengths, home = torch.tensor([9, 5, 7, 6, 8, 4]), torch.tensor([0, 0, 0, 0, 0, 1])
+    assert equal_ranks([0, 1, 2, 3], lengths, home, 2) == {0: 0, 2: 0, 1: 1, 3: 1}
+    assert equal_ranks([5, 0], lengths, home, 2) == {0: 0, 5: 1}
+    assert equal_ranks([4], lengths, home, 2) == {4: 0}
+
+
+def test_sources_are_numbered_as_by_the_engine() -> None:
+    from colm_ds.data.loader import RecordDataset, source_counts
+
+    values = ["b", 10, "a", 2, "b", 2]
+    records = [{"input_ids": [1, 2], "source": value} for value in values]
+    counts, ids = number_sources(values)
+    dataset = RecordDataset(records)
+    assert counts == source_counts(dataset)
+    assert list(counts) == ["2", "10", "a", "b"]
+    assert np.array_equal(ids, dataset.source_ids)
+
+
+def test_model_is_left_as_it_was(tmp_path: Path) -> None:
+    """No hook, no replaced forward, training mode."""
+    from tests.engine.training import attachments
+
+    before = attachments(tiny_model("llama").train())
+    trainer = make_trainer(str(tmp_path), SIZES, 1)
+    trainer.train()
+    assert attachments(trainer.model) == before
+    assert trainer.model.training

@@ -1,0 +1,69 @@
+"""`colm-ds preview`: the numbers are the data's, and the coreset shown is the one that training takes first."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from colm_ds.cli import main
+from colm_ds.data.generated import write_mixture
+from tests.test_bad_input import recipe_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe and its data."""
+    folder = tmp_path_factory.mktemp("preview")
+    write_mixture(folder / "data", seed=1, scale=0.05)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(folder)))
+    return folder
+
+
+def shown(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command prints."""
+    assert main(["preview", str(folder / "recipe.yaml"), *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_sources_and_lengths(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(folder, capsys, "--no-coreset")
+    records = [json.loads(line) for line in (folder / "data" / "train.jsonl").read_text().splitlines()]
+    counts: dict[str, int] = {}
+    for record in records:
+        counts[record["source"]] = counts.get(record["source"], 0) + 1
+    for name, count in counts.items():
+        line = next(line for line in text.splitlines() if line.startswith(f"{name} "))
+        assert int(line.split()[1].replace(",", "")) == count
+        assert line.endswith("yes") == (count < len(records) / len(counts))
+    bars = re.findall(r"^ +\d+ - \d+ +([\d,]+)", text, flags=re.MULTILINE)
+    assert sum(int(bar.replace(",", "")) for bar in bars) == len(records)
+    assert "step 1" not in text
+
+
+def test_trained_tokens_are_marked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(folder, capsys, "--no-coreset", "--examples", "2")
+    answers = {json.loads(line)["output"] for line in (folder / "data" / "train.jsonl").read_text().splitlines()}
+    marked = re.findall(r"### Response:>>>(.*?)</s><<<", text, flags=re.DOTALL)
+    assert len(marked) == 2
+    assert {answer.strip() for answer in marked} <= {answer.strip() for answer in answers}
+
+
+@pytest.mark.parametrize("selector", ["colm", "keep_random", "big_loss"])
+def test_coreset(selector: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(folder, capsys, f"colm.selector={selector}", "--examples", "0")
+    assert "step 1: 8 of 16 examples" in text
+    rows = text.split("in the coreset")[1].splitlines()[1:]
+    assert len(rows) == 16
+    assert sum("  -  " not in row for row in rows) == 8
+    per_source = re.findall(r"^generated/\w+ +(\d+) +(\d+)  ", text.split("step 1:")[1], flags=re.MULTILINE)
+    assert sum(int(kept) for _, kept in per_source) == 8
+    assert sum(int(seen) for seen, _ in per_source) == 16
+
+
+def test_bad_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["preview", str(folder / "recipe.yaml"), "colm.corset_size=4"]) == 2
+    assert "Did you mean 'coreset_size'?" in capsys.readouterr().err
