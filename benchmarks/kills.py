@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -73,8 +74,6 @@ class Trial:
         self.broken: list[str] = []
         self.victims: Counter[str] = Counter()
         self.lost: list[int] = []
-        self.typical_s = 0.0
-        """Seconds of a start that is left alone: kills come within this time."""
         self.recipe = self._write_recipe()
 
     def run(self) -> dict[str, Any]:
@@ -82,7 +81,7 @@ class Trial:
         if not self.options.launcher:
             preload()
         started = time.monotonic()
-        whole_s = self.typical_s = self._uninterrupted()
+        whole_s = self._uninterrupted()
         kills = runs = 0
         while kills < self.options.kills:
             folder = self.scratch / f"run_{runs}"
@@ -140,12 +139,9 @@ class Trial:
         """Start one run again and again; how many kills it took."""
         kills = 0
         while True:
-            begun = time.monotonic()
             processes = self._start(folder)
             doomed = kills < most
-            moment = begun + self.random.uniform(0.0, self.typical_s)
-            while doomed and time.monotonic() < moment and any(process.poll() is None for process in processes):
-                time.sleep(0.002)
+            self._wait_for_a_moment(folder, processes if doomed else [])
             if doomed and any(process.poll() is None for process in processes):
                 kills += 1
                 self._kill(processes)
@@ -155,12 +151,30 @@ class Trial:
                     return kills
                 continue
             codes = [process.wait() for process in processes]
-            self.typical_s = min(self.typical_s, 1.2 * (time.monotonic() - begun))
             if not any(codes):
                 return kills
             self._break(f"a start that was not killed ended with {codes}: {self._log()}")
             if len(self.broken) > 5:
                 raise SystemExit("\n".join(self.broken))
+
+    def _wait_for_a_moment(self, folder: Path, processes: list[Any]) -> None:
+        """Four of five kills come some steps on, at any place in a step or a save; the others while starting."""
+        begun = time.monotonic()
+
+        def wait(until: Callable[[], bool]) -> None:
+            while any(process.poll() is None for process in processes) and not until():
+                time.sleep(0.002)
+
+        if self.random.random() < 0.2:
+            seconds = self.random.uniform(0.0, 5.0)
+            wait(lambda: time.monotonic() - begun > seconds)
+            return
+        metrics = folder / "metrics.jsonl"
+        first = num_lines(metrics)
+        more = self.random.randint(1, 10)
+        wait(lambda: num_lines(metrics) >= first + more)
+        seconds, begun = self.random.uniform(0.0, 0.2), time.monotonic()
+        wait(lambda: time.monotonic() - begun > seconds)
 
     def _start(self, folder: Path) -> list[Any]:
         with socket.socket() as free:
@@ -243,12 +257,12 @@ class Trial:
         self.lost.append(max(0, logged - step))
 
     def _compare(self, folder: Path) -> None:
-        for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/README.md"):
-            whole = self.scratch / "whole" / name
-            if not (folder / name).exists() or (
-                name[-2:] != "md" and (folder / name).read_bytes() != whole.read_bytes()
-            ):
-                self._break(f"{name} is not that of the uninterrupted run")
+        weights = "adapter/adapter_model.safetensors"
+        if (folder / weights).read_bytes() != (self.scratch / "whole" / weights).read_bytes():
+            self._break(f"{weights} is not that of the uninterrupted run")
+        for name in ("adapter/adapter_config.json", "adapter/README.md", "summary.json"):
+            if not (folder / name).exists():
+                self._break(f"{name} is missing at the end")
         if steps_of(folder) != steps_of(self.scratch / "whole"):
             self._break("metrics.jsonl is not that of the uninterrupted run")
 
@@ -309,6 +323,14 @@ def preload() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
     import colm_ds.training  # noqa: F401
+
+
+def num_lines(path: Path) -> int:
+    """Lines of a file; 0 if it is missing."""
+    try:
+        return path.read_bytes().count(b"\n")
+    except OSError:
+        return 0
 
 
 def is_alive(process: psutil.Process) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -30,10 +32,12 @@ class StopRequest:
     def __init__(self) -> None:
         """Start watching the launcher; signals end the process as ever until `listen`."""
         self.reason = ""
+        self._listening = False
         self._launcher = _launcher()
         self._launchers_parent = _parent(self._launcher) if self._launcher else None
         if self._launcher:
             _signal_when_parent_dies()
+            threading.Thread(target=self._watch_launcher, name="colm_ds launcher watch", daemon=True).start()
 
     def listen(self) -> None:
         """From here on signals are noted (main thread only); further ones change nothing.
@@ -42,6 +46,7 @@ class StopRequest:
         """
         for number in _SIGNALS:
             signal.signal(number, self._note)
+        self._listening = True
 
     def agreed(self, device: torch.device) -> bool:
         """Whether any rank wants to stop; all ranks call it together.
@@ -49,15 +54,23 @@ class StopRequest:
         Args:
             device: where the backend's collectives want their tensors.
         """
-        if self._launcher and not self.reason:
-            if os.getppid() != self._launcher:
-                self.reason = "the launcher is gone"
-            elif _parent(self._launcher) != self._launchers_parent:
-                self.reason = "the launcher's parent is gone"
         wanted = torch.tensor(float(bool(self.reason)), device=device)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(wanted, op=dist.ReduceOp.MAX)
         return bool(wanted)
+
+    def _watch_launcher(self) -> None:
+        """Note when the launcher, or what started it, is gone; before training that ends the process."""
+        assert self._launcher is not None
+        while not self.reason:
+            if os.getppid() != self._launcher:
+                self.reason = "the launcher is gone"
+            elif _parent(self._launcher) != self._launchers_parent:
+                self.reason = "the launcher's parent is gone"
+            else:
+                time.sleep(1.0)
+        if not self._listening:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.reason = self.reason or f"signal {signal.Signals(number).name}"
@@ -83,5 +96,5 @@ def _parent(process: int) -> int | None:
 
 def _signal_when_parent_dies() -> None:
     """Ask Linux for a SIGTERM when the launcher ends, however it ends."""
-    with suppress(OSError, AttributeError):  # not Linux: the check after each step remains
+    with suppress(OSError, AttributeError):  # not Linux: the watching thread remains
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -279,7 +279,12 @@ def run_isolated(programs: Sequence[str], limits: Limits, workers: int, isolatio
                     return
                 server = server or _Server(limits, isolation)
                 try:
-                    results[index] = server.run(programs[index])
+                    result = server.run(programs[index])
+                    if result.status == "refused":  # not the program's doing: once more, with a new server
+                        server.close()
+                        server = _Server(limits, isolation)
+                        result = server.run(programs[index])
+                    results[index] = result
                 except SandboxError as problem:
                     results[index] = ProgramResult("killed", "", limits.wall_s, f"with its server: {problem}")
                     server.close()

@@ -38,7 +38,7 @@ class CoLMConfig:
 
     large_batch_size: int = field(default=0, metadata=_help("r: examples looked at in an optimizer step"))
     coreset_size: int | None = field(default=None, metadata=_help("b; default: by the Trainer's batch size"))
-    selector: str = field(default="colm", metadata=_help("colm, random, keep_random or full"))
+    selector: str = field(default="colm", metadata=_help("colm, random, keep_random, full or another"))
     small_sources: str = field(default="auto", metadata=_help("kept whole: auto (under |V|/c), none, or a,b"))
     per_source: bool = field(default=True, metadata=_help("medoids per big source, or of all big sources together"))
     metric: Literal["l1", "euclidean", "cosine"] = field(default="l1", metadata=_help("distance between examples"))

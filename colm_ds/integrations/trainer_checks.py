@@ -7,6 +7,7 @@ from typing import Any
 from colm_ds.config import ColmConfig
 from colm_ds.errors import ColmError, Problems
 from colm_ds.probe.architecture import find_architecture
+from colm_ds.selection import signal_of
 
 _REORDERING = {"group_by_length": "sorts by length", "batch_rebalance": "cuts batches by length"}
 
@@ -59,7 +60,7 @@ def check_sizes(trainer: Any, config: ColmConfig, problems: Problems) -> None:
     num_examples = len(trainer.train_dataset)
     if large > num_examples:
         problems.add("large_batch_size", large, f"train_dataset has {num_examples} examples", "Write less or add data.")
-    if config.selector == "colm":
+    if signal_of(config.selector) is not None:
         try:
             find_architecture(trainer.model)
         except ColmError as error:

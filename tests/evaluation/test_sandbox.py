@@ -24,7 +24,7 @@ from colm_ds.evaluation.sandbox import Isolation, Limits, ProgramResult, run_iso
 from tests.evaluation.hostile_programs import HOSTILE, Hostile
 
 SECRET = "s3cr3t-of-the-parent"
-SMALL = Limits(wall_s=1.0, cpu_s=1, memory_mib=256, files_mib=4, output_kib=16, open_files=16)
+SMALL = Limits(wall_s=2.0, cpu_s=1, memory_mib=256, files_mib=4, output_kib=16, open_files=16)
 GOOD = "print(6 * 7)"
 
 
@@ -259,6 +259,13 @@ def test_results_come_in_order_and_several_at_a_time() -> None:
     assert run_programs([]) == []
 
 
+def test_time_limits_of_both_kinds() -> None:
+    limits = Limits(wall_s=0.5, cpu_s=10), Limits(wall_s=20.0, cpu_s=1)
+    for limit, message in zip(limits, ("wall time used up", "CPU time used up"), strict=True):
+        (result,) = run_programs(["while True: pass"], limits=limit)
+        assert (result.status, result.message) == ("timeout", message)
+
+
 def test_a_lost_server_costs_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     original = sandbox._Server.run
 
@@ -273,6 +280,21 @@ def test_a_lost_server_costs_one_program(monkeypatch: pytest.MonkeyPatch) -> Non
     results = run_programs([GOOD, "lost", GOOD, GOOD], workers=1)
     assert [result.status for result in results] == ["ok", "killed", "ok", "ok"]
     assert descendants() == before
+
+
+def test_a_program_that_was_not_run_is_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, asked = sandbox._Server.run, []
+
+    def run(self: sandbox._Server, source: str) -> ProgramResult:
+        asked.append(source)
+        if source == "never" or asked.count(source) == 1:
+            return ProgramResult("refused", "", 0.0, "not run: no reason")
+        return original(self, source)
+
+    monkeypatch.setattr(sandbox._Server, "run", run)
+    results = run_programs([GOOD, "never"], workers=1)
+    assert [result.status for result in results] == ["ok", "refused"]
+    assert asked == [GOOD, GOOD, "never", "never"]
 
 
 def test_weak_machines_must_be_accepted_explicitly(monkeypatch: pytest.MonkeyPatch) -> None:

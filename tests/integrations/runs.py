@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.engine.training import BETAS, EPS, LEARNING_RATE, SOURCES, Case, Record, parameters, records, start
+from tests.engine.training import BETAS, EPS, LEARNING_RATE, SOURCES, Case, Record, parameters, records, start, whole
 from tests.engine.training import step as engine_step
 from tests.tiny_models import tiny_model
 
@@ -137,8 +137,8 @@ def make_trainer(output: str, colm: Any, steps: int, stage: int | None = None, *
     } | arguments
     extras = {key: given.pop(key) for key in ("train_dataset", "eval_dataset", "sources") if key in given}
     extras.setdefault("train_dataset", records(SOURCES))
-    args = TrainingArguments(output, **given)
-    trainer = Noting(tiny_model("llama").train(), args, pad, colm=colm, **extras)
+    model = tiny_model("llama").train()  # before the arguments: they would have ZeRO-3 cut its weights up unmade
+    trainer = Noting(model, TrainingArguments(output, **given), pad, colm=colm, **extras)
     trainer.chosen, trainer.shapes = [], []
     return trainer
 
@@ -158,7 +158,10 @@ def with_trainer(
     """Train with `CoLMTrainer`, under DDP or DeepSpeed."""
     trainer = make_trainer(output, {"large_batch_size": LARGE, **colm}, steps, stage, **arguments)
     trainer.train(resume_from_checkpoint=resume)
-    found = {name: p.detach().clone().float() for name, p in trainer.model.named_parameters()}
+    found = {}
+    for name, parameter in trainer.model.named_parameters():
+        with whole(parameter):
+            found[name] = parameter.detach().clone().float()
     wrapped = trainer.model_wrapped
     stage_of = getattr(wrapped, "zero_optimization_stage", lambda: "")
     wrapper = f"{type(wrapped).__name__} {stage_of()}".strip()

@@ -67,6 +67,14 @@ def test_trainer_is_the_engine(
     same(engine_runs(setting, 1), engine_runs(setting, 2))
 
 
+def test_trainer_under_zero_3(pools: dict[int, Ranks], engine_runs: Any, tmp_path: Path) -> None:
+    """Weights are cut up: every forward of the probe gathers them, so all ranks run as many."""
+    setting = "the paper's"
+    for run in pools[2].run(with_trainer, str(tmp_path), SETTINGS[setting], STEPS, 3):
+        assert run.wrapper == "DeepSpeedEngine 3"
+        same(run, engine_runs(setting, 2))
+
+
 @pytest.mark.parametrize(("world_size", "stage"), [(2, None), (2, 2)])
 def test_resume_continues_exactly(world_size: int, stage: int | None, pools: dict[int, Ranks], tmp_path: Path) -> None:
     for whole, rest in pools[world_size].run(resumed, str(tmp_path), {"probe": {"estimator": "exact"}}, stage):
