@@ -1,11 +1,13 @@
-"""The tokenizer that the tests of evaluation share."""
+"""What the tests of evaluation share."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.evaluation.evaluations import write_data
 from tests.evaluation.stubs import make_tokenizer
 
 
@@ -13,3 +15,9 @@ from tests.evaluation.stubs import make_tokenizer
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A byte-level BPE tokenizer of 512 tokens, without bos."""
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with five small sets."""
+    return write_data(tmp_path_factory.mktemp("data"))

@@ -38,12 +38,13 @@ def make_backend(tokenizer: Any, family: str = "llama", **budget: Any) -> Transf
 
 
 class StubBackend:
-    """Answers from a function of the prompt, in batches of 7.
+    """Answers from a function of the prompt.
 
     Args:
         write: what it continues a prompt with.
         choose: place of the candidate that it finds the most probable.
         tokenizer: for texts.
+        batch_size: prompts continued at a time.
     """
 
     name = "stub"
@@ -53,9 +54,11 @@ class StubBackend:
         write: Callable[[str], str] = lambda prompt: "",
         choose: Callable[[str, Sequence[str]], int] = lambda prompt, candidates: 0,
         tokenizer: Any = None,
+        batch_size: int = 7,
     ) -> None:
         self.tokenizer = tokenizer
         self.prompts: list[str] = []
+        self._batch_size = batch_size
         self._write = write
         self._choose = choose
 
@@ -63,9 +66,9 @@ class StubBackend:
         self, prompts: Sequence[str], *, max_new_tokens: int, stop_strings: Sequence[str]
     ) -> Iterator[list[tuple[int, Generation]]]:
         """See `Backend.generate`; stop strings cut as they do there."""
-        for start in range(0, len(prompts), 7):
+        for start in range(0, len(prompts), self._batch_size):
             batch = []
-            for place in range(start, min(start + 7, len(prompts))):
+            for place in range(start, min(start + self._batch_size, len(prompts))):
                 self.prompts.append(prompts[place])
                 text = self._write(prompts[place])
                 cut = min([text.find(string) for string in stop_strings if string in text], default=len(text))

@@ -202,9 +202,10 @@ def test_knowing_backend_scores_everything_and_a_wrong_one_nothing(name: str, sh
 @pytest.fixture(scope="module")
 def lm_eval_model() -> Any:
     """lm-eval's wrapper class."""
-    pytest.importorskip("lm_eval", reason="pip install 'colm_ds[eval]'")
-    from lm_eval.models.huggingface import HFLM
-
+    try:
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        pytest.skip(f"{error}: pip install 'colm_ds[eval]'")
     return HFLM
 
 

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from colm_ds.errors import CheckpointError, ConfigError, DataError
+from colm_ds.errors import ConfigError, DataError
 from colm_ds.evaluation.evaluate import TASK_NAMES, Options, evaluate, read_tasks, task_names
 from colm_ds.evaluation.question_files import DataPlaces, find_set, parse_places, read_place, subset
 from colm_ds.evaluation.question_log import EvaluationFolder
 from colm_ds.evaluation.results import AVERAGES, averages, markdown, wilson_interval
-from colm_ds.seeds import private_generator
 from tests.evaluation.evaluations import TASKS, make_options, numbers, read_answers, run_on_rank, write_data
 from tests.evaluation.stubs import StubBackend, make_backend
 from tests.ranks import Ranks
-from tests.tiny_models import add_lora
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with five small sets."""
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -275,145 +264,3 @@ def test_averages_and_tables() -> None:
     assert "| svamp | 10 | 30.0 | 0.0 to 100.0 |" in text
     assert "| math, in-domain | 10.0 |" in text
     assert "No data for rte: left out." in text
-
-
-@pytest.fixture(scope="module")
-def models(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model, a LoRA run on it with its adapter, a merged model, and a full run."""
-    from tests.evaluation.stubs import make_model
-
-    root = tmp_path_factory.mktemp("models")
-    base = make_model()
-    base.save_pretrained(root / "base")
-    base.save_pretrained(root / "full_run" / "model")
-    adapted = add_lora(base, "llama")
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=private_generator(0, name)) / 4)
-    adapted.save_pretrained(root / "run" / "adapter")
-    adapted.save_pretrained(root / "bare_adapter")
-    adapted.merge_and_unload().save_pretrained(root / "merged")
-    for folder in ("base", "full_run/model", "run/adapter", "merged"):
-        tokenizer.save_pretrained(root / folder)
-    recipe = {"model": {"name_or_path": str(root / "base")}, "lora": {"rank": 4}, "seed": 0, "tokenizer": None}
-    (root / "run" / "config.json").write_text(json.dumps({"recipe": recipe}), encoding="utf-8")
-    (root / "full_run" / "config.json").write_text(json.dumps({"recipe": recipe | {"lora": None}}), encoding="utf-8")
-    (root / "unfinished").mkdir()
-    (root / "unfinished" / "config.json").write_text(json.dumps({"recipe": recipe}), encoding="utf-8")
-    return root
-
-
-class TestCommandLine:
-    """The programs, in this process, with models of every kind in folders."""
-
-    @pytest.fixture(autouse=True)
-    def _alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A process that no launcher started; the environment it sets up is undone."""
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            monkeypatch.setenv(name, "")
-            monkeypatch.delenv(name)
-
-    def results(self, program: str, *arguments: str) -> dict[str, Any]:
-        """What one program writes."""
-        evaluate_main(program, *arguments)
-        out = Path(arguments[arguments.index("--out") + 1])
-        found: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
-        return found
-
-    def test_every_kind_of_model(self, models: Path, data: Path, tmp_path: Path) -> None:
-        common = ("--tasks", "copa,squad", "--data", str(data), "--out")
-        found = {
-            kind: numbers(self.results("finetune", str(models / kind), *common, str(tmp_path / kind), *more))
-            for kind, more in {
-                "base": (),
-                "full_run": (),
-                "run": (),
-                "run/adapter": (),
-                "bare_adapter": ("--base", str(models / "base"), "--tokenizer", str(models / "base")),
-                "merged": (),
-            }.items()
-        }
-        rows = {kind: [row["log_probabilities"] for row in read_answers(tmp_path / kind, "copa")] for kind in found}
-        assert rows["base"] == rows["full_run"]
-        assert rows["base"] != rows["run"]
-        for kind in ("run/adapter", "bare_adapter"):
-            assert rows[kind] == rows["run"]
-        for merged, apart in zip(rows["merged"], rows["run"], strict=True):
-            assert merged == pytest.approx(apart, abs=2e-3)
-
-    def test_pretraining_program(
-        self, models: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        arguments = ("--data", str(data), "--chunk-tokens", "16", "--limit", "5", "--out", str(tmp_path))
-        found = self.results("pretrain", str(models / "base"), *arguments)
-        assert set(found["tasks"]) == {"wic", "copa", "squad", "perplexity"}
-        assert found["tasks"]["copa"]["n"] == 5
-        assert set(found["tasks"]["perplexity"]["per_source"]) == {"a", "b"}
-        assert "SQuAD F1, WiC, COPA (Table 9)" in found["averages"]
-        assert found["environment"]["versions"]["torch"]
-        shown = capsys.readouterr()
-        assert (tmp_path / "results.md").read_text(encoding="utf-8") in shown.out
-        assert "question" in shown.err  # the bar's unit
-
-    def test_math_names_its_isolation(self, models: Path, data: Path, tmp_path: Path) -> None:
-        from colm_ds.evaluation.sandbox import detect
-
-        arguments = ("--tasks", "gsm8k", "--data", str(data), "--max-new-tokens", "8", "--out", str(tmp_path))
-        found = self.results("finetune", str(models / "base"), *arguments, "--isolation", detect().level)
-        assert found["isolation"]["level"] == detect().level
-        assert found["tasks"]["gsm8k"]["n"] == 11
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (["nowhere/at/all", "--tasks", "copa"], "can not be"),
-            (["./nowhere", "--tasks", "copa"], "./nowhere: no such folder."),
-            (["package:no_such_package"], "package:no_such_package: that Python package is not installed"),
-            (["{models}/unfinished"], "colm-ds export"),
-            (["{models}"], "has no config.json"),
-            (["{models}/bare_adapter", "--base", "{models}/nothing"], "nothing: no such folder"),
-            (["{models}/base", "--base", "x"], "is no adapter"),
-            (["{models}/base", "--tasks", "copaa"], "Did you mean 'copa'"),
-            (["{models}/base", "--tasks", "cb", "--data", "{data}"], "cb: no data"),
-            (["{models}/base", "--tasks", "copa"], "copa: no data: no folder was given"),
-            (["{models}/base", "--tasks", "gsm8k", "--data", "{data}", "--max-new-tokens", "5000"], "1024 positions"),
-            (["{models}/base", "--tasks", "copa", "--backend", "vllm"], "vLLM is not installed. Run pip install vllm"),
-        ],
-    )
-    def test_bad_input_is_one_message(
-        self,
-        arguments: list[str],
-        message: str,
-        models: Path,
-        data: Path,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-    ) -> None:
-        if "vllm" in arguments and importlib.util.find_spec("vllm") is not None:
-            pytest.skip("vLLM is installed")
-        words = [word.format(models=models, data=data) for word in arguments]
-        with pytest.raises(SystemExit) as stopped:
-            evaluate_main("finetune", *words, "--out", str(tmp_path), "--isolation", "rlimits")
-        assert stopped.value.code == 2
-        said = [line for line in capsys.readouterr().err.splitlines() if "Error: " in line]
-        assert len(said) == 1
-        assert message in said[0]
-
-    def test_adapter_of_another_model_is_refused(self, models: Path, tokenizer: Any, tmp_path: Path) -> None:
-        from colm_ds.evaluation.model_source import find_model, load
-        from tests.evaluation.stubs import make_model
-
-        make_model("phi").save_pretrained(tmp_path)
-        tokenizer.save_pretrained(tmp_path)
-        source = find_model(str(models / "bare_adapter"), base=str(tmp_path), tokenizer=str(tmp_path))
-        with pytest.raises(CheckpointError, match="Is it an adapter of this base model"):
-            load(source)
-
-
-def evaluate_main(program: str, *arguments: str) -> None:
-    """Run finetune/evaluate.py or pretrain/evaluate.py in this process."""
-    import finetune.evaluate
-    import pretrain.evaluate
-
-    {"finetune": finetune.evaluate, "pretrain": pretrain.evaluate}[program].main(arguments)

@@ -23,7 +23,8 @@ NUM_QUESTIONS = {"gsm8k": 1319, "math": 5000, "numglue": 1042, "svamp": 1000, "m
 
 def ask(task: MathTask, write: Callable[[str], str], questions: Sequence[MathQuestion]) -> list[dict[str, Any]]:
     """Rows of all questions, in their order."""
-    found = [each for batch in task.answer(StubBackend(write), questions) for each in batch]
+    backend = StubBackend(write, batch_size=64)
+    found = [each for batch in task.answer(backend, questions) for each in batch]
     assert sorted(place for place, _ in found) == list(range(len(questions)))
     return [row for _, row in sorted(found, key=lambda each: each[0])]
 
