@@ -102,8 +102,7 @@ def save(
             torch.save(shared, partial / SHARED)
     _agree(target, failures, partial)
     with _noting(failures):
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        checked = {str(path.relative_to(partial)): _read_back(path) for path in files[rank::world_size]}
+        checked = {str(path.relative_to(partial)): _read_back(path) for path in _written(partial)[rank::world_size]}
         manifest = {"step": step, "world_size": world_size, "files": checked}
         _write_json(partial / _manifest_name(rank), manifest | ({"facts": facts} if rank == 0 else {}))
     _agree(target, failures, partial)
@@ -222,6 +221,11 @@ def load(engine: Any, found: Found, **options: Any) -> None:
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(folder / tag, ignore_errors=True)
+
+
+def _written(partial: Path) -> list[Path]:
+    """Files of a checkpoint in an order that all ranks share: not the manifests, which some rank may be writing now."""
+    return sorted(path for path in partial.rglob("*") if path.is_file() and "manifest_" not in path.name)
 
 
 def _own_name(rank: int) -> str:

@@ -147,6 +147,18 @@ def test_the_newest_whole_one_is_taken(copied: Path) -> None:
         checkpoint.find(copied, "step_9")
 
 
+def test_ranks_share_out_the_same_files(tmp_path: Path) -> None:
+    """Also while another rank writes its manifest: each file is checked by exactly one."""
+    for name in ("a.pt", "colm.pt", "z/b.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    before = checkpoint._written(tmp_path)
+    (tmp_path / ".manifest_00000.json.tmp").write_text("{")
+    (tmp_path / "manifest_00001.json").write_text("{}")
+    assert checkpoint._written(tmp_path) == before
+    assert len(before) == 3
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     assert checkpoint.find(tmp_path) is None
     assert checkpoint.find(tmp_path / "missing") is None
