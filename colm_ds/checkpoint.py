@@ -291,7 +291,7 @@ def _read_back(path: Path) -> tuple[int, int]:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
         if broken is not None:
-            raise CheckpointError(f"{path.name}: {broken} did not read back as written")
+            raise OSError(f"{path.name}: {broken} did not read back as written")
     elif path.suffix == ".pt":
         raise OSError(f"{path.name} did not read back as a torch file")
     return path.stat().st_size, _checksum(path)

@@ -45,7 +45,14 @@ def save_with_a_failing_write(folder: str, failing_rank: int, kind: str) -> tupl
             raise OSError(errno.ENOSPC, "No space left on device", path)
         plain(self, state_dict, path)
         with open(path, "r+b") as file:
-            file.truncate(os.path.getsize(path) // 2)
+            middle = os.path.getsize(path) // 2
+            if kind == "writes half":
+                file.truncate(middle)
+            else:
+                file.seek(middle)
+                byte = file.read(1)
+                file.seek(middle)
+                file.write(bytes([byte[0] ^ 1]))
 
     writer.save = fail if dist.get_rank() == failing_rank else plain
     message = ""
@@ -67,7 +74,7 @@ def save_with_a_failing_write(folder: str, failing_rank: int, kind: str) -> tupl
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("failing_rank", [0, 1])
-@pytest.mark.parametrize("kind", ["raises", "writes half"])
+@pytest.mark.parametrize("kind", ["raises", "writes half", "writes a wrong byte"])
 def test_a_rank_that_can_not_write(failing_rank: int, kind: str, pools: dict[int, Ranks], tmp_path: Path) -> None:
     """All ranks hear of it, nothing stays behind, training goes on and the next checkpoint is good."""
     answers = pools[2].run(save_with_a_failing_write, str(tmp_path), failing_rank, kind)
