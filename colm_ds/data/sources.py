@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from colm_ds.config import ColmConfig
 from colm_ds.data.loader import source_counts
 from colm_ds.errors import ConfigError
-from colm_ds.selection import split_sources
+from colm_ds.selection import sees_sources, split_sources
 from colm_ds.types import SourcedDataset
 
 
@@ -36,22 +36,9 @@ def small_source_ids(config: ColmConfig, source_counts: Mapping[str, int]) -> li
     return sorted({int(source) for source in ids})
 
 
-_WITHOUT_SOURCES = {
-    "random",
-    "full",
-    "big_loss",
-    "gradient_norm",
-    "middle_perplexity",
-    "completion_length",
-    "least_confidence",
-    "hidden_medoids",
-}
-"""Selectors that treat all examples of a large batch alike."""
-
-
 def looks_at_sources(config: ColmConfig) -> bool:
     """Whether the choice depends on which source an example comes from."""
-    return config.selector not in _WITHOUT_SOURCES and (config.per_source or config.small_sources != "none")
+    return sees_sources(config.selector) and (config.per_source or config.small_sources != "none")
 
 
 def known_counts(

@@ -6,7 +6,7 @@ from colm_ds.selection.facility_location import Medoids, facility_location, pair
 from colm_ds.selection.gradients import DenseGradients, Gradients, LowRankGradients, finite_rows
 from colm_ds.selection.history import AdamHistory
 from colm_ds.selection.mask import mask_coordinates
-from colm_ds.selection.registry import SELECTORS, make_selector, signal_of
+from colm_ds.selection.registry import SELECTORS, make_selector, sees_sources, signal_of
 from colm_ds.selection.selectors import Selector, SelectorContext
 from colm_ds.selection.sources import coreset_quotas, share_out, split_sources
 from colm_ds.selection.weights import cluster_weights, matched_weights
@@ -33,6 +33,7 @@ __all__ = [
     "mask_coordinates",
     "matched_weights",
     "pairwise_similarity",
+    "sees_sources",
     "select_coreset",
     "share_out",
     "signal_of",

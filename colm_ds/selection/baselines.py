@@ -42,6 +42,7 @@ class _Scored:
 
     signal: str | None = None
     keeps_small = False
+    sees_sources = False
 
     def __init__(self, context: SelectorContext) -> None:
         self._context = context

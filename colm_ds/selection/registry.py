@@ -50,3 +50,8 @@ def make_selector(name: str, context: SelectorContext) -> Selector:
 def signal_of(name: str) -> str | None:
     """What the selector of that name needs to be found out; None if nothing, or if there is no such selector."""
     return getattr(SELECTORS.get(name), "signal", None)
+
+
+def sees_sources(name: str) -> bool:
+    """Whether the choice of the selector of that name depends on which source an example comes from."""
+    return bool(getattr(SELECTORS.get(name), "sees_sources", True))

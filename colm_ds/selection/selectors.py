@@ -114,6 +114,7 @@ class _Stateless:
 
     signal: str | None = None
     keeps_small = False
+    sees_sources = False
 
     def __init__(self, context: SelectorContext) -> None:
         self._context = context
@@ -137,6 +138,8 @@ class RandomSelector(_Stateless):
 
 class KeepRandomSelector(_Stateless):
     """All examples of small sources, random ones of the others by CoLM's quotas: what CoLM is without medoids."""
+
+    sees_sources = True
 
     def select(self, batch: LargeBatch, signals: Signals | None, exchange: Exchange) -> Coreset:
         """Kept examples, then each pool's random picks, drawn from (seed, step)."""
