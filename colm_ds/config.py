@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from colm_ds.deepspeed_config import check_auto, check_keys
+from colm_ds.deepspeed_config import check_auto, check_keys, check_monitors
 from colm_ds.errors import ConfigError, Problems
 from colm_ds.selection import SELECTORS
 
@@ -313,6 +313,7 @@ def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems) -> None:
     if deepspeed.get("managed_gradient_accumulation") is True:
         problems.add("managed_gradient_accumulation", True, "colm_ds accumulates gradients itself", "Remove it.")
     check_keys(deepspeed, problems)
+    check_monitors(deepspeed, problems)
     for key in ("bf16", "fp16", "torch_autocast", "optimizer", "scheduler", "zero_optimization"):
         if not isinstance(deepspeed.get(key) or {}, dict):
             problems.add(key, deepspeed[key], "not a section of keys and values", "Write an object: {...}.")

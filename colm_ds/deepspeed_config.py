@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from colm_ds.errors import Problems, nearest_key
+
+MONITOR_SECTIONS = ("tensorboard", "wandb", "csv_monitor", "comet")
+"""Sections that switch DeepSpeed's monitors on."""
+
+_MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 
 KNOWN_KEYS = frozenset(
     {
@@ -30,7 +37,8 @@ KNOWN_KEYS = frozenset(
         *("checkpoint", "datastates_ckpt"),
         # Logs, timers, profilers, tuning
         *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "timers"),
-        *("tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler", "autotuning"),
+        *MONITOR_SECTIONS,
+        *("comms_logger", "flops_profiler", "autotuning"),
     }
 )
 """Top-level keys that DeepSpeed 0.19.8 reads (it ignores all others without a word), and ours."""
@@ -91,6 +99,32 @@ def check_keys(config: Mapping[str, Any], problems: Problems) -> None:
         if not advice.startswith("Did you mean"):  # all sixty would bury the other problems
             advice = f"DeepSpeed would ignore it. Remove it, or write '_{key}' to keep it as a note."
         problems.messages.append(f"{key}: unknown key. {advice}")
+
+
+def check_monitors(config: Mapping[str, Any], problems: Problems) -> None:
+    """Record monitors that are switched on and can not work: wrong keys, packages that are not installed.
+
+    Args:
+        config: the DeepSpeed configuration.
+        problems: where they are recorded.
+    """
+    sections = {name: config[name] for name in MONITOR_SECTIONS if name in config}
+    if not sections:
+        return
+    from deepspeed.monitor.config import get_monitor_config
+
+    for name, section in sections.items():
+        try:
+            get_monitor_config({name: section})
+        except (TypeError, ValidationError) as error:
+            found = error.errors() if isinstance(error, ValidationError) else [{"loc": (), "msg": str(error)}]
+            for item in found:
+                key = ".".join(str(part) for part in (name, *item["loc"]))
+                problems.messages.append(f'{key}: {item["msg"]}. Write {{"enabled": true}} or remove the section.')
+            continue
+        package = _MONITOR_PACKAGES.get(name)
+        if section.get("enabled") and package and importlib.util.find_spec(package) is None:
+            problems.add(f"{name}.enabled", True, f"{package} is not installed", f"Run pip install {package}.")
 
 
 def check_auto(config: Mapping[str, Any], problems: Problems) -> None:

@@ -17,12 +17,13 @@ from colm_ds.accumulation import accumulate, broken_positions, loss_scale, place
 from colm_ds.config import Config, ResolvedConfig, resolve_config
 from colm_ds.coreset_selector import CoresetSelector, small_source_ids
 from colm_ds.data.loader import LargeBatchLoader, RecordDataset, source_counts
-from colm_ds.deepspeed_config import model_facts, resolve_auto
+from colm_ds.deepspeed_config import MONITOR_SECTIONS, model_facts, resolve_auto
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.distributed.watchdog import Watchdog
 from colm_ds.errors import ConfigError, SelectionError
 from colm_ds.faults import SkippedSteps, guard_plain_optimizer
 from colm_ds.memory.meter import GIB, Meter
+from colm_ds.monitor import RunMonitor, step_events
 from colm_ds.resume import load_engine, save_engine
 from colm_ds.training_loss import find_loss_head
 from colm_ds.types import Coreset, LargeBatch, SourcedDataset, StepStats
@@ -81,7 +82,8 @@ def initialize(
         model_parameters=model_parameters or [p for p in model.parameters() if p.requires_grad],
         lr_scheduler=lr_scheduler,
         dist_init_required=False,
-        config=resolved.deepspeed,
+        # Its monitors are opened by `RunMonitor`: DeepSpeed's own events count examples by a size that is not b.
+        config={key: value for key, value in resolved.deepspeed.items() if key not in MONITOR_SECTIONS},
     )
     engine = CoLMEngine(inner, resolved, dataset)
     return engine, optimizer, engine.loader, scheduler
@@ -106,6 +108,7 @@ class CoLMEngine:
         loss_head: from `find_loss_head`.
         skipped: counts steps that changed nothing because their gradient was not finite.
         watchdog: ends this rank if a phase lasts longer than `colm.phase_timeout_s`.
+        monitor: TensorBoard, W&B, Comet and CSV, where the configuration switches them on.
     """
 
     def __init__(self, engine: Any, config: ResolvedConfig, dataset: SourcedDataset) -> None:
@@ -120,6 +123,7 @@ class CoLMEngine:
         self.loss_head = find_loss_head(engine.module)
         self.skipped = SkippedSteps(config.colm.max_skipped_steps)
         self.watchdog = Watchdog(config.colm.phase_timeout_s, self._rank)
+        self.monitor = RunMonitor(config.deepspeed)
         guard_plain_optimizer(engine)
         self.loader = LargeBatchLoader(
             dataset,
@@ -166,6 +170,7 @@ class CoLMEngine:
         """
         start = time.perf_counter()
         self.skipped.check(self.step_count)
+        self.monitor.open()
         with self.watchdog.watching(f"reading the batch of step {self.step_count + 1}"):
             batch = batch if batch is not None else next(self._batches)
         meter = Meter(self._device, lambda phase: self.watchdog.watching(f"phase {phase!r} of step {batch.step}"))
@@ -185,7 +190,7 @@ class CoLMEngine:
         self.skipped.note(skipped)
         self.num_samples += 0 if skipped else coreset.size - len(broken)
         exchanged.split_signals(self.coreset_selector.signal_bytes)
-        return StepStats(
+        stats = StepStats(
             step=batch.step,
             loss=loss,
             lr=lr,
@@ -202,6 +207,8 @@ class CoLMEngine:
             memory_gib=_peaks(meter),
             coreset=self._describe(batch, coreset, broken),
         )
+        self.monitor.write_events(step_events(stats))
+        return stats
 
     def _update(
         self, batch: LargeBatch, coreset: Coreset, meter: Meter, exchanged: _ByteCount
@@ -292,6 +299,7 @@ class CoLMEngine:
         with self.watchdog.watching(f"loading a checkpoint of {load_dir}"):
             found, client_state = load_engine(self, Path(load_dir), tag, **kwargs)
         self._batches = iter(self.loader)
+        self.monitor.resume(self.num_samples)
         return (str(found.path) if found else None), client_state
 
     def _describe(self, batch: LargeBatch, coreset: Coreset, broken: Sequence[int]) -> dict[str, Any]:

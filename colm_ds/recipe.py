@@ -103,6 +103,9 @@ class Recipe(Section):
         "auto",
         description="auto: go on from the newest whole checkpoint in output_dir; never; or the path of a checkpoint",
     )
+    monitor: list[Literal["tensorboard", "wandb", "csv"]] = Field(
+        [], description="also write numbers there while training, into output_dir/monitor; a resumed run goes on in it"
+    )
     verbose: bool = Field(False, description="show DeepSpeed's own log messages")
 
 

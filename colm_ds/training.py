@@ -33,6 +33,7 @@ from colm_ds.evaluation.heldout import heldout_loss
 from colm_ds.export import save_trained
 from colm_ds.model_card import ADAPTER, MODEL, write_model_card
 from colm_ds.models import load_model, load_tokenizer, precision_sections, quiet_libraries
+from colm_ds.monitor import heldout_events, monitor_sections, set_environment
 from colm_ds.probe.architecture import find_architecture
 from colm_ds.recipe import LrScheduleConfig, Recipe, load_recipe
 from colm_ds.run_data import load_data
@@ -123,6 +124,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     return {
         **config,
         **precision_sections(recipe.model.dtype),
+        **monitor_sections(recipe, config),
         "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
         "optimizer": {"type": "AdamW", "params": {**optimizer, "betas": list(recipe.optimizer.betas)}},
         "colm": recipe.colm.model_dump(),
@@ -154,6 +156,7 @@ class Run:
         self.engine = self._make_engine()
         self.first_step = together(lambda: self._go_on(start), device)
         self.folder = together(self._make_folder, device)
+        self.engine.monitor.open()
         self.last_heldout: dict[str, Any] | None = None
         self._peaks = dict.fromkeys(("probe", "train", "peak"), 0.0)
 
@@ -273,7 +276,9 @@ class Run:
             return None
         recipe, done = self.recipe, self.first_step - 1
         restart = recipe.overwrite or (done == 0 and may_restart(recipe))
-        return RunFolder(recipe.output_dir, overwrite=restart, resumed_step=done if done else None)
+        folder = RunFolder(recipe.output_dir, overwrite=restart, resumed_step=done if done else None)
+        set_environment(recipe)
+        return folder
 
     def _checked_config(self) -> dict[str, Any]:
         config = deepspeed_config(self.recipe)
@@ -323,6 +328,7 @@ class Run:
             rank=self.rank,
             max_tokens=self.recipe.evaluation.max_tokens,
         )
+        engine.monitor.write_events(heldout_events(self.last_heldout, engine.num_samples))
         return {"heldout": self.last_heldout}
 
     def _exact_match(self) -> dict[str, Any] | None:

@@ -27,8 +27,10 @@ _NOT_THE_METHOD = {
         "overwrite",
         "cache_dir",
     ),
-    *("save_every", "keep_last", "resume", "verbose"),
+    *("save_every", "keep_last", "resume", "verbose", "monitor"),
 }
+
+_MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
 _LARGEST = ("probe_gib", "train_gib", "peak_gib")  # of several seeds the largest counts, not the mean
 
@@ -196,7 +198,8 @@ def method_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     kept["num_trainable"], kept["sources"] = config.get("num_trainable"), config.get("sources")
     settings = {key: value for key, value in flatten(kept) if key.rsplit(".", 1)[-1] not in _NOT_THE_METHOD}
     # A recipe's own "colm" part is what the resolved one was made from: the same settings a second time.
-    return {key: value for key, value in settings.items() if not key.startswith("recipe.colm.")}
+    left_out = ("recipe.colm.", *(f"deepspeed.{name}." for name in _MONITORS))
+    return {key: value for key, value in settings.items() if not key.startswith(left_out)}
 
 
 def micro_batch_size(arm: Arm) -> int | None:
