@@ -15,6 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="colm-ds", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_report(commands)
+    _add_watch(commands)
     _add_export(commands)
     _add_preview(commands)
     options = parser.parse_args(arguments)
@@ -44,6 +45,28 @@ def _report(options: argparse.Namespace) -> None:
     compare(runs, options.out)
     print(format_table(runs))
     print(f"Pictures and details: {options.out}/report.html")
+
+
+def _add_watch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "watch",
+        help="a run in the terminal while it trains: loss, rate, memory, coreset by source, time left",
+        description="Show a run from its metrics.jsonl, live until it ends, or a finished one. Needs the files only: "
+        "the folder may be mounted from elsewhere. Without a terminal it prints a line for everything new.",
+    )
+    command.add_argument("run_folder", metavar="RUN", help="folder of a run")
+    command.add_argument("--once", action="store_true", help="show it as it is now and end")
+    command.add_argument("--every", type=float, default=2.0, metavar="S", help="seconds between looks (default: 2)")
+    command.set_defaults(run=_watch)
+
+
+def _watch(options: argparse.Namespace) -> None:
+    from colm_ds.watch import watch
+
+    try:
+        watch(options.run_folder, once=options.once, every_s=max(0.1, options.every))
+    except (KeyboardInterrupt, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to say, not even when closing
 
 
 def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
