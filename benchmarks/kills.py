@@ -351,7 +351,7 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
     """Metrics of a run without what changes from run to run."""
     from colm_ds.tracking import read_metrics
 
-    changing = ("time_s", "memory_gib")
+    changing = ("time_s", "memory_gib", "memory_parts_gib")
     entries = read_metrics(folder / "metrics.jsonl")
     return [{key: value for key, value in entry.items() if key not in changing} for entry in entries]
 

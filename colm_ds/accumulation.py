@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,7 @@ def accumulate(
     *,
     rank: int,
     device: torch.device,
+    part: Callable[[str], AbstractContextManager[None]] | None = None,
 ) -> Accumulated:
     """Forward and backward of this rank's micro-batches, without waiting for the device in between.
 
@@ -103,6 +104,7 @@ def accumulate(
         replay: as for `place`.
         rank: this rank.
         device: where the model is.
+        part: makes the contexts in which `forward` and `backward` run; they do not wait for the device.
     """
     world_size = len(placement.plans)
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -115,8 +117,10 @@ def accumulate(
         # A place holder is replayed too: under ZeRO-3 all ranks gather the same layers in the same order.
         replayed = replay is not None and (not mine or replay.has(mine))
         with replay.replaying(mine) if replay is not None and replayed else nullcontext():
-            sums = example_loss_sums(engine, head, micro)
-            engine.backward((sums * scales).sum() * world_size, scale_wrt_gas=False)
+            with part("forward") if part else nullcontext():
+                sums = example_loss_sums(engine, head, micro)
+            with part("backward") if part else nullcontext():
+                engine.backward((sums * scales).sum() * world_size, scale_wrt_gas=False)
         sums = sums.detach()
         finite.append(torch.isfinite(sums)[: len(mine)])
         total += torch.where(torch.isfinite(sums), sums * scales, 0.0).sum()

@@ -67,6 +67,20 @@ class ScheduleConfig(Section):
         return step > self.start_step and (step - self.start_step - 1) % self.every == 0
 
 
+class MemoryConfig(Section):
+    """What is recorded about memory beside the peaks of every step."""
+
+    count_steps: list[int] = Field(
+        default_factory=list,
+        description="on a CPU: steps whose allocations are counted one by one (slow)",
+    )
+    snapshot: bool = Field(
+        False, description="on a GPU: write PyTorch's allocator snapshot of snapshot_step, and when memory runs out"
+    )
+    snapshot_step: int = Field(2, ge=1, description="the step, counted from this start of the run")
+    folder: str = Field(".", description="where snapshots are written; a run from a recipe writes into its output_dir")
+
+
 class ColmConfig(Section):
     """The `"colm"` section."""
 
@@ -94,6 +108,7 @@ class ColmConfig(Section):
         description="train from the probe's hidden states (with activation checkpointing); offload: from host memory",
     )
     schedule: ScheduleConfig = ScheduleConfig()
+    memory: MemoryConfig = MemoryConfig()
     num_workers: int = Field(0, ge=0, description="processes that read the next large batches ahead")
     max_skipped_steps: int = Field(
         20, ge=0, description="end the run after this many steps in a row whose gradient was not finite; 0: never"

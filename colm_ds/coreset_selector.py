@@ -21,6 +21,7 @@ from colm_ds.data.sources import known_counts, small_source_ids
 from colm_ds.distributed.assign import micro_batches
 from colm_ds.distributed.exchange import broadcast_coreset, make_exchange
 from colm_ds.errors import ConfigError, SelectionError
+from colm_ds.memory.breakdown import tensors_of
 from colm_ds.memory.meter import GIB, Meter, free_bytes
 from colm_ds.probe.architecture import Architecture, find_architecture
 from colm_ds.probe.estimators import Estimator
@@ -248,6 +249,10 @@ class CoresetSelector:
         count = max(picks, math.ceil(config.probe.sample * len(rest)))
         generator = private_generator(config.seed, "sample", batch.step)
         return rest[torch.randperm(len(rest), generator=generator)[:count]].sort().values
+
+    def kept_tensors(self) -> list[Tensor]:
+        """What selector and estimator keep from step to step: histories and directions."""
+        return [tensor for keeper in (self.selector, self._estimator) for _, tensor in tensors_of(keeper)]
 
     def state_dict(self) -> dict[str, Any]:
         """Last step, history of the selector and of the estimator; on rank 0 it is complete."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,14 @@ from colm_ds.distributed.exchange import make_exchange
 from colm_ds.distributed.watchdog import Watchdog
 from colm_ds.errors import ConfigError, SelectionError
 from colm_ds.faults import SkippedSteps, guard_plain_optimizer
-from colm_ds.memory.meter import GIB, Meter
+from colm_ds.memory.meter import Meter
+from colm_ds.memory.recorder import MemoryRecorder
 from colm_ds.monitor import RunMonitor, step_events
 from colm_ds.resume import load_engine, save_engine
 from colm_ds.training_loss import find_loss_head
 from colm_ds.types import Coreset, LargeBatch, SourcedDataset, StepStats
 
 _ADAM = ("Adam", "AdamW")
-
-_PHASES = ("probe", "exchange", "select", "train", "step")
 
 
 def initialize(
@@ -109,6 +110,7 @@ class CoLMEngine:
         skipped: counts steps that changed nothing because their gradient was not finite.
         watchdog: ends this rank if a phase lasts longer than `colm.phase_timeout_s`.
         monitor: TensorBoard, W&B, Comet and CSV, where the configuration switches them on.
+        memory: measures every step.
     """
 
     def __init__(self, engine: Any, config: ResolvedConfig, dataset: SourcedDataset) -> None:
@@ -124,6 +126,7 @@ class CoLMEngine:
         self.skipped = SkippedSteps(config.colm.max_skipped_steps)
         self.watchdog = Watchdog(config.colm.phase_timeout_s, self._rank)
         self.monitor = RunMonitor(config.deepspeed)
+        self.memory = MemoryRecorder(config.colm.memory, self._device, self._rank)
         guard_plain_optimizer(engine)
         self.loader = LargeBatchLoader(
             dataset,
@@ -173,23 +176,27 @@ class CoLMEngine:
         self.monitor.open()
         with self.watchdog.watching(f"reading the batch of step {self.step_count + 1}"):
             batch = batch if batch is not None else next(self._batches)
-        meter = Meter(self._device, lambda phase: self.watchdog.watching(f"phase {phase!r} of step {batch.step}"))
         exchanged = _ByteCount(self._exchange)
         self.deepspeed_engine.train()
-        coreset = self.coreset_selector(batch, meter)
-        exchanged.note("selection")
-        if coreset.size == 0:
-            raise SelectionError(
-                f"step {batch.step}: none of the {batch.size} examples has a finite signal. "
-                "The model has diverged: resume from an earlier checkpoint with a lower learning rate."
-            )
-        lr = float(self.deepspeed_engine.get_lr()[0])
-        loss, padding, broken = self._update(batch, coreset, meter, exchanged)
+        with self.memory.step(batch.step, partial(self._watching, batch.step)) as meter:
+            coreset = self.coreset_selector(batch, meter)
+            exchanged.note("selection")
+            if coreset.size == 0:
+                raise SelectionError(
+                    f"step {batch.step}: none of the {batch.size} examples has a finite signal. "
+                    "The model has diverged: resume from an earlier checkpoint with a lower learning rate."
+                )
+            self.memory.note_selected(self.coreset_selector.kept_tensors(), self.coreset_selector.replay)
+            lr = float(self.deepspeed_engine.get_lr()[0])
+            loss, padding, broken = self._update(batch, coreset, meter, exchanged)
         self.step_count += 1
         skipped = not self.deepspeed_engine.was_step_applied()
         self.skipped.note(skipped)
         self.num_samples += 0 if skipped else coreset.size - len(broken)
         exchanged.split_signals(self.coreset_selector.signal_bytes)
+        time_s = {**self.memory.seconds(), "total": time.perf_counter() - start}
+        measured = self.memory.stats()
+        self.memory.save = None
         stats = StepStats(
             step=batch.step,
             loss=loss,
@@ -203,8 +210,8 @@ class CoLMEngine:
             padding_fraction=padding,
             exchange_bytes=exchanged.by_kind,
             selected=self.coreset_selector.selects(batch.step),
-            time_s={**dict.fromkeys(_PHASES, 0.0), **meter.seconds, "total": time.perf_counter() - start},
-            memory_gib=_peaks(meter),
+            time_s=time_s,
+            **measured,
             coreset=self._describe(batch, coreset, broken),
         )
         self.monitor.write_events(step_events(stats))
@@ -242,7 +249,9 @@ class CoLMEngine:
                     replay,
                     rank=self._rank,
                     device=self._device,
+                    part=meter.part,
                 )
+            self.memory.note_trained(self.deepspeed_engine.module, self.deepspeed_engine.optimizer, replay)
             with meter.phase("step"):
                 self.deepspeed_engine.step()
             loss, num_broken = self._exchange.sum(done.totals).tolist()  # the step's one read, a synchronisation
@@ -276,7 +285,7 @@ class CoLMEngine:
         Raises:
             CheckpointError: on every rank, if any could not write; earlier checkpoints are untouched.
         """
-        with self.watchdog.watching(f"saving the checkpoint of step {self.step_count}"):
+        with self.watchdog.watching(f"saving the checkpoint of step {self.step_count}"), self.memory.saving():
             save_engine(self, Path(save_dir), tag or f"step_{self.step_count}", client_state or {}, keep_last)
         return True
 
@@ -301,6 +310,9 @@ class CoLMEngine:
         self._batches = iter(self.loader)
         self.monitor.resume(self.num_samples)
         return (str(found.path) if found else None), client_state
+
+    def _watching(self, step: int, phase: str) -> AbstractContextManager[None]:
+        return self.watchdog.watching(f"phase {phase!r} of step {step}")
 
     def _describe(self, batch: LargeBatch, coreset: Coreset, broken: Sequence[int]) -> dict[str, Any]:
         counts = torch.bincount(batch.sources[coreset.positions], minlength=len(self._source_names)).tolist()
@@ -338,13 +350,6 @@ class _ByteCount:
         """Book a part of the selection's bytes as signals."""
         self.by_kind["signals"] += num_bytes
         self.by_kind["selection"] -= num_bytes
-
-
-def _peaks(meter: Meter) -> dict[str, float]:
-    peaks = meter.peak_bytes
-    probe = max((peaks[name] for name in ("probe", "exchange", "select") if name in peaks), default=0)
-    train = max(peaks["train"], peaks["step"])
-    return {"probe": probe / GIB, "train": train / GIB, "peak": max(probe, train) / GIB}
 
 
 def _number(value: Any) -> float | None:

@@ -18,6 +18,7 @@ _MAY_CHANGE = {
     *("evaluation", "tokenizer", "deepspeed", "data.train", "data.heldout", "data.cache_dir", "model.name_or_path"),
     *("model.attention", "model.activation_checkpointing", "colm.num_workers", "colm.micro_batch_tokens"),
     *("colm.max_skipped_steps", "colm.phase_timeout_s", "colm.replay", "colm.probe.max_tokens", "micro_batch_size"),
+    "colm.memory",
 }
 """Keys that say how a run computes or where things are, and not what it computes (paths may have moved)."""
 

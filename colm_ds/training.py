@@ -31,6 +31,8 @@ from colm_ds.errors import CheckpointError, ColmError, ConfigError, DivergenceEr
 from colm_ds.evaluation.exact_match import exact_match, load_questions
 from colm_ds.evaluation.heldout import heldout_loss
 from colm_ds.export import save_trained
+from colm_ds.memory.meter import GIB
+from colm_ds.memory.recorder import PEAKS
 from colm_ds.model_card import ADAPTER, MODEL, write_model_card
 from colm_ds.models import load_model, load_tokenizer, precision_sections, quiet_libraries
 from colm_ds.monitor import heldout_events, monitor_sections, set_environment
@@ -158,7 +160,9 @@ class Run:
         self.folder = together(self._make_folder, device)
         self.engine.monitor.open()
         self.last_heldout: dict[str, Any] | None = None
-        self._peaks = dict.fromkeys(("probe", "train", "peak"), 0.0)
+        self.engine.memory.folder = Path(recipe.output_dir)
+        self._peaks: dict[str, float] = {}
+        self._parts: dict[str, float] = {}
 
     def train(self) -> int:
         """All steps, then the evaluation, the summary and the trained weights; the process's exit code."""
@@ -191,8 +195,10 @@ class Run:
 
     def _record(self, stats: StepStats, step: int) -> None:
         """Keep a step's numbers, with the held-out loss where it is due."""
-        for name in self._peaks:
-            self._peaks[name] = max(self._peaks[name], stats.memory_gib[name])
+        for name, peak in stats.memory_gib.items():
+            self._peaks[name] = max(self._peaks.get(name, 0.0), peak)
+        if stats.memory_gib["peak"] == self._peaks["peak"]:
+            self._parts = stats.memory_parts_gib
         every = self.recipe.evaluation.every
         due = step == self.recipe.steps or (every > 0 and step % every == 0)
         self._log({**stats.as_dict(), **self._heldout(due)})
@@ -242,11 +248,13 @@ class Run:
         with self.engine.watchdog.watching("writing the trained weights"):
             folder = Path(self.recipe.output_dir)
             weights = save_trained(self.engine, self.tokenizer, folder, is_main=self.rank == 0)
-        peaks = self._largest_peaks()
+        peaks, by_rank = self._largest_peaks()
         if self.folder:
             self.folder.close()
             steps = [entry for entry in read_metrics(self.folder.path / "metrics.jsonl") if "loss" in entry]
             summary = {"status": "unfinished", **summarise(steps, peaks), "heldout": self.last_heldout}
+            summary |= {"memory_kind": self.engine.memory.kind, "peak_memory_gib_by_rank": by_rank}
+            summary |= {"peak_memory_parts_gib": self._parts}
             summary |= {"exact_match": answers, "wall_s": time.perf_counter() - started}
             self.folder.write("summary.json", summary)
             write_model_card(weights, folder, kind=ADAPTER if self.recipe.lora else MODEL)
@@ -346,11 +354,17 @@ class Run:
             synced=self.engine.zero_optimization_stage() == 3,
         )
 
-    def _largest_peaks(self) -> dict[str, float]:
-        """Largest peak of each phase over steps and ranks, in GiB."""
-        largest = torch.tensor(list(self._peaks.values())).to(self.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return dict(zip(self._peaks, largest.tolist(), strict=True))
+    def _largest_peaks(self) -> tuple[dict[str, float], list[float]]:
+        """Largest peak of each phase over steps and ranks, and the largest of each rank, in GiB."""
+        save = self.engine.memory.save  # of the checkpoint after the last step
+        saved = save.peak_bytes["save"] / GIB if save else 0.0
+        mine = [max(self._peaks.get(name, 0.0), saved if name in ("save", "peak") else 0.0) for name in PEAKS]
+        largest = torch.tensor(mine, device=self.device)
+        ranks = [torch.empty_like(largest) for _ in range(self.world_size)]
+        dist.all_gather(ranks, largest)
+        rows = torch.stack(ranks)
+        largest_of_all = dict(zip(PEAKS, rows.amax(dim=0).tolist(), strict=True))
+        return largest_of_all, rows[:, PEAKS.index("peak")].tolist()
 
     def _log(self, entry: dict[str, Any]) -> None:
         if self.folder and len(entry) > 1:

@@ -129,8 +129,14 @@ class StepStats:
         exchange_bytes: payload of the collectives: signals (what the estimator sends), selection (masked columns, sums
             and the choice itself), tokens (of examples trained on another rank than the one that holds them).
         selected: whether the selector ran (False for a plain step of the schedule).
-        time_s: seconds of each phase on this rank: probe, exchange, select, train, step, total.
-        memory_gib: peak memory of each phase on this rank (GiB = 2^30 bytes): probe, train, peak.
+        time_s: seconds of each phase on this rank: probe, exchange, select, train (of it forward and backward), step,
+            save (of a checkpoint since the last step; not in the total), total. 0 for a phase that did not run.
+        memory_gib: peak memory of the same phases on this rank (GiB = 2^30 bytes), and peak, the largest of all.
+        memory_kind: what those peaks are: allocated (by PyTorch on a GPU) or resident (memory of the process).
+        memory_parts_gib: what the largest peak within the step consists of: weights, gradients, optimizer (states and
+            float32 copies), activations (all that the phase added), replay, probe, selection, rest.
+        counted_gib: in the steps of `memory.count_steps` on a CPU: peaks of counted tensor allocations by phase and as
+            total, weights and states included; None in others.
         coreset: kept_small, dropped_small, per_source (examples by source name), coherence by source name, nonfinite
             (examples whose signal or loss was not) and nonfinite_examples (index in the dataset, source, what).
     """
@@ -149,6 +155,9 @@ class StepStats:
     selected: bool
     time_s: dict[str, float]
     memory_gib: dict[str, float]
+    memory_kind: str
+    memory_parts_gib: dict[str, float]
+    counted_gib: dict[str, float] | None
     coreset: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,1 +1,6 @@
-"""Where memory goes: measured per phase of a step."""
+"""Where memory goes: measured per phase of a step, and planned before a run."""
+
+from colm_ds.memory.hooks import MemoryHooks
+from colm_ds.memory.meter import Meter
+
+__all__ = ["MemoryHooks", "Meter"]

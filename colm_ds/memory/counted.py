@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
+
+_MARK = "colm_ds phase "
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,58 @@ def counted_allocations(function: Callable[[], Any]) -> Allocations:
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         function()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiled.export_chrome_trace(str(trace))
-        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
     running = peak = largest = 0
-    for event in sorted(events, key=lambda event: event["args"]["Ev Idx"]):
+    for event in _memory_events(_trace(profiled)):
         running += event["args"]["Bytes"]
         peak, largest = max(peak, running), max(largest, event["args"]["Bytes"])
     return Allocations(peak, running, largest)
+
+
+class CountedPhases:
+    """Counts the CPU tensor allocations of a block and of the phases marked in it; several times slower than the block.
+
+    Attributes:
+        peaks: by phase and as `total`, highest running sum in bytes, relative to what there was before the block.
+    """
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, int] = {}
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count in this block; `peaks` is there after it."""
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            yield
+        events = _trace(profiled)
+        marks = [event for event in events if event.get("name", "").startswith(_MARK) and "dur" in event]
+        running = 0
+        changes = []  # time, sum after it
+        for event in _memory_events(events):
+            running += event["args"]["Bytes"]
+            changes.append((event["ts"], running))
+        self.peaks = {"total": max((value for _, value in changes), default=0)}
+        for mark in marks:
+            start, stop = mark["ts"], mark["ts"] + mark["dur"]
+            before = [value for when, value in changes if when < start][-1:]
+            peak = max([*before, *(value for when, value in changes if start <= when <= stop)], default=0)
+            name = mark["name"].removeprefix(_MARK)
+            self.peaks[name] = max(self.peaks.get(name, peak), peak)
+
+    @contextmanager
+    def mark(self, name: str) -> Iterator[None]:
+        """Let the block count as (a part of) a phase."""
+        with record_function(_MARK + name):
+            yield
+
+
+def _trace(profiled: profile) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(trace))
+        return json.loads(trace.read_text())["traceEvents"]
+
+
+def _memory_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Allocations and releases in their order."""
+    found = [event for event in events if event.get("name") == "[memory]"]
+    return sorted(found, key=lambda event: event["args"]["Ev Idx"])

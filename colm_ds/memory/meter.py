@@ -6,6 +6,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ import torch
 GIB = 2**30
 
 _STATUS = Path("/proc/self/status")
+_RESIDENT_PAGES = Path("/proc/self/statm")
 _CLEAR = Path("/proc/self/clear_refs")
 
 
@@ -25,6 +27,14 @@ def resident_peak_bytes() -> int:
     except OSError:
         pass
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now (its peak where the kernel does not say)."""
+    try:
+        return int(_RESIDENT_PAGES.read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resident_peak_bytes()
 
 
 def free_bytes(device: torch.device) -> int:
@@ -46,52 +56,144 @@ def reset_resident_peak() -> bool:
     return True
 
 
-class Meter:
-    """Measures the phases of one step on this rank; phases may repeat, their seconds add up.
-
-    On a GPU a phase begins and ends with a synchronisation: use few phases, none inside the accumulation loop.
+class PeakCounter:
+    """The memory counter that is always on: it costs microseconds and never waits for a GPU.
 
     Attributes:
-        seconds: by phase.
-        peak_bytes: by phase: allocated on a GPU, resident memory of the process on a CPU.
+        kind: what is counted: `allocated` by PyTorch on a GPU, `resident` memory of the process on a CPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Count a device's memory."""
+        self._device = device
+        self.kind = "allocated" if device.type == "cuda" else "resident"
+
+    def reset(self) -> None:
+        """Start a new peak."""
+        if self.kind == "allocated":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            reset_resident_peak()
+
+    def peak(self) -> int:
+        """Largest bytes since the last reset."""
+        if self.kind == "allocated":
+            return int(torch.cuda.max_memory_allocated(self._device))
+        return resident_peak_bytes()
+
+    def now(self) -> int:
+        """Bytes now."""
+        return int(torch.cuda.memory_allocated(self._device)) if self.kind == "allocated" else resident_bytes()
+
+
+@dataclass
+class _Open:
+    """A phase that is running."""
+
+    name: str
+    peak: int = 0
+
+
+class Meter:
+    """Measures the phases of one step on this rank; they may repeat (seconds add up) and hold other phases.
+
+    Attributes:
+        seconds: by phase; what a phase holds counts in both.
+        peak_bytes: by phase, see `PeakCounter.kind`.
+        held_bytes: by phase: what there was at its first start.
+        failed_in: innermost phase that an exception left, if one did.
     """
 
     def __init__(
-        self, device: torch.device, around: Callable[[str], AbstractContextManager[None]] | None = None
+        self,
+        device: torch.device,
+        around: Callable[[str], AbstractContextManager[None]] | None = None,
+        mark: Callable[[str], AbstractContextManager[None]] | None = None,
     ) -> None:
         """Start with nothing measured.
 
         Args:
             device: whose memory counts.
             around: makes a context in which a phase of the given name runs.
+            mark: the same for phases and parts.
         """
         self._device = device
-        self._around = around or (lambda name: nullcontext())
+        self._around = around or nullcontext
+        self._mark = mark or nullcontext
+        self._open: list[_Open] = []
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self.counter = PeakCounter(device)
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
+        self.held_bytes: dict[str, int] = {}
+        self.failed_in: str | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure the block as (a part of) the named phase."""
-        self._reset()
-        start = time.perf_counter()
-        try:
-            with self._around(name):
+        """Measure the block as (a part of) the named phase; begins and ends with a synchronisation on a GPU."""
+        self._synchronise()
+        with self._around(name), self._counting(name):
+            start = time.perf_counter()
+            try:
                 yield
+            finally:
+                self._synchronise()
+                self._add(name, time.perf_counter() - start)
+                self._read_events()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """As `phase`, inside one, without waiting for a GPU: its seconds there are known when that phase ends."""
+        with self._counting(name):
+            start, event = time.perf_counter(), self._event()
+            try:
+                yield
+            finally:
+                stop = self._event()
+                if event is None or stop is None:
+                    self._add(name, time.perf_counter() - start)
+                else:
+                    self._events.append((name, event, stop))
+
+    @contextmanager
+    def _counting(self, name: str) -> Iterator[None]:
+        self._fold()
+        self.held_bytes.setdefault(name, self.counter.now())
+        self._open.append(_Open(name))
+        try:
+            with self._mark(name):
+                yield
+        except BaseException:
+            self.failed_in = self.failed_in or name
+            raise
         finally:
-            peak = self._peak()
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-            self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak)
+            self._fold()
+            done = self._open.pop()
+            self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), done.peak)
+            if self._open:
+                self._open[-1].peak = max(self._open[-1].peak, done.peak)
 
-    def _reset(self) -> None:
+    def _fold(self) -> None:
+        """Give the peak since the last reset to the innermost open phase, and start a new one."""
+        if self._open:
+            self._open[-1].peak = max(self._open[-1].peak, self.counter.peak())
+        self.counter.reset()
+
+    def _add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def _synchronise(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-            torch.cuda.reset_peak_memory_stats(self._device)
-        else:
-            reset_resident_peak()
 
-    def _peak(self) -> int:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            return int(torch.cuda.max_memory_allocated(self._device))
-        return resident_peak_bytes()
+    def _event(self) -> torch.cuda.Event | None:
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _read_events(self) -> None:
+        for name, start, stop in self._events:
+            self._add(name, start.elapsed_time(stop) / 1000.0)
+        self._events = []

@@ -103,6 +103,11 @@ class ReplayStore:
         """Size of what is stored now."""
         return sum(state.numel() * state.element_size() for states in self._states for state in states)
 
+    def bytes_on(self, device: torch.device) -> int:
+        """Size of what is stored now on a type of device."""
+        states = [state for states in self._states for state in states if state.device.type == device.type]
+        return sum(state.numel() * state.element_size() for state in states)
+
     def begin(self, step: int) -> None:
         """Forget the last step."""
         self._step = step

@@ -11,6 +11,7 @@ import numpy as np
 from colm_ds.report.run import Run, lookup, names, number, numbers
 
 PHASES = ("probe", "exchange", "select", "train", "step")
+_NOT_ADDED = ("total", "forward", "backward", "save")  # parts of train, and what is outside the step
 BYTE_KINDS = ("signals", "selection", "tokens")
 
 
@@ -195,7 +196,8 @@ def _phase_seconds(run: Run) -> dict[str, float]:
         steps = [times for times in steps if times]
         phases = dict.fromkeys(name for times in steps for name in times)
         found = {name: float(np.median([times.get(name, 0.0) for times in steps])) for name in phases}
-    found.pop("total", None)
+    for name in _NOT_ADDED:
+        found.pop(name, None)
     return {name: found[name] for name in (*PHASES, *sorted(set(found) - set(PHASES))) if name in found}
 
 

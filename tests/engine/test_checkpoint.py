@@ -60,7 +60,7 @@ def stop_and_resume(case: Case, folder: str) -> dict[str, Any]:
 
 def seen_by_user(record: StepRecord) -> dict[str, Any]:
     """Everything about a step that may not depend on a stop."""
-    changing = ("time_s", "memory_gib")
+    changing = ("time_s", "memory_gib", "memory_parts_gib")
     stats = {key: value for key, value in record.stats.items() if key not in changing}
     return {"large": record.large, "chosen": record.chosen, "weights": record.weights, **stats}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from colm_ds.memory.breakdown import PARTS
+from colm_ds.memory.recorder import PEAKS, PHASES
 from colm_ds.types import NUM_NAMED
 from tests.engine.cases import MATRIX, matrix_case, matrix_ids
 from tests.engine.conftest import Runner
@@ -60,11 +62,18 @@ def test_time_and_memory(case: Case, world_size: int, outcomes: Runner) -> None:
     for seen in outcomes(case, world_size):
         for step in seen.steps:
             time_s, memory_gib = step.stats["time_s"], step.stats["memory_gib"]
-            assert set(time_s) == {"probe", "exchange", "select", "train", "step", "total"}
+            assert set(time_s) == {*PHASES, "total"}
+            assert time_s.pop("save") == memory_gib.pop("save") == 0
             assert min(time_s.values()) > 0
-            assert sum(time_s.values()) <= 2 * time_s["total"]
-            assert set(memory_gib) == {"probe", "train", "peak"}
-            assert 0 < memory_gib["peak"] == max(memory_gib["probe"], memory_gib["train"])
+            assert time_s["forward"] + time_s["backward"] <= time_s["train"]
+            assert sum(time_s[name] for name in ("probe", "exchange", "select", "train", "step")) <= time_s["total"]
+            assert set(memory_gib) == {*PEAKS} - {"save"}
+            assert 0 < memory_gib["peak"] == max(memory_gib[name] for name in memory_gib if name != "peak")
+            assert memory_gib["train"] >= max(memory_gib["forward"], memory_gib["backward"])
+            parts = step.stats["memory_parts_gib"]
+            assert step.stats["memory_kind"] == "resident"
+            assert set(parts) == set(PARTS)
+            assert sum(parts.values()) <= memory_gib["peak"] * (1 + 1e-9)
 
 
 @pytest.mark.distributed
@@ -72,7 +81,7 @@ def test_phases_that_do_not_run_take_no_time(outcomes: Runner) -> None:
     for step in outcomes(Case("random", colm={"selector": "random"}), 2)[0].steps:
         assert step.stats["time_s"]["probe"] == step.stats["time_s"]["exchange"] == 0
         assert step.stats["time_s"]["select"] > 0
-        assert set(step.stats["memory_gib"]) == {"probe", "train", "peak"}
+        assert step.stats["memory_gib"]["probe"] == step.stats["memory_gib"]["exchange"] == 0
 
 
 @pytest.mark.distributed
@@ -133,3 +142,17 @@ def test_exact_reads_few_bytes_of_large_gradients(outcomes: Runner) -> None:
     )
     large = outcomes(twice, 2)[0].steps[0].stats["exchange_bytes"]["selection"]
     assert large - small <= 4 * LARGE * MASK_SIZE * 1.25 + 8 * 2 * CORESET
+
+
+@pytest.mark.distributed
+def test_counted_steps(outcomes: Runner) -> None:
+    """In the steps asked for, and in no others, allocations are counted by phase; the result is the same."""
+    counting = Case("counted", colm={"memory": {"count_steps": [2]}}, steps=3)
+    steps = outcomes(counting, 1)[0].steps
+    assert [step.stats["counted_gib"] is None for step in steps] == [True, False, True]
+    counted = steps[1].stats["counted_gib"]
+    assert set(counted) == {"probe", "exchange", "select", "train", "forward", "backward", "step", "total"}
+    assert counted["total"] == max(counted.values()) < steps[1].stats["memory_gib"]["peak"]
+    assert counted["forward"] < counted["backward"] <= counted["train"]
+    plain = outcomes(Case("not counted", steps=3), 1)[0].steps
+    assert [step.stats["loss"] for step in steps] == [step.stats["loss"] for step in plain]

@@ -1,0 +1,106 @@
+"""What a peak consists of: the tensors that are held, by what they are for, and what a phase adds to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "replay", "probe", "selection", "rest")
+"""Parts of a peak, in the order in which they are shown."""
+
+_DEPTH = 4  # how deep an optimizer's containers are looked through
+
+
+def storage_bytes(tensors: Any, device: torch.device | None = None, known: set[int] | None = None) -> int:
+    """Bytes of the storages behind some tensors, each once.
+
+    Args:
+        tensors: iterable of tensors.
+        device: count this type of device's only.
+        known: storages that are counted elsewhere; those of the tensors are added.
+    """
+    known = set() if known is None else known
+    total = 0
+    for tensor in tensors:
+        if device is not None and tensor.device.type != device.type:
+            continue
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in known or storage.nbytes() == 0:
+            continue
+        known.add(storage.data_ptr())
+        total += storage.nbytes()
+    return total
+
+
+def held_bytes(model: nn.Module, optimizer: Any, device: torch.device) -> dict[str, int]:
+    """Bytes that training keeps on a device: weights, gradients, optimizer (states and float32 copies), buckets.
+
+    Args:
+        model: its parameters and buffers, under ZeRO-3 this rank's share.
+        optimizer: a torch optimizer, or DeepSpeed's around one: tensors that it keeps are told apart by their names.
+        device: tensors elsewhere (offload) are not counted.
+    """
+    known: set[int] = set()
+    parameters = list(model.parameters())
+    shares = [parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor")]
+    found = {
+        "weights": storage_bytes([*parameters, *model.buffers(), *shares], device, known),
+        "gradients": storage_bytes([p.grad for p in parameters if p.grad is not None], device, known),
+    }
+    named = list(tensors_of(optimizer))
+    for part, words in (("gradients", ("grad", "ipg")), ("optimizer", ("fp32", "state", "hp_", "master"))):
+        tensors = [tensor for name, tensor in named if any(word in name.lower() for word in words)]
+        found[part] = found.get(part, 0) + storage_bytes(tensors, device, known)
+    found["rest"] = storage_bytes([tensor for _, tensor in named], device, known)
+    return found
+
+
+def peak_parts(
+    peak_phase: str, peak: int, phase_held: int, held: Mapping[str, int], *, replay: int, selection: int
+) -> dict[str, int]:
+    """Divide a peak into `PARTS`; they add up to it.
+
+    What a phase adds to what was held at its start goes to the probe in the phases of the choice, and to activations
+    in the others (the optimizer's own temporaries among them); `rest` is what was held and is none of the known parts:
+    buckets, the batch, and on a CPU the process itself.
+
+    Args:
+        peak_phase: where it was reached.
+        peak: its bytes.
+        phase_held: bytes that were held when the phase began.
+        held: from `held_bytes`.
+        replay: hidden states kept in that phase.
+        selection: history and directions.
+    """
+    is_choice = peak_phase in ("probe", "exchange", "select")
+    added = max(0, peak - phase_held) - (replay if is_choice else 0)  # the store fills up while the probe runs
+    parts = dict.fromkeys(PARTS, 0)
+    parts |= {name: held.get(name, 0) for name in ("weights", "gradients", "optimizer")}
+    parts |= {"replay": replay, "selection": selection, "probe" if is_choice else "activations": max(0, added)}
+    parts["rest"] = peak - sum(parts.values())
+    return parts
+
+
+def tensors_of(holder: Any, name: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that an optimizer, or an object of ours, keeps in attributes and containers, with their dotted names."""
+    if isinstance(holder, Tensor):
+        yield name, holder
+        if holder.grad is not None:
+            yield f"{name}.grad", holder.grad
+    elif depth > 0:
+        if isinstance(holder, Mapping):
+            items = list(holder.items())
+        elif isinstance(holder, (list, tuple)):
+            items = list(enumerate(holder))
+        elif isinstance(holder, torch.optim.Optimizer):
+            items = [("state", dict(holder.state)), ("param_groups", holder.param_groups)]
+        elif type(holder).__module__.startswith(("deepspeed.", "colm_ds.")):
+            items = [item for item in vars(holder).items() if not isinstance(item[1], nn.Module)]
+        else:
+            return
+        for key, value in items:
+            inner = name if isinstance(key, (Tensor, int)) else f"{name}.{key}"
+            yield from tensors_of(value, inner, depth - 1)
