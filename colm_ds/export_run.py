@@ -21,7 +21,7 @@ from colm_ds.export import checkpoint_tensors, save_model, with_tied
 from colm_ds.model_card import ADAPTER, MERGED, MODEL, write_model_card
 from colm_ds.models import DTYPES, load_model, load_tokenizer
 from colm_ds.random_state import random_state, restore_random_state
-from colm_ds.recipe import ModelConfig, Recipe
+from colm_ds.recipe import BaseRecipe, ModelConfig, kind_of_recipe
 
 _ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -132,7 +132,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _read_recipe(run: Path) -> Recipe:
+def _read_recipe(run: Path) -> BaseRecipe:
     """The recipe that a run wrote down."""
     if not run.is_dir():
         raise ConfigError(f"{run}: no such folder. Give the output folder of a run, which holds config.json.")
@@ -140,9 +140,9 @@ def _read_recipe(run: Path) -> Recipe:
     if not isinstance(values, dict):
         raise ConfigError(f"{run / 'config.json'}: is missing or holds no recipe. Give the output folder of a run.")
     problems = Problems(str(run / "config.json"))
-    recipe = validate_section(Recipe, values, "recipe", problems)
+    recipe = validate_section(kind_of_recipe(values), values, "recipe", problems)
     problems.raise_if_any()
-    assert isinstance(recipe, Recipe)
+    assert isinstance(recipe, BaseRecipe)
     return recipe
 
 
@@ -168,7 +168,9 @@ def _find_source(run: Path, tag: str | None, final: str) -> _Source:
     return _Source(found.path, found.step, found)
 
 
-def _with_overrides(recipe: Recipe, run: Path, model: str | None, tokenizer: str | None, dtype: str | None) -> Recipe:
+def _with_overrides(
+    recipe: BaseRecipe, run: Path, model: str | None, tokenizer: str | None, dtype: str | None
+) -> BaseRecipe:
     """The recipe with the base model and tokenizer where they are now, and nothing that needs a GPU."""
     changes: dict[str, Any] = {"attention": "eager", "activation_checkpointing": False}
     if model is not None:
@@ -184,7 +186,7 @@ def _with_overrides(recipe: Recipe, run: Path, model: str | None, tokenizer: str
     return recipe.model_copy(update={"model": base, "tokenizer": tokenizer})
 
 
-def _load_tokenizer(recipe: Recipe) -> Any:
+def _load_tokenizer(recipe: BaseRecipe) -> Any:
     try:
         return load_tokenizer(recipe)
     except ConfigError as error:
@@ -209,7 +211,7 @@ def _not_loaded(model: ModelConfig, reason: str) -> str:
     return f"base model {model.name_or_path}: can not be loaded: {first} If it has moved, give its folder with --model."
 
 
-def _skeleton(recipe: Recipe, tokenizer: Any) -> Any:
+def _skeleton(recipe: BaseRecipe, tokenizer: Any) -> Any:
     """The model of a run with all names and shapes and no weights, so that none are read or made."""
     model = recipe.model
     if model.config is None:
@@ -232,7 +234,7 @@ def _take_generation_config(model: Any, path: str) -> None:
         return
 
 
-def _base_with_lora(recipe: Recipe, tokenizer: Any) -> Any:
+def _base_with_lora(recipe: BaseRecipe, tokenizer: Any) -> Any:
     """The base model with its weights and LoRA; random weights come out as in training, from the recipe's seed."""
     from transformers import set_seed
 
@@ -283,7 +285,7 @@ def _saved_name(name: str) -> str:
     return name.replace(".default", "")
 
 
-def _fill(model: Any, source: _Source, recipe: Recipe, kind: str) -> int:
+def _fill(model: Any, source: _Source, recipe: BaseRecipe, kind: str) -> int:
     """Put the trained weights into a model; every one must be there, fit, and hold finite numbers."""
     shapes = {name: value.shape for name, value in model.named_parameters() if value.requires_grad}
     dtype = torch.float32 if kind == MERGED else DTYPES[recipe.model.dtype]

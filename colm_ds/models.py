@@ -15,12 +15,12 @@ from torch import nn
 
 from colm_ds.errors import ConfigError
 from colm_ds.families import FAMILIES
-from colm_ds.recipe import LoraConfig, ModelConfig, Recipe
+from colm_ds.recipe import BaseRecipe, LoraConfig, ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_tokenizer(recipe: Recipe) -> Any:
+def load_tokenizer(recipe: BaseRecipe) -> Any:
     """The recipe's tokenizer; padding uses its pad token or, without one, its eos token: nothing is added.
 
     Raises:
@@ -28,8 +28,9 @@ def load_tokenizer(recipe: Recipe) -> Any:
     """
     from transformers import AutoTokenizer
 
-    path = recipe.tokenizer or recipe.model.name_or_path
-    gguf = {"gguf_file": recipe.model.gguf_file} if recipe.model.gguf_file and not recipe.tokenizer else {}
+    path = recipe.tokenizer_place
+    from_model = path == recipe.model.name_or_path
+    gguf = {"gguf_file": recipe.model.gguf_file} if recipe.model.gguf_file and from_model else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **gguf)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -44,7 +45,7 @@ def load_tokenizer(recipe: Recipe) -> Any:
     return tokenizer
 
 
-def load_model(recipe: Recipe, tokenizer: Any) -> nn.Module:
+def load_model(recipe: BaseRecipe, tokenizer: Any) -> nn.Module:
     """The recipe's model with LoRA and activation checkpointing as it asks; random weights follow the global seed.
 
     Raises:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from colm_ds.deepspeed_config import MONITOR_SECTIONS
 from colm_ds.distributed.agreement import first_failure
 from colm_ds.errors import ConfigError
-from colm_ds.recipe import Recipe
+from colm_ds.recipe import BaseRecipe
 from colm_ds.types import StepStats
 
 Event = tuple[str, float, int]
@@ -119,7 +119,7 @@ class RunMonitor:
             print(f"monitor: {type(error).__name__}: {error}. Training goes on without it.", file=sys.stderr)
 
 
-def monitor_sections(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, Any]:
+def monitor_sections(recipe: BaseRecipe, config: Mapping[str, Any]) -> dict[str, Any]:
     """DeepSpeed's sections of the monitors that a recipe names.
 
     Args:
@@ -136,7 +136,7 @@ def monitor_sections(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, Any
     return {key: {"enabled": True, **ours[name], **config.get(key, {})} for name, key in sections.items()}
 
 
-def set_environment(recipe: Recipe) -> None:
+def set_environment(recipe: BaseRecipe) -> None:
     """Let W&B know a run by its name, and a resumed one by its id, which is kept in the run's folder (rank 0)."""
     if "wandb" not in recipe.monitor:
         return
@@ -150,7 +150,7 @@ def set_environment(recipe: Recipe) -> None:
         os.environ.setdefault(f"WANDB_{key}", value)
 
 
-def _folder(recipe: Recipe) -> Path:
+def _folder(recipe: BaseRecipe) -> Path:
     return Path(recipe.output_dir) / "monitor"
 
 

@@ -12,16 +12,17 @@ from colm_ds.coreset_selector import CoresetSelector
 from colm_ds.data import InstructionDataset
 from colm_ds.data.loader import LargeBatchLoader, source_counts
 from colm_ds.data.sources import small_source_ids
+from colm_ds.errors import ConfigError
 from colm_ds.models import load_model, load_tokenizer
-from colm_ds.recipe import Recipe
-from colm_ds.run_data import load_data
+from colm_ds.recipe import BaseRecipe, Recipe
+from colm_ds.tasks.instructions import load_data
 from colm_ds.types import Coreset, LargeBatch
 
 _BAR = 40
 _BINS = 12
 
 
-def preview(recipe: Recipe, *, num_examples: int = 3, with_coreset: bool = True) -> str:
+def preview(recipe: BaseRecipe, *, num_examples: int = 3, with_coreset: bool = True) -> str:
     """Everything as one text.
 
     Args:
@@ -32,6 +33,8 @@ def preview(recipe: Recipe, *, num_examples: int = 3, with_coreset: bool = True)
     Raises:
         ConfigError, DataError, ProbeError: as training would.
     """
+    if not isinstance(recipe, Recipe):
+        raise ConfigError("preview shows what recipes on instruction data train on; this one is of another kind.")
     tokenizer = load_tokenizer(recipe)
     train, heldout = load_data(recipe, tokenizer)
     parts = [

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field
@@ -70,17 +70,25 @@ class LrScheduleConfig(Section):
     final_fraction: float = Field(0.0, ge=0, le=1, description="rate at the end, relative to the peak")
 
 
-class EvaluationConfig(Section):
-    """What is measured on held-out examples."""
+class HeldoutConfig(Section):
+    """When held-out examples are looked at."""
 
     every: int = Field(0, ge=0, description="held-out loss every n steps; 0: at the start and the end only")
-    exact_match: bool = Field(False, description="greedy answers compared with the gold ones, at the end")
-    max_new_tokens: int = Field(64, ge=1, description="tokens of an answer at most")
     max_tokens: int = Field(16384, ge=1, description="padded tokens of one evaluation batch at most")
 
 
-class Recipe(Section):
-    """Everything that defines a run."""
+class EvaluationConfig(HeldoutConfig):
+    """What is measured on held-out examples."""
+
+    exact_match: bool = Field(False, description="greedy answers compared with the gold ones, at the end")
+    max_new_tokens: int = Field(64, ge=1, description="tokens of an answer at most")
+
+
+class BaseRecipe(Section):
+    """What defines a run, whatever it trains on; each kind of recipe adds its data."""
+
+    data_paths: ClassVar[tuple[str, ...]] = ()
+    """Keys of the `data` section that name files or folders."""
 
     name: str = Field("run", description="name in reports")
     output_dir: str = Field(description="folder that the run is written to; relative to the working folder")
@@ -91,12 +99,11 @@ class Recipe(Section):
     model: ModelConfig
     tokenizer: str | None = Field(None, description="tokenizer folder or hub name; default: the model's")
     lora: LoraConfig | None = Field(None, description="LoRA; leave out to train all parameters")
-    data: DataConfig
     colm: ColmConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     lr_schedule: LrScheduleConfig = LrScheduleConfig()
     deepspeed: str | dict[str, Any] = Field(description="DeepSpeed configuration: JSON file or mapping")
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: HeldoutConfig = HeldoutConfig()
     save_every: int = Field(0, ge=0, description="checkpoint every n steps and after the last; 0: only when stopped")
     keep_last: int = Field(2, ge=1, description="how many checkpoints stay; 2 leave one if the newest turns out broken")
     resume: str = Field(
@@ -108,9 +115,63 @@ class Recipe(Section):
     )
     verbose: bool = Field(False, description="show DeepSpeed's own log messages")
 
+    @property
+    def tokenizer_place(self) -> str | None:
+        """Folder or hub name of the tokenizer."""
+        return self.tokenizer or self.model.name_or_path
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe.
+    def check(self, problems: Problems) -> None:
+        """Add what does not fit together."""
+        model = self.model
+        if (model.name_or_path is None) == (model.config is None):
+            problems.add("model", model.name_or_path, "give either name_or_path or config", "One says what to load.")
+        if model.config is not None and "model_type" not in model.config:
+            problems.add("model.config", model.config, "has no model_type", "For example model_type: llama.")
+        if model.config is not None and self.tokenizer_place is None:
+            problems.add("tokenizer", None, "a model built from its config brings none", "Name a tokenizer folder.")
+
+
+class Recipe(BaseRecipe):
+    """A run on instruction data."""
+
+    data_paths: ClassVar[tuple[str, ...]] = ("train", "heldout")
+
+    task: Literal["instructions"] = Field("instructions", description="what is trained on")
+    data: DataConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def check(self, problems: Problems) -> None:
+        """Add what does not fit together."""
+        super().check(problems)
+        data, evaluation = self.data, self.evaluation
+        if data.heldout is not None and data.holdout_per_source:
+            key = "data.holdout_per_source"
+            problems.add(key, data.holdout_per_source, "there is a held-out file", "Remove one of both.")
+        heldout = data.heldout is not None or data.holdout_per_source > 0
+        if not heldout and (evaluation.every or evaluation.exact_match):
+            key = "every" if evaluation.every else "exact_match"
+            value = getattr(evaluation, key)
+            problems.add(f"evaluation.{key}", value, "nothing is held out", "Set data.holdout_per_source.")
+
+
+RECIPES: dict[str, type[BaseRecipe]] = {"instructions": Recipe}
+"""Kinds of recipes by their key `task`; without the key it is the first."""
+
+
+def kind_of_recipe(values: Mapping[str, Any]) -> type[BaseRecipe]:
+    """The kind that a recipe's key `task` names.
+
+    Raises:
+        ConfigError: if there is no such kind.
+    """
+    task = values.get("task", next(iter(RECIPES)))
+    if task not in RECIPES:
+        raise ConfigError(f"task = {task!r}: no such kind of recipe. Choose one of {', '.join(map(repr, RECIPES))}.")
+    return RECIPES[task]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> BaseRecipe:
+    """Read and check a recipe; its key `task` says of which kind.
 
     Args:
         path: the YAML file.
@@ -133,12 +194,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     problems = Problems(str(path))
     for override in overrides:
         _override(loaded, override, problems)
-    _resolve_paths(loaded, path.parent, problems)
-    recipe = validate_section(Recipe, loaded, "", problems)
-    if isinstance(recipe, Recipe):
-        _check(recipe, problems)
+    kind = kind_of_recipe(loaded)
+    _resolve_paths(kind, loaded, path.parent, problems)
+    recipe = validate_section(kind, loaded, "", problems)
+    if isinstance(recipe, BaseRecipe):
+        recipe.check(problems)
     problems.raise_if_any()
-    assert isinstance(recipe, Recipe)
+    assert isinstance(recipe, BaseRecipe)
     return recipe
 
 
@@ -193,11 +255,11 @@ def _number(text: str) -> str | float:
         return text
 
 
-def _resolve_paths(values: dict[str, Any], folder: Path, problems: Problems) -> None:
+def _resolve_paths(kind: type[BaseRecipe], values: dict[str, Any], folder: Path, problems: Problems) -> None:
     """Make the paths of a recipe findable from anywhere: as written, else relative to the recipe."""
     _resolve(values, "deepspeed", folder, problems, must_exist=True)
     _resolve(values, "tokenizer", folder, problems, must_exist=False)
-    for section, keys in (("model", ("name_or_path",)), ("data", ("train", "heldout"))):
+    for section, keys in (("model", ("name_or_path",)), ("data", kind.data_paths)):
         inner = values.get(section)
         if isinstance(inner, dict):
             for key in keys:
@@ -231,22 +293,3 @@ def _find(value: Any, key: str, folder: Path, problems: Problems, must_exist: bo
     if must_exist:
         problems.add(key, value, "no such file or folder", f"It is looked for here and in {folder}.")
     return value
-
-
-def _check(recipe: Recipe, problems: Problems) -> None:
-    model = recipe.model
-    if (model.name_or_path is None) == (model.config is None):
-        problems.add("model", model.name_or_path, "give either name_or_path or config", "One says what to load.")
-    if model.config is not None and "model_type" not in model.config:
-        problems.add("model.config", model.config, "has no model_type", "For example model_type: llama.")
-    if model.config is not None and recipe.tokenizer is None:
-        problems.add("tokenizer", None, "a model built from its config brings none", "Name a tokenizer folder.")
-    if recipe.data.heldout is not None and recipe.data.holdout_per_source:
-        problems.add(
-            "data.holdout_per_source", recipe.data.holdout_per_source, "there is a held-out file", "Remove one of both."
-        )
-    heldout = recipe.data.heldout is not None or recipe.data.holdout_per_source > 0
-    if not heldout and (recipe.evaluation.every or recipe.evaluation.exact_match):
-        key = "every" if recipe.evaluation.every else "exact_match"
-        value = getattr(recipe.evaluation, key)
-        problems.add(f"evaluation.{key}", value, "nothing is held out", "Set data.holdout_per_source.")

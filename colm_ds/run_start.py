@@ -9,7 +9,7 @@ from typing import Any
 
 from colm_ds import checkpoint
 from colm_ds.errors import ConfigError
-from colm_ds.recipe import Recipe
+from colm_ds.recipe import BaseRecipe
 
 CHECKPOINTS = "checkpoints"
 
@@ -23,7 +23,7 @@ _MAY_CHANGE = {
 """Keys that say how a run computes or where things are, and not what it computes (paths may have moved)."""
 
 
-def where_to_start(recipe: Recipe) -> checkpoint.Found | None:
+def where_to_start(recipe: BaseRecipe) -> checkpoint.Found | None:
     """The checkpoint that a run goes on from; None starts it anew. Reads files only, on one rank.
 
     Args:
@@ -53,12 +53,12 @@ def where_to_start(recipe: Recipe) -> checkpoint.Found | None:
     return checkpoint.find(folder / CHECKPOINTS, repair=True)
 
 
-def may_restart(recipe: Recipe) -> bool:
+def may_restart(recipe: BaseRecipe) -> bool:
     """Whether an unfinished run without a checkpoint may be replaced: this recipe's own, killed before its first."""
     return recipe.resume == "auto" and not recipe.overwrite
 
 
-def _check_same(recipe: Recipe, config: Path) -> None:
+def _check_same(recipe: BaseRecipe, config: Path) -> None:
     """Compare what is to be run with what was."""
     before = _read(config).get("recipe")
     if not before:

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from colm_ds import checkpoint
 from colm_ds.config import load_config, resolve_config
-from colm_ds.data import InstructionDataset
 from colm_ds.data.loader import source_counts
 from colm_ds.distributed.agreement import broadcast_text, single_process_environment, together
 from colm_ds.distributed.exchange import make_exchange
@@ -28,8 +27,6 @@ from colm_ds.distributed.interrupt import EXIT_CODE as STOPPED
 from colm_ds.distributed.interrupt import StopRequest
 from colm_ds.engine import CoLMEngine, initialize, prepare_deepspeed
 from colm_ds.errors import CheckpointError, ColmError, ConfigError, DivergenceError, SelectionError
-from colm_ds.evaluation.exact_match import exact_match, load_questions
-from colm_ds.evaluation.heldout import heldout_loss
 from colm_ds.export import save_trained
 from colm_ds.memory.meter import GIB
 from colm_ds.memory.recorder import PEAKS
@@ -37,10 +34,10 @@ from colm_ds.model_card import ADAPTER, MODEL, write_model_card
 from colm_ds.models import load_model, load_tokenizer, precision_sections, quiet_libraries
 from colm_ds.monitor import heldout_events, monitor_sections, set_environment
 from colm_ds.probe.architecture import find_architecture
-from colm_ds.recipe import LrScheduleConfig, Recipe, load_recipe
-from colm_ds.run_data import load_data
+from colm_ds.recipe import BaseRecipe, LrScheduleConfig, load_recipe
 from colm_ds.run_start import CHECKPOINTS, may_restart, where_to_start
 from colm_ds.selection import signal_of
+from colm_ds.tasks import InTraining, Task, load_task
 from colm_ds.tracking import RunFolder, describe_environment, read_metrics, summarise
 from colm_ds.types import StepStats
 
@@ -112,7 +109,7 @@ def learning_rate_factor(config: LrScheduleConfig, steps: int) -> Callable[[int]
     return factor
 
 
-def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+def deepspeed_config(recipe: BaseRecipe) -> dict[str, Any]:
     """The DeepSpeed configuration of a recipe: its JSON with batch sizes, optimizer, precision and `"colm"` filled in.
 
     Raises:
@@ -137,7 +134,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
 class Run:
     """One run of a recipe on this rank; making it checks and loads everything."""
 
-    def __init__(self, recipe: Recipe, device: torch.device, stop: StopRequest) -> None:
+    def __init__(self, recipe: BaseRecipe, device: torch.device, stop: StopRequest) -> None:
         self.recipe = recipe
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = device
@@ -146,16 +143,13 @@ class Run:
         self.config = together(self._checked_config, device)
         start = together(lambda: where_to_start(recipe) if self.rank == 0 else None, device)
         self.tokenizer = together(lambda: load_tokenizer(recipe), device)
-        self.train_data, self.heldout_data = self._load_data()
-        questions = recipe.data.heldout if recipe.evaluation.exact_match else None
-        self.questions = together(
-            lambda: load_questions(questions, recipe.data.source_key) if questions else [], device
-        )
+        self.task = self._load_task()
         from transformers import set_seed
 
         set_seed(recipe.seed)
         self.model = together(self._checked_model, device)
         self.engine = self._make_engine()
+        self.in_training = InTraining(self.engine, self.tokenizer, device, self.exchange, self.rank)
         self.first_step = together(lambda: self._go_on(start), device)
         self.folder = together(self._make_folder, device)
         self.engine.monitor.open()
@@ -177,11 +171,12 @@ class Run:
         done = self.first_step - 1
         with tqdm(total=recipe.steps, initial=done, disable=self.rank != 0, unit="step", desc=recipe.name) as bar:
             for step in range(self.first_step, recipe.steps + 1):
+                facts = self.task.begin_step(self.in_training, step)
                 try:
                     stats = self.engine.train_batch()
                 except (DivergenceError, SelectionError) as error:
                     return self._diverged(error)
-                self._record(stats, step)
+                self._record(stats, step, facts)
                 rate = stats.examples_trained / stats.time_s["total"]
                 bar.set_postfix_str(f"loss {stats.loss:.3f}, {rate:.1f} examples/s, {stats.memory_gib['peak']:.2f} GiB")
                 bar.update()
@@ -193,7 +188,7 @@ class Run:
         self._finish(started)
         return 0
 
-    def _record(self, stats: StepStats, step: int) -> None:
+    def _record(self, stats: StepStats, step: int, facts: dict[str, Any]) -> None:
         """Keep a step's numbers, with the held-out loss where it is due."""
         for name, peak in stats.memory_gib.items():
             self._peaks[name] = max(self._peaks.get(name, 0.0), peak)
@@ -201,7 +196,7 @@ class Run:
             self._parts = stats.memory_parts_gib
         every = self.recipe.evaluation.every
         due = step == self.recipe.steps or (every > 0 and step % every == 0)
-        self._log({**stats.as_dict(), **self._heldout(due)})
+        self._log({**stats.as_dict(), **facts, **self._heldout(due)})
         if self.folder and stats.skipped:
             tqdm.write(
                 f"step {step}: the gradient is not finite, nothing was changed ({self.engine.skipped.total} so far)"
@@ -215,7 +210,7 @@ class Run:
         """A checkpoint; where it can not be written training goes on, and says so."""
         if self.folder:
             self.folder.sync()
-        client_state = {"sources": source_counts(self.train_data)}
+        client_state = {"sources": source_counts(self.task.train)}
         try:
             folder = str(Path(self.recipe.output_dir) / CHECKPOINTS)
             self.engine.save_checkpoint(folder, client_state=client_state, keep_last=self.recipe.keep_last)
@@ -244,7 +239,7 @@ class Run:
         with self.engine.watchdog.watching("the evaluation"):
             if self.last_heldout is None:  # resumed after the last step
                 self._heldout(True)
-            answers = self._exact_match()
+            results = self.task.finish(self.in_training)
         with self.engine.watchdog.watching("writing the trained weights"):
             folder = Path(self.recipe.output_dir)
             weights = save_trained(self.engine, self.tokenizer, folder, is_main=self.rank == 0)
@@ -255,7 +250,7 @@ class Run:
             summary = {"status": "unfinished", **summarise(steps, peaks), "heldout": self.last_heldout}
             summary |= {"memory_kind": self.engine.memory.kind, "peak_memory_gib_by_rank": by_rank}
             summary |= {"peak_memory_parts_gib": self._parts}
-            summary |= {"exact_match": answers, "wall_s": time.perf_counter() - started}
+            summary |= {**results, "wall_s": time.perf_counter() - started}
             self.folder.write("summary.json", summary)
             write_model_card(weights, folder, kind=ADAPTER if self.recipe.lora else MODEL)
             self.folder.write("summary.json", {**summary, "status": "finished"})  # the last file of a run
@@ -267,11 +262,11 @@ class Run:
         if path is None:
             return 1
         loaded, state = self.engine.load_checkpoint(str(Path(path).parent), Path(path).name)
-        counts = source_counts(self.train_data)
+        counts = source_counts(self.task.train)
         if state["sources"] != counts:
             raise ConfigError(
                 f"{loaded}: was trained on {sum(state['sources'].values())} examples of {len(state['sources'])} "
-                f"sources, data.train has {sum(counts.values())} of {len(counts)}. Resume with the same data."
+                f"sources, the recipe's data has {sum(counts.values())} of {len(counts)}. Resume with the same data."
             )
         if start:
             for reason in start.passed_over:
@@ -299,60 +294,36 @@ class Run:
             find_architecture(model)
         return model
 
-    def _load_data(self) -> tuple[InstructionDataset, InstructionDataset | None]:
-        """Training and held-out data; rank 0 tokenises first, so that the others find its cache."""
+    def _load_task(self) -> Task:
+        """The data; rank 0 reads first, so that the others find its cache."""
 
-        def load_all() -> tuple[InstructionDataset, InstructionDataset | None]:
-            return load_data(self.recipe, self.tokenizer)
+        def load() -> Task:
+            return load_task(self.recipe, self.tokenizer)
 
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            loaded = together(load_all, self.device)
+            loaded = together(load, self.device)
             together(lambda: None, self.device)
             return loaded
         together(lambda: None, self.device)
-        return together(load_all, self.device)
+        return together(load, self.device)
 
     def _make_engine(self) -> CoLMEngine:
         schedule = learning_rate_factor(self.recipe.lr_schedule, self.recipe.steps)
         engine, _, _, _ = initialize(
             model=self.model,
             config=self.config,
-            training_data=self.train_data,
+            training_data=self.task.train,
             lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
         )
         return engine
 
     def _heldout(self, due: bool) -> dict[str, Any]:
-        if not due or self.heldout_data is None:
+        found = self.task.heldout(self.in_training) if due else None
+        if found is None:
             return {}
-        engine = self.engine
-        self.last_heldout = heldout_loss(
-            engine.deepspeed_engine.module,
-            engine.deepspeed_engine.module,
-            engine.loss_head,
-            self.heldout_data,
-            device=self.device,
-            exchange=self.exchange,
-            rank=self.rank,
-            max_tokens=self.recipe.evaluation.max_tokens,
-        )
-        engine.monitor.write_events(heldout_events(self.last_heldout, engine.num_samples))
-        return {"heldout": self.last_heldout}
-
-    def _exact_match(self) -> dict[str, Any] | None:
-        if not self.questions:
-            return None
-        return exact_match(
-            self.engine.deepspeed_engine.module,
-            self.tokenizer,
-            self.questions,
-            device=self.device,
-            exchange=self.exchange,
-            rank=self.rank,
-            max_new_tokens=self.recipe.evaluation.max_new_tokens,
-            max_tokens=self.recipe.evaluation.max_tokens,
-            synced=self.engine.zero_optimization_stage() == 3,
-        )
+        self.last_heldout = found
+        self.engine.monitor.write_events(heldout_events(found, self.engine.num_samples))
+        return {"heldout": found}
 
     def _largest_peaks(self) -> tuple[dict[str, float], list[float]]:
         """Largest peak of each phase over steps and ranks, and the largest of each rank, in GiB."""
@@ -371,7 +342,7 @@ class Run:
             self.folder.log(entry)
 
     def _describe(self) -> dict[str, Any]:
-        counts = source_counts(self.train_data)
+        counts = source_counts(self.task.train)
         names = list(counts)
         parameters = list(self.model.parameters())
         sizes = [getattr(p, "ds_numel", p.numel()) for p in parameters]
@@ -384,8 +355,7 @@ class Run:
             "num_trainable": sum(size for p, size in zip(parameters, sizes, strict=True) if p.requires_grad),
             "sources": counts,
             "small_sources": [names[source] for source in self.engine.coreset_selector.small],
-            "num_dropped": self.train_data.num_dropped,
-            "num_heldout": 0 if self.heldout_data is None else len(self.heldout_data),
+            **self.task.describe(),
             "recipe": self.recipe.model_dump(),
             "deepspeed": self.engine.config.deepspeed,
             "colm": self.engine.config.colm.model_dump(),

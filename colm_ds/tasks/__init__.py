@@ -1,0 +1,21 @@
+"""Kinds of data to train on: instructions and what else a recipe's key `task` names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from colm_ds.recipe import BaseRecipe, Recipe
+from colm_ds.tasks.base import InTraining, Task, measured_loss
+from colm_ds.tasks.instructions import InstructionTask
+
+__all__ = ["InTraining", "InstructionTask", "Task", "load_task", "measured_loss"]
+
+
+def load_task(recipe: BaseRecipe, tokenizer: Any) -> Task:
+    """Read the data of a recipe, of whichever kind it is.
+
+    Raises:
+        ConfigError, DataError: naming the key, or the file and line, that is wrong.
+    """
+    assert isinstance(recipe, Recipe)
+    return InstructionTask(recipe, tokenizer)
