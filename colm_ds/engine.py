@@ -171,9 +171,13 @@ class CoLMEngine:
             SelectionError: if no example of the batch has a finite signal.
             DivergenceError: if the gradient was not finite in `colm.max_skipped_steps` steps in a row before.
         """
-        start = time.perf_counter()
         self.skipped.check(self.step_count)
         self.monitor.open()
+        with self.watchdog.watching(f"step {self.step_count + 1}"):  # what lies between its phases
+            return self._train_batch(batch)
+
+    def _train_batch(self, batch: LargeBatch | None) -> StepStats:
+        start = time.perf_counter()
         with self.watchdog.watching(f"reading the batch of step {self.step_count + 1}"):
             batch = batch if batch is not None else next(self._batches)
         exchanged = _ByteCount(self._exchange)

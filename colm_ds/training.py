@@ -180,12 +180,14 @@ class Run:
                 rate = stats.examples_trained / stats.time_s["total"]
                 bar.set_postfix_str(f"loss {stats.loss:.3f}, {rate:.1f} examples/s, {stats.memory_gib['peak']:.2f} GiB")
                 bar.update()
-                stopping = self.stop.agreed(self.device) and step < recipe.steps
+                with self.engine.watchdog.watching(f"agreeing after step {step} whether to stop"):
+                    stopping = self.stop.agreed(self.device) and step < recipe.steps
                 if stopping or (recipe.save_every and (step % recipe.save_every == 0 or step == recipe.steps)):
                     saved = self._save()
                 if stopping:
                     return self._stopped(step, "without a checkpoint" if not saved else f"after step {step}", saved)
-        self._finish(started)
+        with self.engine.watchdog.watching("the end of the run"):
+            self._finish(started)
         return 0
 
     def _record(self, stats: StepStats, step: int, facts: dict[str, Any]) -> None:
@@ -318,7 +320,8 @@ class Run:
         return engine
 
     def _heldout(self, due: bool) -> dict[str, Any]:
-        found = self.task.heldout(self.in_training) if due else None
+        with self.engine.watchdog.watching(f"the held-out loss after step {self.engine.step_count}"):
+            found = self.task.heldout(self.in_training) if due else None
         if found is None:
             return {}
         self.last_heldout = found
