@@ -34,10 +34,20 @@ class MaskConfig(Section):
 class ProbeConfig(Section):
     """How the signal of every example is estimated."""
 
-    estimator: Literal["spsa", "exact", "sketch"] = Field("spsa", description="spsa (the paper's), exact or sketch")
-    layer: Literal["v_proj"] = Field("v_proj", description="the last layer's V projection")
+    estimator: Literal["spsa", "exact", "sketch", "projection"] = Field(
+        "spsa",
+        description="spsa (the paper's), exact, sketch, or projection of the exact gradient on random directions",
+    )
+    layer: Literal["v_proj", "qkv", "fc"] = Field(
+        "v_proj", description="of the last layer: its V projection, all of Q, K and V, or the MLP's output projection"
+    )
     epsilon: float = Field(1e-3, gt=0, description="spsa: size of the step to both sides")
-    num_probes: Literal["auto"] | int = Field("auto", description="K: directions or sketches; auto: 1, sketch 256")
+    num_probes: Literal["auto"] | int = Field(
+        "auto", description="K: directions or sketches; auto: 1, sketch and projection 256"
+    )
+    direction_rank: Literal["full"] | Annotated[int, Field(ge=1)] = Field(
+        "full", description="spsa: rank of the random step as a matrix (low-rank MeZO); full: every entry on its own"
+    )
     refresh: Literal["step", "run"] = Field("step", description="new directions every step, or one set for the run")
     sample: float = Field(1.0, gt=0, le=1, description="share of the examples outside small sources that is probed")
     dtype: Literal["auto", "bfloat16"] = Field("auto", description="trunk's compute; auto: as the model trains")
@@ -52,7 +62,7 @@ class ProbeConfig(Section):
     def resolved_num_probes(self) -> int:
         """K."""
         if self.num_probes == "auto":
-            return 256 if self.estimator == "sketch" else 1
+            return 256 if self.estimator in ("sketch", "projection") else 1
         return self.num_probes
 
 
@@ -95,6 +105,10 @@ class ColmConfig(Section):
         "auto", description="kept whole: auto (fewer than |V|/c examples), none, or a list of names or ids"
     )
     per_source: bool = Field(True, description="medoids per big source, or of all big sources together")
+    geometry: Literal["adam", "plain"] = Field(
+        "adam",
+        description="compare gradients as Adam would scale them, by the history of selected ones, or as they are",
+    )
     metric: Literal["l1", "euclidean", "cosine"] = Field("l1", description="distance between examples")
     weights: Literal["uniform", "cluster", "matched"] = Field("uniform", description="loss weights of medoids")
     loss_normalization: Literal["example", "token"] = Field("example", description="mean over examples or tokens")
@@ -320,8 +334,12 @@ def _check_mask_and_probe(colm: ColmConfig, problems: Problems) -> None:
             problems.add(key, value, "less than 1", 'Write at least 1, or "auto".')
     if colm.probe.estimator == "exact" and colm.probe.num_probes not in ("auto", 1):
         problems.add("colm.probe.num_probes", colm.probe.num_probes, "the exact gradient has no probes", "Remove it.")
-    if colm.probe.estimator == "sketch" and colm.mask != MaskConfig():
-        problems.add("colm.mask", colm.mask.model_dump(), "a sketch is compared whole, without a mask", "Remove it.")
+    if colm.probe.estimator in ("sketch", "projection") and colm.mask != MaskConfig():
+        what = f"a {colm.probe.estimator} is compared whole, without a mask"
+        problems.add("colm.mask", colm.mask.model_dump(), what, "Remove it.")
+    if colm.probe.estimator != "spsa" and colm.probe.direction_rank != "full":
+        what = f"{colm.probe.estimator} takes no random step"
+        problems.add("colm.probe.direction_rank", colm.probe.direction_rank, what, "Remove it.")
 
 
 def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems) -> None:

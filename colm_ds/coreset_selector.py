@@ -25,6 +25,7 @@ from colm_ds.memory.breakdown import tensors_of
 from colm_ds.memory.meter import GIB, Meter, free_bytes
 from colm_ds.probe.architecture import Architecture, find_architecture
 from colm_ds.probe.estimators import Estimator
+from colm_ds.probe.parameters import reading_parameters
 from colm_ds.probe.patch import eval_mode
 from colm_ds.probe.registry import make_estimator
 from colm_ds.probe.replay import ReplayStore, why_not_replay
@@ -145,8 +146,9 @@ class CoresetSelector:
         self.step_count = 0
         self._batch: LargeBatch | None = None
         self.small = small_source_ids(config, counts)
-        architecture = find_architecture(model) if self._needs_probe(config) else None
+        architecture = find_architecture(model, config.probe.layer) if self._needs_probe(config) else None
         settings = SelectionSettings(
+            geometry=config.geometry,
             metric=config.metric,
             weights=config.weights,
             per_source=config.per_source,
@@ -171,7 +173,9 @@ class CoresetSelector:
                 architecture,
                 device,
                 seed=config.seed,
-                beta2=betas[1],
+                betas=betas,
+                eps=eps,
+                adam=config.geometry == "adam",
                 signal=self.selector.signal or "gradient",
             )
 
@@ -337,27 +341,14 @@ class CoresetSelector:
 
     @contextmanager
     def _reading_weights(self) -> Iterator[None]:
-        """Keep a copy of the probed weights if the mask needs them; ZeRO-3 has them only while the module runs."""
+        """Keep a copy of the probed weights if the mask needs them."""
         self._weights = None
         if self._architecture is None or self._config.mask.criterion not in ("weight", "weight_grad"):
             yield
             return
-        target = self._architecture.target
-
-        def read(module: nn.Module, inputs: Any) -> None:
-            if self._weights is None:
-                weight = module.weight
-                assert isinstance(weight, Tensor)
-                self._weights = weight[target.start : target.stop].detach().float().flatten()
-
-        # Before the forward, after ZeRO-3's own hook has gathered the weight; after the forward it is gone again.
-        handle = target.module.register_forward_pre_hook(read)
-        try:
+        with reading_parameters(self._architecture.targets) as weights:
             yield
-            if self._weights is None:  # this rank probed nothing; outside ZeRO-3 the weights are at hand
-                read(target.module, None)
-        finally:
-            handle.remove()
+        self._weights = weights()
 
     def _make_store(self, mean_length: float) -> ReplayStore | None:
         """The store for forward replay, where it is asked for or pays and its conditions hold."""

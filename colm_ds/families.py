@@ -15,12 +15,14 @@ class Family:
         norm: attribute of the decoder that holds the final norm.
         value_projection: attribute of the attention that computes the values.
         fused: whether that projection also computes queries and keys (values are its last rows).
+        output_projection: attribute of the MLP that computes its output.
         lora_targets: modules that LoRA adapts (paper, appendix C).
     """
 
     norm: str = "norm"
     value_projection: str = "v_proj"
     fused: bool = False
+    output_projection: str = "down_proj"
     lora_targets: tuple[str, ...] = _SEPARATE
 
 
@@ -29,7 +31,11 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(),
     "qwen2": Family(),
     "stablelm": Family(),
-    "phi": Family(norm="final_layernorm", lora_targets=("q_proj", "k_proj", "v_proj", "fc1", "fc2")),
+    "phi": Family(
+        norm="final_layernorm",
+        output_projection="fc2",
+        lora_targets=("q_proj", "k_proj", "v_proj", "fc1", "fc2"),
+    ),
     "phi3": Family(
         value_projection="qkv_proj",
         fused=True,

@@ -59,7 +59,8 @@ def run(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
     single_process_environment()
     prepare_deepspeed()
     quiet_libraries()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))))
+    share = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
+    torch.set_num_threads(min(share, int(os.environ.get("OMP_NUM_THREADS") or share)))
     accelerator = deepspeed.get_accelerator()
     if torch.cuda.is_available():
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
@@ -293,7 +294,7 @@ class Run:
     def _checked_model(self) -> nn.Module:
         model = load_model(self.recipe, self.tokenizer)
         if signal_of(self.recipe.colm.selector) is not None:
-            find_architecture(model)
+            find_architecture(model, self.recipe.colm.probe.layer)
         return model
 
     def _load_task(self) -> Task:

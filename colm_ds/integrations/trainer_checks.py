@@ -62,7 +62,7 @@ def check_sizes(trainer: Any, config: ColmConfig, problems: Problems) -> None:
         problems.add("large_batch_size", large, f"train_dataset has {num_examples} examples", "Write less or add data.")
     if signal_of(config.selector) is not None:
         try:
-            find_architecture(trainer.model)
+            find_architecture(trainer.model, config.probe.layer)
         except ColmError as error:
             problems.messages.append(f"model: {error}")
 

@@ -1,4 +1,4 @@
-"""Finds the last decoder layer, its V projection, the final norm and the head of a Hugging Face causal LM."""
+"""Finds the last decoder layer, what is probed of it, the final norm and the head of a Hugging Face causal LM."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from torch import nn
 from colm_ds.errors import ProbeError
 from colm_ds.families import FAMILIES, Family
 
+LAYERS = ("v_proj", "qkv", "fc")
+"""What of the last layer can be probed: V, all of Q, K and V, or the MLP's output projection."""
+
 
 @dataclass(frozen=True)
 class ProbeTarget:
-    """The linear map whose gradient is the signal: rows `start` to `stop` of a module's output.
+    """A linear map whose gradient belongs to the signal: rows `start` to `stop` of a module's output.
 
     Attributes:
         name: the module's name in the model.
-        module: a linear module; under LoRA the V projection's `lora_B`.
-        start: first output row of the values.
+        module: a linear module; under LoRA the projection's `lora_B`.
+        start: first output row.
         stop: one past the last.
         in_features: width of the module's input.
     """
@@ -36,7 +39,7 @@ class ProbeTarget:
 
     @property
     def num_coordinates(self) -> int:
-        """d, the length of the signal's gradient."""
+        """Entries of the probed matrix."""
         return self.out_features * self.in_features
 
 
@@ -50,7 +53,7 @@ class Architecture:
         layers: decoder layers in order.
         norm: final norm.
         head: maps hidden states to logits.
-        target: where the signal is read.
+        targets: where the signal is read; its gradient is theirs, flattened, one after the other.
         hidden_size: width of the hidden states.
         vocabulary_size: rows of the head.
     """
@@ -60,7 +63,7 @@ class Architecture:
     layers: nn.ModuleList
     norm: nn.Module
     head: nn.Module
-    target: ProbeTarget
+    targets: tuple[ProbeTarget, ...]
     hidden_size: int
     vocabulary_size: int
 
@@ -69,12 +72,18 @@ class Architecture:
         """The last decoder layer."""
         return self.layers[-1]
 
+    @property
+    def num_coordinates(self) -> int:
+        """d, the length of the signal's gradient."""
+        return sum(target.num_coordinates for target in self.targets)
 
-def find_architecture(model: nn.Module) -> Architecture:
+
+def find_architecture(model: nn.Module, layer: str = "v_proj") -> Architecture:
     """Describe a causal LM, bare or under PEFT LoRA.
 
     Args:
         model: a Hugging Face causal LM of a known family or a `PeftModel` around one; not a DeepSpeed engine.
+        layer: one of `LAYERS`.
 
     Raises:
         ProbeError: if the family is unknown or a part is missing or of a kind that the probe can not handle.
@@ -103,7 +112,7 @@ def find_architecture(model: nn.Module) -> Architecture:
         layers=layers,
         norm=norm,
         head=head,
-        target=_find_target(model, layers[-1], family, config),
+        targets=tuple(_find_targets(model, layers[-1], family, config, layer)),
         hidden_size=int(config.hidden_size),
         vocabulary_size=int(head.out_features),
     )
@@ -115,17 +124,35 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return get_base_model() if callable(get_base_model) else model
 
 
-def _find_target(model: nn.Module, layer: nn.Module, family: Family, config: Any) -> ProbeTarget:
-    attention = getattr(layer, "self_attn", None)
-    projection = getattr(attention, family.value_projection, None)
+def _find_targets(model: nn.Module, last: nn.Module, family: Family, config: Any, layer: str) -> list[ProbeTarget]:
+    if layer == "fc":
+        parts = [("mlp", family.output_projection)]
+    elif layer == "qkv" and not family.fused:
+        parts = [("self_attn", name) for name in ("q_proj", "k_proj", family.value_projection)]
+    else:
+        parts = [("self_attn", family.value_projection)]
+    has_lora = any(hasattr(module, "lora_B") for module in model.modules())
+    return [_find_target(model, last, place, name, family, config, layer, has_lora) for place, name in parts]
+
+
+def _find_target(
+    model: nn.Module, last: nn.Module, place: str, name: str, family: Family, config: Any, layer: str, has_lora: bool
+) -> ProbeTarget:
+    projection = getattr(getattr(last, place, None), name, None)
     if projection is None:
-        raise ProbeError(f"{type(layer).__name__} has no self_attn.{family.value_projection}; the probe reads it.")
+        raise ProbeError(f"{type(last).__name__} has no {place}.{name}; the probe of {layer!r} reads it.")
+    is_adapted = hasattr(projection, "lora_B")
+    if has_lora and not is_adapted and layer != "v_proj":
+        raise ProbeError(
+            f"probe.layer = {layer!r}: {name} of the last layer has no LoRA adapter, so its gradient is of weights "
+            f"that are not trained. Add {name} to lora.targets, or probe 'v_proj'."
+        )
     total = int(projection.out_features)
     head_size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    start = total - config.num_key_value_heads * head_size if family.fused else 0
-    module = _lora_b(projection, family.value_projection) if hasattr(projection, "lora_B") else projection
-    name = next((name for name, candidate in model.named_modules() if candidate is module), family.value_projection)
-    return ProbeTarget(name, module, start, total, int(module.in_features))
+    start = total - config.num_key_value_heads * head_size if family.fused and layer == "v_proj" else 0
+    module = _lora_b(projection, name) if is_adapted else projection
+    found = next((known for known, candidate in model.named_modules() if candidate is module), name)
+    return ProbeTarget(found, module, start, total, int(module.in_features))
 
 
 def _lora_b(projection: Any, name: str) -> Any:

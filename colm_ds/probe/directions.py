@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -86,6 +86,66 @@ class Directions:
         size = min(_BLOCK, self.num_coordinates - block * _BLOCK)
         generator = private_generator(*self._seed[:1], "direction", self._seed[1], probe, block, device=self._device)
         return torch.randn(size, generator=generator, device=self._device)
+
+
+class LowRankDirections:
+    """K directions z = A B / sqrt(rank) of the probed matrices, A and B standard normal (low-rank MeZO).
+
+    Every entry of z has variance 1. Only the factors are kept.
+
+    Attributes:
+        num_coordinates: d.
+        num_probes: K.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        epoch: int,
+        num_probes: int,
+        shapes: Sequence[tuple[int, int]],
+        rank: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Directions of one refresh.
+
+        Args:
+            seed: seed of the run.
+            epoch: the step for `refresh: step`, 0 for `refresh: run`.
+            num_probes: K.
+            shapes: rows and columns of every probed matrix, whose entries make the d coordinates.
+            rank: of z in each matrix, at most.
+            device: where they are drawn.
+        """
+        self.num_coordinates = sum(rows * columns for rows, columns in shapes)
+        self.num_probes = num_probes
+        self._device = torch.device(device)
+        self._matrices: list[tuple[Tensor, Tensor]] = []  # A [K, rows, rank] and B [K, rank, columns]
+        for place, (rows, columns) in enumerate(shapes):
+            generator = private_generator(seed, "low rank", epoch, place, device=self._device)
+            left = torch.randn(num_probes, rows, rank, generator=generator, device=self._device)
+            right = torch.randn(num_probes, rank, columns, generator=generator, device=self._device)
+            self._matrices.append((left / rank**0.5, right))
+
+    def direction(self, probe: int) -> Tensor:
+        """Direction number `probe`, float32 `[d]`."""
+        return torch.cat([(left[probe] @ right[probe]).flatten() for left, right in self._matrices])
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        """Coordinates start to stop of every direction, float32 `[K, stop - start]`."""
+        return self.columns(torch.arange(start, stop, device=self._device))
+
+    def columns(self, index: Tensor) -> Tensor:
+        """Every direction at ascending coordinates, float32 `[K, len(index)]`."""
+        parts, offset = [], 0
+        for left, right in self._matrices:
+            width = right.shape[2]
+            size = left.shape[1] * width
+            inside = index[(index >= offset) & (index < offset + size)] - offset
+            rows, columns = inside // width, inside % width
+            parts.append((left[:, rows] * right[:, :, columns].transpose(1, 2)).sum(dim=2))
+            offset += size
+        return torch.cat(parts, dim=1)
 
 
 def sign_vectors(seed: int, purpose: str, epoch: int, count: int, size: int, device: torch.device) -> Tensor:

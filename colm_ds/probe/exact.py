@@ -1,4 +1,4 @@
-"""`exact`: per-example gradients of the last V projection, held by the rank that has the example."""
+"""`exact`: per-example gradients of the probed matrices, held by the rank that has the example."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from colm_ds.probe.architecture import Architecture
-from colm_ds.probe.factors import gradient_factors
+from colm_ds.probe.factors import example_gradients, gradient_factors
 from colm_ds.probe.tail import TailInput
 from colm_ds.selection import DenseGradients, Exchange, Signals, finite_rows
 from colm_ds.types import Coreset
@@ -36,28 +36,29 @@ class ExactEstimator:
 
     def observe(self, tail: TailInput, positions: Tensor, lengths: Sequence[int]) -> None:
         """See `Estimator.observe`."""
-        target = self._architecture.target
-        delta, inputs = gradient_factors(self._architecture, tail)
+        factors = gradient_factors(self._architecture, tail)
         if self._matrix is None:
-            size = (self._num_local, target.num_coordinates)
+            size, delta = (self._num_local, self._architecture.num_coordinates), factors[0][0]
             self._matrix = torch.empty(size, dtype=delta.dtype, device=delta.device)
         for row, length in enumerate(lengths):
-            gradient = delta[row, :length].T.float() @ inputs[row, :length].float()
-            self._matrix[self._filled] = gradient.flatten()
+            self._matrix[self._filled] = example_gradients(factors, row, length)
             self._filled += 1
         self._positions.append(positions)
 
     def signals(self, batch_size: int, exchange: Exchange) -> Signals:
         """See `Estimator.signals`; only which examples are finite travels here."""
-        target = self._architecture.target
-        matrix = self._matrix
-        if matrix is None:
-            matrix = torch.zeros(0, target.num_coordinates, device=self._device)
-        positions = torch.cat(self._positions) if self._positions else self._probed[:0]
-        positions = positions.to(self._device)
+        matrix, positions = self.local_gradients()
         broken = torch.zeros(batch_size, device=self._device)
         broken[positions] = (~finite_rows(matrix)).float()
         return Signals(positions, exchange.sum(broken) == 0, gradients=DenseGradients(matrix))
+
+    def local_gradients(self) -> tuple[Tensor, Tensor]:
+        """This rank's gradients `[n, d]` and their positions `[n]`."""
+        matrix = self._matrix
+        if matrix is None:
+            matrix = torch.zeros(0, self._architecture.num_coordinates, device=self._device)
+        positions = torch.cat(self._positions) if self._positions else self._probed[:0]
+        return matrix, positions.to(self._device)
 
     def update(self, coreset: Coreset, exchange: Exchange) -> None:
         """Nothing to learn; the gradients' memory is given back."""

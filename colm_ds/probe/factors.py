@@ -1,17 +1,20 @@
-"""The two factors of the last V projection's exact gradient, from one backward pass through the tail only."""
+"""The two factors of the probed matrices' exact gradients, from one backward pass through the tail only."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from colm_ds.probe.architecture import Architecture
+from colm_ds.data.micro_batch import MicroBatch
+from colm_ds.probe.architecture import Architecture, ProbeTarget
 from colm_ds.probe.tail import TailInput, tail_losses
 
 
-def gradient_factors(architecture: Architecture, tail: TailInput) -> tuple[Tensor, Tensor]:
+def gradient_factors(architecture: Architecture, tail: TailInput) -> list[tuple[Tensor, Tensor]]:
     """delta and x of every token: the gradient of L_i is the sum over its tokens of delta_t x_t^T.
 
     Runs the last layer and the head forward and backward once; no other layer is differentiated and no parameter
@@ -22,32 +25,56 @@ def gradient_factors(architecture: Architecture, tail: TailInput) -> tuple[Tenso
         tail: what enters the last layer.
 
     Returns:
-        delta `[batch, length, out]`, the gradient of the example's own loss at the projection's output, zero at
-        padding; x `[batch, length, in]`, the projection's input. Both in the model's compute dtype, but delta of an
-        fp16 model in float32.
+        For each target delta `[batch, length, out]`, the gradient of the example's own loss at the projection's output,
+        zero at padding; x `[batch, length, in]`, the projection's input. Both in the model's compute dtype, but delta
+        of an fp16 model in float32.
     """
-    target = architecture.target
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[tuple[Tensor, Tensor]] = [(tail.hidden, tail.hidden)] * len(architecture.targets)
 
-    def cut(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        leaf = output[..., target.start : target.stop].detach().requires_grad_(True)
-        seen.append((inputs[0].detach(), leaf))
-        if leaf.shape[-1] == output.shape[-1]:
-            return leaf
-        before, after = output[..., : target.start].detach(), output[..., target.stop :].detach()
-        return torch.cat([before, leaf, after], dim=-1)
+    def cut(place: int, target: ProbeTarget) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            leaf = output[..., target.start : target.stop].detach().requires_grad_(True)
+            seen[place] = inputs[0].detach(), leaf
+            if leaf.shape[-1] == output.shape[-1]:
+                return leaf
+            before, after = output[..., : target.start].detach(), output[..., target.stop :].detach()
+            return torch.cat([before, leaf, after], dim=-1)
 
-    handle = target.module.register_forward_hook(cut)
-    try:
+        return hook
+
+    with ExitStack() as hooks:
+        for place, target in enumerate(architecture.targets):
+            hooks.callback(target.module.register_forward_hook(cut(place, target)).remove)
         with torch.enable_grad():
             losses = tail_losses(architecture, tail)
-            inputs, leaf = seen[0]
+            leaves = [leaf for _, leaf in seen]
             # In fp16 the gradient of a mean over many tokens underflows; that of their sum does not.
-            summed = torch.float16 in (tail.hidden.dtype, leaf.dtype)
+            summed = torch.float16 in (tail.hidden.dtype, leaves[0].dtype)
             loss = (losses * tail.batch.counts if summed else losses).sum()
-        (delta,) = torch.autograd.grad(loss, leaf)
+        deltas = torch.autograd.grad(loss, leaves)
+    factors = []
+    for delta, (inputs, _) in zip(deltas, seen, strict=True):
+        delta, inputs = (_by_token(part, tail.batch) for part in (delta, inputs))
         if summed:
             delta = delta.float() / tail.batch.counts.clamp_min(1.0)[:, None, None]
-    finally:
-        handle.remove()
-    return delta, inputs
+        factors.append((delta, inputs))
+    return factors
+
+
+def example_gradients(factors: list[tuple[Tensor, Tensor]], row: int, length: int) -> Tensor:
+    """The gradient of one example, all targets one after the other, float32 `[d]`.
+
+    Args:
+        factors: from `gradient_factors`.
+        row: the example's place in the micro-batch.
+        length: its tokens.
+    """
+    parts = [(delta[row, :length].T.float() @ inputs[row, :length].float()).flatten() for delta, inputs in factors]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _by_token(values: Tensor, batch: MicroBatch) -> Tensor:
+    """`[batch, length, w]` from what the MLP sees, the labelled positions alone."""
+    if values.dim() == 3:
+        return values
+    return values.new_zeros(*batch.input_ids.shape, values.shape[-1]).index_put((batch.rows, batch.positions), values)

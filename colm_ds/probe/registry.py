@@ -8,9 +8,11 @@ from colm_ds.config import ProbeConfig
 from colm_ds.probe.architecture import Architecture
 from colm_ds.probe.estimators import Estimator
 from colm_ds.probe.exact import ExactEstimator
+from colm_ds.probe.projection import ProjectionEstimator
 from colm_ds.probe.scores import ScoreEstimator
 from colm_ds.probe.sketch import SketchEstimator
 from colm_ds.probe.spsa import SpsaEstimator
+from colm_ds.selection import AdamHistory
 
 
 def make_estimator(
@@ -19,7 +21,9 @@ def make_estimator(
     device: torch.device,
     *,
     seed: int,
-    beta2: float,
+    betas: tuple[float, float],
+    eps: float,
+    adam: bool,
     signal: str = "gradient",
 ) -> Estimator:
     """The estimator that the `"probe"` section asks for, or the one of a baseline's score.
@@ -29,7 +33,9 @@ def make_estimator(
         architecture: parts of the model.
         device: where the model runs.
         seed: seed of the run.
-        beta2: of the optimizer in use.
+        betas: beta1 and beta2 of the optimizer in use.
+        eps: eps of the optimizer in use.
+        adam: whether gradients are compared in Adam's geometry; `spsa` and `exact` leave that to the selector.
         signal: what the selector wants: "gradient", or one of `SCORES`.
     """
     if signal != "gradient":
@@ -40,7 +46,12 @@ def make_estimator(
     num_probes = config.resolved_num_probes
     if config.estimator == "sketch":
         return SketchEstimator(
-            architecture, device, num_probes=num_probes, every_step=every_step, beta2=beta2, seed=seed
+            architecture, device, num_probes=num_probes, every_step=every_step, beta2=betas[1], seed=seed, adam=adam
+        )
+    if config.estimator == "projection":
+        history = AdamHistory(architecture.num_coordinates, betas, eps, device) if adam else None
+        return ProjectionEstimator(
+            architecture, device, num_probes=num_probes, every_step=every_step, seed=seed, history=history
         )
     double = config.precision == "float64" or (config.precision == "auto" and device.type == "cpu")
     return SpsaEstimator(
@@ -51,4 +62,5 @@ def make_estimator(
         every_step=every_step,
         seed=seed,
         dtype=torch.float64 if double else torch.float32,
+        rank=None if config.direction_rank == "full" else config.direction_rank,
     )

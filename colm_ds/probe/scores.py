@@ -42,7 +42,7 @@ def confidences(architecture: Architecture, tail: TailInput) -> Tensor:
 
 
 def gradient_norms(architecture: Architecture, tail: TailInput) -> Tensor:
-    """Norm of each example's gradient of the probed projection, float32 `[batch]`, from its token factors.
+    """Norm of each example's gradient of the probed matrices, float32 `[batch]`, from its token factors.
 
     |sum_t delta_t x_t^T|^2 = sum_ts (delta_t . delta_s)(x_t . x_s), so no gradient is formed.
 
@@ -50,9 +50,12 @@ def gradient_norms(architecture: Architecture, tail: TailInput) -> Tensor:
         architecture: the model's parts.
         tail: what enters the last layer.
     """
-    delta, inputs = (factor.float() for factor in gradient_factors(architecture, tail))
-    products = (delta @ delta.transpose(1, 2)) * (inputs @ inputs.transpose(1, 2))
-    return products.sum(dim=(1, 2)).clamp_min(0.0).sqrt()
+    squares = torch.zeros_like(tail.batch.counts)
+    for delta, inputs in gradient_factors(architecture, tail):
+        delta, inputs = delta.float(), inputs.float()
+        products = (delta @ delta.transpose(1, 2)) * (inputs @ inputs.transpose(1, 2))
+        squares = squares + products.sum(dim=(1, 2))
+    return squares.clamp_min(0.0).sqrt()
 
 
 def last_hidden(architecture: Architecture, tail: TailInput) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from colm_ds.errors import ProbeError
-from colm_ds.probe.architecture import Architecture
+from colm_ds.probe.architecture import Architecture, ProbeTarget
 from colm_ds.probe.directions import sign_vectors
 from colm_ds.probe.estimators import VectorRows
 from colm_ds.probe.factors import gradient_factors
@@ -105,17 +105,20 @@ class SketchEstimator:
         every_step: bool,
         beta2: float,
         seed: int,
+        adam: bool = True,
     ) -> None:
         self._architecture = architecture
         self._device = device
         self._num_probes = num_probes
         self._every_step = every_step
         self._seed = seed
+        self._adam = adam
         self._rows = VectorRows()
-        self._moments: dict[int, tuple[Tensor, Tensor]] = {}
-        target = architecture.target
-        self._history = FactoredHistory(target.out_features, target.in_features, beta2, device)
-        self._signs: tuple[Tensor, Tensor] | None = None
+        self._moments: dict[int, Tensor] = {}
+        self._histories = [
+            FactoredHistory(target.out_features, target.in_features, beta2, device) for target in architecture.targets
+        ]
+        self._signs: list[tuple[Tensor, Tensor]] = []
         self._epoch: int | None = None
 
     def begin(self, step: int, probed: Tensor, num_local: int) -> None:
@@ -124,22 +127,24 @@ class SketchEstimator:
         self._moments = {}
         epoch = step if self._every_step else 0
         if epoch != self._epoch:
-            target, count = self._architecture.target, self._num_probes
-            rows = sign_vectors(self._seed, "rows", epoch, count, target.out_features, self._device)
-            columns = sign_vectors(self._seed, "columns", epoch, count, target.in_features, self._device)
-            self._epoch, self._signs = epoch, (rows, columns)
+            self._epoch = epoch
+            self._signs = [self._draw(place, epoch, target) for place, target in enumerate(self._architecture.targets)]
 
     def observe(self, tail: TailInput, positions: Tensor, lengths: Sequence[int]) -> None:
         """See `Estimator.observe`."""
-        assert self._signs is not None
-        rows, columns = self._signs
-        delta, inputs = gradient_factors(self._architecture, tail)
-        delta, inputs = delta[: len(positions)], inputs[: len(positions)]
-        row_scale, column_scale = self._history.scales()
-        self._rows.add(positions, sketch_vectors(delta, inputs, rows * row_scale, columns * column_scale))
-        moments = second_moments(delta, inputs, rows, columns)
-        for position, row, column in zip(positions.tolist(), *moments, strict=True):
-            self._moments[position] = row, column
+        vectors: list[Tensor] = []
+        moments: list[Tensor] = []
+        factors = gradient_factors(self._architecture, tail)
+        for (delta, inputs), (rows, columns), history in zip(factors, self._signs, self._histories, strict=True):
+            delta, inputs = delta[: len(positions)], inputs[: len(positions)]
+            row_scale, column_scale = history.scales()
+            vectors.append(sketch_vectors(delta, inputs, rows * row_scale, columns * column_scale))
+            if self._adam:
+                moments += second_moments(delta, inputs, rows, columns)
+        # Matrices have signs of their own: the sum of their sketches is a sketch of all together.
+        self._rows.add(positions, torch.stack(vectors).sum(dim=0))
+        if self._adam:
+            self._moments |= dict(zip(positions.tolist(), torch.cat(moments, dim=1), strict=True))
 
     def signals(self, batch_size: int, exchange: Exchange) -> Signals:
         """See `Estimator.signals`: all ranks get all sketches."""
@@ -148,30 +153,48 @@ class SketchEstimator:
     def update(self, coreset: Coreset, exchange: Exchange) -> None:
         """Take the selected medoids' second moments into the history, summed over ranks."""
         medoids = coreset.positions[coreset.num_kept :].tolist()
-        if medoids:
-            history = self._history
-            total = torch.zeros(len(history.row) + len(history.column), device=self._device)
+        if medoids and self._adam:
+            sizes = [len(part) for history in self._histories for part in (history.row, history.column)]
+            total = torch.zeros(sum(sizes), device=self._device)
             for position in medoids:
                 if position in self._moments:
-                    total += torch.cat(self._moments[position])
-            total = exchange.sum(total) / len(medoids)
-            history.update(total[: len(history.row)], total[len(history.row) :])
+                    total += self._moments[position]
+            parts = (exchange.sum(total) / len(medoids)).split(sizes)
+            for place, history in enumerate(self._histories):
+                history.update(parts[2 * place], parts[2 * place + 1])
         self._moments = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The factored history."""
-        history = self._history
-        return {"row": history.row, "column": history.column, "count": history.count}
+        """The factored histories, those of several matrices one after the other."""
+        return {
+            "row": torch.cat([history.row for history in self._histories]),
+            "column": torch.cat([history.column for history in self._histories]),
+            "count": self._histories[0].count,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the factored history.
+        """Restore the factored histories.
 
         Raises:
             ProbeError: if it is of another shape.
         """
-        history = self._history
-        if state["row"].shape != history.row.shape or state["column"].shape != history.column.shape:
-            raise ProbeError("the saved sketch history has another shape. Resume with the model and LoRA rank it had.")
-        history.row.copy_(state["row"])
-        history.column.copy_(state["column"])
-        history.count = int(state["count"])
+        sizes = [
+            [len(history.row) for history in self._histories],
+            [len(history.column) for history in self._histories],
+        ]
+        if len(state["row"]) != sum(sizes[0]) or len(state["column"]) != sum(sizes[1]):
+            raise ProbeError(
+                "the saved sketch history has another shape. Resume with the model, LoRA rank and probe layer it had."
+            )
+        rows, columns = state["row"].split(sizes[0]), state["column"].split(sizes[1])
+        for history, row, column in zip(self._histories, rows, columns, strict=True):
+            history.row.copy_(row)
+            history.column.copy_(column)
+            history.count = int(state["count"])
+
+    def _draw(self, place: int, epoch: int, target: ProbeTarget) -> tuple[Tensor, Tensor]:
+        """a and b of one matrix."""
+        suffix, count = str(place) if place else "", self._num_probes
+        rows = sign_vectors(self._seed, f"rows{suffix}", epoch, count, target.out_features, self._device)
+        columns = sign_vectors(self._seed, f"columns{suffix}", epoch, count, target.in_features, self._device)
+        return rows, columns

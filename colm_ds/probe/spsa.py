@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from colm_ds.probe.architecture import Architecture, ProbeTarget
-from colm_ds.probe.directions import Directions
+from colm_ds.probe.directions import Directions, LowRankDirections
 from colm_ds.probe.estimators import VectorRows
 from colm_ds.probe.tail import TailInput, precise_tail, tail_losses
 from colm_ds.selection import Exchange, LowRankGradients, Signals
@@ -47,7 +47,7 @@ def shifted_output(target: ProbeTarget, direction: Tensor, epsilon: float) -> It
 def spsa_coefficients(
     architecture: Architecture,
     tail: TailInput,
-    directions: Directions,
+    directions: Directions | LowRankDirections,
     epsilon: float,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -60,15 +60,18 @@ def spsa_coefficients(
         epsilon: eps.
         dtype: float32 or float64, in which the last layer, norm and head compute.
     """
-    target = architecture.target
+    sizes = [target.num_coordinates for target in architecture.targets]
     tail = tail.cast(dtype)
     columns = []
     with torch.no_grad(), precise_tail(architecture, dtype):
         for probe in range(directions.num_probes):
-            direction = directions.direction(probe).view(target.out_features, target.in_features)
+            parts = directions.direction(probe).split(sizes)
             losses = []
             for step in (epsilon, -epsilon):
-                with shifted_output(target, direction, step):
+                with ExitStack() as shifts:
+                    for target, part in zip(architecture.targets, parts, strict=True):
+                        direction = part.view(target.out_features, target.in_features)
+                        shifts.enter_context(shifted_output(target, direction, step))
                     losses.append(tail_losses(architecture, tail))
             columns.append((losses[0] - losses[1]) / (2.0 * epsilon))
     return torch.stack(columns, dim=1).float()
@@ -89,6 +92,7 @@ class SpsaEstimator:
         every_step: bool,
         seed: int,
         dtype: torch.dtype = torch.float32,
+        rank: int | None = None,
     ) -> None:
         self._architecture = architecture
         self._dtype = dtype
@@ -97,8 +101,9 @@ class SpsaEstimator:
         self._epsilon = epsilon
         self._every_step = every_step
         self._seed = seed
+        self._rank = rank
         self._epoch: int | None = None
-        self._directions: Directions | None = None
+        self._directions: Directions | LowRankDirections | None = None
         self._rows = VectorRows()
         with precise_tail(architecture, dtype):
             pass  # what it can not handle is an error now, on every rank, and not in the first step
@@ -131,8 +136,13 @@ class SpsaEstimator:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to restore."""
 
-    def _directions_now(self) -> Directions:
+    def _directions_now(self) -> Directions | LowRankDirections:
         if self._directions is None:
-            size = self._architecture.target.num_coordinates
-            self._directions = Directions(self._seed, self._epoch or 0, self._num_probes, size, self._device)
+            epoch, count = self._epoch or 0, self._num_probes
+            if self._rank is None:
+                size = self._architecture.num_coordinates
+                self._directions = Directions(self._seed, epoch, count, size, self._device)
+            else:
+                shapes = [(target.out_features, target.in_features) for target in self._architecture.targets]
+                self._directions = LowRankDirections(self._seed, epoch, count, shapes, self._rank, self._device)
         return self._directions

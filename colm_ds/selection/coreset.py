@@ -26,6 +26,7 @@ class SelectionSettings:
     """How medoids are chosen.
 
     Attributes:
+        geometry: `adam` (the paper's) scales gradients by a history of selected ones, `plain` leaves them.
         metric: distance between examples: `l1` (the paper's), `euclidean` or `cosine`.
         weights: loss weights of medoids: `uniform` (the paper's), `cluster` or `matched`.
         per_source: one pool per big source, or one joint pool.
@@ -34,6 +35,7 @@ class SelectionSettings:
         seed: seeds the random order of small-source examples that exceed b, and random masks.
     """
 
+    geometry: str = "adam"
     metric: str = "l1"
     weights: str = "uniform"
     per_source: bool = True
@@ -43,6 +45,7 @@ class SelectionSettings:
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
+            ("geometry", self.geometry, ("adam", "plain")),
             ("metric", self.metric, METRICS),
             ("weights", self.weights, WEIGHTS),
             ("mask_criterion", self.mask_criterion, CRITERIA),

@@ -97,7 +97,7 @@ class ColmSelector:
         self._history, self._saved = None, state or None
 
     def _history_for(self, signals: Signals) -> AdamHistory | None:
-        if signals.gradients is None:
+        if signals.gradients is None or self._context.settings.geometry == "plain":
             return None
         if self._history is None:
             context = self._context

@@ -30,6 +30,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a random mask": {"mask": {"criterion": "random", "size": 40}, "metric": "euclidean"},
     "directions for the run": {"probe": {"estimator": "spsa", "refresh": "run", "num_probes": 3}},
     "probe micro-batches": {"probe": {"estimator": "exact", "max_tokens": 50}},
+    "plain geometry": {"geometry": "plain"},
+    "all of Q, K and V": {"probe": {"estimator": "exact", "layer": "qkv"}},
+    "the MLP's output": {"probe": {"estimator": "exact", "layer": "fc"}},
+    "random projections": {"probe": {"estimator": "projection", "num_probes": 8}},
+    "low-rank steps": {"probe": {"estimator": "spsa", "direction_rank": 2, "num_probes": 3, "refresh": "run"}},
+    "a sketch in plain geometry": {"probe": {"estimator": "sketch"}, "geometry": "plain"},
     "probe of a part": {"probe": {"estimator": "exact", "sample": 0.6}},
 }
 

@@ -16,17 +16,18 @@ from colm_ds.probe.estimators import Estimator
 from colm_ds.probe.exact import ExactEstimator
 from colm_ds.probe.factors import gradient_factors
 from colm_ds.probe.patch import eval_mode
+from colm_ds.probe.projection import ProjectionEstimator
 from colm_ds.probe.sketch import SketchEstimator
 from colm_ds.probe.spsa import SpsaEstimator
 from colm_ds.probe.tail import TailInput, run_trunk
 from colm_ds.seeds import private_generator
-from colm_ds.selection import SINGLE_PROCESS, Signals
+from colm_ds.selection import SINGLE_PROCESS, AdamHistory, Signals
 from colm_ds.types import Example
 from tests.tiny_models import VOCABULARY_SIZE
 
 LENGTHS = (9, 14, 5, 11, 7)
 CPU = torch.device("cpu")
-ESTIMATORS = ("spsa", "exact", "sketch")
+ESTIMATORS = ("spsa", "exact", "sketch", "projection")
 
 
 def make_examples(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[Example]:
@@ -58,12 +59,21 @@ def trunk(model: nn.Module, examples: Sequence[Example] | MicroBatch) -> tuple[A
         return architecture, run_trunk(model, architecture, batch)
 
 
-def make_estimator(name: str, architecture: Architecture, *, num_probes: int = 3, every_step: bool = True) -> Any:
+def make_estimator(
+    name: str, architecture: Architecture, *, num_probes: int = 3, every_step: bool = True, adam: bool = True
+) -> Any:
     """An estimator of seed 0."""
     if name == "exact":
         return ExactEstimator(architecture, CPU)
+    if name == "projection":
+        history = AdamHistory(architecture.num_coordinates) if adam else None
+        return ProjectionEstimator(
+            architecture, CPU, num_probes=num_probes, every_step=every_step, seed=0, history=history
+        )
     if name == "sketch":
-        return SketchEstimator(architecture, CPU, num_probes=num_probes, every_step=every_step, beta2=0.999, seed=0)
+        return SketchEstimator(
+            architecture, CPU, num_probes=num_probes, every_step=every_step, beta2=0.999, seed=0, adam=adam
+        )
     return SpsaEstimator(architecture, CPU, num_probes=num_probes, epsilon=1e-3, every_step=every_step, seed=0)
 
 
@@ -109,7 +119,7 @@ def signal_rows(signals: Signals) -> Tensor:
 
 def probed_gradients(architecture: Architecture, tail: TailInput) -> Tensor:
     """Per-example gradients from the probe's factors, float64 `[n, out, in]`."""
-    delta, inputs = gradient_factors(architecture, tail)
+    ((delta, inputs),) = gradient_factors(architecture, tail)
     return torch.einsum("blo,bli->boi", delta.double(), inputs.double())
 
 
@@ -131,16 +141,36 @@ def plain_gradients(model: Any, examples: Sequence[Example], dtype: torch.dtype 
     model = copy.deepcopy(model).eval()
     model = model if dtype is None else model.to(dtype)
     weight, rows = target_weight(model)
+    return torch.stack([gradient[rows].double() for (gradient,) in _autograd(model, examples, [weight])])
+
+
+def layer_gradients(model: Any, examples: Sequence[Example], layer: str) -> Tensor:
+    """Gradients in float64 for all matrices of a probed layer, flattened one after the other, `[n, d]`."""
+    model = copy.deepcopy(model).eval().double()
+    if layer == "v_proj":
+        return plain_gradients(model, examples).flatten(1)
+    names = dict(model.named_parameters())
+    last = f"layers.{model.config.num_hidden_layers - 1}."
+    wanted = {"qkv": ("q_proj", "k_proj", "v_proj", "qkv_proj"), "fc": ("fc2", "down_proj")}[layer]
+    weights = []
+    for projection in wanted:
+        mine = [name for name in names if last in name and f".{projection}." in name and name.endswith("weight")]
+        adapted = [name for name in mine if "lora_B" in name]
+        weights += [names[name] for name in adapted or mine]
+    return torch.stack([torch.cat([part.flatten() for part in row]) for row in _autograd(model, examples, weights)])
+
+
+def _autograd(model: Any, examples: Sequence[Example], weights: Sequence[nn.Parameter]) -> list[tuple[Tensor, ...]]:
+    """Gradients of every example's mean loss for some weights; only these require one afterwards."""
     for parameter in model.parameters():
-        parameter.requires_grad_(parameter is weight)
+        parameter.requires_grad_(any(parameter is weight for weight in weights))
     gradients = []
     for example in examples:
         logits = model(input_ids=example.input_ids[None]).logits[0, :-1]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         loss = F.cross_entropy(logits, example.labels[1:], ignore_index=-100)
-        (gradient,) = torch.autograd.grad(loss, weight)
-        gradients.append(gradient[rows].double())
-    return torch.stack(gradients)
+        gradients.append(torch.autograd.grad(loss, weights))
+    return gradients
 
 
 def target_weight(model: Any) -> tuple[nn.Parameter, slice]:

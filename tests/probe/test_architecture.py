@@ -24,7 +24,7 @@ NUM_VALUES = 16  # 2 key-value heads of 8
 def test_finds_the_parts(family: str, lora: bool) -> None:
     model = tiny_model(family, lora)
     architecture = find_architecture(model)
-    target = architecture.target
+    target = architecture.targets[0]
     weight, rows = target_weight(model)
     assert target.module.weight is weight
     assert dict(model.named_modules())[target.name] is target.module
@@ -37,12 +37,12 @@ def test_finds_the_parts(family: str, lora: bool) -> None:
 
 
 def test_fused_projection_keeps_the_value_rows_only() -> None:
-    target = find_architecture(tiny_model("phi3")).target
+    target = find_architecture(tiny_model("phi3")).targets[0]
     assert (target.start, target.stop) == (32 + NUM_VALUES, 32 + 2 * NUM_VALUES)
 
 
 def test_head_size_of_its_own() -> None:
-    target = find_architecture(tiny_model("llama", head_dim=16)).target
+    target = find_architecture(tiny_model("llama", head_dim=16)).targets[0]
     assert target.out_features == 2 * 16
 
 
@@ -53,19 +53,19 @@ def test_head_size_of_its_own() -> None:
 )
 def test_lora_elsewhere_leaves_the_projection_itself(settings: dict[str, Any]) -> None:
     model = add_lora(tiny_model("llama"), "llama", **settings)
-    assert find_architecture(model).target.name.endswith("layers.1.self_attn.v_proj")
+    assert find_architecture(model).targets[0].name.endswith("layers.1.self_attn.v_proj")
 
 
 def test_adapter_put_on_without_peft_model() -> None:
     model = tiny_model("llama")
     model.add_adapter(LoraConfig(target_modules=["v_proj"]))
-    assert find_architecture(model).target.name == "model.layers.1.self_attn.v_proj.lora_B.default"
+    assert find_architecture(model).targets[0].name == "model.layers.1.self_attn.v_proj.lora_B.default"
 
 
 def test_inactive_second_adapter_does_not_matter() -> None:
     model = tiny_model("llama", lora=True)
     model.add_adapter("second", LoraConfig(r=2, target_modules=["v_proj"]))
-    assert find_architecture(model).target.name.endswith("lora_B.default")
+    assert find_architecture(model).targets[0].name.endswith("lora_B.default")
 
 
 def two_active() -> Any:
@@ -145,4 +145,4 @@ def test_unmerged_again_is_fine() -> None:
     model = merged()
     model.unmerge_adapter()
     randomise(model)
-    assert find_architecture(model).target.name.endswith("lora_B.default")
+    assert find_architecture(model).targets[0].name.endswith("lora_B.default")

@@ -73,7 +73,7 @@ def test_adapter_in_float32_on_a_bf16_model(family: str) -> None:
     model = add_lora(tiny_model(family, dtype=torch.bfloat16), family)
     randomise(model)
     architecture, tail = trunk(model, make_examples())
-    delta, inputs = gradient_factors(architecture, tail)
+    ((delta, inputs),) = gradient_factors(architecture, tail)
     assert delta.dtype == inputs.dtype == torch.float32
     assert relative_error(probed_gradients(architecture, tail), plain_gradients(model, make_examples(), None)) < 2e-2
 
@@ -97,7 +97,7 @@ def test_other_ways_to_set_lora_up(settings: dict[str, Any]) -> None:
 
 def test_factors_are_zero_at_padding() -> None:
     architecture, tail = trunk(tiny_model("llama"), make_examples())
-    delta, inputs = gradient_factors(architecture, tail)
+    ((delta, inputs),) = gradient_factors(architecture, tail)
     assert delta.shape == (5, 14, 16)
     assert inputs.shape == (5, 14, 32)
     for row, length in enumerate(LENGTHS):
@@ -160,7 +160,7 @@ def test_rank_without_examples() -> None:
     estimator.begin(1, torch.tensor([0, 1]), 0)
     signals = estimator.signals(2, SINGLE_PROCESS)
     assert signals.positions.shape == (0,)
-    assert signals.gradients.num_coordinates == architecture.target.num_coordinates
+    assert signals.gradients.num_coordinates == architecture.targets[0].num_coordinates
     assert signals.finite.tolist() == [True, True]
 
 

@@ -31,7 +31,7 @@ from tests.tiny_models import tiny_model
 
 
 def signs_of(architecture: Any, num_probes: int, epoch: int = 1) -> tuple[Tensor, Tensor]:
-    target = architecture.target
+    target = architecture.targets[0]
     rows = sign_vectors(0, "rows", epoch, num_probes, target.out_features, CPU)
     return rows, sign_vectors(0, "columns", epoch, num_probes, target.in_features, CPU)
 

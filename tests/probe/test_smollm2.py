@@ -65,7 +65,7 @@ def folder() -> str:
 
 
 def test_spsa_of_the_bf16_model_is_that_of_the_float32_model(models: tuple[Any, Any], examples: list[Example]) -> None:
-    directions = Directions(0, 1, 2, find_architecture(models[0]).target.num_coordinates)
+    directions = Directions(0, 1, 2, find_architecture(models[0]).targets[0].num_coordinates)
     full, low = (spsa_coefficients(*trunk(model, examples), directions, 1e-3) for model in models)
     assert correlation(low, full) >= 0.99
     expected = probed_gradients(*trunk(models[0], examples)).flatten(1).float()

@@ -45,7 +45,7 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
 def test_equals_the_directional_derivative_in_float64(family: str, lora: bool) -> None:
     model, examples = tiny_model(family, lora), make_examples()
     architecture, tail = trunk(model, examples)
-    directions = Directions(0, 1, 4, architecture.target.num_coordinates)
+    directions = Directions(0, 1, 4, architecture.targets[0].num_coordinates)
     found = spsa_coefficients(architecture, tail, directions, EPSILON)
     assert found.shape == (5, 4)
     assert found.dtype == torch.float32
@@ -61,7 +61,7 @@ def test_a_float64_tail_leaves_the_round_off_of_the_trunk_only(family: str, lora
     """So that the choice does not depend on how examples are batched over ranks."""
     model, examples = tiny_model(family, lora, dtype), make_examples()
     architecture, tail = trunk(model, examples)
-    directions = Directions(0, 1, 2, architecture.target.num_coordinates)
+    directions = Directions(0, 1, 2, architecture.targets[0].num_coordinates)
     found = spsa_coefficients(architecture, tail, directions, EPSILON, torch.float64)
     assert found.dtype == torch.float32
     alone = trunk(model, examples[:1])
@@ -79,7 +79,7 @@ def test_a_float64_tail_leaves_the_round_off_of_the_trunk_only(family: str, lora
 def test_bf16_equals_a_precise_tail_behind_the_same_trunk(family: str, lora: bool) -> None:
     model, examples = tiny_model(family, lora, torch.bfloat16), make_examples()
     architecture, tail = trunk(model, examples)
-    directions = Directions(0, 1, 4, architecture.target.num_coordinates)
+    directions = Directions(0, 1, 4, architecture.targets[0].num_coordinates)
     found = spsa_coefficients(architecture, tail, directions, EPSILON)
     upcast = find_architecture(copy.deepcopy(model).float())
     expected = directional_derivatives(probed_gradients(upcast, tail.cast(torch.float32)), directions)
@@ -93,13 +93,13 @@ def test_tail_in_bf16_would_be_noise() -> None:
     """Why the tail runs in float32: the same difference of bf16 losses has little to do with the derivative."""
     model, examples = tiny_model("llama", dtype=torch.bfloat16), make_examples()
     architecture, tail = trunk(model, examples)
-    directions = Directions(0, 1, 4, architecture.target.num_coordinates)
+    directions = Directions(0, 1, 4, architecture.targets[0].num_coordinates)
     columns = []
     for probe in range(4):
-        direction = directions.direction(probe).view(architecture.target.out_features, -1)
+        direction = directions.direction(probe).view(architecture.targets[0].out_features, -1)
         losses = []
         for step in (EPSILON, -EPSILON):
-            with torch.no_grad(), shifted_output(architecture.target, direction, step):
+            with torch.no_grad(), shifted_output(architecture.targets[0], direction, step):
                 losses.append(tail_losses(architecture, tail))
         columns.append((losses[0] - losses[1]) / (2 * EPSILON))
     expected = directional_derivatives(plain_gradients(model, examples), directions)
@@ -111,7 +111,7 @@ def test_adapter_in_float32_on_a_bf16_model() -> None:
     model, examples = add_lora(tiny_model("phi", dtype=torch.bfloat16), "phi"), make_examples()
     randomise(model)
     architecture, tail = trunk(model, examples)
-    directions = Directions(0, 1, 4, architecture.target.num_coordinates)
+    directions = Directions(0, 1, 4, architecture.targets[0].num_coordinates)
     found = spsa_coefficients(architecture, tail, directions, EPSILON)
     assert correlation(found, directional_derivatives(plain_gradients(model, examples), directions)) > 0.99
 
@@ -119,7 +119,7 @@ def test_adapter_in_float32_on_a_bf16_model() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_epsilon_matters_little(dtype: torch.dtype) -> None:
     architecture, tail = trunk(tiny_model("llama", dtype=dtype), make_examples())
-    directions = Directions(0, 1, 4, architecture.target.num_coordinates)
+    directions = Directions(0, 1, 4, architecture.targets[0].num_coordinates)
     expected = spsa_coefficients(architecture, tail, directions, EPSILON)
     for epsilon in (3e-4, 1e-2):
         assert correlation(spsa_coefficients(architecture, tail, directions, epsilon), expected) > 0.999
@@ -131,7 +131,7 @@ def test_epsilon_matters_little(dtype: torch.dtype) -> None:
 def test_shifted_output_is_the_weight_perturbed(family: str, lora: bool, epsilon: float) -> None:
     model = tiny_model(family, lora)
     architecture, tail = trunk(model, make_examples())
-    target = architecture.target
+    target = architecture.targets[0]
     direction = Directions(0, 1, 1, target.num_coordinates).direction(0).view(target.out_features, -1)
     with torch.no_grad(), shifted_output(target, direction, epsilon):
         found = tail_losses(architecture, tail)
@@ -148,7 +148,7 @@ def test_shifted_output_is_the_weight_perturbed(family: str, lora: bool, epsilon
 def test_output_shared_by_others_is_not_overwritten() -> None:
     """A module that gives out a tensor of its own: the shift must not change it."""
     architecture = find_architecture(tiny_model("phi3"))
-    target = architecture.target
+    target = architecture.targets[0]
     kept = torch.zeros(1, 64)
 
     class Constant(nn.Module):
@@ -168,7 +168,7 @@ def test_output_shared_by_others_is_not_overwritten() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_same_coefficients_in_any_company(family: str, dtype: torch.dtype) -> None:
     model, examples = tiny_model(family, dtype=dtype), make_examples()
-    directions = Directions(0, 1, 4, find_architecture(model).target.num_coordinates)
+    directions = Directions(0, 1, 4, find_architecture(model).targets[0].num_coordinates)
 
     def coefficients(batch: object) -> Tensor:
         architecture, tail = trunk(model, batch)  # type: ignore[arg-type]
@@ -194,7 +194,7 @@ def test_signals_of_a_step(num_probes: int) -> None:
     signals = probe_step(estimator, model, examples, [[4, 1], [0]], batch_size=6)
     assert signals.positions.tolist() == [0, 1, 4]
     assert signals.finite.tolist() == [True] * 6
-    directions = Directions(0, 1, num_probes, architecture.target.num_coordinates)
+    directions = Directions(0, 1, num_probes, architecture.targets[0].num_coordinates)
     tail = trunk(model, [examples[position] for position in (0, 1, 4)])[1]
     coefficients = spsa_coefficients(architecture, tail, directions, EPSILON)
     assert relative_difference(signals.vectors, coefficients) < 2e-3

@@ -173,6 +173,20 @@ def test_colm_is_select_coreset_with_its_history() -> None:
     assert selector.state_dict()["m"].shape == (D,)
 
 
+def test_plain_geometry_keeps_no_history() -> None:
+    selector = make_selector("colm", context(geometry="plain"))
+    chosen = [choose(selector, step, make_signals(step)).positions.tolist() for step in range(1, 6)]
+    settings = context(geometry="plain").settings
+    expected = [
+        select_coreset(SOURCES, make_signals(step), 6, small=(0,), settings=settings, step=step).positions.tolist()
+        for step in range(1, 6)
+    ]
+    assert chosen == expected
+    assert selector.state_dict() == {}
+    scaled = make_selector("colm", context())
+    assert [choose(scaled, step, make_signals(step)).positions.tolist() for step in range(1, 6)] != expected
+
+
 def test_colm_needs_signals() -> None:
     with pytest.raises(SelectionError, match="no signals"):
         choose(make_selector("colm", context()), 1)
