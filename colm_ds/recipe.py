@@ -11,6 +11,7 @@ import yaml
 from pydantic import Field
 
 from colm_ds.config import ColmConfig, Section, validate_section
+from colm_ds.data.records import HUB
 from colm_ds.errors import ConfigError, Problems
 
 PACKAGE_PREFIX = "package:"
@@ -44,11 +45,11 @@ class LoraConfig(Section):
 class DataConfig(Section):
     """What is trained on and what is held out."""
 
-    train: str | list[str] = Field(description="file, folder or list: .json, .jsonl, .jsonl.gz, .jsonl.zst")
-    heldout: str | list[str] | None = Field(None, description="held-out file or folder")
+    train: str | list[str] = Field(description="file, folder, hub:NAME:CONFIG:SPLIT or list: .json, .jsonl, .gz, .zst")
+    heldout: str | list[str] | None = Field(None, description="held-out file, folder or hub:NAME:CONFIG:SPLIT")
     holdout_per_source: int = Field(0, ge=0, description="without a held-out file: examples of each source to hold out")
     max_length: int = Field(512, ge=2, description="tokens of an example at most; longer ones are truncated")
-    source_key: str = Field("source", description="key that names the source of a record")
+    source_key: str | None = Field("source", description="key that names a record's source; null: one source")
     limit: int | None = Field(None, ge=1, description="use at most this many examples, drawn at random")
     cache_dir: str | None = Field("~/.cache/colm_ds/tokens", description="where tokens are kept; null: nowhere")
 
@@ -278,6 +279,8 @@ def _resolve(
 
 def _find(value: Any, key: str, folder: Path, problems: Problems, must_exist: bool) -> Any:
     if not isinstance(value, str):
+        return value
+    if value.startswith(HUB):
         return value
     if value.startswith(PACKAGE_PREFIX):
         spec = importlib.util.find_spec(value.removeprefix(PACKAGE_PREFIX))

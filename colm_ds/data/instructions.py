@@ -11,10 +11,11 @@ import numpy.typing as npt
 import torch
 
 from colm_ds.data.collate import IGNORE_INDEX
-from colm_ds.data.jsonl import PathLike, find_files, read_records
+from colm_ds.data.jsonl import PathLike
 from colm_ds.data.mixture import seeded_permutation
 from colm_ds.data.prompt import PROMPT_TEMPLATE, check_encoding, encode_examples
-from colm_ds.data.token_cache import cache_key, describe_files, describe_tokenizer, load_arrays, store_arrays
+from colm_ds.data.records import describe_places, find_places, read_place
+from colm_ds.data.token_cache import cache_key, describe_tokenizer, load_arrays, store_arrays
 from colm_ds.errors import ConfigError, DataError, Problems
 from colm_ds.types import Example
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT_VERSION = 1  # of the cache; raise it whenever the same files would give other tokens
+SPLIT = "train"  # of a hub name that has none
+ONE_SOURCE = "all"  # name of the source of records that name none
 MAX_PROBLEMS = 20  # shown of one file
 _CHUNK_EXAMPLES = 4096  # tokenised at once: enough for all threads, little memory
 _DTYPES = {"tokens": "int32", "offsets": "int64", "prompt_lengths": "int32", "source_ids": "int32"}
@@ -104,7 +107,7 @@ def load_instructions(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     *,
-    source_key: str = "source",
+    source_key: str | None = "source",
     cache_dir: PathLike | None = None,
     limit: int | None = None,
     seed: int = 0,
@@ -115,10 +118,11 @@ def load_instructions(
     further keys are ignored, except an Alpaca `input` with text in it, without which the instruction is not whole.
 
     Args:
-        paths: a file, a folder or a list of these (`.json`, `.jsonl`, `.jsonl.gz`, `.jsonl.zst`).
+        paths: a file, a folder, `hub:NAME[:CONFIG[:SPLIT]]` (split: train) or a list of these (`.json`, `.jsonl`,
+            `.jsonl.gz`, `.jsonl.zst`).
         tokenizer: any Hugging Face tokenizer with an eos token; a fast one encodes on all cores.
         max_length: most tokens of an example; longer ones are truncated on the right.
-        source_key: key that names the source of a record.
+        source_key: key that names the source of a record; None: all are of one source.
         cache_dir: folder to keep the tokens in, found again by the content of the files, the tokenizer and the
             arguments here; None: nothing is kept.
         limit: read at most this many examples, drawn at random from all of the records.
@@ -135,13 +139,13 @@ def load_instructions(
     check_encoding(tokenizer, max_length)
     if limit is not None and limit < 1:
         raise ConfigError(f"limit = {limit}: must be at least 1.")
-    files = find_files(paths)
+    places = find_places(paths)
     key = ""
     if cache_dir is not None:
         key = cache_key(
             {
                 "version": FORMAT_VERSION,
-                "files": describe_files(files),
+                "files": describe_places(places, SPLIT),
                 "tokenizer": describe_tokenizer(tokenizer),
                 "prompt": PROMPT_TEMPLATE,
                 "max_length": max_length,
@@ -152,14 +156,14 @@ def load_instructions(
         cached = load_arrays(Path(cache_dir), key, _DTYPES, _is_consistent)
         if cached is not None:
             return _from_arrays(*cached)
-    records = [record for file in files for record in _read_checked(file, source_key)]
+    records = [record for place in places for record in _read_checked(place, source_key)]
     source_names = sorted({source for source, _, _ in records})
     if limit is not None and limit < len(records):
         records = [records[index] for index in np.sort(seeded_permutation(len(records), seed, "limit")[:limit])]
     arrays, num_dropped = _tokenise(records, source_names, tokenizer, max_length)
     if not len(arrays["source_ids"]):
         raise DataError(
-            f"{', '.join(map(str, files))}: no example left: all {len(records)} prompts fill "
+            f"{', '.join(map(str, places))}: no example left: all {len(records)} prompts fill "
             f"max_length = {max_length} tokens. Choose a larger one."
         )
     facts = {"source_names": source_names, "num_dropped": num_dropped}
@@ -226,16 +230,18 @@ def _tokenise(
     return arrays, {"no_labels_after_truncation": num_unlabelled}
 
 
-def _read_checked(file: Path, source_key: str) -> list[tuple[str, str, str]]:
-    """(source, instruction, output) of every record of a file; up to 20 problems in one DataError."""
-    problems = Problems(str(file))
+def _read_checked(place: Path | str, source_key: str | None) -> list[tuple[str, str, str]]:
+    """(source, instruction, output) of every record of a place; up to 20 problems in one DataError."""
+    problems = Problems(str(place))
     records: list[tuple[str, str, str]] = []
     try:
-        for where, record in read_records(file):
+        for where, record in read_place(place, SPLIT):
             found = find_problems(record, source_key)
             problems.messages += [f"{where}: {problem}" for problem in found]
             if not found:
-                records.append((record[source_key], record["instruction"], record["output"]))
+                records.append(
+                    (record[source_key] if source_key else ONE_SOURCE, record["instruction"], record["output"])
+                )
             if len(problems.messages) >= MAX_PROBLEMS:
                 del problems.messages[MAX_PROBLEMS:]
                 problems.where += f" (stopped reading after {MAX_PROBLEMS})"
@@ -248,10 +254,10 @@ def _read_checked(file: Path, source_key: str) -> list[tuple[str, str, str]]:
     return records
 
 
-def find_problems(record: dict[str, Any], source_key: str = "source") -> list[str]:
+def find_problems(record: dict[str, Any], source_key: str | None = "source") -> list[str]:
     """What is wrong with one record of instruction data, and what to write instead; nothing if it is good."""
     found = []
-    for key in (source_key, "instruction", "output"):
+    for key in filter(None, (source_key, "instruction", "output")):
         value = record.get(key)
         if key not in record:
             fix = "Add it, or name the right key in source_key" if key == source_key else "Add it"

@@ -1,9 +1,10 @@
-"""The instruction prompt of training and evaluation, and its tokens."""
+"""The prompts of training and evaluation as tokens: instructions, and texts with a continuation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from colm_ds.errors import ConfigError
 
@@ -129,3 +130,66 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
         verbose=False,  # no warning about texts longer than the model's maximum: they are truncated above
     )
     return list(encoded["input_ids"])
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt with one candidate behind it, as tokens.
+
+    Attributes:
+        ids: token ids of both, at least two.
+        start: where the candidate's tokens begin; at least 1.
+    """
+
+    ids: tuple[int, ...]
+    start: int
+
+
+def encode_text(tokenizer: Any, text: str, leading: Sequence[int] | None = None) -> list[int]:
+    """Token ids of a text, with the special tokens that the tokenizer puts in front; as `encode_prompt` encodes.
+
+    Args:
+        tokenizer: any Hugging Face tokenizer.
+        text: what looks like a special token in it is encoded as text.
+        leading: `leading_special_ids` of the tokenizer, if they are known.
+    """
+    front = leading_special_ids(tokenizer) if leading is None else leading
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return [*front, *ids]
+
+
+def encode_pair(
+    tokenizer: Any, prompt: str, candidate: str, leading: Sequence[int] | None = None, positions: int | None = None
+) -> Continuation:
+    """Tokens of one prompt and candidate; see `encode_pairs`."""
+    return encode_pairs(tokenizer, [(prompt, candidate)], leading, positions)[0]
+
+
+def encode_pairs(
+    tokenizer: Any,
+    pairs: Sequence[tuple[str, str]],
+    leading: Sequence[int] | None = None,
+    positions: int | None = None,
+) -> list[Continuation]:
+    """Tokens of prompts with candidates, each encoded together; a candidate's are those beyond the prompt's number.
+
+    So a candidate's first token is the one that the model was trained on, with its leading space; as lm-eval does it.
+    Fast tokenizers encode in parallel.
+
+    Args:
+        tokenizer: any Hugging Face tokenizer.
+        pairs: prompts, ending without a space, and candidates, beginning with one where words are separated by it.
+        leading: `leading_special_ids` of the tokenizer, if they are known.
+        positions: longest sequence; what is longer is cut on the left, as far as a token of the prompt remains.
+    """
+    front = list(leading_special_ids(tokenizer) if leading is None else leading)
+    prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))  # candidates share them
+    sizes = dict(zip(prompts, map(len, _encode(tokenizer, prompts)), strict=True))
+    wholes = _encode(tokenizer, [prompt + candidate for prompt, candidate in pairs])
+    found = []
+    for (prompt, _), whole in zip(pairs, wholes, strict=True):
+        ids = [*front, *whole]
+        start = max(1, min(len(front) + sizes[prompt], len(ids) - 1))  # a token to score, and one to predict it from
+        cut = 0 if positions is None else min(max(0, len(ids) - 1 - positions), start - 1)
+        found.append(Continuation(tuple(ids[cut:]), start - cut))
+    return found

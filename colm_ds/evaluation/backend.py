@@ -10,10 +10,10 @@ import torch
 
 from colm_ds.data.collate import length_sorted_batches
 from colm_ds.data.micro_batch import make_micro_batch
-from colm_ds.data.prompt import leading_special_ids
+from colm_ds.data.prompt import encode_pair, encode_text, leading_special_ids
 from colm_ds.errors import ConfigError
 from colm_ds.evaluation.generate import Generation, end_of_sequence_ids, greedy, most_positions
-from colm_ds.evaluation.likelihood import Continuation, Likelihood, score_candidates
+from colm_ds.evaluation.likelihood import Likelihood, score_candidates
 from colm_ds.training_loss import example_loss_sums, find_loss_head
 from colm_ds.types import Example
 
@@ -135,40 +135,6 @@ class TransformersBackend:
             with torch.no_grad():
                 losses = example_loss_sums(self.model, head, batch)
             yield list(zip(group, losses.tolist(), strict=True))
-
-
-def encode_text(tokenizer: Any, text: str, leading: Sequence[int] | None = None) -> list[int]:
-    """Token ids of a text, with the special tokens that the tokenizer puts in front; as `encode_prompt` encodes.
-
-    Args:
-        tokenizer: any Hugging Face tokenizer.
-        text: what looks like a special token in it is encoded as text.
-        leading: `leading_special_ids` of the tokenizer, if they are known.
-    """
-    front = leading_special_ids(tokenizer) if leading is None else leading
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    return [*front, *ids]
-
-
-def encode_pair(
-    tokenizer: Any, prompt: str, candidate: str, leading: Sequence[int] | None = None, positions: int | None = None
-) -> Continuation:
-    """Tokens of a prompt and a candidate, encoded together; the candidate's are those beyond the prompt's number.
-
-    So a candidate's first token is the one that the model was trained on, with its leading space; as lm-eval does it.
-
-    Args:
-        tokenizer: any Hugging Face tokenizer.
-        prompt: ends without a space.
-        candidate: begins with one, where words are separated by it.
-        leading: `leading_special_ids` of the tokenizer, if they are known.
-        positions: longest sequence; what is longer is cut on the left.
-    """
-    ids = encode_text(tokenizer, prompt + candidate, leading)
-    start = len(encode_text(tokenizer, prompt, leading))
-    start = max(1, min(start, len(ids) - 1))  # a token at least to score, and one to predict it from
-    cut = 0 if positions is None else min(max(0, len(ids) - 1 - positions), start - 1)
-    return Continuation(tuple(ids[cut:]), start - cut)
 
 
 def _example(ids: Sequence[int]) -> Example:

@@ -1,4 +1,4 @@
-"""Multiple choice by mean log-probability: SST-2, CB, MultiRC, WiC, COPA, RTE, BoolQ with MeZO's prompts."""
+"""Multiple choice by mean log-probability; the prompts are those of training (`colm_ds.data.choices`)."""
 
 from __future__ import annotations
 
@@ -6,28 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from colm_ds.errors import DataError
+from colm_ds.data.choices import ChoiceQuestion
+from colm_ds.data.records import Records
 from colm_ds.evaluation.backend import Backend
-from colm_ds.evaluation.question_files import Records, label_of, text_of
 from colm_ds.evaluation.results import accuracy_summary
 from colm_ds.evaluation.task import Answered, Row
-
-YES_NO = (("entailment", 0), ("not_entailment", 1), ("0", 0), ("1", 1), (0, 0), (1, 1))
-
-
-@dataclass(frozen=True)
-class ChoiceQuestion:
-    """A prompt and what may follow it.
-
-    Attributes:
-        prompt: ends without a space.
-        candidates: each with the space that separates it from the prompt.
-        gold: place of the right one.
-    """
-
-    prompt: str
-    candidates: tuple[str, ...]
-    gold: int
 
 
 @dataclass
@@ -82,80 +65,3 @@ class ChoiceTask:
     def summarise(self, rows: Sequence[Row]) -> dict[str, Any]:
         """See `Task.summarise`."""
         return accuracy_summary(rows)
-
-
-def write_sst2(where: str, record: Mapping[str, Any]) -> ChoiceQuestion:
-    """`{sentence} It was` terrible or great."""
-    prompt = f"{text_of(where, record, 'sentence').strip()} It was"
-    labels = {0: 0, 1: 1, "0": 0, "1": 1, "negative": 0, "positive": 1}
-    return ChoiceQuestion(prompt, (" terrible", " great"), label_of(where, record, labels))
-
-
-def write_cb(where: str, record: Mapping[str, Any]) -> ChoiceQuestion:
-    """Whether the premise lets one infer the hypothesis: Yes, No or Maybe."""
-    premise, hypothesis = text_of(where, record, "premise"), text_of(where, record, "hypothesis")
-    prompt = f'Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n'
-    labels = {"entailment": 0, "contradiction": 1, "neutral": 2, 0: 0, 1: 1, 2: 2}
-    return ChoiceQuestion(prompt, ("Yes", "No", "Maybe"), label_of(where, record, labels))
-
-
-def write_multirc(where: str, record: Mapping[str, Any]) -> ChoiceQuestion:
-    """Whether an answer to a question on a paragraph is correct: No or Yes."""
-    paragraph, question = text_of(where, record, "paragraph"), text_of(where, record, "question")
-    answer = text_of(where, record, "answer")
-    prompt = f'{paragraph}\nQuestion: {question}\nI found this answer "{answer}". Is that correct? Yes or No?\n'
-    return ChoiceQuestion(prompt, ("No", "Yes"), label_of(where, record, {0: 0, 1: 1, "0": 0, "1": 1}))
-
-
-def write_wic(where: str, record: Mapping[str, Any]) -> ChoiceQuestion:
-    """Whether a word means the same in two sentences: No or Yes."""
-    word = text_of(where, record, "word")
-    first, second = text_of(where, record, "sentence1"), text_of(where, record, "sentence2")
-    prompt = f'Does the word "{word}" have the same meaning in these two sentences? Yes, No?\n{first}\n{second}\n'
-    return ChoiceQuestion(prompt, ("No", "Yes"), label_of(where, record, {False: 0, True: 1, "F": 0, "T": 1}))
-
-
-def write_copa(where: str, record: Mapping[str, Any]) -> ChoiceQuestion:
-    """The premise without its full stop, so or because, and one of two choices."""
-    joins = {"effect": " so", "cause": " because"}
-    kind = text_of(where, record, "question")
-    if kind not in joins:
-        raise DataError(f"{where}: 'question' is {kind!r}. Write 'cause' or 'effect'.")
-    prompt = text_of(where, record, "premise").rstrip().removesuffix(".") + joins[kind]
-    choices = tuple(f" {_lower_first(text_of(where, record, key))}" for key in ("choice1", "choice2"))
-    return ChoiceQuestion(prompt, choices, label_of(where, record, {0: 0, 1: 1, "0": 0, "1": 1}))
-
-
-def write_rte(where: str, record: Mapping[str, Any]) -> ChoiceQuestion:
-    """Whether the hypothesis follows: Yes or No (MeZO's prompt; TASKS.md names none)."""
-    premise, hypothesis = text_of(where, record, "premise"), text_of(where, record, "hypothesis")
-    prompt = f'{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n'
-    return ChoiceQuestion(prompt, ("Yes", "No"), label_of(where, record, dict(YES_NO)))
-
-
-def write_boolq(where: str, record: Mapping[str, Any]) -> ChoiceQuestion:
-    """A question on a passage: No or Yes (MeZO's prompt; TASKS.md names none)."""
-    question = text_of(where, record, "question").strip()
-    question = question[:1].upper() + question[1:] + ("" if question.endswith("?") else "?")
-    prompt = f"{text_of(where, record, 'passage')} {question}\n"
-    key = "label" if "label" in record else "answer"
-    return ChoiceQuestion(prompt, ("No", "Yes"), label_of(where, record, {False: 0, True: 1}, key))
-
-
-def _lower_first(choice: str) -> str:
-    """A choice that goes on in a sentence: its first letter small, unless its first word is "I"."""
-    choice = choice.strip()
-    first = choice.split(" ")[0].split("'")[0]
-    return choice if first == "I" else choice[:1].lower() + choice[1:]
-
-
-WRITERS = {
-    "sst2": write_sst2,
-    "cb": write_cb,
-    "multirc": write_multirc,
-    "wic": write_wic,
-    "copa": write_copa,
-    "rte": write_rte,
-    "boolq": write_boolq,
-}
-"""How a record of each set becomes a question."""

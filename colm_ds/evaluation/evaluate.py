@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from colm_ds.data.choices import WRITERS
+from colm_ds.data.records import read_place
 from colm_ds.distributed.agreement import together
 from colm_ds.distributed.assign import home_ranks
 from colm_ds.errors import ConfigError, DataError, nearest_key
 from colm_ds.evaluation.backend import Backend
-from colm_ds.evaluation.choices import WRITERS, ChoiceTask
+from colm_ds.evaluation.choices import ChoiceTask
 from colm_ds.evaluation.math_tasks import MathTask
 from colm_ds.evaluation.perplexity import PerplexityTask
-from colm_ds.evaluation.question_files import DataPlaces, find_set, fingerprint, read_place, subset
+from colm_ds.evaluation.question_files import DataPlaces, find_set, fingerprint, subset
 from colm_ds.evaluation.question_log import EvaluationFolder, append
 from colm_ds.evaluation.results import IN_DOMAIN, OUT_OF_DOMAIN, averages, markdown
 from colm_ds.evaluation.squad import SquadTask

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from colm_ds.data.jsonl import find_files, read_records
+from colm_ds.data.instructions import ONE_SOURCE
 from colm_ds.data.prompt import encode_prompt
+from colm_ds.data.records import find_places, read_place
 from colm_ds.distributed.assign import home_ranks, micro_batches
 from colm_ds.probe.patch import eval_mode
 from colm_ds.selection import Exchange
@@ -24,13 +25,15 @@ def final_answer(text: str) -> str:
     return answer.strip().split("\n")[0].strip().removesuffix(".").strip(" :")
 
 
-def load_questions(paths: str | Sequence[str], source_key: str = "source") -> list[tuple[str, str, str]]:
+def load_questions(paths: str | Sequence[str], source_key: str | None = "source") -> list[tuple[str, str, str]]:
     """(source, instruction, gold answer) of every record; the answer is its `answer` or the end of its `output`."""
-    return [
-        (str(record[source_key]), record["instruction"], final_answer(str(record.get("answer") or record["output"])))
-        for file in find_files(paths)
-        for _, record in read_records(file)
-    ]
+    questions = []
+    for place in find_places(paths):
+        for _, record in read_place(place):
+            source = str(record[source_key]) if source_key else ONE_SOURCE
+            answer = final_answer(str(record.get("answer") or record["output"]))
+            questions.append((source, record["instruction"], answer))
+    return questions
 
 
 def exact_match(

@@ -10,21 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from colm_ds.data.prompt import Continuation
 from colm_ds.evaluation.generate import left_padded, select_rows
 from colm_ds.probe.token_loss import token_losses
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """A prompt with one candidate behind it, as tokens.
-
-    Attributes:
-        ids: token ids of both, at least two.
-        start: where the candidate's tokens begin; at least 1.
-    """
-
-    ids: tuple[int, ...]
-    start: int
 
 
 @dataclass(frozen=True)

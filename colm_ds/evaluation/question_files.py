@@ -1,21 +1,17 @@
-"""Records of an evaluation set from a folder like shared/data, a file or the hub, and a fixed part of them."""
+"""Where evaluation sets lie, and a fixed part of their questions."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from colm_ds.data.jsonl import SUFFIXES, find_files, read_records
+from colm_ds.data.jsonl import SUFFIXES
 from colm_ds.data.mixture import seeded_permutation
-from colm_ds.errors import ConfigError, DataError, nearest_key
-
-HUB = "hub:"
-
-Records = Iterable[tuple[str, dict[str, Any]]]
+from colm_ds.errors import ConfigError, nearest_key
 
 
 @dataclass(frozen=True)
@@ -79,38 +75,6 @@ def find_set(name: str, subpaths: Sequence[str], places: DataPlaces) -> str | No
     return None
 
 
-def read_place(place: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Records of one place with the name of each for messages.
-
-    Args:
-        place: a file, a folder of files, or `hub:NAME[:CONFIG[:SPLIT]]` (split: validation).
-
-    Raises:
-        DataError: for files that can not be read, or a hub name that can not be loaded.
-    """
-    if place.startswith(HUB):
-        yield from _read_hub(place)
-        return
-    for file in find_files(place):
-        yield from read_records(file)
-
-
-def _read_hub(place: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    import datasets
-
-    name, _, rest = place.removeprefix(HUB).partition(":")
-    config, _, split = rest.partition(":")
-    try:
-        rows = datasets.load_dataset(name, config or None, split=split or "validation")
-    except Exception as error:  # the library raises what its loaders raise
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise DataError(
-            f"{place}: can not be loaded: {reason} Write hub:NAME:CONFIG:SPLIT, or give a file of your own."
-        ) from None
-    for number, row in enumerate(rows, start=1):
-        yield f"{place}[item {number}]", dict(row)
-
-
 def subset(groups: Sequence[str], limit: int | None, seed: int) -> list[int]:
     """Places of a fixed part of the questions, in their order.
 
@@ -135,35 +99,6 @@ def fingerprint(questions: Iterable[Any]) -> str:
     for question in questions:
         digest.update(repr(question).encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
-
-
-def text_of(where: str, record: Mapping[str, Any], *keys: str) -> str:
-    """The text under the first of some keys that a record has.
-
-    Raises:
-        DataError: if it has none of them, or something else than text or a number is there.
-    """
-    for key in keys:
-        if record.get(key) is not None:
-            value = record[key]
-            if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-                return str(value)
-            raise DataError(f"{where}: {key!r} is of type {type(value).__name__}, not text. Write a string.")
-    wanted = " or ".join(map(repr, keys))
-    raise DataError(f"{where}: no key {wanted}. Add it; the record has {', '.join(map(repr, record)) or 'no keys'}.")
-
-
-def label_of(where: str, record: Mapping[str, Any], labels: Mapping[Any, int], key: str = "label") -> int:
-    """Place of the right candidate, from a label that may be a number, true or false, or a word.
-
-    Raises:
-        DataError: if there is none, or one that is not known.
-    """
-    value = record.get(key)
-    if not isinstance(value, (str, int)) or value not in labels:
-        known = ", ".join(sorted({repr(label) for label in labels}))
-        raise DataError(f"{where}: {key!r} is {value!r}. Write one of {known}.")
-    return labels[value]
 
 
 def package_folder(name: str) -> str:

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from colm_ds.data.records import Records, text_of
 from colm_ds.errors import DataError
 from colm_ds.evaluation.backend import Backend
-from colm_ds.evaluation.question_files import Records, text_of
 from colm_ds.evaluation.results import accuracy_summary
 from colm_ds.evaluation.task import Answered, Row
 

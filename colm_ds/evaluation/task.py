@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+from colm_ds.data.records import Records
 from colm_ds.evaluation.backend import Backend
-from colm_ds.evaluation.question_files import Records
 
 Row = dict[str, Any]
 """What is kept of one question: `correct` or what else its set is about; `index` is added when it is written."""

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from colm_ds.data.prompt import leading_special_ids
+from colm_ds.data.prompt import encode_pair, encode_text, leading_special_ids
 from colm_ds.errors import ConfigError
-from colm_ds.evaluation.backend import encode_pair, encode_text
 from colm_ds.evaluation.generate import Generation
 from colm_ds.evaluation.likelihood import Likelihood
 from colm_ds.evaluation.model_source import ModelSource

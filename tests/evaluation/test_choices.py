@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from colm_ds.data.choices import WRITERS
 from colm_ds.data.jsonl import read_records
+from colm_ds.data.prompt import Continuation, encode_pair
 from colm_ds.errors import DataError
-from colm_ds.evaluation.backend import TransformersBackend, encode_pair
-from colm_ds.evaluation.choices import WRITERS, ChoiceTask
-from colm_ds.evaluation.likelihood import Continuation, Likelihood, score_candidates, shared_length
+from colm_ds.evaluation.backend import TransformersBackend
+from colm_ds.evaluation.choices import ChoiceTask
+from colm_ds.evaluation.likelihood import Likelihood, score_candidates, shared_length
 from tests.evaluation.stubs import CPU, StubBackend, make_backend, make_model
 
 RECORDS: dict[str, tuple[dict[str, Any], str, tuple[str, ...], int]] = {

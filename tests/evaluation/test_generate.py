@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from colm_ds.data.prompt import encode_prompt, format_prompt
+from colm_ds.data.prompt import encode_prompt, encode_text, format_prompt
 from colm_ds.errors import ConfigError
-from colm_ds.evaluation.backend import TransformersBackend, encode_text
+from colm_ds.evaluation.backend import TransformersBackend
 from colm_ds.evaluation.generate import Generation, StopStrings, greedy
 from colm_ds.evaluation.model_source import ModelSource
 from colm_ds.evaluation.vllm_backend import VllmBackend
