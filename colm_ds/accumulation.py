@@ -27,11 +27,13 @@ class Placement:
         examples: what this rank needs, by position in the large batch.
         plans: by rank the micro-batches as lists of positions.
         padding_fraction: share of padding among the tokens computed, over all ranks.
+        largest_tokens: padded tokens of the largest micro-batch.
     """
 
     examples: dict[int, Example]
     plans: list[list[list[int]]]
     padding_fraction: float
+    largest_tokens: int
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def place(
     arrived = move_examples(batch.examples, moves, batch.lengths, (batch.sources, batch.indices), rank, exchange)
     by_rank = [[p for p in positions if ranks[p] == each] for each in range(world_size)]
     plans = micro_batches(by_rank, batch.lengths, max_examples=max_examples, max_tokens=max_tokens)
-    return Placement({**batch.examples, **arrived}, plans, _padding(plans, batch.lengths))
+    sizes = [len(micro) * int(batch.lengths[micro].max()) for plan in plans for micro in plan if micro]
+    return Placement({**batch.examples, **arrived}, plans, _padding(plans, batch.lengths), max(sizes, default=0))
 
 
 def accumulate(

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from colm_ds.accumulation import accumulate, broken_positions, loss_scale, place
+from colm_ds.accumulation import Placement, accumulate, broken_positions, loss_scale, place
 from colm_ds.config import Config, ResolvedConfig, resolve_config
 from colm_ds.coreset_selector import CoresetSelector, small_source_ids
 from colm_ds.data.loader import LargeBatchLoader, RecordDataset, source_counts
@@ -192,7 +192,7 @@ class CoLMEngine:
                 )
             self.memory.note_selected(self.coreset_selector.kept_tensors(), self.coreset_selector.replay)
             lr = float(self.deepspeed_engine.get_lr()[0])
-            loss, padding, broken = self._update(batch, coreset, meter, exchanged)
+            loss, placement, broken = self._update(batch, coreset, meter, exchanged)
         self.step_count += 1
         skipped = not self.deepspeed_engine.was_step_applied()
         self.skipped.note(skipped)
@@ -211,7 +211,8 @@ class CoLMEngine:
             samples=self.num_samples,
             examples_probed=len(self.coreset_selector.probed_positions(batch)),
             examples_trained=coreset.size - len(broken),
-            padding_fraction=padding,
+            padding_fraction=placement.padding_fraction,
+            micro_batches={"count": len(placement.plans[0]), "largest_tokens": placement.largest_tokens},
             exchange_bytes=exchanged.by_kind,
             selected=self.coreset_selector.selects(batch.step),
             time_s=time_s,
@@ -223,8 +224,8 @@ class CoLMEngine:
 
     def _update(
         self, batch: LargeBatch, coreset: Coreset, meter: Meter, exchanged: _ByteCount
-    ) -> tuple[float, float, list[int]]:
-        """Train on the coreset: its loss, the padded share, and positions whose loss is not finite.
+    ) -> tuple[float, Placement, list[int]]:
+        """Train on the coreset: its loss, the micro-batches, and positions whose loss is not finite.
 
         Such a loss spoils the sum of all gradients. The optimizer then skips, and the others are passed through again.
         """
@@ -260,10 +261,10 @@ class CoLMEngine:
                 self.deepspeed_engine.step()
             loss, num_broken = self._exchange.sum(done.totals).tolist()  # the step's one read, a synchronisation
             if num_broken == 0:
-                return loss, placement.padding_fraction, broken
+                return loss, placement, broken
             broken += broken_positions(done, batch, self._exchange)
             if self.deepspeed_engine.was_step_applied() or len(broken) == len(positions):
-                return loss, placement.padding_fraction, sorted(broken)
+                return loss, placement, sorted(broken)
 
     def train_batch_size(self) -> int:
         """b, the examples trained on in a step."""

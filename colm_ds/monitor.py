@@ -36,10 +36,12 @@ def step_events(stats: StepStats) -> list[Event]:
         "Train/examples_probed": stats.examples_probed,
         "Train/examples_trained": stats.examples_trained,
         "Train/padding_fraction": stats.padding_fraction,
+        "Train/micro_batches": stats.micro_batches["count"],
         "Train/skipped": int(stats.skipped),
     }
     numbers |= {f"Time/{phase}_s": seconds for phase, seconds in stats.time_s.items()}
     numbers |= {f"Memory/{phase}_gib": peak for phase, peak in stats.memory_gib.items()}
+    numbers |= {f"MemoryParts/{part}_gib": size for part, size in stats.memory_parts_gib.items()}
     coreset = stats.coreset
     numbers["Coreset/kept_small"] = coreset.get("kept_small")
     counts = coreset.get("per_source", {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,20 +63,30 @@ def _check_same(recipe: BaseRecipe, config: Path) -> None:
     before = _read(config).get("recipe")
     if not before:
         return  # killed before it was written, or moved away
-    now = json.loads(json.dumps(recipe.model_dump(), default=str))
     constant = recipe.lr_schedule.kind == "constant" and recipe.lr_schedule.warmup_fraction == 0
-    free = _MAY_CHANGE | ({"steps"} if constant else set())
-    differences = [
-        f"{key}: {before_value!r} there, {now_value!r} here"
-        for key, before_value, now_value in _compare(before, now)
-        if not any(key == name or key.startswith(f"{name}.") for name in free)
-    ]
+    differences = recipe_differences(before, recipe, _MAY_CHANGE | ({"steps"} if constant else set()))
     if differences:
         raise ConfigError(
             f"{config.parent}: holds an unfinished run of another recipe.\n  "
             + "\n  ".join(differences)
             + "\n  Put that back to go on, choose another output_dir, or overwrite=true to start anew."
         )
+
+
+def recipe_differences(before: Mapping[str, Any], recipe: BaseRecipe, free: Collection[str]) -> list[str]:
+    """In what a recipe differs from the one that a run's `config.json` holds, one line each.
+
+    Args:
+        before: `recipe` of `config.json`.
+        recipe: what is to be run.
+        free: dotted keys that may differ, with all below them.
+    """
+    now = json.loads(json.dumps(recipe.model_dump(), default=str))
+    return [
+        f"{key}: {before_value!r} there, {now_value!r} here"
+        for key, before_value, now_value in _compare(before, now)
+        if not any(key == name or key.startswith(f"{name}.") for name in free)
+    ]
 
 
 def _compare(one: Any, other: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -123,6 +123,20 @@ def run_sweep(grid: Grid, say: Callable[[str], None] = print) -> dict[str, Any]:
     """
     started = time.monotonic()
     jobs = jobs_of(grid)
+    failures = run_jobs(grid, jobs, say)
+    result = {"rows": table_rows(grid, jobs), "failures": failures, "wall_s": time.monotonic() - started}
+    _write(grid, jobs, result)
+    return result
+
+
+def run_jobs(grid: Grid, jobs: Sequence[Job], say: Callable[[str], None] = print) -> dict[str, str]:
+    """Do what is left to do of some runs; what failed, by run.
+
+    Args:
+        grid: how they are started.
+        jobs: the runs.
+        say: takes one line of progress at a time.
+    """
     todo = [job for job in jobs if not is_finished(job.folder)]
     say(f"{len(jobs)} runs, {len(jobs) - len(todo)} finished already")
     groups: Queue[tuple[int, str | None]] = Queue()
@@ -145,9 +159,7 @@ def run_sweep(grid: Grid, say: Callable[[str], None] = print) -> dict[str, Any]:
 
     with ThreadPoolExecutor(groups.qsize()) as pool:
         list(pool.map(work, todo))
-    result = {"rows": table_rows(grid, jobs), "failures": failures, "wall_s": time.monotonic() - started}
-    _write(grid, jobs, result)
-    return result
+    return failures
 
 
 def is_finished(folder: Path) -> bool:
@@ -233,7 +245,7 @@ def _run(grid: Grid, job: Job, number: int, devices: str | None) -> str:
     if devices is not None:
         command += ["--include", f"localhost:{devices}"]
     else:
-        command += ["--num_gpus", str(grid.launch.num_gpus or _default_ranks())]
+        command += ["--num_gpus", str(grid.launch.num_gpus or default_ranks())]
     command += ["--master_port", str(grid.launch.master_port + number), grid.script, *job.arguments]
     log = job.folder.parent / f"{job.folder.name}.log"
     with log.open("w", encoding="utf-8") as output:
@@ -246,7 +258,8 @@ def _run(grid: Grid, job: Job, number: int, devices: str | None) -> str:
     return f"failed with exit code {code}: {lines[0].strip() if lines else 'no message'} (see {log})"
 
 
-def _default_ranks() -> int:
+def default_ranks() -> int:
+    """Ranks of a run: one per GPU, two without any."""
     import torch
 
     return torch.cuda.device_count() or min(2, os.cpu_count() or 1)

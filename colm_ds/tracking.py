@@ -132,10 +132,11 @@ def summarise(entries: Sequence[Mapping[str, Any]], peaks_gib: Mapping[str, floa
     """Totals and medians over the steps of a run.
 
     Args:
-        entries: `StepStats` as dictionaries, one per step; the first is left out of times, as it warms up.
+        entries: `StepStats` as dictionaries, one per step; times leave out the first, which warms up, and those whose
+            allocations were counted.
         peaks_gib: largest peak of each phase over steps and ranks.
     """
-    timed = entries[1:] if len(entries) > 1 else entries
+    timed = [entry for entry in entries[1:] if not entry.get("counted_gib")] or entries
     totals = [entry["time_s"]["total"] for entry in timed]
     phases = sorted({name for entry in timed for name in entry["time_s"]})
     return {

@@ -126,6 +126,7 @@ class StepStats:
         examples_probed: examples that the probe ran on, over all ranks.
         examples_trained: size of the coreset.
         padding_fraction: share of padding among the tokens computed in training, over all ranks.
+        micro_batches: `count` of each rank, and `largest_tokens`, padded tokens of the largest: what the peak follows.
         exchange_bytes: payload of the collectives: signals (what the estimator sends), selection (masked columns, sums
             and the choice itself), tokens (of examples trained on another rank than the one that holds them).
         selected: whether the selector ran (False for a plain step of the schedule).
@@ -151,6 +152,7 @@ class StepStats:
     examples_probed: int
     examples_trained: int
     padding_fraction: float
+    micro_batches: dict[str, int]
     exchange_bytes: dict[str, int]
     selected: bool
     time_s: dict[str, float]

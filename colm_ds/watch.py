@@ -263,12 +263,15 @@ def _rows(found: Progress, room: int, sparks: str) -> list[tuple[str, str, str]]
         examples, tokens = number(last.get("examples_trained")) or 0.0, number(last.get("tokens")) or 0.0
         rate = f"{compact(examples / found.step_s)} examples/s, {compact(tokens / found.step_s)} tokens/s"
         rows.append(("rate", f"{compact(found.step_s)} s a step", rate))
-        times = {name: value for name, value in numbers(last.get("time_s")).items() if name != "total"}
+        times = {name: value for name, value in numbers(last.get("time_s")).items() if name not in ("total", "save")}
+        if times.get("backward"):
+            times.pop("train", None)  # forward and backward are its parts
         total = number(lookup(last, "time_s", "total")) or sum(times.values())
         shares = [f"{name} {percent(value / total)}" for name, value in times.items() if value >= 0.005 * total]
         rows.append(("time", "", " · ".join(shares)))
-    memory = numbers(last.get("memory_gib"))
+    memory = {name: value for name, value in numbers(last.get("memory_gib")).items() if value > 0}
     peak = memory.pop("peak", None)
+    memory = {name: memory[name] for name in ("probe", "train", "step", "save") if name in memory}
     if peak is not None:
         parts = " · ".join(f"{name} {fixed(2)(value)}" for name, value in memory.items())
         rows.append(("memory", f"{fixed(2)(peak)} GiB peak", parts))

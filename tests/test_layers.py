@@ -17,7 +17,7 @@ LAYERS = (
     {"config", "deepspeed_config", "recipe", "families", "models", "probe", "distributed", "data", "random_state"},
     {"engine", "coreset_selector", "training_loss", "accumulation", "faults", "resume"}
     | {"export", "checkpoint", "memory", "monitor", "evaluation"},
-    {"tracking", "metrics_tail", "watch", "report", "tasks", "run_start", "preview", "sweep", "training"}
+    {"tracking", "metrics_tail", "watch", "memory_arms", "report", "tasks", "run_start", "preview", "sweep", "training"}
     | {"cli", "export_run", "model_card", "integrations"},
     {"__init__", "__main__"},
 )

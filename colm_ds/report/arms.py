@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from colm_ds.report.facts import Curve, Facts, run_facts, small_sources
+from colm_ds.report.facts import Curve, Facts, has_counted, run_facts, small_sources
 from colm_ds.report.run import Run, lookup, number
 
 # Keys that tell runs of one arm apart: seeds, names and places.
@@ -32,7 +32,7 @@ _NOT_THE_METHOD = {
 
 _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
-_LARGEST = ("probe_gib", "train_gib", "peak_gib")  # of several seeds the largest counts, not the mean
+_LARGEST = ("probe_gib", "train_gib", "peak_gib", "largest_tokens")  # of several seeds the largest counts, not the mean
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,11 @@ class Arm:
         return self.selector in ("full", "random") or trains_all
 
     @property
+    def memory_kind(self) -> str:
+        """What its peaks are: "allocated", "counted" or "resident"; empty if not known."""
+        return self.used[0].memory_kind
+
+    @property
     def num_steps(self) -> int | None:
         """Steps of its longest run that counts."""
         return max((found.num_steps for found in self.used if found.num_steps is not None), default=None)
@@ -141,7 +146,7 @@ class Arm:
 
 
 def make_arms(runs: Sequence[Run]) -> tuple[list[Arm], list[str]]:
-    """Gather runs into arms.
+    """Gather runs into arms. Peaks are those of counted allocations where every run has them.
 
     Runs are seeds of one arm if their configurations differ in seeds, names and places only; the same seed twice is two
     arms.
@@ -162,7 +167,8 @@ def make_arms(runs: Sequence[Run]) -> tuple[list[Arm], list[str]]:
         else:
             place.append(run)
     shown = _distinct([_arm_name(found) for _, found in gathered])
-    return [_make_arm(name, found, small) for name, (_, found) in zip(shown, gathered, strict=True)], small
+    counted = all(has_counted(run) for run in runs)
+    return [_make_arm(name, found, small, counted) for name, (_, found) in zip(shown, gathered, strict=True)], small
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:
@@ -208,23 +214,33 @@ def micro_batch_size(arm: Arm) -> int | None:
     return _whole(found) or _whole(lookup(arm.config, "recipe", "micro_batch_size"))
 
 
+def accumulation_steps(arm: Arm) -> int | None:
+    """Micro-batches per step and rank, if all are full; None where the configuration does not say."""
+    micro, world = micro_batch_size(arm), number(arm.config.get("world_size")) or 1.0
+    return math.ceil(arm.coreset_size / (world * micro)) if micro and arm.coreset_size else None
+
+
 def _method(run: Run) -> str:
     if not isinstance(run.config.get("colm"), dict):
         return f"{run.folder}"  # nothing to compare: an arm of its own
     return json.dumps(method_settings(run.config), sort_keys=True, default=str)
 
 
-def _make_arm(name: str, runs: list[Run], small: Collection[str]) -> Arm:
-    arm = Arm(name, runs, [run_facts(run, small) for run in runs])
+def _make_arm(name: str, runs: list[Run], small: Collection[str], counted: bool) -> Arm:
+    arm = Arm(name, runs, [run_facts(run, small, counted=counted) for run in runs])
     used = arm.used
     for key in dict.fromkeys(key for found in used for key in found.scalars):
         values = [found.scalars[key] for found in used if key in found.scalars]
         arm.scalars[key] = Measure(max(values), None, len(values)) if key in _LARGEST else _measure(values)
     for group in dict.fromkeys(group for found in used for group in found.groups):
         members = [found.groups[group] for found in used if group in found.groups]
-        arm.groups[group] = {
-            key: _measure([member[key] for member in members if key in member])
+        values_of = {
+            key: [member[key] for member in members if key in member]
             for key in dict.fromkeys(key for member in members for key in member)
+        }
+        arm.groups[group] = {
+            key: Measure(max(values), None, len(values)) if group == "phase_gib" else _measure(values)
+            for key, values in values_of.items()
         }
     return arm
 

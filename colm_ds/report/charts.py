@@ -19,6 +19,7 @@ DASHES = ((), (5.0, 1.6), (1.2, 1.4), (6.0, 1.5, 1.2, 1.5), (10.0, 2.0))
 MARKERS = ("o", "s", "^", "D", "v")
 
 _MAX_LABEL = 26
+_LARGEST_DISC = 1500  # area, square points
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def line_picture(
     caption: str = "",
     focus: bool = False,
     limits: tuple[float, float] | None = None,
+    whole_x: bool = False,
 ) -> Picture | None:
     """Lines over steps or seconds; None if there is no point.
 
@@ -100,6 +102,7 @@ def line_picture(
         caption: how to read it.
         focus: fit the height to what comes after the first third, so that a steep start does not flatten the rest.
         limits: lowest and highest height shown.
+        whole_x: whether horizontal positions are whole numbers, as steps are anyway.
     """
     shown = [line for line in lines if len(line.x)]
     if not shown:
@@ -131,7 +134,7 @@ def line_picture(
         axes.grid(axis="y")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=x_label == "step"))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole_x or x_label == "step"))
         axes.yaxis.set_major_locator(MaxNLocator(6))
         if limits is not None:
             axes.set_ylim(*limits)
@@ -206,10 +209,11 @@ def dot_picture(
     title: str,
     rows: Sequence[str],
     dots: Sequence[tuple[str, int, Mapping[str, float]]],
-    base: tuple[str, Mapping[str, float]],
+    base: tuple[str, Mapping[str, float]] | None,
     *,
     x_label: str,
     caption: str = "",
+    from_zero: bool = True,
 ) -> Picture | None:
     """Dots in rows, with a tick in every row for what they are held against; None if there are no dots.
 
@@ -218,9 +222,10 @@ def dot_picture(
         title: what it shows.
         rows: names of the rows, from the top.
         dots: label, style and position in each row, of every kind of dot.
-        base: label and position in each row of the tick.
+        base: label and position in each row of the tick; None for no ticks.
         x_label: what positions mean, with the unit.
         caption: how to read it.
+        from_zero: whether positions start at 0.
     """
     dots = [dot for dot in dots if dot[2]]
     if not dots or not rows:
@@ -228,7 +233,8 @@ def dot_picture(
     step = 0.7 / max(len(dots), 2)
     with drawing(WIDTH, 56 + len(rows) * max(22, 5 * len(dots) + 8)) as figure:
         axes = figure.subplots()
-        ticks = [(base[1][row], place) for place, row in enumerate(rows) if row in base[1]]
+        known = base[1] if base else {}
+        ticks = [(known[row], place) for place, row in enumerate(rows) if row in known]
         axes.vlines([x for x, _ in ticks], [y - 0.42 for _, y in ticks], [y + 0.42 for _, y in ticks], INK, linewidth=2)
         for index, (_, style, positions) in enumerate(dots):
             offset = step * (index - (len(dots) - 1) / 2)
@@ -245,10 +251,48 @@ def dot_picture(
             )
         for place in range(len(rows) - 1):
             axes.axhline(place + 0.5, color=GRID, linewidth=0.6)
-        _label_rows(axes, rows, x_label)
+        _label_rows(axes, rows, x_label, from_zero=from_zero)
         svg = to_svg(figure, key, title)
     legend = [LegendItem(label, style, "marker") for label, style, _ in dots]
-    return Picture(key, title, svg, [*legend, LegendItem(base[0], None, "tick")], caption)
+    return Picture(key, title, svg, [*legend, *([LegendItem(base[0], None, "tick")] if base else [])], caption)
+
+
+def bubble_picture(
+    key: str,
+    title: str,
+    bubbles: Sequence[tuple[str, int, float, float, float]],
+    *,
+    x_label: str,
+    y_label: str,
+    caption: str = "",
+) -> Picture | None:
+    """Discs in a plane, their areas in proportion to a third quantity; None if there are none.
+
+    Args:
+        key: prefix of the picture's ids.
+        title: what it shows.
+        bubbles: label, style, horizontal position, height and area (in any unit) of every disc.
+        x_label: what is to the right, with its unit.
+        y_label: what is upwards, with its unit.
+        caption: how to read it, the unit of areas too.
+    """
+    if not bubbles:
+        return None
+    largest = max(bubble[4] for bubble in bubbles)
+    with drawing(WIDTH, 300) as figure:
+        axes = figure.subplots()
+        for _, style, x, y, area in sorted(bubbles, key=lambda bubble: -bubble[4]):
+            color = COLORS[style % len(COLORS)]
+            axes.scatter([x], [y], s=_LARGEST_DISC * area / largest, color=color, alpha=0.35, linewidths=0)
+            axes.plot([x], [y], color=color, marker=MARKERS[style % len(MARKERS)], markersize=6, markeredgecolor=PAPER)
+        axes.margins(0.16, 0.2)
+        axes.grid()
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        svg = to_svg(figure, key, title)
+    return Picture(key, title, svg, [LegendItem(label, style, "marker") for label, style, *_ in bubbles], caption)
 
 
 def _linestyle(style: int) -> Any:
@@ -256,10 +300,11 @@ def _linestyle(style: int) -> Any:
     return (0, dashes) if dashes else "solid"
 
 
-def _label_rows(axes: Any, labels: Sequence[str], x_label: str) -> None:
+def _label_rows(axes: Any, labels: Sequence[str], x_label: str, *, from_zero: bool = True) -> None:
     axes.set_yticks(range(len(labels)), [shorten(label, _MAX_LABEL) for label in labels])
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.set_xlim(left=0)
+    if from_zero:
+        axes.set_xlim(left=0)
     axes.set_xlabel(x_label)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.grid(axis="x")

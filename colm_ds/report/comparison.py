@@ -12,12 +12,14 @@ from typing import Any
 
 from colm_ds.errors import DataError
 from colm_ds.report.arms import Arm, Measure, make_arms
-from colm_ds.report.cost import coherence_section, memory_section, shares_section, time_section, traffic_section
+from colm_ds.report.cost import coherence_section, shares_section, time_section, traffic_section
 from colm_ds.report.curves import MAX_POINTS, smooth, thin
 from colm_ds.report.differences import difference, ratio, references
 from colm_ds.report.facts import Curve
 from colm_ds.report.markdown import render_markdown
+from colm_ds.report.memory import memory_section
 from colm_ds.report.page import render_page
+from colm_ds.report.protocols import protocols_section
 from colm_ds.report.quality import (
     against_table,
     arms_table,
@@ -31,6 +33,7 @@ from colm_ds.report.section import Section
 from colm_ds.report.setup import problems_of, setup_section
 from colm_ds.report.summary import caveats, listed, summary
 from colm_ds.report.tables import plain, quoted
+from colm_ds.report.tradeoff import tradeoff_section
 
 _LONGEST_TITLE = 90
 
@@ -72,12 +75,15 @@ class Comparison:
         }
 
 
-def compare(runs: Sequence[Run], out_folder: str | Path, *, date: datetime | None = None) -> Comparison:
+def compare(
+    runs: Sequence[Run], out_folder: str | Path, *, sized: Sequence[Run] = (), date: datetime | None = None
+) -> Comparison:
     """Compare runs; write `report.html`, `report.md` and `report.json`.
 
     Args:
         runs: from `load_run`, in the order in which they shall be shown.
         out_folder: where to write; made if it is not there.
+        sized: further runs, of other batch sizes, that join the pictures of memory against batch size only.
         date: when the report is made; default: now.
 
     Raises:
@@ -85,11 +91,16 @@ def compare(runs: Sequence[Run], out_folder: str | Path, *, date: datetime | Non
     """
     if not runs:
         raise DataError("compare: no runs. Give at least one folder of a run.")
-    arms, small = make_arms(runs)
+    everyone, small = make_arms([*runs, *sized])
+    places = [run.folder for run in sized]
+    arms = [arm for arm in everyone if arm.runs[0].folder not in places]
+    others = [arm for arm in everyone if arm.runs[0].folder in places]
     when = (date or datetime.now(timezone.utc)).strftime("%Y-%m-%d %H:%M %Z").strip()
     against = against_table(arms)
     sections = [
         Section("arms", "Arms", tables=[arms_table(arms), *([against] if against else [])]),
+        tradeoff_section(arms),
+        protocols_section(arms, others),
         sources_section(arms, small),
         heldout_section(arms),
         training_section(arms),
@@ -98,7 +109,7 @@ def compare(runs: Sequence[Run], out_folder: str | Path, *, date: datetime | Non
         shares_section(arms, small),
         coherence_section(arms),
         traffic_section(arms),
-        setup_section(arms),
+        setup_section(arms, others),
     ]
     out = Path(out_folder)
     files = {"html": out / "report.html", "markdown": out / "report.md", "json": out / "report.json"}

@@ -1,12 +1,12 @@
-"""What it cost and what was selected: time, memory, padding and exchanged bytes, shares of sources, coherence."""
+"""What it cost and what was selected: time, padding and exchanged bytes, shares of sources, coherence."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from colm_ds.report.arms import Arm, micro_batch_size
-from colm_ds.report.charts import Line, Picture, dot_picture, grouped_picture, line_picture, stacked_picture
+from colm_ds.report.arms import Arm
+from colm_ds.report.charts import Line, Picture, dot_picture, line_picture, stacked_picture
 from colm_ds.report.curves import envelope, smooth, thin
 from colm_ds.report.facts import BYTE_KINDS, PHASES, Curve
 from colm_ds.report.quality import data_shares, mark_small, source_names
@@ -24,58 +24,21 @@ def time_section(arms: Sequence[Arm]) -> Section:
     parts = [*PHASES, *dict.fromkeys(name for bar in bars.values() for name in bar if name not in PHASES)]
     parts = [part for part in parts if any(part in bar for bar in bars.values())]
     picture = stacked_picture(
-        "phases", "Seconds of a step by phase", bars, parts, x_label="seconds (median of the steps)"
+        "phases",
+        "Seconds of a step by phase",
+        bars,
+        [part for part in parts if any(bar.get(part, 0.0) > 0.002 * sum(bar.values()) for bar in bars.values())],
+        x_label="seconds (median of the steps)",
     )
     columns = [Column("arm"), *(Column(f"{part}, s", seconds) for part in parts), Column("step in all, s", seconds)]
     rows = [[arm.name, *(bars[arm.name].get(part) for part in parts), arm.mean("step_s")] for arm in arms]
     text = [
-        "probe: the pass over the large batch; exchange: signals between ranks; select: the choice; train: forward and "
-        "backward over the coreset; step: the optimizer; other: what the total has beyond the phases. Each is a median "
-        "over steps on rank 0, so that parts need not add up to the total exactly."
+        "probe: the pass over the large batch; exchange: signals between ranks; select: the choice; forward, backward: "
+        "over the coreset; train: both, or what training has beyond them; step: the optimizer; other: what the total "
+        "has beyond the phases. Each is a median over steps on rank 0, so that parts need not add up exactly."
     ]
     tables = [Table("phases", "Seconds of a step by phase", columns, rows)] if parts else []
     return Section("time", "Time", text if parts else [], [picture] if picture else [], tables)
-
-
-def memory_section(arms: Sequence[Arm]) -> Section:
-    """Peak memory of probing and training, with the micro-batches that it follows from."""
-    parts = ["probe", "train"]
-    measured = {
-        arm.name: {part: value for part in parts if (value := arm.mean(f"{part}_gib")) is not None} for arm in arms
-    }
-    picture = grouped_picture("memory", "Peak memory by phase, GiB", measured, parts, x_label="GiB (2^30 bytes)")
-    columns = [
-        Column("arm"),
-        Column("probe, GiB", fixed(3)),
-        Column("train, GiB", fixed(3)),
-        Column("peak, GiB", fixed(3)),
-        Column("micro-batch", whole),
-        Column("micro-batches per step and rank", whole),
-    ]
-    rows = []
-    for arm in arms:
-        micro = micro_batch_size(arm)
-        world, size = number(arm.config.get("world_size")) or 1.0, arm.coreset_size
-        count = math.ceil(size / (world * micro)) if micro and size else None
-        rows.append([arm.name, *(arm.mean(f"{part}_gib") for part in (*parts, "peak")), micro, count])
-    devices = {str(lookup(arm.config, "machine", "device") or "") for arm in arms}
-    text = [
-        "The largest value of all steps, ranks and seeds (of rank 0 while a run is not finished). The probe's includes "
-        "the exchange and the choice. The peak of training follows the micro-batch, not b: compare arms of the same "
-        "micro-batch."
-    ]
-    if any(device.lower().startswith("cpu") for device in devices):
-        text.append(
-            "Measured on a CPU: the resident memory of one process, which includes Python, the libraries' code and the "
-            "weights. Differences say more than ratios."
-        )
-    if any(device and not device.lower().startswith("cpu") for device in devices):
-        text.append("Measured on a GPU: memory allocated by PyTorch on one device, weights and optimizer included.")
-    has_any = any(value is not None for row in rows for value in row[1:4])
-    table = Table("memory", "Peak memory by phase", columns, rows)
-    return Section(
-        "memory", "Memory", text if has_any else [], [picture] if picture else [], [table] if has_any else []
-    )
 
 
 def traffic_section(arms: Sequence[Arm]) -> Section:

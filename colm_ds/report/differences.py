@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from colm_ds.report.arms import Arm
+from colm_ds.report.arms import Arm, accumulation_steps, micro_batch_size
 
 TINY = 0.01
 """Relative difference below which losses of single seeds are called not measurably different."""
@@ -83,9 +83,13 @@ def ratio(arm: Arm, other: Arm, key: str) -> float | None:
 def references(arm: Arm, arms: Sequence[Arm]) -> dict[str, Arm]:
     """Arms to hold an arm against, those of them that are there.
 
+    Of several plain arms of one size, one with the arm's micro-batch is meant; `plain_r_steps` is another one with as
+    many accumulation steps as the arm.
+
     Returns:
-        `plain_r`: plain training on as many examples as it looks at; `plain_b`: on as many as it trains on;
-        `keep_random`: small sources kept and the rest at random, of the same sizes. Never the arm itself.
+        `plain_r`: plain training on as many examples as it looks at; `plain_r_steps`: see above; `plain_b`: on as many
+        as it trains on; `keep_random`: small sources kept and the rest at random, of the same sizes. Never the arm
+        itself.
     """
     plain = [other for other in arms if other is not arm and other.is_plain and other.coreset_size]
     large, size = arm.large_batch_size, arm.coreset_size
@@ -96,9 +100,13 @@ def references(arm: Arm, arms: Sequence[Arm]) -> dict[str, Arm]:
     for role, wanted in (("plain_r", large), ("plain_b", size)):
         if arm.is_plain and wanted == arm.coreset_size:
             continue
-        match = next((other for other in plain if other.coreset_size == wanted), None)
-        if match is not None:
-            found[role] = match
+        of_size = [other for other in plain if other.coreset_size == wanted]
+        alike = [other for other in of_size if micro_batch_size(other) == micro_batch_size(arm)]
+        if of_size:
+            found[role] = (alike or of_size)[0]
+        steps = [other for other in of_size if accumulation_steps(other) == accumulation_steps(arm) is not None]
+        if role == "plain_r" and alike and steps and found[role] not in steps:
+            found["plain_r_steps"] = steps[0]
     if arm.is_plain or arm.selector in (None, "keep_random"):
         return found
     for other in arms:

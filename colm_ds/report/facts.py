@@ -10,9 +10,10 @@ import numpy as np
 
 from colm_ds.report.run import Run, lookup, names, number, numbers
 
-PHASES = ("probe", "exchange", "select", "train", "step")
-_NOT_ADDED = ("total", "forward", "backward", "save")  # parts of train, and what is outside the step
+PHASES = ("probe", "exchange", "select", "forward", "backward", "train", "step")
+_NOT_ADDED = ("total", "save")
 BYTE_KINDS = ("signals", "selection", "tokens")
+MEMORY_PHASES = ("probe", "exchange", "select", "train", "forward", "backward", "step", "save")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Facts:
         train_loss: training loss by step.
         heldout: held-out losses by step: `overall`, `macro` and `small` (mean of the small sources).
         coherence: |mean g| / mean |g| by step of every source (or pool).
+        memory_kind: what peaks are: "allocated", "counted" (allocations, on a CPU) or "resident"; empty if not known.
     """
 
     num_steps: int | None
@@ -49,6 +51,7 @@ class Facts:
     train_loss: Curve
     heldout: dict[str, Curve]
     coherence: dict[str, Curve]
+    memory_kind: str = ""
 
 
 def small_sources(runs: Sequence[Run]) -> list[str]:
@@ -66,17 +69,24 @@ def small_sources(runs: Sequence[Run]) -> list[str]:
     return list(split_sources({name: int(count) for name, count in counts.items() if count >= 0})[0])
 
 
-def run_facts(run: Run, small: Collection[str]) -> Facts:
+def has_counted(run: Run) -> bool:
+    """Whether allocations were counted in some step of a run on a CPU."""
+    return any(numbers(step.get("counted_gib")) for step in run.steps)
+
+
+def run_facts(run: Run, small: Collection[str], *, counted: bool = False) -> Facts:
     """Collect the numbers of a run.
 
     Scalars: heldout_overall, heldout_macro, heldout_small, exact_match, num_questions, step_s, step_s_p10, step_s_p90,
-    probe_gib, train_gib, peak_gib, examples_trained, examples_probed, tokens_trained, wall_s, padding_fraction.
+    probe_gib, train_gib, peak_gib, examples_trained, examples_probed, tokens_trained, wall_s, padding_fraction,
+    num_micro_batches (of a step and rank, mean), largest_tokens (padded, of the largest micro-batch).
     Groups: heldout, exact_match, data_share and coreset_share by source, phase_s by phase, exchange_bytes by kind (mean
-    of a step), coherence by source (mean over steps).
+    of a step), coherence by source (mean over steps), phase_gib (peaks) by phase, parts_gib (of the largest peak).
 
     Args:
         run: the run.
         small: names of the small sources.
+        counted: take peaks from the steps whose allocations were counted.
     """
     seconds = _seconds(run)
     last = max(run.heldout, default=0)
@@ -95,8 +105,11 @@ def run_facts(run: Run, small: Collection[str]) -> Facts:
             kind: total / len(run.steps) for kind, total in _sums(run.steps, "exchange_bytes").items() if run.steps
         },
         "coherence": {name: float(np.mean(curve.values)) for name, curve in coherence.items()},
+        "phase_gib": _phase_peaks(run, counted),
+        "parts_gib": _peak_parts(run),
     }
     scalars = {f"heldout_{key}": value for key, value in losses.items()} | _costs(run)
+    scalars |= _largest(groups["phase_gib"])
     for key in ("overall", "num_questions"):
         value = number(lookup(run.summary, "exact_match", key))
         if value is not None:
@@ -108,6 +121,7 @@ def run_facts(run: Run, small: Collection[str]) -> Facts:
         train_loss=_curve(((step, found.get("loss")) for step, found in _by_step(run)), seconds),
         heldout=_heldout_curves(run, small, seconds),
         coherence=coherence,
+        memory_kind="counted" if counted else _memory_kind(run),
     )
 
 
@@ -138,13 +152,18 @@ def _num_steps(run: Run) -> int | None:
 
 def _seconds(run: Run) -> dict[int, float]:
     """Training seconds at the end of every step, 0 at step 0; a step without its time counts as the median."""
-    times = [number(lookup(found, "time_s", "total")) for found in run.steps]
+    times = [_step_seconds(found) for found in run.steps]
     known = [value for value in times if value is not None]
     if not known:
         return {}
     median = float(np.median(known))
     ends = np.cumsum([median if value is None else value for value in times])
     return {0: 0.0} | {step: float(end) for (step, _), end in zip(_by_step(run), ends, strict=True)}
+
+
+def _step_seconds(step: Mapping[str, Any]) -> float | None:
+    """Seconds of a step; None where its allocations were counted, which takes much longer."""
+    return None if numbers(step.get("counted_gib")) else number(lookup(step, "time_s", "total"))
 
 
 def _curve(points: Iterable[tuple[int, Any]], seconds: Mapping[int, float]) -> Curve:
@@ -189,16 +208,58 @@ def _shares(counts: Mapping[str, float]) -> dict[str, float]:
 
 
 def _phase_seconds(run: Run) -> dict[str, float]:
-    """Median seconds of each phase of a step; one that a step does not have took 0 s in it."""
+    """Median seconds of each phase of a step; one that a step does not have took 0 s in it.
+
+    `train` is what it has beyond its parts `forward` and `backward`, where those were measured.
+    """
     found = numbers(run.summary.get("phase_s"))
     if not found:
-        steps = [numbers(step.get("time_s")) for step in run.steps]
+        steps = [numbers(step.get("time_s")) for step in run.steps if _step_seconds(step) is not None]
         steps = [times for times in steps if times]
         phases = dict.fromkeys(name for times in steps for name in times)
         found = {name: float(np.median([times.get(name, 0.0) for times in steps])) for name in phases}
     for name in _NOT_ADDED:
         found.pop(name, None)
+    if "backward" in found and "train" in found:
+        found["train"] = max(0.0, found["train"] - found["forward"] - found["backward"])
     return {name: found[name] for name in (*PHASES, *sorted(set(found) - set(PHASES))) if name in found}
+
+
+def _phase_peaks(run: Run, counted: bool) -> dict[str, float]:
+    """Largest peak of each phase in GiB, and `peak`, that of the run; phases that did not run are left out."""
+    found = {} if counted else numbers(run.summary.get("peak_memory_gib"))
+    if not found:
+        for step in run.steps:
+            for name, value in numbers(step.get("counted_gib" if counted else "memory_gib")).items():
+                found[name] = max(found.get(name, 0.0), value)
+    found = {"peak" if name == "total" else name: value for name, value in found.items() if value > 0}
+    return {name: found[name] for name in (*MEMORY_PHASES, "peak") if name in found}
+
+
+def _largest(phases: Mapping[str, float]) -> dict[str, float]:
+    """`probe_gib`, `train_gib` and `peak_gib`: before, during and over all phases."""
+    found = {}
+    for key, members in (("probe", MEMORY_PHASES[:3]), ("train", MEMORY_PHASES[3:7]), ("peak", (*phases, "peak"))):
+        known = [phases[name] for name in members if name in phases]
+        if known:
+            found[f"{key}_gib"] = max(known)
+    return found
+
+
+def _peak_parts(run: Run) -> dict[str, float]:
+    """What the largest peak consists of, in GiB."""
+    found = numbers(run.summary.get("peak_memory_parts_gib"))
+    if found or not run.steps:
+        return found
+    largest = max(run.steps, key=lambda step: number(lookup(step, "memory_gib", "peak")) or 0.0)
+    return numbers(largest.get("memory_parts_gib"))
+
+
+def _memory_kind(run: Run) -> str:
+    known = (found.get("memory_kind") for found in (run.summary, *run.steps[-1:]))
+    kind = next((str(found) for found in known if found), "")
+    device = str(lookup(run.config, "machine", "device") or "").lower()
+    return kind or ("" if not device else "resident" if device.startswith("cpu") else "allocated")
 
 
 def _costs(run: Run) -> dict[str, float]:
@@ -206,15 +267,13 @@ def _costs(run: Run) -> dict[str, float]:
     found: dict[str, float | None] = {
         "wall_s": number(summary.get("wall_s")),
         "padding_fraction": _mean(found.get("padding_fraction") for found in run.steps),
+        "num_micro_batches": _mean(lookup(found, "micro_batches", "count") for found in run.steps),
+        "largest_tokens": _most(lookup(found, "micro_batches", "largest_tokens") for found in run.steps),
     }
-    times = [value for value in (number(lookup(step, "time_s", "total")) for step in run.steps) if value is not None]
+    times = [value for value in map(_step_seconds, run.steps) if value is not None]
     for key, name, quantile in (("step_s", "median", 0.5), ("step_s_p10", "p10", 0.1), ("step_s_p90", "p90", 0.9)):
         value = number(lookup(summary, "step_s", name))
         found[key] = float(np.quantile(times, quantile)) if value is None and times else value
-    for phase in ("probe", "train", "peak"):
-        peaks = [number(lookup(step, "memory_gib", phase)) for step in run.steps]
-        value = number(lookup(summary, "peak_memory_gib", phase))
-        found[f"{phase}_gib"] = max((p for p in peaks if p is not None), default=None) if value is None else value
     for key, name in (
         ("examples_trained", "examples_trained"),
         ("examples_probed", "examples_probed"),
@@ -225,6 +284,10 @@ def _costs(run: Run) -> dict[str, float]:
         known = [count for count in counts if count is not None]
         found[key] = sum(known) if value is None and known else value
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _most(values: Iterable[Any]) -> float | None:
+    return max((value for value in map(number, values) if value is not None), default=None)
 
 
 def _mean(values: Iterable[Any]) -> float | None:

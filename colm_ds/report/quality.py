@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from colm_ds.report.arms import Arm, mean_curve
-from colm_ds.report.charts import Line, Picture, line_picture
+from colm_ds.report.charts import Line, Picture, dot_picture, line_picture
 from colm_ds.report.curves import envelope, seconds_at, smooth, steps_of, thin, value_at
 from colm_ds.report.differences import difference, ratio, references
 from colm_ds.report.facts import Curve
@@ -13,7 +13,12 @@ from colm_ds.report.run import lookup
 from colm_ds.report.section import Section
 from colm_ds.report.tables import MISSING, Column, Table, fixed, percent, seconds, signed, times, whole
 
-ROLES = {"plain_r": "plain on r", "plain_b": "plain on b", "keep_random": "small kept, rest random"}
+ROLES = {
+    "plain_r": "plain on r",
+    "plain_r_steps": "plain on r, equal accumulation steps",
+    "plain_b": "plain on b",
+    "keep_random": "small kept, rest random",
+}
 
 _LOSS = fixed(4)
 _FOCUS = "Heights are those of the last two thirds, to tell the ends apart; what lies outside is in the table."
@@ -108,12 +113,14 @@ def against_table(arms: Sequence[Arm]) -> Table | None:
     ]
     rows = []
     for arm in arms:
-        for role, other in references(arm, arms).items():
+        others = references(arm, arms)
+        roles = ROLES | ({"plain_r": "plain on r, equal micro-batch"} if "plain_r_steps" in others else {})
+        for role, other in others.items():
             overall, macro, small = (difference(arm, other, f"heldout_{key}") for key in ("overall", "macro", "small"))
             rows.append(
                 [
                     arm.name,
-                    f"{other.name} ({ROLES[role]})",
+                    f"{other.name} ({roles[role]})",
                     overall.mean if overall else None,
                     100 * overall.relative if overall else None,
                     *([overall.standard_error if overall else None] if has_errors else []),
@@ -137,7 +144,7 @@ def against_table(arms: Sequence[Arm]) -> Table | None:
 def sources_section(arms: Sequence[Arm], small: Collection[str]) -> Section:
     """Held-out loss, and exact match where there is any, by source."""
     shares = data_shares(arms)
-    tables = []
+    tables, pictures = [], []
     for key, group, title, form, best in (
         ("heldout_per_source", "heldout", "Held-out loss by source, nats per token", _LOSS, "min"),
         ("exact_match_per_source", "exact_match", "Exact match by source", percent, "max"),
@@ -150,9 +157,20 @@ def sources_section(arms: Sequence[Arm], small: Collection[str]) -> Section:
             *(Column(arm.name, form, "row") for arm in arms),
         ]
         rows = [[mark_small(name, small), shares.get(name), *(values.get(name) for values in found)] for name in named]
-        if rows:
-            tables.append(Table(key, title, columns, rows, best_of_rows=best))
-    return Section("sources", "By source", tables=tables)
+        if not rows:
+            continue
+        tables.append(Table(key, title, columns, rows, best_of_rows=best))
+        scale = 1 if form is _LOSS else 100
+        dots = [
+            (arm.name, style, {mark_small(name, small): scale * measure.mean for name, measure in values.items()})
+            for style, (arm, values) in enumerate(zip(arms, found, strict=True))
+        ]
+        x_label = "nats per token" if form is _LOSS else "answers that match, %"
+        marked = [mark_small(name, small) for name in named]
+        pictures.append(
+            dot_picture(key.replace("_", "-"), title, marked, dots, None, x_label=x_label, from_zero=scale == 100)
+        )
+    return Section("sources", "By source", pictures=[p for p in pictures if p is not None], tables=tables)
 
 
 def data_shares(arms: Sequence[Arm]) -> dict[str, float]:

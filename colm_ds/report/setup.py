@@ -14,9 +14,14 @@ from colm_ds.report.tables import MISSING, Column, Table, compact, whole
 _REVISION = 12  # characters of a git revision in the table; the configuration has all
 
 
-def setup_section(arms: Sequence[Arm]) -> Section:
-    """Runs, machine and versions, differing settings, and every run's resolved configuration."""
-    tables = [runs_table(arms), machine_table(arms), settings_table(arms)]
+def setup_section(arms: Sequence[Arm], sized: Sequence[Arm] = ()) -> Section:
+    """Runs, machine and versions, differing settings, and every run's resolved configuration.
+
+    Args:
+        arms: the comparison's arms.
+        sized: arms that ran for their memory alone: listed, without their configurations.
+    """
+    tables = [runs_table([*arms, *sized]), machine_table(arms), settings_table(arms)]
     listings = [
         Listing(f"Resolved configuration of {_run_label(arm, run)}", _configuration(run))
         for arm in arms

@@ -17,6 +17,7 @@ _UNEVEN = 2.0  # p90 over p10 of the time per step above which times are called 
 _MOST_NAMED = 3
 
 _LOSS = fixed(3)
+_PLAIN = ("plain_r", "plain_r_steps", "plain_b")
 
 
 def summary(arms: Sequence[Arm], small: Collection[str]) -> str:
@@ -58,6 +59,8 @@ def caveats(arms: Sequence[Arm]) -> list[str]:
             "run: something else may have used the machine, and ratios of time then say little."
         )
     different = unequal(arms)
+    if any("plain_r_steps" in references(arm, arms) for arm in arms):  # both protocols are there
+        different = [what for what in different if what != "the micro-batch"]
     if different:
         found.append(f"Not the same in all arms: {listed(different)}.")
     return found
@@ -157,7 +160,7 @@ def _against_plain(arms: Sequence[Arm], ranked: Sequence[Arm]) -> list[str]:
     selecting.sort(key=lambda arm: (arm not in ranked, arm.mean("heldout_overall") or math.inf))
     best = selecting[0]
     others = references(best, arms)
-    plain: dict[str, Arm] = {role: others[role] for role in ("plain_r", "plain_b") if role in others}
+    plain: dict[str, Arm] = {role: others[role] for role in _PLAIN if role in others}
     if not plain:
         return ["There is no plain training on r or b among the arms to hold time and memory against."]
     sentences = [_quality(best, plain, ranked), _medoids(best, others.get("keep_random"), ranked)]
@@ -174,6 +177,8 @@ def _quality(arm: Arm, plain: Mapping[str, Arm], ranked: Sequence[Arm]) -> str:
     """An arm's held-out loss against plain training on r and on b."""
     parts = []
     for role, other in plain.items():
+        if role == "plain_r_steps":  # the same training, cut up in another way
+            continue
         gaps = []
         for key, what in (("heldout_overall", "overall"), ("heldout_small", "on the small sources")):
             gap = difference(arm, other, key)
@@ -203,7 +208,7 @@ def _medoids(arm: Arm, control: Arm | None, ranked: Sequence[Arm]) -> str:
 
 def _plain_references(arm: Arm, arms: Sequence[Arm]) -> list[Arm]:
     found = references(arm, arms)
-    return [found[role] for role in ("plain_r", "plain_b") if role in found]
+    return [found[role] for role in _PLAIN if role in found]
 
 
 def _costs(arms: Sequence[Arm], plain: Sequence[Arm], key: str, what: str) -> str:

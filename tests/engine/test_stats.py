@@ -32,6 +32,11 @@ def test_counts(case: Case, world_size: int, outcomes: Runner, data: list[Record
         assert stats["selected"] is True
         computed = sum(rows * columns for seen in steps for rows, columns in seen.shapes if (rows, columns) != (1, 2))
         assert stats["padding_fraction"] == pytest.approx(1 - num_tokens / computed)
+        shapes = [seen.shapes for seen in steps]
+        assert stats["micro_batches"]["count"] == len(shapes[0]) == len(shapes[-1])
+        assert stats["micro_batches"]["largest_tokens"] == max(
+            rows * columns for rank in shapes for rows, columns in rank
+        )
         for seen in steps:
             same = ("loss", "lr", "tokens", "padding_fraction", "exchange_bytes", "coreset", "examples_probed")
             assert [seen.stats[key] for key in same] == [stats[key] for key in same]
