@@ -20,7 +20,7 @@ class DataError(ColmError):
 
 
 class ProbeError(ColmError):
-    """A model in which the probe can not find or handle the last V-projection."""
+    """A model in which the probe can not find or handle what it reads."""
 
 
 class SelectionError(ColmError):

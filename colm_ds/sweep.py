@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -17,21 +17,22 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-import numpy as np
 import yaml
 from pydantic import Field
 
 from colm_ds.config import Section, validate_section
 from colm_ds.errors import ConfigError, Problems
 from colm_ds.report import compare, load_run
+from colm_ds.sweep_table import format_html, format_markdown, is_finished, read_object, table_rows
 
 
 class LaunchConfig(Section):
     """How a run is started."""
 
     num_gpus: int | None = Field(None, ge=1, description="ranks of a run; default: one per GPU, two without any")
+    parallel: int = Field(1, ge=1, description="runs at a time, each with its share of the processor's cores")
     device_groups: list[str] | None = Field(
-        None, description='run several at a time, each on its devices, for example ["0,1", "2,3"]'
+        None, description='instead: runs at a time, each on GPUs of its own, for example ["0,1", "2,3"]'
     )
     master_port: int = Field(29640, ge=1, le=65000, description="port of the first run; each group takes the next one")
 
@@ -40,13 +41,18 @@ class Grid(Section):
     """A sweep."""
 
     recipe: str = Field(description="recipe that all arms start from; relative to the grid file or to here")
-    out: str = Field(description="folder of the sweep; relative to the working folder")
+    out: str = Field(description="folder of the tables; relative to the working folder")
+    runs: str | None = Field(None, description="folder of the runs, which grids may share; default: out")
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="seeds of every arm")
     baseline: str = Field(description="the arm that the others are held against")
+    prepare: dict[str, str] = Field(
+        {}, description="before the arms, in order: what must be there, and the Python command that makes it"
+    )
     common: list[str] = Field([], description="key=value changes to the recipe for all arms")
     arms: dict[str, list[str]] = Field(min_length=1, description="key=value changes to the recipe, by arm")
     launch: LaunchConfig = LaunchConfig()
     script: str = Field("finetune/train.py", description="what to run")
+    evaluate: str | None = Field(None, description="after each run: options of finetune/evaluate.py, e.g. --tasks math")
 
 
 @dataclass(frozen=True)
@@ -65,15 +71,24 @@ class Job:
     folder: Path
     arguments: list[str]
 
+    @property
+    def log(self) -> Path:
+        """What the run prints goes here."""
+        return self.folder.parent / f"{self.folder.name}.log"
 
-MEASURES: dict[str, tuple[Callable[[dict[str, Any]], Any], bool]] = {
-    "held-out loss": (lambda summary: (summary.get("heldout") or {}).get("overall"), False),
-    "held-out loss, mean of sources": (lambda summary: (summary.get("heldout") or {}).get("macro"), False),
-    "exact match": (lambda summary: (summary.get("exact_match") or {}).get("overall"), True),
-    "step s": (lambda summary: (summary.get("step_s") or {}).get("median"), False),
-    "peak GiB": (lambda summary: (summary.get("peak_memory_gib") or {}).get("peak"), False),
-}
-"""What the table shows: where it is in summary.json, and whether more is better."""
+    @property
+    def record(self) -> Path:
+        """What was asked of the run that lies in the folder."""
+        return self.folder.parent / f"{self.folder.name}.asked.json"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run can go while others run: a number for its port, its GPUs (None: as many as it takes), its threads."""
+
+    number: int
+    devices: str | None
+    num_threads: int
 
 
 def load_grid(path: str | Path) -> Grid:
@@ -96,6 +111,8 @@ def load_grid(path: str | Path) -> Grid:
     recipe = next((place for place in (Path(grid.recipe), path.parent / grid.recipe) if place.exists()), None)
     if recipe is None:
         problems.add("recipe", grid.recipe, "no such file", f"It is looked for here and in {path.parent}.")
+    if grid.launch.device_groups and grid.launch.parallel > 1:
+        problems.add("launch.parallel", grid.launch.parallel, "there are device groups", "Remove one of both.")
     problems.raise_if_any()
     return grid.model_copy(update={"recipe": str(recipe)})
 
@@ -105,10 +122,15 @@ def jobs_of(grid: Grid) -> list[Job]:
     jobs = []
     for seed in grid.seeds:
         for arm, changes in grid.arms.items():
-            folder = Path(grid.out) / _slug(arm) / f"seed_{seed}"
+            folder = Path(grid.runs or grid.out) / _slug(arm) / f"seed_{seed}"
             own = [f"name={json.dumps(arm)}", f"output_dir={folder}", f"seed={seed}", f"colm.seed={seed}"]
             jobs.append(Job(arm, seed, folder, [grid.recipe, *grid.common, *changes, *own, "overwrite=false"]))
     return jobs
+
+
+def is_done(grid: Grid, job: Job) -> bool:
+    """Whether a job's run is finished, and evaluated where the grid asks for that."""
+    return is_finished(job.folder) and (grid.evaluate is None or (job.folder / "evaluation" / "results.json").exists())
 
 
 def run_sweep(grid: Grid, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -120,141 +142,145 @@ def run_sweep(grid: Grid, say: Callable[[str], None] = print) -> dict[str, Any]:
 
     Returns:
         What `results.json` holds: rows, failures, seconds.
+
+    Raises:
+        ConfigError: if what the arms need can not be prepared.
     """
     started = time.monotonic()
+    for path, command in grid.prepare.items():
+        _prepare(Path(path), command, say)
     jobs = jobs_of(grid)
-    failures = run_jobs(grid, jobs, say)
-    result = {"rows": table_rows(grid, jobs), "failures": failures, "wall_s": time.monotonic() - started}
-    _write(grid, jobs, result)
-    return result
+
+    def result(failures: dict[str, str]) -> dict[str, Any]:
+        folders = {(job.arm, job.seed): job.folder for job in jobs if _name(job) not in failures}
+        rows = table_rows(grid.arms, grid.baseline, folders)
+        return {"rows": rows, "failures": failures, "wall_s": time.monotonic() - started}
+
+    final = result(run_jobs(grid, jobs, say, lambda failures: _write(grid, result(failures))))
+    _write(grid, final)
+    runs = [load_run(job.folder) for job in jobs if is_finished(job.folder)]
+    if runs:
+        compare(runs, Path(grid.out))
+    return final
 
 
-def run_jobs(grid: Grid, jobs: Sequence[Job], say: Callable[[str], None] = print) -> dict[str, str]:
+def run_jobs(
+    grid: Grid,
+    jobs: Sequence[Job],
+    say: Callable[[str], None] = print,
+    after_each: Callable[[dict[str, str]], None] = lambda failures: None,
+) -> dict[str, str]:
     """Do what is left to do of some runs; what failed, by run.
 
     Args:
         grid: how they are started.
         jobs: the runs.
         say: takes one line of progress at a time.
+        after_each: called after every run, one at a time, with what failed so far.
     """
-    todo = [job for job in jobs if not is_finished(job.folder)]
-    say(f"{len(jobs)} runs, {len(jobs) - len(todo)} finished already")
-    groups: Queue[tuple[int, str | None]] = Queue()
-    for number, devices in enumerate(grid.launch.device_groups or [None]):
-        groups.put((number, devices))
-    failures: dict[str, str] = {}
+    failures = {_name(job): found for job in jobs if (found := _other_settings(job))}
+    todo = [job for job in jobs if not is_done(grid, job) and _name(job) not in failures]
+    say(f"{len(jobs)} runs, {len(jobs) - len(todo) - len(failures)} finished already")
+    for name, found in failures.items():
+        say(f"{name}: {found}")
+    places = _places(grid)
+    free: Queue[Place] = Queue()
+    for place in places:
+        free.put(place)
     lock = threading.Lock()
+    num_done = 0
 
     def work(job: Job) -> None:
-        number, devices = groups.get()
+        nonlocal num_done
+        place = free.get()
         begun = time.monotonic()
         try:
-            failure = _run(grid, job, number, devices)
+            failure = _run(grid, job, place)
         finally:
-            groups.put((number, devices))
+            free.put(place)
         with lock:
+            num_done += 1
             if failure:
-                failures[f"{job.arm}, seed {job.seed}"] = failure
-            say(f"{job.arm}, seed {job.seed}: {failure or 'done'} ({time.monotonic() - begun:.0f} s)")
+                failures[_name(job)] = failure
+            after_each(failures)
+            spent = time.monotonic() - begun
+            say(f"{num_done} of {len(todo)}: {_name(job)}: {failure or 'done'} ({spent:.0f} s)")
 
-    with ThreadPoolExecutor(groups.qsize()) as pool:
+    with ThreadPoolExecutor(len(places)) as pool:
         list(pool.map(work, todo))
     return failures
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether a run's folder holds a finished run."""
-    return _summary(folder).get("status") == "finished"
+def _places(grid: Grid) -> list[Place]:
+    launch, cores = grid.launch, os.cpu_count() or 1
+    groups: Sequence[str | None] = launch.device_groups or [None] * launch.parallel
+    return [Place(number, devices, max(1, cores // len(groups))) for number, devices in enumerate(groups)]
 
 
-def table_rows(grid: Grid, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """One row per arm: for every measure mean, standard deviation, and paired difference to the baseline's.
-
-    The difference is the mean over the seeds that both have, with its standard error (None for one seed).
-    """
-    values: dict[str, dict[str, dict[int, float]]] = {}
-    for job in jobs:
-        summary = _summary(job.folder) if is_finished(job.folder) else {}
-        for measure, (read, _) in MEASURES.items():
-            value = read(summary)
-            if isinstance(value, (int, float)) and math.isfinite(value):
-                values.setdefault(job.arm, {}).setdefault(measure, {})[job.seed] = float(value)
-    rows = []
-    for arm in grid.arms:
-        cells = {}
-        for measure in MEASURES:
-            mine = values.get(arm, {}).get(measure, {})
-            theirs = values.get(grid.baseline, {}).get(measure, {})
-            if mine:
-                cells[measure] = _cell(mine, {} if arm == grid.baseline else theirs)
-        rows.append({"arm": arm, "num_seeds": max((len(cell["seeds"]) for cell in cells.values()), default=0), **cells})
-    return rows
+def _prepare(path: Path, command: str, say: Callable[[str], None]) -> None:
+    """Run a Python command unless what it makes is there: a file, or the folder of a finished run."""
+    if is_finished(path) or (path.exists() and not (path / "metrics.jsonl").exists()):
+        return
+    say(f"making {path}")
+    log = path.with_name(f"{path.name}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    code = _call([sys.executable, *shlex.split(command)], log, os.cpu_count() or 1)
+    if code or not path.exists():
+        raise ConfigError(f"prepare: {path} was not made. {_what_failed(code, log)}")
 
 
-def format_markdown(rows: Sequence[dict[str, Any]], baseline: str) -> str:
-    """The table as Markdown: mean and standard deviation, the best mean in bold, differences to the baseline below."""
-    shown = [measure for measure in MEASURES if any(measure in row for row in rows)]
-    best = {measure: _best(rows, measure) for measure in shown}
-    lines = ["| arm | seeds | " + " | ".join(shown) + " |", "|---" * (len(shown) + 2) + "|"]
-    for row in rows:
-        cells = [_shown(row.get(measure), row["arm"] in best[measure]) for measure in shown]
-        lines.append(f"| {row['arm']} | {row['num_seeds']} | " + " | ".join(cells) + " |")
-    lines += ["", f"Mean and standard deviation over seeds. In brackets: paired difference to *{baseline}*, with its "]
-    lines[-1] += "standard error."
-    return "\n".join(lines)
-
-
-def _cell(mine: dict[int, float], theirs: dict[int, float]) -> dict[str, Any]:
-    values = np.array(list(mine.values()))
-    cell: dict[str, Any] = {"mean": float(values.mean()), "seeds": sorted(mine)}
-    cell["std"] = float(values.std(ddof=1)) if len(values) > 1 else None
-    common = sorted(mine.keys() & theirs.keys())
-    if common:
-        differences = np.array([mine[seed] - theirs[seed] for seed in common])
-        error = float(differences.std(ddof=1) / math.sqrt(len(common))) if len(common) > 1 else None
-        cell["difference"] = {"mean": float(differences.mean()), "standard_error": error, "seeds": common}
-    return cell
-
-
-def _best(rows: Sequence[dict[str, Any]], measure: str) -> set[str]:
-    """Arms with the best mean."""
-    more = MEASURES[measure][1]
-    means = {row["arm"]: row[measure]["mean"] for row in rows if measure in row}
-    if len(means) < 2:
-        return set()
-    best = max(means.values()) if more else min(means.values())
-    return {arm for arm, mean in means.items() if mean == best}
-
-
-def _shown(cell: dict[str, Any] | None, bold: bool) -> str:
-    if cell is None:
+def _other_settings(job: Job) -> str:
+    """Why the finished run in a job's folder is not this job's; empty if it is, or there is none."""
+    asked = read_object(job.record)
+    if not is_finished(job.folder) or not asked or asked == _asked(job):
         return ""
-    text = f"{cell['mean']:.3f}" + ("" if cell["std"] is None else f" ± {cell['std']:.3f}")
-    text = f"**{text}**" if bold else text
-    difference = cell.get("difference")
-    if difference is None:
-        return text
-    error = "" if difference["standard_error"] is None else f" ± {difference['standard_error']:.3f}"
-    return f"{text} ({difference['mean']:+.3f}{error})"
+    return f"{job.folder} holds a run with other settings. Remove it, or give the grid another folder."
 
 
-def _run(grid: Grid, job: Job, number: int, devices: str | None) -> str:
+def _asked(job: Job) -> dict[str, Any]:
+    """What defines a job: its recipe's content and its changes."""
+    recipe, *changes = job.arguments
+    return {"recipe": yaml.safe_load(Path(recipe).read_text(encoding="utf-8")), "changes": changes}
+
+
+def _run(grid: Grid, job: Job, place: Place) -> str:
     """Start one run and wait; what went wrong, empty if nothing did."""
     job.folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "-q"]
-    if devices is not None:
-        command += ["--include", f"localhost:{devices}"]
-    else:
-        command += ["--num_gpus", str(grid.launch.num_gpus or default_ranks())]
-    command += ["--master_port", str(grid.launch.master_port + number), grid.script, *job.arguments]
-    log = job.folder.parent / f"{job.folder.name}.log"
-    with log.open("w", encoding="utf-8") as output:
-        code = subprocess.run(command, stdout=output, stderr=output, check=False).returncode
-    if code == 0 and is_finished(job.folder):
-        return ""
-    lines = [
-        line for line in re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace")) if "Error" in line
-    ]
+    job.log.write_text("", encoding="utf-8")
+    if not is_finished(job.folder):
+        job.record.write_text(json.dumps(_asked(job), indent=2, default=str) + "\n", encoding="utf-8")
+        code = _call([*_launcher(grid, place), grid.script, *job.arguments], job.log, place.num_threads)
+        if code or not is_finished(job.folder):
+            return _what_failed(code, job.log)
+    if grid.evaluate is not None:
+        command = [*_launcher(grid, place), "finetune/evaluate.py", str(job.folder), *shlex.split(grid.evaluate)]
+        code = _call(command, job.log, place.num_threads)
+        if code or not is_done(grid, job):
+            return f"evaluation {_what_failed(code, job.log)}"
+    return ""
+
+
+def _launcher(grid: Grid, place: Place) -> list[str]:
+    """The beginning of a run's command; a single rank needs no launcher, whose start takes seconds."""
+    num_ranks = grid.launch.num_gpus or default_ranks()
+    if place.devices is None and num_ranks == 1:
+        return [sys.executable]
+    where = ["--num_gpus", str(num_ranks)] if place.devices is None else ["--include", f"localhost:{place.devices}"]
+    port = str(grid.launch.master_port + place.number)
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "-q", *where, "--master_port", port]
+
+
+def _call(command: Sequence[str], log: Path, num_threads: int) -> int:
+    """Run a command on so many threads, its output at the end of a log; its exit code."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
+    environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with log.open("a", encoding="utf-8") as output:
+        return subprocess.run(command, stdout=output, stderr=output, check=False, env=environment).returncode
+
+
+def _what_failed(code: int, log: Path) -> str:
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in re.split(r"[\r\n]+", text) if "Error" in line]
     return f"failed with exit code {code}: {lines[0].strip() if lines else 'no message'} (see {log})"
 
 
@@ -265,22 +291,16 @@ def default_ranks() -> int:
     return torch.cuda.device_count() or min(2, os.cpu_count() or 1)
 
 
-def _write(grid: Grid, jobs: Sequence[Job], result: dict[str, Any]) -> None:
-    out = Path(grid.out)
+def _write(grid: Grid, result: dict[str, Any]) -> None:
+    out, rows = Path(grid.out), result["rows"]
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (out / "results.md").write_text(format_markdown(result["rows"], grid.baseline) + "\n", encoding="utf-8")
-    runs = [load_run(job.folder) for job in jobs if is_finished(job.folder)]
-    if runs:
-        compare(runs, out)
+    (out / "results.md").write_text(format_markdown(rows, grid.baseline) + "\n", encoding="utf-8")
+    (out / "results.html").write_text(format_html(rows, grid.baseline, out.name), encoding="utf-8")
 
 
-def _summary(folder: Path) -> dict[str, Any]:
-    try:
-        loaded = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return loaded if isinstance(loaded, dict) else {}
+def _name(job: Job) -> str:
+    return f"{job.arm}, seed {job.seed}"
 
 
 def _slug(name: str) -> str:

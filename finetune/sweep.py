@@ -10,27 +10,28 @@ from collections.abc import Sequence
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 1 if a run failed, 2 if the grid is wrong."""
     parser = argparse.ArgumentParser(
-        description="Run every arm of a grid with every seed, one after another or on given device groups. What is "
-        "finished is skipped, a run that was stopped goes on, and one that fails does not stop the others. Writes "
-        "results.md, results.json and report.html into the grid's folder."
+        description="Run every arm of a grid with every seed, one after another, several at a time or on given device "
+        "groups. What is finished is skipped, a run that was stopped goes on, and one that fails does not stop the "
+        "others. Writes results.md, results.json, results.html and report.html into the grid's folder."
     )
-    parser.add_argument("grid", help="YAML file, for example finetune/grids/cpu_selectors.yaml")
+    parser.add_argument("grid", help="YAML file, for example finetune/grids/table1_cpu.yaml")
     parser.add_argument("--list", action="store_true", help="show the runs and whether they are finished, and end")
     options = parser.parse_args(arguments)
 
     from colm_ds.errors import ColmError
-    from colm_ds.sweep import format_markdown, is_finished, jobs_of, load_grid, run_sweep
+    from colm_ds.sweep import is_done, jobs_of, load_grid, run_sweep
+    from colm_ds.sweep_table import format_markdown
 
     try:
         grid = load_grid(options.grid)
+        if options.list:
+            for job in jobs_of(grid):
+                print(f"{'finished' if is_done(grid, job) else 'to do':9} {job.arm}, seed {job.seed}: {job.folder}")
+            return 0
+        result = run_sweep(grid, say=lambda line: print(line, flush=True))
     except ColmError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    if options.list:
-        for job in jobs_of(grid):
-            print(f"{'finished' if is_finished(job.folder) else 'to do':9} {job.arm}, seed {job.seed}: {job.folder}")
-        return 0
-    result = run_sweep(grid)
     print(format_markdown(result["rows"], grid.baseline))
     return 1 if result["failures"] else 0
 

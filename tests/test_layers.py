@@ -18,7 +18,7 @@ LAYERS = (
     {"engine", "coreset_selector", "training_loss", "accumulation", "faults", "resume"}
     | {"export", "checkpoint", "memory", "monitor", "evaluation"},
     {"tracking", "metrics_tail", "watch", "memory_arms", "report", "tasks", "run_start", "preview", "sweep", "training"}
-    | {"cli", "export_run", "model_card", "integrations"},
+    | {"sweep_table", "cli", "export_run", "model_card", "integrations"},
     {"__init__", "__main__"},
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

@@ -97,7 +97,7 @@ def test_what_is_finished_is_skipped(
 ) -> None:
     started = []
 
-    def fake_run(grid: Any, job: Any, number: int, devices: str | None) -> str:
+    def fake_run(grid: Any, job: Any, place: Any) -> str:
         started.append(job.arm)
         made = load_recipe(job.arguments[0], job.arguments[1:])
         config = {"recipe": json.loads(json.dumps(made.model_dump())), "colm": made.colm.model_dump(), "world_size": 2}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ import yaml
 from colm_ds import sweep
 from colm_ds.data.generated import write_mixture
 from colm_ds.errors import ConfigError
-from colm_ds.sweep import MEASURES, format_markdown, jobs_of, load_grid, run_sweep, table_rows
+from colm_ds.sweep import Grid, Job, Place, jobs_of, load_grid, run_sweep
+from colm_ds.sweep_table import MEASURES, Row, format_html, format_markdown, table_rows
 from tests.test_bad_input import ROOT, recipe_of
 
 GRIDS = sorted((ROOT / "finetune" / "grids").glob("*.yaml"))
@@ -35,16 +39,23 @@ def write_grid(folder: Path, **changes: Any) -> Path:
     return folder / "grid.yaml"
 
 
-def fake_run(grid: Any, job: Any, number: int, devices: str | None) -> str:
+def fake_run(grid: Grid, job: Job, place: Place) -> str:
     """Stands in for a launched run: a summary whose numbers follow from arm and seed."""
     if job.arm == "broken":
         return "failed with exit code 2: ConfigError"
     job.folder.mkdir(parents=True)
     loss = (1.0 if job.arm == "plain" else 0.9) + 0.1 * job.seed**2 - (0.02 * job.seed if job.arm == "CoLM" else 0)
-    summary = {"status": "finished", "heldout": {"overall": loss}, "step_s": {"median": 2.0}}
+    heldout = {"overall": loss, "per_source": {"web": loss, "code": 2 * loss}}
+    summary = {"status": "finished", "heldout": heldout, "step_s": {"median": 2.0}}
     (job.folder / "summary.json").write_text(json.dumps(summary))
-    (job.folder / "devices").write_text(str(devices))
+    counts = {"web": 90, "code": 5}
+    (job.folder / "config.json").write_text(json.dumps({"sources": counts, "small_sources": []}))
+    (job.folder / "devices").write_text(str(place.devices))
     return ""
+
+
+def rows_of(grid: Grid) -> list[Row]:
+    return table_rows(grid.arms, grid.baseline, {(job.arm, job.seed): job.folder for job in jobs_of(grid)})
 
 
 @pytest.fixture
@@ -52,9 +63,9 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs are faked; the list says which were started."""
     started: list[str] = []
 
-    def run(grid: Any, job: Any, number: int, devices: str | None) -> str:
+    def run(grid: Grid, job: Job, place: Place) -> str:
         started.append(f"{job.arm} {job.seed}")
-        return fake_run(grid, job, number, devices)
+        return fake_run(grid, job, place)
 
     monkeypatch.setattr(sweep, "_run", run)
     monkeypatch.setattr(sweep, "load_run", lambda folder: None)
@@ -67,7 +78,7 @@ def test_table(faked: list[str], tmp_path: Path) -> None:
     result = run_sweep(grid, say=lambda line: None)
     assert len(faked) == 9
     assert result["failures"] == {f"broken, seed {seed}": "failed with exit code 2: ConfigError" for seed in range(3)}
-    plain, colm, broken = table_rows(grid, jobs_of(grid))
+    plain, colm, broken = rows_of(grid)
     losses = {"plain": [1.0, 1.1, 1.4], "CoLM": [0.9, 0.98, 1.26]}
     for row in (plain, colm):
         cell = row["held-out loss"]
@@ -80,7 +91,11 @@ def test_table(faked: list[str], tmp_path: Path) -> None:
     assert "difference" not in plain["held-out loss"]
     assert broken == {"arm": "broken", "num_seeds": 0}
     text = (tmp_path / "out" / "results.md").read_text()
-    assert "| CoLM | 3 | **1.047 ± 0.189** (-0.120 ± 0.012) |" in text
+    assert "| CoLM | 3 | **1.047 ± 0.189** (-0.120 ± 0.012) | **2.093 ± 0.378** (-0.240 ± 0.023) |" in text
+    assert "| arm | seeds | held-out loss | small sources | big sources | step s |" in text
+    page = (tmp_path / "out" / "results.html").read_text()
+    assert "<strong>1.047 ± 0.189</strong> (-0.120 ± 0.012)" in page
+    assert page.count("<tr>") == 4
     assert "| plain | 3 | 1.167 ± 0.208 |" in text
     assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"][1]["arm"] == "CoLM"
 
@@ -95,6 +110,36 @@ def test_finished_runs_are_skipped(faked: list[str], tmp_path: Path) -> None:
     assert said[0] == "9 runs, 6 finished already"
 
 
+def test_runs_with_other_settings_are_not_taken_for_these(faked: list[str], tmp_path: Path) -> None:
+    """Also where grids share a folder of runs."""
+    first = load_grid(write_grid(tmp_path, arms={"plain": [], "CoLM": []}, runs=str(tmp_path / "runs"), seeds=[0]))
+    for job in jobs_of(first):
+        fake_run(first, job, Place(0, None, 1))
+        job.record.write_text(json.dumps(sweep._asked(job)))
+    run_sweep(first, say=lambda line: None)
+    arms = {"plain": [], "CoLM": ["colm.metric=cosine"]}
+    other = load_grid(write_grid(tmp_path, arms=arms, runs=str(tmp_path / "runs"), seeds=[0]))
+    result = run_sweep(other, say=lambda line: None)
+    assert faked == []
+    assert list(result["failures"]) == ["CoLM, seed 0"]
+    assert "holds a run with other settings. Remove it" in result["failures"]["CoLM, seed 0"]
+    assert [row["num_seeds"] for row in result["rows"]] == [1, 0]
+
+
+def test_what_can_not_be_prepared(tmp_path: Path) -> None:
+    path = tmp_path / "nothing.txt"
+    command = "-c \"raise ValueError('no luck')\""
+    with pytest.raises(ConfigError, match=r"nothing.txt was not made. failed with exit code 1: .*no luck"):
+        run_sweep(load_grid(write_grid(tmp_path, prepare={str(path): command})), say=lambda line: None)
+
+
+def test_html_escapes_names() -> None:
+    page = format_html([{"arm": "<b>", "num_seeds": 0}], "<b>", "a & b")
+    assert "&lt;b&gt;" in page
+    assert "<b>" not in page
+    assert "a &amp; b" in page
+
+
 def test_device_groups(faked: list[str], tmp_path: Path) -> None:
     grid = load_grid(write_grid(tmp_path, launch={"device_groups": ["0,1", "2,3"]}, arms={"plain": [], "CoLM": []}))
     run_sweep(grid, say=lambda line: None)
@@ -106,8 +151,8 @@ def test_device_groups(faked: list[str], tmp_path: Path) -> None:
 def test_one_seed_has_no_spread(tmp_path: Path) -> None:
     grid = load_grid(write_grid(tmp_path, seeds=[4], arms={"plain": [], "CoLM": []}))
     for job in jobs_of(grid):
-        fake_run(grid, job, 0, None)
-    rows = table_rows(grid, jobs_of(grid))
+        fake_run(grid, job, Place(0, None, 1))
+    rows = rows_of(grid)
     assert rows[1]["held-out loss"]["std"] is None
     assert rows[1]["held-out loss"]["difference"]["standard_error"] is None
     assert "±" not in format_markdown(rows, "plain").split("\n\n")[0]
@@ -120,6 +165,7 @@ def test_one_seed_has_no_spread(tmp_path: Path) -> None:
         ({"recipe": "nowhere.yaml"}, "recipe = 'nowhere.yaml': no such file."),
         ({"arm": {}}, "arm: unknown key. Did you mean 'arms'?"),
         ({"seeds": []}, "seeds = []"),
+        ({"launch": {"parallel": 2, "device_groups": ["0"]}}, "launch.parallel = 2: there are device groups."),
     ],
 )
 def test_bad_grids(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -148,11 +194,53 @@ def test_real_runs(tmp_path: Path) -> None:
     write_mixture(tmp_path / "data", seed=1, scale=0.02)
     recipe = recipe_of(tmp_path)
     recipe["data"] = {**recipe["data"], "heldout": str(tmp_path / "data" / "heldout.jsonl")}
-    path = write_grid(tmp_path, seeds=[0], arms={"plain": ["colm.selector=random"], "broken": ["colm.selector=none"]})
+    note = tmp_path / "made" / "note.txt"
+    path = write_grid(
+        tmp_path,
+        seeds=[0],
+        arms={"plain": ["colm.selector=random"], "CoLM": [], "broken": ["colm.selector=none"]},
+        launch={"num_gpus": 1, "parallel": 2},
+        prepare={str(note): f"-c \"open('{note}', 'x').write('made once')\""},
+    )
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     grid = load_grid(path)
     result = run_sweep(grid, say=lambda line: None)
+    assert (tmp_path / "made" / "note.txt").read_text() == "made once"
     assert list(result["failures"]) == ["broken, seed 0"]
     assert "colm.selector = 'none': unknown" in (tmp_path / "out" / "broken" / "seed_0.log").read_text()
-    assert set(result["rows"][0]) >= {"arm", *list(MEASURES)[:2], "step s", "peak GiB"}
+    assert set(result["rows"][0]) >= {"arm", *list(MEASURES)[:4], "step s", "peak GiB"}
+    assert result["rows"][1]["held-out loss"]["difference"]["seeds"] == [0]
+    again = run_sweep(grid, say=lambda line: None)  # what is made is not made anew, what is finished not run
+    assert again["rows"] == result["rows"]
     assert (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+def test_every_arm_of_the_cpu_grids_trains(tmp_path: Path) -> None:
+    """All of what they say, from preparation to tables, with two steps a run and one seed."""
+    for name in ("finetune", "ds_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    whole: dict[str, Any] = {}
+    for path in (path for path in GRIDS if path.stem.endswith("_cpu")):
+        grid = yaml.safe_load(path.read_text())
+        shared = {name: changes for name, changes in grid["arms"].items() if name in whole.get("arms", {})}
+        assert all(whole["arms"][name] == changes for name, changes in shared.items())  # they share their runs
+        whole = grid | {"arms": whole.get("arms", {}) | grid["arms"]}
+    for arm, changes in whole["arms"].items():
+        whole["arms"][arm] = [change for change in changes if not change.startswith("steps=")]
+    whole["prepare"] = {
+        key: f"{command} {'steps=2' if 'train.py' in command else '--scale 0.1'}"
+        for key, command in whole["prepare"].items()
+    }
+    whole |= {"seeds": [0], "common": ["steps=2"], "recipe": str(ROOT / "finetune" / "recipes" / "cpu_lora.yaml")}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "finetune/sweep.py", "grid.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = json.loads((tmp_path / whole["out"] / "results.json").read_text())["rows"]
+    assert [row["arm"] for row in rows if row["num_seeds"] == 1] == list(whole["arms"])
+    assert all("big sources" in row and "small sources" in row for row in rows)
+    assert (tmp_path / whole["out"] / "results.html").exists()
