@@ -91,8 +91,13 @@ class Place:
     num_threads: int
 
 
-def load_grid(path: str | Path) -> Grid:
+def load_grid(path: str | Path, changes: Sequence[str] = (), seeds: Sequence[int] = ()) -> Grid:
     """Read and check a grid.
+
+    Args:
+        path: the YAML file.
+        changes: further key=value changes to the recipe, for all arms.
+        seeds: instead of the grid's.
 
     Raises:
         ConfigError: listing every problem found.
@@ -111,10 +116,13 @@ def load_grid(path: str | Path) -> Grid:
     recipe = next((place for place in (Path(grid.recipe), path.parent / grid.recipe) if place.exists()), None)
     if recipe is None:
         problems.add("recipe", grid.recipe, "no such file", f"It is looked for here and in {path.parent}.")
+    for change in [change for change in changes if "=" not in change]:
+        problems.add("change", change, "not of the form key=value", "For example steps=20.")
     if grid.launch.device_groups and grid.launch.parallel > 1:
         problems.add("launch.parallel", grid.launch.parallel, "there are device groups", "Remove one of both.")
     problems.raise_if_any()
-    return grid.model_copy(update={"recipe": str(recipe)})
+    updates = {"recipe": str(recipe), "common": [*grid.common, *changes], "seeds": list(seeds) or grid.seeds}
+    return grid.model_copy(update=updates)
 
 
 def jobs_of(grid: Grid) -> list[Job]:

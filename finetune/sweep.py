@@ -15,15 +15,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "others. Writes results.md, results.json, results.html and report.html into the grid's folder."
     )
     parser.add_argument("grid", help="YAML file, for example finetune/grids/table1_cpu.yaml")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="changes to the recipe for all arms")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="instead of the grid's, for example 0 1")
     parser.add_argument("--list", action="store_true", help="show the runs and whether they are finished, and end")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     from colm_ds.errors import ColmError
     from colm_ds.sweep import is_done, jobs_of, load_grid, run_sweep
     from colm_ds.sweep_table import format_markdown
 
     try:
-        grid = load_grid(options.grid)
+        grid = load_grid(options.grid, options.changes, options.seeds)
         if options.list:
             for job in jobs_of(grid):
                 print(f"{'finished' if is_done(grid, job) else 'to do':9} {job.arm}, seed {job.seed}: {job.folder}")

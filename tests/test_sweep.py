@@ -18,6 +18,7 @@ from colm_ds.data.generated import write_mixture
 from colm_ds.errors import ConfigError
 from colm_ds.sweep import Grid, Job, Place, jobs_of, load_grid, run_sweep
 from colm_ds.sweep_table import MEASURES, Row, format_html, format_markdown, table_rows
+from finetune.sweep import main
 from tests.test_bad_input import ROOT, recipe_of
 
 GRIDS = sorted((ROOT / "finetune" / "grids").glob("*.yaml"))
@@ -174,6 +175,23 @@ def test_bad_grids(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
     assert said in str(error.value)
 
 
+def test_command_line(faked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Changes for all arms and another list of seeds come from there."""
+    path = str(write_grid(tmp_path, arms={"plain": [], "CoLM": ["colm.metric=cosine"]}))
+    assert main([path, "steps=3", "--seeds", "4", "--list"]) == 0
+    assert [line.split(":")[0].split(maxsplit=2)[2] for line in capsys.readouterr().out.splitlines()] == [
+        "plain, seed 4",
+        "CoLM, seed 4",
+    ]
+    assert main([path, "steps=3", "--seeds", "4"]) == 0
+    assert faked == ["plain 4", "CoLM 4"]
+    assert "| CoLM | 1 |" in capsys.readouterr().out
+    grid = load_grid(path, ["steps=3"], [4])
+    assert [job.arguments[1:4] for job in jobs_of(grid)][1] == ["steps=2", "steps=3", "colm.metric=cosine"]
+    assert main([path, "steps"]) == 2
+    assert "change = 'steps': not of the form key=value" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_grids_are_valid(path: Path) -> None:
     """And every arm of theirs is a recipe that can be run."""
@@ -182,9 +200,12 @@ def test_grids_are_valid(path: Path) -> None:
     from colm_ds.training import deepspeed_config
 
     grid = load_grid(path)
+    assert "keep small + random" in grid.arms
+    assert f"finetune/grids/{path.name}" in path.read_text(encoding="utf-8").split("\n")[0]  # the command that runs it
     for job in jobs_of(grid):
         if job.seed == grid.seeds[0]:
-            anywhere = [f"data.train={path}", f"data.heldout={path}"]
+            heldout = "  heldout: " in Path(grid.recipe).read_text(encoding="utf-8")
+            anywhere = [f"data.train={path}", *([f"data.heldout={path}"] if heldout else [])]
             resolve_config(deepspeed_config(load_recipe(job.arguments[0], [*job.arguments[1:], *anywhere])), 2)
 
 
