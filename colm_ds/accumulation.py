@@ -79,11 +79,12 @@ def place(
         ranks = {position: int(batch.home[position]) for position in positions}
         replay.keep(positions)
     moves = [(p, int(batch.home[p]), ranks[p]) for p in sorted(positions) if ranks[p] != int(batch.home[p])]
-    arrived = move_examples(batch.examples, moves, batch.lengths, (batch.sources, batch.indices), rank, exchange)
+    arrived = move_examples(batch, moves, rank, exchange)
     by_rank = [[p for p in positions if ranks[p] == each] for each in range(world_size)]
-    plans = micro_batches(by_rank, batch.lengths, max_examples=max_examples, max_tokens=max_tokens)
-    sizes = [len(micro) * int(batch.lengths[micro].max()) for plan in plans for micro in plan if micro]
-    return Placement({**batch.examples, **arrived}, plans, _padding(plans, batch.lengths), max(sizes, default=0))
+    plans = micro_batches(by_rank, batch.padded_lengths, max_examples=max_examples, max_tokens=max_tokens)
+    sizes = [_padded_tokens(micro, batch) for plan in plans for micro in plan if micro]
+    padding = 1.0 - sum(int(batch.lengths[p]) for p in positions) / sum(sizes) if sizes else 0.0
+    return Placement({**batch.examples, **arrived}, plans, padding, max(sizes, default=0))
 
 
 def accumulate(
@@ -119,7 +120,7 @@ def accumulate(
         scales = scales.to(device, non_blocking=True)
         # A place holder is replayed too: under ZeRO-3 all ranks gather the same layers in the same order.
         replayed = replay is not None and (not mine or replay.has(mine))
-        with replay.replaying(mine) if replay is not None and replayed else nullcontext():
+        with replay.replaying(micro.by_row(mine)) if replay is not None and replayed else nullcontext():
             with part("forward") if part else nullcontext():
                 sums = example_loss_sums(engine, head, micro)
             with part("backward") if part else nullcontext():
@@ -158,7 +159,6 @@ def broken_positions(accumulated: Accumulated, batch: LargeBatch, exchange: Exch
     return exchange.sum(broken).nonzero().flatten().tolist()
 
 
-def _padding(plans: Sequence[Sequence[Sequence[int]]], lengths: Tensor) -> float:
-    computed = sum(len(batch) * int(lengths[list(batch)].max()) for plan in plans for batch in plan if batch)
-    real = sum(int(lengths[list(batch)].sum()) for plan in plans for batch in plan if batch)
-    return 1.0 - real / computed if computed else 0.0
+def _padded_tokens(positions: Sequence[int], batch: LargeBatch) -> int:
+    """Tokens that a micro-batch computes."""
+    return int(batch.row_counts[list(positions)].sum()) * int(batch.widths[list(positions)].max())

@@ -324,7 +324,7 @@ class CoresetSelector:
         max_tokens = self._config.probe.max_tokens
         if max_tokens == "auto":
             max_tokens = _PROBE_TOKENS_CPU if self._device.type == "cpu" else _PROBE_TOKENS
-        plans = micro_batches(by_rank, batch.lengths, max_tokens=max_tokens, equal_counts=self._equal_counts)
+        plans = micro_batches(by_rank, batch.padded_lengths, max_tokens=max_tokens, equal_counts=self._equal_counts)
         return plans[self._rank]
 
     def _probe_micro_batch(
@@ -332,11 +332,11 @@ class CoresetSelector:
     ) -> None:
         assert self._architecture is not None
         examples = [batch.examples[position] for position in positions]
-        lengths = [len(example.input_ids) for example in examples]
         micro = make_micro_batch(examples).to(self._device)
-        with store.recording(positions, lengths) if store is not None else nullcontext():
+        with store.recording(micro.by_row(positions), micro.lengths) if store is not None else nullcontext():
             tail = run_trunk(self._model, self._architecture, micro, self._trunk_dtype)
         if estimator is not None:
+            lengths = micro.example_lengths[: len(positions)]
             estimator.observe(tail, torch.tensor(positions, dtype=torch.int64), lengths)
 
     @contextmanager

@@ -13,6 +13,7 @@ from pydantic import Field
 from colm_ds.config import ColmConfig, Section, validate_section
 from colm_ds.data.records import HUB
 from colm_ds.errors import ConfigError, Problems
+from colm_ds.recipe_choices import ChoiceDataConfig
 
 PACKAGE_PREFIX = "package:"
 
@@ -155,7 +156,23 @@ class Recipe(BaseRecipe):
             problems.add(f"evaluation.{key}", value, "nothing is held out", "Set data.holdout_per_source.")
 
 
-RECIPES: dict[str, type[BaseRecipe]] = {"instructions": Recipe}
+class ChoiceRecipe(BaseRecipe):
+    """A run on a classification task; the loss is a cross-entropy over the candidates of every example."""
+
+    data_paths: ClassVar[tuple[str, ...]] = ("folder", "train", "heldout")
+
+    task: Literal["choices"] = Field(description="what is trained on")
+    data: ChoiceDataConfig
+
+    def check(self, problems: Problems) -> None:
+        """Add what does not fit together."""
+        super().check(problems)
+        self.data.check(problems)
+        if self.evaluation.every and self.data.train is not None and self.data.heldout is None:
+            problems.add("evaluation.every", self.evaluation.every, "nothing is held out", "Set data.heldout.")
+
+
+RECIPES: dict[str, type[BaseRecipe]] = {"instructions": Recipe, "choices": ChoiceRecipe}
 """Kinds of recipes by their key `task`; without the key it is the first."""
 
 

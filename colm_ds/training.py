@@ -249,8 +249,10 @@ class Run:
         peaks, by_rank = self._largest_peaks()
         if self.folder:
             self.folder.close()
-            steps = [entry for entry in read_metrics(self.folder.path / "metrics.jsonl") if "loss" in entry]
+            entries = read_metrics(self.folder.path / "metrics.jsonl")
+            steps = [entry for entry in entries if "loss" in entry]
             summary = {"status": "unfinished", **summarise(steps, peaks), "heldout": self.last_heldout}
+            summary |= {"heldout_before": next((entry["heldout"] for entry in entries if entry["step"] == 0), None)}
             summary |= {"memory_kind": self.engine.memory.kind, "peak_memory_gib_by_rank": by_rank}
             summary |= {"peak_memory_parts_gib": self._parts}
             summary |= {**results, "wall_s": time.perf_counter() - started}

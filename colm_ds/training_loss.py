@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from colm_ds.data.micro_batch import MicroBatch
 from colm_ds.families import FAMILIES
+from colm_ds.probe.example_loss import loss_sums
 from colm_ds.probe.patch import patched_forwards
-from colm_ds.probe.token_loss import sums_by_row, token_losses
+from colm_ds.probe.token_loss import token_losses
 
 
 def find_loss_head(model: nn.Module) -> nn.Module | None:
@@ -26,7 +27,12 @@ def find_loss_head(model: nn.Module) -> nn.Module | None:
 
 
 def example_loss_sums(forward: Callable[..., Any], head: nn.Module | None, batch: MicroBatch) -> Tensor:
-    """Sum of every example's token losses in nats, float32 `[batch]`, with a graph for the backward pass.
+    """Sum of every example's token losses in nats, float32 `[batch]`, with a graph; see `loss_sums`."""
+    return loss_sums(label_losses(forward, head, batch), batch)
+
+
+def label_losses(forward: Callable[..., Any], head: nn.Module | None, batch: MicroBatch) -> Tensor:
+    """Loss of every label in nats, float32 `[num_labels]`, with a graph for the backward pass.
 
     Args:
         forward: the engine or model to call.
@@ -36,8 +42,7 @@ def example_loss_sums(forward: Callable[..., Any], head: nn.Module | None, batch
     """
     if head is None:
         logits = forward(input_ids=batch.input_ids, use_cache=False).logits
-        losses = token_losses(_same, logits[batch.rows, batch.positions], batch.targets, logits.shape[-1])
-        return sums_by_row(losses, batch.rows, len(batch.counts))
+        return token_losses(_same, logits[batch.rows, batch.positions], batch.targets, logits.shape[-1])
     plain_head: Callable[[Tensor], Tensor] = head.forward
     vocabulary_size = int(head.out_features)  # type: ignore[arg-type]
 
@@ -46,8 +51,8 @@ def example_loss_sums(forward: Callable[..., Any], head: nn.Module | None, batch
         return token_losses(plain_head, states, batch.targets, vocabulary_size)
 
     with patched_forwards({head: loss_head}):
-        losses = forward(input_ids=batch.input_ids, use_cache=False).logits
-    return sums_by_row(losses, batch.rows, len(batch.counts))
+        losses: Tensor = forward(input_ids=batch.input_ids, use_cache=False).logits
+    return losses
 
 
 def _same(logits: Tensor) -> Tensor:

@@ -7,7 +7,23 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """How the tokens of a classification example are divided: a prompt with each candidate, one after the other.
+
+    Its loss is the cross-entropy over the candidates of the mean log-probability of each one's labelled tokens.
+
+    Attributes:
+        lengths: tokens of every prompt with candidate, `[c]`.
+        gold: place of the right candidate.
+    """
+
+    lengths: tuple[int, ...]
+    gold: int
 
 
 @dataclass(frozen=True)
@@ -19,12 +35,45 @@ class Example:
         labels: token ids to predict, -100 where there is no loss, int64 `[length]`.
         source: source id.
         index: position in the dataset.
+        candidates: for classification; None: the loss is the mean over the labelled tokens.
     """
 
     input_ids: Tensor
     labels: Tensor
     source: int
     index: int
+    candidates: Candidates | None = None
+
+
+@dataclass(frozen=True)
+class CandidateTable:
+    """What is known without their tokens of the candidates of n classification examples.
+
+    Attributes:
+        lengths: tokens of every prompt with candidate, 0 where an example has fewer, int64 `[n, c]`.
+        golds: place of the right candidate, int64 `[n]`.
+        num_rows: sequences that are computed for an example, as candidates share them, int64 `[n]`.
+        widths: tokens of the longest of these, int64 `[n]`.
+    """
+
+    lengths: Tensor
+    golds: Tensor
+    num_rows: Tensor
+    widths: Tensor
+
+    @property
+    def padded_lengths(self) -> Tensor:
+        """Tokens of every example padded alone, int64 `[n]`."""
+        return self.num_rows * self.widths
+
+    def take(self, indices: Tensor) -> CandidateTable:
+        """The facts of some examples, in that order."""
+        return CandidateTable(self.lengths[indices], self.golds[indices], self.num_rows[indices], self.widths[indices])
+
+    def of(self, place: int) -> Candidates:
+        """The division of one example."""
+        lengths = self.lengths[place].tolist()
+        return Candidates(tuple(length for length in lengths if length), int(self.golds[place]))
 
 
 class SourcedDataset(Protocol):
@@ -34,7 +83,10 @@ class SourcedDataset(Protocol):
         source_names: name of each source id.
         source_ids: source id of every example, `[num_examples]`.
         lengths: tokens of every example, `[num_examples]`.
-        num_label_tokens: labelled tokens of every example, `[num_examples]`.
+        num_label_tokens: labelled tokens of every example, `[num_examples]`; 1 of every classification example, whose
+            loss is of one decision.
+
+    A dataset of classification examples has also `candidates`, a `CandidateTable`; lengths are then tokens computed.
     """
 
     source_names: Sequence[str]
@@ -61,6 +113,7 @@ class LargeBatch:
         num_label_tokens: labelled tokens of every example, int64 `[r]`.
         home: rank that holds every example, int64 `[r]`.
         examples: this rank's examples by position.
+        candidates: of classification examples, by position.
     """
 
     step: int
@@ -70,6 +123,27 @@ class LargeBatch:
     num_label_tokens: Tensor
     home: Tensor
     examples: dict[int, Example]
+    candidates: CandidateTable | None = None
+
+    @property
+    def row_counts(self) -> Tensor:
+        """Sequences that go through the model for every example, int64 `[r]`."""
+        return torch.ones_like(self.lengths) if self.candidates is None else self.candidates.num_rows
+
+    @property
+    def widths(self) -> Tensor:
+        """Tokens of the longest of these, int64 `[r]`."""
+        return self.lengths if self.candidates is None else self.candidates.widths
+
+    @property
+    def padded_lengths(self) -> Tensor:
+        """Tokens of every example padded alone, int64 `[r]`."""
+        return self.lengths if self.candidates is None else self.candidates.padded_lengths
+
+    @property
+    def stored_lengths(self) -> Tensor:
+        """Tokens that travel with every example, int64 `[r]`."""
+        return self.lengths if self.candidates is None else self.candidates.lengths.sum(1)
 
     @property
     def size(self) -> int:

@@ -14,7 +14,18 @@ import pytest
 LAYERS = (
     {"errors", "types", "seeds"},
     {"selection"},
-    {"config", "deepspeed_config", "recipe", "families", "models", "probe", "distributed", "data", "random_state"},
+    {
+        "config",
+        "deepspeed_config",
+        "recipe",
+        "recipe_choices",
+        "families",
+        "models",
+        "probe",
+        "distributed",
+        "data",
+        "random_state",
+    },
     {"engine", "coreset_selector", "training_loss", "accumulation", "faults", "resume"}
     | {"export", "checkpoint", "memory", "monitor", "evaluation"},
     {"tracking", "metrics_tail", "watch", "memory_arms", "report", "tasks", "run_start", "preview", "sweep", "training"}

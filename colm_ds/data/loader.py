@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from colm_ds.data.mixture import MixtureSampler
 from colm_ds.distributed.assign import home_ranks
 from colm_ds.errors import DataError
-from colm_ds.types import Example, LargeBatch, SourcedDataset
+from colm_ds.types import Candidates, CandidateTable, Example, LargeBatch, SourcedDataset
 
-_Arrays = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int, int]
+_Arrays = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int, int, Candidates | None]
 
 
 class LargeBatchLoader:
@@ -59,6 +59,7 @@ class LargeBatchLoader:
         self._world_size = world_size
         self._num_workers = num_workers
         self._kept_sources = sorted(kept_sources)
+        self._candidates: CandidateTable | None = getattr(dataset, "candidates", None)
 
     def __iter__(self) -> Iterator[LargeBatch]:
         for batch in self._ahead() if self._num_workers else map(self.batch, itertools.count(self.next_step)):
@@ -110,6 +111,7 @@ class LargeBatchLoader:
             num_label_tokens=torch.from_numpy(self.dataset.num_label_tokens[indices].astype(np.int64)),
             home=home,
             examples=examples,
+            candidates=None if self._candidates is None else self._candidates.take(torch.from_numpy(indices)),
         )
 
 
@@ -122,14 +124,14 @@ class _Steps(Dataset[tuple[int, dict[int, _Arrays]]]):
     def __getitem__(self, step: int) -> tuple[int, dict[int, _Arrays]]:
         examples = self._loader.read(step)
         return step, {
-            position: (example.input_ids.numpy(), example.labels.numpy(), example.source, example.index)
-            for position, example in examples.items()
+            position: (one.input_ids.numpy(), one.labels.numpy(), one.source, one.index, one.candidates)
+            for position, one in examples.items()
         }
 
 
 def _to_example(values: _Arrays) -> Example:
-    ids, labels, source, index = values
-    return Example(torch.from_numpy(ids), torch.from_numpy(labels), source, index)
+    ids, labels, source, index, candidates = values
+    return Example(torch.from_numpy(ids), torch.from_numpy(labels), source, index, candidates)
 
 
 def _same(item: Any) -> Any:

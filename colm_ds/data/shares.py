@@ -70,7 +70,7 @@ def gather_large_batch(read: Callable[[], list[Example]], step: int, rank: int, 
             example.index if example.index >= 0 else start + place,
             example.source,
             len(example.input_ids),
-            int((example.labels[1:] != IGNORE_INDEX).sum()),
+            1 if example.candidates else int((example.labels[1:] != IGNORE_INDEX).sum()),
         )
         for place, example in enumerate(examples)
     ]

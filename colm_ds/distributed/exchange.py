@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from colm_ds.selection import SINGLE_PROCESS, Exchange
-from colm_ds.types import NUM_NAMED, Coreset, Example
+from colm_ds.types import NUM_NAMED, Coreset, Example, LargeBatch
 
 
 class ProcessGroupExchange:
@@ -129,20 +129,13 @@ def broadcast_coreset(coreset: Coreset | None, size: int, num_sources: int, exch
 
 
 def move_examples(
-    examples: dict[int, Example],
-    moves: Sequence[tuple[int, int, int]],
-    lengths: Tensor,
-    facts: tuple[Tensor, Tensor],
-    rank: int,
-    exchange: Exchange,
+    batch: LargeBatch, moves: Sequence[tuple[int, int, int]], rank: int, exchange: Exchange
 ) -> dict[int, Example]:
     """Send the tokens of examples that are trained on another rank than the one that holds them.
 
     Args:
-        examples: this rank's examples by position.
+        batch: the large batch as this rank sees it.
         moves: (position, from rank, to rank), the same list on every rank.
-        lengths: tokens of every example, `[r]`.
-        facts: source id and dataset index of every example, each `[r]`.
         rank: this rank.
         exchange: the ranks.
 
@@ -151,12 +144,13 @@ def move_examples(
     """
     if not moves:
         return {}
+    lengths = batch.stored_lengths
     sizes = [int(lengths[position]) for position, _, _ in moves]
     tokens = torch.zeros(2, sum(sizes), dtype=torch.int32)
     starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
     for (position, source, _), start, size in zip(moves, starts, sizes, strict=False):
         if source == rank:
-            example = examples[position]
+            example = batch.examples[position]
             tokens[0, start : start + size] = example.input_ids
             tokens[1, start : start + size] = example.labels
     exchange.sum(tokens)
@@ -164,5 +158,7 @@ def move_examples(
     for (position, _, target), start, size in zip(moves, starts, sizes, strict=False):
         if target == rank:
             ids, labels = tokens[:, start : start + size].long()
-            arrived[position] = Example(ids, labels, int(facts[0][position]), int(facts[1][position]))
+            candidates = None if batch.candidates is None else batch.candidates.of(position)
+            facts = int(batch.sources[position]), int(batch.indices[position])
+            arrived[position] = Example(ids, labels, *facts, candidates)
     return arrived

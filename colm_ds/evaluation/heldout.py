@@ -1,18 +1,19 @@
-"""Held-out loss per source: token-weighted, the same at any batch size and number of ranks."""
+"""Held-out loss per source, and accuracy of classification: the same at any batch size and number of ranks."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from colm_ds.data.micro_batch import make_micro_batch
 from colm_ds.distributed.assign import home_ranks, micro_batches
+from colm_ds.probe.example_loss import candidate_scores, loss_sums
 from colm_ds.probe.patch import eval_mode
 from colm_ds.selection import Exchange
-from colm_ds.training_loss import example_loss_sums
-from colm_ds.types import SourcedDataset
+from colm_ds.training_loss import label_losses
+from colm_ds.types import CandidateTable, SourcedDataset
 
 
 def heldout_loss(
@@ -40,28 +41,43 @@ def heldout_loss(
 
     Returns:
         `overall` (over all labelled tokens), `macro` (mean over sources), `per_source` by name; sources without a
-        held-out example are left out.
+        held-out example are left out. Of classification examples, whose loss counts as one token's, also `accuracy`:
+        the share whose right candidate has the highest mean log-probability, the first one at a tie.
     """
-    lengths = torch.as_tensor(dataset.lengths, dtype=torch.int64)
+    candidates: CandidateTable | None = getattr(dataset, "candidates", None)
+    lengths = torch.as_tensor(dataset.lengths, dtype=torch.int64) if candidates is None else candidates.padded_lengths
     home = home_ranks(lengths, exchange.num_processes)
     by_rank = [(home == process).nonzero().flatten().tolist() for process in range(exchange.num_processes)]
     plan = micro_batches(by_rank, lengths, max_tokens=max_tokens)[rank]
-    sums = torch.zeros(2, len(dataset.source_names), dtype=torch.float64, device=device)
+    sums = torch.zeros(3, len(dataset.source_names), dtype=torch.float64, device=device)
     with eval_mode(model), torch.no_grad():
         for indices in plan:
             batch = make_micro_batch([dataset[index] for index in indices]).to(device)
-            losses = example_loss_sums(forward, head, batch).double()[: len(indices)]
+            by_label = label_losses(forward, head, batch)
+            losses = loss_sums(by_label, batch).double()[: len(indices)]
             sources = torch.as_tensor(dataset.source_ids[indices], dtype=torch.int64).to(device)
             sums[0].index_add_(0, sources, losses)
             sums[1].index_add_(0, sources, batch.counts[: len(indices)].double())
-    totals, counts = exchange.sum(sums).cpu()
+            if batch.groups is not None:
+                right = first_largest(candidate_scores(by_label, batch.groups)) == batch.groups.golds
+                sums[2].index_add_(0, sources, right.double())
+    totals, counts, num_right = exchange.sum(sums).cpu()
     per_source = {
         name: float(totals[source] / counts[source])
         for source, name in enumerate(dataset.source_names)
         if counts[source] > 0
     }
+    accuracy = {} if candidates is None else {"accuracy": float(num_right.sum() / counts.sum())}
     return {
         "overall": float(totals.sum() / counts.sum()),
         "macro": sum(per_source.values()) / len(per_source),
         "per_source": per_source,
+        **accuracy,
     }
+
+
+def first_largest(scores: Tensor) -> Tensor:
+    """Place of the largest of each row of `[n, c]`, the first one at a tie, int64 `[n]`."""
+    places = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+    largest = scores == scores.amax(dim=1, keepdim=True)
+    return torch.where(largest, places, scores.shape[1]).amin(dim=1)

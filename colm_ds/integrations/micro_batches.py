@@ -83,7 +83,7 @@ def coreset_micro_batches(
     """
     ranks = equal_ranks(positions, batch.lengths, batch.home, exchange.num_processes)
     moves = [(p, int(batch.home[p]), ranks[p]) for p in sorted(positions) if ranks[p] != int(batch.home[p])]
-    arrived = move_examples(batch.examples, moves, batch.lengths, (batch.sources, batch.indices), rank, exchange)
+    arrived = move_examples(batch, moves, rank, exchange)
     examples: Mapping[int, Example] = {**batch.examples, **arrived}
     mine = [position for position in positions if ranks[position] == rank]
     mine.sort(key=lambda position: (-int(batch.lengths[position]), position))

@@ -26,7 +26,8 @@ def gradient_factors(architecture: Architecture, tail: TailInput) -> list[tuple[
 
     Returns:
         For each target delta `[batch, length, out]`, the gradient of the example's own loss at the projection's output,
-        zero at padding; x `[batch, length, in]`, the projection's input. Both in the model's compute dtype, but delta
+        zero at padding; x `[batch, length, in]`, the projection's input; the rows of a classification example are one
+        after the other along the length. Both in the model's compute dtype, but delta
         of an fp16 model in float32.
     """
     seen: list[tuple[Tensor, Tensor]] = [(tail.hidden, tail.hidden)] * len(architecture.targets)
@@ -54,7 +55,7 @@ def gradient_factors(architecture: Architecture, tail: TailInput) -> list[tuple[
         deltas = torch.autograd.grad(loss, leaves)
     factors = []
     for delta, (inputs, _) in zip(deltas, seen, strict=True):
-        delta, inputs = (_by_token(part, tail.batch) for part in (delta, inputs))
+        delta, inputs = (tail.batch.by_example(_by_token(part, tail.batch)) for part in (delta, inputs))
         if summed:
             delta = delta.float() / tail.batch.counts.clamp_min(1.0)[:, None, None]
         factors.append((delta, inputs))
@@ -67,7 +68,7 @@ def example_gradients(factors: list[tuple[Tensor, Tensor]], row: int, length: in
     Args:
         factors: from `gradient_factors`.
         row: the example's place in the micro-batch.
-        length: its tokens.
+        length: its tokens (`MicroBatch.example_lengths`).
     """
     parts = [(delta[row, :length].T.float() @ inputs[row, :length].float()).flatten() for delta, inputs in factors]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -77,4 +78,4 @@ def _by_token(values: Tensor, batch: MicroBatch) -> Tensor:
     """`[batch, length, w]` from what the MLP sees, the labelled positions alone."""
     if values.dim() == 3:
         return values
-    return values.new_zeros(*batch.input_ids.shape, values.shape[-1]).index_put((batch.rows, batch.positions), values)
+    return values.new_zeros(*batch.input_ids.shape, values.shape[-1]).index_put(batch.places, values)

@@ -42,9 +42,13 @@ class _Replayed(torch.autograd.Function):
         return hidden.grad, None, None, None
 
 
+_Row = tuple[int, int]
+"""A position in the large batch, and which of its example's rows."""
+
+
 @dataclass(frozen=True)
 class _Place:
-    """Where an example was in the probe's pass."""
+    """Where a row was in the probe's pass."""
 
     micro_batch: int
     row: int
@@ -91,7 +95,7 @@ class ReplayStore:
         self._step = 0
         self._states: list[list[Tensor]] = []  # by micro-batch of the probe, by layer
         self._shapes: list[tuple[int, int]] = []
-        self._places: dict[int, _Place] = {}
+        self._places: dict[_Row, _Place] = {}
         self._rows: list[dict[int, int]] = []  # by micro-batch: where a row is after the others were dropped
         self._attach = torch.zeros(1, requires_grad=True)
         modules = [module for layer in self._layers for module in layer.modules()]
@@ -118,7 +122,7 @@ class ReplayStore:
         """Store the output of every layer but the last in one forward of the trunk.
 
         Args:
-            positions: position in the large batch of every row.
+            positions: position in the large batch of every row; rows of one example come in the order of training.
             lengths: tokens of every row.
         """
         states: list[Tensor] = []
@@ -140,13 +144,13 @@ class ReplayStore:
             yield
         self._states.append(states)
         self._rows.append({row: row for row in range(len(positions))})
-        for row, (position, length) in enumerate(zip(positions, lengths, strict=True)):
-            self._places[position] = _Place(number, row, length)
+        for row, (key, length) in enumerate(zip(_keys(positions), lengths, strict=False)):  # none of a place holder
+            self._places[key] = _Place(number, row, length)
 
     def keep(self, positions: Sequence[int]) -> None:
         """Free the memory of all other examples."""
         wanted = set(positions)
-        self._places = {position: place for position, place in self._places.items() if position in wanted}
+        self._places = {key: place for key, place in self._places.items() if key[0] in wanted}
         for number, states in enumerate(self._states):
             rows = sorted(place.row for place in self._places.values() if place.micro_batch == number)
             self._rows[number] = {row: index for index, row in enumerate(rows)}
@@ -156,7 +160,7 @@ class ReplayStore:
 
     def has(self, positions: Sequence[int]) -> bool:
         """Whether a micro-batch of these positions can be replayed here."""
-        return len(positions) > 0 and all(position in self._places for position in positions)
+        return len(positions) > 0 and all((position, 0) in self._places for position in positions)
 
     @contextmanager
     def replaying(self, positions: Sequence[int]) -> Iterator[None]:
@@ -193,8 +197,8 @@ class ReplayStore:
     def _assemble(self, number: int, positions: Sequence[int], like: Tensor) -> Tensor:
         """The stored output of one layer for a training micro-batch, zero at padding, `[batch, length, hidden]`."""
         output = like.new_zeros(like.shape)
-        for row, position in enumerate(positions):
-            place = self._places[position]
+        for row, key in enumerate(_keys(positions)):
+            place = self._places[key]
             state = self._states[place.micro_batch][number]
             output[row, : place.length] = state[self._rows[place.micro_batch][place.row], : place.length]
         return output
@@ -216,13 +220,24 @@ class ReplayStore:
     def _mask_of(self, positions: Sequence[int], module: nn.Dropout, like: Tensor) -> Tensor:
         """The same masks for the rows of a training micro-batch, one elsewhere."""
         mask = torch.ones_like(like)
-        for micro_batch in sorted({self._places[position].micro_batch for position in positions}):
+        keys = _keys(positions)
+        for micro_batch in sorted({self._places[key].micro_batch for key in keys}):
             whole = self._mask(micro_batch, module, like)
-            for row, position in enumerate(positions):
-                place = self._places[position]
+            for row, key in enumerate(keys):
+                place = self._places[key]
                 if place.micro_batch == micro_batch:
                     mask[row, : place.length] = whole[place.row, : place.length]
         return mask
+
+
+def _keys(positions: Sequence[int]) -> list[_Row]:
+    """Names of the rows of a micro-batch from the position of each."""
+    seen: dict[int, int] = {}
+    keys = []
+    for position in positions:
+        seen[position] = seen.get(position, -1) + 1
+        keys.append((position, seen[position]))
+    return keys
 
 
 def _bind(drop: Callable[[nn.Dropout, Tensor], Tensor], module: nn.Dropout) -> Callable[[Tensor], Tensor]:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from colm_ds.probe.architecture import Architecture
 from colm_ds.probe.estimators import VectorRows
+from colm_ds.probe.example_loss import candidate_scores
 from colm_ds.probe.factors import gradient_factors
 from colm_ds.probe.patch import patched_forwards
-from colm_ds.probe.tail import TailInput, labelled_hidden, tail_losses
+from colm_ds.probe.tail import TailInput, label_losses, labelled_hidden, tail_losses
 from colm_ds.probe.token_loss import in_chunks, sums_by_row
 from colm_ds.selection import Exchange, Signals
 from colm_ds.types import Coreset
@@ -21,13 +22,15 @@ SCORES = ("loss", "confidence", "gradient_norm", "hidden")
 
 
 def confidences(architecture: Architecture, tail: TailInput) -> Tensor:
-    """Mean over labelled positions of the likeliest token's probability, float32 `[batch]`.
+    """Mean over labelled positions of the likeliest token's probability, float32 `[batch]`; the likeliest candidate's.
 
     Args:
         architecture: the model's parts.
         tail: what enters the last layer.
     """
     batch, head = tail.batch, architecture.head
+    if batch.groups is not None:
+        return candidate_scores(label_losses(architecture, tail), batch.groups).softmax(dim=1).amax(dim=1).float()
     plain_head = head.forward
 
     def largest_probability(states: Tensor) -> Tensor:
@@ -61,12 +64,16 @@ def gradient_norms(architecture: Architecture, tail: TailInput) -> Tensor:
 def last_hidden(architecture: Architecture, tail: TailInput) -> Tensor:
     """Final hidden state where the last token is predicted, after the norm, float32 `[batch, hidden]`.
 
+    Of a classification example it is the one at the end of the prompt.
+
     Args:
         architecture: the model's parts.
         tail: what enters the last layer.
     """
     batch = tail.batch
     hidden = labelled_hidden(architecture, tail).float()
+    if batch.groups is not None:
+        return hidden[batch.groups.firsts]
     last = batch.counts.long().cumsum(0) - 1  # labelled positions come row by row
     found = hidden[last.clamp_min(0)]
     return torch.where(batch.counts[:, None] > 0, found, torch.zeros_like(found))

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from colm_ds.data.micro_batch import MicroBatch
 from colm_ds.errors import ProbeError
 from colm_ds.probe.architecture import Architecture
+from colm_ds.probe.example_loss import loss_sums
 from colm_ds.probe.patch import Forward, patched_forwards
-from colm_ds.probe.token_loss import sums_by_row, token_losses
+from colm_ds.probe.token_loss import token_losses
 
 _CAST_ELEMENTS = 1 << 22
 """Weight elements cast at a time (16 MB in float32)."""
@@ -102,8 +103,8 @@ def labelled_hidden(architecture: Architecture, tail: TailInput) -> Tensor:
     plain_mlp: Callable[[Tensor], Tensor] = mlp.forward  # type: ignore[union-attr]
 
     def labelled_mlp(states: Tensor) -> Tensor:
-        values = plain_mlp(states[batch.rows, batch.positions])
-        return values.new_zeros(states.shape).index_put((batch.rows, batch.positions), values)
+        values = plain_mlp(states[batch.places])
+        return values.new_zeros(states.shape).index_put(batch.places, values)
 
     with patched_forwards({mlp: labelled_mlp}):  # type: ignore[dict-item]
         output = architecture.last_layer(tail.hidden, *tail.args, **tail.kwargs)
@@ -113,17 +114,22 @@ def labelled_hidden(architecture: Architecture, tail: TailInput) -> Tensor:
 
 
 def tail_losses(architecture: Architecture, tail: TailInput) -> Tensor:
-    """Mean loss over the labelled tokens of every example, in nats, float32 `[batch]`; see `labelled_hidden`."""
-    batch, head = tail.batch, architecture.head
+    """Loss of every example in nats, float32 `[batch]`; see `labelled_hidden` and `loss_sums`."""
+    return loss_sums(label_losses(architecture, tail), tail.batch) / tail.batch.counts.clamp_min(1.0)
+
+
+def label_losses(architecture: Architecture, tail: TailInput) -> Tensor:
+    """Loss of every label in nats, float32 `[num_labels]`."""
+    head, targets = architecture.head, tail.batch.targets
     plain_head: Callable[[Tensor], Tensor] = head.forward
 
     def loss_head(states: Tensor) -> Tensor:
-        return token_losses(plain_head, states, batch.targets, architecture.vocabulary_size)
+        return token_losses(plain_head, states, targets, architecture.vocabulary_size)
 
     hidden = labelled_hidden(architecture, tail)
     with patched_forwards({head: loss_head}):
-        losses = head(hidden)
-    return sums_by_row(losses, batch.rows, len(batch.counts)) / batch.counts.clamp_min(1.0)
+        losses: Tensor = head(hidden)
+    return losses
 
 
 @contextmanager

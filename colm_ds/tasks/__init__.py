@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from colm_ds.recipe import BaseRecipe, Recipe
+from colm_ds.recipe import BaseRecipe, ChoiceRecipe, Recipe
 from colm_ds.tasks.base import InTraining, Task, measured_loss
+from colm_ds.tasks.choices import ChoiceTask
 from colm_ds.tasks.instructions import InstructionTask
 
-__all__ = ["InTraining", "InstructionTask", "Task", "load_task", "measured_loss"]
+__all__ = ["ChoiceTask", "InTraining", "InstructionTask", "Task", "load_task", "measured_loss"]
 
 
 def load_task(recipe: BaseRecipe, tokenizer: Any) -> Task:
@@ -17,5 +18,7 @@ def load_task(recipe: BaseRecipe, tokenizer: Any) -> Task:
     Raises:
         ConfigError, DataError: naming the key, or the file and line, that is wrong.
     """
+    if isinstance(recipe, ChoiceRecipe):
+        return ChoiceTask(recipe, tokenizer)
     assert isinstance(recipe, Recipe)
     return InstructionTask(recipe, tokenizer)

@@ -8,7 +8,9 @@ from typing import Any, Protocol
 import torch
 
 from colm_ds.engine import CoLMEngine
+from colm_ds.errors import ConfigError
 from colm_ds.evaluation.heldout import heldout_loss
+from colm_ds.recipe import BaseRecipe
 from colm_ds.selection import Exchange
 from colm_ds.types import SourcedDataset
 
@@ -58,6 +60,15 @@ class Task(Protocol):
     def describe(self) -> dict[str, Any]:
         """What `config.json` says of the data; `num_heldout` among it."""
         ...
+
+
+def check_large_batch(recipe: BaseRecipe, train: SourcedDataset) -> None:
+    """Raise a ConfigError if there is less data than one large batch."""
+    if recipe.colm.large_batch_size > len(train):
+        raise ConfigError(
+            f"colm.large_batch_size = {recipe.colm.large_batch_size}: more than the {len(train)} examples of "
+            "data.train. Choose fewer, or add data."
+        )
 
 
 def measured_loss(run: InTraining, dataset: SourcedDataset, max_tokens: int) -> dict[str, Any]:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from colm_ds.data import InstructionDataset, load_instructions, split_holdout
-from colm_ds.errors import ConfigError
 from colm_ds.evaluation.exact_match import exact_match, load_questions
 from colm_ds.recipe import Recipe
-from colm_ds.tasks.base import InTraining, measured_loss
+from colm_ds.tasks.base import InTraining, check_large_batch, measured_loss
 
 
 class InstructionTask:
@@ -82,9 +81,5 @@ def load_data(recipe: Recipe, tokenizer: Any) -> tuple[InstructionDataset, Instr
     heldout = load(data.heldout, None) if data.heldout is not None else None
     if data.holdout_per_source:
         train, heldout = split_holdout(train, per_source=data.holdout_per_source, seed=recipe.seed)
-    if recipe.colm.large_batch_size > len(train):
-        raise ConfigError(
-            f"colm.large_batch_size = {recipe.colm.large_batch_size}: more than the {len(train)} examples of "
-            "data.train. Choose fewer, or add data."
-        )
+    check_large_batch(recipe, train)
     return train, heldout
