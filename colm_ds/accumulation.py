@@ -43,11 +43,13 @@ class Accumulated:
     Attributes:
         totals: weighted sum of the finite losses, and the number of examples whose loss is not finite, float64 `[2]`.
         finite: whether each example's loss is, bool `[n]`.
+        sums: each example's summed token losses, 0 where not finite, float32 `[n]`.
         positions: of those examples in the large batch.
     """
 
     totals: Tensor
     finite: Tensor
+    sums: Tensor
     positions: list[int]
 
 
@@ -112,7 +114,7 @@ def accumulate(
     """
     world_size = len(placement.plans)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    finite: list[Tensor] = []
+    passed: list[Tensor] = []
     for mine in placement.plans[rank]:
         micro = make_micro_batch([placement.examples[position] for position in mine]).to(device)
         scales = torch.zeros(len(micro.counts))
@@ -126,11 +128,22 @@ def accumulate(
             with part("backward") if part else nullcontext():
                 engine.backward((sums * scales).sum() * world_size, scale_wrt_gas=False)
         sums = sums.detach()
-        finite.append(torch.isfinite(sums)[: len(mine)])
+        passed.append(sums[: len(mine)])
         total += torch.where(torch.isfinite(sums), sums * scales, 0.0).sum()
-    whole = torch.cat(finite) if finite else torch.ones(0, dtype=torch.bool, device=device)
+    losses = torch.cat(passed) if passed else torch.zeros(0, device=device)
+    whole = torch.isfinite(losses)
     positions = [position for mine in placement.plans[rank] for position in mine]
-    return Accumulated(torch.stack([total, (~whole).sum().double()]), whole, positions)
+    totals = torch.stack([total, (~whole).sum().double()])
+    return Accumulated(totals, whole, torch.where(whole, losses, 0.0), positions)
+
+
+def totals_and_losses(accumulated: Accumulated, batch: LargeBatch) -> Tensor:
+    """`totals`, then each example's mean token loss by position, float64 `[2 + r]`; to be summed over ranks."""
+    device = accumulated.sums.device
+    positions = torch.tensor(accumulated.positions, dtype=torch.int64)
+    losses = torch.zeros(batch.size, dtype=torch.float64, device=device)
+    losses[positions.to(device)] = accumulated.sums.double() / batch.num_label_tokens[positions].to(device)
+    return torch.cat([accumulated.totals, losses])
 
 
 def loss_scale(batch: LargeBatch, coreset: Coreset, normalization: str, without: Sequence[int] = ()) -> Tensor:

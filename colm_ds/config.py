@@ -122,6 +122,9 @@ class ColmConfig(Section):
         description="train from the probe's hidden states (with activation checkpointing); offload: from host memory",
     )
     schedule: ScheduleConfig = ScheduleConfig()
+    variance_every: int = Field(
+        0, ge=0, description="measure the variance of the coreset's gradient every n steps, by a pass over r; 0: never"
+    )
     memory: MemoryConfig = MemoryConfig()
     num_workers: int = Field(0, ge=0, description="processes that read the next large batches ahead")
     max_skipped_steps: int = Field(

@@ -22,14 +22,16 @@ from colm_ds.distributed.assign import micro_batches
 from colm_ds.distributed.exchange import broadcast_coreset, make_exchange
 from colm_ds.errors import ConfigError, SelectionError
 from colm_ds.memory.breakdown import tensors_of
-from colm_ds.memory.meter import GIB, Meter, free_bytes
+from colm_ds.memory.meter import Meter
 from colm_ds.probe.architecture import Architecture, find_architecture
-from colm_ds.probe.estimators import Estimator
+from colm_ds.probe.estimators import Estimator, Observer
 from colm_ds.probe.parameters import reading_parameters
 from colm_ds.probe.patch import eval_mode
 from colm_ds.probe.registry import make_estimator
-from colm_ds.probe.replay import ReplayStore, why_not_replay
+from colm_ds.probe.replay import ReplayStore
 from colm_ds.probe.tail import run_trunk
+from colm_ds.probe.variance import GradientVariance
+from colm_ds.replay_choice import choose_replay
 from colm_ds.seeds import private_generator
 from colm_ds.selection import (
     SINGLE_PROCESS,
@@ -70,6 +72,11 @@ def selection_config(config: ColmConfig | Mapping[str, Any], num_processes: int 
         return resolve_config({"colm": section}, num_processes).colm
     except ConfigError as error:
         raise ConfigError(str(error).replace("the DeepSpeed configuration", "the colm configuration")) from None
+
+
+def reads_model(config: ColmConfig) -> bool:
+    """Whether the last layer of the model is looked at: for the selector's signal, or to measure variances."""
+    return signal_of(config.selector) is not None or config.variance_every > 0
 
 
 class CoresetSelector:
@@ -146,7 +153,7 @@ class CoresetSelector:
         self.step_count = 0
         self._batch: LargeBatch | None = None
         self.small = small_source_ids(config, counts)
-        architecture = find_architecture(model, config.probe.layer) if self._needs_probe(config) else None
+        architecture = find_architecture(model, config.probe.layer) if reads_model(config) else None
         settings = SelectionSettings(
             geometry=config.geometry,
             metric=config.metric,
@@ -164,10 +171,14 @@ class CoresetSelector:
         self._weights: Tensor | None = None
         self.signal_bytes = 0
         self.replay: ReplayStore | None = None
-        self.why_not_replay: str | None = None
         self._trunk_dtype = torch.bfloat16 if config.probe.dtype == "bfloat16" else None
-        self._store = self._make_store(mean_length)
-        if architecture is not None:
+        self._store: ReplayStore | None = None
+        self.why_not_replay: str | None = None
+        if architecture is not None and signal_of(config.selector) is not None:
+            num_tokens = config.large_batch_size / exchange.num_processes * mean_length
+            self._store, self.why_not_replay = choose_replay(config, architecture, num_tokens, device)
+            if self.why_not_replay and rank == 0:
+                logger.warning("no forward replay: %s", self.why_not_replay)
             self._estimator = make_estimator(
                 config.probe,
                 architecture,
@@ -216,6 +227,15 @@ class CoresetSelector:
             coreset = self._select(batch, signals, self._estimator)
             self._estimator.update(coreset, self._exchange)
         return coreset
+
+    def gradient_variance(self, batch: LargeBatch, coreset: Coreset) -> dict[str, float] | None:
+        """How far the coreset's mean gradient is from the large batch's; see `GradientVariance`. All ranks together."""
+        assert self._architecture is not None
+        measured = GradientVariance(self._architecture, batch, coreset, self._device)
+        with eval_mode(self._model), torch.no_grad():
+            for positions in self._plan(batch, torch.ones(batch.size, dtype=torch.bool)):
+                self._probe_micro_batch(batch, positions, measured, None)
+        return measured.result(self._exchange)
 
     def share(self, coreset: Coreset) -> tuple[list[int], Tensor]:
         """What this rank trains of the last coreset, where each trains its own examples.
@@ -328,7 +348,7 @@ class CoresetSelector:
         return plans[self._rank]
 
     def _probe_micro_batch(
-        self, batch: LargeBatch, positions: Sequence[int], estimator: Estimator | None, store: ReplayStore | None
+        self, batch: LargeBatch, positions: Sequence[int], estimator: Observer | None, store: ReplayStore | None
     ) -> None:
         assert self._architecture is not None
         examples = [batch.examples[position] for position in positions]
@@ -349,35 +369,6 @@ class CoresetSelector:
         with reading_parameters(self._architecture.targets) as weights:
             yield
         self._weights = weights()
-
-    def _make_store(self, mean_length: float) -> ReplayStore | None:
-        """The store for forward replay, where it is asked for or pays and its conditions hold."""
-        config, architecture = self._config, self._architecture
-        if config.replay == "off" or architecture is None:
-            return None
-        offload = config.replay == "offload"
-        reason = why_not_replay(architecture)
-        if config.probe.dtype != "auto":
-            reason = "the probe computes in another type than training (colm.probe.dtype)"
-        if reason is None and not offload:
-            tokens = config.large_batch_size / self._exchange.num_processes * mean_length
-            size = next(architecture.last_layer.parameters()).element_size()
-            needed = (len(architecture.layers) - 1) * tokens * architecture.hidden_size * size
-            free = free_bytes(self._device)
-            if needed > free / 2 and config.replay == "auto":
-                reason = f"it needs about {needed / GIB:.1f} GiB and {free / GIB:.1f} GiB are free"
-        if reason is None:
-            return ReplayStore(architecture, offload=offload, seed=config.seed)
-        if config.replay != "auto":
-            raise ConfigError(f'colm.replay = {config.replay!r}: {reason}. Change that, or write "auto" or "off".')
-        self.why_not_replay = reason
-        if self._rank == 0:
-            logger.warning("no forward replay: %s", reason)
-        return None
-
-    @staticmethod
-    def _needs_probe(config: ColmConfig) -> bool:
-        return signal_of(config.selector) is not None
 
     @staticmethod
     def _mask_size(config: ColmConfig, architecture: Architecture | None) -> int | None:

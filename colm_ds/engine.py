@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -13,10 +13,11 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from colm_ds.accumulation import Placement, accumulate, broken_positions, loss_scale, place
+from colm_ds.accumulation import Placement, accumulate, broken_positions, loss_scale, place, totals_and_losses
 from colm_ds.config import Config, ResolvedConfig, resolve_config
+from colm_ds.coreset_facts import describe_coreset
 from colm_ds.coreset_selector import CoresetSelector, small_source_ids
 from colm_ds.data.loader import LargeBatchLoader, RecordDataset, source_counts
 from colm_ds.deepspeed_config import MONITOR_SECTIONS, model_facts, resolve_auto
@@ -190,9 +191,14 @@ class CoLMEngine:
                     f"step {batch.step}: none of the {batch.size} examples has a finite signal. "
                     "The model has diverged: resume from an earlier checkpoint with a lower learning rate."
                 )
+            every, variance = self.config.colm.variance_every, None
+            if every and batch.step % every == 0:
+                with self._watching(batch.step, "variance"):
+                    variance = self.coreset_selector.gradient_variance(batch, coreset)
+                exchanged.drop()
             self.memory.note_selected(self.coreset_selector.kept_tensors(), self.coreset_selector.replay)
             lr = float(self.deepspeed_engine.get_lr()[0])
-            loss, placement, broken = self._update(batch, coreset, meter, exchanged)
+            loss, losses, placement, broken = self._update(batch, coreset, meter, exchanged)
         self.step_count += 1
         skipped = not self.deepspeed_engine.was_step_applied()
         self.skipped.note(skipped)
@@ -217,15 +223,17 @@ class CoLMEngine:
             selected=self.coreset_selector.selects(batch.step),
             time_s=time_s,
             **measured,
-            coreset=self._describe(batch, coreset, broken),
+            coreset=describe_coreset(
+                batch, coreset, self._source_names, losses=losses, broken=broken, variance=variance
+            ),
         )
         self.monitor.write_events(step_events(stats))
         return stats
 
     def _update(
         self, batch: LargeBatch, coreset: Coreset, meter: Meter, exchanged: _ByteCount
-    ) -> tuple[float, Placement, list[int]]:
-        """Train on the coreset: its loss, the micro-batches, and positions whose loss is not finite.
+    ) -> tuple[float, Tensor, Placement, list[int]]:
+        """Train on the coreset: its loss, those by position, the micro-batches, and positions where it is not finite.
 
         Such a loss spoils the sum of all gradients. The optimizer then skips, and the others are passed through again.
         """
@@ -259,12 +267,13 @@ class CoLMEngine:
             self.memory.note_trained(self.deepspeed_engine.module, self.deepspeed_engine.optimizer, replay)
             with meter.phase("step"):
                 self.deepspeed_engine.step()
-            loss, num_broken = self._exchange.sum(done.totals).tolist()  # the step's one read, a synchronisation
-            if num_broken == 0:
-                return loss, placement, broken
+            found = self._exchange.sum(totals_and_losses(done, batch)).cpu()  # the step's one read, a synchronisation
+            loss, losses = float(found[0]), found[2:]
+            if found[1] == 0:
+                return loss, losses, placement, broken
             broken += broken_positions(done, batch, self._exchange)
             if self.deepspeed_engine.was_step_applied() or len(broken) == len(positions):
-                return loss, placement, sorted(broken)
+                return loss, losses, placement, sorted(broken)
 
     def train_batch_size(self) -> int:
         """b, the examples trained on in a step."""
@@ -319,22 +328,6 @@ class CoLMEngine:
     def _watching(self, step: int, phase: str) -> AbstractContextManager[None]:
         return self.watchdog.watching(f"phase {phase!r} of step {step}")
 
-    def _describe(self, batch: LargeBatch, coreset: Coreset, broken: Sequence[int]) -> dict[str, Any]:
-        counts = torch.bincount(batch.sources[coreset.positions], minlength=len(self._source_names)).tolist()
-        names = [*self._source_names, "joint"]  # the joint pool has source id -1
-        return {
-            "kept_small": coreset.num_kept,
-            "dropped_small": coreset.num_dropped_small,
-            "nonfinite": coreset.num_nonfinite + len(broken),
-            "nonfinite_examples": [
-                {"index": int(batch.indices[p]), "source": self._source_names[int(batch.sources[p])], "what": what}
-                for what, positions in (("signal", coreset.nonfinite), ("loss", broken))
-                for p in positions
-            ],
-            "per_source": dict(zip(self._source_names, counts, strict=True)),
-            "coherence": {names[source]: value for source, value in coreset.coherence.items()},
-        }
-
 
 class _ByteCount:
     """Splits the exchange's running count of bytes by what they were for."""
@@ -350,6 +343,10 @@ class _ByteCount:
         self.by_kind[kind] += getattr(self._exchange, "num_bytes", 0)
         if hasattr(self._exchange, "num_bytes"):
             self._exchange.num_bytes = 0
+
+    def drop(self) -> None:
+        """Book what was carried since the last note nowhere."""
+        self._exchange.num_bytes = 0
 
     def split_signals(self, num_bytes: int) -> None:
         """Book a part of the selection's bytes as signals."""

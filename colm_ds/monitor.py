@@ -48,6 +48,9 @@ def step_events(stats: StepStats) -> list[Event]:
     total = max(1, sum(counts.values()))
     numbers |= {f"Share/{_flat(name)}": count / total for name, count in counts.items()}
     numbers |= {f"Coherence/{_flat(name)}": value for name, value in coreset.get("coherence", {}).items()}
+    numbers |= {f"Loss/{_flat(name)}": value for name, value in coreset.get("loss", {}).items()}
+    for kind in ("label_tokens", "gradient_variance"):
+        numbers |= {f"Coreset/{kind}_{name}": value for name, value in coreset.get(kind, {}).items()}
     return _events(numbers, stats.samples)
 
 

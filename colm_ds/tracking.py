@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from colm_ds.coherence import coherence_summary
 from colm_ds.errors import ConfigError
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "numpy")
@@ -128,15 +129,20 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def summarise(entries: Sequence[Mapping[str, Any]], peaks_gib: Mapping[str, float]) -> dict[str, Any]:
+def summarise(
+    entries: Sequence[Mapping[str, Any]], peaks_gib: Mapping[str, float], small: Collection[str] = ()
+) -> dict[str, Any]:
     """Totals and medians over the steps of a run.
 
     Args:
         entries: `StepStats` as dictionaries, one per step; times leave out the first, which warms up, and those whose
-            allocations were counted.
+            allocations or variances were measured.
         peaks_gib: largest peak of each phase over steps and ranks.
+        small: names of the sources that are kept whole.
     """
-    timed = [entry for entry in entries[1:] if not entry.get("counted_gib")] or entries
+    timed = [
+        entry for entry in entries[1:] if not entry.get("counted_gib") and not _measures_variance(entry)
+    ] or entries
     totals = [entry["time_s"]["total"] for entry in timed]
     phases = sorted({name for entry in timed for name in entry["time_s"]})
     return {
@@ -155,7 +161,20 @@ def summarise(entries: Sequence[Mapping[str, Any]], peaks_gib: Mapping[str, floa
         "padding_fraction": float(np.mean([entry["padding_fraction"] for entry in entries])),
         "skipped_steps": sum(bool(entry.get("skipped")) for entry in entries),
         "nonfinite_examples": sum(entry["coreset"].get("nonfinite", 0) for entry in entries),
+        "coherence": coherence_summary(entries, small),
+        **_means(entries, "label_tokens"),
+        **_means(entries, "gradient_variance"),
     }
+
+
+def _measures_variance(entry: Mapping[str, Any]) -> bool:
+    return bool(entry["coreset"].get("gradient_variance"))
+
+
+def _means(entries: Sequence[Mapping[str, Any]], key: str) -> dict[str, dict[str, float]]:
+    """Means of a pair of numbers of the coreset over the steps that have it; nothing if none has."""
+    found = [entry["coreset"][key] for entry in entries if entry["coreset"].get(key)]
+    return {key: {name: float(np.mean([each[name] for each in found])) for name in found[0]}} if found else {}
 
 
 def _version(name: str) -> str:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from colm_ds import checkpoint
 from colm_ds.config import load_config, resolve_config
+from colm_ds.coreset_selector import reads_model
 from colm_ds.data.loader import source_counts
 from colm_ds.distributed.agreement import broadcast_text, single_process_environment, together
 from colm_ds.distributed.exchange import make_exchange
@@ -36,7 +37,6 @@ from colm_ds.monitor import heldout_events, monitor_sections, set_environment
 from colm_ds.probe.architecture import find_architecture
 from colm_ds.recipe import BaseRecipe, LrScheduleConfig, load_recipe
 from colm_ds.run_start import CHECKPOINTS, may_restart, where_to_start
-from colm_ds.selection import signal_of
 from colm_ds.tasks import InTraining, Task, load_task
 from colm_ds.tracking import RunFolder, describe_environment, read_metrics, summarise
 from colm_ds.types import StepStats
@@ -251,7 +251,8 @@ class Run:
             self.folder.close()
             entries = read_metrics(self.folder.path / "metrics.jsonl")
             steps = [entry for entry in entries if "loss" in entry]
-            summary = {"status": "unfinished", **summarise(steps, peaks), "heldout": self.last_heldout}
+            summary = {"status": "unfinished", **summarise(steps, peaks, self._small_sources())}
+            summary |= {"heldout": self.last_heldout}
             summary |= {"heldout_before": next((entry["heldout"] for entry in entries if entry["step"] == 0), None)}
             summary |= {"memory_kind": self.engine.memory.kind, "peak_memory_gib_by_rank": by_rank}
             summary |= {"peak_memory_parts_gib": self._parts}
@@ -260,6 +261,8 @@ class Run:
             write_model_card(weights, folder, kind=ADAPTER if self.recipe.lora else MODEL)
             self.folder.write("summary.json", {**summary, "status": "finished"})  # the last file of a run
             print(f"{self.recipe.name}: {self.recipe.steps} steps done, written to {self.recipe.output_dir}")
+            if summary["coherence"]:
+                print(f"{self.recipe.name}: {summary['coherence']['verdict']}")
 
     def _go_on(self, start: checkpoint.Found | None) -> int:
         """Load the checkpoint to go on from; the step that comes next."""
@@ -293,9 +296,13 @@ class Run:
         resolve_config(config, self.world_size)
         return config
 
+    def _small_sources(self) -> list[str]:
+        selector = self.engine.coreset_selector
+        return [selector.source_names[source] for source in selector.small]
+
     def _checked_model(self) -> nn.Module:
         model = load_model(self.recipe, self.tokenizer)
-        if signal_of(self.recipe.colm.selector) is not None:
+        if reads_model(self.recipe.colm):
             find_architecture(model, self.recipe.colm.probe.layer)
         return model
 
@@ -349,7 +356,6 @@ class Run:
 
     def _describe(self) -> dict[str, Any]:
         counts = source_counts(self.task.train)
-        names = list(counts)
         parameters = list(self.model.parameters())
         sizes = [getattr(p, "ds_numel", p.numel()) for p in parameters]
         return {
@@ -360,7 +366,7 @@ class Run:
             "num_parameters": sum(sizes),
             "num_trainable": sum(size for p, size in zip(parameters, sizes, strict=True) if p.requires_grad),
             "sources": counts,
-            "small_sources": [names[source] for source in self.engine.coreset_selector.small],
+            "small_sources": self._small_sources(),
             **self.task.describe(),
             "recipe": self.recipe.model_dump(),
             "deepspeed": self.engine.config.deepspeed,

@@ -212,8 +212,7 @@ class StepStats:
             float32 copies), activations (all that the phase added), replay, probe, selection, rest.
         counted_gib: in the steps of `memory.count_steps` on a CPU: peaks of counted tensor allocations by phase and as
             total, weights and states included; None in others.
-        coreset: kept_small, dropped_small, per_source (examples by source name), coherence by source name, nonfinite
-            (examples whose signal or loss was not) and nonfinite_examples (index in the dataset, source, what).
+        coreset: see `coreset_facts.describe_coreset`.
     """
 
     step: int

@@ -13,8 +13,16 @@ from colm_ds.selection import Exchange, Signals
 from colm_ds.types import Coreset
 
 
-class Estimator(Protocol):
-    """Estimates per-example gradients of the last V projection.
+class Observer(Protocol):
+    """Takes in the micro-batches of a probe."""
+
+    def observe(self, tail: TailInput, positions: Tensor, lengths: Sequence[int]) -> None:
+        """See `Estimator.observe`."""
+        ...
+
+
+class Estimator(Observer, Protocol):
+    """Estimates per-example gradients of the probed matrices.
 
     Attributes:
         is_local: whether every rank's signals stay with it, so that all ranks select together.

@@ -138,11 +138,15 @@ class Arm:
 
     def coherence(self) -> dict[str, Curve]:
         """Mean coherence of every source over the runs that count."""
-        sources = dict.fromkeys(name for found in self.used for name in found.coherence)
-        return {
-            name: mean_curve([found.coherence[name] for found in self.used if name in found.coherence])
-            for name in sources
-        }
+        return _mean_curves([found.coherence for found in self.used])
+
+    def source_losses(self) -> dict[str, Curve]:
+        """Mean loss of the selected examples of every source over the runs that count."""
+        return _mean_curves([found.source_losses for found in self.used])
+
+    def signal(self, name: str) -> Curve:
+        """Mean of a signal over the runs that have it; empty if none has."""
+        return mean_curve([found.signals[name] for found in self.used if name in found.signals])
 
 
 def make_arms(runs: Sequence[Run]) -> tuple[list[Arm], list[str]]:
@@ -182,6 +186,11 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
         return Curve(steps, [], means)
     times = [dict(zip(curve.steps, curve.seconds, strict=True)) for curve in curves]
     return Curve(steps, [float(np.mean([time[step] for time in times])) for step in steps], means)
+
+
+def _mean_curves(runs: Sequence[Mapping[str, Curve]]) -> dict[str, Curve]:
+    names = dict.fromkeys(name for curves in runs for name in curves)
+    return {name: mean_curve([curves[name] for curves in runs if name in curves]) for name in names}
 
 
 def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

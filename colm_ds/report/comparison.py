@@ -31,6 +31,7 @@ from colm_ds.report.quality import (
 from colm_ds.report.run import Run, lookup
 from colm_ds.report.section import Section
 from colm_ds.report.setup import problems_of, setup_section
+from colm_ds.report.signals import signals_section
 from colm_ds.report.summary import caveats, listed, summary
 from colm_ds.report.tables import plain, quoted
 from colm_ds.report.tradeoff import tradeoff_section
@@ -108,6 +109,7 @@ def compare(
         memory_section(arms),
         shares_section(arms, small),
         coherence_section(arms),
+        signals_section(arms, small),
         traffic_section(arms),
         setup_section(arms, others),
     ]

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 
+from colm_ds.coherence import JOINT, agreement
 from colm_ds.report.arms import Arm
 from colm_ds.report.charts import Line, Picture, dot_picture, line_picture, stacked_picture
-from colm_ds.report.curves import envelope, smooth, thin
+from colm_ds.report.curves import envelope, last_tenth, smooth, thin
 from colm_ds.report.facts import BYTE_KINDS, PHASES, Curve
 from colm_ds.report.quality import data_shares, mark_small, source_names
 from colm_ds.report.run import lookup, number
 from colm_ds.report.section import Section
 from colm_ds.report.tables import Column, Table, fixed, kib, percent, quoted, seconds, times, whole
 
-JOINT = "joint"
 _MOST_COHERENCE_PICTURES = 6
 
 
@@ -174,24 +174,9 @@ def _coherence_verdict(arm: Arm, curves: Mapping[str, Curve], expected: Mapping[
     mean = _average([_average(values) for values, _ in known])
     end = _average([_average(last_tenth(values)) for values, _ in known])
     text = f"{quoted(arm.name)}: {fixed(2)(mean)} on average, {fixed(2)(end)} in the last tenth of the steps, "
-    text += f"where unrelated gradients would give {fixed(2)(floor)}: {_agreement(mean, floor)}"
-    late = _agreement(end, floor)
-    return text + (f"; towards the end {late}." if late != _agreement(mean, floor) else ".")
-
-
-def _agreement(coherence: float, floor: float) -> str:
-    """Coherence in words, by its place between unrelated gradients and equal ones."""
-    place = (coherence - floor) / (1 - floor) if floor < 1 else 0.0
-    if place > 0.5:
-        return "examples of one source agree well, and medoids stand for them"
-    if place > 0.1:
-        return "examples of one source agree in part, and medoids may do better than random picks"
-    return "examples of one source are close to unrelated, and medoids can not stand for them"
-
-
-def last_tenth(values: Sequence[float]) -> Sequence[float]:
-    """The last tenth of some values, at least one."""
-    return values[-max(1, len(values) // 10) :]
+    text += f"where unrelated gradients would give {fixed(2)(floor)}: {agreement(mean, floor)}"
+    late = agreement(end, floor)
+    return text + (f"; towards the end {late}." if late != agreement(mean, floor) else ".")
 
 
 def _average(values: Sequence[float]) -> float:

@@ -79,3 +79,8 @@ def value_at(curve: Curve, step: int, nearby: int = 0) -> float | None:
 def seconds_at(curve: Curve, step: int) -> float | None:
     """Training seconds at a step of the curve."""
     return curve.seconds[curve.steps.index(step)] if curve.seconds and step in curve.steps else None
+
+
+def last_tenth(values: Sequence[float]) -> Sequence[float]:
+    """The last tenth of some values, at least one."""
+    return values[-max(1, len(values) // 10) :]

@@ -42,6 +42,8 @@ class Facts:
         train_loss: training loss by step.
         heldout: held-out losses by step: `overall`, `macro` and `small` (mean of the small sources).
         coherence: |mean g| / mean |g| by step of every source (or pool).
+        source_losses: mean loss of the selected examples by step of every source.
+        signals: `label_tokens.coreset`, `label_tokens.large_batch`, `gradient_variance.coreset` and `.random` by step.
         memory_kind: what peaks are: "allocated", "counted" (allocations, on a CPU) or "resident"; empty if not known.
     """
 
@@ -51,6 +53,8 @@ class Facts:
     train_loss: Curve
     heldout: dict[str, Curve]
     coherence: dict[str, Curve]
+    source_losses: dict[str, Curve]
+    signals: dict[str, Curve]
     memory_kind: str = ""
 
 
@@ -94,7 +98,8 @@ def run_facts(run: Run, small: Collection[str], *, counted: bool = False) -> Fac
     if not isinstance(heldout, Mapping):
         heldout = run.heldout.get(last, {}) if last > 0 else {}
     losses = heldout_losses(heldout, small)
-    coherence = _coherence(run, seconds)
+    coherence = _by_name(run, "coherence", seconds)
+    pairs = {key: _by_name(run, key, seconds) for key in ("label_tokens", "gradient_variance")}
     groups = {
         "heldout": numbers(lookup(heldout, "per_source")),
         "exact_match": numbers(lookup(run.summary, "exact_match", "per_source")),
@@ -121,6 +126,8 @@ def run_facts(run: Run, small: Collection[str], *, counted: bool = False) -> Fac
         train_loss=_curve(((step, found.get("loss")) for step, found in _by_step(run)), seconds),
         heldout=_heldout_curves(run, small, seconds),
         coherence=coherence,
+        source_losses=_by_name(run, "loss", seconds),
+        signals={f"{key}.{name}": curve for key, curves in pairs.items() for name, curve in curves.items()},
         memory_kind="counted" if counted else _memory_kind(run),
     )
 
@@ -185,10 +192,11 @@ def _heldout_curves(run: Run, small: Collection[str], seconds: Mapping[int, floa
     return {key: curve for key, curve in curves.items() if curve.steps}
 
 
-def _coherence(run: Run, seconds: Mapping[int, float]) -> dict[str, Curve]:
+def _by_name(run: Run, key: str, seconds: Mapping[int, float]) -> dict[str, Curve]:
+    """Curves of the numbers of one mapping of the coreset, such as those by source."""
     points: dict[str, list[tuple[int, float]]] = {}
     for step, found in _by_step(run):
-        for name, value in numbers(lookup(found, "coreset", "coherence")).items():
+        for name, value in numbers(lookup(found, "coreset", key)).items():
             points.setdefault(name, []).append((step, value))
     return {name: _curve(found, seconds) for name, found in points.items()}
 

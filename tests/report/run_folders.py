@@ -165,6 +165,10 @@ def step_stats(
             "dropped_small": 0,
             "nonfinite": 0,
             "per_source": per_source,
+            "seen": {name: round(128 * count / total) for name, count in sources.items()},
+            "loss": {name: 2.0 - 0.1 * place + noise.gauss(0, 0.01) for place, name in enumerate(sources)},
+            "label_tokens": {"coreset": 40.0 if probing else 32.0, "large_batch": 32.0},
+            **({"gradient_variance": {"coreset": 0.02, "random": 0.04}} if probing and step % 10 == 0 else {}),
             "coherence": {
                 name: 0.5 - 0.3 * min(1, step / 90) + noise.gauss(0, 0.03) for name in sources if name not in small
             }

@@ -300,3 +300,20 @@ def test_terminal_table(five_runs: list[Run]) -> None:
     assert len(rows) == 5
     assert all(len(row) <= 130 for row in (head, *rows))
     assert f"{five_runs[0].summary['heldout']['overall']:.4f}" in rows[0]
+
+
+def test_signals_of_the_selection(tmp_path: Path) -> None:
+    runs = [load_run(write_run(tmp_path / name, name)) for name in ("plain-64", "colm-spsa")]
+    found = compare(runs, tmp_path / "out", date=DATE)
+    tables = json.loads((tmp_path / "out" / "report.json").read_text())["tables"]
+    plain, colm = tables["signals"]["rows"]
+    numbers = [list(row.values()) if isinstance(row, dict) else row for row in (plain, colm)]
+    assert numbers[0][1:3] == [32.0, 1.0]
+    assert numbers[0][3:] == [None, None, None]
+    assert numbers[1][1:] == pytest.approx([40.0, 1.25, 0.02, 0.04, 0.5])
+    assert len(tables["source_losses"]["rows"]) == 6
+    page = (tmp_path / "out" / "report.html").read_text()
+    check_page(page)
+    assert "Variance of the coreset" in page
+    assert "Completion length of the selected" in page
+    assert any(section.key == "signals" for section in found.sections)
