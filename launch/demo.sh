@@ -4,8 +4,8 @@
 #   bash launch/demo.sh                      # about 5 minutes on 2 cores after the installation
 #   bash launch/demo.sh steps=60             # changes to the recipe, as finetune/train.py takes them
 #
-# Three arms of the same number of steps on a small mixture that the project makes itself: plain training on b = 32,
-# CoLM on 32 of 64, plain training on r = 64. Two ranks on a CPU machine, all GPUs where there are some.
+# Four arms of the same number of steps on a small mixture that the project makes itself: plain training on b = 32, small
+# sources kept and the rest of 32 at random (the control), CoLM on 32 of 64, plain training on r = 64. Two ranks on a CPU machine, all GPUs where there are some.
 # RANKS, MASTER_PORT and OUT (default runs/demo) may be set.
 set -euo pipefail
 
@@ -35,9 +35,10 @@ arm() {     # arm FOLDER NAME key=value ...
 
 start=$SECONDS
 arm plain_b "plain 32" colm.selector=full colm.large_batch_size=32 colm.coreset_size=32 "$@"
+arm keep "keep small + random" colm.selector=keep_random "$@"
 arm colm "CoLM 32 of 64" "$@"
 arm plain_r "plain 64" colm.selector=full colm.large_batch_size=64 colm.coreset_size=64 "$@"
 
 say "comparing"
-colm-ds report "$out/plain_b" "$out/colm" "$out/plain_r" --out "$out"
+colm-ds report "$out/plain_b" "$out/keep" "$out/colm" "$out/plain_r" --out "$out"
 say "done in $((SECONDS - start)) s; open $out/report.html"

@@ -8,8 +8,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from colm_ds.config import ColmConfig, MaskConfig, ProbeConfig
+from colm_ds.selection import SELECTORS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,12 +30,17 @@ config["colm"] = {**config["colm"], "large_batch_size": 16, "coreset_size": 8}
 config["train_batch_size"] = 8
 config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-3}}
 tokens = torch.randint(3, 90, (64, 12), generator=torch.Generator().manual_seed(0)).tolist()
+tokens = [row[: 4 + index % 9] for index, row in enumerate(tokens)]
 dataset = [{"input_ids": row, "labels": row, "source": "ab"[index % 8 == 0]} for index, row in enumerate(tokens)]
 model = tiny_model("llama").train()
+exec(sys.argv[2])
 engine, optimizer, loader, scheduler = colm_ds.initialize(model=model, config=config, training_data=dataset)
 for _ in range(2):
-    stats = engine.train_batch()
+    batch = engine.loader.batch(engine.step_count + 1)
+    stats = engine.train_batch(batch)
 print("trained", stats.examples_trained)
+shortest = batch.lengths.sort().values
+print("shortest" if stats.tokens == int(shortest[:8].sum()) < int(shortest[-8:].sum()) else "not the shortest")
 """
 
 
@@ -53,9 +62,31 @@ def test_the_two_line_adoption_trains() -> None:
     (section,) = readme_blocks("json")
     config = json.loads("{" + section + "}")
     assert config["train_batch_size"] == config["colm"]["coreset_size"]
-    done = run("-c", SCRIPT, json.dumps(config))
+    done = run("-c", SCRIPT, json.dumps(config), "")
     assert done.returncode == 0, done.stderr
     assert "trained 8" in done.stdout
+
+
+@pytest.mark.distributed
+def test_a_selector_in_ten_lines_trains() -> None:
+    code = next(block for block in readme_blocks("python") if "StatelessSelector" in block)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    done = run("-c", SCRIPT, json.dumps({"colm": {"selector": "shortest"}}), code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-3:] == ["trained", "8", "shortest"]
+
+
+def test_every_selector_and_option_has_a_card() -> None:
+    text = (ROOT / "docs" / "SELECTORS.md").read_text(encoding="utf-8")
+    cards = [line for line in text.splitlines() if line.startswith("| `")]
+    for name in SELECTORS:
+        assert any(line.startswith(f"| `{name}`") for line in cards), name
+    for section, keys in ((ColmConfig, ("geometry", "metric", "weights")), (ProbeConfig, ("estimator", "layer"))):
+        for key in keys:
+            for value in get_args(section.model_fields[key].annotation):
+                assert any(f"`{value}`" in line or f"{key}: {value}" in line for line in cards), (key, value)
+    for value in get_args(MaskConfig.model_fields["criterion"].annotation):
+        assert any("mask.criterion" in line and value in line for line in cards), value
 
 
 def test_help_of_the_entry_point_explains_every_key() -> None:

@@ -7,7 +7,7 @@ from colm_ds.selection.gradients import DenseGradients, Gradients, LowRankGradie
 from colm_ds.selection.history import AdamHistory
 from colm_ds.selection.mask import mask_coordinates
 from colm_ds.selection.registry import SELECTORS, make_selector, sees_sources, signal_of
-from colm_ds.selection.selectors import Selector, SelectorContext
+from colm_ds.selection.selectors import Selector, SelectorContext, StatelessSelector
 from colm_ds.selection.sources import coreset_quotas, share_out, split_sources
 from colm_ds.selection.weights import cluster_weights, matched_weights
 
@@ -25,6 +25,7 @@ __all__ = [
     "SelectorContext",
     "Signals",
     "SingleProcess",
+    "StatelessSelector",
     "cluster_weights",
     "coreset_quotas",
     "facility_location",

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from colm_ds.errors import SelectionError
 from colm_ds.selection.coreset import Signals
 from colm_ds.selection.exchange import Exchange
-from colm_ds.selection.selectors import SelectorContext
+from colm_ds.selection.selectors import StatelessSelector
 from colm_ds.selection.two_round import pick_medoids
 from colm_ds.types import NUM_NAMED, Coreset, LargeBatch
 
@@ -37,15 +35,8 @@ def middle(scores: Tensor, count: int) -> Tensor:
     return order[first : first + count].sort().values
 
 
-class _Scored:
+class _Scored(StatelessSelector):
     """Base of selectors that look at one number per example; sources play no part."""
-
-    signal: str | None = None
-    keeps_small = False
-    sees_sources = False
-
-    def __init__(self, context: SelectorContext) -> None:
-        self._context = context
 
     def select(self, batch: LargeBatch, signals: Signals | None, exchange: Exchange) -> Coreset:
         """The b examples that `_places` names among those looked at whose number is finite."""
@@ -53,20 +44,13 @@ class _Scored:
         finite = signals.finite.cpu() if signals is not None else torch.ones(batch.size, dtype=torch.bool)
         looked_at = finite if signals is None or signals.unprobed is None else finite & ~signals.unprobed.cpu()
         usable = looked_at.nonzero().flatten()
-        places = self._places(scores[usable], min(self._context.size, len(usable)))
+        places = self._places(scores[usable], min(self.context.size, len(usable)))
         return Coreset(
             positions=usable[places],
             weights=torch.ones(len(places)),
             num_nonfinite=int((~finite).sum()),
             nonfinite=tuple((~finite).nonzero().flatten()[:NUM_NAMED].tolist()),
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: there is no state."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
 
     def _scores(self, batch: LargeBatch, signals: Signals | None) -> Tensor:
         """One row per example of the large batch, on the CPU."""
@@ -123,4 +107,4 @@ class HiddenMedoidsSelector(_Scored):
     signal: str | None = "hidden"
 
     def _places(self, scores: Tensor, count: int) -> Tensor:
-        return pick_medoids(scores, count, self._context.settings.metric).indices.cpu()
+        return pick_medoids(scores, count, self.context.settings.metric).indices.cpu()

@@ -109,15 +109,19 @@ class ColmSelector:
         return self._history
 
 
-class _Stateless:
-    """Base of selectors that choose from seed and step alone."""
+class StatelessSelector:
+    """Base of selectors that remember nothing; by itself it looks at no signal and keeps nothing by source.
+
+    Attributes:
+        context: what it was made from.
+    """
 
     signal: str | None = None
     keeps_small = False
     sees_sources = False
 
     def __init__(self, context: SelectorContext) -> None:
-        self._context = context
+        self.context = context
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: there is no state."""
@@ -127,23 +131,23 @@ class _Stateless:
         """Nothing to restore."""
 
 
-class RandomSelector(_Stateless):
+class RandomSelector(StatelessSelector):
     """Plain training on b: a random b of the r examples."""
 
     def select(self, batch: LargeBatch, signals: Signals | None, exchange: Exchange) -> Coreset:
         """b positions drawn from (seed, step), ascending."""
-        generator = private_generator(self._context.settings.seed, "random", batch.step)
-        return _uniform(torch.randperm(batch.size, generator=generator)[: self._context.size].sort().values)
+        generator = private_generator(self.context.settings.seed, "random", batch.step)
+        return _uniform(torch.randperm(batch.size, generator=generator)[: self.context.size].sort().values)
 
 
-class KeepRandomSelector(_Stateless):
+class KeepRandomSelector(StatelessSelector):
     """All examples of small sources, random ones of the others by CoLM's quotas: what CoLM is without medoids."""
 
     sees_sources = True
 
     def select(self, batch: LargeBatch, signals: Signals | None, exchange: Exchange) -> Coreset:
         """Kept examples, then each pool's random picks, drawn from (seed, step)."""
-        context = self._context
+        context = self.context
         generator = private_generator(context.settings.seed, "keep_random", batch.step)
         shares = share_out(
             batch.sources,
@@ -159,7 +163,7 @@ class KeepRandomSelector(_Stateless):
         return _uniform(torch.cat([shares.kept, *picks]), len(shares.kept), shares.num_dropped_small)
 
 
-class FullSelector(_Stateless):
+class FullSelector(StatelessSelector):
     """Plain training on r: every example of the large batch."""
 
     def select(self, batch: LargeBatch, signals: Signals | None, exchange: Exchange) -> Coreset:
