@@ -163,7 +163,7 @@ class CoresetSelector:
             mask_criterion=config.mask.criterion,
             seed=config.seed,
         )
-        context = SelectorContext(config.coreset_size, self.small, settings, betas, eps)
+        self._context = context = SelectorContext(config.coreset_size, self.small, settings, betas, eps)
         self.selector: Selector = make_selector(config.selector, context)
         self.plain: Selector = make_selector("random", context)
         self._architecture = architecture
@@ -253,6 +253,13 @@ class CoresetSelector:
         scale = loss_scale(batch, coreset, self._config.loss_normalization) * self._exchange.num_processes
         first = int((batch.home < self._rank).sum())
         return [position - first for position in chosen], (scale * batch.num_label_tokens)[chosen].to(self._device)
+
+    def set_sources(self, counts: Mapping[str, int]) -> None:
+        """Go on with other sources, by name and number of examples; the histories stay as they are."""
+        self.source_names, self.small = list(counts), small_source_ids(self._config, counts)
+        state = self.selector.state_dict()
+        self.selector = make_selector(self._config.selector, replace(self._context, small=self.small))
+        self.selector.load_state_dict(state)
 
     def selects(self, step: int) -> bool:
         """Whether the configured selector runs in this step, and not the schedule's plain one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -274,6 +275,22 @@ class CoLMEngine:
             broken += broken_positions(done, batch, self._exchange)
             if self.deepspeed_engine.was_step_applied() or len(broken) == len(positions):
                 return loss, losses, placement, sorted(broken)
+
+    def set_sources(self, names: Sequence[str], ids: Any) -> None:
+        """Divide the dataset into other sources from the next batch on; checkpoints remember them.
+
+        All ranks call it with the same. Histories of the selection stay.
+
+        Args:
+            names: of the sources.
+            ids: source id of every example of the dataset, `[n]`.
+        """
+        self._source_names = list(names)
+        self.coreset_selector.set_sources(
+            dict(zip(names, np.bincount(ids, minlength=len(names)).tolist(), strict=True))
+        )
+        self.loader.set_sources(names, ids, self.coreset_selector.small)
+        self._batches = iter(self.loader)
 
     def train_batch_size(self) -> int:
         """b, the examples trained on in a step."""

@@ -13,7 +13,7 @@ from pydantic import Field
 from colm_ds.config import ColmConfig, Section, validate_section
 from colm_ds.data.records import HUB
 from colm_ds.errors import ConfigError, Problems
-from colm_ds.recipe_choices import ChoiceDataConfig
+from colm_ds.recipe_choices import ChoiceDataConfig, ClusterConfig
 
 PACKAGE_PREFIX = "package:"
 
@@ -122,6 +122,15 @@ class BaseRecipe(Section):
         """Folder or hub name of the tokenizer."""
         return self.tokenizer or self.model.name_or_path
 
+    @property
+    def colm_values(self) -> dict[str, Any]:
+        """The `"colm"` section; without sources to choose by the first steps are plain."""
+        values = self.colm.model_dump()
+        clusters: ClusterConfig | None = getattr(self, "clusters", None)
+        if clusters is not None:
+            values["schedule"]["start_step"] = max(self.colm.schedule.start_step, clusters.first_selection())
+        return values
+
     def check(self, problems: Problems) -> None:
         """Add what does not fit together."""
         model = self.model
@@ -140,12 +149,15 @@ class Recipe(BaseRecipe):
 
     task: Literal["instructions"] = Field("instructions", description="what is trained on")
     data: DataConfig
+    clusters: ClusterConfig | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def check(self, problems: Problems) -> None:
         """Add what does not fit together."""
         super().check(problems)
         data, evaluation = self.data, self.evaluation
+        if self.clusters is not None:
+            self.clusters.check(self.steps, self.colm, problems)
         if data.heldout is not None and data.holdout_per_source:
             key = "data.holdout_per_source"
             problems.add(key, data.holdout_per_source, "there is a held-out file", "Remove one of both.")
@@ -163,11 +175,14 @@ class ChoiceRecipe(BaseRecipe):
 
     task: Literal["choices"] = Field(description="what is trained on")
     data: ChoiceDataConfig
+    clusters: ClusterConfig | None = None
 
     def check(self, problems: Problems) -> None:
         """Add what does not fit together."""
         super().check(problems)
         self.data.check(problems)
+        if self.clusters is not None:
+            self.clusters.check(self.steps, self.colm, problems)
         if self.evaluation.every and self.data.train is not None and self.data.heldout is None:
             problems.add("evaluation.every", self.evaluation.every, "nothing is held out", "Set data.heldout.")
 

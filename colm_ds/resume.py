@@ -20,6 +20,7 @@ def save_engine(engine: Any, folder: Path, tag: str, client_state: Mapping[str, 
     shared = {
         "client_state": dict(client_state),
         "selector": engine.coreset_selector.state_dict(),
+        "sources": engine.loader.other_sources,
         "next_step": engine.loader.next_step,
         "step_count": engine.step_count,
         "num_samples": engine.num_samples,
@@ -56,6 +57,8 @@ def load_engine(
         options = {"load_module_strict": False, **options}
     checkpoint.load(engine.deepspeed_engine, found, **options)
     shared, own = checkpoint.read_state(found, dist.get_rank())
+    if shared.get("sources"):
+        engine.set_sources(shared["sources"]["names"], shared["sources"]["ids"].numpy())
     engine.coreset_selector.load_state_dict(shared["selector"])
     engine.loader.next_step = shared["next_step"]
     engine.step_count, engine.num_samples = shared["step_count"], shared["num_samples"]

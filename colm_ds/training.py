@@ -127,7 +127,7 @@ def deepspeed_config(recipe: BaseRecipe) -> dict[str, Any]:
         **monitor_sections(recipe, config),
         "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
         "optimizer": {"type": "AdamW", "params": {**optimizer, "betas": list(recipe.optimizer.betas)}},
-        "colm": recipe.colm.model_dump(),
+        "colm": recipe.colm_values,
         "steps_per_print": config.get("steps_per_print", 10**9),
     }
 

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from colm_ds.data.mixture import MixtureSampler
+from colm_ds.data.resourced import WithSources
 from colm_ds.distributed.assign import home_ranks
 from colm_ds.errors import DataError
 from colm_ds.types import Candidates, CandidateTable, Example, LargeBatch, SourcedDataset
@@ -79,6 +80,23 @@ class LargeBatchLoader:
         )
         for step, arrays in loader:
             yield self._assemble(step, {position: _to_example(values) for position, values in arrays.items()})
+
+    @property
+    def other_sources(self) -> dict[str, Any] | None:
+        """Names and ids of the sources that `set_sources` was given; None: they are the dataset's own."""
+        if not isinstance(self.dataset, WithSources):
+            return None
+        return {"names": list(self.dataset.source_names), "ids": torch.from_numpy(self.dataset.source_ids.copy())}
+
+    def set_sources(self, names: Sequence[str], ids: npt.NDArray[Any], kept_sources: Collection[int]) -> None:
+        """Divide the examples into other sources; iterate anew after it.
+
+        Args:
+            names: of the sources.
+            ids: source id of every example, `[n]`.
+            kept_sources: as before, of the new ones.
+        """
+        self.dataset, self._kept_sources = WithSources(self.dataset, names, ids), sorted(kept_sources)
 
     def epoch(self, step: int) -> int:
         """0-based pass over the dataset in a 1-based step."""

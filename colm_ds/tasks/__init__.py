@@ -7,9 +7,10 @@ from typing import Any
 from colm_ds.recipe import BaseRecipe, ChoiceRecipe, Recipe
 from colm_ds.tasks.base import InTraining, Task, measured_loss
 from colm_ds.tasks.choices import ChoiceTask
+from colm_ds.tasks.clusters import ClusteredTask
 from colm_ds.tasks.instructions import InstructionTask
 
-__all__ = ["ChoiceTask", "InTraining", "InstructionTask", "Task", "load_task", "measured_loss"]
+__all__ = ["ChoiceTask", "ClusteredTask", "InTraining", "InstructionTask", "Task", "load_task", "measured_loss"]
 
 
 def load_task(recipe: BaseRecipe, tokenizer: Any) -> Task:
@@ -18,7 +19,8 @@ def load_task(recipe: BaseRecipe, tokenizer: Any) -> Task:
     Raises:
         ConfigError, DataError: naming the key, or the file and line, that is wrong.
     """
-    if isinstance(recipe, ChoiceRecipe):
-        return ChoiceTask(recipe, tokenizer)
-    assert isinstance(recipe, Recipe)
-    return InstructionTask(recipe, tokenizer)
+    assert isinstance(recipe, (Recipe, ChoiceRecipe))
+    task: Task = (
+        ChoiceTask(recipe, tokenizer) if isinstance(recipe, ChoiceRecipe) else InstructionTask(recipe, tokenizer)
+    )
+    return task if recipe.clusters is None else ClusteredTask(task, recipe, recipe.clusters, tokenizer)
