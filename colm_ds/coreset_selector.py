@@ -67,6 +67,9 @@ def selection_config(config: ColmConfig | Mapping[str, Any], num_processes: int 
     section = config.model_dump(exclude_unset=True) if isinstance(config, ColmConfig) else dict(config)
     if section.get("replay", "off") not in ("off", "auto", False):
         raise ConfigError(f"colm.replay = {section['replay']!r}: needs the step of colm_ds.initialize. Remove it.")
+    if section.get("variance_every"):
+        what = "is measured in the step of colm_ds.initialize"
+        raise ConfigError(f"colm.variance_every = {section['variance_every']}: {what}. Call gradient_variance instead.")
     section["replay"] = "off"  # nobody would train from the states
     try:
         return resolve_config({"colm": section}, num_processes).colm
@@ -228,9 +231,15 @@ class CoresetSelector:
             self._estimator.update(coreset, self._exchange)
         return coreset
 
-    def gradient_variance(self, batch: LargeBatch, coreset: Coreset) -> dict[str, float] | None:
-        """How far the coreset's mean gradient is from the large batch's; see `GradientVariance`. All ranks together."""
-        assert self._architecture is not None
+    def gradient_variance(self, coreset: Coreset) -> dict[str, float] | None:
+        """How far a coreset's mean gradient is from the large batch's: see `GradientVariance`. All ranks together.
+
+        Args:
+            coreset: what the last call chose.
+        """
+        batch = self._batch
+        assert batch is not None, "gradient_variance: call the selector first"
+        self._architecture = self._architecture or find_architecture(self._model, self._config.probe.layer)
         measured = GradientVariance(self._architecture, batch, coreset, self._device)
         with eval_mode(self._model), torch.no_grad():
             for positions in self._plan(batch, torch.ones(batch.size, dtype=torch.bool)):

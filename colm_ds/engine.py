@@ -195,7 +195,7 @@ class CoLMEngine:
             every, variance = self.config.colm.variance_every, None
             if every and batch.step % every == 0:
                 with self._watching(batch.step, "variance"):
-                    variance = self.coreset_selector.gradient_variance(batch, coreset)
+                    variance = self.coreset_selector.gradient_variance(coreset)
                 exchanged.drop()
             self.memory.note_selected(self.coreset_selector.kept_tensors(), self.coreset_selector.replay)
             lr = float(self.deepspeed_engine.get_lr()[0])

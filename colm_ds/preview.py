@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -40,7 +39,7 @@ def preview(recipe: BaseRecipe, *, num_examples: int = 3, with_coreset: bool = T
     parts = [
         describe_sources(recipe, train, heldout),
         describe_lengths(train, recipe.data.max_length),
-        *(describe_example(train, index, tokenizer) for index in spread(len(train), num_examples)),
+        *(describe_example(train, index, tokenizer) for index in one_of_each(train.source_ids, num_examples)),
     ]
     if with_coreset:
         parts.append(describe_coreset(recipe, train, tokenizer))
@@ -136,6 +135,7 @@ def _by_source(train: InstructionDataset, batch: LargeBatch, coreset: Coreset) -
 
 def _by_example(train: InstructionDataset, batch: LargeBatch, coreset: Coreset, tokenizer: Any) -> list[str]:
     place = {position: number for number, position in enumerate(coreset.positions.tolist())}
+    picks = _pick_numbers(batch, coreset)
     width = max(map(len, train.source_names))
     lines = [f"{'example':>8} {'source':{width}} {'tokens':>6}  {'in the coreset':20} begins with"]
     for position in range(batch.size):
@@ -146,7 +146,7 @@ def _by_example(train: InstructionDataset, batch: LargeBatch, coreset: Coreset, 
             kept = "kept (small source)"
         else:
             weight = float(coreset.weights[number])
-            kept = f"pick {number - coreset.num_kept + 1}" + (f", weight {weight:.2f}" if weight != 1 else "")
+            kept = f"pick {picks[position]}" + (f", weight {weight:.2f}" if weight != 1 else "")
         example = batch.examples[position]
         answer = tokenizer.decode(example.input_ids[example.labels != -100])
         name = train.source_names[int(batch.sources[position])]
@@ -157,6 +157,20 @@ def _by_example(train: InstructionDataset, batch: LargeBatch, coreset: Coreset, 
     return lines
 
 
-def spread(total: int, count: int) -> Sequence[int]:
-    """`count` places spread evenly over `total`."""
-    return [number * total // count for number in range(min(count, total))]
+def one_of_each(source_ids: np.ndarray, count: int) -> list[int]:
+    """Places of `count` examples that take turns over the sources: the first of each, then the second of each."""
+    order = np.argsort(source_ids, kind="stable")
+    _, starts, sizes = np.unique(source_ids[order], return_index=True, return_counts=True)
+    turn = np.arange(len(order)) - np.repeat(starts, sizes)
+    return order[np.argsort(turn, kind="stable")][:count].tolist()
+
+
+def _pick_numbers(batch: LargeBatch, coreset: Coreset) -> dict[int, int]:
+    """In which order medoids were picked, counted within each pool."""
+    numbers: dict[int, int] = {}
+    num_picked: dict[int, int] = {}
+    for position in coreset.positions[coreset.num_kept :].tolist():
+        source = int(batch.sources[position])
+        pool = source if source in coreset.coherence else -1
+        num_picked[pool] = numbers[position] = num_picked.get(pool, 0) + 1
+    return numbers

@@ -17,8 +17,8 @@ _MAY_CHANGE = {
     *("name", "output_dir", "overwrite", "save_every", "keep_last", "resume", "monitor", "verbose"),
     *("evaluation", "tokenizer", "deepspeed", "data.train", "data.heldout", "data.cache_dir", "model.name_or_path"),
     *("model.attention", "model.activation_checkpointing", "colm.num_workers", "colm.micro_batch_tokens"),
-    *("colm.max_skipped_steps", "colm.phase_timeout_s", "colm.replay", "colm.probe.max_tokens", "micro_batch_size"),
-    "colm.memory",
+    *("colm.max_skipped_steps", "colm.phase_timeout_s", "colm.replay", "colm.variance_every"),
+    *("colm.probe.max_tokens", "colm.memory", "micro_batch_size"),
 }
 """Keys that say how a run computes or where things are, and not what it computes (paths may have moved)."""
 

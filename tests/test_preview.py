@@ -6,11 +6,13 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from colm_ds.cli import main
 from colm_ds.data.generated import write_mixture
+from colm_ds.preview import one_of_each
 from tests.test_bad_input import recipe_of
 
 
@@ -50,6 +52,22 @@ def test_trained_tokens_are_marked(folder: Path, capsys: pytest.CaptureFixture[s
     marked = re.findall(r"### Response:>>>(.*?)</s><<<", text, flags=re.DOTALL)
     assert len(marked) == 2
     assert {answer.strip() for answer in marked} <= {answer.strip() for answer in answers}
+
+
+def test_examples_take_turns_over_sources() -> None:
+    sources = np.array([2, 0, 0, 2, 1, 0])
+    assert one_of_each(sources, 5) == [1, 4, 0, 2, 3]
+    assert one_of_each(sources, 99) == [1, 4, 0, 2, 3, 5]
+    assert one_of_each(sources, 0) == []
+
+
+def test_picks_are_counted_in_their_pool(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(folder, capsys, "--examples", "0")
+    picked: dict[str, list[int]] = {}
+    for source, number in re.findall(r"^ +\d+ (\S+) +\d+  pick (\d+)", text, flags=re.MULTILINE):
+        picked.setdefault(source, []).append(int(number))
+    assert picked
+    assert all(sorted(numbers) == list(range(1, len(numbers) + 1)) for numbers in picked.values())
 
 
 @pytest.mark.parametrize("selector", ["colm", "keep_random", "big_loss"])

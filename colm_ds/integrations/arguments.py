@@ -20,6 +20,8 @@ OWN_TO_THE_ENGINE = {
     "num_workers": "The Trainer reads ahead with dataloader_num_workers",
     "max_skipped_steps": "The Trainer keeps its own account of losses that are not finite",
     "phase_timeout_s": "The Trainer has ddp_timeout",
+    "memory": "colm_ds.memory has hooks for any loop",
+    "variance_every": "Call the coreset selector's gradient_variance in a callback",
 }
 """Keys of the `"colm"` section that mean something to `colm_ds.initialize` only, and what does their work here."""
 
@@ -41,6 +43,7 @@ class CoLMConfig:
     selector: str = field(default="colm", metadata=_help("colm, random, keep_random, full or another"))
     small_sources: str = field(default="auto", metadata=_help("kept whole: auto (under |V|/c), none, or a,b"))
     per_source: bool = field(default=True, metadata=_help("medoids per big source, or of all big sources together"))
+    geometry: Literal["adam", "plain"] = field(default="adam", metadata=_help("gradients as Adam scales them"))
     metric: Literal["l1", "euclidean", "cosine"] = field(default="l1", metadata=_help("distance between examples"))
     weights: Literal["uniform", "cluster", "matched"] = field(
         default="uniform", metadata=_help("loss weights of medoids")
@@ -49,7 +52,7 @@ class CoLMConfig:
         default="example", metadata=_help("mean over examples or tokens")
     )
     mask: dict | str | None = field(default=None, metadata=_help("size, criterion of compared coordinates"))
-    probe: dict | str | None = field(default=None, metadata=_help("estimator (spsa, exact, sketch), epsilon, ..."))
+    probe: dict | str | None = field(default=None, metadata=_help("estimator, layer, epsilon, ..."))
     schedule: dict | str | None = field(default=None, metadata=_help("start_step and every"))
     source_column: str = field(default="source", metadata=_help("column that names each example's source"))
 

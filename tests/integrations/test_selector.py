@@ -106,11 +106,26 @@ def test_mistakes_are_named() -> None:
         make(coreset_size=14)
     with pytest.raises(ConfigError, match=r"colm\.replay = 'on': needs the step of colm_ds\.initialize"):
         make(replay="on")
+    with pytest.raises(ConfigError, match=r"colm\.variance_every = 5: .* Call gradient_variance instead\."):
+        make(variance_every=5)
     model = tiny_model("llama")
     with pytest.raises(ConfigError, match="the sources of the dataset are not known"):
         colm_ds.CoresetSelector(model, SIZES)
     with pytest.raises(ConfigError, match="no number of examples by which to tell"):
         colm_ds.CoresetSelector(model, SIZES, ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("selector", ["colm", "random"])
+def test_variance_of_the_gradient(selector: str) -> None:
+    """In any loop; of all examples it is nothing."""
+    examples = data()[:13]
+    choose = make(selector=selector)
+    found = choose.gradient_variance(choose(examples))
+    assert found is not None
+    assert found["coreset"] > 0
+    assert found["random"] > 0
+    whole = make(selector="full", coreset_size=13)
+    assert whole.gradient_variance(whole(examples)) == pytest.approx({"coreset": 0.0, "random": 0.0}, abs=1e-9)
 
 
 def test_names_or_nothing_where_counts_are_not_needed() -> None:
