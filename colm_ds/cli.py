@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 
-from colm_ds.errors import ColmError
+from colm_ds.errors import ColmError, ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_watch(commands)
     _add_export(commands)
     _add_preview(commands)
+    _add_plan(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -137,6 +139,55 @@ def _preview(options: argparse.Namespace) -> None:
     quiet_libraries()
     recipe = load_recipe(options.recipe, options.overrides)
     print(preview(recipe, num_examples=options.examples, with_coreset=not options.no_coreset))
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "plan",
+        help="what a recipe will need: memory of every phase, what fits, what to switch on, time",
+        description="Plan a run without a GPU, weights, data or network: peak memory per GPU by phase and part, the "
+        "largest micro-batch that fits, what every switch saves, and the time of a step by the cost model.",
+    )
+    command.add_argument("recipe", help="YAML file")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    command.add_argument("--num-gpus", type=int, default=4, help="ranks (default: 4)")
+    command.add_argument("--gpu-memory-gib", type=float, default=48.0, help="memory of one GPU (default: 48)")
+    command.add_argument(
+        "--reserve-gib", type=float, default=2.0, help="of it for context, communication, fragmentation (default: 2)"
+    )
+    command.add_argument("--tflops", type=float, help="what a GPU achieves, in 1e12 operations a second: gives seconds")
+    command.add_argument(
+        "--mean-length", type=float, help="mean tokens of an example: for time and replay (default: data.max_length)"
+    )
+    command.add_argument("--label-share", type=float, default=1.0, help="share of tokens with labels (default: 1)")
+    command.add_argument("--compare", action="store_true", help="peaks over a range of batch sizes (Fig. 2c)")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed here
+    from colm_ds.memory.job import job_of_recipe
+    from colm_ds.memory.plan_report import comparison, format_comparison, format_plan, plan_report
+    from colm_ds.models import quiet_libraries
+    from colm_ds.recipe import load_recipe
+
+    quiet_libraries()
+    for name in ("num_gpus", "gpu_memory_gib", "label_share", "tflops", "mean_length"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {value:g}: not more than 0.")
+    recipe = load_recipe(options.recipe, options.overrides, needs_files=False)
+    job = job_of_recipe(
+        recipe, options.num_gpus, mean_length=options.mean_length, label_share=min(1.0, options.label_share)
+    )
+    limits = {"gpu_memory_gib": options.gpu_memory_gib, "reserve_gib": options.reserve_gib}
+    if options.compare:
+        compared = comparison(job, **limits)
+        print(json.dumps(compared, indent=2) if options.json else format_comparison(compared))
+    else:
+        report = {"name": recipe.name, **plan_report(job, **limits, tflops=options.tflops)}
+        print(json.dumps(report, indent=2) if options.json else f"{recipe.name}\n{format_plan(report)}")
 
 
 if __name__ == "__main__":

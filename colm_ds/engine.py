@@ -184,7 +184,8 @@ class CoLMEngine:
             batch = batch if batch is not None else next(self._batches)
         exchanged = _ByteCount(self._exchange)
         self.deepspeed_engine.train()
-        with self.memory.step(batch.step, partial(self._watching, batch.step)) as meter:
+        inner = self.deepspeed_engine
+        with self.memory.step(batch.step, partial(self._watching, batch.step), inner.module, inner.optimizer) as meter:
             coreset = self.coreset_selector(batch, meter)
             exchanged.note("selection")
             if coreset.size == 0:

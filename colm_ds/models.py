@@ -53,7 +53,7 @@ def load_model(recipe: BaseRecipe, tokenizer: Any) -> nn.Module:
     """
     model = _base_model(recipe.model, tokenizer)
     if recipe.lora is not None:
-        model = _add_lora(model, recipe.lora)
+        model = add_lora(model, recipe.lora)
     if recipe.model.activation_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
@@ -94,7 +94,12 @@ def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
         ) from None
 
 
-def _add_lora(model: Any, config: LoraConfig) -> nn.Module:
+def add_lora(model: Any, config: LoraConfig) -> nn.Module:
+    """Put LoRA adapters on a model's targets.
+
+    Raises:
+        ConfigError: if no targets are known or none of them is in the model.
+    """
     import peft
 
     model_type = model.config.model_type

@@ -203,12 +203,13 @@ def kind_of_recipe(values: Mapping[str, Any]) -> type[BaseRecipe]:
     return RECIPES[task]
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> BaseRecipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, needs_files: bool = True) -> BaseRecipe:
     """Read and check a recipe; its key `task` says of which kind.
 
     Args:
         path: the YAML file.
         overrides: `key=value` with dots for nested keys, for example `colm.coreset_size=8`; values are YAML.
+        needs_files: whether data and packages named in it must be there.
 
     Raises:
         ConfigError: listing every problem found: a file that is missing or not YAML, unknown keys, wrong values,
@@ -228,7 +229,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> BaseRecipe:
     for override in overrides:
         _override(loaded, override, problems)
     kind = kind_of_recipe(loaded)
-    _resolve_paths(kind, loaded, path.parent, problems)
+    _resolve_paths(kind, loaded, path.parent, problems if needs_files else Problems(""))
+    _resolve(loaded, "deepspeed", path.parent, problems, must_exist=True)
     recipe = validate_section(kind, loaded, "", problems)
     if isinstance(recipe, BaseRecipe):
         recipe.check(problems)
@@ -290,7 +292,6 @@ def _number(text: str) -> str | float:
 
 def _resolve_paths(kind: type[BaseRecipe], values: dict[str, Any], folder: Path, problems: Problems) -> None:
     """Make the paths of a recipe findable from anywhere: as written, else relative to the recipe."""
-    _resolve(values, "deepspeed", folder, problems, must_exist=True)
     _resolve(values, "tokenizer", folder, problems, must_exist=False)
     for section, keys in (("model", ("name_or_path",)), ("data", kind.data_paths)):
         inner = values.get(section)

@@ -64,8 +64,8 @@ def peak_parts(
     """Divide a peak into `PARTS`; they add up to it.
 
     What a phase adds to what was held at its start goes to the probe in the phases of the choice, and to activations
-    in the others (the optimizer's own temporaries among them); `rest` is what was held and is none of the known parts:
-    buckets, the batch, and on a CPU the process itself.
+    in training; `rest` is what is none of the known parts: buckets, the batch, the optimizer's temporaries, and on a
+    CPU the process itself.
 
     Args:
         peak_phase: where it was reached.
@@ -76,11 +76,13 @@ def peak_parts(
         selection: history and directions.
     """
     is_choice = peak_phase in ("probe", "exchange", "select")
+    kind = "probe" if is_choice else "activations" if peak_phase in ("train", "forward", "backward") else "rest"
     added = max(0, peak - phase_held) - (replay if is_choice else 0)  # the store fills up while the probe runs
     parts = dict.fromkeys(PARTS, 0)
     parts |= {name: held.get(name, 0) for name in ("weights", "gradients", "optimizer")}
-    parts |= {"replay": replay, "selection": selection, "probe" if is_choice else "activations": max(0, added)}
-    parts["rest"] = peak - sum(parts.values())
+    parts |= {"replay": replay, "selection": selection}
+    parts[kind] = max(0, added)
+    parts["rest"] += peak - sum(parts.values())
     return parts
 
 

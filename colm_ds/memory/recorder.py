@@ -61,21 +61,26 @@ class MemoryRecorder:
             logger.warning("memory.snapshot: there is no allocator snapshot on a CPU; memory.count_steps counts there")
 
     @contextmanager
-    def step(self, number: int, around: Callable[[str], AbstractContextManager[None]]) -> Iterator[Meter]:
+    def step(
+        self, number: int, around: Callable[[str], AbstractContextManager[None]], model: nn.Module, optimizer: Any
+    ) -> Iterator[Meter]:
         """Measure the block as one step.
 
         Args:
             number: 1-based step.
             around: see `Meter`.
+            model: what is trained.
+            optimizer: what trains it.
         """
         self._counted = None
         self._steps += 1
         if number in self._config.count_steps and self.kind == "resident":
             counted = CountedPhases()
+            held = sum(held_bytes(model, optimizer, self._device).values()) + self._selection
             self.meter = Meter(self._device, around, counted.mark)
             with counted.counting():
                 yield self.meter
-            self._counted = counted.peaks
+            self._counted = {name: held + peak for name, peak in counted.peaks.items()}
         else:
             self.meter = Meter(self._device, around)
             yield self.meter
@@ -133,9 +138,6 @@ class MemoryRecorder:
             selection=self._selection,
         )
         counted = self._counted
-        if counted is not None:
-            base = sum(self._held.values()) - self._held["gradients"] + self._selection
-            counted = {name: base + peak for name, peak in counted.items()}
         return {
             "memory_kind": self.kind,
             "memory_gib": {name: value / GIB for name, value in {**peaks, "peak": max(peaks.values())}.items()},

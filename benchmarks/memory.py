@@ -1,0 +1,297 @@
+"""The plan against counted allocations: the same configurations planned without data and run on this CPU.
+
+    python benchmarks/memory.py                 # about 3 minutes on 2 cores; rewrites the table in docs/MEMORY.md
+
+Every configuration trains three steps in a real engine; in the third PyTorch's profiler counts every allocation. The
+plan knows the configuration only. Models are small; every part of a peak matters somewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
+DOCUMENT = ROOT / "docs" / "MEMORY.md"
+BEGIN, END = "<!-- accuracy: written by benchmarks/memory.py -->", "<!-- accuracy ends -->"
+PHASES = ("probe", "forward", "backward", "step", "total")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One row of the table."""
+
+    family: str
+    lora: bool = False
+    checkpointing: bool = False
+    replay: str = "off"
+    stage: int = 0
+    dtype: str = "float32"
+    length: int = 128
+    micro: int = 4
+    ranks: int = 1
+    selector: str = "colm"
+    estimator: str = "spsa"
+    attention: str = "sdpa"
+    model: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What it is, in words."""
+        words = [self.family, "LoRA" if self.lora else "full", self.dtype, f"ZeRO-{self.stage}"]
+        words += [f"{self.ranks} ranks"] if self.ranks > 1 else []
+        words += [self.attention] if self.attention != "sdpa" else []
+        words += ["checkpointing"] if self.checkpointing else []
+        words += ["replay"] if self.replay == "on" else []
+        words += [self.estimator if self.selector == "colm" else self.selector]
+        return ", ".join([*words, f"{self.micro} x {self.length} tokens"])
+
+
+CONFIGURATIONS = (
+    Configuration("llama"),
+    Configuration("llama", stage=1),
+    Configuration("llama", stage=2, ranks=2, micro=2),
+    Configuration("llama", stage=3, ranks=2, micro=2),
+    Configuration("llama", stage=2, ranks=2, dtype="bfloat16", micro=2, length=256),
+    Configuration("llama", checkpointing=True, length=256),
+    Configuration("llama", checkpointing=True, replay="on", lora=True, length=384),
+    Configuration("llama", lora=True, dtype="bfloat16", estimator="exact", length=256),
+    Configuration("mistral", lora=True, stage=2, estimator="sketch", length=256),
+    Configuration("qwen2", selector="full", length=256),
+    Configuration("phi", lora=True, length=256),
+    Configuration("phi", lora=True, checkpointing=True, replay="on", stage=2, dtype="bfloat16", length=256),
+    Configuration("phi", attention="eager", length=256),
+    Configuration("phi3", lora=True, stage=1, dtype="bfloat16", length=384, micro=2),
+    Configuration("phi3", checkpointing=True, stage=2, length=256),
+    Configuration("stablelm", lora=True, length=384, micro=2),
+    Configuration("stablelm", stage=2, dtype="bfloat16", selector="big_loss", length=256),
+)
+
+LARGE, CORESET = 16, 8
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, default=29644, help="for the process groups (29644)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="result file")
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of configurations, from 0; the document is left")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(json.loads(options.worker))
+        return
+    from colm_ds.tracking import describe_environment
+
+    start = time.perf_counter()
+    chosen = options.only if options.only else list(range(len(CONFIGURATIONS)))
+    measured: dict[int, dict[str, float]] = {}
+    for ranks in (1, 2):
+        numbers = [number for number in chosen if CONFIGURATIONS[number].ranks == ranks]
+        if numbers:
+            measured |= launch(numbers, ranks, options.port)
+    rows = []
+    for number in chosen:
+        row = {
+            **asdict(CONFIGURATIONS[number]),
+            "name": CONFIGURATIONS[number].name,
+            **compared(number, measured[number]),
+        }
+        rows.append(row)
+        errors = " ".join(f"{phase} {row['error'][phase]:+.1%}" for phase in row["error"])
+        print(f"{row['name']}: {errors}", flush=True)
+    if options.only:
+        return
+    result = {
+        "benchmark": "memory",
+        **describe_environment(),
+        "rows": rows,
+        "largest_error": max(abs(row["error"]["total"]) for row in rows),
+        "meter_ms_per_micro_batch": meter_cost_ms(),
+        "wall_s": time.perf_counter() - start,
+    }
+    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_table(result)
+
+
+def launch(numbers: list[int], ranks: int, port: int) -> dict[int, dict[str, float]]:
+    """Run configurations in a process group of their own; counted bytes by phase."""
+    environment = {**os.environ, "LOCAL_SIZE": str(ranks), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
+    command += [str(Path(__file__)), "--worker", json.dumps(numbers)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*{port}*"):
+        left.unlink(missing_ok=True)
+    found = [line for line in done.stdout.split("\n") if line.startswith("RESULT ")]
+    if done.returncode or len(found) != 1:
+        sys.exit(f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return {int(key): value for key, value in json.loads(found[0].removeprefix("RESULT ")).items()}
+
+
+def work(numbers: list[int]) -> None:
+    """In a rank: train and count."""
+    import torch.distributed as dist
+
+    found = {}
+    for number in numbers:
+        start = time.perf_counter()
+        found[number] = run(CONFIGURATIONS[number])
+        print(f"{CONFIGURATIONS[number].name}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+    if dist.get_rank() == 0:
+        print("RESULT " + json.dumps(found), flush=True)
+    dist.destroy_process_group()
+
+
+def model_config(configuration: Configuration) -> Any:
+    """A small model of the family."""
+    from transformers import AutoConfig
+
+    shape = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 5, "num_attention_heads": 8}
+    shape |= {"num_key_value_heads": 2 if configuration.family in ("llama", "mistral", "qwen2") else 8}
+    shape |= {"vocab_size": 4000, "max_position_embeddings": 512, "pad_token_id": 0, "tie_word_embeddings": False}
+    return AutoConfig.for_model(configuration.family, **{**shape, **configuration.model})
+
+
+def ds_config(configuration: Configuration, count: bool = True) -> dict[str, Any]:
+    """DeepSpeed's configuration with its `"colm"` section."""
+    half = configuration.dtype != "float32"
+    zero = {"stage": configuration.stage, "reduce_bucket_size": 1_000_000, "allgather_bucket_size": 1_000_000}
+    return {
+        "train_micro_batch_size_per_gpu": configuration.micro,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
+        "gradient_clipping": 1.0,
+        "zero_optimization": zero,
+        "bf16": {"enabled": half},
+        "data_types": {"grad_accum_dtype": "fp32" if half and configuration.stage else None},
+        "steps_per_print": 10**9,
+        "colm": {
+            "large_batch_size": LARGE,
+            "coreset_size": LARGE if configuration.selector == "full" else CORESET,
+            "selector": configuration.selector,
+            "small_sources": "none",
+            "replay": configuration.replay,
+            "probe": {"estimator": configuration.estimator, "num_probes": "auto"},
+            "memory": {"count_steps": [3] if count else []},
+        },
+    }
+
+
+def lora_config(configuration: Configuration) -> Any:
+    """Adapters, or None."""
+    from colm_ds.recipe import LoraConfig
+
+    return LoraConfig(rank=32, alpha=64, dropout=0.05) if configuration.lora else None
+
+
+def run(configuration: Configuration) -> dict[str, float]:
+    """Counted bytes of the third step by phase."""
+    import torch
+    from transformers import AutoModelForCausalLM, set_seed
+
+    import colm_ds
+    from colm_ds.memory.meter import GIB
+    from colm_ds.models import DTYPES, add_lora
+
+    set_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(
+        model_config(configuration), dtype=DTYPES[configuration.dtype], attn_implementation=configuration.attention
+    )
+    lora = lora_config(configuration)
+    model = add_lora(model, lora) if lora else model
+    if configuration.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 4000, (4 * LARGE, configuration.length), generator=generator).tolist()
+    records = [{"input_ids": ids, "labels": ids, "source": "one"} for ids in tokens]
+    engine, _, _, _ = colm_ds.initialize(model=model, config=ds_config(configuration), training_data=records)
+    for _ in range(3):
+        stats = engine.train_batch()
+    engine.destroy()
+    assert stats.counted_gib is not None
+    return {phase: value * GIB for phase, value in stats.counted_gib.items()}
+
+
+def compared(number: int, measured: dict[str, float]) -> dict[str, Any]:
+    """The plan beside what was counted, in bytes, and its relative error."""
+    from colm_ds.config import resolve_config
+    from colm_ds.memory.plan import Job, Planner
+    from colm_ds.memory.states import zero_settings
+    from colm_ds.memory.trace import ModelSpec
+    from colm_ds.models import DTYPES
+
+    configuration = CONFIGURATIONS[number]
+    resolved = resolve_config(ds_config(configuration), configuration.ranks)
+    spec = ModelSpec(
+        model_config(configuration),
+        DTYPES[configuration.dtype],
+        configuration.attention,
+        lora_config(configuration),
+        configuration.checkpointing,
+        "cpu",
+    )
+    zero = zero_settings(resolved.deepspeed, configuration.ranks, on_gpu=False)
+    length = configuration.length
+    plan = Planner().memory(Job(spec, zero, resolved.colm, configuration.micro, length, length))
+    predicted = {**plan.peaks, "total": plan.peak}
+    phases = [phase for phase in PHASES if phase in measured and phase in predicted]
+    return {
+        "measured_bytes": {phase: measured[phase] for phase in phases},
+        "predicted_bytes": {phase: predicted[phase] for phase in phases},
+        "predicted_parts": plan.phases[plan.peak_phase],
+        "error": {phase: predicted[phase] / measured[phase] - 1 for phase in phases},
+    }
+
+
+def meter_cost_ms() -> float:
+    """What the always-on meter adds to a micro-batch: two phases of forward and backward, in milliseconds."""
+    import torch
+
+    from colm_ds.memory.meter import Meter
+
+    meter = Meter(torch.device("cpu"))
+    with meter.phase("train"):
+        start = time.perf_counter()
+        for _ in range(500):
+            with meter.part("forward"):
+                pass
+            with meter.part("backward"):
+                pass
+        return (time.perf_counter() - start) * 2.0
+
+
+def write_table(result: dict[str, Any]) -> None:
+    """Put the rows into the document."""
+    mib = 2**20
+    lines = [
+        "| configuration | counted, MiB | planned, MiB | error | backward | probe | step |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        others = [
+            f"{row['error'][phase]:+.1%}" if phase in row["error"] else "" for phase in ("backward", "probe", "step")
+        ]
+        measured, predicted = row["measured_bytes"]["total"] / mib, row["predicted_bytes"]["total"] / mib
+        cells = [row["name"], f"{measured:.1f}", f"{predicted:.1f}", f"**{row['error']['total']:+.1%}**", *others]
+        lines.append(f"| {' | '.join(cells)} |")
+    machine = result["machine"]
+    lines += [
+        "",
+        f"Largest error {result['largest_error']:.1%}. {machine['cpu']}, torch {result['versions']['torch']}, "
+        f"{result['wall_s']:.0f} s in all. The meter that is always on adds "
+        f"{result['meter_ms_per_micro_batch']:.2f} ms to a micro-batch.",
+    ]
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    DOCUMENT.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""A job to plan, from a recipe without weights or network, or from an engine that is running."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from colm_ds.config import load_config, resolve_config
+from colm_ds.errors import ConfigError
+from colm_ds.known_models import KNOWN_MODELS, known_model
+from colm_ds.memory.plan import Job
+from colm_ds.memory.states import zero_settings
+from colm_ds.memory.trace import ModelSpec
+from colm_ds.models import DTYPES, load_tokenizer
+from colm_ds.recipe import BaseRecipe, LoraConfig, Recipe
+
+
+def job_of_recipe(
+    recipe: BaseRecipe,
+    world_size: int,
+    *,
+    mean_length: float | None = None,
+    label_share: float = 1.0,
+    on_gpu: bool = True,
+) -> Job:
+    """What a recipe's run needs planning for.
+
+    Args:
+        recipe: the recipe.
+        world_size: W.
+        mean_length: tokens of an example on average; default: all as long as `data.max_length`.
+        label_share: share of the tokens that have labels.
+        on_gpu: plan for GPUs, or for this CPU.
+
+    Raises:
+        ConfigError: if the model's configuration is not at hand, or the recipe's numbers do not fit together.
+    """
+    if not isinstance(recipe, Recipe):
+        raise ConfigError("task: the plan knows instruction data only. An example of another kind has several rows.")
+    loaded, _ = load_config(recipe.deepspeed)
+    resolved = resolve_config(
+        {**loaded, "train_micro_batch_size_per_gpu": recipe.micro_batch_size, "colm": recipe.colm.model_dump()},
+        world_size,
+    )
+    spec = ModelSpec(
+        config=model_configuration(recipe),
+        dtype=DTYPES[recipe.model.dtype],
+        attention=recipe.model.attention,
+        lora=recipe.lora,
+        checkpointing=recipe.model.activation_checkpointing,
+        device_type="cuda" if on_gpu else "cpu",
+    )
+    length = recipe.data.max_length
+    return Job(
+        spec,
+        zero_settings(resolved.deepspeed, world_size, on_gpu=on_gpu),
+        resolved.colm,
+        resolved.micro_batch_size,
+        length,
+        min(mean_length or length, length),
+        label_share,
+        recipe.steps,
+    )
+
+
+def job_of_engine(engine: Any, micro_batch: int, length: int, lengths: Sequence[int], label_share: float) -> Job:
+    """What a running `CoLMEngine` needs planning for.
+
+    Args:
+        engine: the engine.
+        micro_batch: examples of the micro-batch in question.
+        length: its tokens.
+        lengths: tokens of examples, for the mean.
+        label_share: share of the tokens that have labels.
+    """
+    module, config = engine.deepspeed_engine.module, engine.config
+    base = module.get_base_model() if hasattr(module, "get_base_model") else module
+    adapters = getattr(module, "peft_config", {})
+    lora = None
+    if adapters:
+        found = next(iter(adapters.values()))
+        lora = LoraConfig(
+            rank=found.r,
+            alpha=found.lora_alpha,
+            dropout=found.lora_dropout,
+            targets=sorted(found.target_modules),
+        )
+    device = engine.deepspeed_engine.device
+    weight = next(parameter for parameter in base.parameters() if parameter.is_floating_point())
+    spec = ModelSpec(
+        config=base.config,
+        dtype=weight.dtype,
+        attention=str(base.config._attn_implementation),
+        lora=lora,
+        checkpointing=any(getattr(inner, "gradient_checkpointing", False) for inner in base.modules()),
+        device_type=torch.device(device).type,
+    )
+    world_size = engine.deepspeed_engine.world_size
+    zero = zero_settings(config.deepspeed, world_size, on_gpu=spec.device_type == "cuda")
+    mean = sum(lengths) / max(1, len(lengths))
+    return Job(spec, zero, config.colm, micro_batch, length, mean or length, label_share)
+
+
+def model_configuration(recipe: BaseRecipe) -> Any:
+    """The Hugging Face configuration of a recipe's model: its own, that of a folder, or a published one by name.
+
+    Raises:
+        ConfigError: if none is at hand.
+    """
+    from transformers import AutoConfig
+
+    model = recipe.model
+    if model.config is not None:
+        values = dict(model.config)
+        if "vocab_size" not in values:
+            multiple = model.vocabulary_multiple
+            values["vocab_size"] = -(-len(load_tokenizer(recipe)) // multiple) * multiple
+    else:
+        name = str(model.name_or_path)
+        if (Path(name) / "config.json").is_file():
+            return AutoConfig.from_pretrained(name, local_files_only=True)
+        found = known_model(name)
+        if found is None:
+            try:
+                return AutoConfig.from_pretrained(name, local_files_only=True)
+            except (OSError, ValueError):
+                raise ConfigError(
+                    f"model.name_or_path = {name!r}: no config.json there, and not among the known models "
+                    f"({', '.join(KNOWN_MODELS)}). Give a folder with config.json, or model.config."
+                ) from None
+        values = found
+    try:
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"model.config: {error}") from None

