@@ -43,6 +43,16 @@ def _heldout_of(small: bool) -> Callable[[Mapping[str, Any]], float | None]:
     return read
 
 
+def _accuracy_of(key: str) -> Callable[[Mapping[str, Any]], float | None]:
+    """Accuracy on a classification task's held-out examples, in percent."""
+
+    def read(found: Mapping[str, Any]) -> float | None:
+        value = (found["summary"].get(key) or {}).get("accuracy")
+        return 100 * value if isinstance(value, (int, float)) else None
+
+    return read
+
+
 def _percent(name: str) -> Callable[[Mapping[str, Any]], float | None]:
     """An average of the evaluation, in percent."""
 
@@ -58,6 +68,8 @@ MEASURES: dict[str, tuple[Callable[[Mapping[str, Any]], Any], bool]] = {
     "mean of sources": (lambda found: (found["summary"].get("heldout") or {}).get("macro"), False),
     "small sources": (_heldout_of(True), False),
     "big sources": (_heldout_of(False), False),
+    "accuracy, %": (_accuracy_of("heldout"), True),
+    "before, %": (_accuracy_of("heldout_before"), True),
     "exact match": (lambda found: (found["summary"].get("exact_match") or {}).get("overall"), True),
     **{f"{name}, %": (_percent(name), True) for name in AVERAGES},
     "step s": (lambda found: (found["summary"].get("step_s") or {}).get("median"), False),

@@ -46,7 +46,7 @@ def fake_run(grid: Grid, job: Job, place: Place) -> str:
         return "failed with exit code 2: ConfigError"
     job.folder.mkdir(parents=True)
     loss = (1.0 if job.arm == "plain" else 0.9) + 0.1 * job.seed**2 - (0.02 * job.seed if job.arm == "CoLM" else 0)
-    heldout = {"overall": loss, "per_source": {"web": loss, "code": 2 * loss}}
+    heldout = {"overall": loss, "per_source": {"web": loss, "code": 2 * loss}, "accuracy": 0.5}
     summary = {"status": "finished", "heldout": heldout, "step_s": {"median": 2.0}}
     (job.folder / "summary.json").write_text(json.dumps(summary))
     counts = {"web": 90, "code": 5}
@@ -93,7 +93,8 @@ def test_table(faked: list[str], tmp_path: Path) -> None:
     assert broken == {"arm": "broken", "num_seeds": 0}
     text = (tmp_path / "out" / "results.md").read_text()
     assert "| CoLM | 3 | **1.047 ± 0.189** (-0.120 ± 0.012) | **2.093 ± 0.378** (-0.240 ± 0.023) |" in text
-    assert "| arm | seeds | held-out loss | small sources | big sources | step s |" in text
+    assert "| arm | seeds | held-out loss | small sources | big sources | accuracy, % | step s |" in text
+    assert "| **50.000 ± 0.000** (+0.000 ± 0.000) |" in text
     page = (tmp_path / "out" / "results.html").read_text()
     assert "<strong>1.047 ± 0.189</strong> (-0.120 ± 0.012)" in page
     assert page.count("<tr>") == 4
@@ -204,8 +205,10 @@ def test_grids_are_valid(path: Path) -> None:
     assert f"finetune/grids/{path.name}" in path.read_text(encoding="utf-8").split("\n")[0]  # the command that runs it
     for job in jobs_of(grid):
         if job.seed == grid.seeds[0]:
-            heldout = "  heldout: " in Path(grid.recipe).read_text(encoding="utf-8")
-            anywhere = [f"data.train={path}", *([f"data.heldout={path}"] if heldout else [])]
+            recipe = Path(grid.recipe).read_text(encoding="utf-8")
+            anywhere = [f"data.train={path}", *([f"data.heldout={path}"] if "  heldout: " in recipe else [])]
+            if "task: choices" in recipe:
+                anywhere = [f"data.folder={path.parent}"]
             resolve_config(deepspeed_config(load_recipe(job.arguments[0], [*job.arguments[1:], *anywhere])), 2)
 
 
