@@ -269,6 +269,8 @@ def _numbers(run: Run, facts: Facts) -> str:
         (f"Held-out loss{after}, mean over small sources", scalars.get("heldout_small"), "{:.4f}"),
         ("Held-out loss before training, all examples", number(lookup(start, "overall")), "{:.4f}"),
         ("Held-out loss before training, mean over sources", number(lookup(start, "macro")), "{:.4f}"),
+        ("Accuracy, held-out questions", scalars.get("accuracy"), "{:.1%}"),
+        ("Accuracy before training", scalars.get("accuracy_before"), "{:.1%}"),
         ("Exact match, all questions", scalars.get("exact_match"), "{:.1%}"),
         ("Questions of the exact match", scalars.get("num_questions"), "{:,.0f}"),
         ("Step time, median, s", scalars.get("step_s"), "{:.3g}"),

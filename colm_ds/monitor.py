@@ -55,13 +55,13 @@ def step_events(stats: StepStats) -> list[Event]:
 
 
 def heldout_events(heldout: Mapping[str, Any], samples: int) -> list[Event]:
-    """Held-out losses: overall, macro and of every source.
+    """Held-out losses: overall, macro and of every source; accuracy of classification.
 
     Args:
         heldout: from `heldout_loss`.
         samples: examples trained on until then.
     """
-    numbers = {f"Heldout/{key}": heldout.get(key) for key in ("overall", "macro")}
+    numbers = {f"Heldout/{key}": heldout.get(key) for key in ("overall", "macro", "accuracy")}
     numbers |= {f"Heldout/{_flat(name)}": loss for name, loss in heldout.get("per_source", {}).items()}
     return _events(numbers, samples)
 

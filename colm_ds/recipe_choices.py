@@ -44,7 +44,9 @@ class ClusterConfig(Section):
         description="model: the one in training; or the folder of a run, adapter or model: a proxy fine-tuned before, "
         "whose clusters are made once, before the first step",
     )
-    max_tokens: int = Field(16384, ge=1, description="padded tokens of a batch of the pass for features at most")
+    max_tokens: int | Literal["auto"] = Field(
+        "auto", description="padded tokens of a batch of the pass for features at most; auto: 16384, on a CPU 2048"
+    )
 
     @property
     def uses_proxy(self) -> bool:

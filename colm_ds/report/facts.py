@@ -81,9 +81,10 @@ def has_counted(run: Run) -> bool:
 def run_facts(run: Run, small: Collection[str], *, counted: bool = False) -> Facts:
     """Collect the numbers of a run.
 
-    Scalars: heldout_overall, heldout_macro, heldout_small, exact_match, num_questions, step_s, step_s_p10, step_s_p90,
-    probe_gib, train_gib, peak_gib, examples_trained, examples_probed, tokens_trained, wall_s, padding_fraction,
-    num_micro_batches (of a step and rank, mean), largest_tokens (padded, of the largest micro-batch).
+    Scalars: heldout_overall, heldout_macro, heldout_small, exact_match, num_questions, accuracy and accuracy_before (of
+    classification; before training), step_s, step_s_p10, step_s_p90, probe_gib, train_gib, peak_gib, examples_trained,
+    examples_probed, tokens_trained, wall_s, padding_fraction, num_micro_batches (of a step and rank, mean),
+    largest_tokens (padded, of the largest micro-batch).
     Groups: heldout, exact_match, data_share and coreset_share by source, phase_s by phase, exchange_bytes by kind (mean
     of a step), coherence by source (mean over steps), phase_gib (peaks) by phase, parts_gib (of the largest peak).
 
@@ -119,6 +120,11 @@ def run_facts(run: Run, small: Collection[str], *, counted: bool = False) -> Fac
         value = number(lookup(run.summary, "exact_match", key))
         if value is not None:
             scalars["exact_match" if key == "overall" else key] = value
+    first = lookup(run.summary, "heldout_before") or run.heldout.get(0, {})
+    for key, found in (("accuracy", heldout), ("accuracy_before", first)):
+        value = number(found.get("accuracy")) if isinstance(found, Mapping) else None
+        if value is not None:
+            scalars[key] = value
     return Facts(
         num_steps=_num_steps(run),
         scalars=scalars,

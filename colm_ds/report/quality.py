@@ -31,6 +31,7 @@ def arms_table(arms: Sequence[Arm], *, short: bool = False) -> Table:
         arms: the arms.
         short: without what the arms are, for the terminal.
     """
+    classified = any(arm.mean("accuracy") is not None for arm in arms)
     columns = [
         Column("arm"),
         *([] if short else [Column("b of r")]),
@@ -39,6 +40,7 @@ def arms_table(arms: Sequence[Arm], *, short: bool = False) -> Table:
         Column("held-out loss", _LOSS, "min"),
         Column("macro", _LOSS, "min"),
         Column("small sources", _LOSS, "min"),
+        *([Column("accuracy", percent, "max"), Column("before training", percent)] if classified else []),
         Column("exact match", percent, "max"),
         Column("s per step", seconds, "min"),
         Column("p10–p90"),
@@ -57,6 +59,7 @@ def arms_table(arms: Sequence[Arm], *, short: bool = False) -> Table:
                 len(arm.counted),
                 arm.num_steps,
                 *quality,
+                *([arm.mean("accuracy"), arm.mean("accuracy_before")] if classified else []),
                 arm.mean("exact_match"),
                 arm.mean("step_s"),
                 _range(arm),

@@ -19,6 +19,9 @@ from colm_ds.tasks.base import InTraining, Task
 from colm_ds.training_loss import find_loss_head
 from colm_ds.types import SourcedDataset
 
+_MAX_TOKENS, _MAX_TOKENS_CPU = 16384, 2048
+"""Padded tokens of a batch; on a CPU larger ones leave its caches (benchmarks/README.md)."""
+
 
 class ClusteredTask:
     """Implements `Task` around another one."""
@@ -93,6 +96,9 @@ class ClusteredTask:
         head = find_loss_head(model)
         if head is None:
             raise ConfigError("clusters: the hidden states of a model of this type are not known. Leave clusters out.")
+        max_tokens = self._config.max_tokens
+        if max_tokens == "auto":
+            max_tokens = _MAX_TOKENS_CPU if run.device.type == "cpu" else _MAX_TOKENS
         return hidden_features(
             model,
             model,
@@ -101,5 +107,5 @@ class ClusteredTask:
             device=run.device,
             exchange=run.exchange,
             rank=run.rank,
-            max_tokens=self._config.max_tokens,
+            max_tokens=max_tokens,
         )
