@@ -9,13 +9,17 @@ import numpy as np
 
 from colm_ds.coreset_selector import CoresetSelector
 from colm_ds.data import InstructionDataset
+from colm_ds.data.choice_dataset import ChoiceDataset
 from colm_ds.data.loader import LargeBatchLoader, source_counts
 from colm_ds.data.sources import small_source_ids
 from colm_ds.errors import ConfigError
 from colm_ds.models import load_model, load_tokenizer
-from colm_ds.recipe import BaseRecipe, Recipe
+from colm_ds.recipe import BaseRecipe, ChoiceRecipe, Recipe
+from colm_ds.tasks.choices import load_choice_data
 from colm_ds.tasks.instructions import load_data
-from colm_ds.types import Coreset, LargeBatch
+from colm_ds.types import Coreset, Example, LargeBatch
+
+Data = InstructionDataset | ChoiceDataset
 
 _BAR = 40
 _BINS = 12
@@ -32,10 +36,15 @@ def preview(recipe: BaseRecipe, *, num_examples: int = 3, with_coreset: bool = T
     Raises:
         ConfigError, DataError, ProbeError: as training would.
     """
-    if not isinstance(recipe, Recipe):
-        raise ConfigError("preview shows what recipes on instruction data train on; this one is of another kind.")
+    if not isinstance(recipe, (Recipe, ChoiceRecipe)):
+        raise ConfigError("preview shows instruction data and classification tasks; this recipe is of another kind.")
     tokenizer = load_tokenizer(recipe)
-    train, heldout = load_data(recipe, tokenizer)
+    train: Data
+    heldout: Data | None
+    if isinstance(recipe, ChoiceRecipe):
+        train, heldout = load_choice_data(recipe, tokenizer)
+    else:
+        train, heldout = load_data(recipe, tokenizer)
     parts = [
         describe_sources(recipe, train, heldout),
         describe_lengths(train, recipe.data.max_length),
@@ -46,7 +55,7 @@ def preview(recipe: BaseRecipe, *, num_examples: int = 3, with_coreset: bool = T
     return "\n\n".join(parts)
 
 
-def describe_sources(recipe: Recipe, train: InstructionDataset, heldout: InstructionDataset | None) -> str:
+def describe_sources(recipe: Recipe | ChoiceRecipe, train: Data, heldout: Data | None) -> str:
     """Examples and tokens of every source, which are small, and what was dropped."""
     counts = source_counts(train)
     small = set(small_source_ids(recipe.colm, counts))
@@ -63,10 +72,13 @@ def describe_sources(recipe: Recipe, train: InstructionDataset, heldout: Instruc
     lines.append(f"small: fewer than |V|/c = {limit:,.1f} examples" if recipe.colm.small_sources == "auto" else "")
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in train.num_dropped.items() if count) or "none"
     lines.append(f"dropped: {dropped}; held out: {0 if heldout is None else len(heldout):,} examples")
+    if recipe.clusters is not None:
+        steps = ", ".join(map(str, recipe.clusters.steps(recipe.steps)))
+        lines.append(f"clusters take the place of these sources after {steps} steps")
     return "\n".join(line for line in lines if line)
 
 
-def describe_lengths(train: InstructionDataset, max_length: int) -> str:
+def describe_lengths(train: Data, max_length: int) -> str:
     """Histogram of lengths in tokens, with quartiles and how many examples are cut off."""
     lengths = np.asarray(train.lengths)
     edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, _BINS + 1).astype(int))
@@ -81,19 +93,29 @@ def describe_lengths(train: InstructionDataset, max_length: int) -> str:
     return "\n".join(lines)
 
 
-def describe_example(train: InstructionDataset, index: int, tokenizer: Any) -> str:
+def describe_example(train: Data, index: int, tokenizer: Any) -> str:
     """One example as the model sees it; trained tokens stand between >>> and <<<."""
     example = train[index]
     trained = example.labels != -100
     first = int(trained.nonzero()[0]) if bool(trained.any()) else len(trained)
     prompt = tokenizer.decode(example.input_ids[:first])
-    answer = tokenizer.decode(example.input_ids[first:])
+    answers = _answers(example, tokenizer)
     name = train.source_names[int(train.source_ids[index])]
+    if example.candidates is not None:
+        head = f"example {index:,} ({name}): {int(train.lengths[index])} tokens computed, {len(answers)} candidates"
+        return f"{head}\n{prompt}>>>{answers.pop(example.candidates.gold)}<<< and not {' or '.join(answers)}"
     head = f"example {index:,} ({name}): {len(trained)} tokens, {int(trained.sum())} of them trained"
-    return f"{head}\n{prompt}>>>{answer}<<<"
+    return f"{head}\n{prompt}>>>{answers[0]}<<<"
 
 
-def describe_coreset(recipe: Recipe, train: InstructionDataset, tokenizer: Any) -> str:
+def _answers(example: Example, tokenizer: Any) -> list[str]:
+    """What follows the prompt: one response, or the candidates."""
+    sizes = [len(example.labels)] if example.candidates is None else list(example.candidates.lengths)
+    parts = zip(example.input_ids.split(sizes), example.labels.split(sizes), strict=True)
+    return [tokenizer.decode(ids[int((labels != -100).nonzero()[0]) :]) for ids, labels in parts]
+
+
+def describe_coreset(recipe: Recipe | ChoiceRecipe, train: Data, tokenizer: Any) -> str:
     """The first large batch of the run on one device, and what is kept of it."""
     from transformers import set_seed
 
@@ -114,7 +136,7 @@ def describe_coreset(recipe: Recipe, train: InstructionDataset, tokenizer: Any) 
     return "\n".join([*_by_source(train, batch, coreset), "", *_by_example(train, batch, coreset, tokenizer)])
 
 
-def _by_source(train: InstructionDataset, batch: LargeBatch, coreset: Coreset) -> list[str]:
+def _by_source(train: Data, batch: LargeBatch, coreset: Coreset) -> list[str]:
     kept = set(coreset.positions[: coreset.num_kept].tolist())
     chosen = set(coreset.positions.tolist())
     width = max(map(len, train.source_names))
@@ -133,7 +155,7 @@ def _by_source(train: InstructionDataset, batch: LargeBatch, coreset: Coreset) -
     return lines
 
 
-def _by_example(train: InstructionDataset, batch: LargeBatch, coreset: Coreset, tokenizer: Any) -> list[str]:
+def _by_example(train: Data, batch: LargeBatch, coreset: Coreset, tokenizer: Any) -> list[str]:
     place = {position: number for number, position in enumerate(coreset.positions.tolist())}
     picks = _pick_numbers(batch, coreset)
     width = max(map(len, train.source_names))
@@ -148,7 +170,8 @@ def _by_example(train: InstructionDataset, batch: LargeBatch, coreset: Coreset, 
             weight = float(coreset.weights[number])
             kept = f"pick {picks[position]}" + (f", weight {weight:.2f}" if weight != 1 else "")
         example = batch.examples[position]
-        answer = tokenizer.decode(example.input_ids[example.labels != -100])
+        answers = _answers(example, tokenizer)
+        answer = answers[0 if example.candidates is None else example.candidates.gold]
         name = train.source_names[int(batch.sources[position])]
         shown = " ".join(answer.split())[:50]
         lines.append(

@@ -85,3 +85,26 @@ def test_coreset(selector: str, folder: Path, capsys: pytest.CaptureFixture[str]
 def test_bad_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["preview", str(folder / "recipe.yaml"), "colm.corset_size=4"]) == 2
     assert "Did you mean 'coreset_size'?" in capsys.readouterr().err
+
+
+def test_classification(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The right candidate is marked, and the clusters that are to come are named."""
+    rows = [
+        {
+            "premise": f"Box {n} is red.",
+            "hypothesis": "it is",
+            "label": ("entailment", "contradiction", "neutral")[n % 3],
+        }
+        for n in range(40)
+    ]
+    (folder / "cb.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = recipe_of(folder)
+    recipe |= {"task": "choices", "data": {"task": "cb", "train": str(folder / "cb.jsonl"), "cache_dir": None}}
+    recipe |= {"clusters": {"num": 2, "warmup_steps": 1, "refreshes": 0}}
+    (folder / "choices.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["preview", str(folder / "choices.yaml"), "--examples", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "Yes, No, or Maybe?\n>>>Yes<<< and not No or Maybe" in text
+    assert "clusters take the place of these sources after 1 steps" in text
+    assert re.search(r"^all +40 ", text, flags=re.MULTILINE)
+    assert len(re.findall(r"^ +\d+ all .* (Yes|No|Maybe)$", text, flags=re.MULTILINE)) > 0

@@ -127,7 +127,7 @@ def train(case: Case, kind: str, folder: str, resume_after: int | None) -> Outco
         engine.destroy()
 
 
-@pytest.mark.parametrize("kind", ["choices", "records"])
+@pytest.mark.parametrize("kind", ["choices", pytest.param("records", marks=pytest.mark.slow)])
 def test_training_with_clusters_and_resuming(kind: str, pools: dict[int, Ranks], tmp_path: Path) -> None:
     whole = pools[2].run(train, CASE, kind, str(tmp_path), None)
     first = whole[0]
