@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from colm_ds.data.micro_batch import make_micro_batch
 from colm_ds.distributed.assign import micro_batches, training_ranks
 from colm_ds.distributed.exchange import move_examples
+from colm_ds.memory.out_of_memory import of_micro_batch
 from colm_ds.probe.replay import ReplayStore
 from colm_ds.selection import Exchange
 from colm_ds.training_loss import example_loss_sums
@@ -123,9 +124,10 @@ def accumulate(
         # A place holder is replayed too: under ZeRO-3 all ranks gather the same layers in the same order.
         replayed = replay is not None and (not mine or replay.has(mine))
         with replay.replaying(micro.by_row(mine)) if replay is not None and replayed else nullcontext():
-            with part("forward") if part else nullcontext():
+            shape = micro.input_ids.shape
+            with of_micro_batch(shape), part("forward") if part else nullcontext():
                 sums = example_loss_sums(engine, head, micro)
-            with part("backward") if part else nullcontext():
+            with of_micro_batch(shape), part("backward") if part else nullcontext():
                 engine.backward((sums * scales).sum() * world_size, scale_wrt_gas=False)
         sums = sums.detach()
         passed.append(sums[: len(mine)])

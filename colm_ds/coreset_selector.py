@@ -23,6 +23,7 @@ from colm_ds.distributed.exchange import broadcast_coreset, make_exchange
 from colm_ds.errors import ConfigError, SelectionError
 from colm_ds.memory.breakdown import tensors_of
 from colm_ds.memory.meter import Meter
+from colm_ds.memory.out_of_memory import of_micro_batch
 from colm_ds.probe.architecture import Architecture, find_architecture
 from colm_ds.probe.estimators import Estimator, Observer
 from colm_ds.probe.parameters import reading_parameters
@@ -369,11 +370,12 @@ class CoresetSelector:
         assert self._architecture is not None
         examples = [batch.examples[position] for position in positions]
         micro = make_micro_batch(examples).to(self._device)
-        with store.recording(micro.by_row(positions), micro.lengths) if store is not None else nullcontext():
-            tail = run_trunk(self._model, self._architecture, micro, self._trunk_dtype)
-        if estimator is not None:
-            lengths = micro.example_lengths[: len(positions)]
-            estimator.observe(tail, torch.tensor(positions, dtype=torch.int64), lengths)
+        with of_micro_batch(micro.input_ids.shape):
+            with store.recording(micro.by_row(positions), micro.lengths) if store is not None else nullcontext():
+                tail = run_trunk(self._model, self._architecture, micro, self._trunk_dtype)
+            if estimator is not None:
+                lengths = micro.example_lengths[: len(positions)]
+                estimator.observe(tail, torch.tensor(positions, dtype=torch.int64), lengths)
 
     @contextmanager
     def _reading_weights(self) -> Iterator[None]:

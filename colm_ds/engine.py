@@ -26,6 +26,7 @@ from colm_ds.distributed.exchange import make_exchange
 from colm_ds.distributed.watchdog import Watchdog
 from colm_ds.errors import ConfigError, SelectionError
 from colm_ds.faults import SkippedSteps, guard_plain_optimizer
+from colm_ds.memory.exhausted import memory_error
 from colm_ds.memory.meter import Meter
 from colm_ds.memory.recorder import MemoryRecorder
 from colm_ds.monitor import RunMonitor, step_events
@@ -171,17 +172,21 @@ class CoLMEngine:
 
         Raises:
             SelectionError: if no example of the batch has a finite signal.
+            DeviceMemoryError: if memory runs out: where, and what would help.
             DivergenceError: if the gradient was not finite in `colm.max_skipped_steps` steps in a row before.
         """
         self.skipped.check(self.step_count)
         self.monitor.open()
         with self.watchdog.watching(f"step {self.step_count + 1}"):  # what lies between its phases
-            return self._train_batch(batch)
+            start = time.perf_counter()
+            with self.watchdog.watching(f"reading the batch of step {self.step_count + 1}"):
+                batch = batch if batch is not None else next(self._batches)
+            try:
+                return self._train_batch(batch, start)
+            except torch.OutOfMemoryError as error:
+                raise memory_error(self, batch, error) from error
 
-    def _train_batch(self, batch: LargeBatch | None) -> StepStats:
-        start = time.perf_counter()
-        with self.watchdog.watching(f"reading the batch of step {self.step_count + 1}"):
-            batch = batch if batch is not None else next(self._batches)
+    def _train_batch(self, batch: LargeBatch, start: float) -> StepStats:
         exchanged = _ByteCount(self._exchange)
         self.deepspeed_engine.train()
         inner = self.deepspeed_engine

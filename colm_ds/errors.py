@@ -31,6 +31,10 @@ class DivergenceError(ColmError):
     """Training that can not go on: the gradient is not finite step after step."""
 
 
+class DeviceMemoryError(ColmError):
+    """A step for which a device has not enough memory; the message says where and what would help."""
+
+
 class CheckpointError(ColmError):
     """A checkpoint that can not be saved or loaded."""
 

@@ -26,9 +26,11 @@ from colm_ds.distributed.agreement import broadcast_text, single_process_environ
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.distributed.interrupt import EXIT_CODE as STOPPED
 from colm_ds.distributed.interrupt import StopRequest
+from colm_ds.distributed.last_words import end_all, was_said
 from colm_ds.engine import CoLMEngine, initialize, prepare_deepspeed
-from colm_ds.errors import CheckpointError, ColmError, ConfigError, DivergenceError, SelectionError
+from colm_ds.errors import CheckpointError, ColmError, ConfigError, DeviceMemoryError, DivergenceError, SelectionError
 from colm_ds.export import save_trained
+from colm_ds.memory.exhausted import EXIT_CODE as OUT_OF_MEMORY
 from colm_ds.memory.meter import GIB
 from colm_ds.memory.recorder import PEAKS
 from colm_ds.model_card import ADAPTER, MODEL, write_model_card
@@ -49,7 +51,7 @@ def run(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
     """Train as a recipe says, under a launcher or alone.
 
     Exit codes: 0 done; 2 bad input (one message); 3 asked to stop, after a checkpoint; 4 a phase lasted too long;
-    5 diverged, after a checkpoint; 1 anything else.
+    5 diverged, after a checkpoint; 6 out of memory; 1 anything else.
 
     Args:
         recipe_path: the YAML file.
@@ -80,6 +82,10 @@ def crashes_explained() -> Iterator[None]:
     """One line for what is not a fault of this rank: a full disk, or another rank that is gone."""
     try:
         yield
+    except DeviceMemoryError as error:
+        end_all(f"{type(error).__name__}: {error}", OUT_OF_MEMORY)
+    except torch.OutOfMemoryError as error:  # outside a step: evaluating, saving
+        end_all(f"rank {dist.get_rank()}: {error}\nTry a smaller evaluation.max_tokens.", OUT_OF_MEMORY)
     except ColmError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except OSError as error:
@@ -87,6 +93,8 @@ def crashes_explained() -> Iterator[None]:
     except RuntimeError as error:
         if not any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection")):
             raise
+        if was_said():
+            sys.exit(OUT_OF_MEMORY)
         reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
         lost = f"rank {dist.get_rank()}: lost the other ranks ({reason})."
         sys.exit(f"{lost} Restarting goes on from the last checkpoint.")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from colm_ds.memory.plan import Job, MemoryPlan, Planner
 from colm_ds.memory.states import ZeroSettings
+
+_SHORT = 32
+"""Tokens below which examples are not cut further."""
 
 _OUR_BUCKET = 20_000_000
 _OUR_MAX_LIVE = 300_000_000
@@ -21,7 +25,7 @@ class Knob:
         override: what to write, `key=value`.
         kind: changes of the same kind exclude each other.
         plan: memory with it.
-        saved: bytes by which the largest peak falls; negative if it rises.
+        saved: bytes by which the peak falls; negative if it rises.
         job: the job with it.
     """
 
@@ -32,27 +36,32 @@ class Knob:
     job: Job
 
 
-def knobs(planner: Planner, job: Job) -> list[Knob]:
+def knobs(planner: Planner, job: Job, phase: str | None = None) -> list[Knob]:
     """Every single change that a recipe allows, with the most saving first.
 
     Args:
         planner: plans jobs.
         job: what is to be changed.
+        phase: count what this phase's peak saves; default: the largest peak.
     """
-    peak = planner.memory(job).peak
+
+    def height(plan: MemoryPlan) -> int:
+        return plan.peak if phase is None else plan.peaks.get(phase, 0)
+
+    peak = height(planner.memory(job))
     found = []
     for override, kind, changed in _changes(job):
         plan = planner.memory(changed)
-        found.append(Knob(override, kind, plan, peak - plan.peak, changed))
+        found.append(Knob(override, kind, plan, peak - height(plan), changed))
     return sorted(found, key=lambda knob: -knob.saved)
 
 
-def best_of_each_kind(found: list[Knob]) -> list[Knob]:
-    """The most saving change of every kind, those that save nothing left out."""
+def best_of_each_key(found: list[Knob]) -> list[Knob]:
+    """The most saving change of every key of a recipe, those that save nothing left out."""
     best: dict[str, Knob] = {}
     for knob in found:
         if knob.saved > 0:
-            best.setdefault(knob.kind, knob)
+            best.setdefault(knob.override.split("=")[0], knob)
     return list(best.values())
 
 
@@ -96,6 +105,7 @@ def _changes(job: Job) -> Iterator[tuple[str, str, Job]]:
     if job.probes:
         now = job.colm.probe.max_tokens
         tokens = (8192 if spec.device_type == "cuda" else 2048) if now == "auto" else now
+        tokens = min(tokens, math.ceil(job.colm.large_batch_size / zero.world_size) * job.length)  # what there is
         if tokens > job.length:
             fewer = job.colm.probe.model_copy(update={"max_tokens": max(job.length, tokens // 2)})
             yield f"colm.probe.max_tokens={fewer.max_tokens}", "probe", job.with_colm(probe=fewer)
@@ -105,7 +115,7 @@ def _changes(job: Job) -> Iterator[tuple[str, str, Job]]:
         if stage >= zero.stage and not zero.offload_optimizer:
             away = replace(at_stage(zero, stage), offload_optimizer=True, offload_parameters=stage == 3)
             yield f"deepspeed=ds_configs/zero{stage}_offload.json", "offload", replace(job, zero=away)
-    if job.length > 64:
+    if job.length > _SHORT:
         shorter = job.length // 2
         yield (
             f"data.max_length={shorter}",
