@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from colm_ds.config import MemoryConfig
 from colm_ds.memory import breakdown, meter
 from colm_ds.memory.breakdown import PARTS, held_bytes, peak_parts, storage_bytes
 from colm_ds.memory.counted import CountedPhases
 from colm_ds.memory.hooks import MemoryHooks
 from colm_ds.memory.meter import Meter, PeakCounter
+from colm_ds.memory.recorder import MemoryRecorder
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -202,3 +205,11 @@ def test_tensors_are_told_apart_by_name() -> None:
     found = held_bytes(nn.Linear(1, 1, bias=False), Holder(), CPU)
     assert found == {"weights": 4, "gradients": 12, "optimizer": 16, "rest": 20}
     assert breakdown.PARTS[-1] == "rest"
+
+
+def test_no_snapshot_on_a_cpu(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """It is said in one line, and nothing is written."""
+    recorder = MemoryRecorder(MemoryConfig(snapshot=True, folder=str(tmp_path)), CPU, rank=0)
+    assert recorder.write_snapshot("step_2") is None
+    assert [record.message.split(":")[0] for record in caplog.records] == ["memory.snapshot"]
+    assert not list(tmp_path.iterdir())
