@@ -39,6 +39,7 @@ class ChoiceDataset:
         num_candidates: of each example, int32 `[num_examples]`.
         golds: place of the right candidate, int32 `[num_examples]`.
         num_dropped: examples left out, by reason.
+        max_length: what prompts were cut to.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class ChoiceDataset:
         num_candidates: npt.NDArray[np.int32],
         golds: npt.NDArray[np.int32],
         num_dropped: dict[str, int],
+        max_length: int | None = None,
     ) -> None:
         self.tokens = tokens
         self.num_dropped = dict(num_dropped)
@@ -67,6 +69,9 @@ class ChoiceDataset:
         self.num_label_tokens: np.ndarray = np.ones(count, dtype=np.int32)
         self.source_names: Sequence[str] = (ONE_SOURCE,)
         self.source_ids: np.ndarray = np.zeros(count, dtype=np.int32)
+
+        widest = self.candidates.lengths.max(dim=1).values
+        self.num_at_max_length = 0 if max_length is None else int((widest == max_length).sum())
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -109,7 +114,7 @@ def load_choices(
     """Read, check and tokenise the questions of a classification task.
 
     A prompt that does not fit is cut on the left, as evaluation cuts it; an example whose candidate alone does not fit
-    is dropped and counted in `num_dropped`.
+    is dropped and counted in `num_dropped`; `num_at_max_length` counts those that reach it, most of them cut.
 
     Args:
         task: one of `WRITERS`.
@@ -140,7 +145,7 @@ def load_choices(
         key = cache_key({**facts, "tokenizer": describe_tokenizer(tokenizer), "max_length": max_length})
         cached = load_arrays(Path(cache_dir), key, _DTYPES, _is_consistent)
         if cached is not None:
-            return ChoiceDataset(**cached[0], num_dropped=cached[1]["num_dropped"])
+            return ChoiceDataset(**cached[0], num_dropped=cached[1]["num_dropped"], max_length=max_length)
     arrays, num_dropped = _tokenise(questions, tokenizer, max_length)
     if not len(arrays["golds"]):
         raise DataError(
@@ -149,7 +154,7 @@ def load_choices(
         )
     if cache_dir is not None:
         store_arrays(Path(cache_dir), key, arrays, {"num_dropped": num_dropped}, _is_consistent)
-    return ChoiceDataset(**arrays, num_dropped=num_dropped)
+    return ChoiceDataset(**arrays, num_dropped=num_dropped, max_length=max_length)
 
 
 def _is_consistent(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> bool:

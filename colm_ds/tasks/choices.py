@@ -35,7 +35,8 @@ class ChoiceTask:
     def describe(self) -> dict[str, Any]:
         """See `Task.describe`."""
         num_heldout = 0 if self._heldout is None else len(self._heldout)
-        return {"num_dropped": self.train.num_dropped, "num_heldout": num_heldout}
+        facts = {"num_dropped": self.train.num_dropped, "num_at_max_length": self.train.num_at_max_length}
+        return {**facts, "num_heldout": num_heldout}
 
 
 def load_choice_data(recipe: ChoiceRecipe, tokenizer: Any) -> tuple[ChoiceDataset, ChoiceDataset | None]:

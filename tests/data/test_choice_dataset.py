@@ -97,6 +97,7 @@ def test_truncation_limit_and_cache(
     assert all(row in tokens(whole) for row in tokens(part))
     short = load_choices("cb", path, tokenizer, 40)
     assert max(max(one.candidates.lengths) for one in short if one.candidates) == 40
+    assert (short.num_at_max_length, whole.num_at_max_length) == (12, 0)
     assert [one.input_ids[-3:].tolist() for one in short] == [one.input_ids[-3:].tolist() for one in whole]
     write_jsonl([{**CB[0], "label": "neutral"}, *CB[1:]])
     changed = load_choices("cb", path, tokenizer, 500, cache_dir=cache)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from colm_ds.distributed.exchange import make_exchange
 from colm_ds.recipe_choices import ClusterConfig
 from colm_ds.training_loss import find_loss_head
 from tests.choices import random_choices
-from tests.engine.training import Case, parameters, records, start, step
+from tests.engine.training import NOTHING_PERSISTS, Case, parameters, records, start, step
 from tests.ranks import Ranks
 from tests.tiny_models import tiny_model
 
@@ -155,8 +155,10 @@ def test_training_with_clusters_and_resuming(kind: str, pools: dict[int, Ranks],
 
 
 def test_one_rank_chooses_alike(pools: dict[int, Ranks], tmp_path: Path) -> None:
+    """And two with the weights cut up between them."""
     (alone,) = pools[1].run(train, CASE, "choices", str(tmp_path / "one"), None)
-    together = pools[2].run(train, CASE, "choices", str(tmp_path / "two"), None)[0]
+    cut_up = replace(CASE, stage=3, zero=NOTHING_PERSISTS)
+    together = pools[2].run(train, cut_up, "choices", str(tmp_path / "two"), None)[0]
     assert [facts.get("clusters", {}).get("counts") for facts in alone.facts] == [
         facts.get("clusters", {}).get("counts") for facts in together.facts
     ]
