@@ -17,7 +17,6 @@ from colm_ds.report import compare, format_table, load_run
 from colm_ds.run_start import recipe_differences
 from colm_ds.sweep import Grid, LaunchConfig, default_ranks, is_finished, jobs_of, run_jobs
 
-_STEPS, _MICRO = "same accumulation", "same micro-batch"
 _FREE = ("name", "output_dir", "overwrite", "resume", "verbose", "monitor", "keep_last", "save_every")
 
 
@@ -90,8 +89,8 @@ def plan_arms(recipe: BaseRecipe, num_ranks: int, sizes: Sequence[int] | None = 
         name = f"{recipe.colm.selector} {b} of {n}" if selects else f"plain {n}"
         if selects and recipe.colm.selector == "colm":
             name = f"CoLM {b} of {n}"
-        for size, ending in ((equal, _STEPS), (micro, _MICRO)):
-            suffix = "" if equal == micro else f", {ending}"
+        for size in (equal, micro):
+            suffix = "" if equal == micro else f" (micro-batch {size})"
             plans.setdefault((n, b, size, selects), ArmPlan(name + suffix, n, b, size, selects, is_sized))
 
     for n, b, selects in ((coreset, coreset, False), (large, coreset, True), (large, large, False)):

@@ -34,8 +34,8 @@ def time_section(arms: Sequence[Arm]) -> Section:
     rows = [[arm.name, *(bars[arm.name].get(part) for part in parts), arm.mean("step_s")] for arm in arms]
     text = [
         "probe: the pass over the large batch; exchange: signals between ranks; select: the choice; forward, backward: "
-        "over the coreset; train: both, or what training has beyond them; step: the optimizer; other: what the total "
-        "has beyond the phases. Each is a median over steps on rank 0, so that parts need not add up exactly."
+        "over the coreset (train: both together, in older runs); step: the optimizer; other: what the total has beyond "
+        "the phases. Each is a median over steps on rank 0, so that parts need not add up exactly."
     ]
     tables = [Table("phases", "Seconds of a step by phase", columns, rows)] if parts else []
     return Section("time", "Time", text if parts else [], [picture] if picture else [], tables)
@@ -199,8 +199,10 @@ def _unrelated(arm: Arm, name: str) -> float | None:
 
 
 def _phases(arm: Arm) -> dict[str, float]:
-    """Seconds of each phase, and what the step has beyond them."""
+    """Seconds of each phase, and what the step has beyond them; forward and backward for training, where measured."""
     found = {name: measure.mean for name, measure in arm.groups.get("phase_s", {}).items()}
+    if "backward" in found:
+        found.pop("train", None)
     total = arm.mean("step_s")
     if found and total is not None and total > sum(found.values()):
         found["other"] = total - sum(found.values())

@@ -112,8 +112,8 @@ def run_facts(run: Run, small: Collection[str], *, counted: bool = False) -> Fac
         },
         "coherence": {name: float(np.mean(curve.values)) for name, curve in coherence.items()},
         "phase_gib": _phase_peaks(run, counted),
-        "parts_gib": _peak_parts(run),
     }
+    groups["parts_gib"] = _peak_parts(run, groups["phase_gib"] if counted else {})
     scalars = {f"heldout_{key}": value for key, value in losses.items()} | _costs(run)
     scalars |= _largest(groups["phase_gib"])
     for key in ("overall", "num_questions"):
@@ -260,13 +260,24 @@ def _largest(phases: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def _peak_parts(run: Run) -> dict[str, float]:
-    """What the largest peak consists of, in GiB."""
+def _peak_parts(run: Run, counted: Mapping[str, float]) -> dict[str, float]:
+    """What the largest peak consists of, in GiB.
+
+    Args:
+        run: the run.
+        counted: counted peaks by phase, empty if peaks are measured ones: what they have beyond the parts that are held
+            is then activations, or the probe's where the peak is.
+    """
     found = numbers(run.summary.get("peak_memory_parts_gib"))
-    if found or not run.steps:
+    if not found and run.steps:
+        largest = max(run.steps, key=lambda step: number(lookup(step, "memory_gib", "peak")) or 0.0)
+        found = numbers(largest.get("memory_parts_gib"))
+    if not found or not counted:
         return found
-    largest = max(run.steps, key=lambda step: number(lookup(step, "memory_gib", "peak")) or 0.0)
-    return numbers(largest.get("memory_parts_gib"))
+    held = {name: found.get(name, 0.0) for name in ("weights", "gradients", "optimizer", "replay", "selection")}
+    peaks = {key: counted.get(key, 0.0) for key in (*MEMORY_PHASES, "peak")}
+    is_choice = max(peaks[name] for name in MEMORY_PHASES[:3]) >= max(peaks[name] for name in MEMORY_PHASES[3:])
+    return held | {"probe" if is_choice else "activations": max(0.0, max(peaks.values()) - sum(held.values()))}
 
 
 def _memory_kind(run: Run) -> str:

@@ -120,17 +120,21 @@ def _parts(arms: Sequence[Arm]) -> dict[str, dict[str, float]]:
 def _parts_picture(arms: Sequence[Arm]) -> Picture | None:
     bars = _parts(arms)
     named = _named_parts(arms)
+    caption = "activations: all that the phase of the peak added to what is held."
+    if any(arm.memory_kind == "resident" for arm in arms):  # it would leave no room for the others
+        named = [name for name in named if name != "rest"]
+        caption += " Without the rest: Python and the libraries."
     if len(named) > len(COLORS):  # one colour each
         for bar in bars.values():
             bar["probe, selection"] = bar.pop("probe", 0.0) + bar.pop("selection", 0.0)
-        named = [name for name in named if name not in ("probe", "selection", "rest")] + ["probe, selection", "rest"]
+        named = [name for name in named if name not in ("probe", "selection")] + ["probe, selection"]
     return stacked_picture(
         "parts",
         "What the largest peak consists of, GiB",
         bars,
         named,
         x_label="GiB (2^30 bytes)",
-        caption="activations: all that the phase of the peak added to what is held.",
+        caption=caption,
     )
 
 
@@ -141,8 +145,10 @@ def _parts_table(arms: Sequence[Arm]) -> Table | None:
     columns = [Column("arm"), *(Column(f"{name}, GiB", _GIB) for name in named)]
     rows = [[arm.name, *(bars[arm.name].get(name) for name in named)] for arm in arms]
     note = "optimizer: its states and float32 copies; selection: what selector and estimator keep between steps."
-    if any(arm.memory_kind in ("counted", "resident") for arm in arms):
+    if any(arm.memory_kind == "resident" for arm in arms):
         note += " Of the resident memory of one process: rest is Python and the libraries for the most part."
+    if any(arm.memory_kind == "counted" for arm in arms):
+        note += " activations: what the counted peak has beyond the parts that are held, DeepSpeed's buffers included."
     return Table("memory_parts", "What the largest peak consists of", columns, rows, note)
 
 

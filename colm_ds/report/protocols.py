@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from colm_ds.report.arms import Arm, accumulation_steps, micro_batch_size
@@ -9,15 +10,26 @@ from colm_ds.report.charts import Line, Picture, line_picture
 from colm_ds.report.differences import references
 from colm_ds.report.memory import MICRO_BATCH_NOTE, kind_sentences, micro_batch_cells, micro_batch_columns
 from colm_ds.report.quality import describe
+from colm_ds.report.run import number
 from colm_ds.report.section import Section
 from colm_ds.report.tables import Column, Table, fixed, quoted, seconds, times, whole
+
+
+def _full_steps(arm: Arm) -> int | None:
+    """Accumulation steps of an arm whose micro-batches are as small as that number of them allows."""
+    steps, micro = accumulation_steps(arm), micro_batch_size(arm)
+    if not steps or not micro or not arm.coreset_size:
+        return None
+    world = number(arm.config.get("world_size")) or 1.0
+    return steps if micro == math.ceil(arm.coreset_size / (world * steps)) else None
+
 
 Protocol = tuple[str, Callable[[Arm], int | None], str]
 
 PROTOCOLS: tuple[Protocol, ...] = (
     (
         "equal accumulation steps",
-        accumulation_steps,
+        _full_steps,
         "Equal accumulation steps: every batch is passed through in the same number of micro-batches, so a larger "
         "batch has larger micro-batches; this is what one pays who raises the batch size and leaves accumulation "
         "alone (the paper's comparison), and where CoLM saves activation memory against plain training on r.",
@@ -57,15 +69,21 @@ def protocols_section(arms: Sequence[Arm], sized: Sequence[Arm] = ()) -> Section
     text = [words for _, words, _ in shown]
     text += [sentence for name, _, members in shown if (sentence := _outcome(base, name, members))]
     text += kind_sentences(everyone)
-    table = _table([(name, members) for name, _, members in shown])
+    named = [(name, members) for name, _, members in shown]
     return Section(
-        "protocols", "Memory against batch size", text, [picture for picture in pictures if picture], [table]
+        "protocols",
+        "Memory against batch size",
+        text,
+        [picture for picture in pictures if picture],
+        [_side_by_side(named), _made(named)],
     )
 
 
 def _members(base: Arm, arms: Sequence[Arm], key: Callable[[Arm], int | None]) -> list[Arm]:
     """Arms that are alike in what a protocol keeps equal: plain ones and those that select as the base does."""
     method = describe(base)
+    if key(base) is None:
+        return []
     return [arm for arm in arms if key(arm) == key(base) and (arm.is_plain or describe(arm) == method)]
 
 
@@ -121,52 +139,54 @@ def _outcome(base: Arm, name: str, members: Sequence[Arm]) -> str:
     for size, what in ((base.large_batch_size, "r"), (base.coreset_size, "b")):
         other = next((arm for arm in members if arm.is_plain and arm.coreset_size == size), None)
         found = [
-            f"{times(mine / theirs)} its {unit}"
-            for key, unit in (("peak_gib", "memory"), ("step_s", "time per step"))
+            f"{times(mine / theirs)} the {quantity}"
+            for key, quantity in (("peak_gib", "peak memory"), ("step_s", "time per step"))
             if other is not None and (mine := base.mean(key)) is not None and (theirs := other.mean(key))
         ]
         if found:
-            parts.append(f"against plain training on {what} = {size} {' and '.join(found)}")
-    return f"With {name}, {quoted(base.name)} takes {'; '.join(parts)}." if parts else ""
+            parts.append(f"{' and '.join(found)} of plain training on {what} = {size}")
+    return f"With {name}, {quoted(base.name)} takes {', and '.join(parts)}." if parts else ""
 
 
-def _table(shown: Sequence[tuple[str, Sequence[Arm]]]) -> Table:
-    columns = [
-        Column("protocol"),
-        Column("arm"),
-        Column("looked at", whole),
-        Column("trained on", whole),
-        *micro_batch_columns(),
-        Column("peak, GiB", _GIB),
-        Column("× plain", times),
-        Column("s per step", seconds),
-        Column("× plain time", times),
-    ]
+def _side_by_side(shown: Sequence[tuple[str, Sequence[Arm]]]) -> Table:
+    """One row for each pair of sizes, the protocols beside each other."""
+    columns = [Column("training"), Column("looked at", whole), Column("trained on", whole)]
+    for name, _ in shown:
+        short = name.replace("accumulation ", "")
+        columns += [
+            Column(f"{short}: micro-batch", whole),
+            Column(f"{short}: peak, GiB", _GIB),
+            Column(f"{short}: × plain peak", times),
+            Column(f"{short}: s per step", seconds),
+            Column(f"{short}: × plain time", times),
+        ]
+    found = [{(arm.is_plain, _seen(arm), arm.coreset_size or 0): arm for arm in members} for _, members in shown]
+    kinds = sorted({kind for arms in found for kind in arms}, key=lambda kind: (kind[1], not kind[0], kind[2]))
     rows: list[list[object]] = []
-    for name, members in shown:
-        plain = {_seen(arm): arm for arm in members if arm.is_plain}
-        for arm in sorted(members, key=lambda arm: (_seen(arm), arm.is_plain)):
-            other = plain.get(_seen(arm)) if not arm.is_plain else None
-            rows.append(
-                [
-                    name,
-                    arm.name,
-                    _seen(arm),
-                    arm.coreset_size,
-                    *micro_batch_cells(arm),
-                    peak := arm.mean("peak_gib"),
-                    _over(peak, other.mean("peak_gib") if other else None),
-                    step := arm.mean("step_s"),
-                    _over(step, other.mean("step_s") if other else None),
-                ]
-            )
+    for is_plain, seen, trained in kinds:
+        row: list[object] = [f"plain {trained}" if is_plain else f"{trained} of {seen}", seen, trained]
+        for arms in found:
+            arm, plain = arms.get((is_plain, seen, trained)), arms.get((True, seen, seen))
+            row.append(micro_batch_size(arm) if arm else None)
+            for key in ("peak_gib", "step_s"):
+                mine = arm.mean(key) if arm else None
+                theirs = plain.mean(key) if plain and not is_plain else None
+                row += [mine, mine / theirs if mine is not None and theirs else None]
+        rows.append(row)
     note = (
-        "× plain: against plain training on as many examples as the arm looks at, under the same protocol. An arm that "
-        "fits both protocols is listed under both. Seconds of arms that ran a few steps for their memory are rough. "
-        f"{MICRO_BATCH_NOTE}"
+        "× plain: against plain training on as many examples as the arm looks at, under the same protocol. Seconds of "
+        "arms that ran a few steps for their memory are rough."
     )
-    return Table("protocols", "Memory against batch size, both protocols", columns, rows, note, folded=len(rows) > 16)
+    return Table("protocols", "Memory against batch size, both protocols", columns, rows, note)
 
 
-def _over(mine: float | None, theirs: float | None) -> float | None:
-    return mine / theirs if mine is not None and theirs else None
+def _made(shown: Sequence[tuple[str, Sequence[Arm]]]) -> Table:
+    """How every arm cut up its batches."""
+    columns = [Column("protocol"), Column("arm"), *micro_batch_columns(), Column("peak, GiB", _GIB)]
+    rows = [
+        [name, arm.name, *micro_batch_cells(arm), arm.mean("peak_gib")]
+        for name, members in shown
+        for arm in sorted(members, key=lambda arm: (_seen(arm), not arm.is_plain))
+    ]
+    note = f"An arm that fits both protocols is listed under both. {MICRO_BATCH_NOTE}"
+    return Table("micro_batches", "Micro-batches of both protocols", columns, rows, note, folded=True)

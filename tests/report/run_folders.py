@@ -199,3 +199,51 @@ def make_summary(
         "tokens_trained": sum(step["tokens"] for step in steps),
         "wall_s": sum(totals) * 1.1,
     }
+
+
+PARTS = {"weights": 0.2, "gradients": 0.1, "optimizer": 0.4, "activations": 0.3, "replay": 0.05, "probe": 0.0}
+PARTS |= {"selection": 0.01, "rest": 0.5}
+
+# large, coreset, micro-batch, and the peak that was counted
+PROTOCOL_ARMS = {
+    "plain 16": (16, 16, 2, 1.0),
+    "CoLM 16 of 32": (32, 16, 2, 1.1),
+    "plain 32 (micro-batch 4)": (32, 32, 4, 1.6),
+    "plain 32 (micro-batch 2)": (32, 32, 2, 1.05),
+}
+SIZED_ARMS = {"CoLM 32 of 64": (64, 32, 4, 1.7), "plain 64": (64, 64, 8, 2.9)}
+
+
+def measured_run(
+    folder: Path, name: str, large: int, coreset: int, micro: int, peak: float, *, counted: bool = True
+) -> Path:
+    """Write a run on two ranks whose memory was measured, and counted in its second step."""
+    plain = large == coreset
+    colm = {"large_batch_size": large, "coreset_size": coreset, "selector": "full" if plain else "colm"}
+    changes: dict[str, Any] = {
+        "world_size": 2,
+        "colm": colm | ({} if plain else {"probe": {"estimator": "spsa", "num_probes": "auto"}}),
+        "deepspeed": {"train_micro_batch_size_per_gpu": micro},
+    }
+    write_run(folder, name, arm="plain-64" if plain else "colm-spsa", num_steps=6, config=changes)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    peaks = {"probe": 0.9, "exchange": 0.9, "select": 0.8, "train": peak + 0.4, "forward": peak + 0.3}
+    peaks |= {"backward": peak + 0.4, "step": 0.7, "save": 0.0, "peak": peak + 0.4}
+    for line in lines[1:]:
+        line |= {"memory_gib": peaks, "memory_kind": "resident", "memory_parts_gib": PARTS, "counted_gib": None}
+        times = line["time_s"]
+        times |= {"forward": 0.3 * times["train"], "backward": 0.6 * times["train"], "save": 5.0}
+    if counted:
+        lines[2]["counted_gib"] = {"probe": 0.4, "train": peak, "forward": peak - 0.2, "backward": peak, "total": peak}
+        lines[2]["time_s"]["total"] = 1000.0
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "summary.json").unlink()
+    return folder
+
+
+def measured_runs(folder: Path, arms: Mapping[str, tuple[int, int, int, float]], **options: Any) -> list[Path]:
+    """Write such runs, each into a folder of its own."""
+    return [
+        measured_run(folder / f"run_{place}_{name}", name, *arm, **options)
+        for place, (name, arm) in enumerate(arms.items())
+    ]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from colm_ds.report import compare, load_run
-from tests.report.run_folders import ARMS, write_run
+from tests.report.run_folders import ARMS, PROTOCOL_ARMS, SIZED_ARMS, measured_runs, write_run
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = (
@@ -62,7 +62,9 @@ def browse(folder: Path, page: Path, *flags: str) -> subprocess.CompletedProcess
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("browser")
     runs = [load_run(write_run(folder / name, name)) for name in ARMS]
-    return compare(runs, folder / "report").files["html"]
+    runs += [load_run(path) for path in measured_runs(folder / "protocols", PROTOCOL_ARMS)]
+    sized = [load_run(path) for path in measured_runs(folder / "sized", SIZED_ARMS)]
+    return compare(runs, folder / "report", sized=sized).files["html"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -82,7 +84,7 @@ def test_fits_desktop_and_phone(page: Path, tmp_path: Path, scheme: str) -> None
         client, scroll, pictures = (int(value) for value in found.split())
         assert client <= width
         assert scroll <= client, f"{scroll} px of content at {width} px"
-        assert pictures >= 10
+        assert pictures >= 16
 
 
 def test_opens_from_disk_without_complaints(page: Path, tmp_path: Path) -> None:
