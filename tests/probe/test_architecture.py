@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -58,7 +58,7 @@ def test_lora_elsewhere_leaves_the_projection_itself(settings: dict[str, Any]) -
 
 def test_adapter_put_on_without_peft_model() -> None:
     model = tiny_model("llama")
-    model.add_adapter(LoraConfig(target_modules=["v_proj"]))
+    inject_adapter_in_model(LoraConfig(target_modules=["v_proj"]), model, "default")
     assert find_architecture(model).targets[0].name == "model.layers.1.self_attn.v_proj.lora_B.default"
 
 
