@@ -187,7 +187,56 @@ class ChoiceRecipe(BaseRecipe):
             problems.add("evaluation.every", self.evaluation.every, "nothing is held out", "Set data.heldout.")
 
 
-RECIPES: dict[str, type[BaseRecipe]] = {"instructions": Recipe, "choices": ChoiceRecipe}
+class ChunkDataConfig(Section):
+    """Pretraining data."""
+
+    store: str = Field(description="folder that pretrain/prepare.py writes; relative to the working folder")
+    chunk_tokens: int = Field(1024, ge=2, description="tokens of a chunk: the sequence length")
+    weights: dict[str, float] | None = Field(
+        None, description="shares of the chunks by source, of any sum; leave out for natural proportions"
+    )
+
+
+class PrepareConfig(Section):
+    """What pretrain/prepare.py makes of the files."""
+
+    tokenizer: str | None = Field(
+        None, description="SentencePiece .model, Hugging Face folder or hub name; default: train one on the mixture"
+    )
+    vocabulary_size: int = Field(32000, ge=300, description="of a tokenizer that is trained (with byte fallback)")
+    sample_mb: float = Field(32.0, gt=0, description="megabytes of text that it is trained on, by the weights")
+    holdout: float = Field(0.01, ge=0, lt=1, description="share of every source's documents to hold out")
+    skip_other_sources: bool = Field(False, description="leave out documents of sources without a weight")
+    max_bad_fraction: float = Field(1e-4, ge=0, le=1, description="share of bad lines to put up with")
+    seed: int = Field(0, ge=0, description="decides which documents are held out and sampled")
+
+
+class PerplexityConfig(HeldoutConfig):
+    """When perplexity is measured, and on what."""
+
+    chunks_per_source: int | None = Field(None, ge=1, description="held-out chunks of each source at most; null: all")
+
+
+class PretrainingRecipe(BaseRecipe):
+    """A run on chunks of text."""
+
+    task: Literal["pretraining"] = Field(description="what is trained on")
+    data: ChunkDataConfig
+    prepare: PrepareConfig = PrepareConfig()
+    evaluation: PerplexityConfig = PerplexityConfig()
+    keep_best: bool = Field(True, description="keep the weights of the lowest held-out loss in best_model/")
+
+    @property
+    def tokenizer_place(self) -> str | None:
+        """The store's tokenizer, unless another place of it is named."""
+        return self.tokenizer or f"{self.data.store}/tokenizer"
+
+
+RECIPES: dict[str, type[BaseRecipe]] = {
+    "instructions": Recipe,
+    "choices": ChoiceRecipe,
+    "pretraining": PretrainingRecipe,
+}
 """Kinds of recipes by their key `task`; without the key it is the first."""
 
 

@@ -16,6 +16,7 @@ CHECKPOINTS = "checkpoints"
 _MAY_CHANGE = {
     *("name", "output_dir", "overwrite", "save_every", "keep_last", "resume", "monitor", "verbose"),
     *("evaluation", "tokenizer", "deepspeed", "data.train", "data.heldout", "data.cache_dir", "model.name_or_path"),
+    *("data.store", "prepare", "keep_best"),
     *("model.attention", "model.activation_checkpointing", "colm.num_workers", "colm.micro_batch_tokens"),
     *("colm.max_skipped_steps", "colm.phase_timeout_s", "colm.replay", "colm.variance_every"),
     *("colm.probe.max_tokens", "colm.memory", "micro_batch_size"),

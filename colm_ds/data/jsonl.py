@@ -6,7 +6,7 @@ import difflib
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,29 +108,51 @@ def _similar_names(path: Path) -> str:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    number, blank = 0, 0
-    lines = split_lines(_read_chunks(path))
-    while True:
-        try:
-            line = next(lines, None)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(
-                f"{path}: broken gzip data after line {number} ({error}). Copy or compress the file again."
-            ) from error
-        except _ZstdError as error:
-            raise DataError(
-                f"{path}: broken zstd data after line {number} ({error}). Copy or compress the file again."
-            ) from error
-        if line is None:
-            return
-        number += 1
+    blank = 0
+    for number, line in enumerate(raw_lines(path), start=1):
         if not line.strip():
             blank = blank or number
             continue
         if blank:
             raise DataError(f"{path}:{blank}: a blank line. Write one JSON object per line, or remove the line.")
         where = f"{path}:{number}"
-        yield where, _parse_object(where, _decode(line, where, first=number == 1))
+        yield where, parse_line(line, where, first=number == 1)
+
+
+def raw_lines(path: Path, on_read: Callable[[int], object] | None = None) -> Iterator[bytes]:
+    """Lines of a `.jsonl` file, decompressed and not looked at; they end at `\\n` only.
+
+    Args:
+        path: the file.
+        on_read: told how many bytes of the file have been read so far.
+
+    Raises:
+        DataError: if compressed data is broken or cut off.
+    """
+    number = 0
+    try:
+        for line in split_lines(_read_chunks(path, on_read)):
+            yield line
+            number += 1
+    except (EOFError, gzip.BadGzipFile, zlib.error, _ZstdError) as error:
+        kind = "zstd" if isinstance(error, _ZstdError) else "gzip"
+        raise DataError(
+            f"{path}: broken {kind} data after line {number} ({error}). Copy or compress the file again."
+        ) from error
+
+
+def parse_line(line: bytes, where: str, first: bool = False) -> dict[str, Any]:
+    """The JSON object of one line.
+
+    Args:
+        line: its bytes.
+        where: what to call it in messages.
+        first: whether it opens the file, where a byte order mark is allowed.
+
+    Raises:
+        DataError: if it is not UTF-8 or not a JSON object.
+    """
+    return _parse_object(where, _decode(line, where, first=first))
 
 
 def _parse_object(where: str, text: str) -> dict[str, Any]:
@@ -208,15 +230,19 @@ class _ZstdError(Exception):
     """Compressed data that is cut off or not zstd."""
 
 
-def _read_chunks(path: Path) -> Iterator[bytes]:
+def _read_chunks(path: Path, on_read: Callable[[int], object] | None = None) -> Iterator[bytes]:
     with path.open("rb") as raw:
         if path.name.endswith(".zst"):
-            yield from _unzstd(iter(lambda: raw.read(_CHUNK_BYTES), b""))
+            chunks = _unzstd(iter(lambda: raw.read(_CHUNK_BYTES), b""))
         elif path.name.endswith(".gz"):
-            with gzip.open(raw) as stream:
-                yield from iter(lambda: stream.read1(_CHUNK_BYTES), b"")
+            stream = gzip.open(raw)  # noqa: SIM115 (it holds nothing but `raw`)
+            chunks = iter(lambda: stream.read1(_CHUNK_BYTES), b"")
         else:
-            yield from iter(lambda: raw.read(_CHUNK_BYTES), b"")
+            chunks = iter(lambda: raw.read(_CHUNK_BYTES), b"")
+        for chunk in chunks:
+            if on_read is not None:
+                on_read(raw.tell())
+            yield chunk
 
 
 def _unzstd(chunks: Iterable[bytes]) -> Iterator[bytes]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from colm_ds.data.mixture import MixtureSampler
+from colm_ds.data.mixture import MixtureSampler, Sampler
 from colm_ds.data.resourced import WithSources
 from colm_ds.distributed.assign import home_ranks
 from colm_ds.errors import DataError
@@ -55,7 +55,10 @@ class LargeBatchLoader:
         """
         self.dataset = dataset
         self.next_step = 1
-        self._sampler = MixtureSampler(len(dataset), large_batch_size, seed)
+        own = getattr(dataset, "sampler", None)
+        self._sampler: Sampler = (
+            own(large_batch_size, seed) if own else MixtureSampler(len(dataset), large_batch_size, seed)
+        )
         self._rank = rank
         self._world_size = world_size
         self._num_workers = num_workers
@@ -213,7 +216,9 @@ class RecordDataset:
 
 
 def source_counts(dataset: SourcedDataset) -> dict[str, int]:
-    """Examples by source name, in the order of the source ids."""
+    """Examples by source name, in the order of the source ids; where a dataset draws by other shares, by those."""
+    if (mixture := getattr(dataset, "mixture_counts", None)) is not None:
+        return dict(mixture)
     counts = np.bincount(dataset.source_ids, minlength=len(dataset.source_names))
     return dict(zip(dataset.source_names, counts.tolist(), strict=True))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import numpy.typing as npt
 
@@ -26,6 +28,18 @@ def seeded_permutation(num_examples: int, seed: int, *purpose: int | str) -> Ind
     """
     words = np.random.PCG64(derive_seed(int(seed), *purpose)).random_raw(num_examples)
     return np.argsort(words, kind="stable").astype(np.int64, copy=False)
+
+
+class Sampler(Protocol):
+    """What a step holds, from the step alone."""
+
+    def epoch(self, step: int) -> int:
+        """0-based epoch of a 1-based step."""
+        ...
+
+    def indices(self, step: int) -> IndexArray:
+        """Dataset indices of the large batch of a 1-based step, int64 `[r]`, the caller's own copy."""
+        ...
 
 
 class MixtureSampler:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from colm_ds.data.pile import source_of
 from colm_ds.data.prompt import leading_special_ids
 from colm_ds.data.records import Records, text_of
-from colm_ds.errors import DataError
 from colm_ds.evaluation.backend import Backend
 from colm_ds.evaluation.task import Answered, Row
 
@@ -114,18 +114,10 @@ def _in_groups(records: Records) -> Iterator[tuple[list[str], list[str]]]:
     sources: list[str] = []
     texts: list[str] = []
     for where, record in records:
-        sources.append(_source(where, record))
+        sources.append(source_of(record, where))
         texts.append(text_of(where, record, "text"))
         if len(texts) == DOCUMENTS_AT_ONCE:
             yield sources, texts
             sources, texts = [], []
     if texts:
         yield sources, texts
-
-
-def _source(where: str, record: Mapping[str, Any]) -> str:
-    meta = record.get("meta")
-    name = meta.get("pile_set_name") if isinstance(meta, Mapping) else record.get("source")
-    if not isinstance(name, str):
-        raise DataError(f"{where}: no source. Write 'meta': {{'pile_set_name': NAME}}, or 'source': NAME.")
-    return name

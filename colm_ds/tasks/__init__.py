@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from colm_ds.recipe import BaseRecipe, ChoiceRecipe, Recipe
+from colm_ds.recipe import BaseRecipe, ChoiceRecipe, PretrainingRecipe, Recipe
 from colm_ds.tasks.base import InTraining, Task, measured_loss
 from colm_ds.tasks.choices import ChoiceTask
 from colm_ds.tasks.clusters import ClusteredTask
 from colm_ds.tasks.instructions import InstructionTask
+from colm_ds.tasks.pretraining import PretrainingTask
 
-__all__ = ["ChoiceTask", "ClusteredTask", "InTraining", "InstructionTask", "Task", "load_task", "measured_loss"]
+__all__ = [
+    "ChoiceTask",
+    "ClusteredTask",
+    "InTraining",
+    "InstructionTask",
+    "PretrainingTask",
+    "Task",
+    "load_task",
+    "measured_loss",
+]
 
 
 def load_task(recipe: BaseRecipe, tokenizer: Any) -> Task:
@@ -19,6 +29,8 @@ def load_task(recipe: BaseRecipe, tokenizer: Any) -> Task:
     Raises:
         ConfigError, DataError: naming the key, or the file and line, that is wrong.
     """
+    if isinstance(recipe, PretrainingRecipe):
+        return PretrainingTask(recipe, tokenizer)
     assert isinstance(recipe, (Recipe, ChoiceRecipe))
     task: Task = (
         ChoiceTask(recipe, tokenizer) if isinstance(recipe, ChoiceRecipe) else InstructionTask(recipe, tokenizer)

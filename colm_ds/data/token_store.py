@@ -1,0 +1,174 @@
+"""Tokens of documents on disk, by source, read as chunks: parts written whole or not at all, and a manifest of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from colm_ds.errors import DataError
+
+MANIFEST = "manifest.json"
+PARTS = "parts"
+TOKENIZER = "tokenizer"
+TRAIN, HELDOUT = "train", "heldout"
+SPLITS = (TRAIN, HELDOUT)
+
+Segments = Mapping[tuple[str, str], npt.ArrayLike]
+
+
+def token_dtype(vocabulary_size: int) -> str:
+    """Type that holds every token id: uint16 up to 65,536 of them, else uint32; little-endian."""
+    return "<u2" if vocabulary_size <= 1 << 16 else "<u4"
+
+
+def write_part(folder: Path, name: str, segments: Segments, dtype: str, facts: Mapping[str, Any]) -> None:
+    """Write the tokens of one part: `NAME.bin`, and `NAME.json` last, which makes it count.
+
+    Args:
+        folder: of the parts.
+        name: of this one.
+        segments: tokens by split and source, documents one after the other, each with its end-of-sequence token.
+        dtype: from `token_dtype`.
+        facts: what else the JSON file says.
+    """
+    keys = sorted(segments)
+    arrays = {key: np.asarray(segments[key], dtype=dtype) for key in keys}
+    data = b"".join(arrays[key].tobytes() for key in keys)
+    described = [{"split": split, "source": source, "tokens": len(arrays[split, source])} for split, source in keys]
+    write_whole(folder / f"{name}.bin", data)
+    meta = {"segments": described, "bytes": len(data), "checksum": checksum(data), **facts}
+    write_whole(folder / f"{name}.json", (json.dumps(meta, ensure_ascii=False) + "\n").encode())
+
+
+def read_part(folder: Path, name: str, *, verify: bool = False) -> dict[str, Any] | None:
+    """What the JSON file of a part says; None if the part is not there whole.
+
+    Args:
+        folder: of the parts.
+        name: of the part.
+        verify: read the tokens and compare their checksum too.
+    """
+    try:
+        meta = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        path = folder / f"{name}.bin"
+        if path.stat().st_size != meta["bytes"]:
+            return None
+        if verify and checksum(path.read_bytes()) != meta["checksum"]:
+            return None
+    except (OSError, ValueError, KeyError):
+        return None
+    return dict(meta)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file aside, let it reach the disk, and put it in place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def checksum(data: bytes) -> str:
+    """Hash of a part's tokens."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+class TokenStore:
+    """A finished store, memory-mapped.
+
+    Attributes:
+        folder: where it is.
+        manifest: what `manifest.json` says.
+        source_names: names of the sources, sorted.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open a store and compare the sizes of its files with the manifest.
+
+        Raises:
+            DataError: if it is missing, unfinished or damaged.
+        """
+        self.folder = Path(folder)
+        try:
+            manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            unfinished = (self.folder / PARTS).is_dir()
+            why = "is not finished: run pretrain/prepare.py again" if unfinished else "holds no prepared data"
+            raise DataError(
+                f"{folder}: {why}. A store has a {MANIFEST}, written last by pretrain/prepare.py."
+            ) from None
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder}/{MANIFEST}: not readable: {error}. Prepare the data again.") from None
+        self.manifest: dict[str, Any] = manifest
+        self.source_names: tuple[str, ...] = tuple(sorted(manifest["sources"]))
+        for part in manifest["parts"]:
+            path = self._path(part["name"])
+            size = path.stat().st_size if path.exists() else -1
+            if size != part["bytes"]:
+                found = "is missing" if size < 0 else f"has {size} bytes, not {part['bytes']}"
+                raise DataError(f"{path}: {found}. Prepare the data again.")
+        self._maps: dict[int, npt.NDArray[np.unsignedinteger[Any]]] = {}
+
+    @cached_property
+    def _segments(self) -> dict[tuple[str, str], npt.NDArray[np.int64]]:
+        """Per split and source: rows (tokens before this segment, part, place in the part), and a last one."""
+        rows: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
+        totals: dict[tuple[str, str], int] = {}
+        for number, part in enumerate(self.manifest["parts"]):
+            place = 0
+            for segment in part["segments"]:
+                key = segment["split"], segment["source"]
+                rows.setdefault(key, []).append((totals.get(key, 0), number, place))
+                totals[key] = totals.get(key, 0) + segment["tokens"]
+                place += segment["tokens"]
+        return {key: np.array([*found, (totals[key], -1, -1)], dtype=np.int64) for key, found in rows.items()}
+
+    def num_tokens(self, split: str, source: str) -> int:
+        """Tokens of a source, end-of-sequence tokens included."""
+        found = self._segments.get((split, source))
+        return 0 if found is None else int(found[-1, 0])
+
+    def read(self, split: str, source: str, start: int, num_tokens: int) -> npt.NDArray[np.int64]:
+        """Tokens of a source from a place on, int64 `[num_tokens]`; over the ends of documents and parts.
+
+        Raises:
+            IndexError: if there are not so many.
+        """
+        if not 0 <= start <= self.num_tokens(split, source) - num_tokens:
+            raise IndexError(f"tokens {start} to {start + num_tokens} of {source}: {self.num_tokens(split, source)}")
+        rows = self._segments[split, source]
+        row = int(np.searchsorted(rows[:, 0], start, side="right")) - 1
+        pieces, wanted = [], num_tokens
+        while wanted:
+            before, part, place = rows[row]
+            inside = start - int(before)
+            size = min(wanted, int(rows[row + 1, 0]) - start)
+            pieces.append(self._map(int(part))[place + inside : place + inside + size])
+            start, wanted, row = start + size, wanted - size, row + 1
+        return np.concatenate(pieces).astype(np.int64)
+
+    def why_not_whole(self) -> str | None:
+        """Read everything and compare it with the manifest; what is wrong, None if nothing is."""
+        for part in self.manifest["parts"]:
+            if checksum(self._path(part["name"]).read_bytes()) != part["checksum"]:
+                return f"{self._path(part['name'])}: is not what was written (checksum)"
+        return None
+
+    def _path(self, name: str) -> Path:
+        return self.folder / PARTS / f"{name}.bin"
+
+    def _map(self, part: int) -> npt.NDArray[np.unsignedinteger[Any]]:
+        if part not in self._maps:
+            name = self.manifest["parts"][part]["name"]
+            self._maps[part] = np.memmap(self._path(name), dtype=self.manifest["dtype"], mode="r")
+        return self._maps[part]
