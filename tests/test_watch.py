@@ -9,7 +9,9 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,12 @@ def test_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert said in capsys.readouterr().err
 
 
+def drain(terminal: int) -> None:
+    with suppress(OSError):
+        while os.read(terminal, 4096):
+            pass
+
+
 def test_in_a_terminal_until_ctrl_c(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", num_steps=5, finished=False)
     ours, theirs = pty.openpty()
@@ -144,6 +152,7 @@ def test_in_a_terminal_until_ctrl_c(tmp_path: Path) -> None:
             shown += os.read(ours, 4096)
         assert "plain-64 · ".encode() in shown
         process.send_signal(signal.SIGINT)
+        threading.Thread(target=drain, args=(ours,), daemon=True).start()  # a full terminal would block its last words
         assert process.wait(timeout=30) == 0
         assert process.stderr is not None
         assert process.stderr.read() == b""
