@@ -53,8 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sample_mb=asked.sample_mb,
             seed=asked.seed,
         )
-        say = lambda message: print(f"prepare: {message}", file=sys.stderr, flush=True)  # noqa: E731
-        store = prepare(wanted, options.processes, overwrite=options.overwrite, say=say)
+        store = prepare(wanted, options.processes, overwrite=options.overwrite, say=_say)
         print(format_table(store, data.chunk_tokens, data.weights))
     except ColmError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -63,6 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped; the same command goes on", file=sys.stderr)
         return 3
     return 0
+
+
+def _say(message: str) -> None:
+    print(f"prepare: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
