@@ -1,9 +1,11 @@
-"""How the cost of the selection grows: with r, d, number of sources, K and ranks; and on paper for 1,024 ranks.
+"""How the cost of CoLM grows: with r, d, number of sources, K, ranks and sequence length; on paper for 1,024 ranks.
 
     python benchmarks/scaling.py
 
-Measured on this machine: seconds of one `select_coreset` call (geometry, mask, medoids) on one process, as rank 0 does
-it, and the bytes that each estimator has to exchange (counted, not timed). The last table is arithmetic, not measured.
+Measured on this machine, one thread a process: seconds of one `select_coreset` call (geometry, mask, medoids) on one
+process, as rank 0 does it; seconds of a step's two collectives on 1, 2 and 4 ranks (gloo, all on this machine); seconds
+of the phases of whole steps, CoLM beside plain r, at several sequence lengths. The bytes that each estimator has to
+exchange are counted, not timed. The last table is arithmetic, not measured.
 """
 
 from __future__ import annotations
@@ -11,14 +13,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from step import make_arm
 
+from colm_ds.distributed.exchange import ProcessGroupExchange, broadcast_coreset
 from colm_ds.probe.directions import Directions
 from colm_ds.selection import AdamHistory, LowRankGradients, SelectionSettings, Signals, select_coreset
+from colm_ds.types import Coreset
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = {"r": 128, "d": 327_680, "sources": 4, "probes": 1}
@@ -28,6 +36,12 @@ GRID: dict[str, tuple[int, ...]] = {
     "sources": (1, 4, 16, 64),
     "probes": (1, 4, 16, 64),
 }
+RANKS = (1, 2, 4)
+EXCHANGES = ((128, 1), (8192, 1), (128, 256), (8192, 256))
+"""(r, numbers of an example): SPSA's K = 1, and the 256 of a sketch."""
+
+LENGTHS = (64, 128, 256, 512)
+SHAPE = {"layers": 6, "hidden": 256, "intermediate": 704, "heads": 8, "vocabulary": 2048, "rank": 16}
 
 
 def main() -> None:
@@ -39,6 +53,7 @@ def main() -> None:
         "--out", type=Path, default=ROOT / "benchmarks" / "results" / "scaling.json", help="result file"
     )
     options = parser.parse_args()
+    torch.set_num_threads(1)
     rows = []
     for name, values in GRID.items():
         for value in values:
@@ -52,13 +67,24 @@ def main() -> None:
             rows.append({"varied": name, **row, "median_s": statistics.median(seconds), "max_s": max(seconds)})
             shown = ", ".join(f"{key} {sizes[key]:,}" for key in sizes)
             print(f"{shown} ({row['signal']}): {rows[-1]['median_s']:.3f} s", flush=True)
+    collectives = [row for ranks in RANKS for row in measure_collectives(ranks, options.repeats)]
+    lengths = measure_lengths(options.repeats)
     exchange = [exchanged(r, d, h=options.mask) for r, d in ((128, 327_680), (512, 6_553_600), (8192, 6_553_600))]
     paper = on_paper(ranks=1024, r=8192, d=6_553_600, h=options.mask)
     print("bytes exchanged in a step:", json.dumps(exchange))
     print("on paper, 1,024 ranks:", json.dumps(paper))
     from colm_ds.tracking import describe_environment
 
-    result = {"benchmark": "scaling", **describe_environment(), "rows": rows, "exchange": exchange, "on_paper": paper}
+    result = {
+        "benchmark": "scaling",
+        **describe_environment(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "rows": rows,
+        "ranks": collectives,
+        "lengths": {"shape": SHAPE, "rows": lengths},
+        "exchange": exchange,
+        "on_paper": paper,
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
@@ -90,6 +116,77 @@ def measure_sketch(r: int, width: int, repeats: int) -> list[float]:
         select_coreset(torch.zeros(r, dtype=torch.int64), signals, r // 2, step=turn + 1)
         seconds.append(time.perf_counter() - start)
     return seconds
+
+
+def measure_collectives(ranks: int, repeats: int) -> list[dict[str, Any]]:
+    """Seconds of gathering r x K numbers and of telling the choice of r/2, as rank 0 sees them."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(exchange_rank, (ranks, repeats, folder), nprocs=ranks)
+        rows: list[dict[str, Any]] = json.loads(Path(folder, "rows.json").read_text(encoding="utf-8"))
+    for row in rows:
+        print(f"ranks {ranks}, r {row['r']:,}, {row['numbers']} numbers an example: {row['median_s'] * 1e3:.2f} ms")
+    return rows
+
+
+def exchange_rank(rank: int, ranks: int, repeats: int, folder: str) -> None:
+    """One rank of `measure_collectives`; rank 0 writes the rows."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    exchange = ProcessGroupExchange()
+    rows = []
+    for r, width in EXCHANGES:
+        positions = torch.arange(rank, r, ranks)
+        signals = torch.randn(len(positions), width)
+        picked = torch.arange(0, r, 2)
+        coreset = Coreset(picked, torch.ones(len(picked)), num_kept=0) if rank == 0 else None
+        seconds = []
+        for _ in range(5 * repeats + 1):
+            dist.barrier()
+            start = time.perf_counter()
+            exchange.gather_rows(signals, positions, r)
+            broadcast_coreset(coreset, r // 2, num_sources=4, exchange=exchange)
+            seconds.append(time.perf_counter() - start)
+        timed = seconds[1:]  # the first one warms up
+        rows.append(
+            {"ranks": ranks, "r": r, "numbers": width, "median_s": statistics.median(timed), "max_s": max(timed)}
+        )
+    if rank == 0:
+        Path(folder, "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def measure_lengths(repeats: int) -> list[dict[str, Any]]:
+    """Medians of the phases of whole steps at every length: CoLM 16 of 32 with replay beside plain 32, taking turns."""
+    from colm_ds.distributed.agreement import single_process_environment
+
+    single_process_environment()
+    arms = {
+        "plain 32": {"selector": "full", "r": 32, "b": 32},
+        "CoLM spsa": {"estimator": "spsa", "replay": "on", "r": 32, "b": 16},
+        "CoLM exact": {"estimator": "exact", "replay": "on", "r": 32, "b": 16},
+    }
+    shape = argparse.Namespace(**SHAPE, micro=8, dtype="float32", precision="float32", smollm2=False)
+    rows = []
+    for length in LENGTHS:
+        ids = torch.randint(0, SHAPE["vocabulary"], (256, length), generator=torch.Generator().manual_seed(0))
+        labels = ids.clone()
+        labels[:, : length // 2] = -100
+        records = [
+            {"input_ids": line, "labels": target, "source": f"source {index % 4}"}
+            for index, (line, target) in enumerate(zip(ids, labels, strict=True))
+        ]
+        engines = {name: make_arm(shape, records, arm) for name, arm in arms.items()}
+        measured: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
+        for _ in range(repeats + 1):
+            for name, engine in engines.items():
+                measured[name].append(dict(engine.train_batch().time_s))
+        for name, steps in measured.items():
+            kept = steps[1:]
+            phases = ("total", "probe", "exchange", "select", "train", "step")
+            medians = {phase: statistics.median(step.get(phase, 0.0) for step in kept) for phase in phases}
+            rows.append({"length": length, "arm": name, "median_s": medians})
+            print(f"{length} tokens, {name}: " + ", ".join(f"{key} {medians[key]:.3f} s" for key in phases), flush=True)
+    return rows
 
 
 def exchanged(r: int, d: int, h: int, pools: int = 4) -> dict[str, int]:

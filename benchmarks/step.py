@@ -142,7 +142,8 @@ def make_arm(options: argparse.Namespace, records: list[dict[str, Any]], arm: di
         lora = peft.LoraConfig(r=options.rank, lora_alpha=4 * options.rank, target_modules=targets)
         model = peft.get_peft_model(model, lora)
     if arm.get("checkpointing", True):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     section: dict[str, Any] = {"large_batch_size": arm["r"], "coreset_size": arm["b"]}
     section["selector"] = arm.get("selector", "colm")
     if "estimator" in arm:
