@@ -1,8 +1,13 @@
-"""Model-family facts in one place: where the last layer's parts are and what LoRA adapts."""
+"""Model-family facts in one place: where the last layer's parts are, what LoRA adapts, what padding is filled with.
+
+Precision is a matter of the machine, not of the family: all are published in 16 bits and train in bfloat16 on GPUs, in
+float32 on CPUs, as `model.dtype` of each recipe says.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 _SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -43,3 +48,13 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 """Families by `model_type`; SmolLM2 and Llama-3 are `llama`, Zephyr-7B is `mistral`, Zephyr-3B is `stablelm`."""
+
+
+def set_pad_token(tokenizer: Any) -> None:
+    """Give a tokenizer without a pad token its eos token to pad with; no token is added, no embedding resized.
+
+    Phi-2 and Llama-3 come without one. Which it is changes nothing: batches are right-padded, attention is causal and
+    padding has no labels; an example's own eos keeps its label.
+    """
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token

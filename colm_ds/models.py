@@ -14,14 +14,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from colm_ds.errors import ConfigError
-from colm_ds.families import FAMILIES
+from colm_ds.families import FAMILIES, set_pad_token
 from colm_ds.recipe import BaseRecipe, LoraConfig, ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_tokenizer(recipe: BaseRecipe) -> Any:
-    """The recipe's tokenizer; padding uses its pad token or, without one, its eos token: nothing is added.
+    """The recipe's tokenizer, with a token to pad with.
 
     Raises:
         ConfigError: if it can not be loaded.
@@ -40,8 +40,7 @@ def load_tokenizer(recipe: BaseRecipe) -> Any:
         ) from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"tokenizer {path!r} has no eos token. Choose one that has: examples end with it.")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    set_pad_token(tokenizer)
     return tokenizer
 
 

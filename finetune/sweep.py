@@ -12,7 +12,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Run every arm of a grid with every seed, one after another, several at a time or on given device "
         "groups. What is finished is skipped, a run that was stopped goes on, and one that fails does not stop the "
-        "others. Writes results.md, results.json, results.html and report.html into the grid's folder."
+        "others. Writes results.md, results.json, results.html, curves.svg and report.html into the grid's folder."
     )
     parser.add_argument("grid", help="YAML file, for example finetune/grids/table1_cpu.yaml")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="changes to the recipe for all arms")
@@ -21,8 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
 
     from colm_ds.errors import ColmError
-    from colm_ds.sweep import is_done, jobs_of, load_grid, run_sweep
-    from colm_ds.sweep_table import format_markdown
+    from colm_ds.sweep import format_markdown, is_done, jobs_of, load_grid, run_sweep
 
     try:
         grid = load_grid(options.grid, options.changes, options.seeds)
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ColmError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    print(format_markdown(result["rows"], grid.baseline))
+    print(format_markdown(result["rows"], grid.baseline, result["sources"]))
     return 1 if result["failures"] else 0
 
 

@@ -9,15 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import yaml
 
-from colm_ds import sweep
 from colm_ds.data.generated import write_mixture
 from colm_ds.errors import ConfigError
+from colm_ds.report import Run, load_run
 from colm_ds.sweep import Grid, Job, Place, jobs_of, load_grid, run_sweep
-from colm_ds.sweep_table import MEASURES, Row, format_html, format_markdown, table_rows
+from colm_ds.sweep import jobs as sweep
+from colm_ds.sweep.curves import curves_svg, heldout_points
+from colm_ds.sweep.table import MEASURES, Row, format_html, format_markdown, table_rows
 from finetune.sweep import main
 from tests.test_bad_input import ROOT, recipe_of
 
@@ -71,6 +74,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(sweep, "_run", run)
     monkeypatch.setattr(sweep, "load_run", lambda folder: None)
     monkeypatch.setattr(sweep, "compare", lambda runs, out: None)
+    monkeypatch.setattr(sweep, "curves_svg", lambda arms: "")
     return started
 
 
@@ -97,9 +101,42 @@ def test_table(faked: list[str], tmp_path: Path) -> None:
     assert "| **50.000 ± 0.000** (+0.000 ± 0.000) |" in text
     page = (tmp_path / "out" / "results.html").read_text()
     assert "<strong>1.047 ± 0.189</strong> (-0.120 ± 0.012)" in page
-    assert page.count("<tr>") == 4
+    assert page.count("<tr>") == 8
     assert "| plain | 3 | 1.167 ± 0.208 |" in text
     assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"][1]["arm"] == "CoLM"
+
+
+def test_sources_have_a_table_of_their_own(faked: list[str], tmp_path: Path) -> None:
+    grid = load_grid(write_grid(tmp_path))
+    result = run_sweep(grid, say=lambda line: None)
+    plain = next(row for row in result["sources"] if row["arm"] == "plain")
+    assert plain["code"]["mean"] == pytest.approx(2 * plain["web"]["mean"])
+    assert "| arm | seeds | web | code |" in (tmp_path / "out" / "results.md").read_text()
+    assert 'scope="col">code</th>' in (tmp_path / "out" / "results.html").read_text()
+
+
+def test_curves_of_perplexity(tmp_path: Path) -> None:
+    arms: dict[str, list[Run]] = {}
+    for arm, factor in (("plain", 1.0), ("CoLM & co", 2.0)):
+        for seed in range(2):
+            folder = tmp_path / f"{factor}_{seed}"
+            folder.mkdir()
+            heldout = [
+                {"step": step, "heldout": {"overall": 1.0, "perplexity": {"overall": factor * (20 - step + seed)}}}
+                for step in (0, 2, 4)
+            ]
+            steps = [{"step": step, "tokens": 10, "time_s": {"total": 3.0}} for step in range(1, 5)]
+            rows = [heldout[0], *steps[:1], steps[1] | heldout[1], *steps[2:3], steps[3] | heldout[2]]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (folder / "config.json").write_text(json.dumps({"name": arm}))
+            arms.setdefault(arm, []).append(load_run(folder))
+    points = heldout_points(arms["plain"][1])
+    assert points["step"] == [0, 2, 4]
+    assert points["perplexity"] == [21, 19, 17]
+    assert points["tokens"] == [0, 20, 40]
+    assert points["seconds"] == [0, 6, 12]
+    root = ElementTree.fromstring(curves_svg(arms))
+    assert root.tag.endswith("svg")
 
 
 def test_finished_runs_are_skipped(faked: list[str], tmp_path: Path) -> None:

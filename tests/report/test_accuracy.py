@@ -9,7 +9,7 @@ from colm_ds.monitor import heldout_events
 from colm_ds.report import format_table, load_run
 from colm_ds.report.arms import make_arms
 from colm_ds.report.summary import summary
-from colm_ds.sweep_table import format_markdown, table_rows
+from colm_ds.sweep.table import format_markdown, table_rows
 from tests.report.run_folders import write_run
 
 

@@ -31,11 +31,15 @@ def is_finished(folder: Path) -> bool:
     return read_object(folder / "summary.json").get("status") == "finished"
 
 
+def _heldout(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    return found["summary"].get("heldout") or {}
+
+
 def _heldout_of(small: bool) -> Callable[[Mapping[str, Any]], float | None]:
     """Mean held-out loss of the small or the big sources."""
 
     def read(found: Mapping[str, Any]) -> float | None:
-        losses = (found["summary"].get("heldout") or {}).get("per_source") or {}
+        losses = _heldout(found).get("per_source") or {}
         named = found["config"].get("small_sources_of_data") or []
         mine = [loss for name, loss in losses.items() if (name in named) is small]
         return sum(mine) / len(mine) if mine and named else None
@@ -63,11 +67,14 @@ def _percent(name: str) -> Callable[[Mapping[str, Any]], float | None]:
     return read
 
 
-MEASURES: dict[str, tuple[Callable[[Mapping[str, Any]], Any], bool]] = {
-    "held-out loss": (lambda found: (found["summary"].get("heldout") or {}).get("overall"), False),
-    "mean of sources": (lambda found: (found["summary"].get("heldout") or {}).get("macro"), False),
+Measures = Mapping[str, tuple[Callable[[Mapping[str, Any]], Any], bool]]
+
+MEASURES: Measures = {
+    "held-out loss": (lambda found: _heldout(found).get("overall"), False),
+    "mean of sources": (lambda found: _heldout(found).get("macro"), False),
     "small sources": (_heldout_of(True), False),
     "big sources": (_heldout_of(False), False),
+    "perplexity": (lambda found: _heldout(found).get("perplexity", {}).get("overall"), False),
     "accuracy, %": (_accuracy_of("heldout"), True),
     "before, %": (_accuracy_of("heldout_before"), True),
     "exact match": (lambda found: (found["summary"].get("exact_match") or {}).get("overall"), True),
@@ -78,7 +85,26 @@ MEASURES: dict[str, tuple[Callable[[Mapping[str, Any]], Any], bool]] = {
 """What the table shows: where it is in a run's files, and whether more is better. Losses are in nats per token."""
 
 
-def table_rows(arms: Iterable[str], baseline: str, folders: Mapping[tuple[str, int], Path]) -> list[Row]:
+def source_measures(folders: Iterable[Path]) -> Measures:
+    """One measure for every source that any of the runs has: its held-out perplexity, or loss where there is none."""
+
+    def reader(name: str) -> Callable[[Mapping[str, Any]], Any]:
+        return lambda found: _by_source(_heldout(found)).get(name)
+
+    names: dict[str, None] = {}
+    for folder in folders:
+        names |= dict.fromkeys(_by_source(read_object(folder / "summary.json").get("heldout") or {}))
+    return {name: (reader(name), False) for name in names}
+
+
+def _by_source(heldout: Mapping[str, Any]) -> Mapping[str, Any]:
+    values: Mapping[str, Any] = heldout.get("perplexity", heldout).get("per_source") or {}
+    return values
+
+
+def table_rows(
+    arms: Iterable[str], baseline: str, folders: Mapping[tuple[str, int], Path], measures: Measures = MEASURES
+) -> list[Row]:
     """One row per arm: for every measure mean, standard deviation, and paired difference to the baseline's.
 
     The difference is the mean over the seeds that both have, with its standard error (None for one seed).
@@ -87,6 +113,7 @@ def table_rows(arms: Iterable[str], baseline: str, folders: Mapping[tuple[str, i
         arms: their names, in order.
         baseline: one of them.
         folders: the run of each arm and seed; those that are not finished are left out.
+        measures: what to read of each.
     """
     values: dict[str, dict[str, dict[int, float]]] = {}
     for (arm, seed), folder in folders.items():
@@ -97,14 +124,14 @@ def table_rows(arms: Iterable[str], baseline: str, folders: Mapping[tuple[str, i
             "config": _with_small_sources(read_object(folder / "config.json")),
             "evaluation": read_object(folder / "evaluation" / "results.json"),
         }
-        for measure, (read, _) in MEASURES.items():
+        for measure, (read, _) in measures.items():
             value = read(found)
             if isinstance(value, (int, float)) and math.isfinite(value):
                 values.setdefault(arm, {}).setdefault(measure, {})[seed] = float(value)
     rows = []
     for arm in arms:
         cells = {}
-        for measure in MEASURES:
+        for measure in measures:
             mine = values.get(arm, {}).get(measure, {})
             theirs = values.get(baseline, {}).get(measure, {})
             if mine:
@@ -113,25 +140,33 @@ def table_rows(arms: Iterable[str], baseline: str, folders: Mapping[tuple[str, i
     return rows
 
 
-def format_markdown(rows: Sequence[Row], baseline: str) -> str:
-    """The table as Markdown: mean and standard deviation, the best mean in bold, differences in brackets."""
+def format_markdown(rows: Sequence[Row], baseline: str, sources: Sequence[Row] = ()) -> str:
+    """The table as Markdown: mean and standard deviation, the best mean in bold, differences in brackets.
+
+    Args:
+        rows: from `table_rows`.
+        baseline: what differences are to.
+        sources: rows with the sources as measures, for a second table.
+    """
+    lines = _markdown_lines(rows)
+    if any(row["num_seeds"] for row in sources):
+        lines += ["", "Held out, by source (perplexity in pretraining, else loss):", "", *_markdown_lines(sources)]
+    return "\n".join([*lines, "", _note(baseline, "*{}*")])
+
+
+def _markdown_lines(rows: Sequence[Row]) -> list[str]:
     shown, cells = _shown_cells(rows, "**{}**")
     lines = ["| arm | seeds | " + " | ".join(shown) + " |", "|---" * (len(shown) + 2) + "|"]
     for row, mine in zip(rows, cells, strict=True):
         lines.append(f"| {row['arm']} | {row['num_seeds']} | " + " | ".join(mine) + " |")
-    return "\n".join([*lines, "", _note(baseline, "*{}*")])
+    return lines
 
 
-def format_html(rows: Sequence[Row], baseline: str, title: str) -> str:
-    """The same table as a page that opens from disk."""
-    shown, cells = _shown_cells(rows, "<strong>{}</strong>")
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("arm", "seeds", *shown))
-    body = "".join(
-        f'<tr><th scope="row">{escape(row["arm"])}</th><td>{row["num_seeds"]}</td>'
-        + "".join(f"<td>{cell}</td>" for cell in mine)
-        + "</tr>\n"
-        for row, mine in zip(rows, cells, strict=True)
-    )
+def format_html(rows: Sequence[Row], baseline: str, title: str, sources: Sequence[Row] = ()) -> str:
+    """The same as a page that opens from disk, beside the curves that `run_sweep` draws."""
+    tables = [_html_table(rows)]
+    if any(row["num_seeds"] for row in sources):
+        tables += ["<h2>Held out, by source</h2><p>Perplexity in pretraining, else loss.</p>", _html_table(sources)]
     note = _note(escape(baseline), "<em>{}</em>")
     return "\n".join(
         [
@@ -140,12 +175,24 @@ def format_html(rows: Sequence[Row], baseline: str, title: str) -> str:
             '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">',
             f"<title>{escape(title)}</title><style>{CSS}</style></head>",
             f"<body><header><h1>{escape(title)}</h1></header><main>",
-            f'<div style="overflow-x: auto"><table><thead><tr>{head}</tr></thead>',
-            f"<tbody>\n{body}</tbody></table></div>",
-            f'<p>{note}</p><p>Curves, times and memory: <a href="report.html">report.html</a>.</p>',
+            *tables,
+            f'<p>{note}</p><p>Held-out curves: <a href="curves.svg">curves.svg</a>. '
+            'Every run, times and memory: <a href="report.html">report.html</a>.</p>',
             "</main></body></html>\n",
         ]
     )
+
+
+def _html_table(rows: Sequence[Row]) -> str:
+    shown, cells = _shown_cells(rows, "<strong>{}</strong>")
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("arm", "seeds", *shown))
+    body = "".join(
+        f'<tr><th scope="row">{escape(row["arm"])}</th><td>{row["num_seeds"]}</td>'
+        + "".join(f"<td>{cell}</td>" for cell in mine)
+        + "</tr>\n"
+        for row, mine in zip(rows, cells, strict=True)
+    )
+    return f'<div style="overflow-x: auto"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>'
 
 
 def _note(baseline: str, emphasis: str) -> str:
@@ -179,7 +226,8 @@ def _cell(mine: dict[int, float], theirs: dict[int, float]) -> dict[str, Any]:
 
 def _shown_cells(rows: Sequence[Row], bold: str) -> tuple[list[str], list[list[str]]]:
     """Measures that any arm has, and every arm's cells."""
-    shown = [measure for measure in MEASURES if any(measure in row for row in rows)]
+    shown = list(dict.fromkeys(key for row in rows for key in row if key not in ("arm", "num_seeds")))
+    shown.sort(key=lambda measure: list(MEASURES).index(measure) if measure in MEASURES else len(MEASURES))
     best = {measure: _best(rows, measure) for measure in shown}
     cells = [
         [_text(row.get(measure), bold if row["arm"] in best[measure] else "{}") for measure in shown] for row in rows
@@ -189,7 +237,7 @@ def _shown_cells(rows: Sequence[Row], bold: str) -> tuple[list[str], list[list[s
 
 def _best(rows: Sequence[Row], measure: str) -> set[str]:
     """Arms with the best mean."""
-    more = MEASURES[measure][1]
+    more = measure in MEASURES and MEASURES[measure][1]
     means = {row["arm"]: row[measure]["mean"] for row in rows if measure in row}
     if len(means) < 2:
         return set()

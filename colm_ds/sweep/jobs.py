@@ -18,68 +18,12 @@ from queue import Queue
 from typing import Any
 
 import yaml
-from pydantic import Field
 
-from colm_ds.config import Section, validate_section
-from colm_ds.errors import ConfigError, Problems
+from colm_ds.errors import ConfigError
 from colm_ds.report import compare, load_run
-from colm_ds.sweep_table import format_html, format_markdown, is_finished, read_object, table_rows
-
-
-class LaunchConfig(Section):
-    """How a run is started."""
-
-    num_gpus: int | None = Field(None, ge=1, description="ranks of a run; default: one per GPU, two without any")
-    parallel: int = Field(1, ge=1, description="runs at a time, each with its share of the processor's cores")
-    device_groups: list[str] | None = Field(
-        None, description='instead: runs at a time, each on GPUs of its own, for example ["0,1", "2,3"]'
-    )
-    master_port: int = Field(29640, ge=1, le=65000, description="port of the first run; each group takes the next one")
-
-
-class Grid(Section):
-    """A sweep."""
-
-    recipe: str = Field(description="recipe that all arms start from; relative to the grid file or to here")
-    out: str = Field(description="folder of the tables; relative to the working folder")
-    runs: str | None = Field(None, description="folder of the runs, which grids may share; default: out")
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="seeds of every arm")
-    baseline: str = Field(description="the arm that the others are held against")
-    prepare: dict[str, str] = Field(
-        {}, description="before the arms, in order: what must be there, and the Python command that makes it"
-    )
-    common: list[str] = Field([], description="key=value changes to the recipe for all arms")
-    arms: dict[str, list[str]] = Field(min_length=1, description="key=value changes to the recipe, by arm")
-    launch: LaunchConfig = LaunchConfig()
-    script: str = Field("finetune/train.py", description="what to run")
-    evaluate: str | None = Field(None, description="after each run: options of finetune/evaluate.py, e.g. --tasks math")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a sweep.
-
-    Attributes:
-        arm: its arm.
-        seed: its seed.
-        folder: where it goes.
-        arguments: of the script.
-    """
-
-    arm: str
-    seed: int
-    folder: Path
-    arguments: list[str]
-
-    @property
-    def log(self) -> Path:
-        """What the run prints goes here."""
-        return self.folder.parent / f"{self.folder.name}.log"
-
-    @property
-    def record(self) -> Path:
-        """What was asked of the run that lies in the folder."""
-        return self.folder.parent / f"{self.folder.name}.asked.json"
+from colm_ds.sweep.curves import curves_svg
+from colm_ds.sweep.grid import Grid, Job, jobs_of
+from colm_ds.sweep.table import format_html, format_markdown, is_finished, read_object, source_measures, table_rows
 
 
 @dataclass(frozen=True)
@@ -89,51 +33,6 @@ class Place:
     number: int
     devices: str | None
     num_threads: int
-
-
-def load_grid(path: str | Path, changes: Sequence[str] = (), seeds: Sequence[int] = ()) -> Grid:
-    """Read and check a grid.
-
-    Args:
-        path: the YAML file.
-        changes: further key=value changes to the recipe, for all arms.
-        seeds: instead of the grid's.
-
-    Raises:
-        ConfigError: listing every problem found.
-    """
-    path = Path(path)
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as a grid: {error}. Write a YAML file.") from None
-    problems = Problems(str(path))
-    grid = validate_section(Grid, loaded if isinstance(loaded, dict) else {}, "", problems)
-    problems.raise_if_any()
-    assert isinstance(grid, Grid)
-    if grid.baseline not in grid.arms:
-        problems.add("baseline", grid.baseline, "not an arm", f"Choose one of {', '.join(map(repr, grid.arms))}.")
-    recipe = next((place for place in (Path(grid.recipe), path.parent / grid.recipe) if place.exists()), None)
-    if recipe is None:
-        problems.add("recipe", grid.recipe, "no such file", f"It is looked for here and in {path.parent}.")
-    for change in [change for change in changes if "=" not in change]:
-        problems.add("change", change, "not of the form key=value", "For example steps=20.")
-    if grid.launch.device_groups and grid.launch.parallel > 1:
-        problems.add("launch.parallel", grid.launch.parallel, "there are device groups", "Remove one of both.")
-    problems.raise_if_any()
-    updates = {"recipe": str(recipe), "common": [*grid.common, *changes], "seeds": list(seeds) or grid.seeds}
-    return grid.model_copy(update=updates)
-
-
-def jobs_of(grid: Grid) -> list[Job]:
-    """All runs, seed by seed, so that a stopped sweep has whole comparisons."""
-    jobs = []
-    for seed in grid.seeds:
-        for arm, changes in grid.arms.items():
-            folder = Path(grid.runs or grid.out) / _slug(arm) / f"seed_{seed}"
-            own = [f"name={json.dumps(arm)}", f"output_dir={folder}", f"seed={seed}", f"colm.seed={seed}"]
-            jobs.append(Job(arm, seed, folder, [grid.recipe, *grid.common, *changes, *own, "overwrite=false"]))
-    return jobs
 
 
 def is_done(grid: Grid, job: Job) -> bool:
@@ -162,13 +61,17 @@ def run_sweep(grid: Grid, say: Callable[[str], None] = print) -> dict[str, Any]:
     def result(failures: dict[str, str]) -> dict[str, Any]:
         folders = {(job.arm, job.seed): job.folder for job in jobs if _name(job) not in failures}
         rows = table_rows(grid.arms, grid.baseline, folders)
-        return {"rows": rows, "failures": failures, "wall_s": time.monotonic() - started}
+        sources = table_rows(grid.arms, grid.baseline, folders, source_measures(folders.values()))
+        return {"rows": rows, "sources": sources, "failures": failures, "wall_s": time.monotonic() - started}
 
     final = result(run_jobs(grid, jobs, say, lambda failures: _write(grid, result(failures))))
     _write(grid, final)
-    runs = [load_run(job.folder) for job in jobs if is_finished(job.folder)]
+    finished = [job for job in jobs if is_finished(job.folder)]
+    runs = [load_run(job.folder) for job in finished]
     if runs:
         compare(runs, Path(grid.out))
+        arms = {arm: [run for run, job in zip(runs, finished, strict=True) if job.arm == arm] for arm in grid.arms}
+        (Path(grid.out) / "curves.svg").write_text(curves_svg(arms), encoding="utf-8")
     return final
 
 
@@ -303,13 +206,10 @@ def _write(grid: Grid, result: dict[str, Any]) -> None:
     out, rows = Path(grid.out), result["rows"]
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (out / "results.md").write_text(format_markdown(rows, grid.baseline) + "\n", encoding="utf-8")
-    (out / "results.html").write_text(format_html(rows, grid.baseline, out.name), encoding="utf-8")
+    sources = result["sources"]
+    (out / "results.md").write_text(format_markdown(rows, grid.baseline, sources) + "\n", encoding="utf-8")
+    (out / "results.html").write_text(format_html(rows, grid.baseline, out.name, sources), encoding="utf-8")
 
 
 def _name(job: Job) -> str:
     return f"{job.arm}, seed {job.seed}"
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w.]+", "_", name).strip("_").lower()

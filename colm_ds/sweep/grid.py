@@ -1,0 +1,120 @@
+"""Grids: which arms, with which seeds, and the runs that follow from that."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from pydantic import Field
+
+from colm_ds.config import Section, validate_section
+from colm_ds.errors import ConfigError, Problems
+
+
+class LaunchConfig(Section):
+    """How a run is started."""
+
+    num_gpus: int | None = Field(None, ge=1, description="ranks of a run; default: one per GPU, two without any")
+    parallel: int = Field(1, ge=1, description="runs at a time, each with its share of the processor's cores")
+    device_groups: list[str] | None = Field(
+        None, description='instead: runs at a time, each on GPUs of its own, for example ["0,1", "2,3"]'
+    )
+    master_port: int = Field(29640, ge=1, le=65000, description="port of the first run; each group takes the next one")
+
+
+class Grid(Section):
+    """A sweep."""
+
+    recipe: str = Field(description="recipe that all arms start from; relative to the grid file or to here")
+    out: str = Field(description="folder of the tables; relative to the working folder")
+    runs: str | None = Field(None, description="folder of the runs, which grids may share; default: out")
+    seeds: list[int] = Field([0, 1, 2], min_length=1, description="seeds of every arm")
+    baseline: str = Field(description="the arm that the others are held against")
+    prepare: dict[str, str] = Field(
+        {}, description="before the arms, in order: what must be there, and the Python command that makes it"
+    )
+    common: list[str] = Field([], description="key=value changes to the recipe for all arms")
+    arms: dict[str, list[str]] = Field(min_length=1, description="key=value changes to the recipe, by arm")
+    launch: LaunchConfig = LaunchConfig()
+    script: str = Field("finetune/train.py", description="what to run")
+    evaluate: str | None = Field(None, description="after each run: options of finetune/evaluate.py, e.g. --tasks math")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep.
+
+    Attributes:
+        arm: its arm.
+        seed: its seed.
+        folder: where it goes.
+        arguments: of the script.
+    """
+
+    arm: str
+    seed: int
+    folder: Path
+    arguments: list[str]
+
+    @property
+    def log(self) -> Path:
+        """What the run prints goes here."""
+        return self.folder.parent / f"{self.folder.name}.log"
+
+    @property
+    def record(self) -> Path:
+        """What was asked of the run that lies in the folder."""
+        return self.folder.parent / f"{self.folder.name}.asked.json"
+
+
+def load_grid(path: str | Path, changes: Sequence[str] = (), seeds: Sequence[int] = ()) -> Grid:
+    """Read and check a grid.
+
+    Args:
+        path: the YAML file.
+        changes: further key=value changes to the recipe, for all arms.
+        seeds: instead of the grid's.
+
+    Raises:
+        ConfigError: listing every problem found.
+    """
+    path = Path(path)
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as a grid: {error}. Write a YAML file.") from None
+    problems = Problems(str(path))
+    grid = validate_section(Grid, loaded if isinstance(loaded, dict) else {}, "", problems)
+    problems.raise_if_any()
+    assert isinstance(grid, Grid)
+    if grid.baseline not in grid.arms:
+        problems.add("baseline", grid.baseline, "not an arm", f"Choose one of {', '.join(map(repr, grid.arms))}.")
+    recipe = next((place for place in (Path(grid.recipe), path.parent / grid.recipe) if place.exists()), None)
+    if recipe is None:
+        problems.add("recipe", grid.recipe, "no such file", f"It is looked for here and in {path.parent}.")
+    for change in [change for change in changes if "=" not in change]:
+        problems.add("change", change, "not of the form key=value", "For example steps=20.")
+    if grid.launch.device_groups and grid.launch.parallel > 1:
+        problems.add("launch.parallel", grid.launch.parallel, "there are device groups", "Remove one of both.")
+    problems.raise_if_any()
+    updates = {"recipe": str(recipe), "common": [*grid.common, *changes], "seeds": list(seeds) or grid.seeds}
+    return grid.model_copy(update=updates)
+
+
+def jobs_of(grid: Grid) -> list[Job]:
+    """All runs, seed by seed, so that a stopped sweep has whole comparisons."""
+    jobs = []
+    for seed in grid.seeds:
+        for arm, changes in grid.arms.items():
+            folder = Path(grid.runs or grid.out) / _slug(arm) / f"seed_{seed}"
+            own = [f"name={json.dumps(arm)}", f"output_dir={folder}", f"seed={seed}", f"colm.seed={seed}"]
+            jobs.append(Job(arm, seed, folder, [grid.recipe, *grid.common, *changes, *own, "overwrite=false"]))
+    return jobs
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.]+", "_", name).strip("_").lower()
