@@ -30,6 +30,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 PROBE_COST = 1.03  # DESIGN, section 3: the probe's pass relative to a forward
+PILE_SHARES = [0.028, 0.282, 0.050, 0.034, 0.606]  # the paper's Table 8: the first, third and fourth source are small
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = ROOT.parent / "shared" / "data" / "math_instruct" / "train.jsonl.gz"
@@ -124,10 +125,12 @@ def make_records(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str
     generator = torch.Generator().manual_seed(0)
     if options.pretraining:
         chunks = torch.randint(0, options.vocabulary, (2048, options.max_length), generator=generator)
+        drawn = torch.multinomial(torch.tensor(PILE_SHARES), len(chunks), replacement=True, generator=generator).tolist()
         records = [
-            {"input_ids": ids, "labels": ids, "source": f"source {index % 5}"} for index, ids in enumerate(chunks)
+            {"input_ids": ids, "labels": ids, "source": f"source {source}"}
+            for ids, source in zip(chunks, drawn, strict=True)
         ]
-        return records, "random chunks of equal length"
+        return records, "random chunks of equal length, five sources with the shares of the paper's Pile mixture"
     facts: list[tuple[int, int, str]] = []
     if options.data.exists():
         with gzip.open(options.data, "rt", encoding="utf-8") as lines:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from colm_ds import memory_arms, sweep
+from colm_ds import memory_arms
 from colm_ds.data.generated import write_mixture
 from colm_ds.memory_arms import main, plan_arms
 from colm_ds.recipe import BaseRecipe, load_recipe
+from colm_ds.sweep import jobs
 from tests.finetune.test_entry import ROOT, recipe_of
 from tests.report.run_folders import write_run
 
@@ -105,7 +106,7 @@ def test_what_is_finished_is_skipped(
         write_run(job.folder, job.arm, arm="colm-spsa", num_steps=4, config=config)
         return ""
 
-    monkeypatch.setattr(sweep, "_run", fake_run)
+    monkeypatch.setattr(jobs, "_run", fake_run)
     monkeypatch.setattr(memory_arms, "_has_gpu", lambda: True)
     path, out = recipe_file(tmp_path, data), tmp_path / "out"
     arguments = [str(path), "--ranks", "2", "--out", str(out), "--sizes", "16"]
