@@ -125,7 +125,9 @@ def make_records(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str
     generator = torch.Generator().manual_seed(0)
     if options.pretraining:
         chunks = torch.randint(0, options.vocabulary, (2048, options.max_length), generator=generator)
-        drawn = torch.multinomial(torch.tensor(PILE_SHARES), len(chunks), replacement=True, generator=generator).tolist()
+        drawn = torch.multinomial(
+            torch.tensor(PILE_SHARES), len(chunks), replacement=True, generator=generator
+        ).tolist()
         records = [
             {"input_ids": ids, "labels": ids, "source": f"source {source}"}
             for ids, source in zip(chunks, drawn, strict=True)

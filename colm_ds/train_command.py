@@ -9,7 +9,7 @@ from colm_ds.recipe import BaseRecipe, describe_keys
 
 
 def train_command(arguments: Sequence[str] | None, kind: type[BaseRecipe], description: str, example: str) -> None:
-    """Parse and run; the recipe's `task` says what is trained on.
+    """Parse, run and end this process; the recipe's `task` says what is trained on.
 
     Args:
         arguments: the command line; None: this process's.
@@ -27,6 +27,11 @@ def train_command(arguments: Sequence[str] | None, kind: type[BaseRecipe], descr
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     options = parser.parse_args(arguments)
 
+    from colm_ds.distributed.last_words import leave
     from colm_ds.training import run
 
-    run(options.recipe, options.overrides)
+    try:
+        run(options.recipe, options.overrides)
+    except SystemExit as end:
+        leave(end.code)
+    leave(0)
