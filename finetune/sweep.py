@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ColmError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    print(format_markdown(result["rows"], grid.baseline, result["sources"]))
+    print(format_markdown(result, grid.baseline))
     return 1 if result["failures"] else 0
 
 

@@ -115,6 +115,34 @@ def test_sources_have_a_table_of_their_own(faked: list[str], tmp_path: Path) -> 
     assert 'scope="col">code</th>' in (tmp_path / "out" / "results.html").read_text()
 
 
+def test_paired_differences_to_controls(faked: list[str], tmp_path: Path) -> None:
+    arms = {"plain": [], "CoLM": [], "CoLM too": [], "broken": []}
+    grid = load_grid(write_grid(tmp_path, arms=arms, controls=["CoLM", "plain", "broken"]))
+    run_sweep(grid, say=lambda line: None)
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert result["measure"] == "accuracy, %"  # what a classification task is judged by
+    for folder in (tmp_path / "out").glob("*/seed_*"):
+        summary = json.loads((folder / "summary.json").read_text())
+        del summary["heldout"]["accuracy"]
+        (folder / "summary.json").write_text(json.dumps(summary))
+    result = run_sweep(grid, say=lambda line: None)
+    assert result["measure"] == "held-out loss"
+    differences = [0.1, 0.12, 0.14]
+    assert result["differences"][0]["CoLM"]["mean"] == pytest.approx(statistics.mean(differences))
+    error = statistics.stdev(differences) / 3**0.5
+    assert result["differences"][0]["CoLM"]["standard_error"] == pytest.approx(error)
+    text = (tmp_path / "out" / "results.md").read_text().split("\n\n")
+    assert text[-1].splitlines() == [
+        "| arm | to CoLM | to plain |",
+        "|---|---|---|",
+        "| plain | **+0.120 ± 0.012** |  |",
+        "| CoLM |  | **-0.120 ± 0.012** |",
+        "| CoLM too | +0.020 ± 0.012 | **-0.100 ± 0.000** |",
+        "| broken |  |  |",
+    ]
+    assert "<td><strong>-0.120 ± 0.012</strong></td>" in (tmp_path / "out" / "results.html").read_text()
+
+
 def test_curves_of_perplexity(tmp_path: Path) -> None:
     arms: dict[str, list[Run]] = {}
     for arm, factor in (("plain", 1.0), ("CoLM & co", 2.0)):
@@ -173,7 +201,7 @@ def test_what_can_not_be_prepared(tmp_path: Path) -> None:
 
 
 def test_html_escapes_names() -> None:
-    page = format_html([{"arm": "<b>", "num_seeds": 0}], "<b>", "a & b")
+    page = format_html({"rows": [{"arm": "<b>", "num_seeds": 0}]}, "<b>", "a & b")
     assert "&lt;b&gt;" in page
     assert "<b>" not in page
     assert "a &amp; b" in page
@@ -194,13 +222,14 @@ def test_one_seed_has_no_spread(tmp_path: Path) -> None:
     rows = rows_of(grid)
     assert rows[1]["held-out loss"]["std"] is None
     assert rows[1]["held-out loss"]["difference"]["standard_error"] is None
-    assert "±" not in format_markdown(rows, "plain").split("\n\n")[0]
+    assert "±" not in format_markdown({"rows": rows}, "plain")
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"baseline": "none"}, "baseline = 'none': not an arm. Choose one of 'plain', 'CoLM', 'broken'."),
+        ({"controls": ["CoLM", "none"]}, "controls = 'none': not an arm. Choose of 'plain', 'CoLM', 'broken'."),
         ({"recipe": "nowhere.yaml"}, "recipe = 'nowhere.yaml': no such file."),
         ({"arm": {}}, "arm: unknown key. Did you mean 'arms'?"),
         ({"seeds": []}, "seeds = []"),

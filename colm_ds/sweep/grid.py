@@ -34,6 +34,9 @@ class Grid(Section):
     runs: str | None = Field(None, description="folder of the runs, which grids may share; default: out")
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="seeds of every arm")
     baseline: str = Field(description="the arm that the others are held against")
+    controls: list[str] = Field(
+        [], description="further arms that all are held against, in a table of paired differences of their own"
+    )
     prepare: dict[str, str] = Field(
         {}, description="before the arms, in order: what must be there, and the Python command that makes it"
     )
@@ -93,6 +96,8 @@ def load_grid(path: str | Path, changes: Sequence[str] = (), seeds: Sequence[int
     assert isinstance(grid, Grid)
     if grid.baseline not in grid.arms:
         problems.add("baseline", grid.baseline, "not an arm", f"Choose one of {', '.join(map(repr, grid.arms))}.")
+    for name in [name for name in grid.controls if name not in grid.arms]:
+        problems.add("controls", name, "not an arm", f"Choose of {', '.join(map(repr, grid.arms))}.")
     recipe = next((place for place in (Path(grid.recipe), path.parent / grid.recipe) if place.exists()), None)
     if recipe is None:
         problems.add("recipe", grid.recipe, "no such file", f"It is looked for here and in {path.parent}.")

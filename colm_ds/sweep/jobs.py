@@ -23,7 +23,15 @@ from colm_ds.errors import ConfigError
 from colm_ds.report import compare, load_run
 from colm_ds.sweep.curves import curves_svg
 from colm_ds.sweep.grid import Grid, Job, jobs_of
-from colm_ds.sweep.table import format_html, format_markdown, is_finished, read_object, source_measures, table_rows
+from colm_ds.sweep.table import (
+    difference_rows,
+    format_html,
+    format_markdown,
+    is_finished,
+    read_object,
+    source_measures,
+    table_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,9 @@ def run_sweep(grid: Grid, say: Callable[[str], None] = print) -> dict[str, Any]:
         folders = {(job.arm, job.seed): job.folder for job in jobs if _name(job) not in failures}
         rows = table_rows(grid.arms, grid.baseline, folders)
         sources = table_rows(grid.arms, grid.baseline, folders, source_measures(folders.values()))
-        return {"rows": rows, "sources": sources, "failures": failures, "wall_s": time.monotonic() - started}
+        measure, differences = difference_rows(grid.arms, grid.controls, folders)
+        compared = {"rows": rows, "sources": sources, "measure": measure, "differences": differences}
+        return {**compared, "failures": failures, "wall_s": time.monotonic() - started}
 
     final = result(run_jobs(grid, jobs, say, lambda failures: _write(grid, result(failures))))
     _write(grid, final)
@@ -203,12 +213,11 @@ def default_ranks() -> int:
 
 
 def _write(grid: Grid, result: dict[str, Any]) -> None:
-    out, rows = Path(grid.out), result["rows"]
+    out = Path(grid.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    sources = result["sources"]
-    (out / "results.md").write_text(format_markdown(rows, grid.baseline, sources) + "\n", encoding="utf-8")
-    (out / "results.html").write_text(format_html(rows, grid.baseline, out.name, sources), encoding="utf-8")
+    (out / "results.md").write_text(format_markdown(result, grid.baseline) + "\n", encoding="utf-8")
+    (out / "results.html").write_text(format_html(result, grid.baseline, out.name), encoding="utf-8")
 
 
 def _name(job: Job) -> str:

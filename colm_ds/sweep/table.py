@@ -85,6 +85,10 @@ MEASURES: Measures = {
 """What the table shows: where it is in a run's files, and whether more is better. Losses are in nats per token."""
 
 
+MAIN_MEASURES = ("accuracy, %", "perplexity", "held-out loss")
+"""What an arm is judged by: the first of these that its runs have."""
+
+
 def source_measures(folders: Iterable[Path]) -> Measures:
     """One measure for every source that any of the runs has: its held-out perplexity, or loss where there is none."""
 
@@ -140,34 +144,75 @@ def table_rows(
     return rows
 
 
-def format_markdown(rows: Sequence[Row], baseline: str, sources: Sequence[Row] = ()) -> str:
-    """The table as Markdown: mean and standard deviation, the best mean in bold, differences in brackets.
+def difference_rows(
+    arms: Iterable[str], controls: Iterable[str], folders: Mapping[tuple[str, int], Path]
+) -> tuple[str, list[Row]]:
+    """Paired differences of the main measure to several controls.
 
     Args:
-        rows: from `table_rows`.
-        baseline: what differences are to.
-        sources: rows with the sources as measures, for a second table.
+        arms: their names, in order.
+        controls: some of them.
+        folders: as `table_rows` takes them.
+
+    Returns:
+        The measure, "" if nothing is finished; one row per arm with a cell per control: mean, standard error, seeds.
     """
-    lines = _markdown_lines(rows)
+    arms = list(arms)
+    to_each = {control: table_rows(arms, control, folders) for control in controls}
+    found = {key for rows in to_each.values() for row in rows for key in row}
+    measure = next((name for name in MAIN_MEASURES if name in found), "")
+    rows = []
+    for place, arm in enumerate(arms):
+        cells = {control: rows[place].get(measure, {}).get("difference") for control, rows in to_each.items()}
+        rows.append({"arm": arm, **{control: cell for control, cell in cells.items() if cell is not None}})
+    return measure, rows
+
+
+Table = tuple[str, list[str], list[list[str]]]
+"""A caption, the names of the columns, and the lines, whose first cell names the arm."""
+
+
+def tables_of(result: Mapping[str, Any], baseline: str, bold: str, emphasis: str) -> list[Table]:
+    """All tables of a sweep as text.
+
+    Args:
+        result: `rows` from `table_rows`; where there are any, `sources`, rows with the sources as measures, and
+            `differences` and their `measure` from `difference_rows`.
+        baseline: what the differences in brackets are to.
+        bold: a format for what stands out.
+        emphasis: a format for names in captions.
+    """
+    rows, sources = result["rows"], result.get("sources") or []
+    tables = [(_note(emphasis.format(baseline)), *_shown_cells(rows, bold))]
     if any(row["num_seeds"] for row in sources):
-        lines += ["", "Held out, by source (perplexity in pretraining, else loss):", "", *_markdown_lines(sources)]
-    return "\n".join([*lines, "", _note(baseline, "*{}*")])
+        tables.append(("Held out, by source (perplexity in pretraining, else loss).", *_shown_cells(sources, bold)))
+    measure, differences = result.get("measure", ""), result.get("differences") or []
+    if measure:
+        controls = list(dict.fromkeys(key for row in differences for key in row if key != "arm"))
+        lines = [[row["arm"], *(_difference_text(row.get(name), bold) for name in controls)] for row in differences]
+        note = f"Paired differences of {emphasis.format(measure)} to several arms, with their standard errors"
+        note += "; those beyond twice it stand out."
+        tables.append((note, ["arm", *(f"to {control}" for control in controls)], lines))
+    return tables
 
 
-def _markdown_lines(rows: Sequence[Row]) -> list[str]:
-    shown, cells = _shown_cells(rows, "**{}**")
-    lines = ["| arm | seeds | " + " | ".join(shown) + " |", "|---" * (len(shown) + 2) + "|"]
-    for row, mine in zip(rows, cells, strict=True):
-        lines.append(f"| {row['arm']} | {row['num_seeds']} | " + " | ".join(mine) + " |")
-    return lines
+def format_markdown(result: Mapping[str, Any], baseline: str) -> str:
+    """The tables as Markdown: mean and standard deviation, the best mean in bold, differences in brackets.
+
+    Args:
+        result: as `tables_of` takes it.
+        baseline: what the differences in brackets are to.
+    """
+    parts = []
+    for caption, head, lines in tables_of(result, baseline, "**{}**", "*{}*"):
+        table = ["| " + " | ".join(line) + " |" for line in (head, *lines)]
+        parts.append("\n".join([caption, "", table[0], "|---" * len(head) + "|", *table[1:]]))
+    return "\n\n".join(parts)
 
 
-def format_html(rows: Sequence[Row], baseline: str, title: str, sources: Sequence[Row] = ()) -> str:
+def format_html(result: Mapping[str, Any], baseline: str, title: str) -> str:
     """The same as a page that opens from disk, beside the curves that `run_sweep` draws."""
-    tables = [_html_table(rows)]
-    if any(row["num_seeds"] for row in sources):
-        tables += ["<h2>Held out, by source</h2><p>Perplexity in pretraining, else loss.</p>", _html_table(sources)]
-    note = _note(escape(baseline), "<em>{}</em>")
+    tables = tables_of(_escaped(result), escape(baseline), "<strong>{}</strong>", "<em>{}</em>")
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
@@ -175,30 +220,36 @@ def format_html(rows: Sequence[Row], baseline: str, title: str, sources: Sequenc
             '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">',
             f"<title>{escape(title)}</title><style>{CSS}</style></head>",
             f"<body><header><h1>{escape(title)}</h1></header><main>",
-            *tables,
-            f'<p>{note}</p><p>Held-out curves: <a href="curves.svg">curves.svg</a>. '
+            *(f"<p>{caption}</p>{_html_table(head, lines)}" for caption, head, lines in tables),
+            '<p>Held-out curves: <a href="curves.svg">curves.svg</a>. '
             'Every run, times and memory: <a href="report.html">report.html</a>.</p>',
             "</main></body></html>\n",
         ]
     )
 
 
-def _html_table(rows: Sequence[Row]) -> str:
-    shown, cells = _shown_cells(rows, "<strong>{}</strong>")
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("arm", "seeds", *shown))
+def _escaped(value: Any) -> Any:
+    """The same with the names of arms, sources and controls safe in HTML."""
+    if isinstance(value, str):
+        return escape(value)
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return {_escaped(key): _escaped(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _html_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    top = "".join(f'<th scope="col">{name}</th>' for name in head)
     body = "".join(
-        f'<tr><th scope="row">{escape(row["arm"])}</th><td>{row["num_seeds"]}</td>'
-        + "".join(f"<td>{cell}</td>" for cell in mine)
-        + "</tr>\n"
-        for row, mine in zip(rows, cells, strict=True)
+        f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>\n"
+        for name, *cells in lines
     )
-    return f'<div style="overflow-x: auto"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>'
+    return f'<div style="overflow-x: auto"><table><thead><tr>{top}</tr></thead>\n<tbody>\n{body}</tbody></table></div>'
 
 
-def _note(baseline: str, emphasis: str) -> str:
+def _note(baseline: str) -> str:
     return (
         "Mean and standard deviation over seeds; losses in nats per token. In brackets: paired difference to "
-        f"{emphasis.format(baseline)}, with its standard error. Bold: the best mean."
+        f"{baseline}, with its standard error. Bold: the best mean."
     )
 
 
@@ -225,14 +276,15 @@ def _cell(mine: dict[int, float], theirs: dict[int, float]) -> dict[str, Any]:
 
 
 def _shown_cells(rows: Sequence[Row], bold: str) -> tuple[list[str], list[list[str]]]:
-    """Measures that any arm has, and every arm's cells."""
+    """Columns for the measures that any arm has, and every arm's line."""
     shown = list(dict.fromkeys(key for row in rows for key in row if key not in ("arm", "num_seeds")))
     shown.sort(key=lambda measure: list(MEASURES).index(measure) if measure in MEASURES else len(MEASURES))
     best = {measure: _best(rows, measure) for measure in shown}
-    cells = [
-        [_text(row.get(measure), bold if row["arm"] in best[measure] else "{}") for measure in shown] for row in rows
-    ]
-    return shown, cells
+    lines = []
+    for row in rows:
+        cells = [_text(row.get(measure), bold if row["arm"] in best[measure] else "{}") for measure in shown]
+        lines.append([row["arm"], str(row["num_seeds"]), *cells])
+    return ["arm", "seeds", *shown], lines
 
 
 def _best(rows: Sequence[Row], measure: str) -> set[str]:
@@ -250,7 +302,12 @@ def _text(cell: dict[str, Any] | None, emphasis: str) -> str:
         return ""
     text = emphasis.format(f"{cell['mean']:.3f}" + ("" if cell["std"] is None else f" ± {cell['std']:.3f}"))
     difference = cell.get("difference")
+    return text if difference is None else f"{text} ({_difference_text(difference, '{}')})"
+
+
+def _difference_text(difference: dict[str, Any] | None, bold: str) -> str:
     if difference is None:
-        return text
-    error = "" if difference["standard_error"] is None else f" ± {difference['standard_error']:.3f}"
-    return f"{text} ({difference['mean']:+.3f}{error})"
+        return ""
+    mean, error = difference["mean"], difference["standard_error"]
+    text = f"{mean:+.3f}" + ("" if error is None else f" ± {error:.3f}")
+    return bold.format(text) if error is not None and abs(mean) > 2 * error else text

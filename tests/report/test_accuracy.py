@@ -43,7 +43,7 @@ def test_sweep_table(tmp_path: Path) -> None:
     rows = table_rows(["plain 64", "CoLM"], "plain 64", folders)
     assert abs(rows[1]["accuracy, %"]["mean"] - 78.7) < 1e-9
     assert abs(rows[1]["accuracy, %"]["difference"]["mean"] - 4.5) < 1e-9
-    text = format_markdown(rows, "plain 64")
+    text = format_markdown({"rows": rows}, "plain 64")
     assert "accuracy, %" in text
     assert "before, %" in text
 
