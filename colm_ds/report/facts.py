@@ -10,7 +10,7 @@ import numpy as np
 
 from colm_ds.report.run import Run, lookup, names, number, numbers
 
-PHASES = ("probe", "exchange", "select", "forward", "backward", "train", "step")
+PHASES = ("data", "probe", "exchange", "select", "forward", "backward", "train", "step")
 _NOT_ADDED = ("total", "save")
 BYTE_KINDS = ("signals", "selection", "tokens")
 MEMORY_PHASES = ("probe", "exchange", "select", "train", "forward", "backward", "step", "save")
@@ -82,7 +82,7 @@ def run_facts(run: Run, small: Collection[str], *, counted: bool = False) -> Fac
     """Collect the numbers of a run.
 
     Scalars: heldout_overall, heldout_macro, heldout_small, exact_match, num_questions, accuracy and accuracy_before (of
-    classification; before training), step_s, step_s_p10, step_s_p90, probe_gib, train_gib, peak_gib, examples_trained,
+    classification; before training), step_s, step_s_p10, step_s_p90, data_loading_share (of the seconds of all steps), probe_gib, train_gib, peak_gib, examples_trained,
     examples_probed, tokens_trained, wall_s, padding_fraction, num_micro_batches (of a step and rank, mean),
     largest_tokens (padded, of the largest micro-batch).
     Groups: heldout, exact_match, data_share and coreset_share by source, phase_s by phase, exchange_bytes by kind (mean
@@ -296,6 +296,7 @@ def _costs(run: Run) -> dict[str, float]:
         "largest_tokens": _most(lookup(found, "micro_batches", "largest_tokens") for found in run.steps),
     }
     times = [value for value in map(_step_seconds, run.steps) if value is not None]
+    found["data_loading_share"] = _loading_share(run)
     for key, name, quantile in (("step_s", "median", 0.5), ("step_s_p10", "p10", 0.1), ("step_s_p90", "p90", 0.9)):
         value = number(lookup(summary, "step_s", name))
         found[key] = float(np.quantile(times, quantile)) if value is None and times else value
@@ -309,6 +310,16 @@ def _costs(run: Run) -> dict[str, float]:
         known = [count for count in counts if count is not None]
         found[key] = sum(known) if value is None and known else value
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _loading_share(run: Run) -> float | None:
+    """Share of the steps' seconds that passed in waiting for data; None for runs that did not measure it."""
+    share = number(run.summary.get("data_loading_share"))
+    pairs = [(number(lookup(step, "time_s", "data")), _step_seconds(step)) for step in run.steps]
+    known = [(waited, total) for waited, total in pairs if waited is not None and total]
+    if share is None and known:
+        share = sum(waited for waited, _ in known) / sum(total for _, total in known)
+    return share
 
 
 def _most(values: Iterable[Any]) -> float | None:
