@@ -38,8 +38,8 @@ def time_section(arms: Sequence[Arm]) -> Section:
     text = [
         "data: waiting for the large batch; probe: the pass over it; exchange: signals between ranks; select: the "
         "choice; forward, backward: over the coreset (train: both together, in older runs); step: the optimizer; "
-        "other: what the total has beyond the phases. Each is a median over steps on rank 0, so that parts need not add up "
-        "exactly. Data-loading share: seconds spent waiting for data over the seconds of all steps but the first."
+        "other: what the total has beyond the phases. Each is a median over steps on rank 0, so that parts need not "
+        "add up exactly. Data-loading share: seconds spent waiting for data over those of all steps but the first."
     ]
     tables = [Table("phases", "Seconds of a step by phase", columns, rows)] if parts else []
     return Section("time", "Time", text if parts else [], [picture] if picture else [], tables)

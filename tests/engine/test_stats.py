@@ -71,10 +71,8 @@ def test_time_and_memory(case: Case, world_size: int, outcomes: Runner) -> None:
             assert time_s.pop("save") == memory_gib.pop("save") == 0
             assert min(time_s.values()) > 0
             assert time_s["forward"] + time_s["backward"] <= time_s["train"]
-            assert (
-                sum(time_s[name] for name in ("data", "probe", "exchange", "select", "train", "step"))
-                <= time_s["total"]
-            )
+            parts = ("data", "probe", "exchange", "select", "train", "step")
+            assert sum(time_s[name] for name in parts) <= time_s["total"]
             assert set(memory_gib) == {*PEAKS} - {"save"}
             assert 0 < memory_gib["peak"] == max(memory_gib[name] for name in memory_gib if name != "peak")
             assert memory_gib["train"] >= max(memory_gib["forward"], memory_gib["backward"])
