@@ -74,6 +74,22 @@ def _check_same(recipe: BaseRecipe, config: Path) -> None:
         )
 
 
+def check_finished(recipe: BaseRecipe) -> None:
+    """Compare a recipe with the finished run in its folder.
+
+    Raises:
+        ConfigError: if the run was made by another one.
+    """
+    folder = Path(recipe.output_dir)
+    differences = recipe_differences(_read(folder / "config.json").get("recipe") or {}, recipe, _MAY_CHANGE)
+    if differences:
+        raise ConfigError(
+            f"{folder}: holds a finished run of another recipe.\n  "
+            + "\n  ".join(differences)
+            + "\n  Put that back, choose another output_dir, or overwrite=true to start anew."
+        )
+
+
 def check_same_data(
     checkpoint: str, before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]
 ) -> None:
