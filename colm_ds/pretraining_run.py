@@ -76,7 +76,8 @@ def run_all(
     _say("evaluating")
     places = [*([questions] if questions else []), f"perplexity={recipe.data.store}"]
     anew = ["--overwrite"] if recipe.overwrite else []
-    _call("evaluation", [*launcher, "pretrain/evaluate.py", str(out), "--data", *places, *anew])
+    tasks = ["--tasks", "pretrain" if questions else "perplexity"]
+    _call("evaluation", [*launcher, "pretrain/evaluate.py", str(out), *tasks, "--data", *places, *anew])
     found = compare([load_run(out)], out)
     for section in found.sections:
         for table in section.tables:
