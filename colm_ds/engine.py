@@ -181,12 +181,13 @@ class CoLMEngine:
             start = time.perf_counter()
             with self.watchdog.watching(f"reading the batch of step {self.step_count + 1}"):
                 batch = batch if batch is not None else next(self._batches)
+            data_s = time.perf_counter() - start
             try:
-                return self._train_batch(batch, start)
+                return self._train_batch(batch, start, data_s)
             except torch.OutOfMemoryError as error:
                 raise memory_error(self, batch, error) from error
 
-    def _train_batch(self, batch: LargeBatch, start: float) -> StepStats:
+    def _train_batch(self, batch: LargeBatch, start: float, data_s: float) -> StepStats:
         exchanged = _ByteCount(self._exchange)
         self.deepspeed_engine.train()
         inner = self.deepspeed_engine
@@ -211,7 +212,7 @@ class CoLMEngine:
         self.skipped.note(skipped)
         self.num_samples += 0 if skipped else coreset.size - len(broken)
         exchanged.split_signals(self.coreset_selector.signal_bytes)
-        time_s = {**self.memory.seconds(), "total": time.perf_counter() - start}
+        time_s = {"data": data_s, **self.memory.seconds(), "total": time.perf_counter() - start}
         measured = self.memory.stats()
         self.memory.save = None
         stats = StepStats(

@@ -74,6 +74,47 @@ def _check_same(recipe: BaseRecipe, config: Path) -> None:
         )
 
 
+def check_finished(recipe: BaseRecipe) -> None:
+    """Compare a recipe with the finished run in its folder.
+
+    Raises:
+        ConfigError: if the run was made by another one.
+    """
+    folder = Path(recipe.output_dir)
+    differences = recipe_differences(_read(folder / "config.json").get("recipe") or {}, recipe, _MAY_CHANGE)
+    if differences:
+        raise ConfigError(
+            f"{folder}: holds a finished run of another recipe.\n  "
+            + "\n  ".join(differences)
+            + "\n  Put that back, choose another output_dir, or overwrite=true to start anew."
+        )
+
+
+def check_same_data(
+    checkpoint: str, before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Compare the data of a run that goes on, see `Task.identity`, with what its checkpoint says.
+
+    Args:
+        checkpoint: its path.
+        before: what was trained on; keys that it lacks, as in older checkpoints, are not compared.
+        now: what the recipe names.
+
+    Raises:
+        ConfigError: if the content is another.
+    """
+    for key, found in now.items():
+        known = before.get(key)
+        if known is not None and known["digest"] != found["digest"]:
+            raise ConfigError(
+                f"{key} = {found['place']}: not what the run was trained on.\n"
+                f"  {checkpoint}: {known['place']} with digest {known['digest']}\n"
+                f"  now: {found['place']} with digest {found['digest']}\n"
+                "  Name the data that it was trained on (prepared again from the same files and settings it is the "
+                "same), choose another output_dir, or overwrite=true to start anew."
+            )
+
+
 def recipe_differences(before: Mapping[str, Any], recipe: BaseRecipe, free: Collection[str]) -> list[str]:
     """In what a recipe differs from the one that a run's `config.json` holds, one line each.
 

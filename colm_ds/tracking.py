@@ -154,6 +154,7 @@ def summarise(
             "p90": float(np.percentile(totals, 90)),
         },
         "phase_s": {name: float(np.median([entry["time_s"].get(name, 0.0) for entry in timed])) for name in phases},
+        "data_loading_share": sum(entry["time_s"].get("data", 0.0) for entry in timed) / sum(totals),
         "peak_memory_gib": dict(peaks_gib),
         "examples_trained": sum(entry["examples_trained"] for entry in entries),
         "examples_probed": sum(entry["examples_probed"] for entry in entries),

@@ -38,7 +38,7 @@ from colm_ds.models import load_model, load_tokenizer, precision_sections, quiet
 from colm_ds.monitor import heldout_events, monitor_sections, set_environment
 from colm_ds.probe.architecture import find_architecture
 from colm_ds.recipe import BaseRecipe, LrScheduleConfig, load_recipe
-from colm_ds.run_start import CHECKPOINTS, may_restart, where_to_start
+from colm_ds.run_start import CHECKPOINTS, check_same_data, may_restart, where_to_start
 from colm_ds.tasks import InTraining, Task, load_task
 from colm_ds.tracking import RunFolder, describe_environment, read_metrics, summarise
 from colm_ds.types import StepStats
@@ -221,7 +221,7 @@ class Run:
         """A checkpoint; where it can not be written training goes on, and says so."""
         if self.folder:
             self.folder.sync()
-        client_state = {"sources": source_counts(self.task.train)}
+        client_state = {"sources": source_counts(self.task.train), "data": self.task.identity()}
         try:
             folder = str(Path(self.recipe.output_dir) / CHECKPOINTS)
             self.engine.save_checkpoint(folder, client_state=client_state, keep_last=self.recipe.keep_last)
@@ -278,6 +278,7 @@ class Run:
         if path is None:
             return 1
         loaded, state = self.engine.load_checkpoint(str(Path(path).parent), Path(path).name)
+        check_same_data(str(loaded), state.get("data", {}), self.task.identity())
         counts = source_counts(self.task.train)
         if state["sources"] != counts:
             raise ConfigError(

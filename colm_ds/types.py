@@ -204,8 +204,9 @@ class StepStats:
         exchange_bytes: payload of the collectives: signals (what the estimator sends), selection (masked columns, sums
             and the choice itself), tokens (of examples trained on another rank than the one that holds them).
         selected: whether the selector ran (False for a plain step of the schedule).
-        time_s: seconds of each phase on this rank: probe, exchange, select, train (of it forward and backward), step,
-            save (of a checkpoint since the last step; not in the total), total. 0 for a phase that did not run.
+        time_s: seconds of each phase on this rank: data (waiting for the large batch), probe, exchange, select, train
+            (of it forward and backward), step, save (of a checkpoint since the last step; not in the total), total. 0
+            for a phase that did not run.
         memory_gib: peak memory of the same phases on this rank (GiB = 2^30 bytes), and peak, the largest of all.
         memory_kind: what those peaks are: allocated (by PyTorch on a GPU) or resident (memory of the process).
         memory_parts_gib: what the largest peak within the step consists of: weights, gradients, optimizer (states and

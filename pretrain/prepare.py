@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="remove what another preparation left in the folder")
     options = parser.parse_intermixed_args(arguments)
+    places, changes = _sorted_out(options.data)
+    if not places:
+        parser.error(f"--data: {' '.join(changes)} names no file or folder")
 
     from colm_ds.data.store_preparation import Preparation, prepare
     from colm_ds.data.store_table import format_table
@@ -35,14 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from colm_ds.recipe import PretrainingRecipe, load_recipe
 
     try:
-        recipe = load_recipe(options.recipe, options.overrides)
+        recipe = load_recipe(options.recipe, [*options.overrides, *changes])
         if not isinstance(recipe, PretrainingRecipe):
             raise ConfigError(f"{options.recipe}: not a recipe for pretraining (task: pretraining).")
         if options.processes < 1:
             raise ConfigError(f"--processes {options.processes}: must be at least 1.")
         asked, data = recipe.prepare, recipe.data
         wanted = Preparation(
-            options.data,
+            places,
             Path(data.store),
             tokenizer=asked.tokenizer,
             vocabulary_size=asked.vocabulary_size,
@@ -62,6 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped; the same command goes on", file=sys.stderr)
         return 3
     return 0
+
+
+def _sorted_out(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Files and folders among the words behind --data, and changes to the recipe that were written after them."""
+    changes = [word for word in words if re.match(r"[A-Za-z_][\w.]*=", word) and not Path(word).exists()]
+    return [word for word in words if word not in changes], changes
 
 
 def _say(message: str) -> None:

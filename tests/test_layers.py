@@ -19,7 +19,7 @@ LAYERS = (
     {"engine", "coreset_selector", "coreset_facts", "replay_choice", "training_loss", "accumulation"}
     | {"faults", "resume", "export", "checkpoint", "memory", "monitor", "evaluation"},
     {"tracking", "metrics_tail", "watch", "memory_arms", "report", "tasks", "run_start", "preview", "sweep", "training"}
-    | {"coherence", "train_command", "cli", "export_run", "model_card", "integrations"},
+    | {"coherence", "train_command", "pretraining_run", "cli", "export_run", "model_card", "integrations"},
     {"__init__", "__main__"},
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

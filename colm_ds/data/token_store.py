@@ -133,6 +133,15 @@ class TokenStore:
                 place += segment["tokens"]
         return {key: np.array([*found, (totals[key], -1, -1)], dtype=np.int64) for key, found in rows.items()}
 
+    @cached_property
+    def digest(self) -> str:
+        """Hash of all that training reads: sizes and checksums of the parts, their segments, token type and tokenizer.
+
+        Stores of the same content have the same one, wherever they lie and however their files are called.
+        """
+        facts = {key: self.manifest[key] for key in ("dtype", "tokenizer", "parts")}
+        return checksum(json.dumps(facts, sort_keys=True).encode())
+
     def num_tokens(self, split: str, source: str) -> int:
         """Tokens of a source, end-of-sequence tokens included."""
         found = self._segments.get((split, source))

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ from colm_ds.errors import ColmError
 from colm_ds.evaluation import sandbox
 from colm_ds.evaluation.backend import Backend, TransformersBackend
 from colm_ds.evaluation.evaluate import GROUPS, TASK_NAMES, Options, evaluate, print_results, task_names
-from colm_ds.evaluation.model_source import ModelSource, describe, find_model, load, load_its_tokenizer
-from colm_ds.evaluation.question_files import parse_places
+from colm_ds.evaluation.model_source import ModelSource, describe, find_model, load, load_its_tokenizer, read_recipe
+from colm_ds.evaluation.perplexity import PerplexityTask, is_store
+from colm_ds.evaluation.question_files import find_set, parse_places
 from colm_ds.evaluation.question_log import EvaluationFolder
 from colm_ds.evaluation.vllm_backend import VllmBackend
 from colm_ds.models import DTYPES, quiet_libraries
+
+DEFAULT_CHUNK_TOKENS = 1024
 
 RANK_WAITS = timedelta(days=2)
 """A rank with quick questions waits this long for the others."""
@@ -45,7 +49,14 @@ def make_parser(description: str, tasks: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="MODEL_OR_RUN", help="folder of a run, adapter or model; a hub name; or package:NAME")
     add("--tasks", default=tasks, help=f"sets and groups, separated by commas (default: {tasks})")
-    add("--data", nargs="+", default=[], metavar="PLACE", help="a folder, and NAME=FILE or NAME=hub:NAME:CONFIG:SPLIT")
+    add(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="PLACE",
+        help="a folder, and NAME=FILE or NAME=hub:NAME:CONFIG:SPLIT; perplexity=STORE: held-out chunks of a token "
+        "store (default for a pretraining run: its own)",
+    )
     add("--out", help="folder for answers and results (default: RUN/evaluation, or runs/evaluation/MODEL)")
     add(
         "--limit", type=int, help="questions of each set at most, drawn by --seed; for perplexity chunks of each source"
@@ -60,7 +71,7 @@ def make_parser(description: str, tasks: str) -> argparse.ArgumentParser:
     add("--max-new-tokens", type=int, default=512, help="of an answer to a math question in each pass (default: 512)")
     add("--max-tokens", type=int, default=16384, help="padded tokens of a batch at most: the lever on memory")
     add("--max-examples", type=int, default=64, help="sequences of a batch at most (default: 64)")
-    add("--chunk-tokens", type=int, default=1024, help="tokens of a chunk for perplexity (default: 1024)")
+    add("--chunk-tokens", type=int, help="tokens of a chunk for perplexity (default: the run's, else 1024)")
     add("--workers", type=int, default=2, help="programs that run at a time on each rank (default: 2)")
     add(
         "--isolation",
@@ -118,6 +129,7 @@ def _evaluate(parsed: argparse.Namespace, device: torch.device, environment: Cal
     exchange = make_exchange(device)
     options = together(lambda: _options(parsed), device)
     source = together(lambda: _source(parsed, device), device)
+    options = together(lambda: _with_its_store(options, source, parsed.chunk_tokens is None), device)
     backend, model = together(lambda: _backend(parsed, source, device), device)
     folder = EvaluationFolder(parsed.out or _default_folder(parsed.model, source))
     facts = {"environment": environment(), "world_size": exchange.num_processes}
@@ -149,11 +161,24 @@ def _options(parsed: argparse.Namespace) -> Options:
         limit=parsed.limit,
         seed=parsed.seed,
         max_new_tokens=parsed.max_new_tokens,
-        chunk_tokens=parsed.chunk_tokens,
+        chunk_tokens=parsed.chunk_tokens or DEFAULT_CHUNK_TOKENS,
         workers=parsed.workers,
         minimum=parsed.isolation,
         overwrite=parsed.overwrite,
     )
+
+
+def _with_its_store(options: Options, source: ModelSource, may_choose_length: bool) -> Options:
+    """For a pretraining run: perplexity in chunks of its length, and of its own store unless a place is given."""
+    data = None if source.run is None else read_recipe(source.run).get("data")
+    if not isinstance(data, dict) or not isinstance(store := data.get("store"), str):
+        return options
+    if may_choose_length:
+        options = replace(options, chunk_tokens=int(data.get("chunk_tokens", options.chunk_tokens)))
+    if is_store(store) and find_set("perplexity", PerplexityTask().subpaths, options.places) is None:
+        named = {**options.places.named, "perplexity": store}
+        options = replace(options, places=replace(options.places, named=named))
+    return options
 
 
 def _source(parsed: argparse.Namespace, device: torch.device) -> ModelSource:

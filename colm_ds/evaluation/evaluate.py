@@ -21,7 +21,7 @@ from colm_ds.errors import ConfigError, DataError, nearest_key
 from colm_ds.evaluation.backend import Backend
 from colm_ds.evaluation.choices import ChoiceTask
 from colm_ds.evaluation.math_tasks import MathTask
-from colm_ds.evaluation.perplexity import PerplexityTask
+from colm_ds.evaluation.perplexity import PerplexityTask, is_store
 from colm_ds.evaluation.question_files import DataPlaces, find_set, fingerprint, subset
 from colm_ds.evaluation.question_log import EvaluationFolder, append
 from colm_ds.evaluation.results import IN_DOMAIN, OUT_OF_DOMAIN, averages, markdown
@@ -140,7 +140,10 @@ def read_tasks(options: Options, backend: Backend) -> tuple[list[Asked], list[st
         if place is None:
             left_out.append(name)
             continue
-        questions = task.read(read_place(place), backend)
+        if isinstance(task, PerplexityTask) and is_store(place):
+            questions: list[Any] = task.read_store(place, backend)
+        else:
+            questions = task.read(read_place(place), backend)
         if not questions:
             raise DataError(f"{place}: no question of {name} in it. Give another place with --data {name}=PLACE.")
         indices = subset([task.group(question) for question in questions], options.limit, options.seed)

@@ -201,10 +201,16 @@ def _plain(name: str, gguf_file: str | None, dtype: str) -> ModelConfig:
     return ModelConfig.model_validate({"name_or_path": path, "gguf_file": gguf_file, "dtype": dtype})
 
 
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """The recipe that a run wrote down, as it is there; empty where there is none."""
+    values = _read_json(folder / "config.json").get("recipe")
+    return values if isinstance(values, dict) else {}
+
+
 def _recipe_of(folder: Path) -> Recipe | None:
     """The recipe that a run wrote down, or None where there is no run."""
-    values = _read_json(folder / "config.json").get("recipe")
-    if not isinstance(values, dict):
+    values = read_recipe(folder)
+    if not values:
         return None
     try:
         model = ModelConfig.model_validate(values.get("model"))

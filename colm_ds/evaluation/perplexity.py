@@ -1,4 +1,4 @@
-"""Perplexity per source of texts in the Pile's format, weighted by tokens."""
+"""Perplexity per source of texts in the Pile's format or of a store's held-out chunks, weighted by tokens."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import math
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from colm_ds.data.chunks import ChunkDataset
 from colm_ds.data.pile import source_of
 from colm_ds.data.prompt import leading_special_ids
 from colm_ds.data.records import Records, text_of
+from colm_ds.data.token_cache import describe_tokenizer
+from colm_ds.data.token_store import HELDOUT, MANIFEST, TokenStore
+from colm_ds.errors import ConfigError
 from colm_ds.evaluation.backend import Backend
 from colm_ds.evaluation.task import Answered, Row
 
@@ -50,6 +55,23 @@ class PerplexityTask:
         """See `Task.read`."""
         return list(chunks(records, backend.tokenizer, self.settings["chunk_tokens"]))
 
+    def read_store(self, folder: str, backend: Backend) -> list[TextChunk]:
+        """The held-out chunks of a token store.
+
+        Raises:
+            ConfigError: if it was made with another tokenizer than the model's.
+            DataError: if it is damaged.
+        """
+        store = TokenStore(folder)
+        if describe_tokenizer(backend.tokenizer) != store.manifest["tokenizer"]:
+            raise ConfigError(
+                f"perplexity: {folder} was made with another tokenizer than the model's. Give texts instead: "
+                "--data perplexity=FILE."
+            )
+        held = ChunkDataset(store, HELDOUT, self.settings["chunk_tokens"])
+        examples = (held[index] for index in range(len(held)))
+        return [TextChunk(held.source_names[each.source], array("i", each.input_ids.tolist())) for each in examples]
+
     def size(self, question: TextChunk) -> int:
         """See `Task.size`."""
         return len(question.ids)
@@ -82,6 +104,11 @@ def _weighted(rows: Sequence[Row]) -> dict[str, Any]:
     loss = math.fsum(row["nats"] for row in rows) / num_tokens if num_tokens else math.nan
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return {"n": len(rows), "num_tokens": num_tokens, "loss": loss, "perplexity": perplexity}
+
+
+def is_store(place: str) -> bool:
+    """Whether a place is the folder of a finished token store."""
+    return (Path(place) / MANIFEST).is_file()
 
 
 def chunks(records: Records, tokenizer: Any, chunk_tokens: int) -> Iterator[TextChunk]:

@@ -136,6 +136,14 @@ class Arm:
         """Mean held-out loss over the runs that count, at the steps that all of them have."""
         return mean_curve([found.heldout[key] for found in self.used if key in found.heldout])
 
+    def perplexity(self) -> dict[str, Curve]:
+        """Mean held-out perplexity over the runs that count: overall and of every source; empty if not measured."""
+        return _mean_curves([found.perplexity for found in self.used if found.perplexity])
+
+    def tokens(self) -> Curve:
+        """Mean number of tokens trained on over the runs that count."""
+        return mean_curve([found.tokens for found in self.used])
+
     def coherence(self) -> dict[str, Curve]:
         """Mean coherence of every source over the runs that count."""
         return _mean_curves([found.coherence for found in self.used])

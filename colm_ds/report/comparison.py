@@ -19,6 +19,7 @@ from colm_ds.report.facts import Curve
 from colm_ds.report.markdown import render_markdown
 from colm_ds.report.memory import memory_section
 from colm_ds.report.page import render_page
+from colm_ds.report.perplexity import perplexity_section
 from colm_ds.report.protocols import protocols_section
 from colm_ds.report.quality import (
     against_table,
@@ -103,6 +104,7 @@ def compare(
         tradeoff_section(arms),
         protocols_section(arms, others),
         sources_section(arms, small),
+        *([perplexity_section(arms, small)] if any(arm.perplexity() for arm in arms) else []),
         heldout_section(arms),
         training_section(arms),
         time_section(arms),
@@ -164,6 +166,8 @@ def _arm_dict(arm: Arm, arms: Sequence[Arm]) -> dict[str, Any]:
         "curves": {
             "train_loss_smoothed": [_curve_dict(thin(smooth(curve))) for curve in raw],
             "heldout": {key: _curve_dict(arm.heldout(key)) for key in ("overall", "macro", "small")},
+            "perplexity": {name: _curve_dict(curve) for name, curve in arm.perplexity().items()},
+            "tokens": _curve_dict(thin(arm.tokens())),
             "coherence": {name: _curve_dict(thin(curve, MAX_POINTS)) for name, curve in arm.coherence().items()},
         },
         "runs": [

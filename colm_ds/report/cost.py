@@ -32,10 +32,14 @@ def time_section(arms: Sequence[Arm]) -> Section:
     )
     columns = [Column("arm"), *(Column(f"{part}, s", seconds) for part in parts), Column("step in all, s", seconds)]
     rows = [[arm.name, *(bars[arm.name].get(part) for part in parts), arm.mean("step_s")] for arm in arms]
+    if any(arm.mean("data_loading_share") is not None for arm in arms):
+        columns.append(Column("data-loading share", percent))
+        rows = [[*row, arm.mean("data_loading_share")] for row, arm in zip(rows, arms, strict=True)]
     text = [
-        "probe: the pass over the large batch; exchange: signals between ranks; select: the choice; forward, backward: "
-        "over the coreset (train: both together, in older runs); step: the optimizer; other: what the total has beyond "
-        "the phases. Each is a median over steps on rank 0, so that parts need not add up exactly."
+        "data: waiting for the large batch; probe: the pass over it; exchange: signals between ranks; select: the "
+        "choice; forward, backward: over the coreset (train: both together, in older runs); step: the optimizer; "
+        "other: what the total has beyond the phases. Each is a median over steps on rank 0, so that parts need not "
+        "add up exactly. Data-loading share: seconds spent waiting for data over those of all steps but the first."
     ]
     tables = [Table("phases", "Seconds of a step by phase", columns, rows)] if parts else []
     return Section("time", "Time", text if parts else [], [picture] if picture else [], tables)

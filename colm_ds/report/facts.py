@@ -10,7 +10,7 @@ import numpy as np
 
 from colm_ds.report.run import Run, lookup, names, number, numbers
 
-PHASES = ("probe", "exchange", "select", "forward", "backward", "train", "step")
+PHASES = ("data", "probe", "exchange", "select", "forward", "backward", "train", "step")
 _NOT_ADDED = ("total", "save")
 BYTE_KINDS = ("signals", "selection", "tokens")
 MEMORY_PHASES = ("probe", "exchange", "select", "train", "forward", "backward", "step", "save")
@@ -44,6 +44,8 @@ class Facts:
         coherence: |mean g| / mean |g| by step of every source (or pool).
         source_losses: mean loss of the selected examples by step of every source.
         signals: `label_tokens.coreset`, `label_tokens.large_batch`, `gradient_variance.coreset` and `.random` by step.
+        perplexity: on held-out chunks by step, `overall` and of every source.
+        tokens: tokens trained on until then, by step.
         memory_kind: what peaks are: "allocated", "counted" (allocations, on a CPU) or "resident"; empty if not known.
     """
 
@@ -55,6 +57,8 @@ class Facts:
     coherence: dict[str, Curve]
     source_losses: dict[str, Curve]
     signals: dict[str, Curve]
+    perplexity: dict[str, Curve]
+    tokens: Curve
     memory_kind: str = ""
 
 
@@ -81,10 +85,10 @@ def has_counted(run: Run) -> bool:
 def run_facts(run: Run, small: Collection[str], *, counted: bool = False) -> Facts:
     """Collect the numbers of a run.
 
-    Scalars: heldout_overall, heldout_macro, heldout_small, exact_match, num_questions, accuracy and accuracy_before (of
-    classification; before training), step_s, step_s_p10, step_s_p90, probe_gib, train_gib, peak_gib, examples_trained,
-    examples_probed, tokens_trained, wall_s, padding_fraction, num_micro_batches (of a step and rank, mean),
-    largest_tokens (padded, of the largest micro-batch).
+    Scalars: heldout_overall, heldout_macro, heldout_small, perplexity, exact_match, num_questions, accuracy and
+    accuracy_before (of classification; before training), step_s, step_s_p10, step_s_p90, data_loading_share (of the
+    seconds of all steps), probe_gib, train_gib, peak_gib, examples_trained, examples_probed, tokens_trained, wall_s,
+    padding_fraction, num_micro_batches (of a step and rank, mean), largest_tokens (padded, of the largest micro-batch).
     Groups: heldout, exact_match, data_share and coreset_share by source, phase_s by phase, exchange_bytes by kind (mean
     of a step), coherence by source (mean over steps), phase_gib (peaks) by phase, parts_gib (of the largest peak).
 
@@ -121,8 +125,9 @@ def run_facts(run: Run, small: Collection[str], *, counted: bool = False) -> Fac
         if value is not None:
             scalars["exact_match" if key == "overall" else key] = value
     first = lookup(run.summary, "heldout_before") or run.heldout.get(0, {})
-    for key, found in (("accuracy", heldout), ("accuracy_before", first)):
-        value = number(found.get("accuracy")) if isinstance(found, Mapping) else None
+    ends = {"perplexity": lookup(heldout, "perplexity", "overall"), "accuracy": lookup(heldout, "accuracy")}
+    for key, found in (ends | {"accuracy_before": lookup(first, "accuracy")}).items():
+        value = number(found)
         if value is not None:
             scalars[key] = value
     return Facts(
@@ -134,6 +139,8 @@ def run_facts(run: Run, small: Collection[str], *, counted: bool = False) -> Fac
         coherence=coherence,
         source_losses=_by_name(run, "loss", seconds),
         signals={f"{key}.{name}": curve for key, curves in pairs.items() for name, curve in curves.items()},
+        perplexity=_perplexity_curves(run, seconds),
+        tokens=_curve(_tokens(run), seconds),
         memory_kind="counted" if counted else _memory_kind(run),
     )
 
@@ -196,6 +203,28 @@ def _heldout_curves(run: Run, small: Collection[str], seconds: Mapping[int, floa
         for key in ("overall", "macro", "small")
     }
     return {key: curve for key, curve in curves.items() if curve.steps}
+
+
+def _perplexity_curves(run: Run, seconds: Mapping[int, float]) -> dict[str, Curve]:
+    """Of pretraining; nothing for a run without perplexities."""
+    points: dict[str, list[tuple[int, Any]]] = {}
+    for step, found in run.heldout.items():
+        overall = number(lookup(found, "perplexity", "overall"))
+        known = {} if overall is None else {"overall": overall}
+        for name, value in {**known, **numbers(lookup(found, "perplexity", "per_source"))}.items():
+            points.setdefault(name, []).append((step, value))
+    curves = {name: _curve(values, seconds) for name, values in points.items()}
+    return {name: curve for name, curve in curves.items() if curve.steps}
+
+
+def _tokens(run: Run) -> list[tuple[int, float]]:
+    """Tokens trained on when a step is done, 0 at step 0; nothing if some step does not tell."""
+    counts = [(step, number(found.get("tokens"))) for step, found in _by_step(run)]
+    known = [(step, count) for step, count in counts if count is not None]
+    if len(known) < len(counts):
+        return []
+    ends = np.cumsum([count for _, count in known])
+    return [(0, 0.0), *((step, float(end)) for (step, _), end in zip(known, ends, strict=True))]
 
 
 def _by_name(run: Run, key: str, seconds: Mapping[int, float]) -> dict[str, Curve]:
@@ -296,6 +325,7 @@ def _costs(run: Run) -> dict[str, float]:
         "largest_tokens": _most(lookup(found, "micro_batches", "largest_tokens") for found in run.steps),
     }
     times = [value for value in map(_step_seconds, run.steps) if value is not None]
+    found["data_loading_share"] = _loading_share(run)
     for key, name, quantile in (("step_s", "median", 0.5), ("step_s_p10", "p10", 0.1), ("step_s_p90", "p90", 0.9)):
         value = number(lookup(summary, "step_s", name))
         found[key] = float(np.quantile(times, quantile)) if value is None and times else value
@@ -309,6 +339,16 @@ def _costs(run: Run) -> dict[str, float]:
         known = [count for count in counts if count is not None]
         found[key] = sum(known) if value is None and known else value
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _loading_share(run: Run) -> float | None:
+    """Share of the steps' seconds that passed in waiting for data; None for runs that did not measure it."""
+    share = number(run.summary.get("data_loading_share"))
+    pairs = [(number(lookup(step, "time_s", "data")), _step_seconds(step)) for step in run.steps]
+    known = [(waited, total) for waited, total in pairs if waited is not None and total]
+    if share is None and known:
+        share = sum(waited for waited, _ in known) / sum(total for _, total in known)
+    return share
 
 
 def _most(values: Iterable[Any]) -> float | None:

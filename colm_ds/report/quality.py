@@ -32,6 +32,7 @@ def arms_table(arms: Sequence[Arm], *, short: bool = False) -> Table:
         short: without what the arms are, for the terminal.
     """
     classified = any(arm.mean("accuracy") is not None for arm in arms)
+    has_perplexity = any(arm.mean("perplexity") is not None for arm in arms)
     columns = [
         Column("arm"),
         *([] if short else [Column("b of r")]),
@@ -40,6 +41,7 @@ def arms_table(arms: Sequence[Arm], *, short: bool = False) -> Table:
         Column("held-out loss", _LOSS, "min"),
         Column("macro", _LOSS, "min"),
         Column("small sources", _LOSS, "min"),
+        *([Column("perplexity", fixed(2), "min")] if has_perplexity else []),
         *([Column("accuracy", percent, "max"), Column("before training", percent)] if classified else []),
         Column("exact match", percent, "max"),
         Column("s per step", seconds, "min"),
@@ -59,6 +61,7 @@ def arms_table(arms: Sequence[Arm], *, short: bool = False) -> Table:
                 len(arm.counted),
                 arm.num_steps,
                 *quality,
+                *([arm.scalars.get("perplexity")] if has_perplexity else []),
                 *([arm.mean("accuracy"), arm.mean("accuracy_before")] if classified else []),
                 arm.mean("exact_match"),
                 arm.mean("step_s"),

@@ -93,6 +93,7 @@ def _single_arm(arm: Arm) -> str:
     for key, words, form in (
         ("heldout_overall", "a held-out loss of {} nats per token overall", _LOSS),
         ("heldout_small", "{} on average over the small sources", _LOSS),
+        ("perplexity", "a held-out perplexity of {}", fixed(2)),
         ("accuracy", "an accuracy of {}", percent),
         ("exact_match", "an exact match of {}", percent),
         ("step_s", "{} s per step (median)", seconds),

@@ -42,6 +42,10 @@ class Task(Protocol):
         """The training examples."""
         ...
 
+    def identity(self) -> dict[str, dict[str, str]]:
+        """By recipe key, `place` and `digest` of data whose content is known; a run goes on with the same one only."""
+        ...
+
     def begin_step(self, run: InTraining, step: int) -> dict[str, Any]:
         """Called by all ranks before a 1-based step; what it returns goes into the step's metrics."""
         ...

@@ -20,6 +20,10 @@ class ChoiceTask:
         self._settings = recipe.evaluation
         self.train, self._heldout = load_choice_data(recipe, tokenizer)
 
+    def identity(self) -> dict[str, dict[str, str]]:
+        """See `Task.identity`: nothing; sources and counts are compared."""
+        return {}
+
     def begin_step(self, run: InTraining, step: int) -> dict[str, Any]:
         """See `Task.begin_step`."""
         return {}

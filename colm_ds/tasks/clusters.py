@@ -53,6 +53,10 @@ class ClusteredTask:
         """See `Task.train`: with the sources of the data; the engine knows the clusters."""
         return self._task.train
 
+    def identity(self) -> dict[str, dict[str, str]]:
+        """See `Task.identity`."""
+        return self._task.identity()
+
     def begin_step(self, run: InTraining, step: int) -> dict[str, Any]:
         """See `Task.begin_step`; makes the clusters where they are due."""
         facts = self._task.begin_step(run, step)

@@ -21,6 +21,10 @@ class InstructionTask:
         questions = recipe.data.heldout if recipe.evaluation.exact_match else None
         self._questions = load_questions(questions, recipe.data.source_key) if questions else []
 
+    def identity(self) -> dict[str, dict[str, str]]:
+        """See `Task.identity`: nothing; sources and counts are compared."""
+        return {}
+
     def begin_step(self, run: InTraining, step: int) -> dict[str, Any]:
         """See `Task.begin_step`."""
         return {}

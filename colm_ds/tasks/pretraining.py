@@ -40,7 +40,7 @@ class PretrainingTask:
                 "Leave the key out to take the store's."
             )
         self._recipe = recipe
-        self._manifest = store.manifest
+        self._manifest, self._digest = store.manifest, store.digest
         self.train = ChunkDataset(store, TRAIN, data.chunk_tokens, data.weights)
         limit = recipe.evaluation.chunks_per_source
         self._heldout = ChunkDataset(store, HELDOUT, data.chunk_tokens, data.weights, limit)
@@ -55,7 +55,11 @@ class PretrainingTask:
                 f"data.chunk_tokens = {data.chunk_tokens}: more than the model's max_position_embeddings = {longest}."
             )
         self._sampler = self.train.sampler(recipe.colm.large_batch_size, recipe.colm.seed)
-        self._best = _best_so_far(Path(recipe.output_dir) / BEST)
+        self._best: float | None = None
+
+    def identity(self) -> dict[str, dict[str, str]]:
+        """See `Task.identity`: the store."""
+        return {"data.store": {"place": self._recipe.data.store, "digest": self._digest}}
 
     def begin_step(self, run: InTraining, step: int) -> dict[str, Any]:
         """See `Task.begin_step`: `epochs`, how often each source has been gone through after this step."""
@@ -70,6 +74,8 @@ class PretrainingTask:
         """See `Task.heldout`: nats per token, and perplexity; overall by the mixture's shares. The best are kept."""
         if not len(self._heldout):
             return None
+        if self._best is None:  # only now: a run that starts anew has removed what was there
+            self._best = _best_so_far(Path(self._recipe.output_dir) / BEST)
         found = measured_loss(run, self._heldout, self._recipe.evaluation.max_tokens)
         shares = {name: self.train.mixture_counts[name] for name in found["per_source"]}
         total = sum(loss * shares[name] for name, loss in found["per_source"].items())
@@ -79,7 +85,7 @@ class PretrainingTask:
         step = run.engine.step_count
         if self._recipe.keep_best and step > 0 and found["overall"] < self._best:
             self._best = found["overall"]
-            self._keep_best(run, step)
+            self._keep_best(run, step, self._best)
         return found
 
     def finish(self, run: InTraining) -> dict[str, Any]:
@@ -94,16 +100,17 @@ class PretrainingTask:
             "chunks": dict(zip(self.train.source_names, self.train.sizes, strict=True)),
             "heldout_chunks": dict(zip(self._heldout.source_names, self._heldout.sizes, strict=True)),
             "weights": self.train.weights,
+            "store_digest": self._digest,
             "vocabulary_size": self._manifest["vocabulary_size"],
         }
 
-    def _keep_best(self, run: InTraining, step: int) -> None:
+    def _keep_best(self, run: InTraining, step: int, loss: float) -> None:
         """Replace the best weights; a kill leaves the ones before or the new ones."""
         folder = Path(self._recipe.output_dir)
         aside = folder / f".{BEST}"
         written = save_trained(run.engine, run.tokenizer, aside, is_main=run.rank == 0)
         if run.rank == 0:
-            facts = {"step": step, "heldout_loss": self._best, "perplexity": math.exp(min(self._best, 700.0))}
+            facts = {"step": step, "heldout_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
             (written / "best.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
             shutil.rmtree(folder / BEST, ignore_errors=True)
             os.replace(written, folder / BEST)

@@ -224,6 +224,27 @@ def test_the_command_line_prints_the_table(text: Path, store: TokenStore, tmp_pa
     assert "holdout: 0.2 there, 0.3 here" in capsys.readouterr().err
 
 
+def test_changes_may_stand_behind_the_data(text: Path, tmp_path: Path, capsys: Any) -> None:
+    from pretrain.prepare import main
+
+    odd = text / "odd=name.jsonl"  # a file all the same
+    odd.write_text((text / "comments_0.jsonl").read_text())
+    (text / "comments_0.jsonl").rename(tmp_path / "comments_0.jsonl")
+    try:
+        files = [str(file) for file in sorted(text.iterdir())]
+        words = ["--data", *files, f"data.store={tmp_path / 'other'}", "prepare.sample_mb=0.06", "--processes", "1"]
+        assert main([str(recipe(tmp_path)), *words]) == 0
+    finally:
+        (tmp_path / "comments_0.jsonl").rename(text / "comments_0.jsonl")
+        odd.unlink()
+    asked = TokenStore(tmp_path / "other").manifest["settings"]
+    assert asked["sample_mb"] == 0.06
+    assert [name for name, _ in asked["files"]] == [Path(file).name for file in files]
+    with pytest.raises(SystemExit):
+        main([str(recipe(tmp_path)), "--data", "prepare.sample_mb=0.06"])
+    assert "names no file or folder" in capsys.readouterr().err
+
+
 def test_shares_of_the_mixture_are_those_asked_for(store: TokenStore) -> None:
     rows = {row["source"]: row for row in table_rows(store, 64, SHARES)}
     for source, share in SHARES.items():

@@ -67,18 +67,19 @@ def test_time_and_memory(case: Case, world_size: int, outcomes: Runner) -> None:
     for seen in outcomes(case, world_size):
         for step in seen.steps:
             time_s, memory_gib = step.stats["time_s"], step.stats["memory_gib"]
-            assert set(time_s) == {*PHASES, "total"}
+            assert set(time_s) == {*PHASES, "data", "total"}
             assert time_s.pop("save") == memory_gib.pop("save") == 0
             assert min(time_s.values()) > 0
             assert time_s["forward"] + time_s["backward"] <= time_s["train"]
-            assert sum(time_s[name] for name in ("probe", "exchange", "select", "train", "step")) <= time_s["total"]
+            parts = ("data", "probe", "exchange", "select", "train", "step")
+            assert sum(time_s[name] for name in parts) <= time_s["total"]
             assert set(memory_gib) == {*PEAKS} - {"save"}
             assert 0 < memory_gib["peak"] == max(memory_gib[name] for name in memory_gib if name != "peak")
             assert memory_gib["train"] >= max(memory_gib["forward"], memory_gib["backward"])
-            parts = step.stats["memory_parts_gib"]
+            held = step.stats["memory_parts_gib"]
             assert step.stats["memory_kind"] == "resident"
-            assert set(parts) == set(PARTS)
-            assert sum(parts.values()) <= memory_gib["peak"] * (1 + 1e-9)
+            assert set(held) == set(PARTS)
+            assert sum(held.values()) <= memory_gib["peak"] * (1 + 1e-9)
 
 
 @pytest.mark.distributed

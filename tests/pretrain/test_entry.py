@@ -5,76 +5,125 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM
 
-from colm_ds.data.generated_text import write_text
+from colm_ds.data.token_store import checksum
+from tests.pretrain.runs import (
+    ENVIRONMENT,
+    ROOT,
+    WEIGHTS,
+    Prepared,
+    call,
+    curve,
+    launcher,
+    make_recipe,
+    read_metrics,
+    read_summary,
+    train,
+)
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(280)]
 
-ROOT = Path(__file__).resolve().parents[2]
-PORT = "29647"
-SHARES = {"parliament": 5.0, "code": 25.0, "comments": 5.0, "abstracts": 5.0, "articles": 60.0}
-SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-WEIGHTS = {f"generated/{kind}": share for kind, share in SHARES.items()}
+
+@pytest.fixture(scope="module")
+def whole(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run on two ranks."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = train(2, str(prepared.recipe), f"output_dir={folder}")
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
-def call(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
-
-
-def launch(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    launcher = ("-m", "deepspeed.launcher.runner", "-q", "--num_gpus", str(ranks), "--master_port", PORT)
-    return call(*launcher, "pretrain/train.py", *arguments)
-
-
-def test_prepare_and_train(tmp_path: Path) -> None:
-    """A store, a run on two ranks, and the same run stopped half-way and gone on with: the same losses."""
-    write_text(tmp_path / "text", megabytes=0.6)
-    recipe = yaml.safe_load((ROOT / "pretrain" / "recipes" / "cpu_pile5.yaml").read_text())
-    recipe["model"]["config"] |= {**SHAPE, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    recipe["data"] |= {"store": str(tmp_path / "store"), "chunk_tokens": 64, "weights": WEIGHTS}
-    recipe["prepare"] |= {"vocabulary_size": 400, "sample_mb": 0.3, "holdout": 0.1}
-    recipe["evaluation"] = {"every": 2, "chunks_per_source": 3}
-    recipe |= {"steps": 4, "save_every": 2, "deepspeed": str(ROOT / "ds_configs" / "zero2.json")}
-    recipe["lr_schedule"] = {"kind": "constant", "warmup_fraction": 0.0}  # so that `steps` may change
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-
-    prepared = call("pretrain/prepare.py", str(path), "--data", str(tmp_path / "text"))
-    assert prepared.returncode == 0, prepared.stderr
-    assert "generated/articles" in prepared.stdout
-
-    whole = launch(2, str(path), f"output_dir={tmp_path / 'whole'}")
-    assert whole.returncode == 0, whole.stderr
-    rows = read(tmp_path / "whole")
-    heldout = [row["heldout"] for row in rows if "heldout" in row]
-    assert len(heldout) == 3  # before, after steps 2 and 4
+def test_prepare_and_train(prepared: Prepared, whole: Path) -> None:
+    assert "generated/articles" in prepared.said
+    heldout = [row["heldout"] for row in read_metrics(whole) if "heldout" in row]
+    assert len(heldout) == 4  # before, after steps 2, 4 and 6
     assert set(heldout[0]["per_source"]) == set(WEIGHTS)
     assert heldout[0]["overall"] == pytest.approx(math.log(400), abs=0.3)  # nothing learnt yet
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "best_model")
+    assert read_summary(whole)["status"] == "finished"
+    model = AutoModelForCausalLM.from_pretrained(whole / "best_model")
     assert all(bool(torch.isfinite(weight).all()) for weight in model.parameters())
 
-    assert launch(2, str(path), f"output_dir={tmp_path / 'parts'}", "steps=2").returncode == 0
-    (tmp_path / "parts" / "summary.json").unlink()  # as if it had been stopped there
-    again = launch(2, str(path), f"output_dir={tmp_path / 'parts'}")
+
+def test_killed_in_the_middle(prepared: Prepared, whole: Path, tmp_path: Path) -> None:
+    """`kill -9` of launcher and ranks between two checkpoints, and the same command again: the same curves."""
+    run = tmp_path / "run"
+    arguments = ("pretrain/train.py", str(prepared.recipe), f"output_dir={run}")
+    kill_after(3, run, launcher(2), arguments)
+    assert max(row["step"] for row in read_metrics(run)) in (3, 4, 5)
+    again = call(*launcher(2), *arguments)
     assert again.returncode == 0, again.stderr
-    assert "going on after step 2" in again.stderr
-    assert losses(read(tmp_path / "parts")) == losses(rows)
+    assert "going on after step " in again.stderr
+    assert curve(run) == curve(whole)
+    assert (run / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+    assert (run / "best_model" / "best.json").read_text() == (whole / "best_model" / "best.json").read_text()
 
 
-def read(folder: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().split("\n") if line]
+def kill_after(step: int, run: Path, start: tuple[str, ...], arguments: tuple[str, ...]) -> None:
+    """Start a run and kill all of its processes as soon as a step is in its metrics."""
+    with (run.parent / "killed.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *start, *arguments],
+            cwd=ROOT,
+            env=os.environ | ENVIRONMENT,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    metrics = run / "metrics.jsonl"
+    end = time.monotonic() + 200
+    while not (metrics.exists() and f'{{"step": {step},' in metrics.read_text()):
+        assert process.poll() is None, (run.parent / "killed.log").read_text()
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for one in everyone:
+        one.send_signal(signal.SIGKILL)
+    process.wait()
+    psutil.wait_procs(everyone[1:], timeout=30)
+    assert not (run / "summary.json").exists()
 
 
-def losses(rows: list[dict[str, object]]) -> list[object]:
-    return [row["loss"] for row in rows if "loss" in row]
+def test_another_store_is_refused(prepared: Prepared, whole: Path, tmp_path: Path) -> None:
+    """One with as many chunks of every source and other words in one of them; a moved one is the same."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    (run / "summary.json").unlink()  # as if it had been stopped there
+    other = shutil.copytree(prepared.store, tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    tokens = (other / "parts" / "000000.bin").read_bytes()
+    swapped = tokens[2:4] + tokens[:2] + tokens[4:]
+    assert swapped != tokens
+    (other / "parts" / "000000.bin").write_bytes(swapped)
+    manifest["parts"][0]["checksum"] = checksum(swapped)
+    (other / "manifest.json").write_text(json.dumps(manifest))
+
+    arguments = (str(prepared.recipe), f"output_dir={run}", "steps=8")
+    refused = train(1, *arguments, f"data.store={other}")
+    assert refused.returncode == 2
+    for part in (f"data.store = {other}", str(prepared.store), "step_6", "choose another output_dir"):
+        assert part in refused.stderr
+    moved = shutil.copytree(prepared.store, tmp_path / "moved")
+    again = train(1, *arguments, f"data.store={moved}")
+    assert again.returncode == 0, again.stderr
+    assert "going on after step 6" in again.stderr
+
+
+@pytest.mark.slow
+def test_starting_anew_keeps_the_best_of_the_new_run(prepared: Prepared, tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, save_every=0, steps=2)
+    store = f"data.store={prepared.store}"
+    best = tmp_path / "run" / "best_model" / "best.json"
+    for change in ("optimizer.lr=0.01", "optimizer.lr=1.0e-6"):  # the second learns nothing
+        done = train(1, str(recipe), store, f"output_dir={tmp_path / 'run'}", "overwrite=true", change)
+        assert done.returncode == 0, done.stderr
+        assert best.exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from colm_ds.errors import DataError
-from colm_ds.report import load_run
+from colm_ds.report import compare, load_run
 from colm_ds.report.facts import run_facts, small_sources
 from tests.report.run_folders import SMALL, write_run
 
@@ -107,6 +107,23 @@ def test_seconds_add_up_and_small_mean(tmp_path: Path) -> None:
     assert facts.heldout["overall"].seconds[-1] == pytest.approx(total)
     per_source = run.heldout[20]["per_source"]
     assert facts.scalars["heldout_small"] == pytest.approx(sum(per_source[name] for name in SMALL) / len(SMALL))
+
+
+def test_data_loading_share(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "plain-64", num_steps=20)
+    assert "data_loading_share" not in run_facts(load_run(path), SMALL).scalars  # an older run
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[1:]:
+        line["time_s"] |= {"data": 0.1, "total": 0.4}
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    facts = run_facts(load_run(path), SMALL)
+    assert facts.scalars["data_loading_share"] == pytest.approx(0.25)
+    time = compare([load_run(path)], tmp_path / "report").as_dict()["tables"]["phases"]
+    assert time["columns"][-1] == "data-loading share"
+    assert time["rows"][0][-1] == pytest.approx(0.25)
+    summary = json.loads((path / "summary.json").read_text())
+    (path / "summary.json").write_text(json.dumps(summary | {"data_loading_share": 0.2}))
+    assert run_facts(load_run(path), SMALL).scalars["data_loading_share"] == 0.2
 
 
 def test_small_sources_listed_or_by_the_rule(tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Pretraining in one go: prepares the token store, trains, evaluates and writes a report with perplexity by source.
+#
+#   bash launch/pretrain.sh                                     # the demo: about 3 minutes on 2 cores, no data needed
+#   bash launch/pretrain.sh [RECIPE] [key=value ...]            # another recipe, changes to it
+#   DATA="PILE_FOLDER more.jsonl.zst" bash launch/pretrain.sh pretrain/recipes/cpu_pile5.yaml steps=100
+#
+# The same command a second time skips what is finished and goes on with what is not. The run's folder (output_dir) then
+# holds report.html and evaluation/results.md. May be set:
+#
+#   DATA         files and folders in the Pile's format; not needed for generated sources or once the store is made
+#   QUESTIONS    folder with WiC, COPA and SQuAD, as docs/EVALUATION.md lays it out (default: perplexity only)
+#   RANKS        ranks (default: one per GPU, two without any)
+#   MEGABYTES    of generated text (default: 4)
+#   MASTER_PORT  default 29650
+set -euo pipefail
+
+fail() { echo "pretrain: $*" >&2; exit 2; }
+
+if [[ "${1-}" == "-h" || "${1-}" == "--help" ]]; then
+    sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+    exit 0
+fi
+here="$PWD"
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+recipe="$root/pretrain/recipes/demo.yaml"
+if [[ $# -ge 1 && "$1" != *=* ]]; then
+    [[ -f "$1" ]] || fail "$1: no such recipe; --help says more"
+    recipe="$(realpath "$1")"
+    shift
+fi
+for change in "$@"; do
+    [[ "$change" == *=* ]] || fail "'$change': changes to the recipe are written key=value"
+done
+
+absolute() { [[ "$1" == /* ]] && echo "$1" || echo "$here/$1"; }
+options=(--port "${MASTER_PORT:-29650}" --megabytes "${MEGABYTES:-4}")
+[[ -z "${RANKS-}" ]] || options+=(--ranks "$RANKS")
+[[ -z "${QUESTIONS-}" ]] || options+=(--questions "$(absolute "$QUESTIONS")")
+if [[ -n "${DATA-}" ]]; then
+    read -ra given <<< "$DATA"
+    places=()
+    for place in "${given[@]}"; do
+        [[ -e "$place" ]] || fail "DATA: $place: no such file or folder"
+        places+=("$(absolute "$place")")
+    done
+    options+=(--data "${places[@]}")
+fi
+
+cd "$root"
+recipe="${recipe#"$PWD"/}"     # as in the commands of the report
+bash launch/setup.sh
+export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+if [[ "$(python -c 'import torch; print(torch.cuda.device_count())')" == 0 ]]; then export DS_ACCELERATOR=cpu; fi
+exec python -m colm_ds.pretraining_run "$recipe" "$@" "${options[@]}"
