@@ -105,9 +105,10 @@ def _changes(job: Job) -> Iterator[tuple[str, str, Job]]:
     if job.probes:
         now = job.colm.probe.max_tokens
         tokens = (8192 if spec.device_type == "cuda" else 2048) if now == "auto" else now
-        tokens = min(tokens, math.ceil(job.colm.large_batch_size / zero.world_size) * job.length)  # what there is
-        if tokens > job.length:
-            fewer = job.colm.probe.model_copy(update={"max_tokens": max(job.length, tokens // 2)})
+        one = job.padded_length
+        tokens = min(tokens, math.ceil(job.colm.large_batch_size / zero.world_size) * one)  # what there is
+        if tokens > one:
+            fewer = job.colm.probe.model_copy(update={"max_tokens": max(one, tokens // 2)})
             yield f"colm.probe.max_tokens={fewer.max_tokens}", "probe", job.with_colm(probe=fewer)
     for stage in range(zero.stage + 1, 4):
         yield f"deepspeed=ds_configs/zero{stage}.json", "stage", replace(job, zero=at_stage(zero, stage))
@@ -117,11 +118,9 @@ def _changes(job: Job) -> Iterator[tuple[str, str, Job]]:
             yield f"deepspeed=ds_configs/zero{stage}_offload.json", "offload", replace(job, zero=away)
     if job.length > _SHORT:
         shorter = job.length // 2
-        yield (
-            f"data.max_length={shorter}",
-            "length",
-            replace(job, length=shorter, mean_length=min(job.mean_length, shorter)),
-        )
+        changed = replace(job, length=shorter)
+        mean = min(job.mean_length, changed.padded_length)
+        yield f"{job.length_key}={shorter}", "length", replace(changed, mean_length=mean)
 
 
 def at_stage(zero: ZeroSettings, stage: int) -> ZeroSettings:

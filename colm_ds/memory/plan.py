@@ -10,9 +10,10 @@ import torch
 
 from colm_ds.config import ColmConfig
 from colm_ds.memory.breakdown import PARTS
+from colm_ds.memory.choice_rows import num_rows
 from colm_ds.memory.selection_state import replay_bytes, selection_bytes
 from colm_ds.memory.states import States, ZeroSettings, model_states
-from colm_ds.memory.trace import ModelSpec, Tracer, even_rows
+from colm_ds.memory.trace import ModelSpec, Rows, Tracer, choice_rows, even_rows
 from colm_ds.selection import signal_of
 
 PROBE_COST = 1.03
@@ -31,9 +32,12 @@ class Job:
         colm: the `"colm"` section with `coreset_size` filled in.
         micro_batch: examples per rank and backward pass.
         length: tokens of the longest examples, which decide about peaks.
-        mean_length: tokens of an example on average, for hidden states that are kept and for time.
+        mean_length: tokens computed for an example on average, for hidden states that are kept and for time.
         label_share: share of the tokens that have labels.
         steps: optimizer steps of the run.
+        candidates: for classification, tokens of each candidate of an example; `length` is then that of the prompt
+            with the longest one, and `label_share` says nothing.
+        length_key: what sets `length` in a recipe.
     """
 
     spec: ModelSpec
@@ -44,6 +48,24 @@ class Job:
     mean_length: float
     label_share: float = 1.0
     steps: int = 1
+    candidates: tuple[int, ...] = ()
+    length_key: str = "data.max_length"
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences that are computed for an example."""
+        return num_rows(self.candidates)
+
+    @property
+    def padded_length(self) -> int:
+        """Tokens computed for one of the longest examples."""
+        return self.num_rows * (self.length - 1) if self.candidates else self.length
+
+    def rows(self, count: int) -> Rows:
+        """A micro-batch of the longest examples."""
+        if self.candidates:
+            return choice_rows(count, self.length, self.candidates)
+        return even_rows(count, self.length, self.label_share)
 
     @property
     def size(self) -> int:
@@ -142,7 +164,7 @@ class Planner:
         states, width = self.states(job), job.spec.dtype.itemsize
         kept, probing, selecting = self._selection(job)
         replay_all, replay_kept = self._replay(job, width)
-        rows = even_rows(job.micro_batch, job.length, job.label_share)
+        rows = job.rows(job.micro_batch)
         active = tracer.training(rows, replay=job.replays, whole_logits=whole_logits)
         held = {"weights": states.weights, "optimizer": states.optimizer, "selection": kept}
         before = {**held, "gradients": states.always_gradients}
@@ -194,15 +216,17 @@ class Planner:
     def _forward_flops(self, job: Job) -> float:
         """Operations of the forward of one example."""
         found, config = self.tracer(job.spec).parameters, job.spec.config
-        used = found.total - found.embedding - found.head * (1.0 - job.label_share)
-        attention = 2.0 * job.mean_length**2 * int(config.hidden_size) * int(config.num_hidden_layers)  # causal: half
+        labelled = min(1.0, sum(job.candidates) / job.mean_length) if job.candidates else job.label_share
+        used = found.total - found.embedding - found.head * (1.0 - labelled)
+        squares = job.mean_length**2 / job.num_rows  # of rows of one length; half of each, as attention is causal
+        attention = 2.0 * squares * int(config.hidden_size) * int(config.num_hidden_layers)
         return 2.0 * used * job.mean_length + attention
 
     def _probe(self, job: Job, tracer: Tracer) -> int:
         probe = job.colm.probe
         most = _PROBE_TOKENS[job.spec.device_type] if probe.max_tokens == "auto" else probe.max_tokens
         share = math.ceil(job.colm.large_batch_size / job.zero.world_size)
-        rows = even_rows(max(1, min(share, most // job.length)), job.length, job.label_share)
+        rows = job.rows(max(1, min(share, most // job.padded_length)))
         estimator = probe.estimator if signal_of(job.colm.selector) == "gradient" else "score"
         on_cpu = job.spec.device_type == "cpu"
         double = probe.precision == "float64" or (probe.precision == "auto" and on_cpu)

@@ -55,6 +55,8 @@ def plan_report(
         "reserve_gib": reserve_gib,
         "length": job.length,
         "mean_length": job.mean_length,
+        "candidate_tokens": list(job.candidates),
+        "rows_per_example": job.num_rows,
         "parameters": {"total": parameters.total, "trained": parameters.trained},
         "dtype": str(job.spec.dtype).removeprefix("torch."),
         "stage": job.zero.stage,
@@ -125,7 +127,7 @@ def format_plan(report: dict[str, Any]) -> str:
         f"{found['total'] / 1e9:.2f}e9 parameters, {found['trained'] / 1e6:.1f}e6 trained, {report['dtype']}, "
         f"ZeRO-{report['stage']}, activation checkpointing {'on' if report['checkpointing'] else 'off'}{replay}",
         f"{report['num_gpus']} GPUs of {report['gpu_memory_gib']:g} GiB, of which {room:g} are planned with; "
-        f"examples of {report['length']} tokens (mean {report['mean_length']:g})",
+        f"examples of {report['length']} tokens (mean {report['mean_length']:g}){_candidates_text(report)}",
         "",
     ]
     rows = [["", "micro-batch", "steps", "peak GiB", "in", "fits", "largest micro-batch", "forwards", "s/step", "h"]]
@@ -211,6 +213,11 @@ def gib(plan: MemoryPlan) -> dict[str, dict[str, float]]:
 
 def _stage(job: Job, stage: int) -> Job:
     return replace(job, zero=at_stage(job.zero, stage))
+
+
+def _candidates_text(report: dict[str, Any]) -> str:
+    count, rows = len(report["candidate_tokens"]), report["rows_per_example"]
+    return f", {count} candidates in {rows} row{'s' if rows > 1 else ''}" if count else ""
 
 
 def _stage_text(stage: dict[str, Any]) -> str:
