@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 
 from colm_ds.config import load_config, resolve_config
+from colm_ds.data.chunks import ChunkDataset
+from colm_ds.data.collate import IGNORE_INDEX
 from colm_ds.data.token_store import MANIFEST, TokenStore
 from colm_ds.errors import ConfigError
 from colm_ds.known_models import KNOWN_MODELS, known_model
@@ -19,6 +20,10 @@ from colm_ds.memory.states import zero_settings
 from colm_ds.memory.trace import ModelSpec
 from colm_ds.models import DTYPES, load_tokenizer
 from colm_ds.recipe import BaseRecipe, ChoiceRecipe, LoraConfig, PretrainingRecipe, Recipe
+from colm_ds.types import LargeBatch
+
+LENGTH_KEY, CHUNK_KEY = "data.max_length", "data.chunk_tokens"
+"""What sets the length of examples in a recipe, and of a pretraining recipe's."""
 
 
 def job_of_recipe(
@@ -79,9 +84,9 @@ def job_of_recipe(
 def _length(recipe: BaseRecipe) -> tuple[str, int]:
     """The key that says how long examples are at most, and its value."""
     if isinstance(recipe, PretrainingRecipe):
-        return "data.chunk_tokens", recipe.data.chunk_tokens
+        return CHUNK_KEY, recipe.data.chunk_tokens
     assert isinstance(recipe, (Recipe, ChoiceRecipe))
-    return "data.max_length", recipe.data.max_length
+    return LENGTH_KEY, recipe.data.max_length
 
 
 def _candidates(recipe: BaseRecipe, label_share: float, tokens: int | None) -> tuple[int, ...]:
@@ -100,15 +105,12 @@ def _candidates(recipe: BaseRecipe, label_share: float, tokens: int | None) -> t
     return (tokens,) * len(known)
 
 
-def job_of_engine(engine: Any, micro_batch: int, length: int, lengths: Sequence[int], label_share: float) -> Job:
-    """What a running `CoLMEngine` needs planning for.
+def job_of_engine(engine: Any, batch: LargeBatch) -> Job:
+    """What a running `CoLMEngine` needs planning for, with examples as those of a large batch.
 
     Args:
         engine: the engine.
-        micro_batch: examples of the micro-batch in question.
-        length: its tokens.
-        lengths: tokens of examples, for the mean.
-        label_share: share of the tokens that have labels.
+        batch: its longest example counts, and their mean length.
     """
     module, config = engine.deepspeed_engine.module, engine.config
     base = module.get_base_model() if hasattr(module, "get_base_model") else module
@@ -134,8 +136,27 @@ def job_of_engine(engine: Any, micro_batch: int, length: int, lengths: Sequence[
     )
     world_size = engine.deepspeed_engine.world_size
     zero = zero_settings(config.deepspeed, world_size, on_gpu=spec.device_type == "cuda")
-    mean = sum(lengths) / max(1, len(lengths))
-    return Job(spec, zero, config.colm, micro_batch, length, mean or length, label_share)
+    is_choice = batch.candidates is not None
+    return Job(
+        spec,
+        zero,
+        config.colm,
+        config.micro_batch_size,
+        int(batch.widths.max()) + is_choice,  # the last token of a candidate is not in its row
+        float(batch.lengths.double().mean()),
+        1.0 if is_choice else float(batch.num_label_tokens.sum() / batch.lengths.sum()),
+        candidates=_candidate_tokens(batch) if is_choice else (),
+        length_key=CHUNK_KEY if isinstance(engine.loader.dataset, ChunkDataset) else LENGTH_KEY,
+    )
+
+
+def _candidate_tokens(batch: LargeBatch) -> tuple[int, ...]:
+    """Tokens of each candidate of the example with the most padded tokens, of those that this rank holds."""
+    mine = list(batch.examples)
+    example = batch.examples[mine[int(batch.padded_lengths[mine].argmax())]]
+    assert example.candidates is not None
+    parts = example.labels.split(list(example.candidates.lengths))
+    return tuple(int((part != IGNORE_INDEX).sum()) for part in parts)
 
 
 def model_configuration(recipe: BaseRecipe) -> Any:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
+
 from colm_ds.memory.plan import Job, MemoryPlan, Planner
 from colm_ds.memory.states import ZeroSettings
 
@@ -98,6 +100,8 @@ def _changes(job: Job) -> Iterator[tuple[str, str, Job]]:
     if not spec.checkpointing:
         changed = replace(job, spec=replace(spec, checkpointing=True))
         yield "model.activation_checkpointing=true", "checkpointing", changed
+    if spec.dtype == torch.float32:
+        yield "model.dtype=bfloat16", "dtype", replace(job, spec=replace(spec, dtype=torch.bfloat16))
     if job.replays:
         yield "colm.replay=off", "replay", job.with_colm(replay="off")
         if job.colm.replay != "offload" and spec.device_type == "cuda":
