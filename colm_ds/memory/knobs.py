@@ -16,6 +16,7 @@ _SHORT = 32
 
 _OUR_BUCKET = 20_000_000
 _OUR_MAX_LIVE = 300_000_000
+_OUR_PERSISTENT = 100_000
 """As in ds_configs/."""
 
 
@@ -133,6 +134,8 @@ def at_stage(zero: ZeroSettings, stage: int) -> ZeroSettings:
         zero,
         stage=stage,
         reduce_bucket=_OUR_BUCKET,
+        num_buckets=1,
+        persistent=_OUR_PERSISTENT,
         prefetch_bucket=_OUR_BUCKET,
         max_live=_OUR_MAX_LIVE,
         accumulate_float32=stage > 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,7 +13,7 @@ from colm_ds.memory.breakdown import PARTS
 from colm_ds.memory.choice_rows import num_rows
 from colm_ds.memory.selection_state import replay_bytes, selection_bytes
 from colm_ds.memory.states import States, ZeroSettings, model_states
-from colm_ds.memory.trace import ModelSpec, Rows, Tracer, choice_rows, even_rows
+from colm_ds.memory.trace import ModelSpec, Rows, Tracer, TrainingActivations, choice_rows, even_rows
 from colm_ds.selection import signal_of
 
 PROBE_COST = 1.03
@@ -100,10 +100,12 @@ class MemoryPlan:
     Attributes:
         phases: by phase, by part (`PARTS`).
         host: bytes in host memory of this rank (offload).
+        saving_host: further ones while a checkpoint is written: its largest tensor on the way from a GPU to the disk.
     """
 
     phases: dict[str, dict[str, int]]
     host: int
+    saving_host: int = 0
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -167,22 +169,22 @@ class Planner:
         rows = job.rows(job.micro_batch)
         active = tracer.training(rows, replay=job.replays, whole_logits=whole_logits)
         held = {"weights": states.weights, "optimizer": states.optimizer, "selection": kept}
-        before = {**held, "gradients": states.always_gradients}
+        before = {**held, "gradients": states.always_gradients, "communication": states.always_buckets}
         training = {**held, "gradients": states.gradients, "replay": replay_kept}
-        training["rest"] = states.gathered
+        training |= {"communication": states.always_buckets + states.forward_buckets}
         phases = {}
         if job.probes:
             probe = probing + self._probe(job, tracer)
             phases["probe"] = {**before, "replay": replay_all, "probe": probe, "rest": states.gathered}
             phases["exchange"] = {**before, "replay": replay_all, "probe": probing}
             phases["select"] = {**before, "replay": replay_all, "probe": selecting}
-        phases["forward"] = {**training, "activations": active.forward}
-        phases["backward"] = {**training, "activations": active.backward}
-        phases["backward"]["rest"] += states.training
-        phases["step"] = {**training, "rest": states.step}
+        phases["forward"] = {**training, "activations": active.forward, "rest": states.gathered}
+        phases["backward"] = _backward(training, states, active, job.spec.checkpointing)
+        phases["step"] = {**training, "communication": states.always_buckets, "rest": states.step}
         phases["save"] = before
         whole = {phase: {part: parts.get(part, 0) for part in PARTS} for phase, parts in phases.items()}
-        return MemoryPlan(whole, states.host + (replay_all if job.colm.replay == "offload" and job.replays else 0))
+        host = states.host + (replay_all if job.colm.replay == "offload" and job.replays else 0)
+        return MemoryPlan(whole, host, states.saving_host if job.spec.device_type == "cuda" else 0)
 
     def states(self, job: Job) -> States:
         """Weights, gradients and optimizer states."""
@@ -252,6 +254,28 @@ class Planner:
             )
 
         return of(job.colm.large_batch_size), of(job.size)
+
+
+def _backward(
+    training: Mapping[str, int], states: States, active: TrainingActivations, checkpointing: bool
+) -> dict[str, int]:
+    """The backward pass by parts, where it needs most: at the loss, in the layers, or at the end, when it reduces.
+
+    Stage 2 allocates its buckets with the first gradient, when the loss's own tensors are gone; then reduced gradients
+    come as activations go, or all of them at the end.
+    """
+    always, late = training["communication"], states.backward_buckets - states.forward_buckets
+    at_loss = {"activations": active.backward, "rest": states.gathered + states.training}
+    ends = states.reduces_once
+    inside = active.backward if checkpointing else active.kept + (0 if ends else states.reduced)
+    copied = 0 if ends else states.reducing
+    in_layers = {**at_loss, "activations": min(inside, active.backward), "communication": always + late + copied}
+    at_end = {
+        "communication": always + late + states.reducing,
+        "rest": states.gathered + 2 * states.training + (0 if ends else states.reduced),
+    }
+    cases = [dict(training) | case for case in (at_loss, in_layers, at_end)]
+    return max(cases, key=lambda case: sum(case.values()))
 
 
 def largest_that(fits: Callable[[int], bool], most: int) -> int:

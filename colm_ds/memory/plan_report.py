@@ -202,6 +202,7 @@ def _arm(planner: Planner, job: Job, budget: int, tflops: float | None) -> dict[
         "largest_micro_batch": planner.largest_micro_batch(job, budget),
         "phases_gib": gib(plan),
         "host_gib": plan.host / GIB,
+        "saving_host_gib": plan.saving_host / GIB,
         "time": {"forwards": times.forwards, "flops": times.flops, "step_s": times.step_s, "run_h": times.run_h},
     }
 
@@ -232,8 +233,8 @@ def _phase_tables(report: dict[str, Any]) -> list[str]:
     rows = [["GiB", *parts, "sum"]]
     for phase, values in arm["phases_gib"].items():
         rows.append([phase, *(f"{values[part]:.2f}" for part in parts), f"{sum(values.values()):.2f}"])
-    host = [f"Host memory of each rank: {arm['host_gib']:.2f} GiB."] if arm["host_gib"] else []
-    return [f"{name}, by phase:", *_table(rows), *host]
+    host = f"Host memory of each rank: {arm['host_gib']:.2f} GiB, and {arm['saving_host_gib']:.2f} during a save."
+    return [f"{name}, by phase:", *_table(rows), *([host] if arm["host_gib"] or arm["saving_host_gib"] else [])]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

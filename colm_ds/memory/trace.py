@@ -7,6 +7,7 @@ model in a fraction of a second, for every family, attention, LoRA and way of ch
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -101,6 +102,7 @@ class Parameters:
         head: of the matrix that makes the logits.
         embedding: of the input embedding, which multiplies nothing; 0 where it is the head's.
         buffers: bytes of buffers.
+        sizes: elements of a parameter, and how many parameters have so many.
     """
 
     total: int
@@ -110,6 +112,11 @@ class Parameters:
     head: int
     embedding: int
     buffers: int
+    sizes: tuple[tuple[int, int], ...] = ()
+
+    def below(self, most: int) -> int:
+        """Elements in parameters of at most so many."""
+        return sum(size * count for size, count in self.sizes if size <= most)
 
 
 @dataclass
@@ -156,6 +163,9 @@ class Tracer:
             head=0 if not isinstance(weight, Tensor) else weight.numel(),
             embedding=0 if embedding is weight else embedding.numel(),
             buffers=extended(_buffer_bytes),
+            sizes=tuple(
+                (size, extended(lambda model, size=size: _sizes(model)[size])) for size in sorted(_sizes(large))
+            ),
         )
 
     def training(self, rows: Rows, *, replay: bool = False, whole_logits: bool = False) -> TrainingActivations:
@@ -326,6 +336,10 @@ def _num_elements(model: nn.Module) -> int:
 
 def _num_trained(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _sizes(model: nn.Module) -> Counter[int]:
+    return Counter(p.numel() for p in model.parameters())
 
 
 def _buffer_bytes(model: nn.Module) -> int:

@@ -274,7 +274,8 @@ def _peak_parts(run: Run, counted: Mapping[str, float]) -> dict[str, float]:
         found = numbers(largest.get("memory_parts_gib"))
     if not found or not counted:
         return found
-    held = {name: found.get(name, 0.0) for name in ("weights", "gradients", "optimizer", "replay", "selection")}
+    kept = ("weights", "gradients", "optimizer", "communication", "replay", "selection")
+    held = {name: found.get(name, 0.0) for name in kept}
     peaks = {key: counted.get(key, 0.0) for key in (*MEMORY_PHASES, "peak")}
     is_choice = max(peaks[name] for name in MEMORY_PHASES[:3]) >= max(peaks[name] for name in MEMORY_PHASES[3:])
     return held | {"probe" if is_choice else "activations": max(0.0, max(peaks.values()) - sum(held.values()))}
