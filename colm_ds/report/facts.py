@@ -43,7 +43,8 @@ class Facts:
         heldout: held-out losses by step: `overall`, `macro` and `small` (mean of the small sources).
         coherence: |mean g| / mean |g| by step of every source (or pool).
         source_losses: mean loss of the selected examples by step of every source.
-        signals: `label_tokens.coreset`, `label_tokens.large_batch`, `gradient_variance.coreset` and `.random` by step.
+        signals: `label_tokens.coreset`, `label_tokens.large_batch`, `gradient_variance.coreset` and `.random`, and
+            `padding` (share of padding in training) by step.
         memory_kind: what peaks are: "allocated", "counted" (allocations, on a CPU) or "resident"; empty if not known.
     """
 
@@ -133,7 +134,10 @@ def run_facts(run: Run, small: Collection[str], *, counted: bool = False) -> Fac
         heldout=_heldout_curves(run, small, seconds),
         coherence=coherence,
         source_losses=_by_name(run, "loss", seconds),
-        signals={f"{key}.{name}": curve for key, curves in pairs.items() for name, curve in curves.items()},
+        signals={
+            **{f"{key}.{name}": curve for key, curves in pairs.items() for name, curve in curves.items()},
+            "padding": _curve(((step, found.get("padding_fraction")) for step, found in _by_step(run)), seconds),
+        },
         memory_kind="counted" if counted else _memory_kind(run),
     )
 
