@@ -124,10 +124,9 @@ def accumulate(
         # A place holder is replayed too: under ZeRO-3 all ranks gather the same layers in the same order.
         replayed = replay is not None and (not mine or replay.has(mine))
         with replay.replaying(micro.by_row(mine)) if replay is not None and replayed else nullcontext():
-            shape = micro.input_ids.shape
-            with of_micro_batch(shape), part("forward") if part else nullcontext():
+            with of_micro_batch(micro), part("forward") if part else nullcontext():
                 sums = example_loss_sums(engine, head, micro)
-            with of_micro_batch(shape), part("backward") if part else nullcontext():
+            with of_micro_batch(micro), part("backward") if part else nullcontext():
                 engine.backward((sums * scales).sum() * world_size, scale_wrt_gas=False)
         sums = sums.detach()
         passed.append(sums[: len(mine)])

@@ -157,9 +157,12 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     command.add_argument("--tflops", type=float, help="what a GPU achieves, in 1e12 operations a second: gives seconds")
     command.add_argument(
-        "--mean-length", type=float, help="mean tokens of an example: for time and replay (default: data.max_length)"
+        "--mean-length", type=float, help="mean tokens of an example: for time and replay (default: the longest)"
     )
     command.add_argument("--label-share", type=float, default=1.0, help="share of tokens with labels (default: 1)")
+    command.add_argument(
+        "--candidate-tokens", type=int, help="classification: tokens of a candidate (default: 1, of copa 16)"
+    )
     command.add_argument("--compare", action="store_true", help="peaks over a range of batch sizes (Fig. 2c)")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_plan)
@@ -179,7 +182,11 @@ def _plan(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {value:g}: not more than 0.")
     recipe = load_recipe(options.recipe, options.overrides, needs_files=False)
     job = job_of_recipe(
-        recipe, options.num_gpus, mean_length=options.mean_length, label_share=min(1.0, options.label_share)
+        recipe,
+        options.num_gpus,
+        mean_length=options.mean_length,
+        label_share=min(1.0, options.label_share),
+        candidate_tokens=options.candidate_tokens,
     )
     limits = {"gpu_memory_gib": options.gpu_memory_gib, "reserve_gib": options.reserve_gib}
     if options.compare:

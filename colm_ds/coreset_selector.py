@@ -370,7 +370,7 @@ class CoresetSelector:
         assert self._architecture is not None
         examples = [batch.examples[position] for position in positions]
         micro = make_micro_batch(examples).to(self._device)
-        with of_micro_batch(micro.input_ids.shape):
+        with of_micro_batch(micro):
             with store.recording(micro.by_row(positions), micro.lengths) if store is not None else nullcontext():
                 tail = run_trunk(self._model, self._architecture, micro, self._trunk_dtype)
             if estimator is not None:

@@ -210,7 +210,8 @@ class StepStats:
         memory_gib: peak memory of the same phases on this rank (GiB = 2^30 bytes), and peak, the largest of all.
         memory_kind: what those peaks are: allocated (by PyTorch on a GPU) or resident (memory of the process).
         memory_parts_gib: what the largest peak within the step consists of: weights, gradients, optimizer (states and
-            float32 copies), activations (all that the phase added), replay, probe, selection, rest.
+            float32 copies), communication (buckets), activations (all that the phase added), replay, probe, selection,
+            rest.
         counted_gib: in the steps of `memory.count_steps` on a CPU: peaks of counted tensor allocations by phase and as
             total, weights and states included; None in others.
         coreset: see `coreset_facts.describe_coreset`.

@@ -8,8 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "replay", "probe", "selection", "rest")
-"""Parts of a peak, in the order in which they are shown."""
+PARTS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "communication",
+    "activations",
+    "replay",
+    "probe",
+    "selection",
+    "rest",
+)
+"""Parts of a peak, in the order in which they are shown; communication: DeepSpeed's buckets of gradients."""
 
 _DEPTH = 4  # how deep an optimizer's containers are looked through
 
@@ -36,7 +46,7 @@ def storage_bytes(tensors: Any, device: torch.device | None = None, known: set[i
 
 
 def held_bytes(model: nn.Module, optimizer: Any, device: torch.device) -> dict[str, int]:
-    """Bytes that training keeps on a device: weights, gradients, optimizer (states and float32 copies), buckets.
+    """Bytes that training keeps on a device: weights, gradients, optimizer (states, float32 copies), communication.
 
     Args:
         model: its parameters and buffers, under ZeRO-3 this rank's share.
@@ -51,7 +61,11 @@ def held_bytes(model: nn.Module, optimizer: Any, device: torch.device) -> dict[s
         "gradients": storage_bytes([p.grad for p in parameters if p.grad is not None], device, known),
     }
     named = list(tensors_of(optimizer))
-    for part, words in (("gradients", ("grad", "ipg")), ("optimizer", ("fp32", "state", "hp_", "master"))):
+    for part, words in (
+        ("communication", ("ipg", "bucket")),
+        ("gradients", ("grad",)),
+        ("optimizer", ("fp32", "state", "hp_", "master")),
+    ):
         tensors = [tensor for name, tensor in named if any(word in name.lower() for word in words)]
         found[part] = found.get(part, 0) + storage_bytes(tensors, device, known)
     found["rest"] = storage_bytes([tensor for _, tensor in named], device, known)
@@ -64,7 +78,7 @@ def peak_parts(
     """Divide a peak into `PARTS`; they add up to it.
 
     What a phase adds to what was held at its start goes to the probe in the phases of the choice, and to activations
-    in training; `rest` is what is none of the known parts: buckets, the batch, the optimizer's temporaries, and on a
+    in training; `rest` is what is none of the known parts: the batch, the optimizer's temporaries, and on a
     CPU the process itself.
 
     Args:
@@ -79,7 +93,7 @@ def peak_parts(
     kind = "probe" if is_choice else "activations" if peak_phase in ("train", "forward", "backward") else "rest"
     added = max(0, peak - phase_held) - (replay if is_choice else 0)  # the store fills up while the probe runs
     parts = dict.fromkeys(PARTS, 0)
-    parts |= {name: held.get(name, 0) for name in ("weights", "gradients", "optimizer")}
+    parts |= {name: held.get(name, 0) for name in ("weights", "gradients", "optimizer", "communication")}
     parts |= {"replay": replay, "selection": selection}
     parts[kind] = max(0, added)
     parts["rest"] += peak - sum(parts.values())

@@ -30,8 +30,8 @@ def memory_error(engine: Any, batch: LargeBatch, error: torch.OutOfMemoryError) 
     """
     snapshot = engine.memory.write_snapshot("out_of_memory")
     phase = engine.memory.meter.failed_in or "between phases"
-    rows, length = getattr(error, "micro_batch", (None, None))
-    micro = "" if rows is None else f", micro-batch of {rows} examples x {length} tokens"
+    of = getattr(error, "micro_batch", None)
+    micro = "" if of is None else f", micro-batch of {of}"
     lines = [f"rank {dist.get_rank()}: out of memory in phase {phase!r} of step {batch.step}{micro}."]
     try:
         lines += _advice(engine, batch, phase)
@@ -46,10 +46,7 @@ def memory_error(engine: Any, batch: LargeBatch, error: torch.OutOfMemoryError) 
 
 def _advice(engine: Any, batch: LargeBatch, phase: str) -> list[str]:
     """The phase's largest terms, and the changes of different keys with the greatest predicted effect on it."""
-    lengths = batch.lengths.tolist()
-    share = float(batch.num_label_tokens.sum() / batch.lengths.sum())
-    job = job_of_engine(engine, engine.config.micro_batch_size, max(lengths), lengths, share)
-    planner = Planner()
+    job, planner = job_of_engine(engine, batch), Planner()
     plan = planner.memory(job)
     where = phase if phase in plan.phases else plan.peak_phase
     terms = sorted(plan.phases[where].items(), key=lambda term: -term[1])[:_MOST]

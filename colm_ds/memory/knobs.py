@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
+
 from colm_ds.memory.plan import Job, MemoryPlan, Planner
 from colm_ds.memory.states import ZeroSettings
 
@@ -14,6 +16,7 @@ _SHORT = 32
 
 _OUR_BUCKET = 20_000_000
 _OUR_MAX_LIVE = 300_000_000
+_OUR_PERSISTENT = 100_000
 """As in ds_configs/."""
 
 
@@ -98,6 +101,8 @@ def _changes(job: Job) -> Iterator[tuple[str, str, Job]]:
     if not spec.checkpointing:
         changed = replace(job, spec=replace(spec, checkpointing=True))
         yield "model.activation_checkpointing=true", "checkpointing", changed
+    if spec.dtype == torch.float32:
+        yield "model.dtype=bfloat16", "dtype", replace(job, spec=replace(spec, dtype=torch.bfloat16))
     if job.replays:
         yield "colm.replay=off", "replay", job.with_colm(replay="off")
         if job.colm.replay != "offload" and spec.device_type == "cuda":
@@ -105,9 +110,10 @@ def _changes(job: Job) -> Iterator[tuple[str, str, Job]]:
     if job.probes:
         now = job.colm.probe.max_tokens
         tokens = (8192 if spec.device_type == "cuda" else 2048) if now == "auto" else now
-        tokens = min(tokens, math.ceil(job.colm.large_batch_size / zero.world_size) * job.length)  # what there is
-        if tokens > job.length:
-            fewer = job.colm.probe.model_copy(update={"max_tokens": max(job.length, tokens // 2)})
+        one = job.padded_length
+        tokens = min(tokens, math.ceil(job.colm.large_batch_size / zero.world_size) * one)  # what there is
+        if tokens > one:
+            fewer = job.colm.probe.model_copy(update={"max_tokens": max(one, tokens // 2)})
             yield f"colm.probe.max_tokens={fewer.max_tokens}", "probe", job.with_colm(probe=fewer)
     for stage in range(zero.stage + 1, 4):
         yield f"deepspeed=ds_configs/zero{stage}.json", "stage", replace(job, zero=at_stage(zero, stage))
@@ -117,11 +123,9 @@ def _changes(job: Job) -> Iterator[tuple[str, str, Job]]:
             yield f"deepspeed=ds_configs/zero{stage}_offload.json", "offload", replace(job, zero=away)
     if job.length > _SHORT:
         shorter = job.length // 2
-        yield (
-            f"data.max_length={shorter}",
-            "length",
-            replace(job, length=shorter, mean_length=min(job.mean_length, shorter)),
-        )
+        changed = replace(job, length=shorter)
+        mean = min(job.mean_length, changed.padded_length)
+        yield f"{job.length_key}={shorter}", "length", replace(changed, mean_length=mean)
 
 
 def at_stage(zero: ZeroSettings, stage: int) -> ZeroSettings:
@@ -130,6 +134,8 @@ def at_stage(zero: ZeroSettings, stage: int) -> ZeroSettings:
         zero,
         stage=stage,
         reduce_bucket=_OUR_BUCKET,
+        num_buckets=1,
+        persistent=_OUR_PERSISTENT,
         prefetch_bucket=_OUR_BUCKET,
         max_live=_OUR_MAX_LIVE,
         accumulate_float32=stage > 0,

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from colm_ds.config import ColmConfig
 from colm_ds.memory.breakdown import PARTS
+from colm_ds.memory.choice_rows import num_rows
 from colm_ds.memory.selection_state import replay_bytes, selection_bytes
 from colm_ds.memory.states import States, ZeroSettings, model_states
-from colm_ds.memory.trace import ModelSpec, Tracer, even_rows
+from colm_ds.memory.trace import ModelSpec, Rows, Tracer, TrainingActivations, choice_rows, even_rows
 from colm_ds.selection import signal_of
 
 PROBE_COST = 1.03
@@ -31,9 +32,12 @@ class Job:
         colm: the `"colm"` section with `coreset_size` filled in.
         micro_batch: examples per rank and backward pass.
         length: tokens of the longest examples, which decide about peaks.
-        mean_length: tokens of an example on average, for hidden states that are kept and for time.
+        mean_length: tokens computed for an example on average, for hidden states that are kept and for time.
         label_share: share of the tokens that have labels.
         steps: optimizer steps of the run.
+        candidates: for classification, tokens of each candidate of an example; `length` is then that of the prompt
+            with the longest one, and `label_share` says nothing.
+        length_key: what sets `length` in a recipe.
     """
 
     spec: ModelSpec
@@ -44,6 +48,24 @@ class Job:
     mean_length: float
     label_share: float = 1.0
     steps: int = 1
+    candidates: tuple[int, ...] = ()
+    length_key: str = "data.max_length"
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences that are computed for an example."""
+        return num_rows(self.candidates)
+
+    @property
+    def padded_length(self) -> int:
+        """Tokens computed for one of the longest examples."""
+        return self.num_rows * (self.length - 1) if self.candidates else self.length
+
+    def rows(self, count: int) -> Rows:
+        """A micro-batch of the longest examples."""
+        if self.candidates:
+            return choice_rows(count, self.length, self.candidates)
+        return even_rows(count, self.length, self.label_share)
 
     @property
     def size(self) -> int:
@@ -78,10 +100,12 @@ class MemoryPlan:
     Attributes:
         phases: by phase, by part (`PARTS`).
         host: bytes in host memory of this rank (offload).
+        saving_host: further ones while a checkpoint is written: its largest tensor on the way from a GPU to the disk.
     """
 
     phases: dict[str, dict[str, int]]
     host: int
+    saving_host: int = 0
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -142,25 +166,25 @@ class Planner:
         states, width = self.states(job), job.spec.dtype.itemsize
         kept, probing, selecting = self._selection(job)
         replay_all, replay_kept = self._replay(job, width)
-        rows = even_rows(job.micro_batch, job.length, job.label_share)
+        rows = job.rows(job.micro_batch)
         active = tracer.training(rows, replay=job.replays, whole_logits=whole_logits)
         held = {"weights": states.weights, "optimizer": states.optimizer, "selection": kept}
-        before = {**held, "gradients": states.always_gradients}
+        before = {**held, "gradients": states.always_gradients, "communication": states.always_buckets}
         training = {**held, "gradients": states.gradients, "replay": replay_kept}
-        training["rest"] = states.gathered
+        training |= {"communication": states.always_buckets + states.forward_buckets}
         phases = {}
         if job.probes:
             probe = probing + self._probe(job, tracer)
             phases["probe"] = {**before, "replay": replay_all, "probe": probe, "rest": states.gathered}
             phases["exchange"] = {**before, "replay": replay_all, "probe": probing}
             phases["select"] = {**before, "replay": replay_all, "probe": selecting}
-        phases["forward"] = {**training, "activations": active.forward}
-        phases["backward"] = {**training, "activations": active.backward}
-        phases["backward"]["rest"] += states.training
-        phases["step"] = {**training, "rest": states.step}
+        phases["forward"] = {**training, "activations": active.forward, "rest": states.gathered}
+        phases["backward"] = _backward(training, states, active, job.spec.checkpointing)
+        phases["step"] = {**training, "communication": states.always_buckets, "rest": states.step}
         phases["save"] = before
         whole = {phase: {part: parts.get(part, 0) for part in PARTS} for phase, parts in phases.items()}
-        return MemoryPlan(whole, states.host + (replay_all if job.colm.replay == "offload" and job.replays else 0))
+        host = states.host + (replay_all if job.colm.replay == "offload" and job.replays else 0)
+        return MemoryPlan(whole, host, states.saving_host if job.spec.device_type == "cuda" else 0)
 
     def states(self, job: Job) -> States:
         """Weights, gradients and optimizer states."""
@@ -194,15 +218,17 @@ class Planner:
     def _forward_flops(self, job: Job) -> float:
         """Operations of the forward of one example."""
         found, config = self.tracer(job.spec).parameters, job.spec.config
-        used = found.total - found.embedding - found.head * (1.0 - job.label_share)
-        attention = 2.0 * job.mean_length**2 * int(config.hidden_size) * int(config.num_hidden_layers)  # causal: half
+        labelled = min(1.0, sum(job.candidates) / job.mean_length) if job.candidates else job.label_share
+        used = found.total - found.embedding - found.head * (1.0 - labelled)
+        squares = job.mean_length**2 / job.num_rows  # of rows of one length; half of each, as attention is causal
+        attention = 2.0 * squares * int(config.hidden_size) * int(config.num_hidden_layers)
         return 2.0 * used * job.mean_length + attention
 
     def _probe(self, job: Job, tracer: Tracer) -> int:
         probe = job.colm.probe
         most = _PROBE_TOKENS[job.spec.device_type] if probe.max_tokens == "auto" else probe.max_tokens
         share = math.ceil(job.colm.large_batch_size / job.zero.world_size)
-        rows = even_rows(max(1, min(share, most // job.length)), job.length, job.label_share)
+        rows = job.rows(max(1, min(share, most // job.padded_length)))
         estimator = probe.estimator if signal_of(job.colm.selector) == "gradient" else "score"
         on_cpu = job.spec.device_type == "cpu"
         double = probe.precision == "float64" or (probe.precision == "auto" and on_cpu)
@@ -228,6 +254,28 @@ class Planner:
             )
 
         return of(job.colm.large_batch_size), of(job.size)
+
+
+def _backward(
+    training: Mapping[str, int], states: States, active: TrainingActivations, checkpointing: bool
+) -> dict[str, int]:
+    """The backward pass by parts, where it needs most: at the loss, in the layers, or at the end, when it reduces.
+
+    Stage 2 allocates its buckets with the first gradient, when the loss's own tensors are gone; then reduced gradients
+    come as activations go, or all of them at the end.
+    """
+    always, late = training["communication"], states.backward_buckets - states.forward_buckets
+    at_loss = {"activations": active.backward, "rest": states.gathered + states.training}
+    ends = states.reduces_once
+    inside = active.backward if checkpointing else active.kept + (0 if ends else states.reduced)
+    copied = 0 if ends else states.reducing
+    in_layers = {**at_loss, "activations": min(inside, active.backward), "communication": always + late + copied}
+    at_end = {
+        "communication": always + late + states.reducing,
+        "rest": states.gathered + 2 * states.training + (0 if ends else states.reduced),
+    }
+    cases = [dict(training) | case for case in (at_loss, in_layers, at_end)]
+    return max(cases, key=lambda case: sum(case.values()))
 
 
 def largest_that(fits: Callable[[int], bool], most: int) -> int:

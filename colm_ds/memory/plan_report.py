@@ -55,6 +55,8 @@ def plan_report(
         "reserve_gib": reserve_gib,
         "length": job.length,
         "mean_length": job.mean_length,
+        "candidate_tokens": list(job.candidates),
+        "rows_per_example": job.num_rows,
         "parameters": {"total": parameters.total, "trained": parameters.trained},
         "dtype": str(job.spec.dtype).removeprefix("torch."),
         "stage": job.zero.stage,
@@ -125,7 +127,7 @@ def format_plan(report: dict[str, Any]) -> str:
         f"{found['total'] / 1e9:.2f}e9 parameters, {found['trained'] / 1e6:.1f}e6 trained, {report['dtype']}, "
         f"ZeRO-{report['stage']}, activation checkpointing {'on' if report['checkpointing'] else 'off'}{replay}",
         f"{report['num_gpus']} GPUs of {report['gpu_memory_gib']:g} GiB, of which {room:g} are planned with; "
-        f"examples of {report['length']} tokens (mean {report['mean_length']:g})",
+        f"examples of {report['length']} tokens (mean {report['mean_length']:g}){_candidates_text(report)}",
         "",
     ]
     rows = [["", "micro-batch", "steps", "peak GiB", "in", "fits", "largest micro-batch", "forwards", "s/step", "h"]]
@@ -200,6 +202,7 @@ def _arm(planner: Planner, job: Job, budget: int, tflops: float | None) -> dict[
         "largest_micro_batch": planner.largest_micro_batch(job, budget),
         "phases_gib": gib(plan),
         "host_gib": plan.host / GIB,
+        "saving_host_gib": plan.saving_host / GIB,
         "time": {"forwards": times.forwards, "flops": times.flops, "step_s": times.step_s, "run_h": times.run_h},
     }
 
@@ -211,6 +214,11 @@ def gib(plan: MemoryPlan) -> dict[str, dict[str, float]]:
 
 def _stage(job: Job, stage: int) -> Job:
     return replace(job, zero=at_stage(job.zero, stage))
+
+
+def _candidates_text(report: dict[str, Any]) -> str:
+    count, rows = len(report["candidate_tokens"]), report["rows_per_example"]
+    return f", {count} candidates in {rows} row{'s' if rows > 1 else ''}" if count else ""
 
 
 def _stage_text(stage: dict[str, Any]) -> str:
@@ -225,8 +233,8 @@ def _phase_tables(report: dict[str, Any]) -> list[str]:
     rows = [["GiB", *parts, "sum"]]
     for phase, values in arm["phases_gib"].items():
         rows.append([phase, *(f"{values[part]:.2f}" for part in parts), f"{sum(values.values()):.2f}"])
-    host = [f"Host memory of each rank: {arm['host_gib']:.2f} GiB."] if arm["host_gib"] else []
-    return [f"{name}, by phase:", *_table(rows), *host]
+    host = f"Host memory of each rank: {arm['host_gib']:.2f} GiB, and {arm['saving_host_gib']:.2f} during a save."
+    return [f"{name}, by phase:", *_table(rows), *([host] if arm["host_gib"] or arm["saving_host_gib"] else [])]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -7,9 +7,10 @@ model in a fraction of a second, for every family, attention, LoRA and way of ch
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from colm_ds.data.micro_batch import MicroBatch
 from colm_ds.errors import ConfigError
+from colm_ds.memory.choice_rows import choice_micro_batch
 from colm_ds.memory.live import LiveBytes, gpu_dropout, make_dataless
 from colm_ds.models import add_lora
 from colm_ds.probe.architecture import Architecture, find_architecture
@@ -62,13 +64,15 @@ class Rows:
 
     Attributes:
         count: examples.
-        length: tokens of each, padding included.
+        length: tokens of each, padding included; of a classification example with its longest candidate.
         labels: labelled tokens of all.
+        candidates: for classification, tokens of each candidate of an example.
     """
 
     count: int
     length: int
     labels: int
+    candidates: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class Parameters:
         head: of the matrix that makes the logits.
         embedding: of the input embedding, which multiplies nothing; 0 where it is the head's.
         buffers: bytes of buffers.
+        sizes: elements of a parameter, and how many parameters have so many.
     """
 
     total: int
@@ -107,6 +112,11 @@ class Parameters:
     head: int
     embedding: int
     buffers: int
+    sizes: tuple[tuple[int, int], ...] = ()
+
+    def below(self, most: int) -> int:
+        """Elements in parameters of at most so many."""
+        return sum(size * count for size, count in self.sizes if size <= most)
 
 
 @dataclass
@@ -153,6 +163,9 @@ class Tracer:
             head=0 if not isinstance(weight, Tensor) else weight.numel(),
             embedding=0 if embedding is weight else embedding.numel(),
             buffers=extended(_buffer_bytes),
+            sizes=tuple(
+                (size, extended(lambda model, size=size: _sizes(model)[size])) for size in sorted(_sizes(large))
+            ),
         )
 
     def training(self, rows: Rows, *, replay: bool = False, whole_logits: bool = False) -> TrainingActivations:
@@ -203,12 +216,11 @@ class Tracer:
         head = None if whole_logits else find_loss_head(model)
         last = find_architecture(model).last_layer if replay else None
         model.train()
-        live = LiveBytes()
+        live, batch = LiveBytes(), self._micro_batch(rows)
         with self._running(), _plain_layer(last):
             for parameter in model.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.empty_like(parameter)
-            batch = _micro_batch(rows)
             with live:
                 loss = example_loss_sums(model, head, batch).sum()
                 forward, kept = live.peak, live.live
@@ -219,18 +231,16 @@ class Tracer:
     def _probe(self, rows: Rows, estimator: str, num_probes: int, tail_dtype: torch.dtype, layer: str) -> int:
         model = self._model(min(_FEW, self.num_layers), self._vocabulary(rows))
         architecture = find_architecture(model, layer)
-        live = LiveBytes()
-        with self._running(), eval_mode(model), torch.no_grad():
-            batch = _micro_batch(rows)
-            with live:
-                tail = run_trunk(model, architecture, batch)
-                if estimator == "spsa":
-                    directions: Any = _Directions(num_probes, architecture.num_coordinates)
-                    spsa_coefficients(architecture, tail, directions, 1e-3, tail_dtype)
-                elif estimator != "score":
-                    gradient_factors(architecture, tail)
-                else:
-                    tail_losses(architecture, tail)
+        live, batch = LiveBytes(), self._micro_batch(rows)
+        with self._running(), eval_mode(model), torch.no_grad(), live:
+            tail = run_trunk(model, architecture, batch)
+            if estimator == "spsa":
+                directions: Any = _Directions(num_probes, architecture.num_coordinates)
+                spsa_coefficients(architecture, tail, directions, 1e-3, tail_dtype)
+            elif estimator != "score":
+                gradient_factors(architecture, tail)
+            else:
+                tail_losses(architecture, tail)
         return live.peak
 
     def _model(self, layers: int, vocabulary: int | None = None) -> nn.Module:
@@ -243,6 +253,15 @@ class Tracer:
         """The smallest vocabulary with which a frozen head needs the memory of the whole one."""
         needed = max(2048, -(-_LOGITS // rows.labels))
         return min(int(self.spec.config.vocab_size), 1 << (needed - 1).bit_length())  # few sizes: models are kept
+
+    def _micro_batch(self, rows: Rows) -> MicroBatch:
+        if rows.candidates:
+            batch = choice_micro_batch(rows.count, rows.length, rows.candidates)
+            return replace(_dataless(batch, self._mode), groups=_dataless(batch.groups, self._mode))
+        with self._mode:
+            places = torch.zeros(rows.labels, dtype=torch.int64)
+            tokens = torch.zeros(rows.count, rows.length, dtype=torch.int64)
+            return MicroBatch(tokens, places, places.clone(), places.clone(), torch.zeros(rows.count))
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -301,10 +320,10 @@ def _plain_layer(layer: nn.Module | None) -> Iterator[None]:
         layer.__dict__["gradient_checkpointing"] = saved
 
 
-def _micro_batch(rows: Rows) -> MicroBatch:
-    places = torch.zeros(rows.labels, dtype=torch.int64)
-    tokens = torch.zeros(rows.count, rows.length, dtype=torch.int64)
-    return MicroBatch(tokens, places, places.clone(), places.clone(), torch.zeros(rows.count))
+def _dataless(batch: Any, mode: FakeTensorMode) -> Any:
+    """A dataclass with its tensors without their data."""
+    values = {name.name: getattr(batch, name.name) for name in fields(batch)}
+    return replace(batch, **{name: mode.from_tensor(v) for name, v in values.items() if isinstance(v, Tensor)})
 
 
 def _base(model: Any) -> Any:
@@ -319,6 +338,10 @@ def _num_trained(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def _sizes(model: nn.Module) -> Counter[int]:
+    return Counter(p.numel() for p in model.parameters())
+
+
 def _buffer_bytes(model: nn.Module) -> int:
     return sum(b.numel() * b.element_size() for b in model.buffers())
 
@@ -326,3 +349,8 @@ def _buffer_bytes(model: nn.Module) -> int:
 def even_rows(count: int, length: int, label_share: float = 1.0) -> Rows:
     """Examples of one length, of which a share of the predicted tokens has labels."""
     return Rows(count, length, max(1, round(count * (length - 1) * label_share)))
+
+
+def choice_rows(count: int, length: int, candidates: tuple[int, ...]) -> Rows:
+    """Classification examples of one length, whose labels are their candidates."""
+    return Rows(count, length, count * sum(candidates), candidates)

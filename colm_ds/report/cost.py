@@ -72,7 +72,36 @@ def traffic_section(arms: Sequence[Arm]) -> Section:
     )
     has_any = any(value is not None for row in rows for value in row[2:])
     tables = [Table("traffic", "Padding and exchanged data", columns, rows, note)] if has_any else []
-    return Section("traffic", "Padding and exchange", tables=tables)
+    table, picture = _padding_table(arms), _padding_picture(arms)
+    tables += [table] if table else []
+    return Section("traffic", "Padding and exchange", pictures=[picture] if picture else [], tables=tables)
+
+
+def _padding_picture(arms: Sequence[Arm]) -> Picture | None:
+    """Padding along training."""
+    lines = []
+    for style, arm in enumerate(arms):
+        curve = arm.signal("padding")
+        curve = Curve(curve.steps, [], [100 * value for value in curve.values])
+        smoothed, raw = thin(smooth(curve)), envelope(curve)
+        lines.append(Line(arm.name, style, smoothed.steps, smoothed.values, (raw.steps, raw.values)))
+    title = "Padding among the tokens computed in training"
+    most = max((max(line.faint[1]) for line in lines if line.faint and line.faint[1]), default=0.0)
+    return line_picture("padding", title, lines, x_label="step", y_label="%", limits=(0.0, max(1.0, 1.05 * most)))
+
+
+def _padding_table(arms: Sequence[Arm]) -> Table | None:
+    """Padding at the start, at the end and at its worst."""
+    curves = {arm.name: arm.signal("padding").values for arm in arms if arm.signal("padding").values}
+    if not curves:
+        return None
+    columns = [Column("arm"), *(Column(name, percent) for name in ("first tenth", "last tenth", "lowest", "highest"))]
+    rows: list[list[object]] = [
+        [name, _average(values[: max(1, len(values) // 10)]), _average(last_tenth(values)), min(values), max(values)]
+        for name, values in curves.items()
+    ]
+    note = "Mean over seeds. It follows the lengths of what was chosen, the micro-batch and the number of ranks."
+    return Table("padding", "Padding along training", columns, rows, note)
 
 
 def shares_section(arms: Sequence[Arm], small: Collection[str]) -> Section:

@@ -43,7 +43,8 @@ class Facts:
         heldout: held-out losses by step: `overall`, `macro` and `small` (mean of the small sources).
         coherence: |mean g| / mean |g| by step of every source (or pool).
         source_losses: mean loss of the selected examples by step of every source.
-        signals: `label_tokens.coreset`, `label_tokens.large_batch`, `gradient_variance.coreset` and `.random` by step.
+        signals: `label_tokens.coreset`, `label_tokens.large_batch`, `gradient_variance.coreset` and `.random`, and
+            `padding` (share of padding in training) by step.
         perplexity: on held-out chunks by step, `overall` and of every source.
         tokens: tokens trained on until then, by step.
         memory_kind: what peaks are: "allocated", "counted" (allocations, on a CPU) or "resident"; empty if not known.
@@ -138,7 +139,10 @@ def run_facts(run: Run, small: Collection[str], *, counted: bool = False) -> Fac
         heldout=_heldout_curves(run, small, seconds),
         coherence=coherence,
         source_losses=_by_name(run, "loss", seconds),
-        signals={f"{key}.{name}": curve for key, curves in pairs.items() for name, curve in curves.items()},
+        signals={
+            **{f"{key}.{name}": curve for key, curves in pairs.items() for name, curve in curves.items()},
+            "padding": _curve(((step, found.get("padding_fraction")) for step, found in _by_step(run)), seconds),
+        },
         perplexity=_perplexity_curves(run, seconds),
         tokens=_curve(_tokens(run), seconds),
         memory_kind="counted" if counted else _memory_kind(run),
@@ -303,7 +307,8 @@ def _peak_parts(run: Run, counted: Mapping[str, float]) -> dict[str, float]:
         found = numbers(largest.get("memory_parts_gib"))
     if not found or not counted:
         return found
-    held = {name: found.get(name, 0.0) for name in ("weights", "gradients", "optimizer", "replay", "selection")}
+    kept = ("weights", "gradients", "optimizer", "communication", "replay", "selection")
+    held = {name: found.get(name, 0.0) for name in kept}
     peaks = {key: counted.get(key, 0.0) for key in (*MEMORY_PHASES, "peak")}
     is_choice = max(peaks[name] for name in MEMORY_PHASES[:3]) >= max(peaks[name] for name in MEMORY_PHASES[3:])
     return held | {"probe" if is_choice else "activations": max(0.0, max(peaks.values()) - sum(held.values()))}

@@ -20,7 +20,17 @@ KINDS = {
 }
 """What peaks are, for a reader."""
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "replay", "probe", "selection", "rest")
+PARTS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "communication",
+    "activations",
+    "replay",
+    "probe",
+    "selection",
+    "rest",
+)
 
 MICRO_BATCH_NOTE = (
     "Micro-batch: examples per rank and pass at most; accumulation steps: passes of a step if all are full. More "
@@ -124,10 +134,12 @@ def _parts_picture(arms: Sequence[Arm]) -> Picture | None:
     if any(arm.memory_kind == "resident" for arm in arms):  # it would leave no room for the others
         named = [name for name in named if name != "rest"]
         caption += " Without the rest: Python and the libraries."
-    if len(named) > len(COLORS):  # one colour each
-        for bar in bars.values():
-            bar["probe, selection"] = bar.pop("probe", 0.0) + bar.pop("selection", 0.0)
-        named = [name for name in named if name not in ("probe", "selection")] + ["probe, selection"]
+    for pair in (("probe", "selection"), ("communication", "rest")):
+        if len(named) > len(COLORS):  # one colour each
+            both = ", ".join(pair)
+            for bar in bars.values():
+                bar[both] = sum(bar.pop(name, 0.0) for name in pair)
+            named = [name for name in named if name not in pair] + [both]
     return stacked_picture(
         "parts",
         "What the largest peak consists of, GiB",
@@ -144,7 +156,10 @@ def _parts_table(arms: Sequence[Arm]) -> Table | None:
         return None
     columns = [Column("arm"), *(Column(f"{name}, GiB", _GIB) for name in named)]
     rows = [[arm.name, *(bars[arm.name].get(name) for name in named)] for arm in arms]
-    note = "optimizer: its states and float32 copies; selection: what selector and estimator keep between steps."
+    note = (
+        "optimizer: its states and float32 copies; communication: DeepSpeed's buckets; selection: what selector and "
+        "estimator keep between steps."
+    )
     if any(arm.memory_kind == "resident" for arm in arms):
         note += " Of the resident memory of one process: rest is Python and the libraries for the most part."
     if any(arm.memory_kind == "counted" for arm in arms):

@@ -98,7 +98,7 @@ PARAMETERS = Parameters(total=1000, trained=800, largest=100, layer=10, head=5, 
 
 @pytest.mark.parametrize(
     ("stage", "weights", "optimizer", "gradients"),
-    [(0, 2000, 9600, 1600), (1, 2000, 2400, 4800), (2, 2000, 2400, 800), (3, 500, 2400, 800 + 2 * 4)],
+    [(0, 2000, 9600, 1600), (1, 2000, 2400, 4800), (2, 2000, 2400, 800), (3, 500, 2400, 800)],
 )
 def test_zero_divides_states(stage: int, weights: int, optimizer: int, gradients: int) -> None:
     """bf16 over four ranks, gradients added up in float32 from stage 1 on; a bucket of four elements."""
@@ -116,14 +116,53 @@ def test_offload_moves_states_to_the_host() -> None:
     assert model_states(PARAMETERS, parameters, 2).weights == 0
 
 
+@pytest.mark.parametrize(
+    ("stage", "phases"),
+    [(0, []), (1, ["forward", "backward"]), (2, ["backward"]), (3, ["forward", "backward", "step", "save"])],
+)
+def test_a_bucket_is_there_whole(stage: int, phases: list[str]) -> None:
+    """DeepSpeed allocates it however few parameters are trained; stage 3 from the start, stage 2 with a gradient."""
+    size = 100_000_000
+    one, two = (Planner().memory(job(zero=ZeroSettings(stage, 2, size, number))) for number in (1, 2))
+    shown = [
+        phase for phase in ("forward", "backward", "step", "save") if one.phases[phase]["communication"] >= 4 * size
+    ]
+    assert shown == phases
+    assert two.peaks["backward"] - one.peaks["backward"] == (4 * size if stage in (1, 2) else 0)
+
+
+def test_a_save_needs_no_device_memory() -> None:
+    """Tensors are written as they are; from a GPU the largest passes through host memory."""
+    on_gpu = ModelSpec(configuration(), torch.float32)
+    plan = Planner().memory(job(spec=on_gpu))
+    states = Planner().states(job(spec=on_gpu))
+    assert plan.peaks["save"] == states.weights + states.optimizer + plan.phases["save"]["selection"]
+    assert plan.saving_host == max(4 * Tracer(on_gpu).parameters.trained, states.optimizer // 3)
+    assert Planner().memory(job()).saving_host == 0
+
+
+def test_small_parameters_stay_whole() -> None:
+    """Stage 3: those of at most stage3_param_persistence_threshold elements are on every rank."""
+    found = Tracer(ModelSpec(configuration(), torch.float32)).parameters
+    assert sum(size * count for size, count in found.sizes) == found.total
+    norms = 11 * 128
+    assert found.below(128) == norms
+    kept, cut = (model_states(found, ZeroSettings(3, 2, persistent=most), 4).weights for most in (128, 0))
+    assert kept - cut == 4 * norms
+
+
 def test_zero_settings_are_read() -> None:
     config = {
-        "zero_optimization": {"stage": 3, "reduce_bucket_size": 2e7, "offload_param": {"device": "cpu"}},
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": 2e7, "offload_param": {"device": "cpu"}}
+        | {"overlap_comm": True, "stage3_param_persistence_threshold": 1e4},
         "data_types": {"grad_accum_dtype": "fp32"},
     }
     found = zero_settings(config, 8)
     assert (found.stage, found.world_size, found.reduce_bucket) == (3, 8, 20_000_000)
     assert (found.offload_parameters, found.offload_optimizer, found.accumulate_float32) == (True, False, True)
+    assert (found.num_buckets, found.persistent) == (1, 10_000)
+    assert zero_settings({"zero_optimization": {"stage": 2, "overlap_comm": True}}, 8).num_buckets == 2
+    assert zero_settings({"zero_optimization": {"stage": 1, "contiguous_gradients": False}}, 8).num_buckets == 0
 
 
 def test_phases_and_parts() -> None:

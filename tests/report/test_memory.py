@@ -10,8 +10,9 @@ import pytest
 
 from colm_ds.report import Comparison, Run, compare, load_run
 from colm_ds.report.arms import accumulation_steps, make_arms
+from colm_ds.report.cost import time_section
 from colm_ds.report.differences import references
-from tests.report.run_folders import PROTOCOL_ARMS, SIZED_ARMS, measured_runs
+from tests.report.run_folders import PROTOCOL_ARMS, SIZED_ARMS, measured_runs, write_run
 
 
 def loaded(folder: Path, arms: dict[str, tuple[int, int, int, float]], **options: Any) -> list[Run]:
@@ -78,6 +79,32 @@ def test_counted_steps_are_not_timed(found: Comparison) -> None:
         parts = [value for label, value in row.items() if label.endswith(", s") and "in all" not in label]
         assert sum(value or 0.0 for value in parts) == pytest.approx(row["step in all, s"], rel=0.02)
     assert all(curve["seconds"][-1] < 30 for curve in _curves(found))
+
+
+def test_parts_of_training_are_counted_once(tmp_path: Path) -> None:
+    """A finished run's medians: training is its forward and backward, what else it took is `other`."""
+    folder = write_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["phase_s"] = {"select": 0.01, "train": 1.0, "forward": 0.3, "backward": 0.6, "step": 0.05, "save": 9.0}
+    summary["step_s"]["median"] = 1.1
+    (folder / "summary.json").write_text(json.dumps(summary))
+    arms, _ = make_arms([load_run(folder)])
+    numbers = time_section(arms).tables[0].as_dict()
+    row = dict(zip(numbers["columns"], numbers["rows"][0], strict=True))
+    parts = {label: value for label, value in row.items() if label.endswith(", s") and "in all" not in label}
+    assert not {"train, s", "save, s"} & set(parts)
+    assert parts["other, s"] == pytest.approx(0.1 + 0.04)
+    assert sum(parts.values()) == pytest.approx(1.1)
+
+
+def test_padding_along_training(found: Comparison) -> None:
+    rows = table(found, "padding")
+    assert [row["arm"].removesuffix(" (unfinished)") for row in rows] == list(PROTOCOL_ARMS)
+    for row in rows:
+        assert 0.08 <= row["lowest"] <= row["first tenth"] <= row["highest"] <= 0.1
+        assert row["lowest"] <= row["last tenth"] <= row["highest"]
+    section = next(section for section in found.sections if section.key == "traffic")
+    assert [picture.key for picture in section.pictures] == ["padding"]
 
 
 def _curves(found: Comparison) -> list[dict[str, Any]]:
