@@ -147,9 +147,10 @@ def main(arguments: list[str]) -> int:
     add("--megabytes", type=float, nargs="+", default=[10, 100], help="sizes of the generated text (10 100)")
     add("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes (1 2)")
     add("--data", nargs="+", metavar="PLACE", help="instead: files and folders in the Pile's format")
+    add("--label", default="given files", help="what they are called in the result")
     add("--vocabulary", type=int, default=2048, help="of the tokenizer, which is not timed (2048)")
     add("--sample-mb", type=float, default=4.0, help="megabytes that it is trained on (4)")
-    add("--keep", action="store_true", help="keep rows of other sizes that the result file has")
+    add("--keep", action="store_true", help="keep the result file's rows of other inputs")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "prepare.json", help="result file")
     options = parser.parse_args(arguments)
     from colm_ds.tracking import describe_environment
@@ -169,7 +170,7 @@ def main(arguments: list[str]) -> int:
             if megabytes is not None:
                 write_text(text, megabytes)
             files = [str(file) for file in (sample if megabytes is None else find_files([text]))]
-            what = f"{megabytes:g} MB generated" if megabytes is not None else " ".join(options.data)
+            what = f"{megabytes:g} MB generated" if megabytes is not None else options.label
             for num_processes in options.processes:
                 found = measure(files, tokenizer, num_processes, folder)
                 row = {"input": what, "vocabulary": options.vocabulary, **found}
