@@ -97,3 +97,23 @@ def gpu_dropout() -> Iterator[None]:
         yield
     finally:
         F.dropout = own
+
+
+@contextmanager
+def no_packing() -> Iterator[None]:
+    """Let transformers know that rows are whole examples, which it can not see in tensors without data.
+
+    It would make a mask, and with a mask attention expands keys and values of grouped queries.
+    """
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    own: Any = getattr(masking_utils, name, None)
+    if own is None:  # another version
+        yield
+        return
+    setattr(masking_utils, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, own)

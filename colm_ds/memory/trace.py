@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from colm_ds.data.micro_batch import MicroBatch
 from colm_ds.errors import ConfigError
 from colm_ds.memory.choice_rows import choice_micro_batch
-from colm_ds.memory.live import LiveBytes, gpu_dropout, make_dataless
+from colm_ds.memory.live import LiveBytes, gpu_dropout, make_dataless, no_packing
 from colm_ds.models import add_lora
 from colm_ds.probe.architecture import Architecture, find_architecture
 from colm_ds.probe.factors import gradient_factors
@@ -265,7 +265,7 @@ class Tracer:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        with self._mode, gpu_dropout() if self.spec.device_type == "cuda" else nullcontext():
+        with self._mode, no_packing(), gpu_dropout() if self.spec.device_type == "cuda" else nullcontext():
             yield
 
 

@@ -70,7 +70,7 @@ def test_shapes_need_what_the_run_allocates(family: str, checkpointing: bool) ->
         example_loss_sums(model, find_loss_head(model), batch).sum().backward()
 
     step()  # gradients are there from now on
-    assert planned.backward == pytest.approx(counted_allocations(step).peak, rel=0.1)
+    assert planned.backward == pytest.approx(counted_allocations(step).peak, rel=0.02)
     assert 0 < planned.kept <= planned.forward <= planned.backward
 
 
