@@ -45,6 +45,7 @@ class Configuration:
     attention: str = "sdpa"
     model: dict[str, Any] = field(default_factory=dict)
     bucket: int = 1_000_000
+    max_live: int = 0
     candidates: tuple[int, ...] = ()
     recipe: str = ""
 
@@ -62,6 +63,7 @@ class Configuration:
         words += ["checkpointing"] if self.checkpointing else []
         words += ["replay"] if self.replay == "on" else []
         words += [self.estimator if self.selector == "colm" else self.selector]
+        words += ["weights layer by layer"] if self.max_live else []
         words += [f"bucket {self.bucket:.0e}".replace("+0", "")] if self.bucket != 1_000_000 else []
         size = f"{self.micro} x {self.length} tokens"
         return ", ".join([*words, f"{size}, candidates of {self.candidates}" if self.candidates else size])
@@ -88,6 +90,8 @@ CONFIGURATIONS = (
     Configuration("llama", stage=1, ranks=2, micro=2, bucket=20_000_000),
     Configuration("llama", lora=True, stage=2, ranks=2, micro=2, bucket=20_000_000),
     Configuration("llama", stage=2, bucket=20_000_000),
+    Configuration("llama", stage=3, ranks=2, micro=2, max_live=1000),
+    Configuration("llama", lora=True, stage=3, ranks=2, micro=2, max_live=1000),
     Configuration("llama", recipe="classification", lora=True, stage=2, length=257, candidates=(1, 1, 1)),
     Configuration("phi", recipe="classification", lora=True, dtype="bfloat16", length=192, candidates=(6, 4)),
     Configuration("llama", recipe="pretraining", length=256, micro=8),
@@ -181,7 +185,10 @@ def model_config(configuration: Configuration) -> Any:
 def ds_config(configuration: Configuration, count: bool = True) -> dict[str, Any]:
     """DeepSpeed's configuration with its `"colm"` section."""
     half = configuration.dtype != "float32"
-    zero = {"stage": configuration.stage, "reduce_bucket_size": configuration.bucket}
+    zero: dict[str, Any] = {"stage": configuration.stage, "reduce_bucket_size": configuration.bucket}
+    if configuration.max_live:
+        zero |= {"stage3_max_live_parameters": configuration.max_live, "stage3_prefetch_bucket_size": 1000}
+        zero |= {"stage3_max_reuse_distance": 0}
     return {
         "train_micro_batch_size_per_gpu": configuration.micro,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
