@@ -1,6 +1,6 @@
 """The plan against counted allocations: the same configurations planned without data and run on this CPU.
 
-    python benchmarks/memory.py                 # about 3 minutes on 2 cores; rewrites the table in docs/MEMORY.md
+    python benchmarks/memory.py                 # about 4 minutes on 2 cores; rewrites the table in docs/MEMORY.md
 
 Every configuration trains three steps in a real engine; in the third PyTorch's profiler counts every allocation. The
 plan knows the configuration only. Models are small; every part of a peak matters somewhere.
@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
 DOCUMENT = ROOT / "docs" / "MEMORY.md"
 BEGIN, END = "<!-- accuracy: written by benchmarks/memory.py -->", "<!-- accuracy ends -->"
-PHASES = ("probe", "forward", "backward", "step", "total")
+PHASES = ("probe", "forward", "backward", "step", "save", "total")
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,29 @@ class Configuration:
     estimator: str = "spsa"
     attention: str = "sdpa"
     model: dict[str, Any] = field(default_factory=dict)
+    bucket: int = 1_000_000
+    max_live: int = 0
+    candidates: tuple[int, ...] = ()
+    recipe: str = ""
 
     @property
     def name(self) -> str:
         """What it is, in words."""
-        words = [self.family, "LoRA" if self.lora else "full", self.dtype, f"ZeRO-{self.stage}"]
+        words = [
+            f"{self.recipe}: {self.family}" if self.recipe else self.family,
+            "LoRA" if self.lora else "full",
+            self.dtype,
+            f"ZeRO-{self.stage}",
+        ]
         words += [f"{self.ranks} ranks"] if self.ranks > 1 else []
         words += [self.attention] if self.attention != "sdpa" else []
         words += ["checkpointing"] if self.checkpointing else []
         words += ["replay"] if self.replay == "on" else []
         words += [self.estimator if self.selector == "colm" else self.selector]
-        return ", ".join([*words, f"{self.micro} x {self.length} tokens"])
+        words += ["weights layer by layer"] if self.max_live else []
+        words += [f"bucket {self.bucket:.0e}".replace("+0", "")] if self.bucket != 1_000_000 else []
+        size = f"{self.micro} x {self.length} tokens"
+        return ", ".join([*words, f"{size}, candidates of {self.candidates}" if self.candidates else size])
 
 
 CONFIGURATIONS = (
@@ -73,6 +87,14 @@ CONFIGURATIONS = (
     Configuration("phi3", checkpointing=True, stage=2, length=256),
     Configuration("stablelm", lora=True, length=384, micro=2),
     Configuration("stablelm", stage=2, dtype="bfloat16", selector="big_loss", length=256),
+    Configuration("llama", stage=1, ranks=2, micro=2, bucket=20_000_000),
+    Configuration("llama", lora=True, stage=2, ranks=2, micro=2, bucket=20_000_000),
+    Configuration("llama", stage=2, bucket=20_000_000),
+    Configuration("llama", stage=3, ranks=2, micro=2, max_live=1000),
+    Configuration("llama", lora=True, stage=3, ranks=2, micro=2, max_live=1000),
+    Configuration("llama", recipe="classification", lora=True, stage=2, length=257, candidates=(1, 1, 1)),
+    Configuration("phi", recipe="classification", lora=True, dtype="bfloat16", length=192, candidates=(6, 4)),
+    Configuration("llama", recipe="pretraining", length=256, micro=8),
 )
 
 LARGE, CORESET = 16, 8
@@ -163,7 +185,10 @@ def model_config(configuration: Configuration) -> Any:
 def ds_config(configuration: Configuration, count: bool = True) -> dict[str, Any]:
     """DeepSpeed's configuration with its `"colm"` section."""
     half = configuration.dtype != "float32"
-    zero = {"stage": configuration.stage, "reduce_bucket_size": 1_000_000, "allgather_bucket_size": 1_000_000}
+    zero: dict[str, Any] = {"stage": configuration.stage, "reduce_bucket_size": configuration.bucket}
+    if configuration.max_live:
+        zero |= {"stage3_max_live_parameters": configuration.max_live, "stage3_prefetch_bucket_size": 1000}
+        zero |= {"stage3_max_reuse_distance": 0}
     return {
         "train_micro_batch_size_per_gpu": configuration.micro,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
@@ -193,7 +218,6 @@ def lora_config(configuration: Configuration) -> Any:
 
 def run(configuration: Configuration) -> dict[str, float]:
     """Counted bytes of the third step by phase."""
-    import torch
     from transformers import AutoModelForCausalLM, set_seed
 
     import colm_ds
@@ -208,15 +232,57 @@ def run(configuration: Configuration) -> dict[str, float]:
     model = add_lora(model, lora) if lora else model
     if configuration.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(1, 4000, (4 * LARGE, configuration.length), generator=generator).tolist()
-    records = [{"input_ids": ids, "labels": ids, "source": "one"} for ids in tokens]
-    engine, _, _, _ = colm_ds.initialize(model=model, config=ds_config(configuration), training_data=records)
+    data = choices(configuration) if configuration.candidates else records(configuration)
+    engine, _, _, _ = colm_ds.initialize(model=model, config=ds_config(configuration), training_data=data)
     for _ in range(3):
         stats = engine.train_batch()
+    save = counted_save(engine)
     engine.destroy()
     assert stats.counted_gib is not None
-    return {phase: value * GIB for phase, value in stats.counted_gib.items()}
+    return {phase: value * GIB for phase, value in stats.counted_gib.items()} | {"save": save}
+
+
+def records(configuration: Configuration) -> list[dict[str, Any]]:
+    """Examples of one length, each token with a label, as chunks of text are."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 4000, (4 * LARGE, configuration.length), generator=generator).tolist()
+    return [{"input_ids": ids, "labels": ids, "source": "one"} for ids in tokens]
+
+
+def choices(configuration: Configuration) -> Any:
+    """Classification examples of one length, whose candidates begin differently."""
+    import numpy as np
+
+    from colm_ds.data.choice_dataset import ChoiceDataset
+
+    draw, sizes, count = np.random.default_rng(0), configuration.candidates, 4 * LARGE
+    start = configuration.length - max(sizes)
+    tokens = [
+        np.concatenate([np.concatenate([prompt, [place + 1], draw.integers(1, 4000, size - 1)])])
+        for prompt in draw.integers(1, 4000, (count, start))
+        for place, size in enumerate(sizes)
+    ]
+    columns = (np.concatenate(tokens), list(map(len, tokens)), [start] * len(tokens), [len(sizes)] * count, [0] * count)
+    return ChoiceDataset(*(np.array(column, dtype=np.int32) for column in columns), num_dropped={})
+
+
+def counted_save(engine: Any) -> float:
+    """Bytes while a checkpoint is written: what is held, and what writing allocates."""
+    import torch.distributed as dist
+
+    from colm_ds.memory.breakdown import held_bytes, storage_bytes
+    from colm_ds.memory.counted import counted_allocations
+
+    device = engine.deepspeed_engine.device
+    held = sum(held_bytes(engine.module, engine.optimizer, device).values())
+    held += storage_bytes(engine.coreset_selector.kept_tensors(), device)
+    folder = Path(tempfile.gettempdir()) / f"colm_ds_memory_{os.environ['MASTER_PORT']}"
+    peak = counted_allocations(lambda: engine.save_checkpoint(str(folder))).peak
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    return float(held + peak)
 
 
 def compared(number: int, measured: dict[str, float]) -> dict[str, Any]:
@@ -239,7 +305,8 @@ def compared(number: int, measured: dict[str, float]) -> dict[str, Any]:
     )
     zero = zero_settings(resolved.deepspeed, configuration.ranks, on_gpu=False)
     length = configuration.length
-    plan = Planner().memory(Job(spec, zero, resolved.colm, configuration.micro, length, length))
+    job = Job(spec, zero, resolved.colm, configuration.micro, length, length, candidates=configuration.candidates)
+    plan = Planner().memory(replace(job, mean_length=job.padded_length))
     predicted = {**plan.peaks, "total": plan.peak}
     phases = [phase for phase in PHASES if phase in measured and phase in predicted]
     return {
@@ -271,21 +338,20 @@ def write_table(result: dict[str, Any]) -> None:
     """Put the rows into the document."""
     mib = 2**20
     lines = [
-        "| configuration | counted, MiB | planned, MiB | error | backward | probe | step |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| configuration | counted, MiB | planned, MiB | error | probe | forward | backward | step | save |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in result["rows"]:
-        others = [
-            f"{row['error'][phase]:+.1%}" if phase in row["error"] else "" for phase in ("backward", "probe", "step")
-        ]
+        phases = [phase for phase in PHASES if phase != "total"]
+        others = [f"{row['error'][phase]:+.1%}" if phase in row["error"] else "" for phase in phases]
         measured, predicted = row["measured_bytes"]["total"] / mib, row["predicted_bytes"]["total"] / mib
         cells = [row["name"], f"{measured:.1f}", f"{predicted:.1f}", f"**{row['error']['total']:+.1%}**", *others]
         lines.append(f"| {' | '.join(cells)} |")
     machine = result["machine"]
     lines += [
         "",
-        f"Largest error {result['largest_error']:.1%}. {machine['cpu']}, torch {result['versions']['torch']}, "
-        f"{result['wall_s']:.0f} s in all. The meter that is always on adds "
+        f"Largest error of a peak {result['largest_error']:.1%}. {machine['cpu']}, "
+        f"torch {result['versions']['torch']}, {result['wall_s']:.0f} s in all. The meter that is always on adds "
         f"{result['meter_ms_per_micro_batch']:.2f} ms to a micro-batch.",
     ]
     text = DOCUMENT.read_text(encoding="utf-8")

@@ -97,3 +97,57 @@ def gpu_dropout() -> Iterator[None]:
         yield
     finally:
         F.dropout = own
+
+
+@contextmanager
+def no_packing() -> Iterator[None]:
+    """Let transformers know that rows are whole examples, which it can not see in tensors without data.
+
+    It would make a mask, and with a mask attention expands keys and values of grouped queries.
+    """
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    own: Any = getattr(masking_utils, name, None)
+    if own is None:  # another version
+        yield
+        return
+    setattr(masking_utils, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, own)
+
+
+class _InputKept(torch.autograd.Function):
+    """A linear map that keeps its input for the backward pass also where its weight is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.has_bias = bias is not None
+        output = hidden.matmul(weight.t())
+        return output if bias is None else output.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (gradient,), (hidden, weight) = gradients, ctx.saved_tensors
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        for_hidden = gradient.matmul(weight) if ctx.needs_input_grad[0] else None
+        for_weight = flat.t().matmul(hidden.reshape(-1, hidden.shape[-1])) if ctx.needs_input_grad[1] else None
+        return for_hidden, for_weight, flat.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+
+
+@contextmanager
+def stage3_linear() -> Iterator[None]:
+    """Let linear maps keep what DeepSpeed's keep under ZeRO-3, whose weights are not there between passes."""
+    own: Any = F.linear
+
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+        return _InputKept.apply(input, weight, bias)
+
+    F.linear = linear
+    try:
+        yield
+    finally:
+        F.linear = own

@@ -167,7 +167,8 @@ class Planner:
         kept, probing, selecting = self._selection(job)
         replay_all, replay_kept = self._replay(job, width)
         rows = job.rows(job.micro_batch)
-        active = tracer.training(rows, replay=job.replays, whole_logits=whole_logits)
+        stage3 = job.zero.stage == 3
+        active = tracer.training(rows, replay=job.replays, whole_logits=whole_logits, stage3=stage3)
         held = {"weights": states.weights, "optimizer": states.optimizer, "selection": kept}
         before = {**held, "gradients": states.always_gradients, "communication": states.always_buckets}
         training = {**held, "gradients": states.gradients, "replay": replay_kept}
@@ -265,11 +266,15 @@ def _backward(
     come as activations go, or all of them at the end.
     """
     always, late = training["communication"], states.backward_buckets - states.forward_buckets
-    at_loss = {"activations": active.backward, "rest": states.gathered + states.training}
+    at_loss = {"activations": active.backward, "rest": states.gathered}
     ends = states.reduces_once
     inside = active.backward if checkpointing else active.kept + (0 if ends else states.reduced)
     copied = 0 if ends else states.reducing
-    in_layers = {**at_loss, "activations": min(inside, active.backward), "communication": always + late + copied}
+    in_layers = {
+        "activations": min(inside, active.backward),
+        "communication": always + late + copied,
+        "rest": states.gathered + states.training,
+    }
     at_end = {
         "communication": always + late + states.reducing,
         "rest": states.gathered + 2 * states.training + (0 if ends else states.reduced),

@@ -167,8 +167,9 @@ def model_states(parameters: Parameters, settings: ZeroSettings, weight_bytes: i
         weights = -(-parameters.total * width // world) + persistent + parameters.buffers
         gradients = always = share * accumulated
         always_buckets = min(1, settings.num_buckets) * width * settings.reduce_bucket
-        most = width * min(parameters.total, settings.max_live + settings.prefetch_bucket + parameters.layer)
-        gathered, saving_host = max(0, most - persistent), max(share * _FLOAT32, persistent)
+        at_once = settings.max_live + settings.prefetch_bucket + parameters.layer
+        gathered = min(parameters.total * width - persistent, at_once * width)
+        saving_host = max(share * _FLOAT32, persistent)
         training, reducing = 2 * largest * width, 0
         step = persistent + share * (_FLOAT32 + adam)
     if settings.offload_optimizer:

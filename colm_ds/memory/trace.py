@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from colm_ds.data.micro_batch import MicroBatch
 from colm_ds.errors import ConfigError
 from colm_ds.memory.choice_rows import choice_micro_batch
-from colm_ds.memory.live import LiveBytes, gpu_dropout, make_dataless
+from colm_ds.memory.live import LiveBytes, gpu_dropout, make_dataless, no_packing, stage3_linear
 from colm_ds.models import add_lora
 from colm_ds.probe.architecture import Architecture, find_architecture
 from colm_ds.probe.factors import gradient_factors
@@ -129,7 +129,7 @@ class Tracer:
 
     spec: ModelSpec
     _models: dict[tuple[int, int], nn.Module] = field(default_factory=dict)
-    _training: dict[tuple[Rows, bool], TrainingActivations] = field(default_factory=dict)
+    _training: dict[tuple[Rows, bool, bool, bool], TrainingActivations] = field(default_factory=dict)
     _probes: dict[tuple[Any, ...], int] = field(default_factory=dict)
     _mode: FakeTensorMode = field(default_factory=FakeTensorMode)
 
@@ -168,19 +168,21 @@ class Tracer:
             ),
         )
 
-    def training(self, rows: Rows, *, replay: bool = False, whole_logits: bool = False) -> TrainingActivations:
+    def training(
+        self, rows: Rows, *, replay: bool = False, whole_logits: bool = False, stage3: bool = False
+    ) -> TrainingActivations:
         """Activations of one micro-batch.
 
         Args:
             rows: the micro-batch.
             replay: it starts from the probe's hidden states (needs checkpointing).
             whole_logits: as if the loss were computed from all logits at once.
+            stage3: under ZeRO-3, where frozen linear maps keep their inputs too.
         """
-        key = rows, replay and not whole_logits
-        if whole_logits:
-            return self._extended(lambda layers: self._train(layers, rows, replay, True))
+        key = rows, replay, whole_logits, stage3 and self.spec.lora is not None
         if key not in self._training:
-            self._training[key] = self._extended(lambda layers: self._train(layers, rows, replay, False))
+            with stage3_linear() if key[-1] else nullcontext():
+                self._training[key] = self._extended(lambda layers: self._train(layers, rows, replay, whole_logits))
         return self._training[key]
 
     def probe(self, rows: Rows, estimator: str, num_probes: int, tail_dtype: torch.dtype, layer: str = "v_proj") -> int:
@@ -265,7 +267,7 @@ class Tracer:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        with self._mode, gpu_dropout() if self.spec.device_type == "cuda" else nullcontext():
+        with self._mode, no_packing(), gpu_dropout() if self.spec.device_type == "cuda" else nullcontext():
             yield
 
 

@@ -312,11 +312,11 @@ def _label_rows(axes: Any, labels: Sequence[str], x_label: str, *, from_zero: bo
 
 
 def _focused(lines: Sequence[Line]) -> tuple[float, float]:
-    """Heights that hold every line after its first third, with a margin."""
+    """Heights that hold every line after its first third, and its last three points, with a margin."""
     low, high = float("inf"), float("-inf")
     for line in lines:
         start = line.x[0] + (line.x[-1] - line.x[0]) / 3
-        late = [y for x, y in zip(line.x, line.y, strict=True) if x >= start]
+        late = [*(y for x, y in zip(line.x, line.y, strict=True) if x >= start), *list(line.y)[-3:]]
         if line.faint is not None:  # and most of the raw values, to show how they scatter
             raw = [y for x, y in zip(*line.faint, strict=True) if x >= start]
             late += np.quantile(raw, [0.1, 0.9]).tolist() if raw else []

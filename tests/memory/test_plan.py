@@ -70,7 +70,7 @@ def test_shapes_need_what_the_run_allocates(family: str, checkpointing: bool) ->
         example_loss_sums(model, find_loss_head(model), batch).sum().backward()
 
     step()  # gradients are there from now on
-    assert planned.backward == pytest.approx(counted_allocations(step).peak, rel=0.1)
+    assert planned.backward == pytest.approx(counted_allocations(step).peak, rel=0.02)
     assert 0 < planned.kept <= planned.forward <= planned.backward
 
 
@@ -129,6 +129,18 @@ def test_a_bucket_is_there_whole(stage: int, phases: list[str]) -> None:
     ]
     assert shown == phases
     assert two.peaks["backward"] - one.peaks["backward"] == (4 * size if stage in (1, 2) else 0)
+
+
+def test_stage_3_keeps_the_inputs_of_frozen_layers() -> None:
+    """Its linear maps save them; full training saves them anyway. The rest is as before."""
+    rows = even_rows(2, 64)
+    frozen = Tracer(ModelSpec(configuration(), torch.float32, lora=LoraConfig(rank=8, dropout=0.0)))
+    plain, kept = frozen.training(rows), frozen.training(rows, stage3=True)
+    inner, layers = 2 * 64 * 320 * 4, 5  # what down_proj takes, at least
+    assert kept.kept - plain.kept >= layers * inner
+    assert torch.nn.functional.linear.__module__ == "torch._C._nn"
+    full = Tracer(ModelSpec(configuration(), torch.float32))
+    assert full.training(rows) == full.training(rows, stage3=True)
 
 
 def test_a_save_needs_no_device_memory() -> None:

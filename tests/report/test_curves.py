@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from colm_ds.report.charts import Line, _focused
 from colm_ds.report.curves import envelope, even_places, smooth, thin, value_at
 from colm_ds.report.facts import Curve
 from colm_ds.report.tables import Column, Table, compact, fixed, shorten, signed
@@ -38,6 +39,14 @@ def test_envelope_keeps_the_extremes() -> None:
     found = envelope(curve(values), 100)
     assert len(found.values) <= 100
     assert (max(found.values), min(found.values)) == (7.0, -7.0)
+
+
+def test_focus_leaves_short_lines_whole() -> None:
+    """Held-out loss before and after a short run: both points are within the picture."""
+    low, high = _focused([Line("short", 0, [0, 6], [5.4, 4.4])])
+    assert low < 4.4 < 5.4 < high
+    low, high = _focused([Line("long", 0, range(100), [9.0] * 20 + [1.0] * 80)])
+    assert (low, high) == pytest.approx((0.95, 1.05))
 
 
 def test_value_at_a_step() -> None:
