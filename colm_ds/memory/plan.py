@@ -11,13 +11,11 @@ import torch
 from colm_ds.config import ColmConfig
 from colm_ds.memory.breakdown import PARTS
 from colm_ds.memory.choice_rows import num_rows
+from colm_ds.memory.cost import TimePlan, step_cost
 from colm_ds.memory.selection_state import replay_bytes, selection_bytes
 from colm_ds.memory.states import States, ZeroSettings, model_states
 from colm_ds.memory.trace import ModelSpec, Rows, Tracer, TrainingActivations, choice_rows, even_rows
 from colm_ds.selection import signal_of
-
-PROBE_COST = 1.03
-"""The probe's pass in forwards of its examples (DESIGN, cost model)."""
 
 _PROBE_TOKENS = {"cuda": 8192, "cpu": 2048}
 
@@ -124,23 +122,6 @@ class MemoryPlan:
         return max(self.peaks.values())
 
 
-@dataclass(frozen=True)
-class TimePlan:
-    """Cost of a step, by DESIGN's cost model: matrix products only, no communication, no waiting.
-
-    Attributes:
-        forwards: the step in forwards of one example.
-        flops: of the step, over all ranks.
-        step_s: seconds of a step; None where no speed was given.
-        run_h: hours of the run.
-    """
-
-    forwards: float
-    flops: float
-    step_s: float | None
-    run_h: float | None
-
-
 @dataclass
 class Planner:
     """Plans jobs; shapes of one model are run once for all of them."""
@@ -192,20 +173,8 @@ class Planner:
         return model_states(self.tracer(job.spec).parameters, job.zero, job.spec.dtype.itemsize)
 
     def time(self, job: Job, tflops: float | None) -> TimePlan:
-        """Cost of a step and of the run.
-
-        Args:
-            job: the job.
-            tflops: what one device achieves, in 10^12 operations a second.
-        """
-        backward = (1 if job.spec.lora is not None else 2) + (1 if job.spec.checkpointing else 0)
-        forwards = job.size * (backward + (0.0 if job.replays else 1.0))
-        if job.probes:
-            probed = 1.0 if job.replays else job.colm.probe.sample
-            forwards += PROBE_COST * job.colm.large_batch_size * probed
-        flops = forwards * self._forward_flops(job)
-        seconds = None if tflops is None else flops / (tflops * 1e12 * job.zero.world_size)
-        return TimePlan(forwards, flops, seconds, None if seconds is None else seconds * job.steps / 3600)
+        """Cost of a step and of the run; `tflops` is what one device achieves."""
+        return step_cost(job, self.tracer(job.spec).parameters, tflops)
 
     def largest_micro_batch(self, job: Job, budget: int) -> int:
         """Examples of the largest micro-batch whose peak is within a budget of bytes; 0 if not one is."""
@@ -215,15 +184,6 @@ class Planner:
             return self.memory(replace(job, micro_batch=count)).peak <= budget
 
         return largest_that(fits, most)
-
-    def _forward_flops(self, job: Job) -> float:
-        """Operations of the forward of one example."""
-        found, config = self.tracer(job.spec).parameters, job.spec.config
-        labelled = min(1.0, sum(job.candidates) / job.mean_length) if job.candidates else job.label_share
-        used = found.total - found.embedding - found.head * (1.0 - labelled)
-        squares = job.mean_length**2 / job.num_rows  # of rows of one length; half of each, as attention is causal
-        attention = 2.0 * squares * int(config.hidden_size) * int(config.num_hidden_layers)
-        return 2.0 * used * job.mean_length + attention
 
     def _probe(self, job: Job, tracer: Tracer) -> int:
         probe = job.colm.probe

@@ -199,15 +199,37 @@ def test_every_estimator_is_planned(estimator: str) -> None:
 
 
 def test_time_follows_the_cost_model() -> None:
-    """Full training without checkpointing: b (1 + 2) forwards, and 1.03 r for the probe."""
+    """Full training without checkpointing: b (1 + 2) forwards, and one of r for the probe with its tail twice."""
     planner = Planner()
     assert planner.time(job().plain(8), None).forwards == 24
+    parameters = planner.tracer(job().spec).parameters
+    per_token = 2 * 128 * 64  # attention of a layer: 64 tokens, half of them seen
+    whole = 2 * (parameters.total - parameters.embedding) + 5 * per_token
+    tail = (2 * (parameters.layer + parameters.head) + per_token) / whole
+    assert 0.2 < tail < 0.5  # one layer of five and the head
     found = planner.time(job(steps=7200), tflops=1.0)
-    assert found.forwards == pytest.approx(24 + 1.03 * 16)
+    assert found.forwards == pytest.approx(24 + (1 + tail) * 16)
     assert found.step_s == pytest.approx(found.flops / 2e12)
     assert found.run_h == pytest.approx(2 * found.step_s)
     checkpointed = ModelSpec(configuration(), torch.float32, checkpointing=True)
-    assert planner.time(job(spec=checkpointed), None).forwards == pytest.approx(1.03 * 16 + 3 * 8)  # replay
+    assert planner.time(job(spec=checkpointed), None).forwards == pytest.approx((1 + tail) * 16 + 3 * 8)  # replay
+
+
+@pytest.mark.parametrize(
+    ("colm", "passes"),
+    [
+        ({"probe": {"num_probes": 4}}, 8),
+        ({"probe": {"estimator": "exact"}}, 2),
+        ({"probe": {"estimator": "sketch"}}, 2),
+        ({"selector": "big_loss"}, 1),
+    ],
+)
+def test_time_counts_how_often_the_tail_is_passed(colm: dict[str, Any], passes: int) -> None:
+    planner, half = Planner(), job()
+    once = planner.time(job(colm={"selector": "big_loss"}), None).forwards - 24
+    assert once == pytest.approx(16)
+    tail = planner.time(half, None).forwards - 24 - once
+    assert planner.time(job(colm=colm), None).forwards == pytest.approx(24 + once + (passes - 1) * tail)
 
 
 def test_largest_micro_batch_fits_and_the_next_does_not() -> None:
