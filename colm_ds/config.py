@@ -50,6 +50,9 @@ class ProbeConfig(Section):
     )
     refresh: Literal["step", "run"] = Field("step", description="new directions every step, or one set for the run")
     sample: float = Field(1.0, gt=0, le=1, description="share of the examples outside small sources that is probed")
+    token_sample: float = Field(
+        1.0, gt=0, le=1, description="share of every example's labelled tokens whose loss a gradient is estimated from"
+    )
     dtype: Literal["auto", "bfloat16"] = Field("auto", description="trunk's compute; auto: as the model trains")
     precision: Literal["auto", "float32", "float64"] = Field(
         "auto", description="spsa's last layer and head; float64 (auto on a CPU) chooses alike on any number of ranks"

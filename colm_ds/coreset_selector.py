@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from colm_ds.accumulation import loss_scale
 from colm_ds.config import ColmConfig, resolve_config
-from colm_ds.data.micro_batch import make_micro_batch
+from colm_ds.data.micro_batch import make_micro_batch, with_fewer_labels
 from colm_ds.data.shares import gather_large_batch, read_examples
 from colm_ds.data.sources import known_counts, small_source_ids
 from colm_ds.distributed.assign import micro_batches
@@ -331,14 +331,22 @@ class CoresetSelector:
         is_probed = torch.zeros(batch.size, dtype=torch.bool)
         is_probed[probed] = True
         store = self._store if len(probed) else None
+        offsets = self._token_offsets(batch)
         with eval_mode(self._model), torch.no_grad(), self._reading_weights():
             estimator.begin(batch.step, probed, int((is_probed & (batch.home == self._rank)).sum()))
             for positions in self._plan(batch, is_probed):
-                self._probe_micro_batch(batch, positions, estimator, store)
+                self._probe_micro_batch(batch, positions, estimator, store, offsets)
             if store is not None:
                 for positions in self._plan(batch, ~is_probed):
                     self._probe_micro_batch(batch, positions, None, store)
         self.replay = store
+
+    def _token_offsets(self, batch: LargeBatch) -> Tensor | None:
+        """Where in every example the sampled labels begin, float32 `[r]`; None: all labels are looked at."""
+        if self._config.probe.token_sample == 1.0 or self.selector.signal != "gradient":
+            return None
+        generator = private_generator(self._config.seed, "tokens", batch.step)
+        return torch.rand(batch.size, generator=generator)
 
     def _unprobed(self, batch: LargeBatch) -> Tensor | None:
         """Examples outside small sources that a sub-sampling probe leaves out, bool `[r]`."""
@@ -365,11 +373,18 @@ class CoresetSelector:
         return plans[self._rank]
 
     def _probe_micro_batch(
-        self, batch: LargeBatch, positions: Sequence[int], estimator: Observer | None, store: ReplayStore | None
+        self,
+        batch: LargeBatch,
+        positions: Sequence[int],
+        estimator: Observer | None,
+        store: ReplayStore | None,
+        offsets: Tensor | None = None,
     ) -> None:
         assert self._architecture is not None
-        examples = [batch.examples[position] for position in positions]
-        micro = make_micro_batch(examples).to(self._device)
+        micro = make_micro_batch([batch.examples[position] for position in positions])
+        if offsets is not None and positions:
+            micro = with_fewer_labels(micro, self._config.probe.token_sample, offsets[list(positions)])
+        micro = micro.to(self._device)
         with of_micro_batch(micro):
             with store.recording(micro.by_row(positions), micro.lengths) if store is not None else nullcontext():
                 tail = run_trunk(self._model, self._architecture, micro, self._trunk_dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from colm_ds.data.candidates import computed_rows
 from colm_ds.data.collate import IGNORE_INDEX, pad_batch
+from colm_ds.errors import DataError
 from colm_ds.types import Example
 
 PLACE_HOLDER = Example(torch.zeros(2, dtype=torch.int64), torch.tensor([IGNORE_INDEX, 0]), 0, -1)
@@ -121,6 +122,34 @@ def make_micro_batch(examples: Sequence[Example]) -> MicroBatch:
     counts = torch.bincount(rows, minlength=len(targets)).float()
     lengths = tuple(padded["lengths"].tolist())
     return MicroBatch(padded["input_ids"], rows, positions, targets[rows, positions], counts, lengths)
+
+
+def with_fewer_labels(batch: MicroBatch, share: float, offsets: Tensor) -> MicroBatch:
+    """Keep a share of every example's labels, spread evenly over it: the mean of their losses stands for that of all.
+
+    An example with n labels is cut into m = ceil(share n) parts of equal length and keeps one label of each, the first
+    at the example's offset, so that every label is as likely as any other.
+
+    Args:
+        batch: ordinary examples, on the CPU.
+        share: in (0, 1].
+        offsets: where in a part, of every example, float32 `[batch]` in [0, 1).
+
+    Raises:
+        DataError: for classification examples, whose candidates are compared as wholes.
+    """
+    if batch.groups is not None:
+        raise DataError(f"colm.probe.token_sample = {share}: candidates are compared as wholes. Remove it.")
+    counts = batch.counts.double()
+    kept = (counts * share).ceil().minimum(counts)
+    row = torch.repeat_interleave(torch.arange(len(kept)), kept.long())
+    part = torch.arange(len(row)) - (kept.cumsum(0) - kept)[row]
+    within = ((part + offsets.double()[row]) * counts[row] / kept[row]).floor().minimum(counts[row] - 1)
+    chosen = ((counts.cumsum(0) - counts)[row] + within).long()
+    targets = batch.targets[chosen]
+    return replace(
+        batch, rows=batch.rows[chosen], positions=batch.positions[chosen], targets=targets, counts=kept.float()
+    )
 
 
 def _with_candidates(examples: Sequence[Example]) -> MicroBatch:

@@ -41,9 +41,10 @@ def step_cost(job: Job, parameters: Parameters, tflops: float | None) -> TimePla
     forwards = job.size * (backward + (0.0 if job.replays else 1.0))
     forward = forward_flops(job, parameters)
     if job.probes:
-        large, tail = job.colm.large_batch_size, tail_flops(job, parameters) / forward
-        seen, probed = large if job.replays else large * job.colm.probe.sample, large * job.colm.probe.sample
-        forwards += seen * (1.0 - tail) + probed * tail * tail_passes(job)
+        probe, large = job.colm.probe, job.colm.large_batch_size
+        seen, probed = large if job.replays else large * probe.sample, large * probe.sample
+        trunk = 1.0 - _tail_flops(job, parameters) / forward
+        forwards += seen * trunk + probed * tail_passes(job) * probed_tail_flops(job, parameters) / forward
     flops = forwards * forward
     seconds = None if tflops is None else flops / (tflops * 1e12 * job.zero.world_size)
     return TimePlan(forwards, flops, seconds, None if seconds is None else seconds * job.steps / 3600)
@@ -63,8 +64,19 @@ def forward_flops(job: Job, parameters: Parameters) -> float:
     return 2.0 * (body + parameters.head * _labelled(job)) * job.mean_length + attention
 
 
-def tail_flops(job: Job, parameters: Parameters) -> float:
-    """Operations of the last layer, at all positions, and of the head, at those with labels, for one example."""
+def probed_tail_flops(job: Job, parameters: Parameters) -> float:
+    """Operations of one pass of the probe through an example's tail.
+
+    That is the last layer's attention at all positions, its MLP and the head at those whose loss is looked at.
+    """
+    gradient = signal_of(job.colm.selector) == "gradient"
+    looked_at = _labelled(job) * (job.colm.probe.token_sample if gradient else 1.0)
+    weights = parameters.layer - parameters.mlp + (parameters.mlp + parameters.head) * looked_at
+    return 2.0 * weights * job.mean_length + _layer_attention(job)
+
+
+def _tail_flops(job: Job, parameters: Parameters) -> float:
+    """Operations of the last layer and the head in an ordinary forward of an example."""
     return 2.0 * (parameters.layer + parameters.head * _labelled(job)) * job.mean_length + _layer_attention(job)
 
 

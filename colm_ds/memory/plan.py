@@ -190,7 +190,10 @@ class Planner:
         most = _PROBE_TOKENS[job.spec.device_type] if probe.max_tokens == "auto" else probe.max_tokens
         share = math.ceil(job.colm.large_batch_size / job.zero.world_size)
         rows = job.rows(max(1, min(share, most // job.padded_length)))
-        estimator = probe.estimator if signal_of(job.colm.selector) == "gradient" else "score"
+        estimator = "score"
+        if signal_of(job.colm.selector) == "gradient":
+            estimator = probe.estimator
+            rows = replace(rows, labels=math.ceil(rows.labels * probe.token_sample))
         on_cpu = job.spec.device_type == "cpu"
         double = probe.precision == "float64" or (probe.precision == "auto" and on_cpu)
         tail_dtype = torch.float64 if double else torch.float32

@@ -102,6 +102,7 @@ class Parameters:
         head: of the matrix that makes the logits.
         embedding: of the input embedding, which multiplies nothing; 0 where it is the head's.
         buffers: bytes of buffers.
+        mlp: of a decoder layer's MLP.
         sizes: elements of a parameter, and how many parameters have so many.
     """
 
@@ -112,6 +113,7 @@ class Parameters:
     head: int
     embedding: int
     buffers: int
+    mlp: int = 0
     sizes: tuple[tuple[int, int], ...] = ()
 
     def below(self, most: int) -> int:
@@ -163,6 +165,7 @@ class Tracer:
             head=0 if not isinstance(weight, Tensor) else weight.numel(),
             embedding=0 if embedding is weight else embedding.numel(),
             buffers=extended(_buffer_bytes),
+            mlp=sum(each.numel() for each in _mlp(self.architecture("v_proj")).parameters()),
             sizes=tuple(
                 (size, extended(lambda model, size=size: _sizes(model)[size])) for size in sorted(_sizes(large))
             ),
@@ -334,6 +337,12 @@ def _base(model: Any) -> Any:
 
 def _num_elements(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def _mlp(architecture: Architecture) -> nn.Module:
+    mlp = architecture.last_layer.mlp
+    assert isinstance(mlp, nn.Module)
+    return mlp
 
 
 def _num_trained(model: nn.Module) -> int:

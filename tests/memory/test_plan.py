@@ -221,7 +221,7 @@ def test_time_follows_the_cost_model() -> None:
         ({"probe": {"num_probes": 4}}, 8),
         ({"probe": {"estimator": "exact"}}, 2),
         ({"probe": {"estimator": "sketch"}}, 2),
-        ({"selector": "big_loss"}, 1),
+        ({"selector": "big_loss", "probe": {"token_sample": 0.5}}, 1),
     ],
 )
 def test_time_counts_how_often_the_tail_is_passed(colm: dict[str, Any], passes: int) -> None:
@@ -230,6 +230,16 @@ def test_time_counts_how_often_the_tail_is_passed(colm: dict[str, Any], passes: 
     assert once == pytest.approx(16)
     tail = planner.time(half, None).forwards - 24 - once
     assert planner.time(job(colm=colm), None).forwards == pytest.approx(24 + once + (passes - 1) * tail)
+
+
+def test_fewer_tokens_in_the_probe_cost_less_time_and_memory() -> None:
+    """The MLP and the head see a quarter of the positions, the attention all of them."""
+    planner, quarter = Planner(), {"estimator": "exact", "token_sample": 0.25}
+    parameters = planner.tracer(job().spec).parameters
+    whole, part = (job(colm={"probe": probe}) for probe in ({"estimator": "exact"}, quarter))
+    saved = 2 * 16 * 0.75 * 2 * (parameters.mlp + parameters.head) * 64  # 2 passes, 16 examples of 64 tokens
+    assert planner.time(whole, None).flops - planner.time(part, None).flops == pytest.approx(saved)
+    assert planner.memory(part).peaks["probe"] < planner.memory(whole).peaks["probe"]
 
 
 def test_largest_micro_batch_fits_and_the_next_does_not() -> None:
