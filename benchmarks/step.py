@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 PROBE_COST = 1.03  # DESIGN, section 3: the probe's pass relative to a forward
 PILE_SHARES = [0.028, 0.282, 0.050, 0.034, 0.606]  # the paper's Table 8: the first, third and fourth source are small
 
-FEWER_TOKENS = {"token_sample": 0.25}
+FEWER_TOKENS = 0.25  # the share in the arms "a quarter of the tokens"
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = ROOT.parent / "shared" / "data" / "math_instruct" / "train.jsonl.gz"
@@ -100,8 +100,16 @@ def arms_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             "CoLM spsa, tail in float32": {**colm, "estimator": "spsa", "probe": {"precision": "float32"}},
             "CoLM exact": {**colm, "estimator": "exact"},
             "CoLM sketch": {**colm, "estimator": "sketch"},
-            "CoLM spsa, a quarter of the tokens": {**colm, "estimator": "spsa", "probe": FEWER_TOKENS},
-            "CoLM exact, a quarter of the tokens": {**colm, "estimator": "exact", "probe": FEWER_TOKENS},
+            "CoLM spsa, a quarter of the tokens": {
+                **colm,
+                "estimator": "spsa",
+                "probe": {"token_sample": FEWER_TOKENS},
+            },
+            "CoLM exact, a quarter of the tokens": {
+                **colm,
+                "estimator": "exact",
+                "probe": {"token_sample": FEWER_TOKENS},
+            },
         }
     plain = {"selector": "full", "checkpointing": True}
     arms = {
@@ -115,9 +123,9 @@ def arms_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     plain_probe = {"estimator": "spsa", "replay": "off", "r": r, "b": b}
     arms["CoLM spsa, no replay"] = plain_probe
     if options.cheaper:
-        cheaper = {
+        cheaper: dict[str, dict[str, Any]] = {
             "half of the examples probed": {"probe": {"sample": 0.5}},
-            "a quarter of the tokens": {"probe": FEWER_TOKENS},
+            "a quarter of the tokens": {"probe": {"token_sample": FEWER_TOKENS}},
             "trunk in bf16": {"probe": {"dtype": "bfloat16"}},
             "every 4th step": {"schedule": {"every": 4}},
         }
@@ -129,6 +137,7 @@ def arms_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 def make_records(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     """Random tokens with the lengths, labelled shares and sources of real data where it is there."""
     generator = torch.Generator().manual_seed(0)
+    records: list[dict[str, Any]] = []
     if options.pretraining:
         chunks = torch.randint(0, options.vocabulary, (2048, options.max_length), generator=generator)
         drawn = torch.multinomial(
@@ -151,7 +160,6 @@ def make_records(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str
         draws = torch.randn(20_000, 2, generator=generator).mul(0.6).add(4.2).exp().long().tolist()
         facts = [(40 + prompt, answer + 2, f"source {index % 7 % 4}") for index, (prompt, answer) in enumerate(draws)]
         where = "log-normal lengths (no real data at hand)"
-    records: list[dict[str, Any]] = []
     for prompt, answer, source in facts:
         length = min(prompt + answer, options.max_length)
         if length <= prompt:
@@ -264,7 +272,7 @@ def probe_of_a_pretrained_step(options: argparse.Namespace, name: str) -> float:
     attention, mlp = 4 * options.hidden**2, 3 * options.hidden * options.intermediate
     head = options.hidden * options.vocabulary
     whole = options.layers * (attention + mlp) + head
-    share = FEWER_TOKENS["token_sample"] if "of the tokens" in name else 1.0
+    share = FEWER_TOKENS if "of the tokens" in name else 1.0
     return 1.0 + (2 * (attention + (mlp + head) * share) - (attention + mlp + head)) / whole
 
 
