@@ -68,6 +68,12 @@ class ProbeConfig(Section):
             return 256 if self.estimator in ("sketch", "projection") else 1
         return self.num_probes
 
+    def resolved_max_tokens(self, device_type: str) -> int:
+        """Padded tokens of a micro-batch of the probe; larger ones leave a CPU's caches (benchmarks/README.md)."""
+        if self.max_tokens == "auto":
+            return 2048 if device_type == "cpu" else 8192
+        return self.max_tokens
+
 
 class ScheduleConfig(Section):
     """In which steps the selector runs; the others train on a random b of r."""

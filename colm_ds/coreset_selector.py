@@ -48,10 +48,6 @@ from colm_ds.types import Coreset, Example, LargeBatch, SourcedDataset
 
 logger = logging.getLogger(__name__)
 
-_PROBE_TOKENS = 8192
-_PROBE_TOKENS_CPU = 2048
-"""Padded tokens of a micro-batch of the probe; on a CPU larger ones leave its caches (benchmarks/README.md)."""
-
 
 def selection_config(config: ColmConfig | Mapping[str, Any], num_processes: int = 1) -> ColmConfig:
     """Check the `"colm"` section outside a DeepSpeed configuration.
@@ -366,9 +362,7 @@ class CoresetSelector:
         """This rank's micro-batches of the wanted examples."""
         world = self._exchange.num_processes
         by_rank = [((batch.home == rank) & wanted).nonzero().flatten().tolist() for rank in range(world)]
-        max_tokens = self._config.probe.max_tokens
-        if max_tokens == "auto":
-            max_tokens = _PROBE_TOKENS_CPU if self._device.type == "cpu" else _PROBE_TOKENS
+        max_tokens = self._config.probe.resolved_max_tokens(self._device.type)
         plans = micro_batches(by_rank, batch.padded_lengths, max_tokens=max_tokens, equal_counts=self._equal_counts)
         return plans[self._rank]
 

@@ -17,8 +17,6 @@ from colm_ds.memory.states import States, ZeroSettings, model_states
 from colm_ds.memory.trace import ModelSpec, Rows, Tracer, TrainingActivations, choice_rows, even_rows
 from colm_ds.selection import signal_of
 
-_PROBE_TOKENS = {"cuda": 8192, "cpu": 2048}
-
 
 @dataclass(frozen=True)
 class Job:
@@ -187,7 +185,7 @@ class Planner:
 
     def _probe(self, job: Job, tracer: Tracer) -> int:
         probe = job.colm.probe
-        most = _PROBE_TOKENS[job.spec.device_type] if probe.max_tokens == "auto" else probe.max_tokens
+        most = probe.resolved_max_tokens(job.spec.device_type)
         share = math.ceil(job.colm.large_batch_size / job.zero.world_size)
         rows = job.rows(max(1, min(share, most // job.padded_length)))
         estimator = "score"
