@@ -65,7 +65,7 @@ tbody th { font-weight: 600; }
 th:first-child, .text, .brief { text-align: left; }
 tbody th:first-child, thead th:first-child { position: sticky; left: 0; z-index: 1; }
 tbody th { background: var(--page); }
-tbody th.text { min-width: 9rem; max-width: 16rem; white-space: normal; overflow-wrap: anywhere; }
+tbody th.text { min-width: 9rem; max-width: 16rem; white-space: normal; overflow-wrap: break-word; }
 td.text { white-space: normal; min-width: 10rem; max-width: 34rem; overflow-wrap: anywhere; }
 td.best { font-weight: 700; }
 details { margin: 0.6rem 0; }

@@ -55,7 +55,7 @@ def protocols_section(arms: Sequence[Arm], sized: Sequence[Arm] = ()) -> Section
         arms: the comparison's arms.
         sized: further arms, of other batch sizes, for the pictures.
     """
-    base = next((arm for arm in arms if arm.selector and not arm.is_plain and references(arm, arms)), None)
+    base = _base(arms)
     if base is None or micro_batch_size(base) is None:
         return Section("protocols", "Memory against batch size")
     everyone = [*arms, *sized]
@@ -77,6 +77,12 @@ def protocols_section(arms: Sequence[Arm], sized: Sequence[Arm] = ()) -> Section
         [picture for picture in pictures if picture],
         [_side_by_side(named), _made(named)],
     )
+
+
+def _base(arms: Sequence[Arm]) -> Arm | None:
+    """The first arm of CoLM that can be compared with plain training, else of another selector, else the control."""
+    able = [arm for arm in arms if arm.selector and not arm.is_plain and references(arm, arms)]
+    return min(able, key=lambda arm: {"colm": 0, "keep_random": 2}.get(arm.selector or "", 1), default=None)
 
 
 def _members(base: Arm, arms: Sequence[Arm], key: Callable[[Arm], int | None]) -> list[Arm]:

@@ -215,11 +215,19 @@ SIZED_ARMS = {"CoLM 32 of 64": (64, 32, 4, 1.7), "plain 64": (64, 64, 8, 2.9)}
 
 
 def measured_run(
-    folder: Path, name: str, large: int, coreset: int, micro: int, peak: float, *, counted: bool = True
+    folder: Path,
+    name: str,
+    large: int,
+    coreset: int,
+    micro: int,
+    peak: float,
+    *,
+    counted: bool = True,
+    selector: str = "colm",
 ) -> Path:
     """Write a run on two ranks whose memory was measured, and counted in its second step."""
     plain = large == coreset
-    colm = {"large_batch_size": large, "coreset_size": coreset, "selector": "full" if plain else "colm"}
+    colm = {"large_batch_size": large, "coreset_size": coreset, "selector": "full" if plain else selector}
     changes: dict[str, Any] = {
         "world_size": 2,
         "colm": colm | ({} if plain else {"probe": {"estimator": "spsa", "num_probes": "auto"}}),

@@ -12,7 +12,7 @@ from colm_ds.report import Comparison, Run, compare, load_run
 from colm_ds.report.arms import accumulation_steps, make_arms
 from colm_ds.report.cost import time_section
 from colm_ds.report.differences import references
-from tests.report.run_folders import PROTOCOL_ARMS, SIZED_ARMS, measured_runs, write_run
+from tests.report.run_folders import PROTOCOL_ARMS, SIZED_ARMS, measured_run, measured_runs, write_run
 
 
 def loaded(folder: Path, arms: dict[str, tuple[int, int, int, float]], **options: Any) -> list[Run]:
@@ -53,6 +53,18 @@ def test_both_protocols_side_by_side(found: Comparison) -> None:
     assert "Equal micro-batch: every pass" in text
     assert "takes 0.69 × the peak memory and" in text
     assert "allocations counted one by one" in text
+
+
+def test_colm_is_compared_with_plain_training_and_not_its_control(tmp_path: Path) -> None:
+    """The control keeps b of r as well; it stands before CoLM in a grid."""
+    control = measured_run(tmp_path / "control", "control", 32, 16, 2, 1.3, selector="keep_random")
+    plain = measured_runs(tmp_path / "rest", PROTOCOL_ARMS)
+    found = compare([load_run(path) for path in (plain[0], control, *plain[1:])], tmp_path)
+    text = " ".join(next(section for section in found.sections if section.key == "protocols").text)
+    assert "CoLM 16 of 32" in text
+    assert "control" not in text
+    row = next(row for row in table(found, "protocols") if row["training"] == "16 of 32")
+    assert row["equal micro-batch: peak, GiB"] == 1.1
 
 
 def test_the_other_chapters_leave_out_arms_of_other_sizes(found: Comparison) -> None:
