@@ -155,11 +155,13 @@ def _exact_match(arms: Sequence[Arm]) -> str:
 
 
 def _against_plain(arms: Sequence[Arm], ranked: Sequence[Arm]) -> list[str]:
-    """Quality of the best selecting arm against plain training, and what every selecting arm costs against it."""
+    """Quality of the best selecting arm, the control only if it is alone, and costs of all, against plain training."""
     selecting = [arm for arm in arms if arm.selector is not None and not arm.is_plain]
     if not selecting:
         return []
-    selecting.sort(key=lambda arm: (arm not in ranked, arm.mean("heldout_overall") or math.inf))
+    selecting.sort(
+        key=lambda arm: (arm not in ranked, arm.selector == "keep_random", arm.mean("heldout_overall") or math.inf)
+    )
     best = selecting[0]
     others = references(best, arms)
     plain: dict[str, Arm] = {role: others[role] for role in _PLAIN if role in others}

@@ -31,6 +31,22 @@ def test_single_seeds(tmp_path: Path) -> None:
     assert "Every arm ran with a single seed" in text
 
 
+def test_a_control_with_the_lowest_loss_is_not_the_one_that_is_told_about(tmp_path: Path) -> None:
+    arms = {"plain-128": "plain-128", "colm": "keep-random", "control": "colm-sketch"}  # the name's losses
+    runs = []
+    for name, losses in arms.items():
+        selector = {"plain-128": "full", "colm": "colm", "control": "keep_random"}[name]
+        folder = write_run(tmp_path / name, name, arm=losses)
+        config = json.loads((folder / "config.json").read_text())
+        config["colm"]["selector"] = selector
+        (folder / "config.json").write_text(json.dumps(config))
+        runs.append(load_run(folder))
+    text = told(runs)
+    assert "the loss of colm is" in text
+    assert "Against control, which keeps the small sources and picks the rest at random, it is" in text
+    assert "the loss of control is" not in text
+
+
 def test_equal_arms_are_not_measurably_different(tmp_path: Path) -> None:
     runs = [load_run(write_run(tmp_path / name, name, arm="plain-64")) for name in ("first", "second")]
     text = told(runs)
