@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from colm_ds.accumulation import loss_scale
-from colm_ds.config import ColmConfig, resolve_config
+from colm_ds.config import ColmConfig
 from colm_ds.data.micro_batch import make_micro_batch, with_fewer_labels
 from colm_ds.data.shares import gather_large_batch, read_examples
 from colm_ds.data.sources import known_counts, small_source_ids
 from colm_ds.distributed.assign import micro_batches
 from colm_ds.distributed.exchange import broadcast_coreset, make_exchange
-from colm_ds.errors import ConfigError, SelectionError
+from colm_ds.errors import SelectionError
 from colm_ds.memory.breakdown import tensors_of
 from colm_ds.memory.meter import Meter
 from colm_ds.memory.out_of_memory import of_micro_batch
@@ -44,34 +44,10 @@ from colm_ds.selection import (
     make_selector,
     signal_of,
 )
+from colm_ds.selection_config import selection_config
 from colm_ds.types import Coreset, Example, LargeBatch, SourcedDataset
 
 logger = logging.getLogger(__name__)
-
-
-def selection_config(config: ColmConfig | Mapping[str, Any], num_processes: int = 1) -> ColmConfig:
-    """Check the `"colm"` section outside a DeepSpeed configuration.
-
-    Args:
-        config: keys and values; a `ColmConfig` with `coreset_size` filled in passes through.
-        num_processes: W.
-
-    Raises:
-        ConfigError: listing every problem.
-    """
-    if isinstance(config, ColmConfig) and config.coreset_size is not None:
-        return config
-    section = config.model_dump(exclude_unset=True) if isinstance(config, ColmConfig) else dict(config)
-    if section.get("replay", "off") not in ("off", "auto", False):
-        raise ConfigError(f"colm.replay = {section['replay']!r}: needs the step of colm_ds.initialize. Remove it.")
-    if section.get("variance_every"):
-        what = "is measured in the step of colm_ds.initialize"
-        raise ConfigError(f"colm.variance_every = {section['variance_every']}: {what}. Call gradient_variance instead.")
-    section["replay"] = "off"  # nobody would train from the states
-    try:
-        return resolve_config({"colm": section}, num_processes).colm
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("the DeepSpeed configuration", "the colm configuration")) from None
 
 
 def reads_model(config: ColmConfig) -> bool:

@@ -15,7 +15,7 @@ LAYERS = (
     {"errors", "types", "seeds"},
     {"selection"},
     {"config", "deepspeed_config", "recipe", "recipe_choices", "families", "models", "probe", "distributed", "data"}
-    | {"random_state", "known_models"},
+    | {"random_state", "known_models", "selection_config"},
     {"engine", "coreset_selector", "coreset_facts", "replay_choice", "training_loss", "accumulation"}
     | {"faults", "resume", "export", "checkpoint", "memory", "monitor", "evaluation"},
     {"tracking", "metrics_tail", "watch", "memory_arms", "report", "tasks", "run_start", "preview", "sweep", "training"}

@@ -145,6 +145,7 @@ def test_in_a_terminal_until_ctrl_c(tmp_path: Path) -> None:
         stdout=theirs,
         stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where a shell runs tests with &
     )
     try:
         shown, deadline = b"", time.monotonic() + 60
