@@ -185,6 +185,9 @@ class ChoiceRecipe(BaseRecipe):
             self.clusters.check(self.steps, self.colm, problems)
         if self.evaluation.every and self.data.train is not None and self.data.heldout is None:
             problems.add("evaluation.every", self.evaluation.every, "nothing is held out", "Set data.heldout.")
+        share = self.colm.probe.token_sample
+        if share != 1.0:
+            problems.add("colm.probe.token_sample", share, "candidates are compared as wholes", "Remove it.")
 
 
 class ChunkDataConfig(Section):

@@ -117,12 +117,13 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     values |= {"model": {"name_or_path": "elsewhere"}, "deepspeed": {}}
     values["data"] = {"task": "cb", "folder": str(tmp_path), "train": str(tmp_path / "cb.jsonl")}
     values["clusters"] = {"num": [4, 3], "warmup_steps": 80, "refresh_steps": [90]}
-    values["colm"]["small_sources"] = ["cluster 1"]
+    values["colm"] |= {"small_sources": ["cluster 1"], "probe": {"token_sample": 0.5}}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
-    with pytest.raises(ConfigError, match="5 problems") as caught:
+    with pytest.raises(ConfigError, match="6 problems") as caught:
         load_recipe(path)
-    for part in ("either data.folder or data.train", "clusters.num", "warmup_steps = 80", "refresh_steps", "small_so"):
+    wrong = ["either data.folder or data.train", "clusters.num", "warmup_steps = 80", "refresh_steps", "small_so"]
+    for part in (*wrong, "colm.probe.token_sample = 0.5: candidates are compared as wholes"):
         assert part in str(caught.value)
     with pytest.raises(ConfigError, match=r"clusters.refresh_steps = \[90\]: a proxy's clusters do not change"):
         load_recipe(path, ["clusters.features_from=x", "clusters.num=3"])
