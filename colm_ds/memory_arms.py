@@ -19,6 +19,12 @@ from colm_ds.sweep import Grid, LaunchConfig, default_ranks, is_finished, jobs_o
 
 _FREE = ("name", "output_dir", "overwrite", "resume", "verbose", "monitor", "keep_last", "save_every")
 
+COUNTED_STEPS = [2, 3, 4]
+"""Steps whose allocations are counted without a GPU: lengths differ from step to step, and peaks with them."""
+
+SIZE_STEPS = 6
+"""Steps of a run that is there for its memory only; some are not counted and give the seconds."""
+
 
 @dataclass(frozen=True)
 class ArmPlan:
@@ -117,7 +123,7 @@ def run_arms(
     *,
     launch: LaunchConfig,
     sizes: Sequence[int] | None = None,
-    size_steps: int = 4,
+    size_steps: int = SIZE_STEPS,
     script: str = "finetune/train.py",
 ) -> int:
     """Run what is not done yet and write the report.
@@ -142,7 +148,7 @@ def run_arms(
     plans = plan_arms(recipe, num_ranks, sizes)
     common = [*overrides]
     if not _has_gpu() and not recipe.colm.memory.count_steps:
-        common.append("colm.memory.count_steps=[2]")  # a process's resident memory says little of small models
+        common.append(f"colm.memory.count_steps={COUNTED_STEPS}")  # resident memory says little of small models
     failed, folders = 0, {}
     for is_sized in (False, True):
         members = [plan for plan in plans if plan.is_sized == is_sized]
@@ -200,7 +206,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, help="ranks of a run (default: one per GPU, two without any)")
     parser.add_argument("--port", type=int, default=29640, help="port of the launcher")
     parser.add_argument("--sizes", type=int, nargs="*", metavar="R", help="large batch sizes (default: r/2, r, 2r)")
-    parser.add_argument("--size-steps", type=int, default=4, help="steps of runs for the batch sizes (default: 4)")
+    parser.add_argument(
+        "--size-steps", type=int, default=SIZE_STEPS, help=f"steps of runs for the batch sizes ({SIZE_STEPS})"
+    )
     parser.add_argument("--script", default="finetune/train.py", help="what trains (default: finetune/train.py)")
     options: Any = parser.parse_args(arguments)
     out = options.out or Path("runs/memory_report") / Path(options.recipe).stem

@@ -7,12 +7,12 @@
 # RECIPE is that of CoLM b of r. Equal accumulation steps: the micro-batch grows with the batch. Equal micro-batch: the
 # number of accumulation steps grows. Plain r runs under both, then a few steps of further batch sizes for the picture of
 # memory against batch size. Runs that are finished are skipped. Without a GPU two ranks train, and the allocations of
-# their second step are counted one by one, which takes a while. May be set:
+# steps 2 to 4 are counted one by one, which takes a while. May be set:
 #
 #   OUT          folder of runs and report (default: runs/memory_report/RECIPE's name)
 #   RANKS        ranks of a run (default: one per GPU, two without any)
 #   SIZES        large batch sizes of the picture, for example "64 128 256" (default: r/2, r and 2r; "" for none)
-#   SIZE_STEPS   steps of the runs of further batch sizes (default: 4)
+#   SIZE_STEPS   steps of the runs of further batch sizes (default: 6)
 #   SCRIPT       what trains (default: finetune/train.py)
 #   MASTER_PORT  default 29640
 set -euo pipefail
@@ -37,7 +37,7 @@ bash launch/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [[ "$(python -c 'import torch; print(torch.cuda.device_count())')" == 0 ]]; then export DS_ACCELERATOR=cpu; fi
 
-options=(--port "${MASTER_PORT:-29640}" --size-steps "${SIZE_STEPS:-4}" --script "${SCRIPT:-finetune/train.py}")
+options=(--port "${MASTER_PORT:-29640}" --size-steps "${SIZE_STEPS:-6}" --script "${SCRIPT:-finetune/train.py}")
 [[ -z "${OUT-}" ]] || options+=(--out "$([[ "$OUT" == /* ]] && echo "$OUT" || echo "$here/$OUT")")
 [[ -z "${RANKS-}" ]] || options+=(--ranks "$RANKS")
 if [[ -n "${SIZES+set}" ]]; then

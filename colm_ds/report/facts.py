@@ -89,7 +89,8 @@ def run_facts(run: Run, small: Collection[str], *, counted: bool = False) -> Fac
     Scalars: heldout_overall, heldout_macro, heldout_small, perplexity, exact_match, num_questions, accuracy and
     accuracy_before (of classification; before training), step_s, step_s_p10, step_s_p90, data_loading_share (of the
     seconds of all steps), probe_gib, train_gib, peak_gib, examples_trained, examples_probed, tokens_trained, wall_s,
-    padding_fraction, num_micro_batches (of a step and rank, mean), largest_tokens (padded, of the largest micro-batch).
+    padding_fraction, num_micro_batches (of a step and rank, mean), largest_tokens (padded, of
+    the largest micro-batch in the steps whose peaks are taken).
     Groups: heldout, exact_match, data_share and coreset_share by source, phase_s by phase, exchange_bytes by kind (mean
     of a step), coherence by source (mean over steps), phase_gib (peaks) by phase, parts_gib (of the largest peak).
 
@@ -119,7 +120,7 @@ def run_facts(run: Run, small: Collection[str], *, counted: bool = False) -> Fac
         "phase_gib": _phase_peaks(run, counted),
     }
     groups["parts_gib"] = _peak_parts(run, groups["phase_gib"] if counted else {})
-    scalars = {f"heldout_{key}": value for key, value in losses.items()} | _costs(run)
+    scalars = {f"heldout_{key}": value for key, value in losses.items()} | _costs(run, counted)
     scalars |= _largest(groups["phase_gib"])
     for key in ("overall", "num_questions"):
         value = number(lookup(run.summary, "exact_match", key))
@@ -321,13 +322,14 @@ def _memory_kind(run: Run) -> str:
     return kind or ("" if not device else "resident" if device.startswith("cpu") else "allocated")
 
 
-def _costs(run: Run) -> dict[str, float]:
+def _costs(run: Run, counted: bool) -> dict[str, float]:
     summary = run.summary
+    measured = [step for step in run.steps if not counted or numbers(step.get("counted_gib"))]
     found: dict[str, float | None] = {
         "wall_s": number(summary.get("wall_s")),
         "padding_fraction": _mean(found.get("padding_fraction") for found in run.steps),
         "num_micro_batches": _mean(lookup(found, "micro_batches", "count") for found in run.steps),
-        "largest_tokens": _most(lookup(found, "micro_batches", "largest_tokens") for found in run.steps),
+        "largest_tokens": _most(lookup(found, "micro_batches", "largest_tokens") for found in measured),
     }
     times = [value for value in map(_step_seconds, run.steps) if value is not None]
     found["data_loading_share"] = _loading_share(run)

@@ -34,7 +34,8 @@ PARTS = (
 
 MICRO_BATCH_NOTE = (
     "Micro-batch: examples per rank and pass at most; accumulation steps: passes of a step if all are full. More "
-    "are made where cutting by length saves padding; the peak follows the tokens of the largest."
+    "are made where cutting by length saves padding; the peak follows the tokens of the largest. Where allocations "
+    "were counted, those of the counted steps: an arm that has fewer there met no longer examples in them."
 )
 
 _SHOWN = ("probe", "forward", "backward", "step")  # of the phases, in the picture

@@ -44,6 +44,7 @@ def test_both_protocols_side_by_side(found: Comparison) -> None:
     assert shown["32 of 64"] == [[4, 1.7, pytest.approx(1.7 / 2.9, rel=1e-4)], [None, None, None]]
     assert shown["plain 32"] == [[4, 1.6, None], [2, 1.05, None]]
     made = table(found, "micro_batches")
+    assert [row["tokens of the largest"] for row in made] == [100 * row["micro-batch"] for row in made]  # where counted
     assert {row["accumulation steps"] for row in made if row["protocol"] == steps} == {4}
     assert {row["micro-batch"] for row in made if row["protocol"] == micro} == {2}
     section = next(section for section in found.sections if section.key == "protocols")
