@@ -119,12 +119,11 @@ def measure(files: list[str], tokenizer: str, num_processes: int, folder: Path) 
     }
 
 
-def make_tokenizer(files: list[str], vocabulary: int, sample_mb: float, folder: Path) -> tuple[str, float]:
-    """Train a tokenizer on a sample of some files: its folder, and the seconds that it took with the scan."""
-    start = time.perf_counter()
+def make_tokenizer(files: list[str], vocabulary: int, sample_mb: float, folder: Path) -> str:
+    """Train a tokenizer on a sample of some files; its folder."""
     wanted = Preparation(files, folder, vocabulary_size=vocabulary, sample_mb=sample_mb, holdout=HOLDOUT)
     prepare(wanted, 1, say=quiet)
-    return str(folder / "tokenizer"), time.perf_counter() - start
+    return str(folder / "tokenizer")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -165,7 +164,7 @@ def main(arguments: list[str]) -> int:
         if not options.data:
             write_text(folder / "sample", 2 * options.sample_mb)
         sample = find_files([Path(place) for place in options.data or [folder / "sample"]])
-        tokenizer, _ = make_tokenizer(list(map(str, sample)), options.vocabulary, options.sample_mb, folder / "first")
+        tokenizer = make_tokenizer(list(map(str, sample)), options.vocabulary, options.sample_mb, folder / "first")
         for megabytes in [None] if options.data else options.megabytes:
             if megabytes is not None:
                 write_text(text, megabytes)

@@ -108,9 +108,7 @@ def _changes(job: Job) -> Iterator[tuple[str, str, Job]]:
         if job.colm.replay != "offload" and spec.device_type == "cuda":
             yield "colm.replay=offload", "replay", job.with_colm(replay="offload")
     if job.probes:
-        now = job.colm.probe.max_tokens
-        tokens = (8192 if spec.device_type == "cuda" else 2048) if now == "auto" else now
-        one = job.padded_length
+        tokens, one = job.colm.probe.resolved_max_tokens(spec.device_type), job.padded_length
         tokens = min(tokens, math.ceil(job.colm.large_batch_size / zero.world_size) * one)  # what there is
         if tokens > one:
             fewer = job.colm.probe.model_copy(update={"max_tokens": max(one, tokens // 2)})
