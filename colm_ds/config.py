@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from colm_ds.deepspeed_config import check_auto, check_keys, check_monitors
 from colm_ds.errors import ConfigError, Problems
@@ -100,9 +101,57 @@ class MemoryConfig(Section):
     folder: str = Field(".", description="where snapshots are written; a run from a recipe writes into its output_dir")
 
 
+PAPER: dict[str, Any] = {
+    "selector": "colm",
+    "small_sources": "auto",
+    "per_source": True,
+    "geometry": "adam",
+    "metric": "l1",
+    "weights": "uniform",
+    "loss_normalization": "example",
+    "mask": {"size": "auto", "criterion": "grad"},
+    "probe": {
+        "estimator": "spsa",
+        "layer": "v_proj",
+        "epsilon": 1e-3,
+        "num_probes": 1,
+        "direction_rank": "full",
+        "refresh": "step",
+        "sample": 1.0,
+        "token_sample": 1.0,
+    },
+    "schedule": {"start_step": 0, "every": 1},
+}
+"""Every key of the section that decides what is chosen and how it is weighted, as in the paper."""
+
+PRESETS: dict[str, dict[str, Any]] = {"paper": PAPER}
+
+
+def with_preset(values: Any) -> Any:
+    """Return a `"colm"` section with the keys of its preset filled in; keys that are written keep their value.
+
+    Where another estimator than the preset's is written, `num_probes` stays that estimator's own default.
+    """
+    if not isinstance(values, Mapping) or values.get("preset") not in PRESETS:
+        return values
+    filled = dict(values)
+    for key, pinned in PRESETS[values["preset"]].items():
+        written = filled.get(key, {})
+        if not isinstance(pinned, dict):
+            filled.setdefault(key, pinned)
+        elif isinstance(written, Mapping):
+            other = written.get("estimator", pinned.get("estimator")) != pinned.get("estimator")
+            filled[key] = {name: value for name, value in pinned.items() if not (other and name == "num_probes")}
+            filled[key] |= written
+    return filled
+
+
 class ColmConfig(Section):
     """The `"colm"` section."""
 
+    preset: Literal["paper"] | None = Field(
+        None, description="paper: every key that decides about the choice is the paper's, unless it is written here"
+    )
     large_batch_size: int = Field(ge=1, description="r: examples looked at in every step")
     coreset_size: int | None = Field(None, ge=1, description="b: examples trained on; default: train_batch_size")
     selector: str = Field(
@@ -143,6 +192,11 @@ class ColmConfig(Section):
         1800.0, ge=0, description="end a rank whose phase (probe, train, save, ...) lasts longer, in seconds; 0: never"
     )
     seed: int = Field(0, ge=0, description="seeds the data order and every random choice of the selection")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, values: Any) -> Any:
+        return with_preset(values)
 
     @field_validator("replay", mode="before")
     @classmethod

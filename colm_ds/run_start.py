@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from colm_ds import checkpoint
+from colm_ds.config import ProbeConfig
 from colm_ds.errors import ConfigError
 from colm_ds.recipe import BaseRecipe
 
@@ -20,6 +21,7 @@ _MAY_CHANGE = {
     *("model.attention", "model.activation_checkpointing", "colm.num_workers", "colm.micro_batch_tokens"),
     *("colm.max_skipped_steps", "colm.phase_timeout_s", "colm.replay", "colm.variance_every"),
     *("colm.probe.max_tokens", "colm.memory", "micro_batch_size"),
+    "colm.preset",  # the keys that it fills in are compared one by one
 }
 """Keys that say how a run computes or where things are, and not what it computes (paths may have moved)."""
 
@@ -126,9 +128,18 @@ def recipe_differences(before: Mapping[str, Any], recipe: BaseRecipe, free: Coll
     now = json.loads(json.dumps(recipe.model_dump(), default=str))
     return [
         f"{key}: {before_value!r} there, {now_value!r} here"
-        for key, before_value, now_value in _compare(before, now)
+        for key, before_value, now_value in _compare(_with_number_of_probes(before), _with_number_of_probes(now))
         if not any(key == name or key.startswith(f"{name}.") for name in free)
     ]
+
+
+def _with_number_of_probes(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a dumped recipe with `colm.probe.num_probes` as the number that "auto" stands for."""
+    colm = dict(recipe.get("colm") or {})
+    if "estimator" in (colm.get("probe") or {}):
+        known = {key: value for key, value in colm["probe"].items() if key in ProbeConfig.model_fields}
+        colm["probe"] = {**known, "num_probes": ProbeConfig.model_validate(known).resolved_num_probes}
+    return {**recipe, "colm": colm}
 
 
 def _compare(one: Any, other: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
