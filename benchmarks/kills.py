@@ -55,7 +55,7 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory() as scratch:
         result = Trial(Path(scratch), options).run()
-    from colm_ds.tracking import describe_environment
+    from colm_ds.run_folder.write import describe_environment
 
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     settings = {key: value for key, value in vars(options).items() if key != "out"}
@@ -106,7 +106,7 @@ class Trial:
         self.broken.append(what)
 
     def _write_recipe(self) -> Path:
-        from colm_ds.data.generated import write_mixture
+        from colm_ds.data.generated.mixture import write_mixture
 
         write_mixture(self.scratch / "data", seed=1, scale=0.02)
         model = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -239,13 +239,13 @@ class Trial:
 
     def _look(self, folder: Path) -> None:
         """The newest checkpoint is whole, and not older than the last save."""
-        from colm_ds import checkpoint
+        from colm_ds.checkpoints import atomic
         from colm_ds.errors import CheckpointError
-        from colm_ds.tracking import read_metrics
+        from colm_ds.run_folder.write import read_metrics
 
         logged = max((entry["step"] for entry in read_metrics(folder / "metrics.jsonl")), default=0)
         try:
-            found = checkpoint.find(folder / "checkpoints")
+            found = atomic.find(folder / "checkpoints")
         except CheckpointError as error:
             self._break(f"no checkpoint loads: {error}")
             return
@@ -286,7 +286,7 @@ class Forked:
         os.chdir(ROOT)
         code = 1
         try:
-            from colm_ds.training import run
+            from colm_ds.training.run import run
 
             run(recipe, overrides)
             code = 0
@@ -322,7 +322,7 @@ def preload() -> None:
     torch.set_num_threads(1)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
-    import colm_ds.training  # noqa: F401
+    import colm_ds.training.run  # noqa: F401
 
 
 def num_lines(path: Path) -> int:
@@ -349,7 +349,7 @@ def finished(folder: Path) -> bool:
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
     """Metrics of a run without what changes from run to run."""
-    from colm_ds.tracking import read_metrics
+    from colm_ds.run_folder.write import read_metrics
 
     changing = ("time_s", "memory_gib", "memory_parts_gib")
     entries = read_metrics(folder / "metrics.jsonl")

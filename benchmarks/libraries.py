@@ -27,8 +27,8 @@ import numpy as np
 import torch
 
 from colm_ds.memory.meter import reset_resident_peak, resident_peak_bytes
+from colm_ds.run_folder.write import describe_environment
 from colm_ds.selection import facility_location, pairwise_similarity
-from colm_ds.tracking import describe_environment
 
 RESULTS = Path(__file__).parent / "results"
 Pick = Callable[[torch.Tensor, int], list[int]]

@@ -111,7 +111,7 @@ def main() -> None:
     if options.worker:
         work(json.loads(options.worker))
         return
-    from colm_ds.tracking import describe_environment
+    from colm_ds.run_folder.write import describe_environment
 
     start = time.perf_counter()
     chosen = options.only if options.only else list(range(len(CONFIGURATIONS)))
@@ -211,7 +211,7 @@ def ds_config(configuration: Configuration, count: bool = True) -> dict[str, Any
 
 def lora_config(configuration: Configuration) -> Any:
     """Adapters, or None."""
-    from colm_ds.recipe import LoraConfig
+    from colm_ds.recipes.recipe import LoraConfig
 
     return LoraConfig(rank=32, alpha=64, dropout=0.05) if configuration.lora else None
 
@@ -222,7 +222,7 @@ def run(configuration: Configuration) -> dict[str, float]:
 
     import colm_ds
     from colm_ds.memory.meter import GIB
-    from colm_ds.models import DTYPES, add_lora
+    from colm_ds.recipes.model import DTYPES, add_lora
 
     set_seed(0)
     model: Any = AutoModelForCausalLM.from_config(
@@ -287,11 +287,11 @@ def counted_save(engine: Any) -> float:
 
 def compared(number: int, measured: dict[str, float]) -> dict[str, Any]:
     """The plan beside what was counted, in bytes, and its relative error."""
-    from colm_ds.config import resolve_config
-    from colm_ds.memory.plan import Job, Planner
-    from colm_ds.memory.states import zero_settings
-    from colm_ds.memory.trace import ModelSpec
-    from colm_ds.models import DTYPES
+    from colm_ds.config.colm import resolve_config
+    from colm_ds.planner.activations import ModelSpec
+    from colm_ds.planner.plan import Job, Planner
+    from colm_ds.planner.zero_states import zero_settings
+    from colm_ds.recipes.model import DTYPES
 
     configuration = CONFIGURATIONS[number]
     resolved = resolve_config(ds_config(configuration), configuration.ranks)

@@ -32,10 +32,10 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from colm_ds.data.generated_text import write_text  # noqa: E402
+from colm_ds.data.generated.text import write_text  # noqa: E402
 from colm_ds.data.jsonl import find_files  # noqa: E402
-from colm_ds.data.store_preparation import Preparation, prepare  # noqa: E402
-from colm_ds.data.token_store import TokenStore  # noqa: E402
+from colm_ds.data.pretraining.store_preparation import Preparation, prepare  # noqa: E402
+from colm_ds.data.pretraining.token_store import TokenStore  # noqa: E402
 
 MIB, MB = 1 << 20, 1e6
 HOLDOUT = 0.02
@@ -152,7 +152,7 @@ def main(arguments: list[str]) -> int:
     add("--keep", action="store_true", help="keep the result file's rows of other inputs")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "prepare.json", help="result file")
     options = parser.parse_args(arguments)
-    from colm_ds.tracking import describe_environment
+    from colm_ds.run_folder.write import describe_environment
 
     if options.keep and options.out.exists():
         rows = json.loads(options.out.read_text(encoding="utf-8"))["rows"]

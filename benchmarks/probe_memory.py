@@ -20,12 +20,12 @@ import peft
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-from colm_ds.config import ColmConfig
-from colm_ds.coreset_selector import CoresetSelector
-from colm_ds.data.micro_batch import make_micro_batch
+from colm_ds.batching.micro_batch import make_micro_batch
+from colm_ds.config.colm import ColmConfig
+from colm_ds.engine.coreset_selector import CoresetSelector
 from colm_ds.memory.counted import counted_allocations
-from colm_ds.tracking import describe_environment
-from colm_ds.training_loss import example_loss_sums, find_loss_head
+from colm_ds.models.training_loss import example_loss_sums, find_loss_head
+from colm_ds.run_folder.write import describe_environment
 from colm_ds.types import Example, LargeBatch
 
 MIB = 1 << 20

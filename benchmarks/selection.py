@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from colm_ds.memory.counted import counted_allocations
-from colm_ds.seeds import private_generator
+from colm_ds.randomness import private_generator
 from colm_ds.selection import AdamHistory, LowRankGradients, SelectionSettings, Signals, select_coreset
 
 MIB = 1 << 20

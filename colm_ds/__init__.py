@@ -10,9 +10,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LAZY = {
-    "initialize": "colm_ds.engine",
-    "CoLMEngine": "colm_ds.engine",
-    "CoresetSelector": "colm_ds.coreset_selector",
+    "initialize": "colm_ds.engine.engine",
+    "CoLMEngine": "colm_ds.engine.engine",
+    "CoresetSelector": "colm_ds.engine.coreset_selector",
     "example_losses": "colm_ds.integrations.plain_loop",
 }
 

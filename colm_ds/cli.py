@@ -63,7 +63,7 @@ def _add_watch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _watch(options: argparse.Namespace) -> None:
-    from colm_ds.watch import watch
+    from colm_ds.report.watch import watch
 
     try:
         watch(options.run_folder, once=options.once, every_s=max(0.1, options.every))
@@ -96,8 +96,8 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _export(options: argparse.Namespace) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # weights are read and written there, on any machine
-    from colm_ds.export_run import export_run
-    from colm_ds.models import quiet_libraries
+    from colm_ds.export.run import export_run
+    from colm_ds.recipes.model import quiet_libraries
 
     quiet_libraries()
     done = export_run(
@@ -132,9 +132,9 @@ def _add_preview(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _preview(options: argparse.Namespace) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is trained here
-    from colm_ds.models import quiet_libraries
-    from colm_ds.preview import preview
-    from colm_ds.recipe import load_recipe
+    from colm_ds.recipes.model import quiet_libraries
+    from colm_ds.recipes.recipe import load_recipe
+    from colm_ds.training.preview import preview
 
     quiet_libraries()
     recipe = load_recipe(options.recipe, options.overrides)
@@ -170,10 +170,10 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _plan(options: argparse.Namespace) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed here
-    from colm_ds.memory.job import job_of_recipe
-    from colm_ds.memory.plan_report import comparison, format_comparison, format_plan, plan_report
-    from colm_ds.models import quiet_libraries
-    from colm_ds.recipe import load_recipe
+    from colm_ds.planner.job import job_of_recipe
+    from colm_ds.planner.plan_report import comparison, format_comparison, format_plan, plan_report
+    from colm_ds.recipes.model import quiet_libraries
+    from colm_ds.recipes.recipe import load_recipe
 
     quiet_libraries()
     for name in ("num_gpus", "gpu_memory_gib", "label_share", "tflops", "mean_length"):

@@ -52,4 +52,4 @@ recipe="${recipe#"$PWD"/}"     # as in the commands of the report
 bash launch/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [[ "$(python -c 'import torch; print(torch.cuda.device_count())')" == 0 ]]; then export DS_ACCELERATOR=cpu; fi
-exec python -m colm_ds.pretraining_run "$recipe" "$@" "${options[@]}"
+exec python -m colm_ds.sweep.pretraining_pipeline "$recipe" "$@" "${options[@]}"

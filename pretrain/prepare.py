@@ -33,10 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not places:
         parser.error(f"--data: {' '.join(changes)} names no file or folder")
 
-    from colm_ds.data.store_preparation import Preparation, prepare
-    from colm_ds.data.store_table import format_table
+    from colm_ds.data.pretraining.store_preparation import Preparation, prepare
+    from colm_ds.data.pretraining.store_table import format_table
     from colm_ds.errors import ColmError, ConfigError
-    from colm_ds.recipe import PretrainingRecipe, load_recipe
+    from colm_ds.recipes.recipe import PretrainingRecipe, load_recipe
 
     try:
         recipe = load_recipe(options.recipe, [*options.overrides, *changes])

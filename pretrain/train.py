@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of a pretraining run."""
-    from colm_ds.recipe import PretrainingRecipe
-    from colm_ds.train_command import train_command
+    from colm_ds.recipes.recipe import PretrainingRecipe
+    from colm_ds.training.command import train_command
 
     description = "Pretrain a language model on coresets of its batches, as a recipe says; pretrain/prepare.py first."
     train_command(arguments, PretrainingRecipe, description, "pretrain/recipes/demo.yaml")

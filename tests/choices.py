@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from colm_ds.data.choice_dataset import ChoiceDataset
-from colm_ds.seeds import private_generator
+from colm_ds.randomness import private_generator
 from colm_ds.types import Example
 from tests.tiny_models import VOCABULARY_SIZE
 

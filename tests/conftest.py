@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.ranks import Ranks
+
 REPO_ROOT = Path(__file__).resolve().parent.parent
 
 # The tests' tensors are small: further threads only wait for each other, for long where others want the cores.
@@ -48,6 +50,20 @@ def _remove_deepspeed_buffers() -> Iterator[None]:
     for path in buffers() - before:
         with suppress(OSError):  # another user's, or gone already
             path.unlink()
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[dict[int, Ranks]]:
+    """Pools of one and of two ranks; their processes start when they are first needed."""
+    with Ranks(1) as one, Ranks(2) as two:
+        yield {1: one, 2: two}
+
+
+@pytest.fixture(scope="session")
+def three_ranks() -> Iterator[Ranks]:
+    """A pool of three ranks."""
+    with Ranks(3) as ranks:
+        yield ranks
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

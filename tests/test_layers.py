@@ -1,36 +1,23 @@
-"""The package keeps its shape: layers, file names, file lengths, and calls that are not allowed (DESIGN, section 5)."""
+"""The package keeps its shape: floors, circles, file names, and calls that are not allowed (docs/ARCHITECTURE.md)."""
 
 from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-# Modules and subpackages of colm_ds by layer; a layer imports itself and lower ones. "__init__" is the public face,
-# which may import everything and which no module of ours imports.
-LAYERS = (
-    {"errors", "types", "seeds"},
-    {"selection"},
-    {"config", "deepspeed_config", "recipe", "recipe_choices", "families", "models", "probe", "distributed", "data"}
-    | {"random_state", "known_models", "selection_config"},
-    {"engine", "coreset_selector", "coreset_facts", "replay_choice", "training_loss", "accumulation"}
-    | {"faults", "resume", "export", "checkpoint", "memory", "monitor", "evaluation"},
-    {"tracking", "metrics_tail", "watch", "memory_arms", "report", "tasks", "run_start", "preview", "sweep", "training"}
-    | {"coherence", "train_command", "pretraining_run", "cli", "export_run", "model_card", "integrations"},
-    {"__init__", "__main__"},
-)
-LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
+from tests.structure import FACE, PLAN, Structure, circles, imported_names, read_floors, room_of
 
 # No numpy, deepspeed or transformers: selection/ can be read, tested and reused with torch alone.
-SELECTION_MAY_IMPORT = (
-    sys.stdlib_module_names | {"torch", "colm_ds.selection"} | {f"colm_ds.{name}" for name in LAYERS[0]}
-)
+SELECTION_MAY_IMPORT = sys.stdlib_module_names | {
+    "torch",
+    *(f"colm_ds.{name}" for name in ("selection", "errors", "types", "randomness")),
+}
 
 VAGUE_NAMES = {"utils", "helpers", "misc", "common"}
-MAX_LINES = 400
+ON_THE_ROOT = {"__init__.py", "errors.py", "types.py", "randomness.py", "cli.py", "py.typed"}
 SKIPPED_FOLDERS = {"runs", "build", "dist", "__pycache__"}
 
 GLOBAL_SEEDS = {
@@ -42,54 +29,6 @@ GLOBAL_SEEDS = {
     "random.seed",
 }
 OBJECT_COLLECTIVES = {"all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list"}
-
-
-def module_name(path: Path, package_parent: Path) -> str:
-    """Dotted name of a file: `colm_ds/probe/spsa.py` is `colm_ds.probe.spsa`."""
-    parts = path.relative_to(package_parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def imported_modules(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
-    """Line and absolute dotted name of everything imported, inside functions too.
-
-    `from a import b` gives `a.b`, since b may be a module of a.
-    """
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield node.lineno, alias.name
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                ups = node.level - is_package  # `from . import x` in a package's __init__ starts at the package
-                package = module.split(".")[: len(module.split(".")) - ups]
-                base = ".".join([*package, base] if base else package)
-            for alias in node.names:
-                yield node.lineno, f"{base}.{alias.name}"
-
-
-def part_of_package(dotted: str) -> str:
-    """Part of colm_ds behind a dotted name: "probe" for `colm_ds.probe.spsa`, "__init__" for `colm_ds.initialize`."""
-    parts = dotted.split(".")
-    if len(parts) == 1 or parts[1] not in LAYER_OF:
-        return "__init__"
-    return parts[1]
-
-
-def layer_violations(source: str, module: str, is_package: bool = False) -> list[str]:
-    """Imports of one file of colm_ds that its layer does not allow, one message each."""
-    top = module.split(".")[1] if "." in module else "__init__"
-    if top not in LAYER_OF:
-        return [f"{module}: {top!r} has no layer. Add it to LAYERS in tests/test_layers.py, in its layer."]
-    messages = []
-    for line, name in imported_modules(ast.parse(source), module, is_package):
-        if name.split(".")[0] == "colm_ds" and LAYER_OF[part_of_package(name)] > LAYER_OF[top]:
-            layers = f"layer {LAYER_OF[part_of_package(name)]} from layer {LAYER_OF[top]}"
-            messages.append(f"{module}:{line}: imports {name} ({layers})")
-        if top == "selection" and not selection_may_import(name):
-            messages.append(f"{module}:{line}: imports {name}; allowed: the standard library, torch and layer 0")
-    return messages
 
 
 def selection_may_import(name: str) -> bool:
@@ -138,27 +77,67 @@ def python_files(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*.py") if not skipped(path))
 
 
-def package_sources(root: Path) -> Iterator[tuple[str, str, bool]]:
-    """Source text, module name and whether it is an `__init__`, for every file of colm_ds."""
-    for path in python_files(root):
-        if path.relative_to(root).parts[0] == "colm_ds":
-            yield path.read_text(encoding="utf-8"), module_name(path, root), path.stem == "__init__"
-
-
 def report(messages: list[str]) -> None:
     """Fail with all messages, if there are any."""
     if messages:
         pytest.fail("\n".join(messages), pytrace=False)
 
 
-def test_lower_layers_never_import_higher_ones(repo_root: Path) -> None:
-    sources = list(package_sources(repo_root))
-    assert sources, "no files of colm_ds found"
-    report([m for source, module, is_package in sources for m in layer_violations(source, module, is_package)])
+@pytest.fixture(scope="module")
+def structure(repo_root: Path) -> Structure:
+    return Structure(repo_root)
 
 
-def test_no_global_seeds_and_no_object_collectives(repo_root: Path) -> None:
-    report([m for source, module, _ in package_sources(repo_root) for m in forbidden_calls(source, module)])
+@pytest.fixture(scope="module")
+def floors(repo_root: Path) -> list[list[str]]:
+    return read_floors((repo_root / PLAN).read_text(encoding="utf-8"))
+
+
+def test_every_room_has_one_floor(structure: Structure, floors: list[list[str]]) -> None:
+    planned = [room for floor in floors for room in floor]
+    assert sorted([*planned, FACE]) == structure.rooms, f"rooms of colm_ds/ and floors in {PLAN} differ"
+
+
+def test_no_import_climbs(structure: Structure, floors: list[list[str]]) -> None:
+    assert len(structure.imports) > 500
+    report([f"{one.importer}:{one.line}: imports {one.target}, which is higher" for one in structure.climbing(floors)])
+
+
+def test_no_circle_between_files(structure: Structure) -> None:
+    report([" <-> ".join(group) for group in circles(structure.between_files)])
+
+
+def test_no_circle_between_folders(structure: Structure) -> None:
+    report([" <-> ".join(group) for group in circles(structure.between_folders)])
+
+
+def test_only_these_lie_on_the_root(repo_root: Path) -> None:
+    assert {path.name for path in (repo_root / "colm_ds").iterdir() if path.is_file()} == ON_THE_ROOT
+
+
+def test_nothing_imports_the_public_face(structure: Structure) -> None:
+    report([f"{one.importer}:{one.line}: imports colm_ds" for one in structure.imports if one.target == "colm_ds"])
+
+
+def test_tests_mirror_the_rooms(structure: Structure, repo_root: Path) -> None:
+    """Folders of tests are rooms, or what lies beside the package."""
+    beside = {path.name for path in repo_root.iterdir() if path.is_dir()} | {"golden", "gpu"}
+    folders = {path.name for path in (repo_root / "tests").iterdir() if any(path.glob("*.py"))}
+    report([f"tests/{name}: no such room" for name in sorted(folders - beside - set(structure.rooms))])
+
+
+def test_selection_needs_torch_only(structure: Structure) -> None:
+    messages = []
+    for module, path in structure.files.items():
+        if room_of(module) == "selection":
+            names = imported_names(ast.parse(path.read_text(encoding="utf-8")), module, path.stem == "__init__")
+            messages += [f"{module}:{line}: imports {n}" for line, n in names if not selection_may_import(n)]
+    report(messages)
+
+
+def test_no_global_seeds_and_no_object_collectives(structure: Structure) -> None:
+    found = [forbidden_calls(path.read_text(encoding="utf-8"), name) for name, path in structure.files.items()]
+    report([message for messages in found for message in messages])
 
 
 def test_file_names_say_what_is_inside(repo_root: Path) -> None:
@@ -170,47 +149,67 @@ def test_file_names_say_what_is_inside(repo_root: Path) -> None:
     report([f"{path}: name it after what it holds" for path in vague])
 
 
-def test_files_are_short(repo_root: Path) -> None:
-    messages = []
-    for path in python_files(repo_root):
-        num_lines = len(path.read_text(encoding="utf-8").splitlines())
-        if num_lines > MAX_LINES:
-            messages.append(f"{path.relative_to(repo_root)}: {num_lines} lines, more than {MAX_LINES}. Split it.")
-    report(messages)
+CLIMBS = {
+    "a lower floor imports a higher one": {"a/one.py": "", "b/two.py": "from colm_ds.a import one"},
+    "inside a function": {"a/one.py": "", "b/two.py": "def f():\n    import colm_ds.a.one"},
+    "under TYPE_CHECKING": {"a/one.py": "X = 1", "b/two.py": "if TYPE_CHECKING:\n    from colm_ds.a.one import X"},
+    "relative": {"a/one.py": "", "b/two.py": "from ..a import one"},
+    "relative, in an __init__": {"a/one.py": "", "b/__init__.py": "from ..a.one import X", "b/two.py": ""},
+}
+
+
+@pytest.mark.parametrize("name", CLIMBS)
+def test_climbing_is_found(name: str, tmp_path: Path) -> None:
+    assert written(tmp_path, CLIMBS[name]).climbing([["b"], ["a"]])
+    assert not Structure(tmp_path).climbing([["a"], ["b"]])
+
+
+CIRCLES = {
+    "files": ({"a/one.py": "from colm_ds.a import two", "a/two.py": "import colm_ds.a.one"}, 1, 0),
+    "folders without a circle of files": (
+        {"a/one.py": "import colm_ds.b.two", "b/two.py": "", "b/three.py": "import colm_ds.a.four", "a/four.py": ""},
+        0,
+        1,
+    ),
+    "a folder and one inside it": (
+        {"a/one.py": "import colm_ds.a.b.two", "a/b/two.py": "", "a/b/three.py": "import colm_ds.a.four"}
+        | {"a/four.py": ""},
+        0,
+        1,
+    ),
+    "none": ({"a/one.py": "import colm_ds.b.two", "b/two.py": "import torch"}, 0, 0),
+}
+
+
+@pytest.mark.parametrize("name", CIRCLES)
+def test_circles_are_found(name: str, tmp_path: Path) -> None:
+    sources, of_files, of_folders = CIRCLES[name]
+    made = written(tmp_path, sources)
+    assert (len(circles(made.between_files)), len(circles(made.between_folders))) == (of_files, of_folders)
+
+
+def written(folder: Path, sources: dict[str, str]) -> Structure:
+    """A package of these files."""
+    for name, source in {"__init__.py": "", "a/__init__.py": "", "b/__init__.py": "", **sources}.items():
+        path = folder / "colm_ds" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    return Structure(folder)
 
 
 @pytest.mark.parametrize(
-    ("source", "module"),
+    ("name", "allowed"),
     [
-        ("from colm_ds.engine import ColmEngine", "colm_ds.probe.spsa"),
-        ("def f():\n    import colm_ds.report.html", "colm_ds.engine"),
-        ("from colm_ds import initialize", "colm_ds.cli"),
-        ("import colm_ds", "colm_ds.cli"),
-        ("from colm_ds import engine", "colm_ds.config"),
-        ("from ..config import Settings", "colm_ds.selection.sources"),
-        ("from .. import config", "colm_ds.selection.sources"),
-        ("import numpy as np", "colm_ds.selection.mask"),
-        ("from transformers import AutoModel", "colm_ds.selection.mask"),
-        ("import math", "colm_ds.surprise"),
+        ("math", True),
+        ("torch.nn.functional", True),
+        ("colm_ds.types.Coreset", True),
+        ("numpy", False),
+        ("transformers.AutoModel", False),
+        ("colm_ds.config.colm", False),
     ],
 )
-def test_layer_check_finds(source: str, module: str) -> None:
-    assert layer_violations(source, module)
-
-
-@pytest.mark.parametrize(
-    ("source", "module", "is_package"),
-    [
-        ("from colm_ds.selection import coreset_quotas", "colm_ds.engine", False),
-        ("from colm_ds import selection, types", "colm_ds.engine", False),
-        ("from . import spsa\nfrom .exact import probe", "colm_ds.probe", True),
-        ("from . import mask\nfrom ..types import Coreset", "colm_ds.selection.selectors", False),
-        ("import torch.nn.functional as F\nfrom collections.abc import Sequence", "colm_ds.selection.mask", False),
-        ("from colm_ds.cli import main", "colm_ds", True),
-    ],
-)
-def test_layer_check_allows(source: str, module: str, is_package: bool) -> None:
-    assert layer_violations(source, module, is_package) == []
+def test_imports_of_selection(name: str, allowed: bool) -> None:
+    assert selection_may_import(name) == allowed
 
 
 @pytest.mark.parametrize(

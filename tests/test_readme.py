@@ -12,7 +12,7 @@ from typing import get_args
 
 import pytest
 
-from colm_ds.config import ColmConfig, MaskConfig, ProbeConfig
+from colm_ds.config.colm import ColmConfig, MaskConfig, ProbeConfig
 from colm_ds.selection import SELECTORS
 
 ROOT = Path(__file__).resolve().parents[1]

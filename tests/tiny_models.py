@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from colm_ds.families import FAMILIES
-from colm_ds.seeds import private_generator
+from colm_ds.models.families import FAMILIES
+from colm_ds.randomness import private_generator
 
 VOCABULARY_SIZE = 97
 BOS_ID, EOS_ID, PAD_ID = 1, 2, 0
@@ -22,7 +22,7 @@ def tiny_model(
     All weights are random, also norms, biases and the adapter's `lora_B`; the global RNG is left as it was.
 
     Args:
-        family: a `model_type` of `colm_ds.families`, or another one that takes the same configuration.
+        family: a `model_type` of `colm_ds.models.families`, or another one that takes the same configuration.
         lora: put a LoRA adapter on the family's targets; base frozen.
         dtype: of all weights, the adapter's too.
         seed: of the weights.

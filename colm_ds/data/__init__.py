@@ -1,10 +1,10 @@
 """Instruction data with sources: reading, prompts, tokens, batches and the large batches of a run."""
 
-from colm_ds.data.collate import length_sorted_batches, pad_batch, padding_fraction
+from colm_ds.batching.collate import length_sorted_batches, pad_batch, padding_fraction
+from colm_ds.batching.mixture import MixtureSampler
 from colm_ds.data.holdout import split_holdout
 from colm_ds.data.instructions import InstructionDataset, load_instructions
 from colm_ds.data.jsonl import find_files, read_records
-from colm_ds.data.mixture import MixtureSampler
 from colm_ds.data.prompt import encode_example, encode_examples, encode_prompt, format_prompt
 
 __all__ = [

@@ -11,11 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from colm_ds.data.collate import IGNORE_INDEX, length_sorted_batches, pad_batch
-from colm_ds.data.mixture import seeded_permutation
+from colm_ds.batching.collate import IGNORE_INDEX, length_sorted_batches, pad_batch
+from colm_ds.batching.mixture import seeded_permutation
 from colm_ds.errors import ConfigError, DivergenceError
-from colm_ds.probe.patch import eval_mode, patched_forwards
-from colm_ds.seeds import derive_seed
+from colm_ds.models.patch import eval_mode, patched_forwards
+from colm_ds.randomness import derive_seed
 from colm_ds.selection import Exchange
 from colm_ds.types import CandidateTable, Example, SourcedDataset
 

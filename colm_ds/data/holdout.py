@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from colm_ds.batching.mixture import seeded_permutation
 from colm_ds.data.instructions import InstructionDataset
-from colm_ds.data.mixture import seeded_permutation
 from colm_ds.errors import ConfigError
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from colm_ds.data.collate import IGNORE_INDEX
+from colm_ds.batching.collate import IGNORE_INDEX
+from colm_ds.batching.mixture import seeded_permutation
 from colm_ds.data.jsonl import PathLike
-from colm_ds.data.mixture import seeded_permutation
 from colm_ds.data.prompt import PROMPT_TEMPLATE, check_encoding, encode_examples
 from colm_ds.data.records import describe_places, find_places, read_place
 from colm_ds.data.token_cache import cache_key, describe_tokenizer, load_arrays, store_arrays

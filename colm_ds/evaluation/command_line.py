@@ -17,15 +17,15 @@ import torch.distributed as dist
 from colm_ds.distributed.agreement import EXIT_CODE, single_process_environment, together
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.errors import ColmError
-from colm_ds.evaluation import sandbox
 from colm_ds.evaluation.backend import Backend, TransformersBackend
 from colm_ds.evaluation.evaluate import GROUPS, TASK_NAMES, Options, evaluate, print_results, task_names
 from colm_ds.evaluation.model_source import ModelSource, describe, find_model, load, load_its_tokenizer, read_recipe
 from colm_ds.evaluation.perplexity import PerplexityTask, is_store
 from colm_ds.evaluation.question_files import find_set, parse_places
 from colm_ds.evaluation.question_log import EvaluationFolder
+from colm_ds.evaluation.sandbox import sandbox
 from colm_ds.evaluation.vllm_backend import VllmBackend
-from colm_ds.models import DTYPES, quiet_libraries
+from colm_ds.recipes.model import DTYPES, quiet_libraries
 
 DEFAULT_CHUNK_TOKENS = 1024
 

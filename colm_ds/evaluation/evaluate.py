@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from colm_ds.batching.assign import home_ranks
 from colm_ds.data.choices import WRITERS
 from colm_ds.data.records import read_place
 from colm_ds.distributed.agreement import together
-from colm_ds.distributed.assign import home_ranks
 from colm_ds.errors import ConfigError, DataError, nearest_key
 from colm_ds.evaluation.backend import Backend
 from colm_ds.evaluation.choices import ChoiceTask

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from colm_ds.batching.assign import home_ranks, micro_batches
 from colm_ds.data.instructions import ONE_SOURCE
 from colm_ds.data.prompt import encode_prompt
 from colm_ds.data.records import find_places, read_place
-from colm_ds.distributed.assign import home_ranks, micro_batches
-from colm_ds.probe.patch import eval_mode
+from colm_ds.models.patch import eval_mode
 from colm_ds.selection import Exchange
 
 TRIGGER = "The answer is"

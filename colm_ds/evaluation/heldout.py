@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from colm_ds.data.micro_batch import make_micro_batch
-from colm_ds.distributed.assign import home_ranks, micro_batches
-from colm_ds.probe.example_loss import candidate_scores, loss_sums
-from colm_ds.probe.patch import eval_mode
+from colm_ds.batching.assign import home_ranks, micro_batches
+from colm_ds.batching.micro_batch import make_micro_batch
+from colm_ds.models.example_loss import candidate_scores, loss_sums
+from colm_ds.models.patch import eval_mode
+from colm_ds.models.training_loss import label_losses
 from colm_ds.selection import Exchange
-from colm_ds.training_loss import label_losses
 from colm_ds.types import CandidateTable, SourcedDataset
 
 

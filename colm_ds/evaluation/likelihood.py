@@ -12,7 +12,7 @@ from torch import Tensor
 
 from colm_ds.data.prompt import Continuation
 from colm_ds.evaluation.generate import left_padded, select_rows
-from colm_ds.probe.token_loss import token_losses
+from colm_ds.models.token_loss import token_losses
 
 
 @dataclass(frozen=True)

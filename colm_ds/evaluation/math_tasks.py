@@ -9,10 +9,11 @@ from typing import Any
 from colm_ds.data.prompt import format_prompt
 from colm_ds.data.records import Records, text_of
 from colm_ds.errors import DataError
-from colm_ds.evaluation import answers, sandbox
 from colm_ds.evaluation.backend import Backend
 from colm_ds.evaluation.generate import Generation
+from colm_ds.evaluation.math import answers
 from colm_ds.evaluation.results import accuracy_summary
+from colm_ds.evaluation.sandbox import sandbox
 from colm_ds.evaluation.task import Answered, Row
 
 PROGRAM_SUFFIX = " Let's write a program."

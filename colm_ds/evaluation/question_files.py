@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from colm_ds.batching.mixture import seeded_permutation
 from colm_ds.data.jsonl import SUFFIXES
-from colm_ds.data.mixture import seeded_permutation
 from colm_ds.errors import ConfigError, nearest_key
 
 

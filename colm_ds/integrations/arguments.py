@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import yaml
 
-from colm_ds.config import ColmConfig, validate_section
+from colm_ds.config.colm import ColmConfig, validate_section
+from colm_ds.config.standalone import selection_config
 from colm_ds.errors import ConfigError, Problems
-from colm_ds.selection_config import selection_config
 
 OWN_TO_THE_ENGINE = {
     "micro_batch_tokens": "The Trainer's micro-batches have per_device_train_batch_size examples",

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from colm_ds.data.mixture import MixtureSampler
-from colm_ds.data.shares import read_examples
+from colm_ds.batching.gather import read_examples
+from colm_ds.batching.mixture import MixtureSampler
 from colm_ds.errors import ConfigError, DataError
 from colm_ds.types import Example
 

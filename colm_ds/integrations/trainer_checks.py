@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from colm_ds.config import ColmConfig
+from colm_ds.config.colm import ColmConfig
 from colm_ds.errors import ColmError, Problems
-from colm_ds.probe.architecture import find_architecture
+from colm_ds.models.architecture import find_architecture
 from colm_ds.selection import signal_of
 
 _REORDERING = {"group_by_length": "sorts by length", "batch_rebalance": "cuts batches by length"}

@@ -13,12 +13,12 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from colm_ds.accumulation import loss_scale
-from colm_ds.config import ColmConfig
-from colm_ds.coreset_selector import CoresetSelector
-from colm_ds.data.shares import gather_large_batch
-from colm_ds.data.sources import looks_at_sources, small_source_ids
+from colm_ds.batching.gather import gather_large_batch
+from colm_ds.batching.sources import looks_at_sources, small_source_ids
+from colm_ds.config.colm import ColmConfig
 from colm_ds.distributed.exchange import make_exchange
+from colm_ds.engine.accumulation import loss_scale
+from colm_ds.engine.coreset_selector import CoresetSelector
 from colm_ds.errors import CheckpointError, ColmError, ConfigError, Problems, SelectionError
 from colm_ds.integrations.arguments import CoLMArguments, CoLMConfig, Given, read_section, resolve_section
 from colm_ds.integrations.large_batches import (
@@ -34,7 +34,7 @@ from colm_ds.integrations.micro_batches import KEY, Weighted, coreset_micro_batc
 from colm_ds.integrations.statistics import SelectionStatistics
 from colm_ds.integrations.trainer_checks import check_arguments, check_sizes, is_trl
 from colm_ds.memory.meter import Meter
-from colm_ds.training_loss import example_loss_sums, find_loss_head
+from colm_ds.models.training_loss import example_loss_sums, find_loss_head
 from colm_ds.types import Coreset, Example
 
 __all__ = ["CoLMArguments", "CoLMConfig", "CoLMMixin", "CoLMTrainer"]

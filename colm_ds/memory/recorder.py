@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from colm_ds.config import MemoryConfig
+from colm_ds.config.colm import MemoryConfig
 from colm_ds.memory.breakdown import held_bytes, peak_parts, storage_bytes
 from colm_ds.memory.counted import CountedPhases
 from colm_ds.memory.meter import GIB, Meter

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from colm_ds.seeds import private_generator
+from colm_ds.randomness import private_generator
 
 _BLOCK = 1 << 14
 """Coordinates drawn from one generator: what is regenerated when a part of a direction is read."""

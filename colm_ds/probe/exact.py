@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from colm_ds.probe.architecture import Architecture
+from colm_ds.models.architecture import Architecture
 from colm_ds.probe.factors import example_gradients, gradient_factors
 from colm_ds.probe.tail import TailInput
 from colm_ds.selection import DenseGradients, Exchange, Signals, finite_rows

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from colm_ds.data.micro_batch import MicroBatch
-from colm_ds.probe.architecture import Architecture, ProbeTarget
+from colm_ds.batching.micro_batch import MicroBatch
+from colm_ds.models.architecture import Architecture, ProbeTarget
 from colm_ds.probe.tail import TailInput, tail_losses
 
 

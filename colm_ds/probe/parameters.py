@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from colm_ds.probe.architecture import ProbeTarget
+from colm_ds.models.architecture import ProbeTarget
 
 
 @contextmanager

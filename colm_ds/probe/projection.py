@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from colm_ds.probe.architecture import Architecture
+from colm_ds.models.architecture import Architecture
 from colm_ds.probe.directions import Directions
 from colm_ds.probe.estimators import VectorRows
 from colm_ds.probe.exact import ExactEstimator

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from colm_ds.config import ProbeConfig
-from colm_ds.probe.architecture import Architecture
+from colm_ds.config.colm import ProbeConfig
+from colm_ds.models.architecture import Architecture
 from colm_ds.probe.estimators import Estimator
 from colm_ds.probe.exact import ExactEstimator
 from colm_ds.probe.projection import ProjectionEstimator

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from colm_ds.probe.architecture import Architecture
-from colm_ds.probe.patch import patched_forwards
-from colm_ds.seeds import private_generator
+from colm_ds.models.architecture import Architecture
+from colm_ds.models.patch import patched_forwards
+from colm_ds.randomness import private_generator
 
 Run = Callable[[Tensor], Any]
 

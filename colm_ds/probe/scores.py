@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from colm_ds.probe.architecture import Architecture
+from colm_ds.models.architecture import Architecture
+from colm_ds.models.example_loss import candidate_scores
+from colm_ds.models.patch import patched_forwards
+from colm_ds.models.token_loss import in_chunks, sums_by_row
 from colm_ds.probe.estimators import VectorRows
-from colm_ds.probe.example_loss import candidate_scores
 from colm_ds.probe.factors import gradient_factors
-from colm_ds.probe.patch import patched_forwards
 from colm_ds.probe.tail import TailInput, label_losses, labelled_hidden, tail_losses
-from colm_ds.probe.token_loss import in_chunks, sums_by_row
 from colm_ds.selection import Exchange, Signals
 from colm_ds.types import Coreset
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from colm_ds.errors import ProbeError
-from colm_ds.probe.architecture import Architecture, ProbeTarget
+from colm_ds.models.architecture import Architecture, ProbeTarget
 from colm_ds.probe.directions import sign_vectors
 from colm_ds.probe.estimators import VectorRows
 from colm_ds.probe.factors import gradient_factors

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from colm_ds.probe.architecture import Architecture, ProbeTarget
+from colm_ds.models.architecture import Architecture, ProbeTarget
 from colm_ds.probe.directions import Directions, LowRankDirections
 from colm_ds.probe.estimators import VectorRows
 from colm_ds.probe.tail import TailInput, precise_tail, tail_losses

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from colm_ds.data.micro_batch import MicroBatch
+from colm_ds.batching.micro_batch import MicroBatch
 from colm_ds.errors import ProbeError
-from colm_ds.probe.architecture import Architecture
-from colm_ds.probe.example_loss import loss_sums
-from colm_ds.probe.patch import Forward, patched_forwards
-from colm_ds.probe.token_loss import token_losses
+from colm_ds.models.architecture import Architecture
+from colm_ds.models.example_loss import loss_sums
+from colm_ds.models.patch import Forward, patched_forwards
+from colm_ds.models.token_loss import token_losses
 
 _CAST_ELEMENTS = 1 << 22
 """Weight elements cast at a time (16 MB in float32)."""

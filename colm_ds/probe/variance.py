@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from colm_ds.probe.architecture import Architecture
+from colm_ds.models.architecture import Architecture
 from colm_ds.probe.factors import example_gradients, gradient_factors
 from colm_ds.probe.tail import TailInput
 from colm_ds.selection import Exchange

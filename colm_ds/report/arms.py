@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from colm_ds.report.facts import Curve, Facts, has_counted, run_facts, small_sources
-from colm_ds.report.run import Run, lookup, number
+from colm_ds.run_folder.read import Run, lookup, number
 
 # Keys that tell runs of one arm apart: seeds, names and places.
 _NOT_THE_METHOD = {

@@ -29,13 +29,13 @@ from colm_ds.report.quality import (
     sources_section,
     training_section,
 )
-from colm_ds.report.run import Run, lookup
 from colm_ds.report.section import Section
 from colm_ds.report.setup import problems_of, setup_section
 from colm_ds.report.signals import signals_section
 from colm_ds.report.summary import caveats, listed, summary
 from colm_ds.report.tables import plain, quoted
 from colm_ds.report.tradeoff import tradeoff_section
+from colm_ds.run_folder.read import Run, lookup
 
 _LONGEST_TITLE = 90
 

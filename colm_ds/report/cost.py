@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from colm_ds.coherence import JOINT, agreement
 from colm_ds.report.arms import Arm
 from colm_ds.report.charts import Line, Picture, dot_picture, line_picture, stacked_picture
 from colm_ds.report.curves import envelope, last_tenth, smooth, thin
 from colm_ds.report.facts import BYTE_KINDS, PHASES, Curve
 from colm_ds.report.quality import data_shares, mark_small, source_names
-from colm_ds.report.run import lookup, number
 from colm_ds.report.section import Section
 from colm_ds.report.tables import Column, Table, fixed, kib, percent, quoted, seconds, times, whole
+from colm_ds.run_folder.coherence import JOINT, agreement
+from colm_ds.run_folder.read import lookup, number
 
 _MOST_COHERENCE_PICTURES = 6
 

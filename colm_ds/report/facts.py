@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from colm_ds.report.run import Run, lookup, names, number, numbers
+from colm_ds.run_folder.read import Run, lookup, names, number, numbers
 
 PHASES = ("data", "probe", "exchange", "select", "forward", "backward", "train", "step")
 _NOT_ADDED = ("total", "save")

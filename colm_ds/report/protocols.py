@@ -10,9 +10,9 @@ from colm_ds.report.charts import Line, Picture, line_picture
 from colm_ds.report.differences import references
 from colm_ds.report.memory import MICRO_BATCH_NOTE, kind_sentences, micro_batch_cells, micro_batch_columns
 from colm_ds.report.quality import describe
-from colm_ds.report.run import number
 from colm_ds.report.section import Section
 from colm_ds.report.tables import Column, Table, fixed, quoted, seconds, times, whole
+from colm_ds.run_folder.read import number
 
 
 def _full_steps(arm: Arm) -> int | None:

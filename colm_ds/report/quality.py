@@ -9,9 +9,9 @@ from colm_ds.report.charts import Line, Picture, dot_picture, line_picture
 from colm_ds.report.curves import envelope, seconds_at, smooth, steps_of, thin, value_at
 from colm_ds.report.differences import difference, ratio, references
 from colm_ds.report.facts import Curve
-from colm_ds.report.run import lookup
 from colm_ds.report.section import Section
 from colm_ds.report.tables import MISSING, Column, Table, fixed, percent, seconds, signed, times, whole
+from colm_ds.run_folder.read import lookup
 
 ROLES = {
     "plain_r": "plain on r",

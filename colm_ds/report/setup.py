@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from colm_ds.report.arms import Arm, flatten, method_settings, micro_batch_size, value_text
-from colm_ds.report.run import Run, lookup, number, numbers
 from colm_ds.report.section import Listing, Section
 from colm_ds.report.tables import MISSING, Column, Table, compact, whole
+from colm_ds.run_folder.read import Run, lookup, number, numbers
 
 _REVISION = 12  # characters of a git revision in the table; the configuration has all
 

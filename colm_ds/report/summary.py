@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 from colm_ds.report.arms import Arm
 from colm_ds.report.differences import TINY, Difference, difference, ratio, references
-from colm_ds.report.run import numbers
 from colm_ds.report.setup import unequal
 from colm_ds.report.tables import fixed, percent, plural, quoted, seconds, signed, times
+from colm_ds.run_folder.read import numbers
 
 _NUMBER_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _SAME_COST = 0.03  # ratios of time and memory within this of 1 are called about the same

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from colm_ds.report.arms import make_arms
 from colm_ds.report.quality import arms_table
-from colm_ds.report.run import Run
 from colm_ds.report.tables import shorten
+from colm_ds.run_folder.read import Run
 
 _WIDEST = 28
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from colm_ds.errors import SelectionError
-from colm_ds.seeds import private_generator
+from colm_ds.randomness import private_generator
 from colm_ds.selection.exchange import SINGLE_PROCESS, Exchange
 from colm_ds.selection.facility_location import METRICS
 from colm_ds.selection.gradients import Gradients

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from colm_ds.errors import SelectionError
-from colm_ds.seeds import private_generator
+from colm_ds.randomness import private_generator
 from colm_ds.selection.coreset import SelectionSettings, Signals, select_coreset
 from colm_ds.selection.exchange import Exchange
 from colm_ds.selection.history import AdamHistory

@@ -11,8 +11,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from colm_ds.report.run import Run, lookup, number
 from colm_ds.report.svg import COLORS
+from colm_ds.run_folder.read import Run, lookup, number
 
 LINE_STYLES = ("-", "--", ":", "-.")
 MAX_ARMS_AT_ONCE = len(COLORS) * len(LINE_STYLES)

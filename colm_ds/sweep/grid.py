@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from pydantic import Field
 
-from colm_ds.config import Section, validate_section
+from colm_ds.config.colm import Section, validate_section
 from colm_ds.errors import ConfigError, Problems
 
 

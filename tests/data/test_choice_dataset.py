@@ -10,18 +10,18 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from colm_ds.data.candidates import computed_rows
+from colm_ds.batching.candidates import computed_rows
+from colm_ds.batching.loader import LargeBatchLoader
+from colm_ds.batching.micro_batch import make_micro_batch
 from colm_ds.data.choice_dataset import ChoiceDataset, load_choices
 from colm_ds.data.choices import WRITERS
-from colm_ds.data.loader import LargeBatchLoader
-from colm_ds.data.micro_batch import make_micro_batch
 from colm_ds.data.prompt import encode_pair
 from colm_ds.errors import ConfigError, DataError
 from colm_ds.evaluation.backend import TransformersBackend
 from colm_ds.evaluation.choices import ChoiceTask
 from colm_ds.evaluation.heldout import first_largest, heldout_loss
+from colm_ds.models.training_loss import find_loss_head
 from colm_ds.selection import SINGLE_PROCESS
-from colm_ds.training_loss import find_loss_head
 from tests.choices import random_choices
 from tests.tiny_models import tiny_model
 

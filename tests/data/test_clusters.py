@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from colm_ds.batching.loader import LargeBatchLoader
+from colm_ds.batching.resourced import WithSources
 from colm_ds.data.clusters import cluster_features, cluster_together
-from colm_ds.data.loader import LargeBatchLoader
-from colm_ds.data.resourced import WithSources
 from colm_ds.errors import ConfigError, DataError, DivergenceError
 from colm_ds.selection import SINGLE_PROCESS
 from tests.choices import random_choices

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from colm_ds.data import MixtureSampler, encode_prompt, load_instructions, pad_batch, read_records
-from colm_ds.data.generated import TASKS, VOCABULARY_SIZE, generate_records, main, write_mixture
+from colm_ds.data.generated.mixture import TASKS, VOCABULARY_SIZE, generate_records, main, write_mixture
 from colm_ds.errors import ConfigError
 from colm_ds.types import Example
 

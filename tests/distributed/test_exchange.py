@@ -15,7 +15,7 @@ from colm_ds.distributed.exchange import (
     broadcast_coreset,
     make_exchange,
 )
-from colm_ds.seeds import private_generator
+from colm_ds.randomness import private_generator
 from colm_ds.selection import SINGLE_PROCESS, Exchange
 from colm_ds.types import Coreset
 from tests.ranks import Ranks

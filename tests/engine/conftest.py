@@ -25,13 +25,6 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def pools() -> Iterator[dict[int, Ranks]]:
-    """Pools of one and of two ranks; their processes start when they are first needed."""
-    with Ranks(1) as one, Ranks(2) as two:
-        yield {1: one, 2: two}
-
-
-@pytest.fixture(scope="session")
 def outcomes(pools: dict[int, Ranks]) -> Runner:
     """Runs a case on W ranks, once; what each rank saw."""
     seen: dict[tuple[str, int], list[Outcome]] = {}

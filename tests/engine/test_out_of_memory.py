@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from colm_ds.data.chunks import ChunkDataset
-from colm_ds.data.token_store import MANIFEST, PARTS, TRAIN, TokenStore, write_part
+from colm_ds.data.pretraining.chunks import ChunkDataset
+from colm_ds.data.pretraining.token_store import MANIFEST, PARTS, TRAIN, TokenStore, write_part
 from tests.choices import random_choices
 from tests.engine.training import Case, start
 from tests.ranks import Ranks
@@ -34,7 +34,7 @@ def chunks(folder: Path) -> ChunkDataset:
 
 def starve(dataset: Any, phase: str) -> str:
     """In a rank: what an engine says when memory runs out in a phase of its second step."""
-    from colm_ds import accumulation, coreset_selector
+    from colm_ds.engine import accumulation, coreset_selector
     from colm_ds.errors import DeviceMemoryError
 
     module: Any = coreset_selector if phase == "probe" else accumulation

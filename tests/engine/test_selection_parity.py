@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from colm_ds.data.mixture import MixtureSampler
+from colm_ds.batching.mixture import MixtureSampler
 from colm_ds.selection import AdamHistory, DenseGradients, SelectionSettings, Signals, select_coreset
 from tests.engine.cases import ESTIMATORS, matrix_case
 from tests.engine.conftest import Runner

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from colm_ds.seeds import private_generator
+from colm_ds.randomness import private_generator
 from tests.tiny_models import VOCABULARY_SIZE, tiny_model
 
 SOURCES = {"algebra": 44, "biology": 37, "code": 30, "drama": 7, "essays": 5}

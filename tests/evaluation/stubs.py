@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from colm_ds.data.generated import generate_records, train_tokenizer
+from colm_ds.data.generated.mixture import generate_records, train_tokenizer
 from colm_ds.evaluation.backend import TransformersBackend
 from colm_ds.evaluation.generate import Generation
 from colm_ds.evaluation.likelihood import Likelihood

@@ -14,8 +14,8 @@ import finetune.evaluate
 import pretrain.evaluate
 from colm_ds.errors import CheckpointError
 from colm_ds.evaluation.model_source import find_model, load
-from colm_ds.evaluation.sandbox import detect
-from colm_ds.seeds import private_generator
+from colm_ds.evaluation.sandbox.sandbox import detect
+from colm_ds.randomness import private_generator
 from tests.evaluation.evaluations import numbers, read_answers
 from tests.evaluation.stubs import make_model
 from tests.tiny_models import add_lora

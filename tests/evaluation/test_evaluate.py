@@ -15,7 +15,7 @@ from colm_ds.evaluation.evaluate import TASK_NAMES, Options, evaluate, read_task
 from colm_ds.evaluation.question_files import DataPlaces, find_set, parse_places, subset
 from colm_ds.evaluation.question_log import EvaluationFolder
 from colm_ds.evaluation.results import AVERAGES, averages, markdown, wilson_interval
-from tests.evaluation.evaluations import TASKS, make_options, numbers, read_answers, run_on_rank, write_data
+from tests.evaluation.evaluations import TASKS, assert_same_answers, make_options, numbers, run_on_rank, write_data
 from tests.evaluation.stubs import StubBackend, make_backend
 from tests.ranks import Ranks
 
@@ -52,7 +52,7 @@ def test_one_by_one_equals_batched(
     assert results is not None
     assert numbers(results) == numbers(alone[0])
     for name in TASKS:
-        assert read_answers(tmp_path, name) == read_answers(alone[1], name)
+        assert_same_answers(tmp_path, alone[1], name)
 
 
 @pytest.mark.distributed
@@ -63,7 +63,7 @@ def test_two_ranks_equal_one(
     assert second is None
     assert numbers(first) == numbers(alone[0])
     for name in TASKS:
-        assert read_answers(tmp_path, name) == read_answers(alone[1], name)
+        assert_same_answers(tmp_path, alone[1], name)
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(file.name for file in alone[1].iterdir())
 
 
@@ -115,7 +115,7 @@ def test_killed_again_and_again_equals_undisturbed(
     assert any("going on after" in message for message in said)
     assert numbers(results) == numbers(alone[0])
     for name in TASKS:
-        assert read_answers(tmp_path, name) == read_answers(alone[1], name)
+        assert_same_answers(tmp_path, alone[1], name)
     again = run(KilledBackend(backend, 0), make_options(data), tmp_path)  # nothing is asked any more
     assert again["tasks"] == results["tasks"]
 

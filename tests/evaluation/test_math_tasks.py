@@ -14,7 +14,7 @@ from colm_ds.errors import DataError
 from colm_ds.evaluation import math_tasks
 from colm_ds.evaluation.math_tasks import PROGRAM_SUFFIX, MathQuestion, MathTask, read_question
 from colm_ds.evaluation.results import IN_DOMAIN, OUT_OF_DOMAIN
-from colm_ds.evaluation.sandbox import detect
+from colm_ds.evaluation.sandbox.sandbox import detect
 from tests.evaluation.stubs import StubBackend
 
 SETS = IN_DOMAIN + OUT_OF_DOMAIN

@@ -70,7 +70,7 @@ def train_and_save(case: Case, run: str, base: str, finish: bool) -> dict[str, T
     """
     from transformers import AutoTokenizer
 
-    from colm_ds.export import save_trained
+    from colm_ds.checkpoints.weights import save_trained
 
     engine = start(case)
     for number in (1, 2, 3):

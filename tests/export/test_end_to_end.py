@@ -16,8 +16,8 @@ import torch
 from torch.nn import functional as F
 
 from colm_ds.data import load_instructions
-from colm_ds.data.generated import write_mixture
-from colm_ds.export_run import export_run
+from colm_ds.data.generated.mixture import write_mixture
+from colm_ds.export.run import export_run
 from tests.finetune.test_entry import ROOT, recipe_of, start
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(280)]

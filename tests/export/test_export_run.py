@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from colm_ds import checkpoint
+from colm_ds.checkpoints import atomic
+from colm_ds.checkpoints.weights import save_model
 from colm_ds.cli import main
 from colm_ds.errors import CheckpointError, ConfigError
-from colm_ds.export import save_model
-from colm_ds.export_run import export_run
+from colm_ds.export.run import export_run
 from tests.engine.training import NOTHING_PERSISTS, Case
 from tests.export.runs import base_of, expected_logits, logits, random_base, write_run
 from tests.ranks import Ranks
@@ -242,7 +242,7 @@ def test_checkpoint_without_all_of_its_weights(unfinished: Path, damage: str, mo
     else:
         state["module"][name][0, 0] = float("nan")
     torch.save(state, file)
-    monkeypatch.setattr(checkpoint, "why_not_whole", lambda path: None)
+    monkeypatch.setattr(atomic, "why_not_whole", lambda path: None)
     said = {"missing": "1 of 16 trained tensors are not in it", "empty": "is empty", "not finite": "not finite"}[damage]
     with pytest.raises(CheckpointError, match=said) as error:
         export_run(unfinished)
@@ -297,7 +297,7 @@ def test_what_can_not_be_asked_for(lora_run: tuple[Path, dict[str, Tensor]], tmp
 def test_tied_weights_are_not_merged_into(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    from colm_ds.export_run import _merge
+    from colm_ds.export.run import _merge
     from tests.tiny_models import tiny_model
 
     model = get_peft_model(tiny_model("llama", tie_word_embeddings=True), LoraConfig(r=2, target_modules=["lm_head"]))

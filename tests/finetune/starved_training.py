@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from colm_ds import accumulation, coreset_selector
-from colm_ds.training import run
+from colm_ds.engine import accumulation, coreset_selector
+from colm_ds.training.run import run
 
 if __name__ == "__main__":
     recipe, ranks, phase = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]

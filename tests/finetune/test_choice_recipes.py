@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from colm_ds.data.choices import WRITERS
-from colm_ds.data.generated import write_mixture
+from colm_ds.data.generated.mixture import write_mixture
 from colm_ds.errors import ConfigError
-from colm_ds.recipe import ChoiceRecipe, load_recipe
+from colm_ds.recipes.recipe import ChoiceRecipe, load_recipe
 from tests.finetune.test_entry import ROOT
 from tests.finetune.test_recipes import SHAPE
 

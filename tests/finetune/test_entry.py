@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from colm_ds.data.generated import write_mixture
+from colm_ds.data.generated.mixture import write_mixture
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(280)]
 

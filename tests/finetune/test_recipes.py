@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from colm_ds.data.generated import write_mixture
-from colm_ds.families import FAMILIES
-from colm_ds.recipe import load_recipe
+from colm_ds.data.generated.mixture import write_mixture
+from colm_ds.models.families import FAMILIES
+from colm_ds.recipes.recipe import load_recipe
 from tests.finetune.test_entry import ROOT
 
 FOLDER = ROOT / "finetune" / "recipes"

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from colm_ds import checkpoint
+from colm_ds.checkpoints import atomic
 from tests.finetune.test_entry import ROOT, metrics, recipe_of, write_mixture
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(280)]
@@ -78,7 +78,7 @@ def all_end(processes: list[psutil.Process]) -> bool:
 
 def newest(output: Path) -> int:
     """Steps in the newest checkpoint, which must be whole."""
-    found = checkpoint.find(output / "run" / "checkpoints")
+    found = atomic.find(output / "run" / "checkpoints")
     assert found is not None
     assert found.passed_over == ()
     return found.step

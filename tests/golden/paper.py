@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from colm_ds.seeds import private_generator
+from colm_ds.randomness import private_generator
 from tests.engine.training import Case, start, step
 from tests.engine.training import parameters as trained_parameters
 

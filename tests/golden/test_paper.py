@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from colm_ds.config import PAPER, ColmConfig, MaskConfig, ProbeConfig, ScheduleConfig, Section
+from colm_ds.config.colm import PAPER, ColmConfig, MaskConfig, ProbeConfig, ScheduleConfig, Section
 from tests.golden.paper import CASES, load, run
 from tests.ranks import Ranks
 

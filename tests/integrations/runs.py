@@ -55,7 +55,7 @@ def with_engine(colm: dict[str, Any], steps: int) -> Trained:
 def with_plain_loop(colm: dict[str, Any], steps: int) -> Trained:
     """Train in a loop of our own, every rank on what is chosen of its share; gradients are averaged by hand."""
     import colm_ds
-    from colm_ds.data.mixture import MixtureSampler
+    from colm_ds.batching.mixture import MixtureSampler
 
     data, model = records(SOURCES), tiny_model("llama").train()
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -97,7 +97,7 @@ def make_trainer(output: str, colm: Any, steps: int, stage: int | None = None, *
     """A `CoLMTrainer` on the tiny model that notes what it chooses (`chosen`) and trains on (`shapes`)."""
     from transformers import TrainingArguments
 
-    from colm_ds.engine import prepare_deepspeed
+    from colm_ds.engine.engine import prepare_deepspeed
     from colm_ds.integrations.transformers import CoLMTrainer
 
     class Noting(CoLMTrainer):

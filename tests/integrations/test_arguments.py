@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from colm_ds.config import ColmConfig
+from colm_ds.config.colm import ColmConfig
 from colm_ds.integrations.arguments import OWN_TO_THE_ENGINE, CoLMArguments, CoLMConfig, read_section
 
 

@@ -72,7 +72,7 @@ def test_ranks_train_as_many_examples_each() -> None:
 
 
 def test_sources_are_numbered_as_by_the_engine() -> None:
-    from colm_ds.data.loader import RecordDataset, source_counts
+    from colm_ds.batching.loader import RecordDataset, source_counts
 
     values = ["b", 10, "a", 2, "b", 2]
     records = [{"input_ids": [1, 2], "source": value} for value in values]

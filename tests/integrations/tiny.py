@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from colm_ds.seeds import private_generator
+from colm_ds.randomness import private_generator
 from tests.tiny_models import VOCABULARY_SIZE, tiny_model
 
 SOURCES = {"algebra": 24, "biology": 20, "code": 4}

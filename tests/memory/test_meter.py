@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from colm_ds.config import MemoryConfig
+from colm_ds.config.colm import MemoryConfig
 from colm_ds.memory import breakdown, meter
 from colm_ds.memory.breakdown import PARTS, held_bytes, peak_parts, storage_bytes
 from colm_ds.memory.counted import CountedPhases

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from colm_ds.data.generated_text import write_text
+from colm_ds.data.generated.text import write_text
 from tests.pretrain.runs import Prepared, call, make_recipe
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from colm_ds.data.token_store import checksum
+from colm_ds.data.pretraining.token_store import checksum
 from tests.pretrain.runs import (
     ENVIRONMENT,
     ROOT,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from colm_ds.recipe import PretrainingRecipe, load_recipe
+from colm_ds.recipes.recipe import PretrainingRecipe, load_recipe
 from tests.pretrain.runs import ROOT, SHAPE, WEIGHTS, Prepared, read_metrics, read_summary, train
 
 FOLDER = ROOT / "pretrain" / "recipes"

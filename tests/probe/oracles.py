@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from colm_ds.data.micro_batch import MicroBatch, make_micro_batch
-from colm_ds.probe.architecture import Architecture, find_architecture
+from colm_ds.batching.micro_batch import MicroBatch, make_micro_batch
+from colm_ds.models.architecture import Architecture, find_architecture
+from colm_ds.models.patch import eval_mode
 from colm_ds.probe.estimators import Estimator
 from colm_ds.probe.exact import ExactEstimator
 from colm_ds.probe.factors import gradient_factors
-from colm_ds.probe.patch import eval_mode
 from colm_ds.probe.projection import ProjectionEstimator
 from colm_ds.probe.sketch import SketchEstimator
 from colm_ds.probe.spsa import SpsaEstimator
 from colm_ds.probe.tail import TailInput, run_trunk
-from colm_ds.seeds import private_generator
+from colm_ds.randomness import private_generator
 from colm_ds.selection import SINGLE_PROCESS, AdamHistory, Signals
 from colm_ds.types import Example
 from tests.tiny_models import VOCABULARY_SIZE

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from colm_ds.data.micro_batch import make_micro_batch
-from colm_ds.probe.architecture import find_architecture
+from colm_ds.batching.micro_batch import make_micro_batch
+from colm_ds.models.architecture import find_architecture
+from colm_ds.models.training_loss import example_loss_sums, find_loss_head
 from colm_ds.probe.factors import example_gradients, gradient_factors
 from colm_ds.probe.scores import confidences, gradient_norms, last_hidden
 from colm_ds.probe.tail import run_trunk, tail_losses
-from colm_ds.training_loss import example_loss_sums, find_loss_head
 from colm_ds.types import Example
 from tests.choices import plain_choice_loss, plain_scores, random_choices
 from tests.probe.oracles import make_estimator, make_examples, probe_step, relative_error, signal_rows, target_weight

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from colm_ds.data.micro_batch import PLACE_HOLDER, make_micro_batch
-from colm_ds.families import FAMILIES
-from colm_ds.probe import token_loss
-from colm_ds.probe.architecture import find_architecture
+from colm_ds.batching.micro_batch import PLACE_HOLDER, make_micro_batch
+from colm_ds.models import token_loss
+from colm_ds.models.architecture import find_architecture
+from colm_ds.models.families import FAMILIES
 from colm_ds.probe.factors import gradient_factors
 from colm_ds.selection import SINGLE_PROCESS, DenseGradients
 from colm_ds.types import Example

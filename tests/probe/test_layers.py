@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from colm_ds.errors import ProbeError
-from colm_ds.families import FAMILIES
-from colm_ds.probe.architecture import find_architecture
+from colm_ds.models.architecture import find_architecture
+from colm_ds.models.families import FAMILIES
 from colm_ds.probe.directions import Directions, LowRankDirections, sign_vectors
 from colm_ds.probe.parameters import reading_parameters
 from colm_ds.probe.scores import gradient_norms

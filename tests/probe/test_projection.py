@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from colm_ds.probe.architecture import find_architecture
+from colm_ds.models.architecture import find_architecture
 from colm_ds.probe.directions import Directions
 from colm_ds.probe.projection import project
 from colm_ds.selection import SINGLE_PROCESS, AdamHistory, DenseGradients

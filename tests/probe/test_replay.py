@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from colm_ds.data.micro_batch import make_micro_batch
-from colm_ds.probe.architecture import find_architecture
-from colm_ds.probe.patch import eval_mode, patched_forwards
+from colm_ds.batching.micro_batch import make_micro_batch
+from colm_ds.models.architecture import find_architecture
+from colm_ds.models.patch import eval_mode, patched_forwards
+from colm_ds.models.training_loss import example_loss_sums, find_loss_head
 from colm_ds.probe.replay import ReplayStore, why_not_replay
 from colm_ds.probe.tail import run_trunk
-from colm_ds.training_loss import example_loss_sums, find_loss_head
 from colm_ds.types import Example
 from tests.tiny_models import add_lora, randomise, tiny_model
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from colm_ds.families import FAMILIES
-from colm_ds.probe import token_loss
+from colm_ds.models import token_loss
+from colm_ds.models.families import FAMILIES
 from colm_ds.probe.scores import SCORES, ScoreEstimator, confidences, gradient_norms, last_hidden
 from colm_ds.selection import SINGLE_PROCESS
 from colm_ds.types import Example

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from colm_ds.errors import ProbeError
-from colm_ds.families import FAMILIES
-from colm_ds.probe.architecture import find_architecture
+from colm_ds.models.architecture import find_architecture
+from colm_ds.models.families import FAMILIES
 from colm_ds.probe.directions import sign_vectors
 from colm_ds.probe.sketch import FactoredHistory, second_moments, sketch_vectors
-from colm_ds.seeds import private_generator
+from colm_ds.randomness import private_generator
 from colm_ds.selection import SINGLE_PROCESS, SingleProcess
 from colm_ds.types import Coreset
 from tests.probe.oracles import (

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from colm_ds.probe.architecture import find_architecture
+from colm_ds.models.architecture import find_architecture
 from colm_ds.probe.directions import Directions
 from colm_ds.probe.spsa import spsa_coefficients
 from colm_ds.types import Example

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from colm_ds.data.micro_batch import make_micro_batch
-from colm_ds.families import FAMILIES
-from colm_ds.probe.architecture import find_architecture
+from colm_ds.batching.micro_batch import make_micro_batch
+from colm_ds.models.architecture import find_architecture
+from colm_ds.models.families import FAMILIES
 from colm_ds.probe.directions import Directions
 from colm_ds.probe.spsa import shifted_output, spsa_coefficients
 from colm_ds.probe.tail import tail_losses

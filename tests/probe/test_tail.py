@@ -11,11 +11,11 @@ import torch
 from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
-from colm_ds.data.micro_batch import make_micro_batch
+from colm_ds.batching.micro_batch import make_micro_batch
 from colm_ds.errors import ProbeError
-from colm_ds.families import FAMILIES
+from colm_ds.models.architecture import Architecture, find_architecture
+from colm_ds.models.families import FAMILIES
 from colm_ds.probe import tail as tail_module
-from colm_ds.probe.architecture import Architecture, find_architecture
 from colm_ds.probe.tail import TailInput, precise_tail, run_trunk, tail_losses
 from colm_ds.types import Example
 from tests.probe.oracles import make_estimator, make_examples, pad_further, plain_losses, trunk

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from colm_ds.coreset_selector import CoresetSelector
-from colm_ds.data.micro_batch import make_micro_batch, with_fewer_labels
-from colm_ds.data.shares import gather_large_batch
+from colm_ds.batching.gather import gather_large_batch
+from colm_ds.batching.micro_batch import make_micro_batch, with_fewer_labels
+from colm_ds.engine.coreset_selector import CoresetSelector
 from colm_ds.probe.exact import ExactEstimator
-from colm_ds.seeds import private_generator
+from colm_ds.randomness import private_generator
 from colm_ds.selection import SINGLE_PROCESS, Signals
 from colm_ds.types import Example
 from tests.probe.oracles import make_examples, plain_gradients, relative_error

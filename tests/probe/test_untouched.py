@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from colm_ds.probe.architecture import find_architecture
+from colm_ds.models.architecture import find_architecture
 from tests.probe.oracles import ESTIMATORS, make_estimator, make_examples, probe_step, signal_rows
 from tests.tiny_models import add_lora, randomise, tiny_model
 

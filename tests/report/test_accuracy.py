@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from colm_ds.monitor import heldout_events
+from colm_ds.engine.monitor import heldout_events
 from colm_ds.report import format_table, load_run
 from colm_ds.report.arms import make_arms
 from colm_ds.report.summary import summary

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colm_ds.errors import SelectionError
-from colm_ds.seeds import private_generator
+from colm_ds.randomness import private_generator
 from colm_ds.selection.mask import mask_coordinates, top_coordinates
 from tests.selection.oracles import mask, property_test, randn
 

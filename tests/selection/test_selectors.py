@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from colm_ds.errors import SelectionError
-from colm_ds.seeds import derive_seed, private_generator
+from colm_ds.randomness import derive_seed, private_generator
 from colm_ds.selection import (
     SELECTORS,
     SINGLE_PROCESS,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colm_ds.errors import SelectionError
-from colm_ds.seeds import private_generator
+from colm_ds.randomness import private_generator
 from colm_ds.selection.sources import JOINT_POOL, Shares, coreset_quotas, share_out, split_sources
 from tests.selection import oracles
 from tests.selection.oracles import property_test

@@ -1,0 +1,242 @@
+"""Large batches of one rank, from a dataset that knows its sources and lengths."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from colm_ds.batching.assign import home_ranks
+from colm_ds.batching.mixture import MixtureSampler, Sampler
+from colm_ds.batching.resourced import WithSources
+from colm_ds.errors import DataError
+from colm_ds.types import Candidates, CandidateTable, Example, LargeBatch, SourcedDataset
+
+_Arrays = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int, int, Candidates | None]
+
+
+class LargeBatchLoader:
+    """Endless large batches; what a step holds follows from (seed, step) alone.
+
+    Attributes:
+        dataset: the examples.
+        next_step: 1-based step of the next large batch; set it to go on elsewhere.
+    """
+
+    def __init__(
+        self,
+        dataset: SourcedDataset,
+        large_batch_size: int,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        num_workers: int = 0,
+        kept_sources: Collection[int] = (),
+    ) -> None:
+        """Load for one rank.
+
+        Args:
+            dataset: the examples.
+            large_batch_size: r.
+            seed: seed of the run.
+            rank: this rank.
+            world_size: W.
+            kept_sources: ids of sources that are kept without a probe; the others' examples are balanced over ranks.
+            num_workers: processes that read the next large batches ahead; 0 reads when a batch is asked for.
+
+        Raises:
+            SelectionError: if the dataset has fewer than r examples.
+        """
+        self.dataset = dataset
+        self.next_step = 1
+        own = getattr(dataset, "sampler", None)
+        self._sampler: Sampler = (
+            own(large_batch_size, seed) if own else MixtureSampler(len(dataset), large_batch_size, seed)
+        )
+        self._rank = rank
+        self._world_size = world_size
+        self._num_workers = num_workers
+        self._kept_sources = sorted(kept_sources)
+        self._candidates: CandidateTable | None = getattr(dataset, "candidates", None)
+
+    def __iter__(self) -> Iterator[LargeBatch]:
+        for batch in self._ahead() if self._num_workers else map(self.batch, itertools.count(self.next_step)):
+            self.next_step = batch.step + 1
+            yield batch
+
+    def _ahead(self) -> Iterator[LargeBatch]:
+        """Batches read by worker processes, two each in advance; arrays travel, not tensors (no file handle each)."""
+        loader: DataLoader[Any] = DataLoader(
+            _Steps(self),
+            batch_size=None,
+            sampler=itertools.count(self.next_step),
+            num_workers=self._num_workers,
+            prefetch_factor=2,
+            collate_fn=_same,
+            generator=torch.Generator(),  # or it would draw the workers' seed from the global state
+        )
+        for step, arrays in loader:
+            yield self._assemble(step, {position: _to_example(values) for position, values in arrays.items()})
+
+    @property
+    def other_sources(self) -> dict[str, Any] | None:
+        """Names and ids of the sources that `set_sources` was given; None: they are the dataset's own."""
+        if not isinstance(self.dataset, WithSources):
+            return None
+        return {"names": list(self.dataset.source_names), "ids": torch.from_numpy(self.dataset.source_ids.copy())}
+
+    def set_sources(self, names: Sequence[str], ids: npt.NDArray[Any], kept_sources: Collection[int]) -> None:
+        """Divide the examples into other sources; iterate anew after it.
+
+        Args:
+            names: of the sources.
+            ids: source id of every example, `[n]`.
+            kept_sources: as before, of the new ones.
+        """
+        self.dataset, self._kept_sources = WithSources(self.dataset, names, ids), sorted(kept_sources)
+
+    def epoch(self, step: int) -> int:
+        """0-based pass over the dataset in a 1-based step."""
+        return self._sampler.epoch(step)
+
+    def batch(self, step: int) -> LargeBatch:
+        """The large batch of a 1-based step."""
+        return self._assemble(step, self.read(step))
+
+    def read(self, step: int) -> dict[int, Example]:
+        """This rank's examples of a step, by position."""
+        indices, _, home = self._facts(step)
+        mine = (home == self._rank).nonzero().flatten().tolist()
+        return {position: self.dataset[int(indices[position])] for position in mine}
+
+    def _facts(self, step: int) -> tuple[npt.NDArray[np.int64], torch.Tensor, torch.Tensor]:
+        """Dataset indices, lengths and home ranks of a step's examples."""
+        indices = self._sampler.indices(step)
+        lengths = torch.from_numpy(self.dataset.lengths[indices].astype(np.int64))
+        probed = torch.from_numpy(~np.isin(self.dataset.source_ids[indices], self._kept_sources))
+        return indices, lengths, home_ranks(lengths, self._world_size, probed)
+
+    def _assemble(self, step: int, examples: dict[int, Example]) -> LargeBatch:
+        indices, lengths, home = self._facts(step)
+        return LargeBatch(
+            step=step,
+            indices=torch.from_numpy(indices),
+            sources=torch.from_numpy(self.dataset.source_ids[indices].astype(np.int64)),
+            lengths=lengths,
+            num_label_tokens=torch.from_numpy(self.dataset.num_label_tokens[indices].astype(np.int64)),
+            home=home,
+            examples=examples,
+            candidates=None if self._candidates is None else self._candidates.take(torch.from_numpy(indices)),
+        )
+
+
+class _Steps(Dataset[tuple[int, dict[int, _Arrays]]]):
+    """Steps as the items of a map-style dataset, for worker processes."""
+
+    def __init__(self, loader: LargeBatchLoader) -> None:
+        self._loader = loader
+
+    def __getitem__(self, step: int) -> tuple[int, dict[int, _Arrays]]:
+        examples = self._loader.read(step)
+        return step, {
+            position: (one.input_ids.numpy(), one.labels.numpy(), one.source, one.index, one.candidates)
+            for position, one in examples.items()
+        }
+
+
+def _to_example(values: _Arrays) -> Example:
+    ids, labels, source, index, candidates = values
+    return Example(torch.from_numpy(ids), torch.from_numpy(labels), source, index, candidates)
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+class RecordDataset:
+    """A `SourcedDataset` over any map-style dataset of records with `input_ids`, `labels` and `source`.
+
+    Lengths and sources are read once from every record. `labels` default to `input_ids` (a prediction at every token).
+    """
+
+    def __init__(self, records: Any, source_key: str = "source") -> None:
+        """Read lengths and sources.
+
+        Args:
+            records: has `len` and integer indexing; items are mappings, for example a Hugging Face dataset.
+            source_key: key of the source's name or number.
+
+        Raises:
+            DataError: if a record lacks a key or has no labelled token.
+        """
+        self._records = records
+        names, lengths, labelled = [], [], []
+        for index in range(len(records)):
+            record = records[index]
+            missing = [key for key in ("input_ids", source_key) if key not in record]
+            if missing:
+                raise DataError(f"example {index}: no {missing[0]!r}. Its keys: {', '.join(map(str, record))}.")
+            try:
+                ids, labels = _tokens(record)
+            except (TypeError, ValueError, IndexError, RuntimeError) as error:
+                reason = str(error).split("\n")[0]
+                raise DataError(
+                    f"example {index}: {reason}. Give input_ids, labels and attention_mask as lists of as many numbers."
+                ) from None
+            count = int((labels[1:] != -100).sum())
+            if len(ids) != len(labels) or count == 0:
+                raise DataError(
+                    f"example {index}: {len(ids)} tokens, {len(labels)} labels, {count} of them trained. "
+                    "Give labels of the same length with at least one that is not -100 after the first."
+                )
+            names.append(_source_name(record[source_key], index))
+            lengths.append(len(ids))
+            labelled.append(count)
+        by_name = {str(name): name for name in names}  # 2 and "2" are one source
+        self.source_names: Sequence[str] = sorted(
+            by_name, key=lambda name: (isinstance(by_name[name], str), by_name[name])
+        )
+        number = {name: source for source, name in enumerate(self.source_names)}
+        self.source_ids = np.array([number[str(name)] for name in names], dtype=np.int32)
+        self.lengths = np.array(lengths, dtype=np.int32)
+        self.num_label_tokens = np.array(labelled, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Example:
+        ids, labels = _tokens(self._records[index])
+        return Example(ids, labels, int(self.source_ids[index]), index)
+
+
+def source_counts(dataset: SourcedDataset) -> dict[str, int]:
+    """Examples by source name, in the order of the source ids; where a dataset draws by other shares, by those."""
+    if (mixture := getattr(dataset, "mixture_counts", None)) is not None:
+        return dict(mixture)
+    counts = np.bincount(dataset.source_ids, minlength=len(dataset.source_names))
+    return dict(zip(dataset.source_names, counts.tolist(), strict=True))
+
+
+def _source_name(value: Any, index: int) -> str | int:
+    """A source's name or number; numbers may come as tensors."""
+    value = value.item() if hasattr(value, "item") else value
+    if not isinstance(value, (str, int)):
+        raise DataError(f"example {index}: source {value!r}. Give a name or a whole number.")
+    return value
+
+
+def _tokens(record: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.as_tensor(record["input_ids"], dtype=torch.int64)
+    labels = record.get("labels") if hasattr(record, "get") else record["labels"]
+    labels = ids if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+    mask = record.get("attention_mask") if hasattr(record, "get") else None
+    if mask is not None:  # padding that a tokenizer added is taken off again
+        keep = torch.as_tensor(mask, dtype=torch.bool)
+        ids, labels = ids[keep], labels[keep]
+    return ids, labels

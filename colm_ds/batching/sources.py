@@ -1,0 +1,71 @@
+"""What is known of the sources before training: their names, how many examples each has, which are small."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from colm_ds.batching.loader import source_counts
+from colm_ds.config.colm import ColmConfig
+from colm_ds.errors import ConfigError
+from colm_ds.selection import sees_sources, split_sources
+from colm_ds.types import SourcedDataset
+
+
+def small_source_ids(config: ColmConfig, source_counts: Mapping[str, int]) -> list[int]:
+    """Ids of the sources whose examples are all kept.
+
+    Args:
+        config: `small_sources` in it is `auto`, `none`, or a list of names or ids.
+        source_counts: examples of every source in the dataset; ids follow its order.
+
+    Raises:
+        ConfigError: if a listed source is not in the dataset.
+    """
+    names = list(source_counts)
+    if config.small_sources == "none":
+        return []
+    if config.small_sources == "auto":
+        return [names.index(name) for name in split_sources(source_counts)[0]]
+    # A number names the source that is called so in the data; where no source is called so, it is an id.
+    ids = [names.index(str(source)) if str(source) in names else source for source in config.small_sources]
+    unknown = [source for source in ids if not isinstance(source, int) or not 0 <= source < len(names)]
+    if unknown:
+        raise ConfigError(
+            f"colm.small_sources: {unknown} not in the dataset. Its sources: " + ", ".join(map(repr, names)) + "."
+        )
+    return sorted({int(source) for source in ids})
+
+
+def looks_at_sources(config: ColmConfig) -> bool:
+    """Whether the choice depends on which source an example comes from."""
+    return sees_sources(config.selector) and (config.per_source or config.small_sources != "none")
+
+
+def known_counts(
+    config: ColmConfig, given: Mapping[str, int] | Sequence[str] | SourcedDataset | None
+) -> dict[str, int]:
+    """Examples of every source, by name in the order of the ids.
+
+    Args:
+        config: says whether they are needed.
+        given: the counts; names alone, each counted as 0; a dataset; or None, for one source called `all`.
+
+    Raises:
+        ConfigError: if the choice depends on more than what is given.
+    """
+    if isinstance(given, Mapping):
+        return {str(name): int(count) for name, count in given.items()}
+    if given is not None and not isinstance(given, Sequence):
+        return source_counts(given)
+    if given is None and looks_at_sources(config):
+        raise ConfigError(
+            "CoresetSelector: the sources of the dataset are not known. Give source_counts, a mapping of each name to "
+            'its number of examples, or write "small_sources": "none" and "per_source": false for one pool of all.'
+        )
+    names = [str(name) for name in given or ["all"]]
+    if config.small_sources == "auto" and looks_at_sources(config):
+        raise ConfigError(
+            "CoresetSelector: names of sources, and no number of examples by which to tell the small ones. Give "
+            'source_counts as a mapping, or list the small ones as "small_sources".'
+        )
+    return dict.fromkeys(names, 0)

@@ -1,0 +1,161 @@
+"""Trained weights out of an engine or a checkpoint of any ZeRO stage, and into Hugging Face format."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from colm_ds.checkpoints.atomic import Found
+from colm_ds.errors import CheckpointError
+
+
+def gathered_state(model: Any, is_main: bool, *, trained_only: bool) -> dict[str, Tensor]:
+    """Weights by name on the CPU, on rank 0; gathered one parameter at a time under ZeRO-3.
+
+    Args:
+        model: the module of a DeepSpeed engine; all ranks call this together.
+        is_main: whether this rank keeps them; the others get an empty dictionary.
+        trained_only: leave out parameters that were not trained.
+    """
+    state = {}
+    for name, parameter in model.named_parameters():
+        if trained_only and not parameter.requires_grad:
+            continue
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if is_main:
+                state[name] = parameter.detach().cpu().clone()
+    if is_main and not trained_only:
+        persistent = model.state_dict().keys()
+        state |= {name: value.detach().cpu() for name, value in model.named_buffers() if name in persistent}
+    return state
+
+
+def save_trained(engine: Any, tokenizer: Any, folder: Path, *, is_main: bool) -> Path:
+    """Write `adapter/` for a LoRA run or `model/`, with the tokenizer; all ranks call it together.
+
+    Args:
+        engine: a `CoLMEngine` or DeepSpeed engine.
+        tokenizer: saved beside the weights.
+        folder: the run's folder.
+        is_main: whether this rank writes.
+
+    Returns:
+        The folder that holds the weights.
+
+    Raises:
+        CheckpointError: if there is nothing to write.
+    """
+    model = engine.module
+    is_adapter = hasattr(model, "peft_config")
+    state = gathered_state(model, is_main, trained_only=is_adapter)
+    target = folder / ("adapter" if is_adapter else "model")
+    if is_main:
+        if not state or any(value.numel() == 0 for value in state.values()):
+            raise CheckpointError(f"{target}: no weights to write. Were any parameters trained?")
+        tied = getattr(model, "_tied_weights_keys", None)
+        if tied and not is_adapter and getattr(model.config, "tie_word_embeddings", False):
+            state = with_tied(model, state)
+        if is_adapter:
+            model.save_pretrained(target, state_dict=state)
+        else:
+            save_model(model, target, state)
+        tokenizer.save_pretrained(target)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return target
+
+
+def save_model(model: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write a Hugging Face model with its generation configuration as it is.
+
+    `save_pretrained` alone refuses generation configurations that it finds inconsistent, which published models have,
+    and models read from GGUF files, whose weights are plain by then.
+
+    Args:
+        model: a `PreTrainedModel`.
+        folder: where to; made.
+        state: weights by name, if the model itself does not hold them.
+    """
+    from transformers import GenerationConfig
+
+    model.hf_quantizer = None
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        model.generation_config = GenerationConfig()
+    try:
+        model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
+    finally:
+        model.generation_config = generation
+    if generation is not None:
+        generation.to_json_file(folder / "generation_config.json")
+
+
+def checkpoint_tensors(found: Found, buffers: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Trained weights of a checkpoint, one at a time on the CPU; needs no process group and no GPU.
+
+    At stages 0 to 2 they are the weights that the model ran with; at stage 3 the optimizer's, in float32.
+
+    Args:
+        found: a whole checkpoint.
+        buffers: names of buffers to give as well.
+        dtype: of floating-point tensors.
+
+    Yields:
+        Name and tensor, each with storage of its own.
+
+    Raises:
+        CheckpointError: if the files can not be read, or one of the tensors is not there.
+    """
+    trained = found.facts["trained"]
+    try:
+        state = _partitioned_state(found.path) if found.facts["stage"] == 3 else _module_state(found.path)
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{found.path}: its weights can not be read: {error}. Take another checkpoint.") from None
+    names = [*trained, *buffers]
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise CheckpointError(
+            f"{found.path}: {len(missing)} of {len(names)} trained tensors are not in it, the first is {missing[0]}. "
+            "Take another checkpoint."
+        )
+    for name in names:
+        value = state.pop(name).contiguous()
+        yield name, value.to(dtype if value.is_floating_point() else value.dtype, copy=True)
+
+
+def _module_state(folder: Path) -> dict[str, Any]:
+    """Stages 0 to 2: rank 0 wrote the whole model."""
+    file = folder / "mp_rank_00_model_states.pt"
+    state: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
+    return dict(state)
+
+
+def _partitioned_state(folder: Path) -> dict[str, Any]:
+    """Stage 3: every rank wrote its part; what is returned puts a weight together when `contiguous()` is called."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+        return dict(
+            get_fp32_state_dict_from_zero_checkpoint(
+                str(folder.parent), folder.name, exclude_frozen_parameters=True, lazy_mode=True
+            )
+        )
+
+
+def with_tied(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of tied weights that `named_parameters` gives once only, pointing to the same tensor."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for group in names.values():
+        known = next((state[name] for name in group if name in state), None)
+        if known is not None:
+            state |= dict.fromkeys(group, known)
+    return state

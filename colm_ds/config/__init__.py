@@ -1,0 +1,1 @@
+"""The `"colm"` section and the DeepSpeed configuration around it."""

@@ -1,0 +1,1 @@
+"""A mixture of six sources that the project makes itself."""

@@ -1,0 +1,332 @@
+"""From files in the Pile's format to a token store: scanned, a tokenizer, tokenised part by part, a manifest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from colm_ds.data.jsonl import find_files
+from colm_ds.data.pretraining.part_pool import map_parts
+from colm_ds.data.pretraining.pile import PART_BYTES, BadLine, Part, documents, total_bytes
+from colm_ds.data.pretraining.scan import (
+    Scan,
+    ScanSettings,
+    all_parts,
+    check_bad_lines,
+    check_heldout,
+    check_sources,
+    scan,
+)
+from colm_ds.data.pretraining.sentencepiece_model import read_model, to_hugging_face, train_sentencepiece
+from colm_ds.data.pretraining.token_store import (
+    HELDOUT,
+    MANIFEST,
+    PARTS,
+    TOKENIZER,
+    TRAIN,
+    TokenStore,
+    read_part,
+    token_dtype,
+    write_part,
+    write_whole,
+)
+from colm_ds.data.prompt import leading_special_ids
+from colm_ds.data.token_cache import describe_tokenizer
+from colm_ds.errors import ConfigError, DataError
+
+FORMAT_VERSION = 1
+_SETTINGS, _SCAN = "settings.json", "scan.json"
+_BATCH_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is to be prepared.
+
+    Attributes:
+        files: in the Pile's format, `.jsonl`, `.jsonl.gz` or `.jsonl.zst`; files and folders.
+        folder: of the store.
+        tokenizer: SentencePiece `.model`, Hugging Face folder or hub name; None trains one.
+        vocabulary_size: of a tokenizer that is trained.
+        weights: shares of the sources; None takes all sources in their natural proportions.
+        skip_others: leave out documents of sources without a weight.
+        holdout: share of every source's documents to hold out.
+        max_bad_fraction: share of bad lines that is put up with.
+        sample_mb: megabytes of text that a tokenizer is trained on.
+        seed: decides which documents are held out and sampled.
+        part_bytes: see `read_parts`.
+    """
+
+    files: Sequence[str | Path]
+    folder: Path
+    tokenizer: str | None = None
+    vocabulary_size: int = 32000
+    weights: Mapping[str, float] | None = None
+    skip_others: bool = False
+    holdout: float = 0.01
+    max_bad_fraction: float = 1e-4
+    sample_mb: float = 32.0
+    seed: int = 0
+    part_bytes: int = PART_BYTES
+
+
+def prepare(
+    wanted: Preparation, num_processes: int = 1, *, overwrite: bool = False, say: Callable[[str], None] = print
+) -> TokenStore:
+    """Prepare a store, or go on with one that was begun; what comes out does not depend on either.
+
+    Args:
+        wanted: what to prepare.
+        num_processes: how many tokenise; memory grows with it, not with the files.
+        overwrite: remove what another preparation left in the folder.
+        say: takes a line of progress at a time.
+
+    Raises:
+        ConfigError: if the folder holds something else, or the tokenizer can not be used.
+        DataError: for files that can not be read, too many bad lines, unknown sources, or files that changed.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the work
+    files = find_files([Path(file) for file in wanted.files])
+    if arrays := [file for file in files if file.name.endswith(".json")]:
+        raise DataError(f"{arrays[0]}: an array in one file. Write one document a line, in a .jsonl file.")
+    _claim(wanted, files, overwrite)
+    found = _scanned(wanted, files, num_processes, say)
+    check_sources(found, None if wanted.weights is None else list(wanted.weights), wanted.skip_others)
+    if (wanted.folder / MANIFEST).exists():
+        store = TokenStore(wanted.folder)
+        if problem := store.why_not_whole():
+            raise DataError(f"{problem}. Prepare it again with --overwrite.")
+        say(f"{wanted.folder}: is finished already")
+        return store
+    _tokenise(wanted, files, found, num_processes, say)
+    _finish(wanted, found)
+    return TokenStore(wanted.folder)
+
+
+def _claim(wanted: Preparation, files: Sequence[Path], overwrite: bool) -> None:
+    """Make the folder this preparation's own."""
+    settings = _settings(wanted, files)
+    folder, path = wanted.folder, wanted.folder / _SETTINGS
+    if overwrite and path.exists():
+        shutil.rmtree(folder)
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        differences = [
+            f"{key}: {before.get(key)!r} there, {settings.get(key)!r} here"
+            for key in {**before, **settings}
+            if before.get(key) != settings.get(key)
+        ]
+        if differences:
+            raise ConfigError(
+                f"{folder}: was prepared otherwise.\n  " + "\n  ".join(differences) + "\n  "
+                "Choose another folder (data.store), or prepare it anew with --overwrite."
+            )
+        for left in folder.rglob(".*.[0-9]*"):
+            left.unlink(missing_ok=True)  # of a run that was killed
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder}: holds other things. Choose an empty or new folder.")
+    (folder / PARTS).mkdir(parents=True)
+    write_whole(path, (json.dumps(settings, indent=1) + "\n").encode())
+
+
+def _settings(wanted: Preparation, files: Sequence[Path]) -> dict[str, Any]:
+    """Everything that decides what the store holds, as JSON."""
+    given = asdict(wanted)
+    del given["files"], given["folder"]
+    if wanted.tokenizer is not None:
+        del given["vocabulary_size"], given["sample_mb"]
+        given["tokenizer"] = describe_tokenizer(_given_tokenizer(wanted.tokenizer))
+        given["weights"] = sorted(wanted.weights) if wanted.weights else None
+    inputs = [[file.name, file.stat().st_size] for file in files]
+    return json.loads(json.dumps({"version": FORMAT_VERSION, **given, "files": inputs}))
+
+
+def _scanned(wanted: Preparation, files: Sequence[Path], num_processes: int, say: Callable[[str], None]) -> Scan:
+    """Scan the files and get the tokenizer; what a scan before found, if it was finished."""
+    path = wanted.folder / _SCAN
+    if path.exists():
+        return Scan(**json.loads(path.read_text(encoding="utf-8")))
+    if wanted.weights is None:
+        keys, budgets = None, {"": wanted.sample_mb * 1e6}
+    else:
+        total = sum(wanted.weights.values())
+        keys = {name: name for name in wanted.weights}
+        budgets = {name: wanted.sample_mb * 1e6 * weight / total for name, weight in wanted.weights.items()}
+    if wanted.tokenizer is not None:
+        keys, budgets = {}, {}
+    settings = ScanSettings(wanted.seed, wanted.holdout, keys)
+    with _progress("scan", total_bytes(files)) as on_read:
+        found, texts = scan(files, settings, budgets, num_processes, wanted.part_bytes, on_read)
+    for message in found.bad:
+        say(f"bad line: {message}")
+    if found.num_bad:
+        say(f"{found.num_bad:,} bad lines of {found.num_lines:,}")
+    check_sources(found, None if wanted.weights is None else list(wanted.weights), wanted.skip_others)
+    check_bad_lines(found, wanted.max_bad_fraction)
+    check_heldout(found, _used(wanted, found), wanted.holdout)
+    if wanted.tokenizer is None:
+        megabytes = sum(len(text.encode()) for text in texts) / 1e6
+        say(f"training a tokenizer of {wanted.vocabulary_size:,} on {megabytes:.1f} MB")
+        model = train_sentencepiece(iter(texts), wanted.vocabulary_size)
+        tokenizer = to_hugging_face(model, "the trained tokenizer")
+    else:
+        model, tokenizer = None, _given_tokenizer(wanted.tokenizer)
+    shutil.rmtree(wanted.folder / TOKENIZER, ignore_errors=True)
+    tokenizer.save_pretrained(str(wanted.folder / TOKENIZER))
+    if model is not None:
+        write_whole(wanted.folder / TOKENIZER / "sentencepiece.model", model)
+    write_whole(path, (json.dumps(asdict(found), ensure_ascii=False) + "\n").encode())
+    return found
+
+
+def _used(wanted: Preparation, found: Scan) -> list[str]:
+    """Sources that go into the store."""
+    return [name for name in found.sources if wanted.weights is None or name in wanted.weights]
+
+
+@lru_cache(maxsize=4)
+def _given_tokenizer(place: str) -> Any:
+    """A tokenizer from a `.model` file, a folder or the hub."""
+    from transformers import AutoTokenizer
+
+    if place.endswith(".model"):
+        return to_hugging_face(read_model(Path(place)), place)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(f"tokenizer {place!r} can not be loaded: {reason} Name a folder or a .model file.") from None
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"tokenizer {place!r} has no eos token, which marks the end of a document.")
+    return tokenizer
+
+
+def _tokenise(
+    wanted: Preparation, files: Sequence[Path], found: Scan, num_processes: int, say: Callable[[str], None]
+) -> None:
+    parts = wanted.folder / PARTS
+    names = {(part["file"], part["number"]): (_name(n), part["digest"]) for n, part in enumerate(found.parts)}
+    missing = {key: names[key] for key in names if read_part(parts, names[key][0], verify=True) is None}
+    if len(missing) < len(names):
+        say(f"{len(names) - len(missing)} of {len(names)} parts are there already")
+    _given_tokenizer(str(wanted.folder / TOKENIZER))  # loaded once, before the processes start
+    only = frozenset(file for file, _ in missing)
+    with _progress("tokenise", total_bytes([files[number] for number in sorted(only)])) as on_read:
+        items = (
+            (part, *missing[part.key])
+            for part in all_parts(files, wanted.part_bytes, on_read, only)
+            if part.key in missing
+        )
+        work = partial(tokenise_part, wanted, frozenset(_used(wanted, found)))
+        done = sum(1 for _ in map_parts(work, items, num_processes))
+    if done < len(missing):
+        raise DataError(f"{wanted.folder}: files have become shorter since they were scanned. Use --overwrite.")
+
+
+def tokenise_part(wanted: Preparation, sources: frozenset[str], item: tuple[Part, str, str]) -> None:
+    """Write the tokens of one part.
+
+    Args:
+        wanted: how.
+        sources: whose documents to keep.
+        item: the part, its name and the digest that it had when scanned.
+    """
+    part, name, digest = item
+    if part.digest() != digest:
+        raise DataError(f"{part.path}: has changed since it was scanned. Prepare it again with --overwrite.")
+    tokenizer = _given_tokenizer(str(wanted.folder / TOKENIZER))
+    dtype = token_dtype(len(tokenizer))
+    leading, eos = leading_special_ids(tokenizer), tokenizer.eos_token_id
+    tokens: dict[tuple[str, str], list[np.ndarray]] = {}
+    counts: dict[tuple[str, str], list[int]] = {}
+    kept = (d for d in documents(part, wanted.seed) if not isinstance(d, BadLine) and d.source in sources)
+    for batch in _batches(kept):
+        texts = [document.text for document in batch]
+        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        for document, ids in zip(batch, encoded, strict=True):
+            key = (HELDOUT if document.place < wanted.holdout else TRAIN), document.source
+            tokens.setdefault(key, []).append(np.array([*leading, *ids, eos], dtype=dtype))
+            count = counts.setdefault(key, [0, 0])
+            count[0] += 1
+            count[1] += document.num_bytes
+    joined = {key: np.concatenate(found) for key, found in tokens.items()}
+    facts = [
+        {
+            "split": split,
+            "source": source,
+            "documents": counts[split, source][0],
+            "text_bytes": counts[split, source][1],
+        }
+        for split, source in sorted(counts)
+    ]
+    write_part(wanted.folder / PARTS, name, joined, dtype, {"counts": facts})
+
+
+def _batches(kept: Iterator[Any]) -> Iterator[list[Any]]:
+    """Documents for one call of the tokenizer."""
+    batch: list[Any] = []
+    size = 0
+    for document in kept:
+        batch.append(document)
+        size += document.num_bytes
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _finish(wanted: Preparation, found: Scan) -> None:
+    """Write the manifest: from here on it is a store."""
+    tokenizer = _given_tokenizer(str(wanted.folder / TOKENIZER))
+    zero = {"documents": 0, "text_bytes": 0, "tokens": 0}
+    sources = {name: {TRAIN: dict(zero), HELDOUT: dict(zero)} for name in _used(wanted, found)}
+    parts = []
+    for number in range(len(found.parts)):
+        meta = read_part(wanted.folder / PARTS, _name(number))
+        assert meta is not None
+        parts.append({"name": _name(number), **{key: meta[key] for key in ("bytes", "checksum", "segments")}})
+        for counted in (*meta["segments"], *meta["counts"]):
+            total = sources[counted["source"]][counted["split"]]
+            for key in zero.keys() & counted.keys():
+                total[key] += counted[key]
+    manifest = {
+        "version": FORMAT_VERSION,
+        "settings": json.loads((wanted.folder / _SETTINGS).read_text(encoding="utf-8")),
+        "dtype": token_dtype(len(tokenizer)),
+        "vocabulary_size": len(tokenizer),
+        "tokenizer": describe_tokenizer(tokenizer),
+        "sources": sources,
+        "left_out": {name: counts for name, counts in found.sources.items() if name not in sources},
+        "bad_lines": {"count": found.num_bad, "of": found.num_lines, "first": found.bad},
+        "parts": parts,
+    }
+    write_whole(wanted.folder / MANIFEST, (json.dumps(manifest, ensure_ascii=False) + "\n").encode())
+
+
+def _name(number: int) -> str:
+    return f"{number:06d}"
+
+
+@contextmanager
+def _progress(what: str, num_bytes: int) -> Iterator[Callable[[int, int], object]]:
+    """A bar over the bytes of the files, with rate and remaining time."""
+    with tqdm(total=num_bytes, desc=what, unit="B", unit_scale=True, unit_divisor=1000) as bar:
+        read: dict[int, int] = {}
+
+        def on_read(file: int, place: int) -> None:
+            bar.update(place - read.get(file, 0))
+            read[file] = place
+
+        yield on_read

@@ -1,0 +1,178 @@
+"""Forward and backward over a coreset's micro-batches: the gradient that one optimizer step takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from colm_ds.batching.assign import micro_batches, training_ranks
+from colm_ds.batching.micro_batch import make_micro_batch
+from colm_ds.distributed.exchange import move_examples
+from colm_ds.engine.out_of_memory import of_micro_batch
+from colm_ds.models.training_loss import example_loss_sums
+from colm_ds.probe.replay import ReplayStore
+from colm_ds.selection import Exchange
+from colm_ds.types import Coreset, Example, LargeBatch
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Who trains which examples of a coreset, in which micro-batches.
+
+    Attributes:
+        examples: what this rank needs, by position in the large batch.
+        plans: by rank the micro-batches as lists of positions.
+        padding_fraction: share of padding among the tokens computed, over all ranks.
+        largest_tokens: padded tokens of the largest micro-batch.
+    """
+
+    examples: dict[int, Example]
+    plans: list[list[list[int]]]
+    padding_fraction: float
+    largest_tokens: int
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """What the passes over a coreset gave on this rank; nothing here has been waited for.
+
+    Attributes:
+        totals: weighted sum of the finite losses, and the number of examples whose loss is not finite, float64 `[2]`.
+        finite: whether each example's loss is, bool `[n]`.
+        sums: each example's summed token losses, 0 where not finite, float32 `[n]`.
+        positions: of those examples in the large batch.
+    """
+
+    totals: Tensor
+    finite: Tensor
+    sums: Tensor
+    positions: list[int]
+
+
+def place(
+    batch: LargeBatch,
+    positions: Sequence[int],
+    replay: ReplayStore | None,
+    exchange: Exchange,
+    rank: int,
+    *,
+    max_examples: int,
+    max_tokens: int | None,
+) -> Placement:
+    """Spread chosen examples over the ranks and move the tokens of those that do not stay; all ranks together.
+
+    Args:
+        batch: the large batch as this rank sees it.
+        positions: the chosen ones.
+        replay: the probe's hidden states, where training starts from them: then every example stays where they are.
+        exchange: the ranks.
+        rank: this rank.
+        max_examples: of a micro-batch.
+        max_tokens: of a micro-batch, padding included.
+    """
+    world_size = exchange.num_processes
+    if replay is None:
+        ranks = training_ranks(positions, batch.lengths, batch.home, world_size)
+    else:
+        ranks = {position: int(batch.home[position]) for position in positions}
+        replay.keep(positions)
+    moves = [(p, int(batch.home[p]), ranks[p]) for p in sorted(positions) if ranks[p] != int(batch.home[p])]
+    arrived = move_examples(batch, moves, rank, exchange)
+    by_rank = [[p for p in positions if ranks[p] == each] for each in range(world_size)]
+    plans = micro_batches(by_rank, batch.padded_lengths, max_examples=max_examples, max_tokens=max_tokens)
+    sizes = [_padded_tokens(micro, batch) for plan in plans for micro in plan if micro]
+    padding = 1.0 - sum(int(batch.lengths[p]) for p in positions) / sum(sizes) if sizes else 0.0
+    return Placement({**batch.examples, **arrived}, plans, padding, max(sizes, default=0))
+
+
+def accumulate(
+    engine: Any,
+    head: nn.Module | None,
+    placement: Placement,
+    scale: Tensor,
+    replay: ReplayStore | None,
+    *,
+    rank: int,
+    device: torch.device,
+    part: Callable[[str], AbstractContextManager[None]] | None = None,
+) -> Accumulated:
+    """Forward and backward of this rank's micro-batches, without waiting for the device in between.
+
+    Args:
+        engine: the DeepSpeed engine, whose gradients are added to.
+        head: from `find_loss_head`.
+        placement: from `place`.
+        scale: factor of each example's summed token losses, float32 `[r]`; the step's loss is the sum over ranks.
+        replay: as for `place`.
+        rank: this rank.
+        device: where the model is.
+        part: makes the contexts in which `forward` and `backward` run; they do not wait for the device.
+    """
+    world_size = len(placement.plans)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    passed: list[Tensor] = []
+    for mine in placement.plans[rank]:
+        micro = make_micro_batch([placement.examples[position] for position in mine]).to(device)
+        scales = torch.zeros(len(micro.counts))
+        scales[: len(mine)] = scale[mine]
+        scales = scales.to(device, non_blocking=True)
+        # A place holder is replayed too: under ZeRO-3 all ranks gather the same layers in the same order.
+        replayed = replay is not None and (not mine or replay.has(mine))
+        with replay.replaying(micro.by_row(mine)) if replay is not None and replayed else nullcontext():
+            with of_micro_batch(micro), part("forward") if part else nullcontext():
+                sums = example_loss_sums(engine, head, micro)
+            with of_micro_batch(micro), part("backward") if part else nullcontext():
+                engine.backward((sums * scales).sum() * world_size, scale_wrt_gas=False)
+        sums = sums.detach()
+        passed.append(sums[: len(mine)])
+        total += torch.where(torch.isfinite(sums), sums * scales, 0.0).sum()
+    losses = torch.cat(passed) if passed else torch.zeros(0, device=device)
+    whole = torch.isfinite(losses)
+    positions = [position for mine in placement.plans[rank] for position in mine]
+    totals = torch.stack([total, (~whole).sum().double()])
+    return Accumulated(totals, whole, torch.where(whole, losses, 0.0), positions)
+
+
+def totals_and_losses(accumulated: Accumulated, batch: LargeBatch) -> Tensor:
+    """`totals`, then each example's mean token loss by position, float64 `[2 + r]`; to be summed over ranks."""
+    device = accumulated.sums.device
+    positions = torch.tensor(accumulated.positions, dtype=torch.int64)
+    losses = torch.zeros(batch.size, dtype=torch.float64, device=device)
+    losses[positions.to(device)] = accumulated.sums.double() / batch.num_label_tokens[positions].to(device)
+    return torch.cat([accumulated.totals, losses])
+
+
+def loss_scale(batch: LargeBatch, coreset: Coreset, normalization: str, without: Sequence[int] = ()) -> Tensor:
+    """Factor of each example's summed token losses, float32 `[r]`: 0 for all that are not trained on.
+
+    Args:
+        batch: the large batch.
+        coreset: what was chosen of it.
+        normalization: `example` (mean over examples of their mean token loss) or `token` (mean over tokens).
+        without: positions to leave out as if they had not been chosen.
+    """
+    keep = ~torch.isin(coreset.positions, torch.tensor(list(without), dtype=torch.int64))
+    positions, weights = coreset.positions[keep], coreset.weights[keep].double()
+    labelled = batch.num_label_tokens[positions].double()
+    factors = weights / labelled.sum() if normalization == "token" else weights / (labelled * len(positions))
+    scale = torch.zeros(batch.size)
+    scale[positions] = factors.float()
+    return scale
+
+
+def broken_positions(accumulated: Accumulated, batch: LargeBatch, exchange: Exchange) -> list[int]:
+    """Positions of examples whose loss is not finite, of all ranks; all ranks call it together."""
+    broken = torch.zeros(batch.size, device=accumulated.finite.device)
+    mine = torch.tensor(accumulated.positions, dtype=torch.int64, device=broken.device)
+    broken[mine[~accumulated.finite]] = 1.0
+    return exchange.sum(broken).nonzero().flatten().tolist()
+
+
+def _padded_tokens(positions: Sequence[int], batch: LargeBatch) -> int:
+    """Tokens that a micro-batch computes."""
+    return int(batch.row_counts[list(positions)].sum()) * int(batch.widths[list(positions)].max())

@@ -1,0 +1,380 @@
+"""From a large batch to its coreset: probe, exchange, select. One implementation for the engine and any other loop."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from colm_ds.batching.assign import micro_batches
+from colm_ds.batching.gather import gather_large_batch, read_examples
+from colm_ds.batching.micro_batch import make_micro_batch, with_fewer_labels
+from colm_ds.batching.sources import known_counts, small_source_ids
+from colm_ds.config.colm import ColmConfig
+from colm_ds.config.standalone import selection_config
+from colm_ds.distributed.exchange import broadcast_coreset, make_exchange
+from colm_ds.engine.accumulation import loss_scale
+from colm_ds.engine.out_of_memory import of_micro_batch
+from colm_ds.errors import SelectionError
+from colm_ds.memory.breakdown import tensors_of
+from colm_ds.memory.meter import Meter
+from colm_ds.models.architecture import Architecture, find_architecture
+from colm_ds.models.patch import eval_mode
+from colm_ds.probe.estimators import Estimator, Observer
+from colm_ds.probe.parameters import reading_parameters
+from colm_ds.probe.registry import make_estimator
+from colm_ds.probe.replay import ReplayStore
+from colm_ds.probe.replay_choice import choose_replay
+from colm_ds.probe.tail import run_trunk
+from colm_ds.probe.variance import GradientVariance
+from colm_ds.randomness import private_generator
+from colm_ds.selection import (
+    SINGLE_PROCESS,
+    Exchange,
+    SelectionSettings,
+    Selector,
+    SelectorContext,
+    Signals,
+    make_selector,
+    signal_of,
+)
+from colm_ds.types import Coreset, Example, LargeBatch, SourcedDataset
+
+logger = logging.getLogger(__name__)
+
+
+def reads_model(config: ColmConfig) -> bool:
+    """Whether the last layer of the model is looked at: for the selector's signal, or to measure variances."""
+    return signal_of(config.selector) is not None or config.variance_every > 0
+
+
+class CoresetSelector:
+    """Chooses the coreset of every large batch; all ranks call it together.
+
+    Attributes:
+        small: ids of the small sources.
+        source_names: names of all sources, by id.
+        step_count: step of the last large batch.
+        selector: the selector in use.
+        plain: the selector of the schedule's plain steps, a random b of r.
+        signal_bytes: payload of the last step's exchange of signals.
+        replay: what the last probe left for training to start from, if it did.
+        why_not_replay: why `replay: auto` came to nothing, if it did.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ColmConfig | Mapping[str, Any],
+        source_counts: Mapping[str, int] | Sequence[str] | SourcedDataset | None = None,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        device: torch.device | None = None,
+        exchange: Exchange | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        equal_counts: bool | None = None,
+        rank: int | None = None,
+        mean_length: float = 0.0,
+    ) -> None:
+        """Prepare for a model and a dataset.
+
+        Args:
+            model: the module that a forward goes through; wrapped by DDP, DeepSpeed or PEFT or bare.
+            config: the `"colm"` section: keys and values, or a `ColmConfig` with `coreset_size` filled in.
+            source_counts: examples of every source in the dataset, in the order of their ids, or the dataset; names are
+                enough where `small_sources` is not `auto`, and None where the selection does not look at sources.
+            optimizer: what trains the model: its betas and eps go over those given here.
+            device: where the model runs; default: where its parameters are.
+            exchange: the ranks that share the large batch; default: the process group, if there is one.
+            betas: beta1 and beta2 of the optimizer.
+            eps: eps of the optimizer.
+            equal_counts: give every rank the same number of probe forwards (ZeRO-3 gathers weights in each); default:
+                if the model's parameters are cut up by ZeRO-3.
+            rank: this rank; default: that in the process group.
+            mean_length: mean tokens of an example, from which the memory of a replay is estimated.
+
+        Raises:
+            ProbeError: if the selector needs a signal that the probe can not read from this model.
+            ConfigError: if the configuration can not work or a listed small source is not in the dataset.
+        """
+        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        device = device if device is not None else next(model.parameters()).device
+        exchange = exchange if exchange is not None else make_exchange(device)
+        if optimizer is not None:
+            group = optimizer.param_groups[0]
+            betas, eps = group.get("betas", betas), group.get("eps", eps)
+        if equal_counts is None:
+            equal_counts = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+        if rank is None:
+            rank = dist.get_rank() if exchange.num_processes > 1 else 0
+        config = selection_config(config, exchange.num_processes)
+        counts = known_counts(config, source_counts)
+        assert config.coreset_size is not None
+        self._model = model
+        self._config = config
+        self._device = device
+        self._exchange = exchange
+        self._equal_counts = equal_counts
+        self._rank = rank
+        self.source_names = list(counts)
+        self._source_key = None if source_counts is None else "source"
+        self.step_count = 0
+        self._batch: LargeBatch | None = None
+        self.small = small_source_ids(config, counts)
+        architecture = find_architecture(model, config.probe.layer) if reads_model(config) else None
+        settings = SelectionSettings(
+            geometry=config.geometry,
+            metric=config.metric,
+            weights=config.weights,
+            per_source=config.per_source,
+            mask_size=self._mask_size(config, architecture),
+            mask_criterion=config.mask.criterion,
+            seed=config.seed,
+        )
+        self._context = context = SelectorContext(config.coreset_size, self.small, settings, betas, eps)
+        self.selector: Selector = make_selector(config.selector, context)
+        self.plain: Selector = make_selector("random", context)
+        self._architecture = architecture
+        self._estimator: Estimator | None = None
+        self._weights: Tensor | None = None
+        self.signal_bytes = 0
+        self.replay: ReplayStore | None = None
+        self._trunk_dtype = torch.bfloat16 if config.probe.dtype == "bfloat16" else None
+        self._store: ReplayStore | None = None
+        self.why_not_replay: str | None = None
+        if architecture is not None and signal_of(config.selector) is not None:
+            num_tokens = config.large_batch_size / exchange.num_processes * mean_length
+            self._store, self.why_not_replay = choose_replay(config, architecture, num_tokens, device)
+            if self.why_not_replay and rank == 0:
+                logger.warning("no forward replay: %s", self.why_not_replay)
+            self._estimator = make_estimator(
+                config.probe,
+                architecture,
+                device,
+                seed=config.seed,
+                betas=betas,
+                eps=eps,
+                adam=config.geometry == "adam",
+                signal=self.selector.signal or "gradient",
+            )
+
+    def __call__(self, batch: LargeBatch | Sequence[Any] | Mapping[str, Any], meter: Meter | None = None) -> Coreset:
+        """The coreset of a large batch, the same on every rank.
+
+        Args:
+            batch: this rank's examples, a list of records or a padded batch (see `batching.gather.read_examples`): a
+                position in the large batch then counts through the ranks' examples in the order of the ranks, and the
+                step is the one after the last. Or the large batch as this rank sees it.
+            meter: times the phases probe, exchange and select.
+
+        Raises:
+            DataError: on every rank, if the examples of any can not be read.
+            SelectionError: on every rank, if there are fewer examples than b.
+        """
+        if not isinstance(batch, LargeBatch):
+            batch = self._gather(batch)
+        self._batch, self.step_count = batch, batch.step
+        meter = meter or Meter(self._device)
+        self.signal_bytes, self.replay = 0, None
+        if self._store is not None:
+            self._store.begin(batch.step)
+        if not self.selects(batch.step):
+            with meter.phase("select"):
+                return self.plain.select(batch, None, SINGLE_PROCESS)
+        if self._estimator is None:
+            with meter.phase("select"):
+                return self.selector.select(batch, None, SINGLE_PROCESS)
+        with meter.phase("probe"):
+            self._probe(batch, self._estimator)
+        before = getattr(self._exchange, "num_bytes", 0)
+        with meter.phase("exchange"):
+            signals = self._estimator.signals(batch.size, self._exchange)
+            signals = replace(signals, parameters=self._weights, unprobed=self._unprobed(batch))
+        self.signal_bytes = getattr(self._exchange, "num_bytes", 0) - before
+        with meter.phase("select"):
+            coreset = self._select(batch, signals, self._estimator)
+            self._estimator.update(coreset, self._exchange)
+        return coreset
+
+    def gradient_variance(self, coreset: Coreset) -> dict[str, float] | None:
+        """How far a coreset's mean gradient is from the large batch's: see `GradientVariance`. All ranks together.
+
+        Args:
+            coreset: what the last call chose.
+        """
+        batch = self._batch
+        assert batch is not None, "gradient_variance: call the selector first"
+        self._architecture = self._architecture or find_architecture(self._model, self._config.probe.layer)
+        measured = GradientVariance(self._architecture, batch, coreset, self._device)
+        with eval_mode(self._model), torch.no_grad():
+            for positions in self._plan(batch, torch.ones(batch.size, dtype=torch.bool)):
+                self._probe_micro_batch(batch, positions, measured, None)
+        return measured.result(self._exchange)
+
+    def share(self, coreset: Coreset) -> tuple[list[int], Tensor]:
+        """What this rank trains of the last coreset, where each trains its own examples.
+
+        Args:
+            coreset: what the last call chose.
+
+        Returns:
+            Places among the examples that this rank passed, and a factor for the mean token loss of each, float32: the
+            gradient of the sum of the products, averaged over ranks as DDP and DeepSpeed do, is that of the step.
+        """
+        batch = self._batch
+        assert batch is not None, "share: call the selector first"
+        chosen = [position for position in coreset.positions.tolist() if int(batch.home[position]) == self._rank]
+        scale = loss_scale(batch, coreset, self._config.loss_normalization) * self._exchange.num_processes
+        first = int((batch.home < self._rank).sum())
+        return [position - first for position in chosen], (scale * batch.num_label_tokens)[chosen].to(self._device)
+
+    def set_sources(self, counts: Mapping[str, int]) -> None:
+        """Go on with other sources, by name and number of examples; the histories stay as they are."""
+        self.source_names, self.small = list(counts), small_source_ids(self._config, counts)
+        state = self.selector.state_dict()
+        self.selector = make_selector(self._config.selector, replace(self._context, small=self.small))
+        self.selector.load_state_dict(state)
+
+    def selects(self, step: int) -> bool:
+        """Whether the configured selector runs in this step, and not the schedule's plain one."""
+        return self._config.schedule.selects(step)
+
+    def probed_positions(self, batch: LargeBatch) -> Tensor:
+        """Positions whose signal is needed in this step: none of small sources, ascending int64 `[n]`."""
+        if self._estimator is None or not self.selects(batch.step):
+            return torch.empty(0, dtype=torch.int64)
+        config = self._config
+        kept = self._kept_anyway(batch)
+        picks = (config.coreset_size or 0) - int(kept.sum())
+        if picks <= 0:
+            return torch.empty(0, dtype=torch.int64)
+        rest = (~kept).nonzero().flatten()
+        if config.probe.sample == 1.0:
+            return rest
+        count = max(picks, math.ceil(config.probe.sample * len(rest)))
+        generator = private_generator(config.seed, "sample", batch.step)
+        return rest[torch.randperm(len(rest), generator=generator)[:count]].sort().values
+
+    def kept_tensors(self) -> list[Tensor]:
+        """What selector and estimator keep from step to step: histories and directions."""
+        return [tensor for keeper in (self.selector, self._estimator) for _, tensor in tensors_of(keeper)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Last step, history of the selector and of the estimator; on rank 0 it is complete."""
+        estimator = self._estimator.state_dict() if self._estimator else {}
+        return {"step": self.step_count, "selector": self.selector.state_dict(), "estimator": estimator}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore step and histories; every rank is given rank 0's."""
+        self.step_count = state.get("step", 0)
+        self.selector.load_state_dict(state["selector"])
+        if self._estimator and state["estimator"]:
+            self._estimator.load_state_dict(state["estimator"])
+
+    def _gather(self, examples: Sequence[Any] | Mapping[str, Any]) -> LargeBatch:
+        def read() -> list[Example]:
+            return read_examples(examples, self.source_names, self._source_key)
+
+        batch = gather_large_batch(read, self.step_count + 1, self._rank, self._exchange)
+        if batch.size < (self._config.coreset_size or 0):
+            raise SelectionError(
+                f"step {batch.step}: {batch.size} examples, fewer than coreset_size = {self._config.coreset_size}. "
+                "Leave out the last, smaller batch of an epoch (drop_last=True)."
+            )
+        return batch
+
+    def _select(self, batch: LargeBatch, signals: Signals, estimator: Estimator) -> Coreset:
+        if estimator.is_local:
+            return self.selector.select(batch, signals, self._exchange)
+        coreset = self.selector.select(batch, signals, SINGLE_PROCESS) if self._exchange.is_main else None
+        return broadcast_coreset(coreset, self._config.coreset_size or 0, len(self.source_names), self._exchange)
+
+    def _probe(self, batch: LargeBatch, estimator: Estimator) -> None:
+        """Run the trunk and the tail over the examples whose signal is needed; with replay the trunk over all."""
+        probed = self.probed_positions(batch)
+        is_probed = torch.zeros(batch.size, dtype=torch.bool)
+        is_probed[probed] = True
+        store = self._store if len(probed) else None
+        offsets = self._token_offsets(batch)
+        with eval_mode(self._model), torch.no_grad(), self._reading_weights():
+            estimator.begin(batch.step, probed, int((is_probed & (batch.home == self._rank)).sum()))
+            for positions in self._plan(batch, is_probed):
+                self._probe_micro_batch(batch, positions, estimator, store, offsets)
+            if store is not None:
+                for positions in self._plan(batch, ~is_probed):
+                    self._probe_micro_batch(batch, positions, None, store)
+        self.replay = store
+
+    def _token_offsets(self, batch: LargeBatch) -> Tensor | None:
+        """Where in every example the sampled labels begin, float32 `[r]`; None: all labels are looked at."""
+        if self._config.probe.token_sample == 1.0 or self.selector.signal != "gradient":
+            return None
+        generator = private_generator(self._config.seed, "tokens", batch.step)
+        return torch.rand(batch.size, generator=generator)
+
+    def _unprobed(self, batch: LargeBatch) -> Tensor | None:
+        """Examples outside small sources that a sub-sampling probe leaves out, bool `[r]`."""
+        probed = self.probed_positions(batch)
+        if self._config.probe.sample == 1.0 or len(probed) == 0:
+            return None
+        unprobed = ~self._kept_anyway(batch)
+        unprobed[probed] = False
+        return unprobed
+
+    def _kept_anyway(self, batch: LargeBatch) -> Tensor:
+        """Examples that the selector keeps without looking at them, bool `[r]`."""
+        small = self.small if self.selector.keeps_small else []
+        return torch.isin(batch.sources, torch.tensor(small, dtype=torch.int64))
+
+    def _plan(self, batch: LargeBatch, wanted: Tensor) -> Sequence[Sequence[int]]:
+        """This rank's micro-batches of the wanted examples."""
+        world = self._exchange.num_processes
+        by_rank = [((batch.home == rank) & wanted).nonzero().flatten().tolist() for rank in range(world)]
+        max_tokens = self._config.probe.resolved_max_tokens(self._device.type)
+        plans = micro_batches(by_rank, batch.padded_lengths, max_tokens=max_tokens, equal_counts=self._equal_counts)
+        return plans[self._rank]
+
+    def _probe_micro_batch(
+        self,
+        batch: LargeBatch,
+        positions: Sequence[int],
+        estimator: Observer | None,
+        store: ReplayStore | None,
+        offsets: Tensor | None = None,
+    ) -> None:
+        assert self._architecture is not None
+        micro = make_micro_batch([batch.examples[position] for position in positions])
+        if offsets is not None and positions:
+            micro = with_fewer_labels(micro, self._config.probe.token_sample, offsets[list(positions)])
+        micro = micro.to(self._device)
+        with of_micro_batch(micro):
+            with store.recording(micro.by_row(positions), micro.lengths) if store is not None else nullcontext():
+                tail = run_trunk(self._model, self._architecture, micro, self._trunk_dtype)
+            if estimator is not None:
+                lengths = micro.example_lengths[: len(positions)]
+                estimator.observe(tail, torch.tensor(positions, dtype=torch.int64), lengths)
+
+    @contextmanager
+    def _reading_weights(self) -> Iterator[None]:
+        """Keep a copy of the probed weights if the mask needs them."""
+        self._weights = None
+        if self._architecture is None or self._config.mask.criterion not in ("weight", "weight_grad"):
+            yield
+            return
+        with reading_parameters(self._architecture.targets) as weights:
+            yield
+        self._weights = weights()
+
+    @staticmethod
+    def _mask_size(config: ColmConfig, architecture: Architecture | None) -> int | None:
+        if config.mask.size != "auto":
+            return config.mask.size
+        return architecture.hidden_size if architecture is not None else None

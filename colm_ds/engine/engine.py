@@ -1,0 +1,396 @@
+"""The engine: a DeepSpeed engine whose optimizer step looks at r examples and trains on the b that represent them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from colm_ds.batching.loader import LargeBatchLoader, RecordDataset, source_counts
+from colm_ds.checkpoints.engine_state import load_engine, save_engine
+from colm_ds.config.colm import Config, ResolvedConfig, resolve_config
+from colm_ds.config.deepspeed import MONITOR_SECTIONS, model_facts, resolve_auto
+from colm_ds.distributed.exchange import make_exchange
+from colm_ds.engine.accumulation import Placement, accumulate, broken_positions, loss_scale, place, totals_and_losses
+from colm_ds.engine.coreset_selector import CoresetSelector, small_source_ids
+from colm_ds.engine.monitor import RunMonitor, step_events
+from colm_ds.engine.skipped_steps import SkippedSteps, guard_plain_optimizer
+from colm_ds.engine.step_stats import describe_coreset
+from colm_ds.errors import ConfigError, SelectionError
+from colm_ds.memory.meter import Meter
+from colm_ds.memory.recorder import MemoryRecorder
+from colm_ds.models.training_loss import find_loss_head
+from colm_ds.planner.advice import memory_error
+from colm_ds.process.watchdog import Watchdog
+from colm_ds.types import Coreset, LargeBatch, SourcedDataset, StepStats
+
+_ADAM = ("Adam", "AdamW")
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Callable[[Any], Any] | None = None,
+    dist_init_required: bool | None = None,
+    config: Config | None = None,
+) -> tuple[CoLMEngine, Any, LargeBatchLoader, Any]:
+    """`deepspeed.initialize` for training on coresets; same arguments, and a `"colm"` section in the configuration.
+
+    Args:
+        args: parsed arguments; `deepspeed_config` in it is used if `config` is not given.
+        model: a Hugging Face causal LM, bare or in a `PeftModel`.
+        optimizer: a torch optimizer or a function of parameters, instead of the configuration's.
+        model_parameters: what to train; default: all parameters that require a gradient.
+        training_data: a `SourcedDataset`, or a map-style dataset of records with `input_ids`, `labels`, `source`.
+        lr_scheduler: a function of the optimizer, instead of the configuration's.
+        dist_init_required: as in DeepSpeed.
+        config: path or dict; `train_batch_size` in it is b.
+
+    Returns:
+        Engine, optimizer, loader of large batches, learning-rate scheduler.
+
+    Raises:
+        ConfigError: listing every problem of the configuration.
+        ProbeError: if the selector needs a signal that can not be read from this model.
+        DataError: if a record lacks what training needs.
+    """
+    config = config if config is not None else getattr(args, "deepspeed_config", None)
+    if config is None or model is None or training_data is None:
+        raise ConfigError("colm_ds.initialize: model, config and training_data are needed. Give all three.")
+    prepare_deepspeed()
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_init_required=dist_init_required)
+    resolved = resolve_config(config, dist.get_world_size())
+    hidden_size, dtype = model_facts(model)
+    resolved = replace(resolved, deepspeed=resolve_auto(resolved.deepspeed, hidden_size=hidden_size, dtype=dtype))
+    if optimizer is None and not resolved.deepspeed.get("optimizer"):
+        raise ConfigError('optimizer: none. Add "optimizer": {"type": "AdamW", ...} to the configuration or give one.')
+    dataset = training_data if _is_sourced(training_data) else RecordDataset(training_data)
+    _prefer_torch_adam(resolved.deepspeed)
+    inner, optimizer, _, scheduler = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        model_parameters=model_parameters or [p for p in model.parameters() if p.requires_grad],
+        lr_scheduler=lr_scheduler,
+        dist_init_required=False,
+        # Its monitors are opened by `RunMonitor`: DeepSpeed's own events count examples by a size that is not b.
+        config={key: value for key, value in resolved.deepspeed.items() if key not in MONITOR_SECTIONS},
+    )
+    engine = CoLMEngine(inner, resolved, dataset)
+    return engine, optimizer, engine.loader, scheduler
+
+
+def prepare_deepspeed() -> None:
+    """Keep DeepSpeed from compiling a C++ extension that training on a CPU does not need."""
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class CoLMEngine:
+    """Wraps a DeepSpeed engine; what it does not define is the DeepSpeed engine's.
+
+    Attributes:
+        deepspeed_engine: the wrapped engine.
+        config: the resolved configuration.
+        loader: the large batches that `train_batch` takes by default.
+        coreset_selector: probes and selects.
+        step_count: optimizer steps so far.
+        num_samples: examples trained on so far, over all ranks.
+        loss_head: from `find_loss_head`.
+        skipped: counts steps that changed nothing because their gradient was not finite.
+        watchdog: ends this rank if a phase lasts longer than `colm.phase_timeout_s`.
+        monitor: TensorBoard, W&B, Comet and CSV, where the configuration switches them on.
+        memory: measures every step.
+    """
+
+    def __init__(self, engine: Any, config: ResolvedConfig, dataset: SourcedDataset) -> None:
+        self.deepspeed_engine = engine
+        self.config = config
+        self.step_count = 0
+        self.num_samples = 0
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._device = torch.device(engine.device)
+        self._source_names = list(dataset.source_names)
+        self._exchange = make_exchange(self._device)
+        self.loss_head = find_loss_head(engine.module)
+        self.skipped = SkippedSteps(config.colm.max_skipped_steps)
+        self.watchdog = Watchdog(config.colm.phase_timeout_s, self._rank)
+        self.monitor = RunMonitor(config.deepspeed)
+        self.memory = MemoryRecorder(config.colm.memory, self._device, self._rank)
+        guard_plain_optimizer(engine)
+        self.loader = LargeBatchLoader(
+            dataset,
+            config.colm.large_batch_size,
+            seed=config.colm.seed,
+            rank=self._rank,
+            world_size=self._world_size,
+            num_workers=config.colm.num_workers,
+            kept_sources=small_source_ids(config.colm, source_counts(dataset)),
+        )
+        group = engine.optimizer.param_groups[0]
+        self.coreset_selector = CoresetSelector(
+            engine.module,
+            config.colm,
+            source_counts(dataset),
+            device=self._device,
+            exchange=self._exchange,
+            betas=group.get("betas", (0.9, 0.999)),
+            eps=group.get("eps", 1e-8),
+            equal_counts=engine.zero_optimization_stage() == 3,
+            rank=self._rank,
+            mean_length=float(dataset.lengths.mean()),
+        )
+        self._batches: Iterator[LargeBatch] = iter(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        if "deepspeed_engine" not in self.__dict__:  # asked before __init__, as copy and pickle do
+            raise AttributeError(name)
+        return getattr(self.deepspeed_engine, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward of the model, as on a DeepSpeed engine."""
+        return self.deepspeed_engine(*args, **kwargs)
+
+    def train_batch(self, batch: LargeBatch | None = None) -> StepStats:
+        """One optimizer step on the coreset of a large batch.
+
+        Args:
+            batch: this rank's view of the large batch; default: the loader's next.
+
+        Raises:
+            SelectionError: if no example of the batch has a finite signal.
+            DeviceMemoryError: if memory runs out: where, and what would help.
+            DivergenceError: if the gradient was not finite in `colm.max_skipped_steps` steps in a row before.
+        """
+        self.skipped.check(self.step_count)
+        self.monitor.open()
+        with self.watchdog.watching(f"step {self.step_count + 1}"):  # what lies between its phases
+            start = time.perf_counter()
+            with self.watchdog.watching(f"reading the batch of step {self.step_count + 1}"):
+                batch = batch if batch is not None else next(self._batches)
+            data_s = time.perf_counter() - start
+            try:
+                return self._train_batch(batch, start, data_s)
+            except torch.OutOfMemoryError as error:
+                raise memory_error(self, batch, error) from error
+
+    def _train_batch(self, batch: LargeBatch, start: float, data_s: float) -> StepStats:
+        exchanged = _ByteCount(self._exchange)
+        self.deepspeed_engine.train()
+        inner = self.deepspeed_engine
+        with self.memory.step(batch.step, partial(self._watching, batch.step), inner.module, inner.optimizer) as meter:
+            coreset = self.coreset_selector(batch, meter)
+            exchanged.note("selection")
+            if coreset.size == 0:
+                raise SelectionError(
+                    f"step {batch.step}: none of the {batch.size} examples has a finite signal. "
+                    "The model has diverged: resume from an earlier checkpoint with a lower learning rate."
+                )
+            every, variance = self.config.colm.variance_every, None
+            if every and batch.step % every == 0:
+                with self._watching(batch.step, "variance"):
+                    variance = self.coreset_selector.gradient_variance(coreset)
+                exchanged.drop()
+            self.memory.note_selected(self.coreset_selector.kept_tensors(), self.coreset_selector.replay)
+            lr = float(self.deepspeed_engine.get_lr()[0])
+            loss, losses, placement, broken = self._update(batch, coreset, meter, exchanged)
+        self.step_count += 1
+        skipped = not self.deepspeed_engine.was_step_applied()
+        self.skipped.note(skipped)
+        self.num_samples += 0 if skipped else coreset.size - len(broken)
+        exchanged.split_signals(self.coreset_selector.signal_bytes)
+        time_s = {"data": data_s, **self.memory.seconds(), "total": time.perf_counter() - start}
+        measured = self.memory.stats()
+        self.memory.save = None
+        stats = StepStats(
+            step=batch.step,
+            loss=loss,
+            lr=lr,
+            grad_norm=_number(self.deepspeed_engine.get_global_grad_norm()),
+            skipped=skipped,
+            tokens=int(batch.lengths[coreset.positions].sum()),
+            samples=self.num_samples,
+            examples_probed=len(self.coreset_selector.probed_positions(batch)),
+            examples_trained=coreset.size - len(broken),
+            padding_fraction=placement.padding_fraction,
+            micro_batches={"count": len(placement.plans[0]), "largest_tokens": placement.largest_tokens},
+            exchange_bytes=exchanged.by_kind,
+            selected=self.coreset_selector.selects(batch.step),
+            time_s=time_s,
+            **measured,
+            coreset=describe_coreset(
+                batch, coreset, self._source_names, losses=losses, broken=broken, variance=variance
+            ),
+        )
+        self.monitor.write_events(step_events(stats))
+        return stats
+
+    def _update(
+        self, batch: LargeBatch, coreset: Coreset, meter: Meter, exchanged: _ByteCount
+    ) -> tuple[float, Tensor, Placement, list[int]]:
+        """Train on the coreset: its loss, those by position, the micro-batches, and positions where it is not finite.
+
+        Such a loss spoils the sum of all gradients. The optimizer then skips, and the others are passed through again.
+        """
+        colm, positions = self.config.colm, coreset.positions.tolist()
+        replay = self.coreset_selector.replay
+        broken: list[int] = []
+        while True:
+            kept = [position for position in positions if position not in broken]
+            with meter.phase("train"):
+                placement = place(
+                    batch,
+                    kept,
+                    replay,
+                    self._exchange,
+                    self._rank,
+                    max_examples=self.config.micro_batch_size,
+                    max_tokens=colm.micro_batch_tokens,
+                )
+                exchanged.note("tokens")
+                scale = loss_scale(batch, coreset, colm.loss_normalization, broken)
+                done = accumulate(
+                    self.deepspeed_engine,
+                    self.loss_head,
+                    placement,
+                    scale,
+                    replay,
+                    rank=self._rank,
+                    device=self._device,
+                    part=meter.part,
+                )
+            self.memory.note_trained(self.deepspeed_engine.module, self.deepspeed_engine.optimizer, replay)
+            with meter.phase("step"):
+                self.deepspeed_engine.step()
+            found = self._exchange.sum(totals_and_losses(done, batch)).cpu()  # the step's one read, a synchronisation
+            loss, losses = float(found[0]), found[2:]
+            if found[1] == 0:
+                return loss, losses, placement, broken
+            broken += broken_positions(done, batch, self._exchange)
+            if self.deepspeed_engine.was_step_applied() or len(broken) == len(positions):
+                return loss, losses, placement, sorted(broken)
+
+    def set_sources(self, names: Sequence[str], ids: Any) -> None:
+        """Divide the dataset into other sources from the next batch on; checkpoints remember them.
+
+        All ranks call it with the same. Histories of the selection stay.
+
+        Args:
+            names: of the sources.
+            ids: source id of every example of the dataset, `[n]`.
+        """
+        self._source_names = list(names)
+        self.coreset_selector.set_sources(
+            dict(zip(names, np.bincount(ids, minlength=len(names)).tolist(), strict=True))
+        )
+        self.loader.set_sources(names, ids, self.coreset_selector.small)
+        self._batches = iter(self.loader)
+
+    def train_batch_size(self) -> int:
+        """b, the examples trained on in a step."""
+        return self.config.coreset_size
+
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        keep_last: int | None = None,
+    ) -> bool:
+        """Write model, optimizer, scheduler, selector history, data position, counts and every rank's random state.
+
+        The checkpoint is written aside, read back and only then put in its place: see `colm_ds.checkpoints.atomic`.
+
+        Args:
+            save_dir: folder of the run's checkpoints.
+            tag: name of this one; default: by step.
+            client_state: the caller's own state, returned by `load_checkpoint`; rank 0's is kept.
+            keep_last: delete all but this many of the newest checkpoints.
+
+        Raises:
+            CheckpointError: on every rank, if any could not write; earlier checkpoints are untouched.
+        """
+        with self.watchdog.watching(f"saving the checkpoint of step {self.step_count}"), self.memory.saving():
+            save_engine(self, Path(save_dir), tag or f"step_{self.step_count}", client_state or {}, keep_last)
+        return True
+
+    def load_checkpoint(
+        self, load_dir: str, tag: str | None = None, **kwargs: Any
+    ) -> tuple[str | None, dict[str, Any]]:
+        """Restore everything that `save_checkpoint` wrote, also when the number of ranks is another.
+
+        Args:
+            load_dir: folder of the run's checkpoints.
+            tag: which one; default: the newest that is whole (`atomic.find` says which were passed over).
+            kwargs: further arguments of DeepSpeed's `load_checkpoint`.
+
+        Returns:
+            The path that was loaded and the client state; None and an empty one if there is no checkpoint.
+
+        Raises:
+            CheckpointError: if there is none that is whole, or it does not fit the model.
+        """
+        with self.watchdog.watching(f"loading a checkpoint of {load_dir}"):
+            found, client_state = load_engine(self, Path(load_dir), tag, **kwargs)
+        self._batches = iter(self.loader)
+        self.monitor.resume(self.num_samples)
+        return (str(found.path) if found else None), client_state
+
+    def _watching(self, step: int, phase: str) -> AbstractContextManager[None]:
+        return self.watchdog.watching(f"phase {phase!r} of step {step}")
+
+
+class _ByteCount:
+    """Splits the exchange's running count of bytes by what they were for."""
+
+    def __init__(self, exchange: Any) -> None:
+        self._exchange = exchange
+        self.by_kind: dict[str, int] = {"signals": 0, "selection": 0, "tokens": 0}
+        if hasattr(exchange, "num_bytes"):
+            exchange.num_bytes = 0
+
+    def note(self, kind: str) -> None:
+        """Book what was carried since the last note."""
+        self.by_kind[kind] += getattr(self._exchange, "num_bytes", 0)
+        if hasattr(self._exchange, "num_bytes"):
+            self._exchange.num_bytes = 0
+
+    def drop(self) -> None:
+        """Book what was carried since the last note nowhere."""
+        self._exchange.num_bytes = 0
+
+    def split_signals(self, num_bytes: int) -> None:
+        """Book a part of the selection's bytes as signals."""
+        self.by_kind["signals"] += num_bytes
+        self.by_kind["selection"] -= num_bytes
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _prefer_torch_adam(config: dict[str, Any]) -> None:
+    """On a CPU let torch's Adam serve, with offload too: DeepSpeed's own compiles an extension (35 s) at first use."""
+    if torch.cuda.is_available():
+        return
+    section = config.get("optimizer") or {}
+    if section.get("type") in _ADAM:
+        section.setdefault("params", {}).setdefault("torch_adam", True)
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+
+def _is_sourced(dataset: Any) -> bool:
+    return all(hasattr(dataset, name) for name in ("source_names", "source_ids", "lengths", "num_label_tokens"))

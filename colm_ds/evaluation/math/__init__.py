@@ -1,0 +1,1 @@
+"""Answers to math questions: extracted from words and LaTeX, and compared."""

@@ -1,0 +1,295 @@
+"""The model card beside exported weights: what was trained on what, with which numbers, and how to load it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from colm_ds.recipes.recipe import ModelConfig
+from colm_ds.report.facts import Facts, run_facts
+from colm_ds.report.tables import clean
+from colm_ds.run_folder.read import Run, load_run, lookup, names, number, numbers
+
+ADAPTER, MODEL, MERGED = "adapter", "model", "merged"
+
+_METHODS = {
+    "colm": "mini-batch coresets (CoLM, arXiv 2407.19580)",
+    "random": "a random part of every large batch",
+    "keep_random": "the small sources of every large batch and a random part of the others",
+    "full": "whole batches",
+}
+_SUBJECTS = {
+    ADAPTER: "A LoRA adapter (PEFT) for {base}, trained",
+    MODEL: "A language model that started from {base}, all parameters trained",
+    MERGED: "A language model: {base} with a LoRA adapter merged into its weights, trained",
+}
+
+
+def write_model_card(
+    folder: Path,
+    run_folder: str | Path,
+    *,
+    kind: str,
+    step: int | None = None,
+    base: ModelConfig | None = None,
+    dtype: str | None = None,
+) -> Path:
+    """Write `README.md` beside weights, from the files of their run.
+
+    Args:
+        folder: holds the weights.
+        run_folder: folder of the run.
+        kind: "adapter", "model" or "merged".
+        step: optimizer steps behind the weights, if they are not those of the run's end.
+        base: the base model; default: the recipe's.
+        dtype: of the weights; default: the recipe's.
+
+    Raises:
+        DataError: if the folder is not a run's.
+    """
+    run = load_run(run_folder)
+    summary = run.summary if step is None or number(run.summary.get("steps")) == step else None
+    text = model_card(
+        run.config, summary, steps=run.steps, heldout=run.heldout, kind=kind, step=step, base=base, dtype=dtype
+    )
+    path = folder / "README.md"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def model_card(
+    config: Mapping[str, Any],
+    summary: Mapping[str, Any] | None,
+    *,
+    steps: Sequence[dict[str, Any]] = (),
+    heldout: Mapping[int, dict[str, Any]] | None = None,
+    kind: str = ADAPTER,
+    step: int | None = None,
+    base: ModelConfig | None = None,
+    dtype: str | None = None,
+) -> str:
+    """A model card in Markdown with YAML front matter; what the run's files do not say is left out.
+
+    Args:
+        config: the run's config.json.
+        summary: its summary.json, if the weights are those of the run's end.
+        steps: objects of metrics.jsonl; those after `step` do not count.
+        heldout: held-out losses by step; those after `step` do not count.
+        kind: "adapter", "model" or "merged".
+        step: optimizer steps behind the weights; default: the last that is known.
+        base: the base model; default: the recipe's.
+        dtype: of the weights; default: the recipe's.
+    """
+    if step is not None:
+        steps = [entry for entry in steps if entry["step"] <= step]
+    losses = {at: found for at, found in (heldout or {}).items() if step is None or at <= step}
+    run = Run(Path(), str(config.get("name", "run")), dict(config), list(steps), losses, dict(summary or {}))
+    facts = run_facts(run, names(config.get("small_sources")))
+    model = lookup(config, "recipe", "model")
+    values = {"name_or_path": base.name_or_path, "gguf_file": base.gguf_file} if base else model
+    path, gguf = lookup(values, "name_or_path"), lookup(values, "gguf_file")
+    dtype = dtype or lookup(model, "dtype") or "float32"
+    parts = [
+        _front_matter(path, kind),
+        f"# {clean(run.name)}",
+        _opening(run, facts, kind, step, path, gguf),
+        "## Load",
+        _loading(kind, path, gguf, dtype),
+        *_section("Data", [_data_text(config), _sources(run, facts)]),
+        *_section("Recipe", [_bullets(_recipe_lines(run, facts, dtype))]),
+        *_section("Numbers", [_numbers(run, facts)]),
+        *_section("Made with", [_bullets(_origin(config))]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(base: str | None, kind: str) -> str:
+    values: dict[str, Any] = {}
+    if (
+        base and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not os.path.exists(base)
+    ):  # a hub name: others are refused
+        values["base_model"] = base
+    values["library_name"] = "peft" if kind == ADAPTER else "transformers"
+    values["pipeline_tag"] = "text-generation"
+    values["tags"] = ["colm", "deepspeed", *(["lora"] if kind != MODEL else [])]
+    return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
+
+
+def _base_text(path: str | None, gguf: str | None) -> str:
+    if path is None:
+        return "a model of random weights"
+    name = path if not os.path.isabs(path) else Path(path).name
+    return f"`{gguf}` of `{name}`" if gguf else f"`{name}`"
+
+
+def _opening(run: Run, facts: Facts, kind: str, step: int | None, path: str | None, gguf: str | None) -> str:
+    method = _METHODS.get(str(lookup(run.config, "colm", "selector")))
+    text = f"{_SUBJECTS[kind].format(base=_base_text(path, gguf))} by colm_ds" + (f" on {method}" if method else "")
+    done, planned = step if step is not None else facts.num_steps, number(lookup(run.config, "recipe", "steps"))
+    if done is not None:
+        text += f", {done} optimizer steps"
+        text += f" of {planned:.0f} planned" if planned is not None and planned != done else ""
+    return text + "."
+
+
+def _loading(kind: str, path: str | None, gguf: str | None, dtype: str) -> str:
+    start = "Run in this folder, or put its path or hub name where the dots are.\n\n"
+    if kind != ADAPTER:
+        lines = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained(".", dtype="{dtype}")',
+        ]
+    elif path is None:
+        return (
+            "The base of this adapter has random weights that the recipe made from its seed. "
+            "`colm-ds export RUN --merge` writes both together."
+        )
+    else:
+        file = f', gguf_file="{gguf}"' if gguf else ""
+        lines = [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'base = AutoModelForCausalLM.from_pretrained("{Path(path).as_posix()}"{file}, dtype="{dtype}")',
+            'model = PeftModel.from_pretrained(base, ".")',
+        ]
+    lines.append('tokenizer = AutoTokenizer.from_pretrained(".")')
+    return start + "\n".join(["```python", *lines, "```"])
+
+
+def _section(title: str, parts: Iterable[str]) -> list[str]:
+    kept = [part for part in parts if part]
+    return [f"## {title}", *kept] if kept else []
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _data_text(config: Mapping[str, Any]) -> str:
+    counts = numbers(config.get("sources"))
+    if not counts:
+        return ""
+    text = f"{sum(counts.values()):,.0f} training examples from {len(counts)} source{'s' * (len(counts) != 1)}"
+    heldout = number(config.get("num_heldout"))
+    text += f"; {heldout:,.0f} examples held out" if heldout else ""
+    dropped = sum(numbers(config.get("num_dropped")).values())
+    text += f"; {dropped:,.0f} dropped while reading" if dropped else ""
+    length = number(lookup(config, "recipe", "data", "max_length"))
+    return text + (f". Examples are cut at {length:.0f} tokens." if length else ".")
+
+
+def _sources(run: Run, facts: Facts) -> str:
+    counts = numbers(run.config.get("sources"))
+    if not counts:
+        return ""
+    small = set(names(run.config.get("small_sources")))
+    columns: dict[str, dict[str, str]] = {
+        "examples": {name: f"{count:,.0f}" for name, count in counts.items()},
+        "small": {name: "yes" for name in counts if name in small},
+        "share trained on": {name: f"{share:.1%}" for name, share in facts.groups.get("coreset_share", {}).items()},
+        f"held-out loss{_evaluated_at(run)}": {
+            name: f"{loss:.4f}" for name, loss in facts.groups.get("heldout", {}).items()
+        },
+        "exact match": {name: f"{share:.1%}" for name, share in facts.groups.get("exact_match", {}).items()},
+    }
+    columns = {label: cells for label, cells in columns.items() if cells}
+    rows = [["source", *columns], ["---", *("---:" for _ in columns)]]
+    rows += [[_code(name), *(cells.get(name, "") for cells in columns.values())] for name in counts]
+    return _table(rows)
+
+
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _code(name: str) -> str:
+    """A name that is shown as it is, also in a table."""
+    return f"`{clean(name).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
+
+
+def _recipe_lines(run: Run, facts: Facts, dtype: str) -> list[str]:
+    colm, recipe = run.config.get("colm"), run.config.get("recipe")
+    pairs = [
+        ("Selector", lookup(colm, "selector")),
+        ("Large batch r, examples looked at in a step", lookup(colm, "large_batch_size")),
+        ("Coreset b, examples trained on in a step", lookup(colm, "coreset_size")),
+    ]
+    if lookup(colm, "selector") == "colm":
+        pairs += [
+            ("Estimator", lookup(colm, "probe", "estimator")),
+            ("Number of probes", lookup(colm, "probe", "num_probes")),
+            ("Mask", _settings(lookup(colm, "mask"))),
+            ("Distance", lookup(colm, "metric")),
+            ("Loss weights", lookup(colm, "weights")),
+        ]
+    pairs += [
+        ("Steps of the recipe", lookup(recipe, "steps")),
+        ("Optimizer", f"AdamW, {_settings(lookup(recipe, 'optimizer'))}" if lookup(recipe, "optimizer") else None),
+        ("Learning rate", _settings(lookup(recipe, "lr_schedule"))),
+        ("LoRA", _settings(lookup(recipe, "lora")) or ("none: all parameters" if recipe else None)),
+        ("Precision of training", lookup(recipe, "model", "dtype")),
+        ("Precision of these weights", dtype),
+        ("Seed", run.seed),
+        ("Ranks", lookup(run.config, "world_size")),
+        ("ZeRO stage", lookup(run.config, "deepspeed", "zero_optimization", "stage")),
+    ]
+    for key, label in (("num_trainable", "Trained parameters"), ("num_parameters", "Parameters")):
+        count = number(run.config.get(key))
+        pairs.append((label, f"{count:,.0f}" if count is not None else None))
+    return [f"{label}: {value}" for label, value in pairs if value is not None and value != ""]
+
+
+def _settings(values: Any) -> str:
+    if not isinstance(values, Mapping):
+        return ""
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
+
+
+def _evaluated_at(run: Run) -> str:
+    """The step that held-out losses belong to, where it is not the run's end."""
+    evaluated = [at for at in run.heldout if at > 0]
+    at_end = lookup(run.summary, "heldout") is not None or not evaluated
+    return "" if at_end else f" after step {max(evaluated)}"
+
+
+def _numbers(run: Run, facts: Facts) -> str:
+    """Overall results and costs, each only if the run measured it."""
+    scalars = facts.scalars
+    after, start = _evaluated_at(run), run.heldout.get(0, {})
+    shown = [
+        (f"Held-out loss{after}, all examples", scalars.get("heldout_overall"), "{:.4f}"),
+        (f"Held-out loss{after}, mean over sources", scalars.get("heldout_macro"), "{:.4f}"),
+        (f"Held-out loss{after}, mean over small sources", scalars.get("heldout_small"), "{:.4f}"),
+        ("Held-out loss before training, all examples", number(lookup(start, "overall")), "{:.4f}"),
+        ("Held-out loss before training, mean over sources", number(lookup(start, "macro")), "{:.4f}"),
+        ("Accuracy, held-out questions", scalars.get("accuracy"), "{:.1%}"),
+        ("Accuracy before training", scalars.get("accuracy_before"), "{:.1%}"),
+        ("Exact match, all questions", scalars.get("exact_match"), "{:.1%}"),
+        ("Questions of the exact match", scalars.get("num_questions"), "{:,.0f}"),
+        ("Step time, median, s", scalars.get("step_s"), "{:.3g}"),
+        ("Peak memory of a rank, GiB", scalars.get("peak_gib"), "{:.3g}"),
+        ("Examples trained on", scalars.get("examples_trained"), "{:,.0f}"),
+        ("Tokens trained on", scalars.get("tokens_trained"), "{:,.0f}"),
+        ("Wall time of the run, s", scalars.get("wall_s"), "{:,.0f}"),
+    ]
+    rows = [[label, form.format(value)] for label, value, form in shown if value is not None]
+    return _table([["what", "value"], ["---", "---:"], *rows]) if rows else ""
+
+
+def _origin(config: Mapping[str, Any]) -> list[str]:
+    versions, machine = config.get("versions"), config.get("machine")
+    pairs = [
+        ("Git revision of colm_ds", config.get("git_revision")),
+        ("Versions", _settings(versions)),
+        ("Machine of the training", _settings(machine)),
+        ("Date of the training", config.get("date")),
+        ("Command", _code(str(config["command"])) if config.get("command") else None),
+    ]
+    return [f"{label}: {value}" for label, value in pairs if value]

@@ -1,0 +1,392 @@
+"""`colm-ds export`: a run's trained weights as a PEFT adapter or a Hugging Face model, without launcher and GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from colm_ds.checkpoints import atomic
+from colm_ds.checkpoints.weights import checkpoint_tensors, save_model, with_tied
+from colm_ds.config.colm import validate_section
+from colm_ds.errors import CheckpointError, ConfigError, Problems
+from colm_ds.export.model_card import ADAPTER, MERGED, MODEL, write_model_card
+from colm_ds.randomness import random_state, restore_random_state
+from colm_ds.recipes.model import DTYPES, load_model, load_tokenizer
+from colm_ds.recipes.recipe import BaseRecipe, ModelConfig, kind_of_recipe
+
+_ADAPTER_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: where it is.
+        kind: "adapter", "model" or "merged".
+        source: folder that the weights were taken from.
+        step: optimizer steps behind the weights; None if the run does not say.
+        dtype: of the weights.
+        num_tensors: trained tensors that were taken.
+        passed_over: newer checkpoints that can not be used, each with its reason.
+    """
+
+    folder: Path
+    kind: str
+    source: Path
+    step: int | None
+    dtype: str
+    num_tensors: int
+    passed_over: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the weights come from: a checkpoint, or what training wrote at its end."""
+
+    path: Path
+    step: int | None
+    found: atomic.Found | None
+
+
+def export_run(
+    run: str | Path,
+    *,
+    tag: str | None = None,
+    merge: bool = False,
+    out: str | Path | None = None,
+    model: str | None = None,
+    tokenizer: str | None = None,
+    dtype: str | None = None,
+) -> Exported:
+    """Write a run's weights for use without colm_ds; they are checked before and after, and appear whole or not at all.
+
+    Args:
+        run: folder of the run.
+        tag: name of a checkpoint; default: what training wrote at its end, else the newest checkpoint that is whole.
+        merge: for LoRA, write the whole model with the adapter added to its weights.
+        out: folder to write; default: `export/` in the run's folder, named after what is written.
+        model: folder or hub name of the base model, if it is not where the recipe says.
+        tokenizer: the same for the tokenizer.
+        dtype: "float32", "bfloat16" or "float16"; default: the recipe's.
+
+    Raises:
+        ConfigError: if this is no run, or the base model, the tokenizer or the folder to write can not be used.
+        CheckpointError: if there are no whole weights, they do not fit the base model, or can not be written.
+    """
+    run = Path(run)
+    recipe = _read_recipe(run)
+    if merge and recipe.lora is None:
+        raise ConfigError(f"{run}: --merge is for LoRA runs; this one trained all parameters. Leave --merge out.")
+    kind = MODEL if recipe.lora is None else MERGED if merge else ADAPTER
+    source = _find_source(run, tag, ADAPTER if recipe.lora else MODEL)
+    name = f"{kind}_{source.path.name}" if source.found else kind
+    target = Path(out) if out is not None else run / "export" / name
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target}: is there already. Choose another folder with --out, or remove this one.")
+    recipe = _with_overrides(recipe, run, model, tokenizer, dtype)
+    loaded_tokenizer = _load_tokenizer(recipe)
+    if kind == MODEL and source.found is None:
+        trained, num_tensors = _final_model(source.path, recipe.model.dtype)
+    else:
+        trained = _base_with_lora(recipe, loaded_tokenizer) if kind == MERGED else _skeleton(recipe, loaded_tokenizer)
+        num_tensors = _fill(trained, source, recipe, kind)
+    if kind == MERGED:
+        trained = _merge(trained, DTYPES[recipe.model.dtype])
+    elif kind == ADAPTER:
+        trained.peft_config["default"].base_model_name_or_path = recipe.model.name_or_path
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        if kind == ADAPTER:
+            trained.save_pretrained(partial, save_embedding_layers=False)
+        else:
+            save_model(trained, partial)
+        loaded_tokenizer.save_pretrained(partial)
+        _check_written(partial, trained, kind)
+        write_model_card(partial, run, kind=kind, step=source.step, base=recipe.model, dtype=recipe.model.dtype)
+        os.replace(partial, target)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{target}: could not be written: {error}. Nothing is left there.") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    passed_over = source.found.passed_over if source.found else ()
+    return Exported(target, kind, source.path, source.step, recipe.model.dtype, num_tensors, passed_over)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _read_recipe(run: Path) -> BaseRecipe:
+    """The recipe that a run wrote down."""
+    if not run.is_dir():
+        raise ConfigError(f"{run}: no such folder. Give the output folder of a run, which holds config.json.")
+    values = _read_json(run / "config.json").get("recipe")
+    if not isinstance(values, dict):
+        raise ConfigError(f"{run / 'config.json'}: is missing or holds no recipe. Give the output folder of a run.")
+    problems = Problems(str(run / "config.json"))
+    recipe = validate_section(kind_of_recipe(values), values, "recipe", problems)
+    problems.raise_if_any()
+    assert isinstance(recipe, BaseRecipe)
+    return recipe
+
+
+def _find_source(run: Path, tag: str | None, final: str) -> _Source:
+    """The weights to take; `final` is the name of the folder that training writes at its end."""
+    folder = run / "checkpoints"
+    summary = _read_json(run / "summary.json")
+    finished = summary.get("status") == "finished"
+    if tag is None and finished and (run / final).is_dir():
+        return _Source(run / final, summary.get("steps"), None)
+    if tag is not None and not (folder / tag).is_dir():
+        names = sorted(path.name for path in folder.glob("*") if path.is_dir() and not path.name.startswith("."))
+        raise CheckpointError(f"{folder / tag}: no such checkpoint. There are: {', '.join(names) or 'none'}.")
+    found = atomic.find(folder, tag)
+    if found is None:
+        state = f"finished, but its {final}/ is not there" if finished else "not finished"
+        raise CheckpointError(
+            f"{run}: nothing to export. The run is {state}, and checkpoints/ holds no checkpoint. "
+            "Let it finish, or train with save_every=N."
+        )
+    if not found.facts.get("trained") or "stage" not in found.facts:
+        raise CheckpointError(f"{found.path}: its manifest names no trained tensors. Take another checkpoint.")
+    return _Source(found.path, found.step, found)
+
+
+def _with_overrides(
+    recipe: BaseRecipe, run: Path, model: str | None, tokenizer: str | None, dtype: str | None
+) -> BaseRecipe:
+    """The recipe with the base model and tokenizer where they are now, and nothing that needs a GPU."""
+    changes: dict[str, Any] = {"attention": "eager", "activation_checkpointing": False}
+    if model is not None:
+        gguf = recipe.model.gguf_file
+        kept = gguf if gguf and (Path(model) / gguf).is_file() else None
+        changes |= {"name_or_path": model, "config": None, "gguf_file": kept}
+    if dtype is not None:
+        changes["dtype"] = dtype
+    if tokenizer is None:
+        beside = (run / name for name in (ADAPTER, MODEL) if (run / name / "tokenizer_config.json").is_file())
+        tokenizer = next((str(path) for path in beside), recipe.tokenizer)
+    base = recipe.model.model_copy(update=changes)
+    return recipe.model_copy(update={"model": base, "tokenizer": tokenizer})
+
+
+def _load_tokenizer(recipe: BaseRecipe) -> Any:
+    try:
+        return load_tokenizer(recipe)
+    except ConfigError as error:
+        raise ConfigError(f"{error} If it has moved, give its folder with --tokenizer.") from None
+
+
+def _base_config(model: ModelConfig) -> dict[str, Any]:
+    """Configuration of the base model, without its weights."""
+    from transformers import AutoConfig
+
+    gguf = {"gguf_file": model.gguf_file} if model.gguf_file else {}
+    try:
+        values: dict[str, Any] = AutoConfig.from_pretrained(model.name_or_path, **gguf).to_dict()
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ConfigError(_not_loaded(model, str(error))) from None
+    values.pop("quantization_config", None)
+    return values
+
+
+def _not_loaded(model: ModelConfig, reason: str) -> str:
+    first = reason.strip().split("\n")[0]
+    return f"base model {model.name_or_path}: can not be loaded: {first} If it has moved, give its folder with --model."
+
+
+def _skeleton(recipe: BaseRecipe, tokenizer: Any) -> Any:
+    """The model of a run with all names and shapes and no weights, so that none are read or made."""
+    model = recipe.model
+    if model.config is None:
+        values = {"config": _base_config(model), "name_or_path": None, "gguf_file": None}
+        recipe = recipe.model_copy(update={"model": model.model_copy(update=values)})
+    with torch.device("meta"):
+        skeleton: Any = load_model(recipe, tokenizer)
+    if model.config is None and recipe.lora is None:
+        _take_generation_config(skeleton, str(model.name_or_path))
+    return skeleton
+
+
+def _take_generation_config(model: Any, path: str) -> None:
+    """Give a model its base's generation configuration, if the base has one."""
+    from transformers import GenerationConfig
+
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError):
+        return
+
+
+def _base_with_lora(recipe: BaseRecipe, tokenizer: Any) -> Any:
+    """The base model with its weights and LoRA; random weights come out as in training, from the recipe's seed."""
+    from transformers import set_seed
+
+    state = random_state()
+    try:
+        set_seed(recipe.seed)
+        return load_model(recipe, tokenizer)
+    except ConfigError as error:
+        raise ConfigError(_not_loaded(recipe.model, str(error))) from None
+    finally:
+        restore_random_state(state)
+
+
+def _final_model(folder: Path, dtype: str) -> tuple[Any, int]:
+    """What full training wrote at its end."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES[dtype], attn_implementation="eager", output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(_final_broken(folder, str(error).strip().split("\n")[0])) from None
+    _raise_for_report(folder, report)
+    _check_values(folder, model.named_parameters())
+    return model, len(list(model.parameters()))
+
+
+def _final_broken(folder: Path, reason: str) -> str:
+    return f"{folder}: can not be read: {reason}. Choose a checkpoint of the run with --checkpoint."
+
+
+def _final_adapter(folder: Path, names: Iterable[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """What LoRA training wrote at its end, by the model's names; a name the file lacks or adds is an error."""
+    saved_as = {_saved_name(name): name for name in names}
+    file = folder / _ADAPTER_FILE
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            _compare_names(file, set(saved_as), set(tensors.keys()))
+            for saved, name in saved_as.items():
+                yield name, tensors.get_tensor(saved).to(dtype)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(_final_broken(file, str(error))) from None
+
+
+def _saved_name(name: str) -> str:
+    """PEFT's name in files for a parameter of its only adapter."""
+    return name.replace(".default", "")
+
+
+def _fill(model: Any, source: _Source, recipe: BaseRecipe, kind: str) -> int:
+    """Put the trained weights into a model; every one must be there, fit, and hold finite numbers."""
+    shapes = {name: value.shape for name, value in model.named_parameters() if value.requires_grad}
+    dtype = torch.float32 if kind == MERGED else DTYPES[recipe.model.dtype]
+    buffers: list[str] = []
+    if kind == MODEL:
+        persistent = model.state_dict().keys()
+        buffers = [name for name, _ in model.named_buffers() if name in persistent]
+    if source.found is not None:
+        _compare_shapes(source.path, shapes, source.found.facts["trained"])
+        tensors = checkpoint_tensors(source.found, buffers, dtype)
+    else:
+        tensors = _final_adapter(source.path, shapes, dtype)
+    state = {}
+    for name, value in _checked(source.path, tensors):
+        if name in shapes and value.shape != shapes[name]:
+            _compare_shapes(source.path, shapes, {name: list(value.shape)} | _as_lists(shapes, name))
+        state[name] = value
+    if kind == MODEL:
+        state = with_tied(model, state)
+    model.load_state_dict(state, strict=False, assign=True)
+    return len(shapes)
+
+
+def _as_lists(shapes: Mapping[str, torch.Size], without: str) -> dict[str, list[int]]:
+    return {name: list(shape) for name, shape in shapes.items() if name != without}
+
+
+def _compare_shapes(where: Path, wanted: Mapping[str, torch.Size], held: Mapping[str, list[int]]) -> None:
+    """Raise if the weights of a run are not those that the model wants."""
+    _compare_names(where, set(wanted), set(held))
+    wrong = [name for name in wanted if list(wanted[name]) != list(held[name])]
+    if wrong:
+        raise CheckpointError(
+            f"{where}: {len(wrong)} of {len(wanted)} tensors do not fit the model: {wrong[0]} has shape "
+            f"{list(held[wrong[0]])} there and {list(wanted[wrong[0]])} in the model. "
+            "Give the base model that the run was trained from with --model."
+        )
+
+
+def _compare_names(where: Path, wanted: set[str], held: set[str]) -> None:
+    for names, what in ((wanted - held, "are missing"), (held - wanted, "are not known to the model")):
+        if names:
+            raise CheckpointError(
+                f"{where}: {len(names)} tensors {what}, the first is {min(names)}. "
+                "Give the base model that the run was trained from with --model, or take another checkpoint."
+            )
+
+
+def _checked(where: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors; one that is empty or not finite is an error."""
+    for name, value in tensors:
+        if value.numel() == 0:
+            raise CheckpointError(f"{where}: {name} is empty. Take another checkpoint.")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f"{where}: {name} holds numbers that are not finite. Take an earlier checkpoint.")
+        yield name, value
+
+
+def _check_values(where: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    for _ in _checked(where, tensors):
+        pass
+
+
+def _merge(model: Any, dtype: torch.dtype) -> nn.Module:
+    """Add the adapter to the weights, one layer at a time in float32, and take LoRA out of the model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, layer in layers:
+        if any(len(owners[id(parameter)]) > 1 for parameter in layer.get_base_layer().parameters()):
+            raise ConfigError(f"{name}: its weight is tied to another's, so LoRA can not be merged. Leave --merge out.")
+    for _, layer in layers:
+        layer.float()
+        layer.merge()
+        layer.to(dtype)
+    merged: nn.Module = model.unload().to(dtype)
+    return merged
+
+
+def _check_written(folder: Path, model: Any, kind: str) -> None:
+    """Read back the names and shapes of what was written, as the libraries that load it will."""
+    if kind == ADAPTER:
+        wanted = {_saved_name(name): p.shape for name, p in model.named_parameters() if p.requires_grad}
+        with safe_open(folder / _ADAPTER_FILE, framework="pt") as tensors:
+            held = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+        _compare_shapes(folder, wanted, held)
+        return
+    from transformers import AutoModelForCausalLM
+
+    _, report = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", output_loading_info=True)
+    _raise_for_report(folder, report)
+
+
+def _raise_for_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Raise if transformers found that weights are missing, left over or of other shapes."""
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if report.get(key):
+            raise CheckpointError(
+                f"{folder}: {key.replace('_', ' ')}: {min(map(str, report[key]))}. "
+                "Export a checkpoint of the run with --checkpoint."
+            )

@@ -1,0 +1,1 @@
+"""Families of models: their parts, replaced forwards, and losses without logits."""

@@ -1,0 +1,1 @@
+"""Before a run: memory and time that a job will need, and what would change them."""

@@ -1,0 +1,367 @@
+"""Activation memory of a micro-batch, from the engine's own code run on tensors without data.
+
+Two and three layers are run and what a layer adds is multiplied: layers are alike, so the result is that of the whole
+model in a fraction of a second, for every family, attention, LoRA and way of checkpointing that the code knows.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from colm_ds.batching.micro_batch import MicroBatch
+from colm_ds.errors import ConfigError
+from colm_ds.models.architecture import Architecture, find_architecture
+from colm_ds.models.patch import eval_mode
+from colm_ds.models.training_loss import example_loss_sums, find_loss_head
+from colm_ds.planner.choice_rows import choice_micro_batch
+from colm_ds.planner.live_tensors import LiveBytes, gpu_dropout, make_dataless, no_packing, stage3_linear
+from colm_ds.probe.factors import gradient_factors
+from colm_ds.probe.spsa import spsa_coefficients
+from colm_ds.probe.tail import run_trunk, tail_losses
+from colm_ds.recipes.model import add_lora
+from colm_ds.recipes.recipe import LoraConfig
+
+_FEW = 2
+
+_LOGITS = 1 << 24
+"""More logits than the loss computes at a time: a smaller vocabulary that has as many needs no other memory."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a model's memory depends on.
+
+    Attributes:
+        config: Hugging Face configuration.
+        dtype: of weights and compute.
+        attention: implementation; flash attention keeps what sdpa keeps.
+        lora: adapters, or None for full training.
+        checkpointing: whether activations are recomputed in the backward pass.
+        device_type: `cuda` or `cpu`: dropout keeps other masks there.
+    """
+
+    config: Any
+    dtype: torch.dtype
+    attention: str = "sdpa"
+    lora: LoraConfig | None = None
+    checkpointing: bool = False
+    device_type: str = "cuda"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A micro-batch: how many examples, how long, how many labelled tokens in all.
+
+    Attributes:
+        count: examples.
+        length: tokens of each, padding included; of a classification example with its longest candidate.
+        labels: labelled tokens of all.
+        candidates: for classification, tokens of each candidate of an example.
+    """
+
+    count: int
+    length: int
+    labels: int
+    candidates: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainingActivations:
+    """Bytes beyond weights and gradients that a training micro-batch needs.
+
+    Attributes:
+        forward: peak of the forward.
+        kept: what is there between forward and backward.
+        backward: peak of the backward.
+    """
+
+    forward: int
+    kept: int
+    backward: int
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Elements by role.
+
+    Attributes:
+        total: all.
+        trained: those that get gradients.
+        largest: of one trained tensor.
+        layer: of one decoder layer.
+        head: of the matrix that makes the logits.
+        embedding: of the input embedding, which multiplies nothing; 0 where it is the head's.
+        buffers: bytes of buffers.
+        mlp: of a decoder layer's MLP.
+        sizes: elements of a parameter, and how many parameters have so many.
+    """
+
+    total: int
+    trained: int
+    largest: int
+    layer: int
+    head: int
+    embedding: int
+    buffers: int
+    mlp: int = 0
+    sizes: tuple[tuple[int, int], ...] = ()
+
+    def below(self, most: int) -> int:
+        """Elements in parameters of at most so many."""
+        return sum(size * count for size, count in self.sizes if size <= most)
+
+
+@dataclass
+class Tracer:
+    """Runs shapes of one model; results are remembered.
+
+    Attributes:
+        spec: the model.
+    """
+
+    spec: ModelSpec
+    _models: dict[tuple[int, int], nn.Module] = field(default_factory=dict)
+    _training: dict[tuple[Rows, bool, bool, bool], TrainingActivations] = field(default_factory=dict)
+    _probes: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    _mode: FakeTensorMode = field(default_factory=FakeTensorMode)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        return int(self.spec.config.num_hidden_layers)
+
+    def architecture(self, layer: str) -> Architecture:
+        """The parts of the model of few layers; see `ProbeConfig.layer`."""
+        return find_architecture(self._model(min(_FEW, self.num_layers)), layer)
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        """Elements by role, of the whole model."""
+        few = min(_FEW, self.num_layers)
+        small, large = self._model(few), self._model(few + 1)
+        trained = [p.numel() for p in small.parameters() if p.requires_grad]
+
+        def extended(count: Any) -> int:
+            return count(small) + (self.num_layers - few) * (count(large) - count(small))
+
+        head = find_loss_head(small)
+        embedding = _base(small).get_input_embeddings().weight
+        weight = None if head is None else head.weight
+        return Parameters(
+            total=extended(_num_elements),
+            trained=extended(_num_trained),
+            largest=max(trained, default=0),
+            layer=_num_elements(large) - _num_elements(small),
+            head=0 if not isinstance(weight, Tensor) else weight.numel(),
+            embedding=0 if embedding is weight else embedding.numel(),
+            buffers=extended(_buffer_bytes),
+            mlp=sum(each.numel() for each in _mlp(self.architecture("v_proj")).parameters()),
+            sizes=tuple(
+                (size, extended(lambda model, size=size: _sizes(model)[size])) for size in sorted(_sizes(large))
+            ),
+        )
+
+    def training(
+        self, rows: Rows, *, replay: bool = False, whole_logits: bool = False, stage3: bool = False
+    ) -> TrainingActivations:
+        """Activations of one micro-batch.
+
+        Args:
+            rows: the micro-batch.
+            replay: it starts from the probe's hidden states (needs checkpointing).
+            whole_logits: as if the loss were computed from all logits at once.
+            stage3: under ZeRO-3, where frozen linear maps keep their inputs too.
+        """
+        key = rows, replay, whole_logits, stage3 and self.spec.lora is not None
+        if key not in self._training:
+            with stage3_linear() if key[-1] else nullcontext():
+                self._training[key] = self._extended(lambda layers: self._train(layers, rows, replay, whole_logits))
+        return self._training[key]
+
+    def probe(self, rows: Rows, estimator: str, num_probes: int, tail_dtype: torch.dtype, layer: str = "v_proj") -> int:
+        """Peak bytes of probing one micro-batch; the trunk keeps nothing, so it does not depend on the layers.
+
+        Args:
+            rows: the micro-batch of the probe.
+            estimator: `spsa`, those that look at gradients (`exact`, `sketch`, `projection`), or `score`.
+            num_probes: K.
+            tail_dtype: in which `spsa` runs the last layer and head.
+            layer: of the last layer, what is probed.
+        """
+        key = rows, estimator, num_probes, tail_dtype, layer
+        if key not in self._probes:
+            self._probes[key] = self._probe(rows, estimator, min(num_probes, 2), tail_dtype, layer)
+        return self._probes[key]
+
+    def _extended(self, run: Any) -> TrainingActivations:
+        if self.num_layers <= _FEW + 1:
+            return run(self.num_layers)
+        small, large = run(_FEW), run(_FEW + 1)
+        more = self.num_layers - _FEW
+
+        def extend(name: str) -> int:
+            first, second = getattr(small, name), getattr(large, name)
+            return int(first + more * (second - first))
+
+        return TrainingActivations(extend("forward"), extend("kept"), extend("backward"))
+
+    def _train(self, layers: int, rows: Rows, replay: bool, whole_logits: bool) -> TrainingActivations:
+        vocabulary = self._vocabulary(rows) if self.spec.lora is not None and not whole_logits else None
+        model = self._model(layers, vocabulary)
+        head = None if whole_logits else find_loss_head(model)
+        last = find_architecture(model).last_layer if replay else None
+        model.train()
+        live, batch = LiveBytes(), self._micro_batch(rows)
+        with self._running(), _plain_layer(last):
+            for parameter in model.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter)
+            with live:
+                loss = example_loss_sums(model, head, batch).sum()
+                forward, kept = live.peak, live.live
+                live.restart()
+                loss.backward()
+        return TrainingActivations(forward, kept, live.peak)
+
+    def _probe(self, rows: Rows, estimator: str, num_probes: int, tail_dtype: torch.dtype, layer: str) -> int:
+        model = self._model(min(_FEW, self.num_layers), self._vocabulary(rows))
+        architecture = find_architecture(model, layer)
+        live, batch = LiveBytes(), self._micro_batch(rows)
+        with self._running(), eval_mode(model), torch.no_grad(), live:
+            tail = run_trunk(model, architecture, batch)
+            if estimator == "spsa":
+                directions: Any = _Directions(num_probes, architecture.num_coordinates)
+                spsa_coefficients(architecture, tail, directions, 1e-3, tail_dtype)
+            elif estimator != "score":
+                gradient_factors(architecture, tail)
+            else:
+                tail_losses(architecture, tail)
+        return live.peak
+
+    def _model(self, layers: int, vocabulary: int | None = None) -> nn.Module:
+        key = layers, vocabulary or int(self.spec.config.vocab_size)
+        if key not in self._models:
+            self._models[key] = build_dataless(self.spec, *key, self._mode)
+        return self._models[key]
+
+    def _vocabulary(self, rows: Rows) -> int:
+        """The smallest vocabulary with which a frozen head needs the memory of the whole one."""
+        needed = max(2048, -(-_LOGITS // rows.labels))
+        return min(int(self.spec.config.vocab_size), 1 << (needed - 1).bit_length())  # few sizes: models are kept
+
+    def _micro_batch(self, rows: Rows) -> MicroBatch:
+        if rows.candidates:
+            batch = choice_micro_batch(rows.count, rows.length, rows.candidates)
+            return replace(_dataless(batch, self._mode), groups=_dataless(batch.groups, self._mode))
+        with self._mode:
+            places = torch.zeros(rows.labels, dtype=torch.int64)
+            tokens = torch.zeros(rows.count, rows.length, dtype=torch.int64)
+            return MicroBatch(tokens, places, places.clone(), places.clone(), torch.zeros(rows.count))
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        with self._mode, no_packing(), gpu_dropout() if self.spec.device_type == "cuda" else nullcontext():
+            yield
+
+
+def build_dataless(spec: ModelSpec, num_layers: int, vocabulary: int, mode: FakeTensorMode) -> nn.Module:
+    """A model of some layers without data.
+
+    Raises:
+        ConfigError: if its configuration can not be built or LoRA does not fit it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(spec.config)
+    config.num_hidden_layers, config.vocab_size, config.pad_token_id = num_layers, vocabulary, None
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
+    attention = "eager" if spec.attention == "eager" else "sdpa"
+    with torch.device("meta"):
+        try:
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=spec.dtype, attn_implementation=attention)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"model: can not be built from its configuration: {error}") from None
+        if spec.lora is not None:
+            model = add_lora(model, spec.lora)
+    if spec.checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "preserve_rng_state": False})
+    return make_dataless(model, mode, spec.dtype)
+
+
+class _Directions:
+    """Directions of the right size, for shapes."""
+
+    def __init__(self, num_probes: int, size: int) -> None:
+        self.num_probes = num_probes
+        self._size = size
+
+    def direction(self, probe: int) -> Tensor:
+        return torch.empty(self._size)
+
+
+@contextmanager
+def _plain_layer(layer: nn.Module | None) -> Iterator[None]:
+    """Run the block with a layer that is not checkpointed, as the last one is under replay."""
+    if layer is None:
+        yield
+        return
+    saved = layer.__dict__.get("gradient_checkpointing")
+    layer.__dict__["gradient_checkpointing"] = False
+    try:
+        yield
+    finally:
+        layer.__dict__["gradient_checkpointing"] = saved
+
+
+def _dataless(batch: Any, mode: FakeTensorMode) -> Any:
+    """A dataclass with its tensors without their data."""
+    values = {name.name: getattr(batch, name.name) for name in fields(batch)}
+    return replace(batch, **{name: mode.from_tensor(v) for name, v in values.items() if isinstance(v, Tensor)})
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _num_elements(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _mlp(architecture: Architecture) -> nn.Module:
+    mlp = architecture.last_layer.mlp
+    assert isinstance(mlp, nn.Module)
+    return mlp
+
+
+def _num_trained(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _sizes(model: nn.Module) -> Counter[int]:
+    return Counter(p.numel() for p in model.parameters())
+
+
+def _buffer_bytes(model: nn.Module) -> int:
+    return sum(b.numel() * b.element_size() for b in model.buffers())
+
+
+def even_rows(count: int, length: int, label_share: float = 1.0) -> Rows:
+    """Examples of one length, of which a share of the predicted tokens has labels."""
+    return Rows(count, length, max(1, round(count * (length - 1) * label_share)))
+
+
+def choice_rows(count: int, length: int, candidates: tuple[int, ...]) -> Rows:
+    """Classification examples of one length, whose labels are their candidates."""
+    return Rows(count, length, count * sum(candidates), candidates)

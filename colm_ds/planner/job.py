@@ -1,0 +1,208 @@
+"""A job to plan, from a recipe without weights or network, or from an engine that is running."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from colm_ds.batching.collate import IGNORE_INDEX
+from colm_ds.config.colm import load_config, resolve_config
+from colm_ds.data.pretraining.chunks import ChunkDataset
+from colm_ds.data.pretraining.token_store import MANIFEST, TokenStore
+from colm_ds.errors import ConfigError
+from colm_ds.planner.activations import ModelSpec
+from colm_ds.planner.choice_rows import CANDIDATE_TOKENS
+from colm_ds.planner.known_models import KNOWN_MODELS, known_model
+from colm_ds.planner.plan import Job
+from colm_ds.planner.zero_states import zero_settings
+from colm_ds.recipes.model import DTYPES, load_tokenizer
+from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe, LoraConfig, PretrainingRecipe, Recipe
+from colm_ds.types import LargeBatch
+
+LENGTH_KEY, CHUNK_KEY = "data.max_length", "data.chunk_tokens"
+"""What sets the length of examples in a recipe, and of a pretraining recipe's."""
+
+
+def job_of_recipe(
+    recipe: BaseRecipe,
+    world_size: int,
+    *,
+    mean_length: float | None = None,
+    label_share: float = 1.0,
+    candidate_tokens: int | None = None,
+    on_gpu: bool = True,
+) -> Job:
+    """What a recipe's run needs planning for.
+
+    Args:
+        recipe: the recipe.
+        world_size: W.
+        mean_length: tokens computed for an example on average; default: all as long as the recipe allows.
+        label_share: share of the tokens that have labels.
+        candidate_tokens: for classification, tokens of every candidate; default: `CANDIDATE_TOKENS`.
+        on_gpu: plan for GPUs, or for this CPU.
+
+    Raises:
+        ConfigError: if the model's configuration is not at hand, or the recipe's numbers do not fit together.
+    """
+    candidates = _candidates(recipe, label_share, candidate_tokens)
+    loaded, _ = load_config(recipe.deepspeed)
+    resolved = resolve_config(
+        {**loaded, "train_micro_batch_size_per_gpu": recipe.micro_batch_size, "colm": recipe.colm.model_dump()},
+        world_size,
+    )
+    spec = ModelSpec(
+        config=model_configuration(recipe),
+        dtype=DTYPES[recipe.model.dtype],
+        attention=recipe.model.attention,
+        lora=recipe.lora,
+        checkpointing=recipe.model.activation_checkpointing,
+        device_type="cuda" if on_gpu else "cpu",
+    )
+    key, length = _length(recipe)
+    job = Job(
+        spec,
+        zero_settings(resolved.deepspeed, world_size, on_gpu=on_gpu),
+        resolved.colm,
+        resolved.micro_batch_size,
+        length,
+        length,
+        label_share,
+        recipe.steps,
+        candidates,
+        key,
+    )
+    most = getattr(spec.config, "max_position_embeddings", None)
+    if isinstance(recipe, PretrainingRecipe) and most is not None and length > most:
+        raise ConfigError(f"{key} = {length}: more than the model's max_position_embeddings = {most}.")
+    return replace(job, mean_length=min(mean_length or job.padded_length, job.padded_length))
+
+
+def _length(recipe: BaseRecipe) -> tuple[str, int]:
+    """The key that says how long examples are at most, and its value."""
+    if isinstance(recipe, PretrainingRecipe):
+        return CHUNK_KEY, recipe.data.chunk_tokens
+    assert isinstance(recipe, (Recipe, ChoiceRecipe))
+    return LENGTH_KEY, recipe.data.max_length
+
+
+def _candidates(recipe: BaseRecipe, label_share: float, tokens: int | None) -> tuple[int, ...]:
+    """Tokens of each candidate of a classification example; none for other data."""
+    if not isinstance(recipe, ChoiceRecipe):
+        if tokens is not None:
+            raise ConfigError(f"--candidate-tokens {tokens}: for task: choices only. Leave it out.")
+        return ()
+    if label_share != 1.0:
+        raise ConfigError(f"--label-share {label_share:g}: classification learns from candidates only. Leave it out.")
+    known = CANDIDATE_TOKENS[recipe.data.task]
+    if tokens is None:
+        return known
+    if not 1 <= tokens < recipe.data.max_length:
+        raise ConfigError(f"--candidate-tokens {tokens}: not from 1 to below data.max_length.")
+    return (tokens,) * len(known)
+
+
+def job_of_engine(engine: Any, batch: LargeBatch) -> Job:
+    """What a running `CoLMEngine` needs planning for, with examples as those of a large batch.
+
+    Args:
+        engine: the engine.
+        batch: its longest example counts, and their mean length.
+    """
+    module, config = engine.deepspeed_engine.module, engine.config
+    base = module.get_base_model() if hasattr(module, "get_base_model") else module
+    adapters = getattr(module, "peft_config", {})
+    lora = None
+    if adapters:
+        found = next(iter(adapters.values()))
+        lora = LoraConfig(
+            rank=found.r,
+            alpha=found.lora_alpha,
+            dropout=found.lora_dropout,
+            targets=sorted(found.target_modules),
+        )
+    device = engine.deepspeed_engine.device
+    weight = next(parameter for parameter in base.parameters() if parameter.is_floating_point())
+    spec = ModelSpec(
+        config=base.config,
+        dtype=weight.dtype,
+        attention=str(base.config._attn_implementation),
+        lora=lora,
+        checkpointing=any(getattr(inner, "gradient_checkpointing", False) for inner in base.modules()),
+        device_type=torch.device(device).type,
+    )
+    world_size = engine.deepspeed_engine.world_size
+    zero = zero_settings(config.deepspeed, world_size, on_gpu=spec.device_type == "cuda")
+    is_choice = batch.candidates is not None
+    return Job(
+        spec,
+        zero,
+        config.colm,
+        config.micro_batch_size,
+        int(batch.widths.max()) + is_choice,  # the last token of a candidate is not in its row
+        float(batch.lengths.double().mean()),
+        1.0 if is_choice else float(batch.num_label_tokens.sum() / batch.lengths.sum()),
+        candidates=_candidate_tokens(batch) if is_choice else (),
+        length_key=CHUNK_KEY if isinstance(engine.loader.dataset, ChunkDataset) else LENGTH_KEY,
+    )
+
+
+def _candidate_tokens(batch: LargeBatch) -> tuple[int, ...]:
+    """Tokens of each candidate of the example with the most padded tokens, of those that this rank holds."""
+    mine = list(batch.examples)
+    example = batch.examples[mine[int(batch.padded_lengths[mine].argmax())]]
+    assert example.candidates is not None
+    parts = example.labels.split(list(example.candidates.lengths))
+    return tuple(int((part != IGNORE_INDEX).sum()) for part in parts)
+
+
+def model_configuration(recipe: BaseRecipe) -> Any:
+    """The Hugging Face configuration of a recipe's model: its own, that of a folder, or a published one by name.
+
+    Raises:
+        ConfigError: if none is at hand.
+    """
+    from transformers import AutoConfig
+
+    model = recipe.model
+    if model.config is not None:
+        values = dict(model.config)
+        if "vocab_size" not in values:
+            multiple = model.vocabulary_multiple
+            values["vocab_size"] = -(-_vocabulary_size(recipe) // multiple) * multiple
+    else:
+        name = str(model.name_or_path)
+        if (Path(name) / "config.json").is_file():
+            return AutoConfig.from_pretrained(name, local_files_only=True)
+        found = known_model(name)
+        if found is None:
+            try:
+                return AutoConfig.from_pretrained(name, local_files_only=True)
+            except (OSError, ValueError):
+                raise ConfigError(
+                    f"model.name_or_path = {name!r}: no config.json there, and not among the known models "
+                    f"({', '.join(KNOWN_MODELS)}). Give a folder with config.json, or model.config."
+                ) from None
+        values = found
+    try:
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"model.config: {error}") from None
+
+
+def _vocabulary_size(recipe: BaseRecipe) -> int:
+    """Tokens of the recipe's tokenizer: of a token store by its manifest, or as long as there is none by the recipe."""
+    if not isinstance(recipe, PretrainingRecipe) or recipe.tokenizer is not None:
+        return len(load_tokenizer(recipe))
+    manifest = Path(recipe.data.store) / MANIFEST
+    if manifest.is_file():
+        return int(TokenStore(recipe.data.store).manifest["vocabulary_size"])
+    if recipe.prepare.tokenizer is None:
+        return recipe.prepare.vocabulary_size
+    try:
+        return len(load_tokenizer(recipe.model_copy(update={"tokenizer": recipe.prepare.tokenizer})))
+    except ConfigError as error:
+        raise ConfigError(f"{error} Or say model.config.vocab_size, and the plan needs no tokenizer.") from None

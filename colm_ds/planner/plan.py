@@ -1,0 +1,256 @@
+"""What a step will need before it runs: peak of every phase by parts, what fits, what to switch, seconds per step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from colm_ds.config.colm import ColmConfig
+from colm_ds.memory.breakdown import PARTS
+from colm_ds.planner.activations import ModelSpec, Rows, Tracer, TrainingActivations, choice_rows, even_rows
+from colm_ds.planner.choice_rows import num_rows
+from colm_ds.planner.selection_state import replay_bytes, selection_bytes
+from colm_ds.planner.step_cost import TimePlan, step_cost
+from colm_ds.planner.zero_states import States, ZeroSettings, model_states
+from colm_ds.selection import signal_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run as far as memory and time depend on it.
+
+    Attributes:
+        spec: the model.
+        zero: ZeRO, ranks, offload.
+        colm: the `"colm"` section with `coreset_size` filled in.
+        micro_batch: examples per rank and backward pass.
+        length: tokens of the longest examples, which decide about peaks.
+        mean_length: tokens computed for an example on average, for hidden states that are kept and for time.
+        label_share: share of the tokens that have labels.
+        steps: optimizer steps of the run.
+        candidates: for classification, tokens of each candidate of an example; `length` is then that of the prompt
+            with the longest one, and `label_share` says nothing.
+        length_key: what sets `length` in a recipe.
+    """
+
+    spec: ModelSpec
+    zero: ZeroSettings
+    colm: ColmConfig
+    micro_batch: int
+    length: int
+    mean_length: float
+    label_share: float = 1.0
+    steps: int = 1
+    candidates: tuple[int, ...] = ()
+    length_key: str = "data.max_length"
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences that are computed for an example."""
+        return num_rows(self.candidates)
+
+    @property
+    def padded_length(self) -> int:
+        """Tokens computed for one of the longest examples."""
+        return self.num_rows * (self.length - 1) if self.candidates else self.length
+
+    def rows(self, count: int) -> Rows:
+        """A micro-batch of the longest examples."""
+        if self.candidates:
+            return choice_rows(count, self.length, self.candidates)
+        return even_rows(count, self.length, self.label_share)
+
+    @property
+    def size(self) -> int:
+        """b."""
+        return self.colm.coreset_size or self.colm.large_batch_size
+
+    @property
+    def probes(self) -> bool:
+        """Whether the selector needs a pass over the large batch."""
+        return signal_of(self.colm.selector) is not None
+
+    @property
+    def replays(self) -> bool:
+        """Whether training starts from the probe's hidden states."""
+        can = self.probes and self.spec.checkpointing and int(self.spec.config.num_hidden_layers) > 1
+        return can and self.colm.replay != "off" and self.colm.probe.dtype == "auto"
+
+    def plain(self, size: int) -> Job:
+        """The same job trained plainly on batches of a size."""
+        colm = self.colm.model_copy(update={"selector": "full", "large_batch_size": size, "coreset_size": size})
+        return replace(self, colm=colm, micro_batch=min(self.micro_batch, math.ceil(size / self.zero.world_size)))
+
+    def with_colm(self, **changes: object) -> Job:
+        """The same job with other keys of the `"colm"` section."""
+        return replace(self, colm=self.colm.model_copy(update=changes))
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one rank's device.
+
+    Attributes:
+        phases: by phase, by part (`PARTS`).
+        host: bytes in host memory of this rank (offload).
+        saving_host: further ones while a checkpoint is written: its largest tensor on the way from a GPU to the disk.
+    """
+
+    phases: dict[str, dict[str, int]]
+    host: int
+    saving_host: int = 0
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """Bytes by phase."""
+        return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase of the largest peak."""
+        peaks = self.peaks
+        return max(peaks, key=lambda phase: peaks[phase])
+
+    @property
+    def peak(self) -> int:
+        """The largest peak."""
+        return max(self.peaks.values())
+
+
+@dataclass
+class Planner:
+    """Plans jobs; shapes of one model are run once for all of them."""
+
+    _tracers: dict[tuple[object, ...], Tracer] = field(default_factory=dict)
+
+    def tracer(self, spec: ModelSpec) -> Tracer:
+        """Runs the shapes of a model."""
+        lora = None if spec.lora is None else spec.lora.model_dump_json()
+        key = id(spec.config), spec.dtype, spec.attention, lora, spec.checkpointing, spec.device_type
+        if key not in self._tracers:
+            self._tracers[key] = Tracer(spec)
+        return self._tracers[key]
+
+    def memory(self, job: Job, *, whole_logits: bool = False) -> MemoryPlan:
+        """Peak of every phase by parts.
+
+        Args:
+            job: the job.
+            whole_logits: as if the loss were not computed in chunks.
+        """
+        tracer = self.tracer(job.spec)
+        states, width = self.states(job), job.spec.dtype.itemsize
+        kept, probing, selecting = self._selection(job)
+        replay_all, replay_kept = self._replay(job, width)
+        rows = job.rows(job.micro_batch)
+        stage3 = job.zero.stage == 3
+        active = tracer.training(rows, replay=job.replays, whole_logits=whole_logits, stage3=stage3)
+        held = {"weights": states.weights, "optimizer": states.optimizer, "selection": kept}
+        before = {**held, "gradients": states.always_gradients, "communication": states.always_buckets}
+        training = {**held, "gradients": states.gradients, "replay": replay_kept}
+        training |= {"communication": states.always_buckets + states.forward_buckets}
+        phases = {}
+        if job.probes:
+            probe = probing + self._probe(job, tracer)
+            phases["probe"] = {**before, "replay": replay_all, "probe": probe, "rest": states.gathered}
+            phases["exchange"] = {**before, "replay": replay_all, "probe": probing}
+            phases["select"] = {**before, "replay": replay_all, "probe": selecting}
+        phases["forward"] = {**training, "activations": active.forward, "rest": states.gathered}
+        phases["backward"] = _backward(training, states, active, job.spec.checkpointing)
+        phases["step"] = {**training, "communication": states.always_buckets, "rest": states.step}
+        phases["save"] = before
+        whole = {phase: {part: parts.get(part, 0) for part in PARTS} for phase, parts in phases.items()}
+        host = states.host + (replay_all if job.colm.replay == "offload" and job.replays else 0)
+        return MemoryPlan(whole, host, states.saving_host if job.spec.device_type == "cuda" else 0)
+
+    def states(self, job: Job) -> States:
+        """Weights, gradients and optimizer states."""
+        return model_states(self.tracer(job.spec).parameters, job.zero, job.spec.dtype.itemsize)
+
+    def time(self, job: Job, tflops: float | None) -> TimePlan:
+        """Cost of a step and of the run; `tflops` is what one device achieves."""
+        return step_cost(job, self.tracer(job.spec).parameters, tflops)
+
+    def largest_micro_batch(self, job: Job, budget: int) -> int:
+        """Examples of the largest micro-batch whose peak is within a budget of bytes; 0 if not one is."""
+        most = math.ceil(job.size / job.zero.world_size)
+
+        def fits(count: int) -> bool:
+            return self.memory(replace(job, micro_batch=count)).peak <= budget
+
+        return largest_that(fits, most)
+
+    def _probe(self, job: Job, tracer: Tracer) -> int:
+        probe = job.colm.probe
+        most = probe.resolved_max_tokens(job.spec.device_type)
+        share = math.ceil(job.colm.large_batch_size / job.zero.world_size)
+        rows = job.rows(max(1, min(share, most // job.padded_length)))
+        estimator = "score"
+        if signal_of(job.colm.selector) == "gradient":
+            estimator = probe.estimator
+            rows = replace(rows, labels=math.ceil(rows.labels * probe.token_sample))
+        on_cpu = job.spec.device_type == "cpu"
+        double = probe.precision == "float64" or (probe.precision == "auto" and on_cpu)
+        tail_dtype = torch.float64 if double else torch.float32
+        return tracer.probe(rows, estimator, probe.resolved_num_probes, tail_dtype, probe.layer)
+
+    def _selection(self, job: Job) -> tuple[int, int, int]:
+        if not job.probes:
+            return 0, 0, 0
+        architecture = self.tracer(job.spec).architecture(job.colm.probe.layer)
+        found = selection_bytes(job.colm, architecture, job.zero.world_size)
+        return found.kept, found.probing, found.selecting
+
+    def _replay(self, job: Job, width: int) -> tuple[int, int]:
+        """Hidden states of all probed examples, and of the chosen ones, on the device."""
+        if not job.replays or job.colm.replay == "offload":
+            return 0, 0
+        layers, hidden = int(job.spec.config.num_hidden_layers), int(job.spec.config.hidden_size)
+
+        def of(size: int) -> int:
+            return replay_bytes(
+                math.ceil(size / job.zero.world_size), math.ceil(job.mean_length), layers, hidden, width
+            )
+
+        return of(job.colm.large_batch_size), of(job.size)
+
+
+def _backward(
+    training: Mapping[str, int], states: States, active: TrainingActivations, checkpointing: bool
+) -> dict[str, int]:
+    """The backward pass by parts, where it needs most: at the loss, in the layers, or at the end, when it reduces.
+
+    Stage 2 allocates its buckets with the first gradient, when the loss's own tensors are gone; then reduced gradients
+    come as activations go, or all of them at the end.
+    """
+    always, late = training["communication"], states.backward_buckets - states.forward_buckets
+    at_loss = {"activations": active.backward, "rest": states.gathered}
+    ends = states.reduces_once
+    inside = active.backward if checkpointing else active.kept + (0 if ends else states.reduced)
+    copied = 0 if ends else states.reducing
+    in_layers = {
+        "activations": min(inside, active.backward),
+        "communication": always + late + copied,
+        "rest": states.gathered + states.training,
+    }
+    at_end = {
+        "communication": always + late + states.reducing,
+        "rest": states.gathered + 2 * states.training + (0 if ends else states.reduced),
+    }
+    cases = [dict(training) | case for case in (at_loss, in_layers, at_end)]
+    return max(cases, key=lambda case: sum(case.values()))
+
+
+def largest_that(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number from 1 to `most` that fits, 0 if none does; where one does not, larger ones do not."""
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, high * 2
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,89 @@
+"""What a step costs in matrix products: DESIGN's cost model, with the probe's tail counted for the model at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from colm_ds.planner.activations import Parameters
+from colm_ds.selection import signal_of
+
+if TYPE_CHECKING:
+    from colm_ds.planner.plan import Job
+
+
+@dataclass(frozen=True)
+class TimePlan:
+    """Cost of a step: matrix products only, no communication, no waiting.
+
+    Attributes:
+        forwards: the step in forwards of one example.
+        flops: of the step, over all ranks.
+        step_s: seconds of a step; None where no speed was given.
+        run_h: hours of the run.
+    """
+
+    forwards: float
+    flops: float
+    step_s: float | None
+    run_h: float | None
+
+
+def step_cost(job: Job, parameters: Parameters, tflops: float | None) -> TimePlan:
+    """Cost of a step and of the run.
+
+    Args:
+        job: the job.
+        parameters: the model's sizes.
+        tflops: what one device achieves, in 10^12 operations a second.
+    """
+    backward = (1 if job.spec.lora is not None else 2) + (1 if job.spec.checkpointing else 0)
+    forwards = job.size * (backward + (0.0 if job.replays else 1.0))
+    forward = forward_flops(job, parameters)
+    if job.probes:
+        probe, large = job.colm.probe, job.colm.large_batch_size
+        seen, probed = large if job.replays else large * probe.sample, large * probe.sample
+        trunk = 1.0 - _tail_flops(job, parameters) / forward
+        forwards += seen * trunk + probed * tail_passes(job) * probed_tail_flops(job, parameters) / forward
+    flops = forwards * forward
+    seconds = None if tflops is None else flops / (tflops * 1e12 * job.zero.world_size)
+    return TimePlan(forwards, flops, seconds, None if seconds is None else seconds * job.steps / 3600)
+
+
+def tail_passes(job: Job) -> int:
+    """How often the probe passes through the last layer and the head, a backward pass of activations counted as one."""
+    if signal_of(job.colm.selector) != "gradient":
+        return 1
+    return 2 * job.colm.probe.resolved_num_probes if job.colm.probe.estimator == "spsa" else 2
+
+
+def forward_flops(job: Job, parameters: Parameters) -> float:
+    """Operations of the forward of one example."""
+    body = parameters.total - parameters.embedding - parameters.head
+    attention = _layer_attention(job) * int(job.spec.config.num_hidden_layers)
+    return 2.0 * (body + parameters.head * _labelled(job)) * job.mean_length + attention
+
+
+def probed_tail_flops(job: Job, parameters: Parameters) -> float:
+    """Operations of one pass of the probe through an example's tail.
+
+    That is the last layer's attention at all positions, its MLP and the head at those whose loss is looked at.
+    """
+    gradient = signal_of(job.colm.selector) == "gradient"
+    looked_at = _labelled(job) * (job.colm.probe.token_sample if gradient else 1.0)
+    weights = parameters.layer - parameters.mlp + (parameters.mlp + parameters.head) * looked_at
+    return 2.0 * weights * job.mean_length + _layer_attention(job)
+
+
+def _tail_flops(job: Job, parameters: Parameters) -> float:
+    """Operations of the last layer and the head in an ordinary forward of an example."""
+    return 2.0 * (parameters.layer + parameters.head * _labelled(job)) * job.mean_length + _layer_attention(job)
+
+
+def _labelled(job: Job) -> float:
+    return min(1.0, sum(job.candidates) / job.mean_length) if job.candidates else job.label_share
+
+
+def _layer_attention(job: Job) -> float:
+    """Of the products of queries, keys and values in one layer: rows of one length; half, as attention is causal."""
+    return 2.0 * job.mean_length**2 / job.num_rows * int(job.spec.config.hidden_size)

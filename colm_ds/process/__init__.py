@@ -1,0 +1,1 @@
+"""How a process ends: exit codes, requests to stop, last words, the watchdog."""

@@ -1,0 +1,1 @@
+"""Recipes: one YAML file per run, and the model that its sections describe."""

@@ -1,0 +1,139 @@
+"""Building what a recipe trains: tokenizer, model, LoRA, precision."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from colm_ds.errors import ConfigError
+from colm_ds.models.families import FAMILIES, set_pad_token
+from colm_ds.recipes.recipe import BaseRecipe, LoraConfig, ModelConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_tokenizer(recipe: BaseRecipe) -> Any:
+    """The recipe's tokenizer, with a token to pad with.
+
+    Raises:
+        ConfigError: if it can not be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    path = recipe.tokenizer_place
+    from_model = path == recipe.model.name_or_path
+    gguf = {"gguf_file": recipe.model.gguf_file} if recipe.model.gguf_file and from_model else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **gguf)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ConfigError(
+            f"tokenizer {path!r} can not be loaded: {_first_line(error)} "
+            "Name a folder with tokenizer.json or tokenizer.model, or a hub name."
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"tokenizer {path!r} has no eos token. Choose one that has: examples end with it.")
+    set_pad_token(tokenizer)
+    return tokenizer
+
+
+def load_model(recipe: BaseRecipe, tokenizer: Any) -> nn.Module:
+    """The recipe's model with LoRA and activation checkpointing as it asks; random weights follow the global seed.
+
+    Raises:
+        ConfigError: if the model can not be loaded or LoRA can not be applied.
+    """
+    model = _base_model(recipe.model, tokenizer)
+    if recipe.lora is not None:
+        model = add_lora(model, recipe.lora)
+    if recipe.model.activation_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model
+
+
+def precision_sections(dtype: str) -> dict[str, Any]:
+    """DeepSpeed's sections that say in which precision to train."""
+    return {"bf16": {"enabled": dtype == "bfloat16"}, "fp16": {"enabled": dtype == "float16"}}
+
+
+def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {"dtype": DTYPES[config.dtype], "attn_implementation": config.attention}
+    try:
+        if config.config is not None:
+            values = dict(config.config)
+            multiple = config.vocabulary_multiple
+            values.setdefault("vocab_size", -(-len(tokenizer) // multiple) * multiple)
+            ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+            values = {**ids, "pad_token_id": tokenizer.pad_token_id, **values}
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values), **options)
+        gguf = {"gguf_file": config.gguf_file} if config.gguf_file else {}
+        path = str(config.name_or_path)
+        if gguf and not (Path(path) / str(config.gguf_file)).is_file():
+            raise ConfigError(f"model.gguf_file = {config.gguf_file!r}: no such file in {path}.")
+        with contextlib.redirect_stderr(io.StringIO()) if gguf else contextlib.nullcontext():  # a bar per rank
+            model = AutoModelForCausalLM.from_pretrained(path, **gguf, **options)
+        if gguf and hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config  # the weights are plain now; a saved copy must load as such
+        return model
+    except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        name = config.name_or_path or f"config of type {(config.config or {}).get('model_type')!r}"
+        raise ConfigError(
+            f"model {name} can not be built: {_first_line(error)} "
+            "Name a whole model folder or a hub name; a file that was cut off must be fetched again."
+        ) from None
+
+
+def add_lora(model: Any, config: LoraConfig) -> nn.Module:
+    """Put LoRA adapters on a model's targets.
+
+    Raises:
+        ConfigError: if no targets are known or none of them is in the model.
+    """
+    import peft
+
+    model_type = model.config.model_type
+    if config.targets == "auto" and model_type not in FAMILIES:
+        raise ConfigError(
+            f"lora.targets = 'auto': no targets known for a model of type {model_type!r} "
+            f"(known: {', '.join(sorted(FAMILIES))}). List the modules to adapt."
+        )
+    targets = list(FAMILIES[model_type].lora_targets) if config.targets == "auto" else list(config.targets)
+    try:
+        return peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                r=config.rank,
+                lora_alpha=config.alpha,
+                lora_dropout=config.dropout,
+                target_modules=targets,
+                task_type="CAUSAL_LM",
+            ),
+        )
+    except ValueError as error:
+        raise ConfigError(f"lora.targets = {targets}: {_first_line(error)}") from None
+
+
+def quiet_libraries() -> None:
+    """Loading bars and advice of libraries off; warnings and errors stay."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    for module in ("transformers", "torch.distributed", "peft"):  # advice to their own developers
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().split("\n")[0] or type(error).__name__
+    return text if text[-1] in ".:?!" else f"{text}."

@@ -1,0 +1,165 @@
+"""Prepare, train, evaluate and report in one go; what `launch/pretrain.sh` calls."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from colm_ds.data.generated.text import SHARES, write_text
+from colm_ds.data.pretraining.token_store import MANIFEST, TokenStore
+from colm_ds.errors import ColmError, ConfigError
+from colm_ds.recipes.recipe import PretrainingRecipe, load_recipe
+from colm_ds.report import compare, load_run
+from colm_ds.sweep import default_ranks, is_finished
+from colm_ds.training.start_or_resume import check_finished, check_same_data
+
+
+class PartFailedError(ColmError):
+    """A program of pretrain/ ended with an exit code other than 0; it has said why.
+
+    Attributes:
+        code: the exit code.
+    """
+
+    def __init__(self, what: str, code: int) -> None:
+        super().__init__(f"{what} ended with exit code {code}. The same command goes on from what is done.")
+        self.code = code
+
+
+def run_all(
+    recipe_path: str,
+    overrides: Sequence[str],
+    *,
+    data: Sequence[str],
+    megabytes: float,
+    questions: str | None,
+    num_ranks: int,
+    port: int,
+) -> Path:
+    """Do what is left to do of a run; the page of its report.
+
+    Args:
+        recipe_path: the YAML file.
+        overrides: `key=value` changes to it.
+        data: files in the Pile's format; none: text is generated where the recipe's sources are generated ones, else
+            the store must be there.
+        megabytes: of generated text.
+        questions: folder with WiC, COPA and SQuAD; None: perplexity only.
+        num_ranks: ranks that train and evaluate.
+        port: of the launcher.
+
+    Raises:
+        ConfigError: if recipe, data and what is there do not fit together.
+        PartFailedError: if a program fails.
+    """
+    recipe = load_recipe(recipe_path, overrides)
+    if not isinstance(recipe, PretrainingRecipe):
+        raise ConfigError(f"{recipe_path}: not a recipe for pretraining (task: pretraining).")
+    if questions is not None and not Path(questions).is_dir():
+        raise ConfigError(f"QUESTIONS = {questions}: no such folder.")
+    arguments = [recipe_path, *overrides]
+    _prepare(recipe, arguments, data, megabytes)
+    launcher = [sys.executable]
+    if num_ranks > 1:
+        launcher += ["-m", "deepspeed.launcher.runner", "-q", "--num_gpus", str(num_ranks), "--master_port", str(port)]
+    out = Path(recipe.output_dir)
+    if is_finished(out) and not recipe.overwrite:
+        check_finished(recipe)
+        _check_store(recipe, out)
+        _say(f"{out}: is trained already")
+    else:
+        _say(f"training, {num_ranks} rank{'s' * (num_ranks > 1)}")
+        _call("training", [*launcher, "pretrain/train.py", *arguments])
+    _say("evaluating")
+    places = [*([questions] if questions else []), f"perplexity={recipe.data.store}"]
+    anew = ["--overwrite"] if recipe.overwrite else []
+    tasks = ["--tasks", "pretrain" if questions else "perplexity"]
+    _call("evaluation", [*launcher, "pretrain/evaluate.py", str(out), *tasks, "--data", *places, *anew])
+    found = compare([load_run(out)], out)
+    for section in found.sections:
+        for table in section.tables:
+            if table.key == "perplexity":
+                rows = [[column.label for column in table.columns], *table.text_rows()]
+                width = max(len(row[0]) for row in rows)
+                print("\n".join(f"{row[0]:<{width}}  {row[1]:>12}" for row in rows))
+    return found.files["html"]
+
+
+def _prepare(recipe: PretrainingRecipe, arguments: Sequence[str], data: Sequence[str], megabytes: float) -> None:
+    store = Path(recipe.data.store)
+    places = list(data)
+    if not places and recipe.data.weights and set(recipe.data.weights) <= set(SHARES):
+        text = store.with_name("text")
+        _say(f"writing {megabytes:g} MB of generated text to {text}")
+        write_text(text, megabytes)
+        places = [str(text)]
+    if places:
+        _say(f"preparing {store}")
+        _call("preparation", [sys.executable, "pretrain/prepare.py", *arguments, "--data", *places])
+    elif (store / MANIFEST).exists():
+        _say(f"{store}: is prepared already")
+    else:
+        raise ConfigError(
+            f"data.store = {store}: not prepared, and no data was named. Name files in the Pile's format: "
+            'DATA="FILE_OR_FOLDER ..." bash launch/pretrain.sh RECIPE'
+        )
+
+
+def _check_store(recipe: PretrainingRecipe, out: Path) -> None:
+    """The finished run must have been trained on the store that it is measured on."""
+    digest = load_run(out).config.get("store_digest")
+    if digest is not None:
+        now = {"place": recipe.data.store, "digest": TokenStore(recipe.data.store).digest}
+        before = {"place": "the store of the run", "digest": str(digest)}
+        check_same_data(f"{out}/config.json", {"data.store": before}, {"data.store": now})
+
+
+def _call(what: str, command: Sequence[str]) -> None:
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        raise PartFailedError(what, code)
+
+
+def _say(message: str) -> None:
+    print(f"pretrain: {message}", file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; 2 on bad input, else the exit code of the part that failed."""
+    parser = argparse.ArgumentParser(prog="python -m colm_ds.sweep.pretraining_pipeline", description=__doc__)
+    parser.add_argument("recipe", help="YAML file, for example pretrain/recipes/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    parser.add_argument("--data", nargs="+", default=[], metavar="PLACE", help=".jsonl, .jsonl.gz, .jsonl.zst, folders")
+    parser.add_argument("--megabytes", type=float, default=4.0, help="of text, where the recipe's is generated (4)")
+    parser.add_argument("--questions", metavar="FOLDER", help="with WiC, COPA and SQuAD (default: perplexity only)")
+    parser.add_argument("--ranks", type=int, help="that train and evaluate (default: one per GPU, two without any)")
+    parser.add_argument("--port", type=int, default=29650, help="port of the launcher (29650)")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        page = run_all(
+            options.recipe,
+            options.overrides,
+            data=options.data,
+            megabytes=options.megabytes,
+            questions=options.questions,
+            num_ranks=options.ranks or default_ranks(),
+            port=options.port,
+        )
+    except PartFailedError as error:
+        print(f"pretrain: {error}", file=sys.stderr)
+        return error.code
+    except ColmError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pretrain: stopped; the same command goes on", file=sys.stderr)
+        return 3
+    _say(f"done; open {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""What a recipe would train on, without training: sources, lengths, examples, and one selected coreset."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from colm_ds.batching.loader import LargeBatchLoader, source_counts
+from colm_ds.batching.sources import small_source_ids
+from colm_ds.data import InstructionDataset
+from colm_ds.data.choice_dataset import ChoiceDataset
+from colm_ds.engine.coreset_selector import CoresetSelector
+from colm_ds.errors import ConfigError
+from colm_ds.recipes.model import load_model, load_tokenizer
+from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe, Recipe
+from colm_ds.training.tasks.choices import load_choice_data
+from colm_ds.training.tasks.instructions import load_data
+from colm_ds.types import Coreset, Example, LargeBatch
+
+Data = InstructionDataset | ChoiceDataset
+
+_BAR = 40
+_BINS = 12
+
+
+def preview(recipe: BaseRecipe, *, num_examples: int = 3, with_coreset: bool = True) -> str:
+    """Everything as one text.
+
+    Args:
+        recipe: what would be run.
+        num_examples: how many examples to show whole.
+        with_coreset: also load the model, probe one large batch and show what is kept of it.
+
+    Raises:
+        ConfigError, DataError, ProbeError: as training would.
+    """
+    if not isinstance(recipe, (Recipe, ChoiceRecipe)):
+        raise ConfigError("preview shows instruction data and classification tasks; this recipe is of another kind.")
+    tokenizer = load_tokenizer(recipe)
+    train: Data
+    heldout: Data | None
+    if isinstance(recipe, ChoiceRecipe):
+        train, heldout = load_choice_data(recipe, tokenizer)
+    else:
+        train, heldout = load_data(recipe, tokenizer)
+    parts = [
+        describe_sources(recipe, train, heldout),
+        describe_lengths(train, recipe.data.max_length),
+        *(describe_example(train, index, tokenizer) for index in one_of_each(train.source_ids, num_examples)),
+    ]
+    if with_coreset:
+        parts.append(describe_coreset(recipe, train, tokenizer))
+    return "\n\n".join(parts)
+
+
+def describe_sources(recipe: Recipe | ChoiceRecipe, train: Data, heldout: Data | None) -> str:
+    """Examples and tokens of every source, which are small, and what was dropped."""
+    counts = source_counts(train)
+    small = set(small_source_ids(recipe.colm, counts))
+    limit = len(train) / len(counts)
+    width = max(map(len, counts))
+    lines = [f"{'source':{width}} {'examples':>9} {'share':>7} {'tokens':>11} {'trained':>11}  kept whole"]
+    for number, (name, count) in enumerate(counts.items()):
+        mine = train.source_ids == number
+        tokens, trained = int(train.lengths[mine].sum()), int(train.num_label_tokens[mine].sum())
+        kept = "yes" if number in small else ""
+        lines.append(f"{name:{width}} {count:>9,} {count / len(train):>7.1%} {tokens:>11,} {trained:>11,}  {kept}")
+    total, trained = int(train.lengths.sum()), int(train.num_label_tokens.sum())
+    lines.append(f"{'all':{width}} {len(train):>9,} {1:>7.0%} {total:>11,} {trained:>11,}")
+    lines.append(f"small: fewer than |V|/c = {limit:,.1f} examples" if recipe.colm.small_sources == "auto" else "")
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in train.num_dropped.items() if count) or "none"
+    lines.append(f"dropped: {dropped}; held out: {0 if heldout is None else len(heldout):,} examples")
+    if recipe.clusters is not None:
+        steps = ", ".join(map(str, recipe.clusters.steps(recipe.steps)))
+        lines.append(f"clusters take the place of these sources after {steps} steps")
+    return "\n".join(line for line in lines if line)
+
+
+def describe_lengths(train: Data, max_length: int) -> str:
+    """Histogram of lengths in tokens, with quartiles and how many examples are cut off."""
+    lengths = np.asarray(train.lengths)
+    edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, _BINS + 1).astype(int))
+    counts, _ = np.histogram(lengths, bins=edges)
+    quartiles = np.percentile(lengths, [25, 50, 75]).astype(int).tolist()
+    cut = int((lengths >= max_length).sum())
+    head = f"length in tokens: quartiles {quartiles[0]}, {quartiles[1]}, {quartiles[2]}; longest {lengths.max()}; "
+    lines = [head + f"{cut:,} examples ({cut / len(lengths):.1%}) reach data.max_length = {max_length}"]
+    for (start, stop), count in zip(pairwise(edges.tolist()), counts, strict=True):
+        bar = "#" * round(_BAR * count / max(1, counts.max()))
+        lines.append(f"{start:>6} - {stop - 1:<6} {count:>8,} {bar}".rstrip())
+    return "\n".join(lines)
+
+
+def describe_example(train: Data, index: int, tokenizer: Any) -> str:
+    """One example as the model sees it; trained tokens stand between >>> and <<<."""
+    example = train[index]
+    trained = example.labels != -100
+    first = int(trained.nonzero()[0]) if bool(trained.any()) else len(trained)
+    prompt = tokenizer.decode(example.input_ids[:first])
+    answers = _answers(example, tokenizer)
+    name = train.source_names[int(train.source_ids[index])]
+    if example.candidates is not None:
+        head = f"example {index:,} ({name}): {int(train.lengths[index])} tokens computed, {len(answers)} candidates"
+        return f"{head}\n{prompt}>>>{answers.pop(example.candidates.gold)}<<< and not {' or '.join(answers)}"
+    head = f"example {index:,} ({name}): {len(trained)} tokens, {int(trained.sum())} of them trained"
+    return f"{head}\n{prompt}>>>{answers[0]}<<<"
+
+
+def _answers(example: Example, tokenizer: Any) -> list[str]:
+    """What follows the prompt: one response, or the candidates."""
+    sizes = [len(example.labels)] if example.candidates is None else list(example.candidates.lengths)
+    parts = zip(example.input_ids.split(sizes), example.labels.split(sizes), strict=True)
+    return [tokenizer.decode(ids[int((labels != -100).nonzero()[0]) :]) for ids, labels in parts]
+
+
+def describe_coreset(recipe: Recipe | ChoiceRecipe, train: Data, tokenizer: Any) -> str:
+    """The first large batch of the run on one device, and what is kept of it."""
+    from transformers import set_seed
+
+    set_seed(recipe.seed)
+    selector = CoresetSelector(
+        load_model(recipe, tokenizer),
+        recipe.colm,
+        train,
+        betas=recipe.optimizer.betas,
+        eps=recipe.optimizer.eps,
+    )
+    kept_sources = small_source_ids(recipe.colm, source_counts(train))
+    loader = LargeBatchLoader(
+        train, recipe.colm.large_batch_size, seed=recipe.colm.seed, rank=0, world_size=1, kept_sources=kept_sources
+    )
+    batch = next(iter(loader))
+    coreset = selector(batch)
+    return "\n".join([*_by_source(train, batch, coreset), "", *_by_example(train, batch, coreset, tokenizer)])
+
+
+def _by_source(train: Data, batch: LargeBatch, coreset: Coreset) -> list[str]:
+    kept = set(coreset.positions[: coreset.num_kept].tolist())
+    chosen = set(coreset.positions.tolist())
+    width = max(map(len, train.source_names))
+    lines = [f"step 1: {coreset.size} of {batch.size} examples", f"{'source':{width}} {'seen':>5} {'kept':>5}  why"]
+    for number, name in enumerate(train.source_names):
+        seen = (batch.sources == number).nonzero().flatten().tolist()
+        if not seen:
+            continue
+        mine = [position for position in seen if position in chosen]
+        small = bool(mine) and all(position in kept for position in mine)
+        why = "small source: all are kept" if small and len(mine) == len(seen) else ""
+        if not why:
+            coherence = coreset.coherence.get(number)
+            why = "by its quota" if coherence is None else f"medoids of its quota; coherence {coherence:.2f}"
+        lines.append(f"{name:{width}} {len(seen):>5} {len(mine):>5}  {why}")
+    return lines
+
+
+def _by_example(train: Data, batch: LargeBatch, coreset: Coreset, tokenizer: Any) -> list[str]:
+    place = {position: number for number, position in enumerate(coreset.positions.tolist())}
+    picks = _pick_numbers(batch, coreset)
+    width = max(map(len, train.source_names))
+    lines = [f"{'example':>8} {'source':{width}} {'tokens':>6}  {'in the coreset':20} begins with"]
+    for position in range(batch.size):
+        number = place.get(position)
+        if number is None:
+            kept = "-"
+        elif number < coreset.num_kept:
+            kept = "kept (small source)"
+        else:
+            weight = float(coreset.weights[number])
+            kept = f"pick {picks[position]}" + (f", weight {weight:.2f}" if weight != 1 else "")
+        example = batch.examples[position]
+        answers = _answers(example, tokenizer)
+        answer = answers[0 if example.candidates is None else example.candidates.gold]
+        name = train.source_names[int(batch.sources[position])]
+        shown = " ".join(answer.split())[:50]
+        lines.append(
+            f"{int(batch.indices[position]):>8} {name:{width}} {int(batch.lengths[position]):>6}  {kept:20} {shown}"
+        )
+    return lines
+
+
+def one_of_each(source_ids: np.ndarray, count: int) -> list[int]:
+    """Places of `count` examples that take turns over the sources: the first of each, then the second of each."""
+    order = np.argsort(source_ids, kind="stable")
+    _, starts, sizes = np.unique(source_ids[order], return_index=True, return_counts=True)
+    turn = np.arange(len(order)) - np.repeat(starts, sizes)
+    return order[np.argsort(turn, kind="stable")][:count].tolist()
+
+
+def _pick_numbers(batch: LargeBatch, coreset: Coreset) -> dict[int, int]:
+    """In which order medoids were picked, counted within each pool."""
+    numbers: dict[int, int] = {}
+    num_picked: dict[int, int] = {}
+    for position in coreset.positions[coreset.num_kept :].tolist():
+        source = int(batch.sources[position])
+        pool = source if source in coreset.coherence else -1
+        num_picked[pool] = numbers[position] = num_picked.get(pool, 0) + 1
+    return numbers

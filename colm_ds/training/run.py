@@ -1,0 +1,385 @@
+"""A run from its recipe: build, train, evaluate, save. What `finetune/train.py` and `pretrain/train.py` call."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from colm_ds.batching.loader import source_counts
+from colm_ds.checkpoints import atomic
+from colm_ds.checkpoints.weights import save_trained
+from colm_ds.config.colm import load_config, resolve_config
+from colm_ds.distributed.agreement import broadcast_text, single_process_environment, together
+from colm_ds.distributed.exchange import make_exchange
+from colm_ds.engine.coreset_selector import reads_model
+from colm_ds.engine.engine import CoLMEngine, initialize, prepare_deepspeed
+from colm_ds.engine.monitor import heldout_events, monitor_sections, set_environment
+from colm_ds.errors import CheckpointError, ColmError, ConfigError, DeviceMemoryError, DivergenceError, SelectionError
+from colm_ds.export.model_card import ADAPTER, MODEL, write_model_card
+from colm_ds.memory.meter import GIB
+from colm_ds.memory.recorder import PEAKS
+from colm_ds.models.architecture import find_architecture
+from colm_ds.planner.advice import EXIT_CODE as OUT_OF_MEMORY
+from colm_ds.process.exit import end_all, was_said
+from colm_ds.process.stop_request import EXIT_CODE as STOPPED
+from colm_ds.process.stop_request import StopRequest
+from colm_ds.recipes.model import load_model, load_tokenizer, precision_sections, quiet_libraries
+from colm_ds.recipes.recipe import BaseRecipe, LrScheduleConfig, load_recipe
+from colm_ds.run_folder.write import RunFolder, describe_environment, read_metrics, summarise
+from colm_ds.training.start_or_resume import CHECKPOINTS, check_same_data, may_restart, where_to_start
+from colm_ds.training.tasks import InTraining, Task, load_task
+from colm_ds.types import StepStats
+
+DIVERGED = 5
+"""Exit code of a run whose gradients or signals stopped being finite."""
+
+
+def run(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
+    """Train as a recipe says, under a launcher or alone.
+
+    Exit codes: 0 done; 2 bad input (one message); 3 asked to stop, after a checkpoint; 4 a phase lasted too long;
+    5 diverged, after a checkpoint; 6 out of memory; 1 anything else.
+
+    Args:
+        recipe_path: the YAML file.
+        overrides: `key=value` changes to it.
+    """
+    stop = StopRequest()
+    single_process_environment()
+    prepare_deepspeed()
+    quiet_libraries()
+    share = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
+    torch.set_num_threads(min(share, int(os.environ.get("OMP_NUM_THREADS") or share)))
+    accelerator = deepspeed.get_accelerator()
+    if torch.cuda.is_available():
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(verbose=False)
+    device = torch.device(accelerator.current_device_name())
+    recipe = together(lambda: load_recipe(recipe_path, overrides), device)
+    with crashes_explained():
+        code = Run(recipe, device, stop).train()
+    dist.barrier()  # the launcher ends the others once one is gone
+    dist.destroy_process_group()
+    if code:
+        sys.exit(code)
+
+
+@contextmanager
+def crashes_explained() -> Iterator[None]:
+    """One line for what is not a fault of this rank: a full disk, or another rank that is gone."""
+    try:
+        yield
+    except DeviceMemoryError as error:
+        end_all(f"{type(error).__name__}: {error}", OUT_OF_MEMORY)
+    except torch.OutOfMemoryError as error:  # outside a step: evaluating, saving
+        end_all(f"rank {dist.get_rank()}: {error}\nTry a smaller evaluation.max_tokens.", OUT_OF_MEMORY)
+    except ColmError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except OSError as error:
+        sys.exit(f"rank {dist.get_rank()}: {error}. Restarting goes on from the last checkpoint.")
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection")):
+            raise
+        if was_said():
+            sys.exit(OUT_OF_MEMORY)
+        reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+        lost = f"rank {dist.get_rank()}: lost the other ranks ({reason})."
+        sys.exit(f"{lost} Restarting goes on from the last checkpoint.")
+
+
+def learning_rate_factor(config: LrScheduleConfig, steps: int) -> Callable[[int], float]:
+    """Factor of the peak learning rate by 0-based step: linear warm-up, then cosine, linear or constant."""
+    warmup = math.ceil(config.warmup_fraction * steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        shape = {
+            "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+            "linear": 1.0 - progress,
+            "constant": 1.0,
+        }[config.kind]
+        return config.final_fraction + (1.0 - config.final_fraction) * shape
+
+    return factor
+
+
+def deepspeed_config(recipe: BaseRecipe) -> dict[str, Any]:
+    """The DeepSpeed configuration of a recipe: its JSON with batch sizes, optimizer, precision and `"colm"` filled in.
+
+    Raises:
+        ConfigError: if the JSON already has what the recipe says.
+    """
+    config, where = load_config(recipe.deepspeed)
+    for key in ("colm", "optimizer", "scheduler"):
+        if key in config:
+            raise ConfigError(f"{where}: {key!r} is the recipe's to say. Remove it here.")
+    optimizer = recipe.optimizer.model_dump()
+    return {
+        **config,
+        **precision_sections(recipe.model.dtype),
+        **monitor_sections(recipe, config),
+        "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
+        "optimizer": {"type": "AdamW", "params": {**optimizer, "betas": list(recipe.optimizer.betas)}},
+        "colm": recipe.colm_values,
+        "steps_per_print": config.get("steps_per_print", 10**9),
+    }
+
+
+class Run:
+    """One run of a recipe on this rank; making it checks and loads everything."""
+
+    def __init__(self, recipe: BaseRecipe, device: torch.device, stop: StopRequest) -> None:
+        self.recipe = recipe
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device = device
+        self.stop = stop
+        self.exchange = make_exchange(device)
+        self.config = together(self._checked_config, device)
+        start = together(lambda: where_to_start(recipe) if self.rank == 0 else None, device)
+        self.tokenizer = together(lambda: load_tokenizer(recipe), device)
+        self.task = self._load_task()
+        from transformers import set_seed
+
+        set_seed(recipe.seed)
+        self.model = together(self._checked_model, device)
+        self.engine = self._make_engine()
+        self.in_training = InTraining(self.engine, self.tokenizer, device, self.exchange, self.rank)
+        self.first_step = together(lambda: self._go_on(start), device)
+        self.folder = together(self._make_folder, device)
+        self.engine.monitor.open()
+        self.last_heldout: dict[str, Any] | None = None
+        self.engine.memory.folder = Path(recipe.output_dir)
+        self._peaks: dict[str, float] = {}
+        self._parts: dict[str, float] = {}
+
+    def train(self) -> int:
+        """All steps, then the evaluation, the summary and the trained weights; the process's exit code."""
+        recipe, started = self.recipe, time.perf_counter()
+        self.stop.listen()
+        if self.folder:
+            self.folder.write("config.json", self._describe())
+        if self.stop.agreed(self.device):
+            return self._stopped(recipe.steps, f"before step {self.first_step}")
+        if self.first_step == 1:
+            self._log({"step": 0, **self._heldout(True)})
+        done = self.first_step - 1
+        with tqdm(total=recipe.steps, initial=done, disable=self.rank != 0, unit="step", desc=recipe.name) as bar:
+            for step in range(self.first_step, recipe.steps + 1):
+                facts = self.task.begin_step(self.in_training, step)
+                try:
+                    stats = self.engine.train_batch()
+                except (DivergenceError, SelectionError) as error:
+                    return self._diverged(error)
+                self._record(stats, step, facts)
+                rate = stats.examples_trained / stats.time_s["total"]
+                bar.set_postfix_str(f"loss {stats.loss:.3f}, {rate:.1f} examples/s, {stats.memory_gib['peak']:.2f} GiB")
+                bar.update()
+                with self.engine.watchdog.watching(f"agreeing after step {step} whether to stop"):
+                    stopping = self.stop.agreed(self.device) and step < recipe.steps
+                if stopping or (recipe.save_every and (step % recipe.save_every == 0 or step == recipe.steps)):
+                    saved = self._save()
+                if stopping:
+                    return self._stopped(step, "without a checkpoint" if not saved else f"after step {step}", saved)
+        with self.engine.watchdog.watching("the end of the run"):
+            self._finish(started)
+        return 0
+
+    def _record(self, stats: StepStats, step: int, facts: dict[str, Any]) -> None:
+        """Keep a step's numbers, with the held-out loss where it is due."""
+        for name, peak in stats.memory_gib.items():
+            self._peaks[name] = max(self._peaks.get(name, 0.0), peak)
+        if stats.memory_gib["peak"] == self._peaks["peak"]:
+            self._parts = stats.memory_parts_gib
+        every = self.recipe.evaluation.every
+        due = step == self.recipe.steps or (every > 0 and step % every == 0)
+        self._log({**stats.as_dict(), **facts, **self._heldout(due)})
+        if self.folder and stats.skipped:
+            tqdm.write(
+                f"step {step}: the gradient is not finite, nothing was changed ({self.engine.skipped.total} so far)"
+            )
+        if self.folder:
+            for example in stats.coreset["nonfinite_examples"]:
+                what = f"the {example['what']} of example {example['index']} ({example['source']}) is not finite"
+                tqdm.write(f"step {step}: {what}; it is left out")
+
+    def _save(self) -> bool:
+        """A checkpoint; where it can not be written training goes on, and says so."""
+        if self.folder:
+            self.folder.sync()
+        client_state = {"sources": source_counts(self.task.train), "data": self.task.identity()}
+        try:
+            folder = str(Path(self.recipe.output_dir) / CHECKPOINTS)
+            self.engine.save_checkpoint(folder, client_state=client_state, keep_last=self.recipe.keep_last)
+        except CheckpointError as error:
+            if self.folder:
+                tqdm.write(f"CheckpointError: {error}", file=sys.stderr)
+            return False
+        return True
+
+    def _stopped(self, step: int, where: str, saved: bool = True) -> int:
+        if self.folder:
+            self.folder.write("summary.json", {"status": "stopped", "steps": step})
+            print(
+                f"{self.recipe.name}: stopped {where} ({self.stop.reason or 'asked on another rank'}).", file=sys.stderr
+            )
+        return STOPPED if saved else 1
+
+    def _diverged(self, error: ColmError) -> int:
+        self._save()
+        if self.folder:
+            self.folder.write("summary.json", {"status": "diverged", "steps": self.engine.step_count})
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return DIVERGED
+
+    def _finish(self, started: float) -> None:
+        with self.engine.watchdog.watching("the evaluation"):
+            if self.last_heldout is None:  # resumed after the last step
+                self._heldout(True)
+            results = self.task.finish(self.in_training)
+        with self.engine.watchdog.watching("writing the trained weights"):
+            folder = Path(self.recipe.output_dir)
+            weights = save_trained(self.engine, self.tokenizer, folder, is_main=self.rank == 0)
+        peaks, by_rank = self._largest_peaks()
+        if self.folder:
+            self.folder.close()
+            entries = read_metrics(self.folder.path / "metrics.jsonl")
+            steps = [entry for entry in entries if "loss" in entry]
+            summary = {"status": "unfinished", **summarise(steps, peaks, self._small_sources())}
+            summary |= {"heldout": self.last_heldout}
+            summary |= {"heldout_before": next((entry["heldout"] for entry in entries if entry["step"] == 0), None)}
+            summary |= {"memory_kind": self.engine.memory.kind, "peak_memory_gib_by_rank": by_rank}
+            summary |= {"peak_memory_parts_gib": self._parts}
+            summary |= {**results, "wall_s": time.perf_counter() - started}
+            self.folder.write("summary.json", summary)
+            write_model_card(weights, folder, kind=ADAPTER if self.recipe.lora else MODEL)
+            self.folder.write("summary.json", {**summary, "status": "finished"})  # the last file of a run
+            print(f"{self.recipe.name}: {self.recipe.steps} steps done, written to {self.recipe.output_dir}")
+            if summary["coherence"]:
+                print(f"{self.recipe.name}: {summary['coherence']['verdict']}")
+
+    def _go_on(self, start: atomic.Found | None) -> int:
+        """Load the checkpoint to go on from; the step that comes next."""
+        path = json.loads(broadcast_text(json.dumps(str(start.path) if start else None), 0))
+        if path is None:
+            return 1
+        loaded, state = self.engine.load_checkpoint(str(Path(path).parent), Path(path).name)
+        check_same_data(str(loaded), state.get("data", {}), self.task.identity())
+        counts = source_counts(self.task.train)
+        if state["sources"] != counts:
+            raise ConfigError(
+                f"{loaded}: was trained on {sum(state['sources'].values())} examples of {len(state['sources'])} "
+                f"sources, the recipe's data has {sum(counts.values())} of {len(counts)}. Resume with the same data."
+            )
+        if start:
+            for reason in start.passed_over:
+                print(f"not used: {reason}", file=sys.stderr)
+            print(f"{self.recipe.name}: going on after step {start.step}, from {loaded}", file=sys.stderr)
+        return self.engine.step_count + 1
+
+    def _make_folder(self) -> RunFolder | None:
+        if self.rank != 0:
+            return None
+        recipe, done = self.recipe, self.first_step - 1
+        restart = recipe.overwrite or (done == 0 and may_restart(recipe))
+        folder = RunFolder(recipe.output_dir, overwrite=restart, resumed_step=done if done else None)
+        set_environment(recipe)
+        return folder
+
+    def _checked_config(self) -> dict[str, Any]:
+        config = deepspeed_config(self.recipe)
+        resolve_config(config, self.world_size)
+        return config
+
+    def _small_sources(self) -> list[str]:
+        selector = self.engine.coreset_selector
+        return [selector.source_names[source] for source in selector.small]
+
+    def _checked_model(self) -> nn.Module:
+        model = load_model(self.recipe, self.tokenizer)
+        if reads_model(self.recipe.colm):
+            find_architecture(model, self.recipe.colm.probe.layer)
+        return model
+
+    def _load_task(self) -> Task:
+        """The data; rank 0 reads first, so that the others find its cache."""
+
+        def load() -> Task:
+            return load_task(self.recipe, self.tokenizer)
+
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            loaded = together(load, self.device)
+            together(lambda: None, self.device)
+            return loaded
+        together(lambda: None, self.device)
+        return together(load, self.device)
+
+    def _make_engine(self) -> CoLMEngine:
+        schedule = learning_rate_factor(self.recipe.lr_schedule, self.recipe.steps)
+        engine, _, _, _ = initialize(
+            model=self.model,
+            config=self.config,
+            training_data=self.task.train,
+            lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
+        )
+        return engine
+
+    def _heldout(self, due: bool) -> dict[str, Any]:
+        with self.engine.watchdog.watching(f"the held-out loss after step {self.engine.step_count}"):
+            found = self.task.heldout(self.in_training) if due else None
+        if found is None:
+            return {}
+        self.last_heldout = found
+        self.engine.monitor.write_events(heldout_events(found, self.engine.num_samples))
+        return {"heldout": found}
+
+    def _largest_peaks(self) -> tuple[dict[str, float], list[float]]:
+        """Largest peak of each phase over steps and ranks, and the largest of each rank, in GiB."""
+        save = self.engine.memory.save  # of the checkpoint after the last step
+        saved = save.peak_bytes["save"] / GIB if save else 0.0
+        mine = [max(self._peaks.get(name, 0.0), saved if name in ("save", "peak") else 0.0) for name in PEAKS]
+        largest = torch.tensor(mine, device=self.device)
+        ranks = [torch.empty_like(largest) for _ in range(self.world_size)]
+        dist.all_gather(ranks, largest)
+        rows = torch.stack(ranks)
+        largest_of_all = dict(zip(PEAKS, rows.amax(dim=0).tolist(), strict=True))
+        return largest_of_all, rows[:, PEAKS.index("peak")].tolist()
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        if self.folder and len(entry) > 1:
+            self.folder.log(entry)
+
+    def _describe(self) -> dict[str, Any]:
+        counts = source_counts(self.task.train)
+        parameters = list(self.model.parameters())
+        sizes = [getattr(p, "ds_numel", p.numel()) for p in parameters]
+        return {
+            "name": self.recipe.name,
+            **describe_environment(),
+            "seed": self.recipe.seed,
+            "world_size": self.world_size,
+            "num_parameters": sum(sizes),
+            "num_trainable": sum(size for p, size in zip(parameters, sizes, strict=True) if p.requires_grad),
+            "sources": counts,
+            "small_sources": self._small_sources(),
+            **self.task.describe(),
+            "recipe": self.recipe.model_dump(),
+            "deepspeed": self.engine.config.deepspeed,
+            "colm": self.engine.config.colm.model_dump(),
+            "why_not_replay": self.engine.coreset_selector.why_not_replay,
+            "first_step": self.first_step,
+        }

@@ -1,0 +1,160 @@
+"""Whether a run starts anew or goes on, and from which checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from colm_ds.checkpoints import atomic
+from colm_ds.config.colm import ProbeConfig
+from colm_ds.errors import ConfigError
+from colm_ds.recipes.recipe import BaseRecipe
+
+CHECKPOINTS = "checkpoints"
+
+_MAY_CHANGE = {
+    *("name", "output_dir", "overwrite", "save_every", "keep_last", "resume", "monitor", "verbose"),
+    *("evaluation", "tokenizer", "deepspeed", "data.train", "data.heldout", "data.cache_dir", "model.name_or_path"),
+    *("data.store", "prepare", "keep_best"),
+    *("model.attention", "model.activation_checkpointing", "colm.num_workers", "colm.micro_batch_tokens"),
+    *("colm.max_skipped_steps", "colm.phase_timeout_s", "colm.replay", "colm.variance_every"),
+    *("colm.probe.max_tokens", "colm.memory", "micro_batch_size"),
+    "colm.preset",  # the keys that it fills in are compared one by one
+}
+"""Keys that say how a run computes or where things are, and not what it computes (paths may have moved)."""
+
+
+def where_to_start(recipe: BaseRecipe) -> atomic.Found | None:
+    """The checkpoint that a run goes on from; None starts it anew. Reads files only, on one rank.
+
+    Args:
+        recipe: what is to be run.
+
+    Raises:
+        ConfigError: if there is a run that neither goes on nor may be replaced, or that another recipe made.
+        CheckpointError: if there are checkpoints but none that can be loaded.
+    """
+    if recipe.overwrite:
+        return None
+    folder = Path(recipe.output_dir)
+    if recipe.resume not in ("auto", "never"):
+        path = Path(recipe.resume)
+        found = atomic.find(path.parent, path.name)
+        _check_same(recipe, path.parent.parent / "config.json")
+        return found
+    if not (folder / "metrics.jsonl").exists():
+        return None
+    if _read(folder / "summary.json").get("status") == "finished":
+        raise ConfigError(
+            f"output_dir = {recipe.output_dir}: holds a finished run. Choose another, or overwrite=true to start anew."
+        )
+    if recipe.resume == "never":
+        return None  # `RunFolder` refuses to replace what is there
+    _check_same(recipe, folder / "config.json")
+    return atomic.find(folder / CHECKPOINTS, repair=True)
+
+
+def may_restart(recipe: BaseRecipe) -> bool:
+    """Whether an unfinished run without a checkpoint may be replaced: this recipe's own, killed before its first."""
+    return recipe.resume == "auto" and not recipe.overwrite
+
+
+def _check_same(recipe: BaseRecipe, config: Path) -> None:
+    """Compare what is to be run with what was."""
+    before = _read(config).get("recipe")
+    if not before:
+        return  # killed before it was written, or moved away
+    constant = recipe.lr_schedule.kind == "constant" and recipe.lr_schedule.warmup_fraction == 0
+    differences = recipe_differences(before, recipe, _MAY_CHANGE | ({"steps"} if constant else set()))
+    if differences:
+        raise ConfigError(
+            f"{config.parent}: holds an unfinished run of another recipe.\n  "
+            + "\n  ".join(differences)
+            + "\n  Put that back to go on, choose another output_dir, or overwrite=true to start anew."
+        )
+
+
+def check_finished(recipe: BaseRecipe) -> None:
+    """Compare a recipe with the finished run in its folder.
+
+    Raises:
+        ConfigError: if the run was made by another one.
+    """
+    folder = Path(recipe.output_dir)
+    differences = recipe_differences(_read(folder / "config.json").get("recipe") or {}, recipe, _MAY_CHANGE)
+    if differences:
+        raise ConfigError(
+            f"{folder}: holds a finished run of another recipe.\n  "
+            + "\n  ".join(differences)
+            + "\n  Put that back, choose another output_dir, or overwrite=true to start anew."
+        )
+
+
+def check_same_data(
+    checkpoint: str, before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Compare the data of a run that goes on, see `Task.identity`, with what its checkpoint says.
+
+    Args:
+        checkpoint: its path.
+        before: what was trained on; keys that it lacks, as in older checkpoints, are not compared.
+        now: what the recipe names.
+
+    Raises:
+        ConfigError: if the content is another.
+    """
+    for key, found in now.items():
+        known = before.get(key)
+        if known is not None and known["digest"] != found["digest"]:
+            raise ConfigError(
+                f"{key} = {found['place']}: not what the run was trained on.\n"
+                f"  {checkpoint}: {known['place']} with digest {known['digest']}\n"
+                f"  now: {found['place']} with digest {found['digest']}\n"
+                "  Name the data that it was trained on (prepared again from the same files and settings it is the "
+                "same), choose another output_dir, or overwrite=true to start anew."
+            )
+
+
+def recipe_differences(before: Mapping[str, Any], recipe: BaseRecipe, free: Collection[str]) -> list[str]:
+    """In what a recipe differs from the one that a run's `config.json` holds, one line each.
+
+    Args:
+        before: `recipe` of `config.json`.
+        recipe: what is to be run.
+        free: dotted keys that may differ, with all below them.
+    """
+    now = json.loads(json.dumps(recipe.model_dump(), default=str))
+    return [
+        f"{key}: {before_value!r} there, {now_value!r} here"
+        for key, before_value, now_value in _compare(_with_number_of_probes(before), _with_number_of_probes(now))
+        if not any(key == name or key.startswith(f"{name}.") for name in free)
+    ]
+
+
+def _with_number_of_probes(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a dumped recipe with `colm.probe.num_probes` as the number that "auto" stands for."""
+    colm = dict(recipe.get("colm") or {})
+    if "estimator" in (colm.get("probe") or {}):
+        known = {key: value for key, value in colm["probe"].items() if key in ProbeConfig.model_fields}
+        colm["probe"] = {**known, "num_probes": ProbeConfig.model_validate(known).resolved_num_probes}
+    return {**recipe, "colm": colm}
+
+
+def _compare(one: Any, other: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Keys of nested mappings whose values differ."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        keys = [*one, *(key for key in other if key not in one)]
+        found = [_compare(one.get(key), other.get(key), f"{prefix}.{key}" if prefix else str(key)) for key in keys]
+        return [difference for part in found for difference in part]
+    return [] if one == other else [(prefix, one, other)]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file of ours; empty if it is missing or broken."""
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}

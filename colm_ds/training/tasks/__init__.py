@@ -1,0 +1,38 @@
+"""Kinds of data to train on: instructions and what else a recipe's key `task` names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe, PretrainingRecipe, Recipe
+from colm_ds.training.tasks.base import InTraining, Task, measured_loss
+from colm_ds.training.tasks.choices import ChoiceTask
+from colm_ds.training.tasks.clusters import ClusteredTask
+from colm_ds.training.tasks.instructions import InstructionTask
+from colm_ds.training.tasks.pretraining import PretrainingTask
+
+__all__ = [
+    "ChoiceTask",
+    "ClusteredTask",
+    "InTraining",
+    "InstructionTask",
+    "PretrainingTask",
+    "Task",
+    "load_task",
+    "measured_loss",
+]
+
+
+def load_task(recipe: BaseRecipe, tokenizer: Any) -> Task:
+    """Read the data of a recipe, of whichever kind it is.
+
+    Raises:
+        ConfigError, DataError: naming the key, or the file and line, that is wrong.
+    """
+    if isinstance(recipe, PretrainingRecipe):
+        return PretrainingTask(recipe, tokenizer)
+    assert isinstance(recipe, (Recipe, ChoiceRecipe))
+    task: Task = (
+        ChoiceTask(recipe, tokenizer) if isinstance(recipe, ChoiceRecipe) else InstructionTask(recipe, tokenizer)
+    )
+    return task if recipe.clusters is None else ClusteredTask(task, recipe, recipe.clusters, tokenizer)

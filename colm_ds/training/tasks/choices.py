@@ -1,0 +1,85 @@
+"""Training on a classification task: its examples, their held-out loss and accuracy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from colm_ds.data.choice_dataset import ChoiceDataset, load_choices
+from colm_ds.errors import ConfigError
+from colm_ds.evaluation.question_files import DataPlaces, find_set
+from colm_ds.recipes.recipe import ChoiceRecipe
+from colm_ds.training.tasks.base import InTraining, check_large_batch, measured_loss
+
+
+class ChoiceTask:
+    """Implements `Task` for a recipe on a classification task."""
+
+    def __init__(self, recipe: ChoiceRecipe, tokenizer: Any) -> None:
+        """Read and tokenise; see `load_choice_data` for what it raises."""
+        self._settings = recipe.evaluation
+        self.train, self._heldout = load_choice_data(recipe, tokenizer)
+
+    def identity(self) -> dict[str, dict[str, str]]:
+        """See `Task.identity`: nothing; sources and counts are compared."""
+        return {}
+
+    def begin_step(self, run: InTraining, step: int) -> dict[str, Any]:
+        """See `Task.begin_step`."""
+        return {}
+
+    def heldout(self, run: InTraining) -> dict[str, Any] | None:
+        """See `Task.heldout`: nats per example, and the accuracy."""
+        return None if self._heldout is None else measured_loss(run, self._heldout, self._settings.max_tokens)
+
+    def finish(self, run: InTraining) -> dict[str, Any]:
+        """See `Task.finish`: nothing beyond the last held-out accuracy."""
+        return {}
+
+    def describe(self) -> dict[str, Any]:
+        """See `Task.describe`."""
+        num_heldout = 0 if self._heldout is None else len(self._heldout)
+        facts = {"num_dropped": self.train.num_dropped, "num_at_max_length": self.train.num_at_max_length}
+        return {**facts, "num_heldout": num_heldout}
+
+
+def load_choice_data(recipe: ChoiceRecipe, tokenizer: Any) -> tuple[ChoiceDataset, ChoiceDataset | None]:
+    """Training and held-out examples of a recipe.
+
+    Raises:
+        DataError: naming file and line of what is wrong.
+        ConfigError: if the folder lacks a file of the task, or the large batch is larger than the data.
+    """
+    data = recipe.data
+    cache = None if data.cache_dir is None else Path(data.cache_dir).expanduser()
+
+    def load(split: str, given: Any, limit: int | None) -> ChoiceDataset | None:
+        place = _place_in(data.folder, data.task, split) if data.folder is not None else given
+        if place is None:
+            return None
+        return load_choices(
+            data.task,
+            place,
+            tokenizer,
+            data.max_length,
+            split=split,
+            cache_dir=cache,
+            limit=limit,
+            seed=recipe.seed,
+        )
+
+    train = load("train", data.train, data.limit)
+    assert train is not None
+    check_large_batch(recipe, train)
+    return train, load("validation", data.heldout, data.heldout_limit)
+
+
+def _place_in(folder: str, task: str, split: str) -> str:
+    subpaths = tuple(f"{above}{task}/{split}" for above in ("superglue/", ""))
+    place = find_set(task, subpaths, DataPlaces(folder))
+    if place is None:
+        raise ConfigError(
+            f"data.folder = {folder}: holds none of {', '.join(subpaths)} (.jsonl, .jsonl.gz, ...). "
+            "Name the folder that holds the tasks' folders, or files with data.train and data.heldout."
+        )
+    return place

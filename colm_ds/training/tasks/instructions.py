@@ -1,0 +1,89 @@
+"""Training on instruction data: the data that a recipe names, tokenised, its held-out loss and exact match."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from colm_ds.data import InstructionDataset, load_instructions, split_holdout
+from colm_ds.evaluation.exact_match import exact_match, load_questions
+from colm_ds.recipes.recipe import Recipe
+from colm_ds.training.tasks.base import InTraining, check_large_batch, measured_loss
+
+
+class InstructionTask:
+    """Implements `Task` for a recipe on instruction data."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
+        """Read and tokenise; see `load_data` for what it raises."""
+        self._settings = recipe.evaluation
+        self.train, self._heldout = load_data(recipe, tokenizer)
+        questions = recipe.data.heldout if recipe.evaluation.exact_match else None
+        self._questions = load_questions(questions, recipe.data.source_key) if questions else []
+
+    def identity(self) -> dict[str, dict[str, str]]:
+        """See `Task.identity`: nothing; sources and counts are compared."""
+        return {}
+
+    def begin_step(self, run: InTraining, step: int) -> dict[str, Any]:
+        """See `Task.begin_step`."""
+        return {}
+
+    def heldout(self, run: InTraining) -> dict[str, Any] | None:
+        """See `Task.heldout`: nats per labelled token."""
+        return None if self._heldout is None else measured_loss(run, self._heldout, self._settings.max_tokens)
+
+    def finish(self, run: InTraining) -> dict[str, Any]:
+        """See `Task.finish`: `exact_match`, None where it was not asked for."""
+        if not self._questions:
+            return {"exact_match": None}
+        answers = exact_match(
+            run.engine.deepspeed_engine.module,
+            run.tokenizer,
+            self._questions,
+            device=run.device,
+            exchange=run.exchange,
+            rank=run.rank,
+            max_new_tokens=self._settings.max_new_tokens,
+            max_tokens=self._settings.max_tokens,
+            synced=run.engine.zero_optimization_stage() == 3,
+        )
+        return {"exact_match": answers}
+
+    def describe(self) -> dict[str, Any]:
+        """See `Task.describe`."""
+        num_heldout = 0 if self._heldout is None else len(self._heldout)
+        return {"num_dropped": self.train.num_dropped, "num_heldout": num_heldout}
+
+
+def load_data(recipe: Recipe, tokenizer: Any) -> tuple[InstructionDataset, InstructionDataset | None]:
+    """Training and held-out data of a recipe.
+
+    Args:
+        recipe: names files, lengths, the cache and what is held out.
+        tokenizer: from `load_tokenizer`.
+
+    Raises:
+        DataError: naming file and line of what is wrong.
+        ConfigError: if the large batch is larger than the data.
+    """
+    data = recipe.data
+    cache = None if data.cache_dir is None else Path(data.cache_dir).expanduser()
+
+    def load(paths: Any, limit: int | None) -> InstructionDataset:
+        return load_instructions(
+            paths,
+            tokenizer,
+            data.max_length,
+            source_key=data.source_key,
+            cache_dir=cache,
+            limit=limit,
+            seed=recipe.seed,
+        )
+
+    train = load(data.train, data.limit)
+    heldout = load(data.heldout, None) if data.heldout is not None else None
+    if data.holdout_per_source:
+        train, heldout = split_holdout(train, per_source=data.holdout_per_source, seed=recipe.seed)
+    check_large_batch(recipe, train)
+    return train, heldout

