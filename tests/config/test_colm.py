@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
-import types
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from colm_ds.config.colm import resolve_config
 from colm_ds.engine.coreset_selector import small_source_ids
 from colm_ds.errors import ColmError, ConfigError
-from tests.engine.conftest import Runner
-from tests.engine.training import LARGE, NO_DROPOUT, Case, start, step
+from tests.engine.training import NO_DROPOUT, Case, start, step
 from tests.ranks import Ranks
 
 STAGES = (0, 1, 2, 3)
@@ -273,58 +270,6 @@ def test_mistakes_found_with_model_and_data(pools: dict[int, Ranks]) -> None:
             assert bool(message) == bool(start_of_message)
 
 
-@pytest.mark.distributed
-def test_unknown_family_trains_without_a_probe(outcomes: Runner) -> None:
-    case = Case("unknown family", family="gpt2", model=NO_DROPOUT, colm={"selector": "random"}, stage=3)
-    losses = [step.stats["loss"] for step in outcomes(case, 2)[0].steps]
-    assert len(losses) == 5
-    assert all(0 < loss < 20 for loss in losses)
-
-
-def run_from_arguments(path: str) -> dict[str, Any]:
-    """In a rank: train as scripts do: configuration among parsed arguments, a scheduler, an optimizer, own batches."""
-    case = Case("x")
-    engine = start(case, config=None, args=types.SimpleNamespace(deepspeed_config=path))
-    found = {"by arguments": step(engine).chosen, "train_batch_size": engine.train_batch_size()}
-    found["own batch"] = engine.train_batch(engine.loader.batch(4)).step, engine.step_count, engine.num_samples
-    found["forward"] = engine(input_ids=torch.tensor([[5, 6, 7]])).logits.shape
-    engine.destroy()
-    engine = start(case, lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, halved))
-    found["lr"] = [step(engine).stats["lr"] for _ in range(3)]
-    engine.destroy()
-    by_config = Case("x", deepspeed={"optimizer": {}}, stage=2)
-    engine = start(by_config, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-4, betas=(0.8, 0.9)))
-    found["client lr"] = step(engine).stats["lr"]
-    found["history"] = engine.coreset_selector.state_dict()["selector"]["count"] if is_first(engine) else 1
-    engine.destroy()
-    return found
-
-
-def halved(step: int) -> float:
-    """Half the learning rate after every step."""
-    return 0.5**step
-
-
-def is_first(engine: Any) -> bool:
-    """Whether this is rank 0, which alone keeps the history of `spsa`."""
-    return int(engine.global_rank) == 0
-
-
-@pytest.mark.distributed
-def test_arguments_of_initialize(pools: dict[int, Ranks], outcomes: Runner, tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(Case("x").config()), encoding="utf-8")
-    wanted = outcomes(Case("x"), 2)[0].steps[0].chosen
-    for found in pools[2].run(run_from_arguments, str(path)):
-        assert found["by arguments"] == wanted
-        assert found["train_batch_size"] == 13
-        assert found["own batch"] == (4, 2, 26)
-        assert tuple(found["forward"]) == (1, 3, 97)
-        assert found["lr"] == pytest.approx([1e-3, 5e-4, 2.5e-4])
-        assert found["client lr"] == pytest.approx(3e-4)
-        assert found["history"] == 1
-
-
 # --- the JSON files that recipes use ---
 
 FILES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -350,24 +295,6 @@ def test_file_is_explicit(name: str, repo_root: Path) -> None:
     assert not {"colm", "optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu"} & set(given)
     resolved = resolve_config(config(given, coreset_size=64), 2).deepspeed
     assert given.items() <= resolved.items()
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("name", FILES)
-def test_file_trains(name: str, outcomes: Runner, repo_root: Path) -> None:
-    """In float32 all files take the same two steps; in bf16 they train."""
-    runs = {}
-    for precision in ("float32", "bfloat16"):
-        given = json.loads((repo_root / "ds_configs" / f"{name}.json").read_text(encoding="utf-8"))
-        given["bf16"]["enabled"] = precision == "bfloat16"
-        colm = {"probe": {"estimator": "exact"}, "coreset_size": 14, "large_batch_size": LARGE}
-        case = Case(f"{name}.json", deepspeed=given, colm=colm, stage=int(name[4]), steps=2, dtype=precision)
-        runs[precision] = outcomes(case, 2)[0]
-    reference = Case("clipped", deepspeed={"gradient_clipping": 1.0}, colm=colm, steps=2)
-    assert runs["float32"].chosen == outcomes(reference, 1)[0].chosen
-    wanted = [step.stats["loss"] for step in outcomes(reference, 1)[0].steps]
-    assert [step.stats["loss"] for step in runs["float32"].steps] == pytest.approx(wanted, rel=1e-6)
-    assert [step.stats["loss"] for step in runs["bfloat16"].steps] == pytest.approx(wanted, rel=0.05)
 
 
 def settings_in_use(case: Case) -> dict[str, Any]:
