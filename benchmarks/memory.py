@@ -287,9 +287,10 @@ def counted_save(engine: Any) -> float:
 
 def compared(number: int, measured: dict[str, float]) -> dict[str, Any]:
     """The plan beside what was counted, in bytes, and its relative error."""
-    from colm_ds.config.colm import resolve_config
+    from colm_ds.config.resolve import resolve_config
     from colm_ds.planner.activations import ModelSpec
-    from colm_ds.planner.plan import Job, Planner
+    from colm_ds.planner.job import Job
+    from colm_ds.planner.plan import Planner
     from colm_ds.planner.zero_states import zero_settings
     from colm_ds.recipes.model import DTYPES
 

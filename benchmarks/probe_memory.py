@@ -21,10 +21,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from colm_ds.batching.micro_batch import make_micro_batch
-from colm_ds.config.colm import ColmConfig
+from colm_ds.config.colm import CoLMSection
 from colm_ds.engine.coreset_selector import CoresetSelector
 from colm_ds.memory.counted import counted_allocations
-from colm_ds.models.training_loss import example_loss_sums, find_loss_head
+from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 from colm_ds.run_folder.write import describe_environment
 from colm_ds.types import Example, LargeBatch
 
@@ -92,7 +92,7 @@ def large_batch(options: argparse.Namespace, step: int = 1) -> LargeBatch:
 
 def measure(model: Any, estimator: str, options: argparse.Namespace, training_peak: int) -> dict[str, Any]:
     """Allocations of a step after the first, which leaves a history."""
-    config = ColmConfig.model_validate(
+    config = CoLMSection.model_validate(
         {
             "large_batch_size": options.examples,
             "coreset_size": options.examples // 2,

@@ -5,14 +5,21 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "initialize": "colm_ds.engine.engine",
-    "CoLMEngine": "colm_ds.engine.engine",
-    "CoresetSelector": "colm_ds.engine.coreset_selector",
+    "initialize": "colm_ds.engine",
+    "CoLMEngine": "colm_ds.engine",
+    "CoresetSelector": "colm_ds.engine",
     "example_losses": "colm_ds.integrations.plain_loop",
 }
 
@@ -22,6 +29,38 @@ __all__ = ["CoLMEngine", "CoresetSelector", "__version__", "example_losses", "in
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'colm_ds' has no attribute {name!r}")
-    import importlib
-
     return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+_MOVED = {
+    "colm_ds.checkpoint": "colm_ds.checkpoints.atomic",
+    "colm_ds.coreset_selector": "colm_ds.engine.coreset_selector",
+    "colm_ds.families": "colm_ds.models.families",
+    "colm_ds.recipe": "colm_ds.recipes.recipe",
+    "colm_ds.seeds": "colm_ds.randomness",
+    "colm_ds.tracking": "colm_ds.run_folder.write",
+    "colm_ds.training_loss": "colm_ds.models.example_loss",
+}
+"""Modules of version 0.1.0 that scripts may import, and where they are now; the old names go with the next version."""
+
+
+class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds a module by its old name, with a `DeprecationWarning`."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(fullname, self) if fullname in _MOVED else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        moved = _MOVED[spec.name]
+        warnings.warn(f"{spec.name} is now {moved}", DeprecationWarning, stacklevel=2)
+        module = importlib.import_module(moved)
+        self._own = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._own  # which the import replaced
+
+
+sys.meta_path.append(_MovedModules())

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from colm_ds.errors import ColmError, ConfigError
+from colm_ds.errors import CoLMError, ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except ColmError as error:
+    except CoLMError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     return 0

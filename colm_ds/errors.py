@@ -7,35 +7,39 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
-class ColmError(Exception):
+class CoLMError(Exception):
     """Base class: an error whose message is meant for the user, shown without a traceback."""
 
 
-class ConfigError(ColmError):
+ColmError = CoLMError
+"""The name of version 0.1.0."""
+
+
+class ConfigError(CoLMError):
     """Configuration (recipe, DeepSpeed JSON or `"colm"` section) that can not work."""
 
 
-class DataError(ColmError):
+class DataError(CoLMError):
     """Input data that is missing, broken or empty; the message names file and line."""
 
 
-class ProbeError(ColmError):
+class ProbeError(CoLMError):
     """A model in which the probe can not find or handle what it reads."""
 
 
-class SelectionError(ColmError):
+class SelectionError(CoLMError):
     """Sizes or arguments with which no coreset can be selected."""
 
 
-class DivergenceError(ColmError):
+class DivergenceError(CoLMError):
     """Training that can not go on: the gradient is not finite step after step."""
 
 
-class DeviceMemoryError(ColmError):
+class DeviceMemoryError(CoLMError):
     """A step for which a device has not enough memory; the message says where and what would help."""
 
 
-class CheckpointError(ColmError):
+class CheckpointError(CoLMError):
     """A checkpoint that can not be saved or loaded."""
 
 
@@ -61,7 +65,7 @@ class Problems:
         """Record an unknown key together with the nearest known one."""
         self.messages.append(f"{key}: unknown key. {nearest_key(key, known)}")
 
-    def raise_if_any(self, error: type[ColmError] = ConfigError) -> None:
+    def raise_if_any(self, error: type[CoLMError] = ConfigError) -> None:
         """Raise `error` with all messages; do nothing if there are none."""
         if not self.messages:
             return

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="show the runs and whether they are finished, and end")
     options = parser.parse_intermixed_args(arguments)
 
-    from colm_ds.errors import ColmError
+    from colm_ds.errors import CoLMError
     from colm_ds.sweep import format_markdown, is_done, jobs_of, load_grid, run_sweep
 
     try:
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{'finished' if is_done(grid, job) else 'to do':9} {job.arm}, seed {job.seed}: {job.folder}")
             return 0
         result = run_sweep(grid, say=lambda line: print(line, flush=True))
-    except ColmError as error:
+    except CoLMError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     print(format_markdown(result, grid.baseline))

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from colm_ds.data.pretraining.store_preparation import Preparation, prepare
     from colm_ds.data.pretraining.store_table import format_table
-    from colm_ds.errors import ColmError, ConfigError
+    from colm_ds.errors import CoLMError, ConfigError
     from colm_ds.recipes.recipe import PretrainingRecipe, load_recipe
 
     try:
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         store = prepare(wanted, options.processes, overwrite=options.overwrite, say=_say)
         print(format_table(store, data.chunk_tokens, data.weights))
-    except ColmError as error:
+    except CoLMError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

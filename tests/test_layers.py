@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import sys
 from pathlib import Path
 
 import pytest
 
+import colm_ds
 from tests.structure import FACE, PLAN, Structure, circles, imported_names, read_floors, room_of
 
 # No numpy, deepspeed or transformers: selection/ can be read, tested and reused with torch alone.
@@ -117,6 +119,24 @@ def test_only_these_lie_on_the_root(repo_root: Path) -> None:
 
 def test_nothing_imports_the_public_face(structure: Structure) -> None:
     report([f"{one.importer}:{one.line}: imports colm_ds" for one in structure.imports if one.target == "colm_ds"])
+
+
+def test_a_class_name_has_one_meaning(structure: Structure) -> None:
+    places: dict[str, list[str]] = {}
+    for module, path in structure.files.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(module)
+    report([f"{name}: {', '.join(modules)}" for name, modules in places.items() if len(modules) > 1])
+
+
+@pytest.mark.parametrize("old", colm_ds._MOVED)
+def test_moved_modules_are_found_by_their_old_names(old: str) -> None:
+    with pytest.warns(DeprecationWarning, match="is now"):
+        found = importlib.import_module(old)
+    assert found is importlib.import_module(colm_ds._MOVED[old])
+    assert found.__spec__ is not None
+    assert found.__spec__.name == colm_ds._MOVED[old]
 
 
 def test_tests_mirror_the_rooms(structure: Structure, repo_root: Path) -> None:

@@ -12,7 +12,7 @@ from typing import get_args
 
 import pytest
 
-from colm_ds.config.colm import ColmConfig, MaskConfig, ProbeConfig
+from colm_ds.config.colm import CoLMSection, MaskConfig, ProbeConfig
 from colm_ds.selection import SELECTORS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +81,7 @@ def test_every_selector_and_option_has_a_card() -> None:
     cards = [line for line in text.splitlines() if line.startswith("| `")]
     for name in SELECTORS:
         assert any(line.startswith(f"| `{name}`") for line in cards), name
-    for section, keys in ((ColmConfig, ("geometry", "metric", "weights")), (ProbeConfig, ("estimator", "layer"))):
+    for section, keys in ((CoLMSection, ("geometry", "metric", "weights")), (ProbeConfig, ("estimator", "layer"))):
         for key in keys:
             for value in get_args(section.model_fields[key].annotation):
                 assert any(f"`{value}`" in line or f"{key}: {value}" in line for line in cards), (key, value)

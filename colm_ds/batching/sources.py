@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from colm_ds.batching.loader import source_counts
-from colm_ds.config.colm import ColmConfig
+from colm_ds.config.colm import CoLMSection
 from colm_ds.errors import ConfigError
 from colm_ds.selection import sees_sources, split_sources
 from colm_ds.types import SourcedDataset
 
 
-def small_source_ids(config: ColmConfig, source_counts: Mapping[str, int]) -> list[int]:
+def small_source_ids(config: CoLMSection, source_counts: Mapping[str, int]) -> list[int]:
     """Ids of the sources whose examples are all kept.
 
     Args:
@@ -36,13 +36,13 @@ def small_source_ids(config: ColmConfig, source_counts: Mapping[str, int]) -> li
     return sorted({int(source) for source in ids})
 
 
-def looks_at_sources(config: ColmConfig) -> bool:
+def looks_at_sources(config: CoLMSection) -> bool:
     """Whether the choice depends on which source an example comes from."""
     return sees_sources(config.selector) and (config.per_source or config.small_sources != "none")
 
 
 def known_counts(
-    config: ColmConfig, given: Mapping[str, int] | Sequence[str] | SourcedDataset | None
+    config: CoLMSection, given: Mapping[str, int] | Sequence[str] | SourcedDataset | None
 ) -> dict[str, int]:
     """Examples of every source, by name in the order of the ids.
 

@@ -11,18 +11,16 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from colm_ds.errors import ColmError
-
-EXIT_CODE = 2
-"""Exit code of a run that ended on bad input."""
+from colm_ds.errors import CoLMError
+from colm_ds.process.exit_codes import ExitCode
 
 Result = TypeVar("Result")
 
 
 def together(work: Callable[[], Result], device: torch.device | None = None) -> Result:
-    """Do something that may raise a `ColmError` on any rank; all ranks call it together.
+    """Do something that may raise a `CoLMError` on any rank; all ranks call it together.
 
-    If it raises anywhere, the lowest rank that failed prints its message and every rank exits with `EXIT_CODE`.
+    If it raises anywhere, the lowest rank that failed prints its message and all exit with `ExitCode.BAD_INPUT`.
 
     Args:
         work: what to do; no collectives in it.
@@ -32,7 +30,7 @@ def together(work: Callable[[], Result], device: torch.device | None = None) -> 
     message = None
     try:
         result = work()
-    except ColmError as error:
+    except CoLMError as error:
         message = f"{type(error).__name__}: {error}"
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -46,7 +44,7 @@ def together(work: Callable[[], Result], device: torch.device | None = None) -> 
     if dist.is_initialized():
         dist.barrier()  # the message is out before the launcher sees the first exit
         dist.destroy_process_group()
-    sys.exit(EXIT_CODE)
+    sys.exit(ExitCode.BAD_INPUT)
 
 
 def broadcast_text(text: str, source: int) -> str:

@@ -14,7 +14,7 @@ from colm_ds.batching.assign import micro_batches, training_ranks
 from colm_ds.batching.micro_batch import make_micro_batch
 from colm_ds.distributed.exchange import move_examples
 from colm_ds.engine.out_of_memory import of_micro_batch
-from colm_ds.models.training_loss import example_loss_sums
+from colm_ds.models.example_loss import example_loss_sums
 from colm_ds.probe.replay import ReplayStore
 from colm_ds.selection import Exchange
 from colm_ds.types import Coreset, Example, LargeBatch

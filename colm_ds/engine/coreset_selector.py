@@ -17,8 +17,8 @@ from colm_ds.batching.assign import micro_batches
 from colm_ds.batching.gather import gather_large_batch, read_examples
 from colm_ds.batching.micro_batch import make_micro_batch, with_fewer_labels
 from colm_ds.batching.sources import known_counts, small_source_ids
-from colm_ds.config.colm import ColmConfig
-from colm_ds.config.standalone import selection_config
+from colm_ds.config.colm import CoLMSection
+from colm_ds.config.resolve import selection_config
 from colm_ds.distributed.exchange import broadcast_coreset, make_exchange
 from colm_ds.engine.accumulation import loss_scale
 from colm_ds.engine.out_of_memory import of_micro_batch
@@ -30,8 +30,7 @@ from colm_ds.models.patch import eval_mode
 from colm_ds.probe.estimators import Estimator, Observer
 from colm_ds.probe.parameters import reading_parameters
 from colm_ds.probe.registry import make_estimator
-from colm_ds.probe.replay import ReplayStore
-from colm_ds.probe.replay_choice import choose_replay
+from colm_ds.probe.replay import ReplayStore, choose_replay
 from colm_ds.probe.tail import run_trunk
 from colm_ds.probe.variance import GradientVariance
 from colm_ds.randomness import private_generator
@@ -50,7 +49,7 @@ from colm_ds.types import Coreset, Example, LargeBatch, SourcedDataset
 logger = logging.getLogger(__name__)
 
 
-def reads_model(config: ColmConfig) -> bool:
+def reads_model(config: CoLMSection) -> bool:
     """Whether the last layer of the model is looked at: for the selector's signal, or to measure variances."""
     return signal_of(config.selector) is not None or config.variance_every > 0
 
@@ -72,7 +71,7 @@ class CoresetSelector:
     def __init__(
         self,
         model: nn.Module,
-        config: ColmConfig | Mapping[str, Any],
+        config: CoLMSection | Mapping[str, Any],
         source_counts: Mapping[str, int] | Sequence[str] | SourcedDataset | None = None,
         *,
         optimizer: torch.optim.Optimizer | None = None,
@@ -88,7 +87,7 @@ class CoresetSelector:
 
         Args:
             model: the module that a forward goes through; wrapped by DDP, DeepSpeed or PEFT or bare.
-            config: the `"colm"` section: keys and values, or a `ColmConfig` with `coreset_size` filled in.
+            config: the `"colm"` section: keys and values, or a `CoLMSection` with `coreset_size` filled in.
             source_counts: examples of every source in the dataset, in the order of their ids, or the dataset; names are
                 enough where `small_sources` is not `auto`, and None where the selection does not look at sources.
             optimizer: what trains the model: its betas and eps go over those given here.
@@ -374,7 +373,7 @@ class CoresetSelector:
         self._weights = weights()
 
     @staticmethod
-    def _mask_size(config: ColmConfig, architecture: Architecture | None) -> int | None:
+    def _mask_size(config: CoLMSection, architecture: Architecture | None) -> int | None:
         if config.mask.size != "auto":
             return config.mask.size
         return architecture.hidden_size if architecture is not None else None

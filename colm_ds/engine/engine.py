@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from colm_ds.batching.loader import LargeBatchLoader, RecordDataset, source_counts
 from colm_ds.checkpoints.engine_state import load_engine, save_engine
-from colm_ds.config.colm import Config, ResolvedConfig, resolve_config
 from colm_ds.config.deepspeed import MONITOR_SECTIONS, model_facts, resolve_auto
+from colm_ds.config.resolve import Config, ResolvedConfig, resolve_config
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.accumulation import Placement, accumulate, broken_positions, loss_scale, place, totals_and_losses
 from colm_ds.engine.coreset_selector import CoresetSelector, small_source_ids
@@ -29,7 +29,7 @@ from colm_ds.engine.step_stats import describe_coreset
 from colm_ds.errors import ConfigError, SelectionError
 from colm_ds.memory.meter import Meter
 from colm_ds.memory.recorder import MemoryRecorder
-from colm_ds.models.training_loss import find_loss_head
+from colm_ds.models.example_loss import find_loss_head
 from colm_ds.planner.advice import memory_error
 from colm_ds.process.watchdog import Watchdog
 from colm_ds.types import Coreset, LargeBatch, SourcedDataset, StepStats

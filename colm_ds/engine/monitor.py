@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import os
 import sys
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch.distributed as dist
 from colm_ds.config.deepspeed import MONITOR_SECTIONS
 from colm_ds.distributed.agreement import first_failure
 from colm_ds.errors import ConfigError
-from colm_ds.recipes.recipe import BaseRecipe
 from colm_ds.types import StepStats
 
 Event = tuple[str, float, int]
@@ -122,41 +120,6 @@ class RunMonitor:
         except Exception as error:  # a tracker's trouble is not worth a run
             self._master = None
             print(f"monitor: {type(error).__name__}: {error}. Training goes on without it.", file=sys.stderr)
-
-
-def monitor_sections(recipe: BaseRecipe, config: Mapping[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's sections of the monitors that a recipe names.
-
-    Args:
-        recipe: the run.
-        config: its DeepSpeed JSON; what that says about a monitor counts first.
-    """
-    folder = str(_folder(recipe))
-    ours = {
-        "tensorboard": {"output_path": folder, "job_name": "tensorboard"},
-        "csv": {"output_path": folder, "job_name": "csv"},
-        "wandb": {"project": os.environ.get("WANDB_PROJECT", "colm_ds")},
-    }
-    sections = {name: "csv_monitor" if name == "csv" else name for name in recipe.monitor}
-    return {key: {"enabled": True, **ours[name], **config.get(key, {})} for name, key in sections.items()}
-
-
-def set_environment(recipe: BaseRecipe) -> None:
-    """Let W&B know a run by its name, and a resumed one by its id, which is kept in the run's folder (rank 0)."""
-    if "wandb" not in recipe.monitor:
-        return
-    folder = _folder(recipe)
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / "wandb_run_id"
-    if not kept.exists():
-        kept.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
-    run_id = kept.read_text(encoding="utf-8").strip()
-    for key, value in {"NAME": recipe.name, "DIR": str(folder), "RUN_ID": run_id, "RESUME": "allow"}.items():
-        os.environ.setdefault(f"WANDB_{key}", value)
-
-
-def _folder(recipe: BaseRecipe) -> Path:
-    return Path(recipe.output_dir) / "monitor"
 
 
 def _open(sections: Mapping[str, Any], samples: int | None) -> Any:

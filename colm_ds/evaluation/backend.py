@@ -14,7 +14,7 @@ from colm_ds.data.prompt import encode_pair, encode_text, leading_special_ids
 from colm_ds.errors import ConfigError
 from colm_ds.evaluation.generate import Generation, end_of_sequence_ids, greedy, most_positions
 from colm_ds.evaluation.likelihood import Likelihood, score_candidates
-from colm_ds.models.training_loss import example_loss_sums, find_loss_head
+from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 from colm_ds.types import Example
 
 

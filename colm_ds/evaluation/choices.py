@@ -14,7 +14,7 @@ from colm_ds.evaluation.task import Answered, Row
 
 
 @dataclass
-class ChoiceTask:
+class CandidateTask:
     """A set whose answer is the candidate with the highest mean token log-probability; the first one at a tie.
 
     Attributes:
@@ -27,23 +27,23 @@ class ChoiceTask:
 
     @property
     def subpaths(self) -> tuple[str, ...]:
-        """See `Task.subpaths`."""
+        """See `EvaluationTask.subpaths`."""
         return tuple(f"{folder}{self.name}{end}" for end in ("/validation", "") for folder in ("superglue/", ""))
 
     def read(self, records: Records, backend: Backend) -> list[ChoiceQuestion]:
-        """See `Task.read`."""
+        """See `EvaluationTask.read`."""
         return [self.write(where, record) for where, record in records]
 
     def size(self, question: ChoiceQuestion) -> int:
-        """See `Task.size`."""
+        """See `EvaluationTask.size`."""
         return len(question.prompt) + sum(map(len, question.candidates))
 
     def group(self, question: ChoiceQuestion) -> str:
-        """See `Task.group`."""
+        """See `EvaluationTask.group`."""
         return ""
 
     def answer(self, backend: Backend, questions: Sequence[ChoiceQuestion]) -> Answered:
-        """See `Task.answer`."""
+        """See `EvaluationTask.answer`."""
         for batch in backend.score([(question.prompt, question.candidates) for question in questions]):
             rows = []
             for place, scores in batch:
@@ -63,5 +63,5 @@ class ChoiceTask:
             yield rows
 
     def summarise(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """See `Task.summarise`."""
+        """See `EvaluationTask.summarise`."""
         return accuracy_summary(rows)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from colm_ds.distributed.agreement import EXIT_CODE, single_process_environment, together
+from colm_ds.distributed.agreement import single_process_environment, together
 from colm_ds.distributed.exchange import make_exchange
-from colm_ds.errors import ColmError
+from colm_ds.errors import CoLMError
 from colm_ds.evaluation.backend import Backend, TransformersBackend
 from colm_ds.evaluation.evaluate import GROUPS, TASK_NAMES, Options, evaluate, print_results, task_names
 from colm_ds.evaluation.model_source import ModelSource, describe, find_model, load, load_its_tokenizer, read_recipe
@@ -25,6 +25,7 @@ from colm_ds.evaluation.question_files import find_set, parse_places
 from colm_ds.evaluation.question_log import EvaluationFolder
 from colm_ds.evaluation.sandbox import sandbox
 from colm_ds.evaluation.vllm_backend import VllmBackend
+from colm_ds.process.exit_codes import ExitCode
 from colm_ds.recipes.model import DTYPES, quiet_libraries
 
 DEFAULT_CHUNK_TOKENS = 1024
@@ -100,9 +101,9 @@ def run(
     device = _join_ranks()
     try:
         _evaluate(parsed, device, environment)
-    except ColmError as error:  # on this rank alone: the launcher ends the others
+    except CoLMError as error:  # on this rank alone: the launcher ends the others
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_CODE)
+        sys.exit(ExitCode.BAD_INPUT)
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from the answers so far")
     if dist.is_initialized():

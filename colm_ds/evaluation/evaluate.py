@@ -19,14 +19,14 @@ from colm_ds.data.records import read_place
 from colm_ds.distributed.agreement import together
 from colm_ds.errors import ConfigError, DataError, nearest_key
 from colm_ds.evaluation.backend import Backend
-from colm_ds.evaluation.choices import ChoiceTask
+from colm_ds.evaluation.choices import CandidateTask
 from colm_ds.evaluation.math_tasks import MathTask
 from colm_ds.evaluation.perplexity import PerplexityTask, is_store
 from colm_ds.evaluation.question_files import DataPlaces, find_set, fingerprint, subset
 from colm_ds.evaluation.question_log import EvaluationFolder, append
 from colm_ds.evaluation.results import IN_DOMAIN, OUT_OF_DOMAIN, averages, markdown
 from colm_ds.evaluation.squad import SquadTask
-from colm_ds.evaluation.task import Row, Task
+from colm_ds.evaluation.task import EvaluationTask, Row
 from colm_ds.selection import SINGLE_PROCESS, Exchange
 
 SCORING_VERSION = 1
@@ -84,7 +84,7 @@ class Asked:
         settings: what identifies questions and answers.
     """
 
-    task: Task
+    task: EvaluationTask
     questions: list[Any]
     indices: list[int]
     settings: dict[str, Any] = field(default_factory=dict)
@@ -105,10 +105,10 @@ def task_names(words: Sequence[str]) -> tuple[list[str], set[str]]:
     return list(dict.fromkeys(name for names in meant for name in names)), singly
 
 
-def make_task(name: str, options: Options) -> Task:
+def make_task(name: str, options: Options) -> EvaluationTask:
     """The set of a name."""
     if name in WRITERS:
-        return ChoiceTask(name, WRITERS[name])
+        return CandidateTask(name, WRITERS[name])
     if name == "squad":
         return SquadTask()
     if name == "perplexity":
@@ -161,7 +161,7 @@ def read_tasks(options: Options, backend: Backend) -> tuple[list[Asked], list[st
     return asked, left_out
 
 
-def _no_data(name: str, task: Task, places: DataPlaces) -> str:
+def _no_data(name: str, task: EvaluationTask, places: DataPlaces) -> str:
     where = (
         f"in {places.folder} there is none of {', '.join(task.subpaths)}" if places.folder else "no folder was given"
     )

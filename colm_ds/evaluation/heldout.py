@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from colm_ds.batching.assign import home_ranks, micro_batches
 from colm_ds.batching.micro_batch import make_micro_batch
-from colm_ds.models.example_loss import candidate_scores, loss_sums
+from colm_ds.models.example_loss import candidate_scores, label_losses, loss_sums
 from colm_ds.models.patch import eval_mode
-from colm_ds.models.training_loss import label_losses
 from colm_ds.selection import Exchange
 from colm_ds.types import CandidateTable, SourcedDataset
 

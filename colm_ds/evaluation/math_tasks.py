@@ -47,23 +47,23 @@ class MathTask:
 
     @property
     def subpaths(self) -> tuple[str, ...]:
-        """See `Task.subpaths`."""
+        """See `EvaluationTask.subpaths`."""
         return tuple(f"{folder}{self.name}{end}" for end in ("", "/test") for folder in ("math_eval/", ""))
 
     def read(self, records: Records, backend: Backend) -> list[MathQuestion]:
-        """See `Task.read`."""
+        """See `EvaluationTask.read`."""
         return [read_question(where, record) for where, record in records]
 
     def size(self, question: MathQuestion) -> int:
-        """See `Task.size`."""
+        """See `EvaluationTask.size`."""
         return len(question.question)
 
     def group(self, question: MathQuestion) -> str:
-        """See `Task.group`."""
+        """See `EvaluationTask.group`."""
         return ""
 
     def answer(self, backend: Backend, questions: Sequence[MathQuestion]) -> Answered:
-        """See `Task.answer`."""
+        """See `EvaluationTask.answer`."""
         order = sorted(range(len(questions)), key=lambda place: (-len(questions[place].question), place))
         for start in range(0, len(order), QUESTIONS_AT_ONCE):
             yield from self._answer_some(backend, questions, order[start : start + QUESTIONS_AT_ONCE])

@@ -52,7 +52,7 @@ class PerplexityTask:
     settings: dict[str, Any] = field(default_factory=lambda: {"chunk_tokens": 1024})
 
     def read(self, records: Records, backend: Backend) -> list[TextChunk]:
-        """See `Task.read`."""
+        """See `EvaluationTask.read`."""
         return list(chunks(records, backend.tokenizer, self.settings["chunk_tokens"]))
 
     def read_store(self, folder: str, backend: Backend) -> list[TextChunk]:
@@ -73,15 +73,15 @@ class PerplexityTask:
         return [TextChunk(held.source_names[each.source], array("i", each.input_ids.tolist())) for each in examples]
 
     def size(self, question: TextChunk) -> int:
-        """See `Task.size`."""
+        """See `EvaluationTask.size`."""
         return len(question.ids)
 
     def group(self, question: TextChunk) -> str:
-        """See `Task.group`."""
+        """See `EvaluationTask.group`."""
         return question.source
 
     def answer(self, backend: Backend, questions: Sequence[TextChunk]) -> Answered:
-        """See `Task.answer`."""
+        """See `EvaluationTask.answer`."""
         for batch in backend.text_losses([question.ids for question in questions]):
             yield [
                 (place, {"source": questions[place].source, "nats": nats, "num_tokens": len(questions[place].ids) - 1})

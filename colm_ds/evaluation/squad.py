@@ -65,19 +65,19 @@ class SquadTask:
     settings: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": 50})
 
     def read(self, records: Records, backend: Backend) -> list[SquadQuestion]:
-        """See `Task.read`."""
+        """See `EvaluationTask.read`."""
         return [write_question(where, record) for where, record in records]
 
     def size(self, question: SquadQuestion) -> int:
-        """See `Task.size`."""
+        """See `EvaluationTask.size`."""
         return len(question.prompt)
 
     def group(self, question: SquadQuestion) -> str:
-        """See `Task.group`."""
+        """See `EvaluationTask.group`."""
         return ""
 
     def answer(self, backend: Backend, questions: Sequence[SquadQuestion]) -> Answered:
-        """See `Task.answer`."""
+        """See `EvaluationTask.answer`."""
         prompts = [question.prompt for question in questions]
         limit = self.settings["max_new_tokens"]
         for batch in backend.generate(prompts, max_new_tokens=limit, stop_strings=("\n",)):
@@ -97,7 +97,7 @@ class SquadTask:
             yield rows
 
     def summarise(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """See `Task.summarise`."""
+        """See `EvaluationTask.summarise`."""
         summary = accuracy_summary(rows)
         return {**summary, "f1": sum(row["f1"] for row in rows) / len(rows) if rows else None}
 

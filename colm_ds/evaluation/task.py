@@ -15,7 +15,7 @@ Answered = Iterator[list[tuple[int, Row]]]
 """Rows as they come, each with its question's place among those asked."""
 
 
-class Task(Protocol):
+class EvaluationTask(Protocol):
     """One evaluation set.
 
     Attributes:

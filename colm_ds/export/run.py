@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from colm_ds.checkpoints import atomic
 from colm_ds.checkpoints.weights import checkpoint_tensors, save_model, with_tied
-from colm_ds.config.colm import validate_section
+from colm_ds.config.section import validate_section
 from colm_ds.errors import CheckpointError, ConfigError, Problems
 from colm_ds.export.model_card import ADAPTER, MERGED, MODEL, write_model_card
 from colm_ds.randomness import random_state, restore_random_state

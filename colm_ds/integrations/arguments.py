@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import yaml
 
-from colm_ds.config.colm import ColmConfig, validate_section
-from colm_ds.config.standalone import selection_config
+from colm_ds.config.colm import CoLMSection
+from colm_ds.config.resolve import selection_config
+from colm_ds.config.section import validate_section
 from colm_ds.errors import ConfigError, Problems
 
 OWN_TO_THE_ENGINE = {
@@ -75,7 +76,7 @@ class CoLMArguments:
     colm: dict | str | None = field(default=None, metadata=_help("keys of CoLM as JSON, or a file with a colm block"))
 
 
-Given = CoLMConfig | CoLMArguments | ColmConfig | Mapping[str, Any] | str | Path
+Given = CoLMConfig | CoLMArguments | CoLMSection | Mapping[str, Any] | str | Path
 
 
 def read_section(given: Given) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def read_section(given: Given) -> dict[str, Any]:
         if given.colm is None:
             raise ConfigError('colm: no such block in the arguments. Add "colm:" with large_batch_size in it.')
         given = given.colm
-    if isinstance(given, ColmConfig):
+    if isinstance(given, CoLMSection):
         return given.model_dump(exclude_unset=True)
     section = given.section() if isinstance(given, CoLMConfig) else _parse(given)
     for key in ("mask", "probe", "schedule"):
@@ -102,7 +103,7 @@ def read_section(given: Given) -> dict[str, Any]:
 
 def resolve_section(
     section: dict[str, Any], *, coreset_size: int, seed: int, num_processes: int, problems: Problems
-) -> ColmConfig | None:
+) -> CoLMSection | None:
     """Check the keys and fill in what follows from the TrainingArguments.
 
     Args:
@@ -118,8 +119,8 @@ def resolve_section(
     if not section.get("large_batch_size"):
         problems.add("large_batch_size", section.get("large_batch_size"), "missing", "Write r, for example twice b.")
         return None
-    config = validate_section(ColmConfig, {"seed": seed, **section}, "", problems)
-    if not isinstance(config, ColmConfig):
+    config = validate_section(CoLMSection, {"seed": seed, **section}, "", problems)
+    if not isinstance(config, CoLMSection):
         return None
     for key in OWN_TO_THE_ENGINE.keys() & config.model_fields_set:
         problems.add(key, getattr(config, key), "is for colm_ds.initialize", f"{OWN_TO_THE_ENGINE[key]}. Remove it.")

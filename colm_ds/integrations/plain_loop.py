@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from colm_ds.batching.gather import read_examples
 from colm_ds.batching.micro_batch import make_micro_batch
-from colm_ds.models.training_loss import example_loss_sums, find_loss_head
+from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 
 
 def example_losses(model: Any, examples: Sequence[Any] | Mapping[str, Any]) -> Tensor:

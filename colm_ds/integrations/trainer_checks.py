@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from colm_ds.config.colm import ColmConfig
-from colm_ds.errors import ColmError, Problems
+from colm_ds.config.colm import CoLMSection
+from colm_ds.errors import CoLMError, Problems
 from colm_ds.models.architecture import find_architecture
 from colm_ds.selection import signal_of
 
@@ -46,7 +46,7 @@ def check_arguments(trainer: Any, loss_owner: type, problems: Problems) -> None:
         problems.messages.append(f"{name}: not supported with selection. Use DDP or DeepSpeed ZeRO.")
 
 
-def check_sizes(trainer: Any, config: ColmConfig, problems: Problems) -> None:
+def check_sizes(trainer: Any, config: CoLMSection, problems: Problems) -> None:
     """Record sizes that do not fit together, and a model that can not be probed."""
     args, world_size, large = trainer.args, trainer.args.world_size, config.large_batch_size
     parts = args.gradient_accumulation_steps * world_size
@@ -63,7 +63,7 @@ def check_sizes(trainer: Any, config: ColmConfig, problems: Problems) -> None:
     if signal_of(config.selector) is not None:
         try:
             find_architecture(trainer.model, config.probe.layer)
-        except ColmError as error:
+        except CoLMError as error:
             problems.messages.append(f"model: {error}")
 
 

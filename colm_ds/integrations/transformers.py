@@ -15,11 +15,11 @@ from transformers import Trainer
 
 from colm_ds.batching.gather import gather_large_batch
 from colm_ds.batching.sources import looks_at_sources, small_source_ids
-from colm_ds.config.colm import ColmConfig
+from colm_ds.config.colm import CoLMSection
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.accumulation import loss_scale
 from colm_ds.engine.coreset_selector import CoresetSelector
-from colm_ds.errors import CheckpointError, ColmError, ConfigError, Problems, SelectionError
+from colm_ds.errors import CheckpointError, CoLMError, ConfigError, Problems, SelectionError
 from colm_ds.integrations.arguments import CoLMArguments, CoLMConfig, Given, read_section, resolve_section
 from colm_ds.integrations.large_batches import (
     ExampleCollator,
@@ -34,7 +34,7 @@ from colm_ds.integrations.micro_batches import KEY, Weighted, coreset_micro_batc
 from colm_ds.integrations.statistics import SelectionStatistics
 from colm_ds.integrations.trainer_checks import check_arguments, check_sizes, is_trl
 from colm_ds.memory.meter import Meter
-from colm_ds.models.training_loss import example_loss_sums, find_loss_head
+from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 from colm_ds.types import Coreset, Example
 
 __all__ = ["CoLMArguments", "CoLMConfig", "CoLMMixin", "CoLMTrainer"]
@@ -94,7 +94,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
             raise ConfigError(f"{type(self).__name__}: no colm. Give colm=CoLMConfig(large_batch_size=...).")
         return found
 
-    def _check(self, section: dict[str, Any], sources: Sequence[Any] | None) -> ColmConfig:
+    def _check(self, section: dict[str, Any], sources: Sequence[Any] | None) -> CoLMSection:
         """Check everything that training will need; whatever is wrong is said at once."""
         args = self.args
         problems = Problems(f"the arguments of {type(self).__name__}")
@@ -122,7 +122,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         assert config is not None
         return config
 
-    def _read_sources(self, config: ColmConfig, sources: Sequence[Any] | None, problems: Problems) -> None:
+    def _read_sources(self, config: CoLMSection, sources: Sequence[Any] | None, problems: Problems) -> None:
         """Count the sources and look at one example."""
         dataset = self.train_dataset
         column = self.data_collator.source_column
@@ -137,7 +137,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
             self._examples_of.check(0, dataset[0])
             if given and getattr(self.args, "shuffle_dataset", False):
                 problems.add("shuffle_dataset", True, "sources=[...] would meet other examples", "Use a column.")
-        except ColmError as error:
+        except CoLMError as error:
             problems.messages.append(str(error))
 
     def get_train_dataloader(self) -> DataLoader[Any]:

@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from colm_ds.batching.micro_batch import MicroBatch
 from colm_ds.errors import ConfigError
 from colm_ds.models.architecture import Architecture, find_architecture
+from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 from colm_ds.models.patch import eval_mode
-from colm_ds.models.training_loss import example_loss_sums, find_loss_head
 from colm_ds.planner.choice_rows import choice_micro_batch
 from colm_ds.planner.live_tensors import LiveBytes, gpu_dropout, make_dataless, no_packing, stage3_linear
 from colm_ds.probe.factors import gradient_factors

@@ -14,9 +14,6 @@ from colm_ds.planner.plan import Planner
 from colm_ds.planner.suggestions import best_of_each_key, knobs
 from colm_ds.types import LargeBatch
 
-EXIT_CODE = 6
-"""Exit code of a run that ended for want of memory."""
-
 _MOST = 3
 
 

@@ -2,28 +2,106 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from colm_ds.batching.collate import IGNORE_INDEX
-from colm_ds.config.colm import load_config, resolve_config
+from colm_ds.config.colm import CoLMSection
+from colm_ds.config.resolve import load_config, resolve_config
 from colm_ds.data.pretraining.chunks import ChunkDataset
 from colm_ds.data.pretraining.token_store import MANIFEST, TokenStore
 from colm_ds.errors import ConfigError
-from colm_ds.planner.activations import ModelSpec
-from colm_ds.planner.choice_rows import CANDIDATE_TOKENS
-from colm_ds.planner.known_models import KNOWN_MODELS, known_model
-from colm_ds.planner.plan import Job
-from colm_ds.planner.zero_states import zero_settings
+from colm_ds.planner.activations import ModelSpec, Rows, choice_rows, even_rows
+from colm_ds.planner.choice_rows import CANDIDATE_TOKENS, num_rows
+from colm_ds.planner.zero_states import ZeroSettings, zero_settings
 from colm_ds.recipes.model import DTYPES, load_tokenizer
 from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe, LoraConfig, PretrainingRecipe, Recipe
+from colm_ds.selection import signal_of
 from colm_ds.types import LargeBatch
 
 LENGTH_KEY, CHUNK_KEY = "data.max_length", "data.chunk_tokens"
 """What sets the length of examples in a recipe, and of a pretraining recipe's."""
+
+KNOWN_MODELS: dict[str, dict[str, Any]] = json.loads(
+    Path(__file__).with_name("known_models.json").read_text(encoding="utf-8")
+)
+"""Published shapes by the name in `model.name_or_path`, without what no size depends on, such as pad tokens."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run as far as memory and time depend on it.
+
+    Attributes:
+        spec: the model.
+        zero: ZeRO, ranks, offload.
+        colm: the `"colm"` section with `coreset_size` filled in.
+        micro_batch: examples per rank and backward pass.
+        length: tokens of the longest examples, which decide about peaks.
+        mean_length: tokens computed for an example on average, for hidden states that are kept and for time.
+        label_share: share of the tokens that have labels.
+        steps: optimizer steps of the run.
+        candidates: for classification, tokens of each candidate of an example; `length` is then that of the prompt
+            with the longest one, and `label_share` says nothing.
+        length_key: what sets `length` in a recipe.
+    """
+
+    spec: ModelSpec
+    zero: ZeroSettings
+    colm: CoLMSection
+    micro_batch: int
+    length: int
+    mean_length: float
+    label_share: float = 1.0
+    steps: int = 1
+    candidates: tuple[int, ...] = ()
+    length_key: str = "data.max_length"
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences that are computed for an example."""
+        return num_rows(self.candidates)
+
+    @property
+    def padded_length(self) -> int:
+        """Tokens computed for one of the longest examples."""
+        return self.num_rows * (self.length - 1) if self.candidates else self.length
+
+    def rows(self, count: int) -> Rows:
+        """A micro-batch of the longest examples."""
+        if self.candidates:
+            return choice_rows(count, self.length, self.candidates)
+        return even_rows(count, self.length, self.label_share)
+
+    @property
+    def size(self) -> int:
+        """b."""
+        return self.colm.coreset_size or self.colm.large_batch_size
+
+    @property
+    def probes(self) -> bool:
+        """Whether the selector needs a pass over the large batch."""
+        return signal_of(self.colm.selector) is not None
+
+    @property
+    def replays(self) -> bool:
+        """Whether training starts from the probe's hidden states."""
+        can = self.probes and self.spec.checkpointing and int(self.spec.config.num_hidden_layers) > 1
+        return can and self.colm.replay != "off" and self.colm.probe.dtype == "auto"
+
+    def plain(self, size: int) -> Job:
+        """The same job trained plainly on batches of a size."""
+        colm = self.colm.model_copy(update={"selector": "full", "large_batch_size": size, "coreset_size": size})
+        return replace(self, colm=colm, micro_batch=min(self.micro_batch, math.ceil(size / self.zero.world_size)))
+
+    def with_colm(self, **changes: object) -> Job:
+        """The same job with other keys of the `"colm"` section."""
+        return replace(self, colm=self.colm.model_copy(update=changes))
 
 
 def job_of_recipe(
@@ -206,3 +284,12 @@ def _vocabulary_size(recipe: BaseRecipe) -> int:
         return len(load_tokenizer(recipe.model_copy(update={"tokenizer": recipe.prepare.tokenizer})))
     except ConfigError as error:
         raise ConfigError(f"{error} Or say model.config.vocab_size, and the plan needs no tokenizer.") from None
+
+
+def known_model(name: str) -> dict[str, Any] | None:
+    """A published configuration by hub name or by the last part of a path, in any case; None if there is none."""
+    last = name.rstrip("/").split("/")[-1].split(":")[-1].lower()
+    for key, values in KNOWN_MODELS.items():
+        if last == key.split("/")[-1].split(":")[-1].lower():
+            return dict(values)
+    return None

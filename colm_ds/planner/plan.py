@@ -8,85 +8,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from colm_ds.config.colm import ColmConfig
 from colm_ds.memory.breakdown import PARTS
-from colm_ds.planner.activations import ModelSpec, Rows, Tracer, TrainingActivations, choice_rows, even_rows
-from colm_ds.planner.choice_rows import num_rows
+from colm_ds.planner.activations import ModelSpec, Tracer, TrainingActivations
+from colm_ds.planner.job import Job
 from colm_ds.planner.selection_state import replay_bytes, selection_bytes
 from colm_ds.planner.step_cost import TimePlan, step_cost
-from colm_ds.planner.zero_states import States, ZeroSettings, model_states
+from colm_ds.planner.zero_states import States, model_states
 from colm_ds.selection import signal_of
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run as far as memory and time depend on it.
-
-    Attributes:
-        spec: the model.
-        zero: ZeRO, ranks, offload.
-        colm: the `"colm"` section with `coreset_size` filled in.
-        micro_batch: examples per rank and backward pass.
-        length: tokens of the longest examples, which decide about peaks.
-        mean_length: tokens computed for an example on average, for hidden states that are kept and for time.
-        label_share: share of the tokens that have labels.
-        steps: optimizer steps of the run.
-        candidates: for classification, tokens of each candidate of an example; `length` is then that of the prompt
-            with the longest one, and `label_share` says nothing.
-        length_key: what sets `length` in a recipe.
-    """
-
-    spec: ModelSpec
-    zero: ZeroSettings
-    colm: ColmConfig
-    micro_batch: int
-    length: int
-    mean_length: float
-    label_share: float = 1.0
-    steps: int = 1
-    candidates: tuple[int, ...] = ()
-    length_key: str = "data.max_length"
-
-    @property
-    def num_rows(self) -> int:
-        """Sequences that are computed for an example."""
-        return num_rows(self.candidates)
-
-    @property
-    def padded_length(self) -> int:
-        """Tokens computed for one of the longest examples."""
-        return self.num_rows * (self.length - 1) if self.candidates else self.length
-
-    def rows(self, count: int) -> Rows:
-        """A micro-batch of the longest examples."""
-        if self.candidates:
-            return choice_rows(count, self.length, self.candidates)
-        return even_rows(count, self.length, self.label_share)
-
-    @property
-    def size(self) -> int:
-        """b."""
-        return self.colm.coreset_size or self.colm.large_batch_size
-
-    @property
-    def probes(self) -> bool:
-        """Whether the selector needs a pass over the large batch."""
-        return signal_of(self.colm.selector) is not None
-
-    @property
-    def replays(self) -> bool:
-        """Whether training starts from the probe's hidden states."""
-        can = self.probes and self.spec.checkpointing and int(self.spec.config.num_hidden_layers) > 1
-        return can and self.colm.replay != "off" and self.colm.probe.dtype == "auto"
-
-    def plain(self, size: int) -> Job:
-        """The same job trained plainly on batches of a size."""
-        colm = self.colm.model_copy(update={"selector": "full", "large_batch_size": size, "coreset_size": size})
-        return replace(self, colm=colm, micro_batch=min(self.micro_batch, math.ceil(size / self.zero.world_size)))
-
-    def with_colm(self, **changes: object) -> Job:
-        """The same job with other keys of the `"colm"` section."""
-        return replace(self, colm=self.colm.model_copy(update=changes))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any
 
 from colm_ds.memory.breakdown import PARTS
 from colm_ds.memory.meter import GIB
-from colm_ds.planner.plan import Job, MemoryPlan, Planner
+from colm_ds.planner.job import Job
+from colm_ds.planner.plan import MemoryPlan, Planner
 from colm_ds.planner.suggestions import at_stage, knobs, make_fit
 
 BATCH_SIZES = (16, 32, 64, 128, 256)

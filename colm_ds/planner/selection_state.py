@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from colm_ds.config.colm import ColmConfig
+from colm_ds.config.colm import CoLMSection
 from colm_ds.models.architecture import Architecture
 from colm_ds.selection import signal_of
 
@@ -27,7 +27,7 @@ class SelectionBytes:
     selecting: int
 
 
-def selection_bytes(colm: ColmConfig, architecture: Architecture, world_size: int) -> SelectionBytes:
+def selection_bytes(colm: CoLMSection, architecture: Architecture, world_size: int) -> SelectionBytes:
     """Bytes of the configured selector.
 
     Args:

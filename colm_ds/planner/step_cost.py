@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from colm_ds.planner.activations import Parameters
+from colm_ds.planner.job import Job
 from colm_ds.selection import signal_of
-
-if TYPE_CHECKING:
-    from colm_ds.planner.plan import Job
+from colm_ds.selection.price import step_forwards
 
 
 @dataclass(frozen=True)
@@ -37,14 +35,19 @@ def step_cost(job: Job, parameters: Parameters, tflops: float | None) -> TimePla
         parameters: the model's sizes.
         tflops: what one device achieves, in 10^12 operations a second.
     """
-    backward = (1 if job.spec.lora is not None else 2) + (1 if job.spec.checkpointing else 0)
-    forwards = job.size * (backward + (0.0 if job.replays else 1.0))
-    forward = forward_flops(job, parameters)
+    forward, of_probe = forward_flops(job, parameters), 0.0
     if job.probes:
         probe, large = job.colm.probe, job.colm.large_batch_size
         seen, probed = large if job.replays else large * probe.sample, large * probe.sample
         trunk = 1.0 - _tail_flops(job, parameters) / forward
-        forwards += seen * trunk + probed * tail_passes(job) * probed_tail_flops(job, parameters) / forward
+        of_probe = seen * trunk + probed * tail_passes(job) * probed_tail_flops(job, parameters) / forward
+    forwards = step_forwards(
+        job.size,
+        lora=job.spec.lora is not None,
+        checkpointing=job.spec.checkpointing,
+        replay=job.replays,
+        probe=of_probe,
+    )
     flops = forwards * forward
     seconds = None if tflops is None else flops / (tflops * 1e12 * job.zero.world_size)
     return TimePlan(forwards, flops, seconds, None if seconds is None else seconds * job.steps / 3600)

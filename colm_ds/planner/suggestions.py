@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from colm_ds.planner.plan import Job, MemoryPlan, Planner
+from colm_ds.planner.job import Job
+from colm_ds.planner.plan import MemoryPlan, Planner
 from colm_ds.planner.zero_states import ZeroSettings
 
 _SHORT = 32

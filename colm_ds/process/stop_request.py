@@ -14,9 +14,6 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-EXIT_CODE = 3
-"""Exit code of a run that was asked to stop, saved a checkpoint and did."""
-
 _LAUNCHER = b"deepspeed.launcher.launch"
 _PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

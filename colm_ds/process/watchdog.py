@@ -9,8 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-EXIT_CODE = 4
-"""Exit code of a rank that waited too long."""
+from colm_ds.process.exit_codes import ExitCode
 
 
 class Watchdog:
@@ -60,4 +59,4 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(EXIT_CODE)
+        os._exit(ExitCode.PHASE_TIMEOUT)

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from colm_ds.config.colm import ColmConfig, Section
+from colm_ds.config.colm import CoLMSection
+from colm_ds.config.section import Section
 from colm_ds.errors import Problems
 
 
@@ -62,7 +63,7 @@ class ClusterConfig(Section):
         later = evenly if self.refresh_steps is None else self.refresh_steps
         return sorted({self.warmup_steps, *later})
 
-    def check(self, steps: int, colm: ColmConfig, problems: Problems) -> None:
+    def check(self, steps: int, colm: CoLMSection, problems: Problems) -> None:
         """Add what does not fit together."""
         least = self.num if isinstance(self.num, int) else self.num[0]
         if least < 2 or (not isinstance(self.num, int) and self.num[1] < self.num[0]):

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal
 import yaml
 from pydantic import Field
 
-from colm_ds.config.colm import ColmConfig, Section, validate_section
+from colm_ds.config.colm import CoLMSection
+from colm_ds.config.section import Section, validate_section
 from colm_ds.data.records import HUB
 from colm_ds.errors import ConfigError, Problems
 from colm_ds.recipes.choices import ChoiceDataConfig, ClusterConfig
@@ -101,7 +102,7 @@ class BaseRecipe(Section):
     model: ModelConfig
     tokenizer: str | None = Field(None, description="tokenizer folder or hub name; default: the model's")
     lora: LoraConfig | None = Field(None, description="LoRA; leave out to train all parameters")
-    colm: ColmConfig
+    colm: CoLMSection
     optimizer: OptimizerConfig = OptimizerConfig()
     lr_schedule: LrScheduleConfig = LrScheduleConfig()
     deepspeed: str | dict[str, Any] = Field(description="DeepSpeed configuration: JSON file or mapping")

@@ -29,7 +29,7 @@ from colm_ds.report.quality import (
     sources_section,
     training_section,
 )
-from colm_ds.report.section import Section
+from colm_ds.report.section import ReportSection
 from colm_ds.report.setup import problems_of, setup_section
 from colm_ds.report.signals import signals_section
 from colm_ds.report.summary import caveats, listed, summary
@@ -61,7 +61,7 @@ class Comparison:
     caveats: list[str]
     arms: list[Arm]
     small_sources: list[str]
-    sections: list[Section]
+    sections: list[ReportSection]
     files: dict[str, Path]
 
     def as_dict(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def compare(
     when = (date or datetime.now(timezone.utc)).strftime("%Y-%m-%d %H:%M %Z").strip()
     against = against_table(arms)
     sections = [
-        Section("arms", "Arms", tables=[arms_table(arms), *([against] if against else [])]),
+        ReportSection("arms", "Arms", tables=[arms_table(arms), *([against] if against else [])]),
         tradeoff_section(arms),
         protocols_section(arms, others),
         sources_section(arms, small),

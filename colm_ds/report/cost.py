@@ -10,7 +10,7 @@ from colm_ds.report.charts import Line, Picture, dot_picture, line_picture, stac
 from colm_ds.report.curves import envelope, last_tenth, smooth, thin
 from colm_ds.report.facts import BYTE_KINDS, PHASES, Curve
 from colm_ds.report.quality import data_shares, mark_small, source_names
-from colm_ds.report.section import Section
+from colm_ds.report.section import ReportSection
 from colm_ds.report.tables import Column, Table, fixed, kib, percent, quoted, seconds, times, whole
 from colm_ds.run_folder.coherence import JOINT, agreement
 from colm_ds.run_folder.read import lookup, number
@@ -18,7 +18,7 @@ from colm_ds.run_folder.read import lookup, number
 _MOST_COHERENCE_PICTURES = 6
 
 
-def time_section(arms: Sequence[Arm]) -> Section:
+def time_section(arms: Sequence[Arm]) -> ReportSection:
     """Seconds of a step by phase."""
     bars = {arm.name: _phases(arm) for arm in arms}
     parts = [*PHASES, *dict.fromkeys(name for bar in bars.values() for name in bar if name not in PHASES)]
@@ -42,10 +42,10 @@ def time_section(arms: Sequence[Arm]) -> Section:
         "add up exactly. Data-loading share: seconds spent waiting for data over those of all steps but the first."
     ]
     tables = [Table("phases", "Seconds of a step by phase", columns, rows)] if parts else []
-    return Section("time", "Time", text if parts else [], [picture] if picture else [], tables)
+    return ReportSection("time", "Time", text if parts else [], [picture] if picture else [], tables)
 
 
-def traffic_section(arms: Sequence[Arm]) -> Section:
+def traffic_section(arms: Sequence[Arm]) -> ReportSection:
     """Padding in training and bytes exchanged between ranks."""
     kinds = [*BYTE_KINDS]
     kinds += [k for arm in arms for k in arm.groups.get("exchange_bytes", {}) if k not in kinds]
@@ -74,7 +74,7 @@ def traffic_section(arms: Sequence[Arm]) -> Section:
     tables = [Table("traffic", "Padding and exchanged data", columns, rows, note)] if has_any else []
     table, picture = _padding_table(arms), _padding_picture(arms)
     tables += [table] if table else []
-    return Section("traffic", "Padding and exchange", pictures=[picture] if picture else [], tables=tables)
+    return ReportSection("traffic", "Padding and exchange", pictures=[picture] if picture else [], tables=tables)
 
 
 def _padding_picture(arms: Sequence[Arm]) -> Picture | None:
@@ -104,7 +104,7 @@ def _padding_table(arms: Sequence[Arm]) -> Table | None:
     return Table("padding", "Padding along training", columns, rows, note)
 
 
-def shares_section(arms: Sequence[Arm], small: Collection[str]) -> Section:
+def shares_section(arms: Sequence[Arm], small: Collection[str]) -> ReportSection:
     """Share of each source among the examples trained on, against its share in the data."""
     data = data_shares(arms)
     found = {arm.name: arm.groups.get("coreset_share", {}) for arm in arms}
@@ -140,10 +140,10 @@ def shares_section(arms: Sequence[Arm], small: Collection[str]) -> Section:
         "Counted over all examples that the run trained on. Plain training follows the data; keeping small sources "
         "whole raises their share at the cost of the others."
     ]
-    return Section("shares", "What was selected", text if rows else [], [picture] if picture else [], tables)
+    return ReportSection("shares", "What was selected", text if rows else [], [picture] if picture else [], tables)
 
 
-def coherence_section(arms: Sequence[Arm]) -> Section:
+def coherence_section(arms: Sequence[Arm]) -> ReportSection:
     """How far the gradients of one source agree, and what that says about medoids."""
     pictures: list[Picture] = []
     rows = []
@@ -174,7 +174,7 @@ def coherence_section(arms: Sequence[Arm]) -> Section:
             pictures.append(picture)
             verdicts.append(_coherence_verdict(arm, curves, expected))
     if not rows:
-        return Section("coherence", "Coherence")
+        return ReportSection("coherence", "Coherence")
     columns = [
         Column("arm"),
         Column("source"),
@@ -195,7 +195,7 @@ def coherence_section(arms: Sequence[Arm]) -> Section:
     if len(pictures) > _MOST_COHERENCE_PICTURES:
         text.append(f"Pictures of the first {_MOST_COHERENCE_PICTURES} arms; the table has all of them.")
     table = Table("coherence", "Coherence by source", columns, rows, folded=len(rows) > 12)
-    return Section("coherence", "Coherence", text, pictures[:_MOST_COHERENCE_PICTURES], [table])
+    return ReportSection("coherence", "Coherence", text, pictures[:_MOST_COHERENCE_PICTURES], [table])
 
 
 def _coherence_verdict(arm: Arm, curves: Mapping[str, Curve], expected: Mapping[str, float | None]) -> str:

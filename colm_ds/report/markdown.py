@@ -6,11 +6,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from colm_ds.report.section import Listing, Section
+from colm_ds.report.section import Listing, ReportSection
 from colm_ds.report.tables import Table, clean
 
 
-def render_markdown(title: str, about: str, summary: str, caveats: Sequence[str], sections: Sequence[Section]) -> str:
+def render_markdown(
+    title: str, about: str, summary: str, caveats: Sequence[str], sections: Sequence[ReportSection]
+) -> str:
     """The whole report; arguments as in `render_page`."""
     parts = [f"# {_text(title)}", _text(about), _text(summary)]
     if caveats:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from colm_ds.report.arms import Arm, accumulation_steps, micro_batch_size
 from colm_ds.report.charts import Picture, grouped_picture, stacked_picture
 from colm_ds.report.facts import MEMORY_PHASES
-from colm_ds.report.section import Section
+from colm_ds.report.section import ReportSection
 from colm_ds.report.svg import COLORS
 from colm_ds.report.tables import Column, Table, fixed, whole
 
@@ -42,7 +42,7 @@ _SHOWN = ("probe", "forward", "backward", "step")  # of the phases, in the pictu
 _GIB = fixed(3)
 
 
-def memory_section(arms: Sequence[Arm]) -> Section:
+def memory_section(arms: Sequence[Arm]) -> ReportSection:
     """Peaks of every phase, the micro-batches that they follow from, and the parts of the largest."""
     tables = [table for table in (_phase_table(arms), _parts_table(arms)) if table is not None]
     pictures = [picture for picture in (_phase_picture(arms), _parts_picture(arms)) if picture is not None]
@@ -51,7 +51,7 @@ def memory_section(arms: Sequence[Arm]) -> Section:
         "follows the micro-batch, not b: compare arms of the same micro-batch.",
         *kind_sentences(arms),
     ]
-    return Section("memory", "Memory", text if tables else [], pictures, tables)
+    return ReportSection("memory", "Memory", text if tables else [], pictures, tables)
 
 
 def kind_sentences(arms: Sequence[Arm]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from colm_ds.report.charts import DASHES, LINE_WIDTH, MARKERS, LegendItem, Picture
 from colm_ds.report.page_style import CSS
-from colm_ds.report.section import Listing, Section
+from colm_ds.report.section import Listing, ReportSection
 from colm_ds.report.svg import COLORS
 from colm_ds.report.tables import Table, clean
 
@@ -22,7 +22,7 @@ _SHAPES = {
 }
 
 
-def render_page(title: str, about: str, summary: str, caveats: Sequence[str], sections: Sequence[Section]) -> str:
+def render_page(title: str, about: str, summary: str, caveats: Sequence[str], sections: Sequence[ReportSection]) -> str:
     """The whole page.
 
     Args:
@@ -75,7 +75,7 @@ def _unbroken(value: Any) -> str:
     )
 
 
-def _section(section: Section) -> str:
+def _section(section: ReportSection) -> str:
     parts = [f'<section id="{escape(section.key)}">', f"<h2>{_text(section.title)}</h2>"]
     parts += [f"<p>{_text(paragraph)}</p>" for paragraph in section.text]
     if section.pictures:

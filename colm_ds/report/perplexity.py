@@ -9,7 +9,7 @@ from colm_ds.report.charts import Line, Picture, line_picture
 from colm_ds.report.curves import even_places, value_at
 from colm_ds.report.facts import Curve
 from colm_ds.report.quality import mark_small, source_names
-from colm_ds.report.section import Section
+from colm_ds.report.section import ReportSection
 from colm_ds.report.tables import Column, Table, fixed, seconds, whole
 
 OVERALL = "overall"
@@ -26,7 +26,7 @@ _MOST_SOURCES = 8  # with pictures of their own
 _FOCUS = "Heights are those of the last two thirds, to tell the ends apart; what lies outside is in the table."
 
 
-def perplexity_section(arms: Sequence[Arm], small: Collection[str]) -> Section:
+def perplexity_section(arms: Sequence[Arm], small: Collection[str]) -> ReportSection:
     """Pictures and tables of perplexity, for arms of which one at least measured it.
 
     One arm shares a picture with its sources; of several, every source has pictures of its own.
@@ -54,7 +54,7 @@ def perplexity_section(arms: Sequence[Arm], small: Collection[str]) -> Section:
     if len(arms) > 1 and len(sources) > _MOST_SOURCES:
         text.append(f"Pictures of the {_MOST_SOURCES} largest sources; the tables have all of them.")
     tables = [_final_table(arms, sources, small), _along_table(arms, sources, small)]
-    return Section("perplexity", "Held-out perplexity", text, [each for each in pictures if each], tables)
+    return ReportSection("perplexity", "Held-out perplexity", text, [each for each in pictures if each], tables)
 
 
 def _picture(key: str, title: str, lines: dict[str, tuple[Arm, Curve | None]], axis: str) -> Picture | None:

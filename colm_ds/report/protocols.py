@@ -10,7 +10,7 @@ from colm_ds.report.charts import Line, Picture, line_picture
 from colm_ds.report.differences import references
 from colm_ds.report.memory import MICRO_BATCH_NOTE, kind_sentences, micro_batch_cells, micro_batch_columns
 from colm_ds.report.quality import describe
-from colm_ds.report.section import Section
+from colm_ds.report.section import ReportSection
 from colm_ds.report.tables import Column, Table, fixed, quoted, seconds, times, whole
 from colm_ds.run_folder.read import number
 
@@ -48,7 +48,7 @@ _GIB = fixed(3)
 _FLAT = 0.3  # peaks whose range is below this share of the largest would look alike on an axis from 0
 
 
-def protocols_section(arms: Sequence[Arm], sized: Sequence[Arm] = ()) -> Section:
+def protocols_section(arms: Sequence[Arm], sized: Sequence[Arm] = ()) -> ReportSection:
     """Memory and time of an arm that selects and of plain training, under each protocol that there are runs for.
 
     Args:
@@ -57,12 +57,12 @@ def protocols_section(arms: Sequence[Arm], sized: Sequence[Arm] = ()) -> Section
     """
     base = _base(arms)
     if base is None or micro_batch_size(base) is None:
-        return Section("protocols", "Memory against batch size")
+        return ReportSection("protocols", "Memory against batch size")
     everyone = [*arms, *sized]
     shown = [(name, words, _members(base, everyone, key)) for name, key, words in PROTOCOLS]
     shown = [(name, words, members) for name, words, members in shown if _spread(members)]
     if not shown:
-        return Section("protocols", "Memory against batch size")
+        return ReportSection("protocols", "Memory against batch size")
     peaks = [peak for _, _, members in shown for arm in members if (peak := arm.mean("peak_gib")) is not None]
     limits = _limits(peaks) if peaks else None
     pictures = [_picture(place, name, members, limits) for place, (name, _, members) in enumerate(shown)]
@@ -70,7 +70,7 @@ def protocols_section(arms: Sequence[Arm], sized: Sequence[Arm] = ()) -> Section
     text += [sentence for name, _, members in shown if (sentence := _outcome(base, name, members))]
     text += kind_sentences(everyone)
     named = [(name, members) for name, _, members in shown]
-    return Section(
+    return ReportSection(
         "protocols",
         "Memory against batch size",
         text,

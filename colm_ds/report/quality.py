@@ -9,7 +9,7 @@ from colm_ds.report.charts import Line, Picture, dot_picture, line_picture
 from colm_ds.report.curves import envelope, seconds_at, smooth, steps_of, thin, value_at
 from colm_ds.report.differences import difference, ratio, references
 from colm_ds.report.facts import Curve
-from colm_ds.report.section import Section
+from colm_ds.report.section import ReportSection
 from colm_ds.report.tables import MISSING, Column, Table, fixed, percent, seconds, signed, times, whole
 from colm_ds.run_folder.read import lookup
 
@@ -147,7 +147,7 @@ def against_table(arms: Sequence[Arm]) -> Table | None:
     return Table("against", "Against plain training", columns, rows, note) if rows else None
 
 
-def sources_section(arms: Sequence[Arm], small: Collection[str]) -> Section:
+def sources_section(arms: Sequence[Arm], small: Collection[str]) -> ReportSection:
     """Held-out loss, and exact match where there is any, by source."""
     shares = data_shares(arms)
     tables, pictures = [], []
@@ -176,7 +176,7 @@ def sources_section(arms: Sequence[Arm], small: Collection[str]) -> Section:
         pictures.append(
             dot_picture(key.replace("_", "-"), title, marked, dots, None, x_label=x_label, from_zero=scale == 100)
         )
-    return Section("sources", "By source", pictures=[p for p in pictures if p is not None], tables=tables)
+    return ReportSection("sources", "By source", pictures=[p for p in pictures if p is not None], tables=tables)
 
 
 def data_shares(arms: Sequence[Arm]) -> dict[str, float]:
@@ -197,7 +197,7 @@ def mark_small(name: str, small: Collection[str]) -> str:
     return f"{name} (small)" if name in small else name
 
 
-def training_section(arms: Sequence[Arm]) -> Section:
+def training_section(arms: Sequence[Arm]) -> ReportSection:
     """Training loss by step and by second."""
     raw = {arm.name: mean_curve(arm.train_loss()) for arm in arms}
     smoothed = {name: smooth(curve) for name, curve in raw.items() if curve.values}
@@ -224,10 +224,10 @@ def training_section(arms: Sequence[Arm]) -> Section:
         "worse: held-out loss decides."
     ]
     table = _curve_table("train_loss", "Training loss (moving average) and seconds of training", arms, smoothed, 25)
-    return Section("training", "Training loss", text, [p for p in pictures if p], [table] if table else [])
+    return ReportSection("training", "Training loss", text, [p for p in pictures if p], [table] if table else [])
 
 
-def heldout_section(arms: Sequence[Arm]) -> Section:
+def heldout_section(arms: Sequence[Arm]) -> ReportSection:
     """Held-out loss along training, overall and on the small sources, by step and by second."""
     curves = {key: {arm.name: arm.heldout(key) for arm in arms} for key in ("overall", "small")}
     pictures: list[Picture | None] = []
@@ -256,7 +256,7 @@ def heldout_section(arms: Sequence[Arm]) -> Section:
         "Nats per labelled token on examples that no arm trains on. Seconds count training steps only, not the "
         "evaluations."
     ]
-    return Section(
+    return ReportSection(
         "heldout", "Held-out loss", text, [p for p in pictures if p is not None], [t for t in tables if t is not None]
     )
 

@@ -18,7 +18,7 @@ class Listing:
 
 
 @dataclass(frozen=True)
-class Section:
+class ReportSection:
     """One chapter of a report.
 
     Attributes:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from colm_ds.report.arms import Arm, flatten, method_settings, micro_batch_size, value_text
-from colm_ds.report.section import Listing, Section
+from colm_ds.report.section import Listing, ReportSection
 from colm_ds.report.tables import MISSING, Column, Table, compact, whole
 from colm_ds.run_folder.read import Run, lookup, number, numbers
 
 _REVISION = 12  # characters of a git revision in the table; the configuration has all
 
 
-def setup_section(arms: Sequence[Arm], sized: Sequence[Arm] = ()) -> Section:
+def setup_section(arms: Sequence[Arm], sized: Sequence[Arm] = ()) -> ReportSection:
     """Runs, machine and versions, differing settings, and every run's resolved configuration.
 
     Args:
@@ -27,7 +27,7 @@ def setup_section(arms: Sequence[Arm], sized: Sequence[Arm] = ()) -> Section:
         for arm in arms
         for run in arm.runs
     ]
-    return Section("setup", "Machine, versions, commands", [], [], [table for table in tables if table], listings)
+    return ReportSection("setup", "Machine, versions, commands", [], [], [table for table in tables if table], listings)
 
 
 def problems_of(arms: Sequence[Arm]) -> list[str]:

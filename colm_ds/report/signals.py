@@ -9,11 +9,11 @@ from colm_ds.report.charts import Line, Picture, line_picture
 from colm_ds.report.curves import last_tenth, smooth, thin
 from colm_ds.report.facts import Curve
 from colm_ds.report.quality import mark_small, source_names
-from colm_ds.report.section import Section
+from colm_ds.report.section import ReportSection
 from colm_ds.report.tables import Column, Table, fixed, times
 
 
-def signals_section(arms: Sequence[Arm], small: Collection[str]) -> Section:
+def signals_section(arms: Sequence[Arm], small: Collection[str]) -> ReportSection:
     """Gradient variance of the coresets, completion length of the selected, and training loss by source.
 
     Args:
@@ -30,7 +30,7 @@ def signals_section(arms: Sequence[Arm], small: Collection[str]) -> Section:
             "have on average. Uniform medoids of a source can have the direction right and still lie far away: Adam "
             "ignores the length."
         )
-    return Section("signals", "What was taken", text, [p for p in pictures if p], [t for t in tables if t])
+    return ReportSection("signals", "What was taken", text, [p for p in pictures if p], [t for t in tables if t])
 
 
 def _variance_picture(arms: Sequence[Arm]) -> Picture | None:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from colm_ds.report.arms import Arm
 from colm_ds.report.charts import bubble_picture
-from colm_ds.report.section import Section
+from colm_ds.report.section import ReportSection
 from colm_ds.report.tables import Column, Table, fixed, percent, seconds
 
 
-def tradeoff_section(arms: Sequence[Arm]) -> Section:
+def tradeoff_section(arms: Sequence[Arm]) -> ReportSection:
     """Held-out loss against seconds of training, with the peak as area; empty for a single arm."""
     rows, bubbles = [], []
     for style, arm in enumerate(arms):
@@ -20,7 +20,7 @@ def tradeoff_section(arms: Sequence[Arm]) -> Section:
         rows.append([arm.name, spent, peak, loss, arm.mean("heldout_small"), arm.mean("exact_match")])
         bubbles.append((arm.name, style, spent, loss, peak))
     if len(rows) < 2:
-        return Section("tradeoff", "Time, memory and quality")
+        return ReportSection("tradeoff", "Time, memory and quality")
     peaks = [bubble[4] for bubble in bubbles]
     picture = bubble_picture(
         "tradeoff",
@@ -40,7 +40,7 @@ def tradeoff_section(arms: Sequence[Arm]) -> Section:
     ]
     note = "Seconds: the median of a step times the steps, evaluations not counted."
     table = Table("tradeoff", "Time, memory and quality", columns, rows, note)
-    return Section("tradeoff", "Time, memory and quality", [], [picture] if picture else [], [table])
+    return ReportSection("tradeoff", "Time, memory and quality", [], [picture] if picture else [], [table])
 
 
 def training_seconds(arm: Arm) -> float | None:

@@ -14,7 +14,7 @@ from colm_ds.selection.baselines import (
     MiddlePerplexitySelector,
 )
 from colm_ds.selection.selectors import (
-    ColmSelector,
+    CoLMSelector,
     FullSelector,
     KeepRandomSelector,
     RandomSelector,
@@ -23,7 +23,7 @@ from colm_ds.selection.selectors import (
 )
 
 SELECTORS: dict[str, Callable[[SelectorContext], Selector]] = {
-    "colm": ColmSelector,
+    "colm": CoLMSelector,
     "random": RandomSelector,
     "keep_random": KeepRandomSelector,
     "full": FullSelector,

@@ -61,7 +61,7 @@ class Selector(Protocol):
         ...
 
 
-class ColmSelector:
+class CoLMSelector:
     """All examples of small sources and the medoids of the others (CoLM, algorithm 1)."""
 
     signal: str | None = "gradient"

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from pydantic import Field
 
-from colm_ds.config.colm import Section, validate_section
+from colm_ds.config.section import Section, validate_section
 from colm_ds.errors import ConfigError, Problems
 
 
@@ -48,7 +48,7 @@ class Grid(Section):
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepJob:
     """One run of a sweep.
 
     Attributes:
@@ -110,14 +110,14 @@ def load_grid(path: str | Path, changes: Sequence[str] = (), seeds: Sequence[int
     return grid.model_copy(update=updates)
 
 
-def jobs_of(grid: Grid) -> list[Job]:
+def jobs_of(grid: Grid) -> list[SweepJob]:
     """All runs, seed by seed, so that a stopped sweep has whole comparisons."""
     jobs = []
     for seed in grid.seeds:
         for arm, changes in grid.arms.items():
             folder = Path(grid.runs or grid.out) / _slug(arm) / f"seed_{seed}"
             own = [f"name={json.dumps(arm)}", f"output_dir={folder}", f"seed={seed}", f"colm.seed={seed}"]
-            jobs.append(Job(arm, seed, folder, [grid.recipe, *grid.common, *changes, *own, "overwrite=false"]))
+            jobs.append(SweepJob(arm, seed, folder, [grid.recipe, *grid.common, *changes, *own, "overwrite=false"]))
     return jobs
 
 

@@ -22,7 +22,7 @@ import yaml
 from colm_ds.errors import ConfigError
 from colm_ds.report import compare, load_run
 from colm_ds.sweep.curves import curves_svg
-from colm_ds.sweep.grid import Grid, Job, jobs_of
+from colm_ds.sweep.grid import Grid, SweepJob, jobs_of
 from colm_ds.sweep.table import (
     difference_rows,
     format_html,
@@ -43,7 +43,7 @@ class Place:
     num_threads: int
 
 
-def is_done(grid: Grid, job: Job) -> bool:
+def is_done(grid: Grid, job: SweepJob) -> bool:
     """Whether a job's run is finished, and evaluated where the grid asks for that."""
     return is_finished(job.folder) and (grid.evaluate is None or (job.folder / "evaluation" / "results.json").exists())
 
@@ -87,7 +87,7 @@ def run_sweep(grid: Grid, say: Callable[[str], None] = print) -> dict[str, Any]:
 
 def run_jobs(
     grid: Grid,
-    jobs: Sequence[Job],
+    jobs: Sequence[SweepJob],
     say: Callable[[str], None] = print,
     after_each: Callable[[dict[str, str]], None] = lambda failures: None,
 ) -> dict[str, str]:
@@ -111,7 +111,7 @@ def run_jobs(
     lock = threading.Lock()
     num_done = 0
 
-    def work(job: Job) -> None:
+    def work(job: SweepJob) -> None:
         nonlocal num_done
         place = free.get()
         begun = time.monotonic()
@@ -150,7 +150,7 @@ def _prepare(path: Path, command: str, say: Callable[[str], None]) -> None:
         raise ConfigError(f"prepare: {path} was not made. {_what_failed(code, log)}")
 
 
-def _other_settings(job: Job) -> str:
+def _other_settings(job: SweepJob) -> str:
     """Why the finished run in a job's folder is not this job's; empty if it is, or there is none."""
     asked = read_object(job.record)
     if not is_finished(job.folder) or not asked or asked == _asked(job):
@@ -158,13 +158,13 @@ def _other_settings(job: Job) -> str:
     return f"{job.folder} holds a run with other settings. Remove it, or give the grid another folder."
 
 
-def _asked(job: Job) -> dict[str, Any]:
+def _asked(job: SweepJob) -> dict[str, Any]:
     """What defines a job: its recipe's content and its changes."""
     recipe, *changes = job.arguments
     return {"recipe": yaml.safe_load(Path(recipe).read_text(encoding="utf-8")), "changes": changes}
 
 
-def _run(grid: Grid, job: Job, place: Place) -> str:
+def _run(grid: Grid, job: SweepJob, place: Place) -> str:
     """Start one run and wait; what went wrong, empty if nothing did."""
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     job.log.write_text("", encoding="utf-8")
@@ -220,5 +220,5 @@ def _write(grid: Grid, result: dict[str, Any]) -> None:
     (out / "results.html").write_text(format_html(result, grid.baseline, out.name), encoding="utf-8")
 
 
-def _name(job: Job) -> str:
+def _name(job: SweepJob) -> str:
     return f"{job.arm}, seed {job.seed}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from colm_ds.errors import ColmError, ConfigError
+from colm_ds.errors import CoLMError, ConfigError
 from colm_ds.recipes.recipe import BaseRecipe, load_recipe
 from colm_ds.report import compare, format_table, load_run
 from colm_ds.sweep import Grid, LaunchConfig, default_ranks, is_finished, jobs_of, run_jobs
@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             size_steps=options.size_steps,
             script=options.script,
         )
-    except ColmError as error:
+    except CoLMError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     print(f"memory_report: {out}/report.html")

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from colm_ds.data.generated.text import SHARES, write_text
 from colm_ds.data.pretraining.token_store import MANIFEST, TokenStore
-from colm_ds.errors import ColmError, ConfigError
+from colm_ds.errors import CoLMError, ConfigError
 from colm_ds.recipes.recipe import PretrainingRecipe, load_recipe
 from colm_ds.report import compare, load_run
 from colm_ds.sweep import default_ranks, is_finished
 from colm_ds.training.start_or_resume import check_finished, check_same_data
 
 
-class PartFailedError(ColmError):
+class PartFailedError(CoLMError):
     """A program of pretrain/ ended with an exit code other than 0; it has said why.
 
     Attributes:
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PartFailedError as error:
         print(f"pretrain: {error}", file=sys.stderr)
         return error.code
-    except ColmError as error:
+    except CoLMError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

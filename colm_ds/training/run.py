@@ -21,37 +21,33 @@ from tqdm import tqdm
 from colm_ds.batching.loader import source_counts
 from colm_ds.checkpoints import atomic
 from colm_ds.checkpoints.weights import save_trained
-from colm_ds.config.colm import load_config, resolve_config
+from colm_ds.config.resolve import load_config, resolve_config
 from colm_ds.distributed.agreement import broadcast_text, single_process_environment, together
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.coreset_selector import reads_model
 from colm_ds.engine.engine import CoLMEngine, initialize, prepare_deepspeed
-from colm_ds.engine.monitor import heldout_events, monitor_sections, set_environment
-from colm_ds.errors import CheckpointError, ColmError, ConfigError, DeviceMemoryError, DivergenceError, SelectionError
+from colm_ds.engine.monitor import heldout_events
+from colm_ds.errors import CheckpointError, CoLMError, ConfigError, DeviceMemoryError, DivergenceError, SelectionError
 from colm_ds.export.model_card import ADAPTER, MODEL, write_model_card
 from colm_ds.memory.meter import GIB
 from colm_ds.memory.recorder import PEAKS
 from colm_ds.models.architecture import find_architecture
-from colm_ds.planner.advice import EXIT_CODE as OUT_OF_MEMORY
 from colm_ds.process.exit import end_all, was_said
-from colm_ds.process.stop_request import EXIT_CODE as STOPPED
+from colm_ds.process.exit_codes import ExitCode
 from colm_ds.process.stop_request import StopRequest
 from colm_ds.recipes.model import load_model, load_tokenizer, precision_sections, quiet_libraries
 from colm_ds.recipes.recipe import BaseRecipe, LrScheduleConfig, load_recipe
 from colm_ds.run_folder.write import RunFolder, describe_environment, read_metrics, summarise
+from colm_ds.training.monitors import monitor_sections, set_environment
 from colm_ds.training.start_or_resume import CHECKPOINTS, check_same_data, may_restart, where_to_start
-from colm_ds.training.tasks import InTraining, Task, load_task
+from colm_ds.training.tasks import InTraining, TrainingTask, load_task
 from colm_ds.types import StepStats
-
-DIVERGED = 5
-"""Exit code of a run whose gradients or signals stopped being finite."""
 
 
 def run(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
     """Train as a recipe says, under a launcher or alone.
 
-    Exit codes: 0 done; 2 bad input (one message); 3 asked to stop, after a checkpoint; 4 a phase lasted too long;
-    5 diverged, after a checkpoint; 6 out of memory; 1 anything else.
+    The process ends with an `ExitCode`.
 
     Args:
         recipe_path: the YAML file.
@@ -70,7 +66,7 @@ def run(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
     device = torch.device(accelerator.current_device_name())
     recipe = together(lambda: load_recipe(recipe_path, overrides), device)
     with crashes_explained():
-        code = Run(recipe, device, stop).train()
+        code = TrainingRun(recipe, device, stop).train()
     dist.barrier()  # the launcher ends the others once one is gone
     dist.destroy_process_group()
     if code:
@@ -83,10 +79,10 @@ def crashes_explained() -> Iterator[None]:
     try:
         yield
     except DeviceMemoryError as error:
-        end_all(f"{type(error).__name__}: {error}", OUT_OF_MEMORY)
+        end_all(f"{type(error).__name__}: {error}", ExitCode.OUT_OF_MEMORY)
     except torch.OutOfMemoryError as error:  # outside a step: evaluating, saving
-        end_all(f"rank {dist.get_rank()}: {error}\nTry a smaller evaluation.max_tokens.", OUT_OF_MEMORY)
-    except ColmError as error:
+        end_all(f"rank {dist.get_rank()}: {error}\nTry a smaller evaluation.max_tokens.", ExitCode.OUT_OF_MEMORY)
+    except CoLMError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except OSError as error:
         sys.exit(f"rank {dist.get_rank()}: {error}. Restarting goes on from the last checkpoint.")
@@ -94,7 +90,7 @@ def crashes_explained() -> Iterator[None]:
         if not any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection")):
             raise
         if was_said():
-            sys.exit(OUT_OF_MEMORY)
+            sys.exit(ExitCode.OUT_OF_MEMORY)
         reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
         lost = f"rank {dist.get_rank()}: lost the other ranks ({reason})."
         sys.exit(f"{lost} Restarting goes on from the last checkpoint.")
@@ -140,7 +136,7 @@ def deepspeed_config(recipe: BaseRecipe) -> dict[str, Any]:
     }
 
 
-class Run:
+class TrainingRun:
     """One run of a recipe on this rank; making it checks and loads everything."""
 
     def __init__(self, recipe: BaseRecipe, device: torch.device, stop: StopRequest) -> None:
@@ -237,14 +233,14 @@ class Run:
             print(
                 f"{self.recipe.name}: stopped {where} ({self.stop.reason or 'asked on another rank'}).", file=sys.stderr
             )
-        return STOPPED if saved else 1
+        return ExitCode.STOPPED if saved else ExitCode.FAILED
 
-    def _diverged(self, error: ColmError) -> int:
+    def _diverged(self, error: CoLMError) -> int:
         self._save()
         if self.folder:
             self.folder.write("summary.json", {"status": "diverged", "steps": self.engine.step_count})
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return DIVERGED
+        return ExitCode.DIVERGED
 
     def _finish(self, started: float) -> None:
         with self.engine.watchdog.watching("the evaluation"):
@@ -315,10 +311,10 @@ class Run:
             find_architecture(model, self.recipe.colm.probe.layer)
         return model
 
-    def _load_task(self) -> Task:
+    def _load_task(self) -> TrainingTask:
         """The data; rank 0 reads first, so that the others find its cache."""
 
-        def load() -> Task:
+        def load() -> TrainingTask:
             return load_task(self.recipe, self.tokenizer)
 
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:

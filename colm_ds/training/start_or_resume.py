@@ -95,7 +95,7 @@ def check_finished(recipe: BaseRecipe) -> None:
 def check_same_data(
     checkpoint: str, before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]
 ) -> None:
-    """Compare the data of a run that goes on, see `Task.identity`, with what its checkpoint says.
+    """Compare the data of a run that goes on, see `TrainingTask.identity`, with what its checkpoint says.
 
     Args:
         checkpoint: its path.

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from colm_ds.config.colm import resolve_config
+from colm_ds.config.resolve import resolve_config
 from colm_ds.engine.coreset_selector import small_source_ids
-from colm_ds.errors import ColmError, ConfigError
+from colm_ds.errors import CoLMError, ConfigError
 from tests.engine.training import NO_DROPOUT, Case, start, step
 from tests.ranks import Ranks
 
@@ -239,7 +239,7 @@ def messages(cases: list[Case], arguments: list[dict[str, Any]]) -> list[str]:
         try:
             start(case, **given).destroy()
             found.append("")
-        except ColmError as error:
+        except CoLMError as error:
             found.append(f"{type(error).__name__}: {error}")
     return found
 

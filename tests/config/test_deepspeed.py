@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from colm_ds.config.colm import resolve_config
 from colm_ds.config.deepspeed import ADAM_DEFAULTS, KNOWN_KEYS, REMOVED_KEYS, model_facts, resolve_auto
+from colm_ds.config.resolve import resolve_config
 from colm_ds.errors import ConfigError
 from colm_ds.recipes.recipe import OptimizerConfig
 from tests.tiny_models import tiny_model

@@ -18,9 +18,9 @@ from colm_ds.data.choices import WRITERS
 from colm_ds.data.prompt import encode_pair
 from colm_ds.errors import ConfigError, DataError
 from colm_ds.evaluation.backend import TransformersBackend
-from colm_ds.evaluation.choices import ChoiceTask
+from colm_ds.evaluation.choices import CandidateTask
 from colm_ds.evaluation.heldout import first_largest, heldout_loss
-from colm_ds.models.training_loss import find_loss_head
+from colm_ds.models.example_loss import find_loss_head
 from colm_ds.selection import SINGLE_PROCESS
 from tests.choices import random_choices
 from tests.tiny_models import tiny_model
@@ -144,7 +144,7 @@ def test_accuracy_is_that_of_evaluation(write_jsonl: Writer, tokenizer: PreTrain
         rank=0,
         max_tokens=600,
     )
-    task = ChoiceTask("cb", WRITERS["cb"])
+    task = CandidateTask("cb", WRITERS["cb"])
     backend = TransformersBackend(model, tokenizer, torch.device("cpu"))
     questions = [WRITERS["cb"]("here", record) for record in CB]
     rows = [row for batch in task.answer(backend, questions) for _, row in batch]

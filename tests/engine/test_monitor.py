@@ -13,10 +13,11 @@ from typing import Any, cast
 
 import pytest
 
-from colm_ds.config.colm import resolve_config
-from colm_ds.engine.monitor import RunMonitor, heldout_events, monitor_sections, set_environment
+from colm_ds.config.resolve import resolve_config
+from colm_ds.engine.monitor import RunMonitor, heldout_events
 from colm_ds.errors import ConfigError
 from colm_ds.recipes.recipe import Recipe
+from colm_ds.training.monitors import monitor_sections, set_environment
 from tests.engine.training import CORESET, SOURCES, Case, start
 from tests.ranks import RankError, Ranks
 

@@ -16,7 +16,7 @@ from colm_ds.data.jsonl import read_records
 from colm_ds.data.prompt import Continuation, encode_pair
 from colm_ds.errors import DataError
 from colm_ds.evaluation.backend import TransformersBackend
-from colm_ds.evaluation.choices import ChoiceTask
+from colm_ds.evaluation.choices import CandidateTask
 from colm_ds.evaluation.likelihood import Likelihood, score_candidates, shared_length
 from tests.evaluation.stubs import CPU, StubBackend, make_backend, make_model
 
@@ -172,7 +172,7 @@ def test_prompt_longer_than_the_model_keeps_its_end(tokenizer: Any) -> None:
 
 
 def test_highest_mean_wins_and_a_tie_goes_to_the_first() -> None:
-    task = ChoiceTask("copa", WRITERS["copa"])
+    task = CandidateTask("copa", WRITERS["copa"])
     record = {"premise": "A.", "choice1": "B.", "choice2": "C is much longer.", "question": "cause", "label": 1}
     questions = task.read([("file:1", record)], StubBackend())
     (_, row), *_ = next(iter(task.answer(StubBackend(choose=lambda *_: 1), questions)))
@@ -184,7 +184,7 @@ def test_highest_mean_wins_and_a_tie_goes_to_the_first() -> None:
 
 @pytest.mark.parametrize("name", ["sst2", "cb", "multirc", "wic", "copa"])
 def test_knowing_backend_scores_everything_and_a_wrong_one_nothing(name: str, shared_data: Path) -> None:
-    task = ChoiceTask(name, WRITERS[name])
+    task = CandidateTask(name, WRITERS[name])
     file = shared_data / "superglue" / name / "validation.jsonl.gz"
     questions = task.read(read_records(file), StubBackend())
     gold = {(question.prompt, question.candidates): question.gold for question in questions}
@@ -253,7 +253,7 @@ def test_lm_eval_gives_the_same_log_likelihoods(
     file = shared_data / "superglue" / name / "validation.jsonl.gz"
     records = [record for _, record in read_records(file)][:20]
     theirs = [lm_eval_prompts(name, record) for record in records]
-    written = [ChoiceTask(name, WRITERS[name]).write("", record) for record in records]
+    written = [CandidateTask(name, WRITERS[name]).write("", record) for record in records]
     ours = [(question.prompt, question.candidates) for question in written]
 
     for questions in (theirs, ours):

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from colm_ds.config.colm import PAPER, ColmConfig, MaskConfig, ProbeConfig, ScheduleConfig, Section
+from colm_ds.config.colm import PAPER, CoLMSection, MaskConfig, ProbeConfig, ScheduleConfig
+from colm_ds.config.section import Section
 from tests.golden.paper import CASES, load, run
 from tests.ranks import Ranks
 
@@ -44,7 +45,7 @@ def test_same_examples_weights_and_parameters(one_rank: Ranks, name: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("kind", "prefix"), [(ColmConfig, ""), (ProbeConfig, "probe"), (MaskConfig, "mask"), (ScheduleConfig, "schedule")]
+    ("kind", "prefix"), [(CoLMSection, ""), (ProbeConfig, "probe"), (MaskConfig, "mask"), (ScheduleConfig, "schedule")]
 )
 def test_preset_pins_every_key_that_decides(kind: type[Section], prefix: str) -> None:
     pinned = set(PAPER[prefix] if prefix else PAPER)
@@ -55,11 +56,11 @@ def test_preset_pins_every_key_that_decides(kind: type[Section], prefix: str) ->
 
 def test_written_keys_go_over_the_preset() -> None:
     sizes = {"large_batch_size": 8, "coreset_size": 4}
-    paper = ColmConfig.model_validate({"preset": "paper", **sizes})
+    paper = CoLMSection.model_validate({"preset": "paper", **sizes})
     assert paper.probe.num_probes == 1
     written = {"metric": "cosine", "probe": {"estimator": "sketch"}}
-    other = ColmConfig.model_validate({"preset": "paper", **written, **sizes})
+    other = CoLMSection.model_validate({"preset": "paper", **written, **sizes})
     assert (other.metric, other.probe.estimator, other.probe.num_probes) == ("cosine", "sketch", "auto")
     assert other.probe.epsilon == paper.probe.epsilon
-    again = ColmConfig.model_validate(other.model_dump())
+    again = CoLMSection.model_validate(other.model_dump())
     assert again == other

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from colm_ds.config.colm import ColmConfig
+from colm_ds.config.colm import CoLMSection
 from colm_ds.integrations.arguments import OWN_TO_THE_ENGINE, CoLMArguments, CoLMConfig, read_section
 
 
 def test_the_dataclass_has_the_keys_and_defaults_of_the_section() -> None:
     ours = {field.name: field.default for field in dataclasses.fields(CoLMConfig)}
-    theirs = {name: field.default for name, field in ColmConfig.model_fields.items()}
+    theirs = {name: field.default for name, field in CoLMSection.model_fields.items()}
     # Without: what is the engine's, what TrainingArguments have, and what only colm_ds.initialize can do.
     assert ours.keys() - {"source_column"} == theirs.keys() - OWN_TO_THE_ENGINE.keys() - {"seed", "replay"}
     for name in ours.keys() - {"source_column", "large_batch_size", "mask", "probe", "schedule"}:

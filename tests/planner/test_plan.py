@@ -14,12 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from colm_ds.batching.micro_batch import MicroBatch
 from colm_ds.cli import main
-from colm_ds.config.colm import ColmConfig
+from colm_ds.config.colm import CoLMSection
 from colm_ds.memory.counted import counted_allocations
-from colm_ds.models.training_loss import example_loss_sums, find_loss_head
+from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 from colm_ds.planner.activations import ModelSpec, Parameters, Tracer, even_rows
-from colm_ds.planner.known_models import KNOWN_MODELS, known_model
-from colm_ds.planner.plan import Job, Planner, largest_that
+from colm_ds.planner.job import KNOWN_MODELS, Job, known_model
+from colm_ds.planner.plan import Planner, largest_that
 from colm_ds.planner.plan_report import comparison, plan_report
 from colm_ds.planner.suggestions import best_of_each_key, knobs, make_fit
 from colm_ds.planner.zero_states import ZeroSettings, model_states, zero_settings
@@ -48,7 +48,7 @@ def job(**changes: Any) -> Job:
     """A small job that probes."""
     spec = changes.pop("spec", None) or ModelSpec(configuration(), torch.float32, device_type="cpu")
     zero = changes.pop("zero", None) or ZeroSettings(stage=2, world_size=2, reduce_bucket=1000)
-    colm = ColmConfig(large_batch_size=16, coreset_size=8, **changes.pop("colm", {}))
+    colm = CoLMSection(large_batch_size=16, coreset_size=8, **changes.pop("colm", {}))
     return Job(spec, zero, colm, 2, 64, 64, **changes)
 
 

@@ -16,10 +16,10 @@ from colm_ds.cli import main
 from colm_ds.data.choices import WRITERS
 from colm_ds.data.pretraining.token_store import MANIFEST
 from colm_ds.memory.counted import counted_allocations
-from colm_ds.models.training_loss import example_loss_sums, find_loss_head
+from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 from colm_ds.planner.choice_rows import CANDIDATE_TOKENS, choice_micro_batch, num_rows
-from colm_ds.planner.job import job_of_recipe
-from colm_ds.planner.plan import Job, Planner
+from colm_ds.planner.job import Job, job_of_recipe
+from colm_ds.planner.plan import Planner
 from colm_ds.planner.suggestions import knobs
 from colm_ds.recipes.model import add_lora
 from colm_ds.recipes.recipe import load_recipe

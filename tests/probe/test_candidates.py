@@ -12,7 +12,7 @@ from torch import Tensor
 
 from colm_ds.batching.micro_batch import make_micro_batch
 from colm_ds.models.architecture import find_architecture
-from colm_ds.models.training_loss import example_loss_sums, find_loss_head
+from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 from colm_ds.probe.factors import example_gradients, gradient_factors
 from colm_ds.probe.scores import confidences, gradient_norms, last_hidden
 from colm_ds.probe.tail import run_trunk, tail_losses

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from colm_ds.batching.micro_batch import make_micro_batch
 from colm_ds.models.architecture import find_architecture
+from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 from colm_ds.models.patch import eval_mode, patched_forwards
-from colm_ds.models.training_loss import example_loss_sums, find_loss_head
 from colm_ds.probe.replay import ReplayStore, why_not_replay
 from colm_ds.probe.tail import run_trunk
 from colm_ds.types import Example

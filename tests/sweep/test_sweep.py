@@ -17,7 +17,7 @@ import yaml
 from colm_ds.data.generated.mixture import write_mixture
 from colm_ds.errors import ConfigError
 from colm_ds.report import Run, load_run
-from colm_ds.sweep import Grid, Job, Place, jobs_of, load_grid, run_sweep
+from colm_ds.sweep import Grid, Place, SweepJob, jobs_of, load_grid, run_sweep
 from colm_ds.sweep import jobs as sweep
 from colm_ds.sweep.curves import curves_svg, heldout_points
 from colm_ds.sweep.table import MEASURES, Row, format_html, format_markdown, table_rows
@@ -43,7 +43,7 @@ def write_grid(folder: Path, **changes: Any) -> Path:
     return folder / "grid.yaml"
 
 
-def fake_run(grid: Grid, job: Job, place: Place) -> str:
+def fake_run(grid: Grid, job: SweepJob, place: Place) -> str:
     """Stands in for a launched run: a summary whose numbers follow from arm and seed."""
     if job.arm == "broken":
         return "failed with exit code 2: ConfigError"
@@ -67,7 +67,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs are faked; the list says which were started."""
     started: list[str] = []
 
-    def run(grid: Grid, job: Job, place: Place) -> str:
+    def run(grid: Grid, job: SweepJob, place: Place) -> str:
         started.append(f"{job.arm} {job.seed}")
         return fake_run(grid, job, place)
 
@@ -262,7 +262,7 @@ def test_command_line(faked: list[str], tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_grids_are_valid(path: Path) -> None:
     """And every arm of theirs is a recipe that can be run."""
-    from colm_ds.config.colm import resolve_config
+    from colm_ds.config.resolve import resolve_config
     from colm_ds.recipes.recipe import load_recipe
     from colm_ds.training.run import deepspeed_config
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from colm_ds.data.generated.mixture import write_mixture
-from colm_ds.errors import ColmError
+from colm_ds.errors import CoLMError
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {
@@ -46,7 +46,7 @@ def recipe_of(folder: Path) -> dict[str, Any]:
 def message_of(folder: Path, recipe: Any, *overrides: str) -> str:
     """Everything that a run reads and checks before it trains, in a run's order; the message, empty if all is well."""
     from colm_ds.batching.loader import source_counts
-    from colm_ds.config.colm import resolve_config
+    from colm_ds.config.resolve import resolve_config
     from colm_ds.data import load_instructions
     from colm_ds.engine.coreset_selector import small_source_ids
     from colm_ds.models.architecture import find_architecture
@@ -71,7 +71,7 @@ def message_of(folder: Path, recipe: Any, *overrides: str) -> str:
         find_architecture(load_model(loaded, tokenizer))
         restart = loaded.overwrite or (start is None and may_restart(loaded))
         RunFolder(loaded.output_dir, overwrite=restart, resumed_step=start.step if start else None).close()
-    except ColmError as error:
+    except CoLMError as error:
         return f"{type(error).__name__}: {error}"
     return ""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from colm_ds.batching.loader import RecordDataset
 from colm_ds.data.clusters import Clusters, cluster_together, hidden_features, prompt_of
 from colm_ds.distributed.exchange import make_exchange
-from colm_ds.models.training_loss import find_loss_head
+from colm_ds.models.example_loss import find_loss_head
 from colm_ds.recipes.choices import ClusterConfig
 from tests.choices import random_choices
 from tests.engine.training import NOTHING_PERSISTS, Case, parameters, records, start, step

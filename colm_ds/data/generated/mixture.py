@@ -28,7 +28,7 @@ Item = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Task:
+class GeneratedTask:
     """One source of the generated mixture.
 
     Attributes:
@@ -80,12 +80,12 @@ def _story(item: Item) -> tuple[str, str, str]:
 
 
 TASKS = (
-    Task("generated/sort", 6000, (12, 11, 10, 9), _sort),
-    Task("generated/largest", 3500, (10, 10, 10, 10), _largest),
-    Task("generated/count", 600, (2,) * 10, _count),
-    Task("generated/add", 250, (20, 20), _add),
-    Task("generated/parity", 120, (300,), _parity),
-    Task("generated/story", 50, (10, 5, 5), _story),
+    GeneratedTask("generated/sort", 6000, (12, 11, 10, 9), _sort),
+    GeneratedTask("generated/largest", 3500, (10, 10, 10, 10), _largest),
+    GeneratedTask("generated/count", 600, (2,) * 10, _count),
+    GeneratedTask("generated/add", 250, (20, 20), _add),
+    GeneratedTask("generated/parity", 120, (300,), _parity),
+    GeneratedTask("generated/story", 50, (10, 5, 5), _story),
 )
 
 
@@ -117,7 +117,7 @@ def generate_records(seed: int = 0, scale: float = 1.0) -> tuple[list[dict[str, 
     return train, heldout
 
 
-def _draw(task: Task, count: int, rng: random.Random, scale: float) -> list[Item]:
+def _draw(task: GeneratedTask, count: int, rng: random.Random, scale: float) -> list[Item]:
     """Distinct items of a task in random order."""
     size = 1
     for choices in task.choices:
@@ -137,7 +137,7 @@ def _draw(task: Task, count: int, rng: random.Random, scale: float) -> list[Item
     return items
 
 
-def _record(task: Task, item: Item) -> dict[str, str]:
+def _record(task: GeneratedTask, item: Item) -> dict[str, str]:
     instruction, steps, answer = task.write(item)
     output = f"{steps} The answer is {answer}."
     return {"source": task.name, "instruction": instruction, "output": output, "answer": answer}

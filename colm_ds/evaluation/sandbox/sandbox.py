@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from colm_ds.errors import ColmError, ConfigError
+from colm_ds.errors import CoLMError, ConfigError
 
 # Weakest first. A run needs at least the second unless `minimum` says otherwise.
 LEVELS = ("rlimits", "landlock", "namespaces")
@@ -33,7 +33,7 @@ _START_S = 120.0  # a cold numpy on a busy machine
 _GRACE_S = 40.0  # beyond a program's wall time, until its server is given up
 
 
-class SandboxError(ColmError):
+class SandboxError(CoLMError):
     """The isolated interpreter does not start or is lost."""
 
 

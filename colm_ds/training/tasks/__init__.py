@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe, PretrainingRecipe, Recipe
-from colm_ds.training.tasks.base import InTraining, Task, measured_loss
+from colm_ds.training.tasks.base import InTraining, TrainingTask, measured_loss
 from colm_ds.training.tasks.choices import ChoiceTask
 from colm_ds.training.tasks.clusters import ClusteredTask
 from colm_ds.training.tasks.instructions import InstructionTask
@@ -17,13 +17,13 @@ __all__ = [
     "InTraining",
     "InstructionTask",
     "PretrainingTask",
-    "Task",
+    "TrainingTask",
     "load_task",
     "measured_loss",
 ]
 
 
-def load_task(recipe: BaseRecipe, tokenizer: Any) -> Task:
+def load_task(recipe: BaseRecipe, tokenizer: Any) -> TrainingTask:
     """Read the data of a recipe, of whichever kind it is.
 
     Raises:
@@ -32,7 +32,7 @@ def load_task(recipe: BaseRecipe, tokenizer: Any) -> Task:
     if isinstance(recipe, PretrainingRecipe):
         return PretrainingTask(recipe, tokenizer)
     assert isinstance(recipe, (Recipe, ChoiceRecipe))
-    task: Task = (
+    task: TrainingTask = (
         ChoiceTask(recipe, tokenizer) if isinstance(recipe, ChoiceRecipe) else InstructionTask(recipe, tokenizer)
     )
     return task if recipe.clusters is None else ClusteredTask(task, recipe, recipe.clusters, tokenizer)

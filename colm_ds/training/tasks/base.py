@@ -34,7 +34,7 @@ class InTraining:
     rank: int
 
 
-class Task(Protocol):
+class TrainingTask(Protocol):
     """What a run trains on and measures; made from a recipe's files on every rank, without collectives."""
 
     @property

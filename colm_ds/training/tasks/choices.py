@@ -13,7 +13,7 @@ from colm_ds.training.tasks.base import InTraining, check_large_batch, measured_
 
 
 class ChoiceTask:
-    """Implements `Task` for a recipe on a classification task."""
+    """Implements `TrainingTask` for a recipe on a classification task."""
 
     def __init__(self, recipe: ChoiceRecipe, tokenizer: Any) -> None:
         """Read and tokenise; see `load_choice_data` for what it raises."""
@@ -21,23 +21,23 @@ class ChoiceTask:
         self.train, self._heldout = load_choice_data(recipe, tokenizer)
 
     def identity(self) -> dict[str, dict[str, str]]:
-        """See `Task.identity`: nothing; sources and counts are compared."""
+        """See `TrainingTask.identity`: nothing; sources and counts are compared."""
         return {}
 
     def begin_step(self, run: InTraining, step: int) -> dict[str, Any]:
-        """See `Task.begin_step`."""
+        """See `TrainingTask.begin_step`."""
         return {}
 
     def heldout(self, run: InTraining) -> dict[str, Any] | None:
-        """See `Task.heldout`: nats per example, and the accuracy."""
+        """See `TrainingTask.heldout`: nats per example, and the accuracy."""
         return None if self._heldout is None else measured_loss(run, self._heldout, self._settings.max_tokens)
 
     def finish(self, run: InTraining) -> dict[str, Any]:
-        """See `Task.finish`: nothing beyond the last held-out accuracy."""
+        """See `TrainingTask.finish`: nothing beyond the last held-out accuracy."""
         return {}
 
     def describe(self) -> dict[str, Any]:
-        """See `Task.describe`."""
+        """See `TrainingTask.describe`."""
         num_heldout = 0 if self._heldout is None else len(self._heldout)
         facts = {"num_dropped": self.train.num_dropped, "num_at_max_length": self.train.num_at_max_length}
         return {**facts, "num_heldout": num_heldout}

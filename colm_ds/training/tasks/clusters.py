@@ -12,11 +12,11 @@ from colm_ds.data.token_cache import describe_tokenizer
 from colm_ds.distributed.agreement import together
 from colm_ds.errors import ConfigError
 from colm_ds.evaluation.model_source import find_model, load, load_its_tokenizer
-from colm_ds.models.training_loss import find_loss_head
+from colm_ds.models.example_loss import find_loss_head
 from colm_ds.randomness import derive_seed
 from colm_ds.recipes.choices import ClusterConfig
 from colm_ds.recipes.recipe import BaseRecipe
-from colm_ds.training.tasks.base import InTraining, Task
+from colm_ds.training.tasks.base import InTraining, TrainingTask
 from colm_ds.types import SourcedDataset
 
 _MAX_TOKENS, _MAX_TOKENS_CPU = 16384, 2048
@@ -24,9 +24,9 @@ _MAX_TOKENS, _MAX_TOKENS_CPU = 16384, 2048
 
 
 class ClusteredTask:
-    """Implements `Task` around another one."""
+    """Implements `TrainingTask` around another one."""
 
-    def __init__(self, task: Task, recipe: BaseRecipe, clusters: ClusterConfig, tokenizer: Any) -> None:
+    def __init__(self, task: TrainingTask, recipe: BaseRecipe, clusters: ClusterConfig, tokenizer: Any) -> None:
         """Check what can be checked before training.
 
         Raises:
@@ -50,30 +50,30 @@ class ClusteredTask:
 
     @property
     def train(self) -> SourcedDataset:
-        """See `Task.train`: with the sources of the data; the engine knows the clusters."""
+        """See `TrainingTask.train`: with the sources of the data; the engine knows the clusters."""
         return self._task.train
 
     def identity(self) -> dict[str, dict[str, str]]:
-        """See `Task.identity`."""
+        """See `TrainingTask.identity`."""
         return self._task.identity()
 
     def begin_step(self, run: InTraining, step: int) -> dict[str, Any]:
-        """See `Task.begin_step`; makes the clusters where they are due."""
+        """See `TrainingTask.begin_step`; makes the clusters where they are due."""
         facts = self._task.begin_step(run, step)
         if step - 1 in self._steps:
             facts |= {"clusters": self._make(run, step)}
         return facts
 
     def heldout(self, run: InTraining) -> dict[str, Any] | None:
-        """See `Task.heldout`."""
+        """See `TrainingTask.heldout`."""
         return self._task.heldout(run)
 
     def finish(self, run: InTraining) -> dict[str, Any]:
-        """See `Task.finish`."""
+        """See `TrainingTask.finish`."""
         return self._task.finish(run)
 
     def describe(self) -> dict[str, Any]:
-        """See `Task.describe`."""
+        """See `TrainingTask.describe`."""
         return {**self._task.describe(), "clusters_made_after_steps": self._steps}
 
     def _make(self, run: InTraining, step: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from colm_ds.training.tasks.base import InTraining, check_large_batch, measured_
 
 
 class InstructionTask:
-    """Implements `Task` for a recipe on instruction data."""
+    """Implements `TrainingTask` for a recipe on instruction data."""
 
     def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
         """Read and tokenise; see `load_data` for what it raises."""
@@ -22,19 +22,19 @@ class InstructionTask:
         self._questions = load_questions(questions, recipe.data.source_key) if questions else []
 
     def identity(self) -> dict[str, dict[str, str]]:
-        """See `Task.identity`: nothing; sources and counts are compared."""
+        """See `TrainingTask.identity`: nothing; sources and counts are compared."""
         return {}
 
     def begin_step(self, run: InTraining, step: int) -> dict[str, Any]:
-        """See `Task.begin_step`."""
+        """See `TrainingTask.begin_step`."""
         return {}
 
     def heldout(self, run: InTraining) -> dict[str, Any] | None:
-        """See `Task.heldout`: nats per labelled token."""
+        """See `TrainingTask.heldout`: nats per labelled token."""
         return None if self._heldout is None else measured_loss(run, self._heldout, self._settings.max_tokens)
 
     def finish(self, run: InTraining) -> dict[str, Any]:
-        """See `Task.finish`: `exact_match`, None where it was not asked for."""
+        """See `TrainingTask.finish`: `exact_match`, None where it was not asked for."""
         if not self._questions:
             return {"exact_match": None}
         answers = exact_match(
@@ -51,7 +51,7 @@ class InstructionTask:
         return {"exact_match": answers}
 
     def describe(self) -> dict[str, Any]:
-        """See `Task.describe`."""
+        """See `TrainingTask.describe`."""
         num_heldout = 0 if self._heldout is None else len(self._heldout)
         return {"num_dropped": self.train.num_dropped, "num_heldout": num_heldout}
 

@@ -23,7 +23,7 @@ BEST = "best_model"
 
 
 class PretrainingTask:
-    """Implements `Task` for a recipe on chunks of text."""
+    """Implements `TrainingTask` for a recipe on chunks of text."""
 
     def __init__(self, recipe: PretrainingRecipe, tokenizer: Any) -> None:
         """Open the store.
@@ -58,11 +58,11 @@ class PretrainingTask:
         self._best: float | None = None
 
     def identity(self) -> dict[str, dict[str, str]]:
-        """See `Task.identity`: the store."""
+        """See `TrainingTask.identity`: the store."""
         return {"data.store": {"place": self._recipe.data.store, "digest": self._digest}}
 
     def begin_step(self, run: InTraining, step: int) -> dict[str, Any]:
-        """See `Task.begin_step`: `epochs`, how often each source has been gone through after this step."""
+        """See `TrainingTask.begin_step`: `epochs`, how often each source has been gone through after this step."""
         if isinstance(self._sampler, WeightedSampler):
             epochs = self._sampler.epochs(step)
         else:
@@ -71,7 +71,7 @@ class PretrainingTask:
         return {"epochs": {name: round(value, 6) for name, value in named}}
 
     def heldout(self, run: InTraining) -> dict[str, Any] | None:
-        """See `Task.heldout`: nats per token, and perplexity; overall by the mixture's shares. The best are kept."""
+        """See `TrainingTask.heldout`: nats per token and perplexity, overall by the mixture's shares."""
         if not len(self._heldout):
             return None
         if self._best is None:  # only now: a run that starts anew has removed what was there
@@ -89,12 +89,12 @@ class PretrainingTask:
         return found
 
     def finish(self, run: InTraining) -> dict[str, Any]:
-        """See `Task.finish`: step and loss of the best weights."""
+        """See `TrainingTask.finish`: step and loss of the best weights."""
         best = Path(self._recipe.output_dir) / BEST / "best.json"
         return {"best": json.loads(best.read_text(encoding="utf-8"))} if best.exists() else {}
 
     def describe(self) -> dict[str, Any]:
-        """See `Task.describe`."""
+        """See `TrainingTask.describe`."""
         return {
             "num_heldout": len(self._heldout),
             "chunks": dict(zip(self.train.source_names, self.train.sizes, strict=True)),

@@ -23,7 +23,7 @@ from colm_ds.data.pretraining.scan import Sample
 from colm_ds.data.pretraining.store_preparation import Preparation, prepare
 from colm_ds.data.pretraining.store_table import format_table, table_rows
 from colm_ds.data.pretraining.token_store import HELDOUT, SPLITS, TRAIN, TokenStore
-from colm_ds.errors import ColmError, ConfigError, DataError
+from colm_ds.errors import CoLMError, ConfigError, DataError
 
 FORK = multiprocessing.get_context("fork")
 SETTINGS: dict[str, Any] = {
@@ -351,7 +351,7 @@ def test_a_tokenizer_of_ones_own(text: Path, store: TokenStore, tmp_path: Path) 
             part["checksum"] for part in store.manifest["parts"]
         ]
     nothing = SETTINGS | {"tokenizer": str(tmp_path / "nothing.model")}
-    with pytest.raises(ColmError, match="can not be read"):
+    with pytest.raises(CoLMError, match="can not be read"):
         prepare(Preparation([text], tmp_path / "u", **nothing), say=quiet)
 
 

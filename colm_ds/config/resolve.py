@@ -1,0 +1,214 @@
+"""Numbers of a configuration that fit together, and what DeepSpeed itself is given."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from colm_ds.config.colm import CoLMSection, MaskConfig
+from colm_ds.config.deepspeed import check_auto, check_keys, check_monitors
+from colm_ds.config.section import validate_section
+from colm_ds.errors import ConfigError, Problems
+from colm_ds.selection import SELECTORS
+
+Config = str | Path | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A configuration whose numbers fit together.
+
+    Attributes:
+        colm: the `"colm"` section, `coreset_size` filled in.
+        deepspeed: what `deepspeed.initialize` is given: one micro-batch per accumulation, managed by colm_ds.
+        micro_batch_size: examples per rank and backward pass.
+        coreset_size: b.
+    """
+
+    colm: CoLMSection
+    deepspeed: dict[str, Any]
+    micro_batch_size: int
+    coreset_size: int
+
+
+def load_config(config: Config) -> tuple[dict[str, Any], str]:
+    """Read a DeepSpeed configuration from a path or dict.
+
+    Returns:
+        A copy of the configuration and what to call it in messages.
+
+    Raises:
+        ConfigError: if the file is missing or not a JSON object.
+    """
+    if isinstance(config, dict):
+        return copy.deepcopy(config), "the DeepSpeed configuration"
+    path = Path(config)
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) if path.parent.is_dir() else ""
+        raise ConfigError(f"{path}: no such file." + (f" In that folder: {near}." if near else "")) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: not readable as JSON: {error}. Write one JSON object.") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: a {type(loaded).__name__}. Write one JSON object.")
+    return loaded, str(path)
+
+
+def resolve_config(config: Config, world_size: int) -> ResolvedConfig:
+    """Check a DeepSpeed configuration with its `"colm"` section and make the numbers fit together.
+
+    Args:
+        config: path or dict, as `deepspeed.initialize` takes.
+        world_size: W, number of ranks.
+
+    Raises:
+        ConfigError: listing every problem found.
+    """
+    loaded, where = load_config(config)
+    problems = Problems(where)
+    section = loaded.pop("colm", None)
+    if not isinstance(section, dict):
+        why = "missing" if section is None else "not a section of keys and values"
+        problems.add("colm", section, why, 'Add "colm": {"large_batch_size": ..., "coreset_size": ...}.')
+        problems.raise_if_any()
+    colm = validate_section(CoLMSection, section, "colm", problems)
+    problems.raise_if_any()
+    assert isinstance(colm, CoLMSection)
+    return _resolve_batch(colm, loaded, world_size, problems)
+
+
+def selection_config(config: CoLMSection | Mapping[str, Any], num_processes: int = 1) -> CoLMSection:
+    """Check the `"colm"` section outside a DeepSpeed configuration.
+
+    Args:
+        config: keys and values; a `CoLMSection` with `coreset_size` filled in passes through.
+        num_processes: W.
+
+    Raises:
+        ConfigError: listing every problem.
+    """
+    if isinstance(config, CoLMSection) and config.coreset_size is not None:
+        return config
+    section = config.model_dump(exclude_unset=True) if isinstance(config, CoLMSection) else dict(config)
+    if section.get("replay", "off") not in ("off", "auto", False):
+        raise ConfigError(f"colm.replay = {section['replay']!r}: needs the step of colm_ds.initialize. Remove it.")
+    if section.get("variance_every"):
+        what = "is measured in the step of colm_ds.initialize"
+        raise ConfigError(f"colm.variance_every = {section['variance_every']}: {what}. Call gradient_variance instead.")
+    section["replay"] = "off"  # nobody would train from the states
+    try:
+        return resolve_config({"colm": section}, num_processes).colm
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("the DeepSpeed configuration", "the colm configuration")) from None
+
+
+def _resolve_batch(colm: CoLMSection, deepspeed: dict[str, Any], world_size: int, problems: Problems) -> ResolvedConfig:
+    batch = _batch_number(deepspeed, "train_batch_size", problems)
+    micro = _batch_number(deepspeed, "train_micro_batch_size_per_gpu", problems)
+    accumulation = _batch_number(deepspeed, "gradient_accumulation_steps", problems)
+    size, large = colm.coreset_size, colm.large_batch_size
+    if size is None:
+        size = batch if batch is not None else micro * accumulation * world_size if micro and accumulation else None
+        size = large if colm.selector == "full" else size
+    if colm.selector not in SELECTORS:
+        problems.add("colm.selector", colm.selector, "unknown", f"Choose one of {', '.join(SELECTORS)}.")
+    if size is None:
+        problems.add("colm.coreset_size", None, "missing", "Write b here or as train_batch_size.")
+        problems.raise_if_any()
+    assert size is not None
+    if size > large:
+        problems.add(
+            "colm.coreset_size",
+            size,
+            f"more than colm.large_batch_size = {large}",
+            f"Choose at most {large} (the paper uses half).",
+        )
+    if colm.selector == "full" and size != large:
+        problems.add(
+            "colm.coreset_size",
+            size,
+            f"the selector 'full' trains on all {large} of the large batch",
+            f"Write {large}.",
+        )
+    if batch is not None and batch != size:
+        problems.add(
+            "train_batch_size",
+            batch,
+            f"must equal colm.coreset_size = {size} (DeepSpeed counts the examples trained on)",
+            f"Remove it or write {size}.",
+        )
+    if micro and accumulation and micro * accumulation * world_size != size:
+        problems.add(
+            "gradient_accumulation_steps",
+            accumulation,
+            f"{micro} per micro-batch x {accumulation} steps x {world_size} ranks is not the coreset of {size}",
+            "Remove it: colm_ds accumulates over as many micro-batches as the coreset needs.",
+        )
+    for key, number in (("colm.coreset_size", size), ("colm.large_batch_size", large)):
+        if number < world_size:
+            problems.add(key, number, f"fewer than the {world_size} ranks", f"Choose at least {world_size}.")
+    _check_mask_and_probe(colm, problems)
+    _check_deepspeed(deepspeed, problems)
+    problems.raise_if_any()
+    per_rank = math.ceil(size / world_size)
+    micro = micro or (math.ceil(per_rank / accumulation) if accumulation else min(8, per_rank))
+    deepspeed |= {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": micro * world_size,
+        "managed_gradient_accumulation": False,
+    }
+    return ResolvedConfig(colm.model_copy(update={"coreset_size": size}), deepspeed, micro, size)
+
+
+def _batch_number(deepspeed: dict[str, Any], key: str, problems: Problems) -> int | None:
+    value = deepspeed.get(key)
+    if value is None or value == "auto":
+        deepspeed.pop(key, None)
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        problems.add(key, value, "not a positive whole number", "Write one, or remove it.")
+        return None
+    return value
+
+
+def _check_mask_and_probe(colm: CoLMSection, problems: Problems) -> None:
+    for key, value in (("colm.mask.size", colm.mask.size), ("colm.probe.num_probes", colm.probe.num_probes)):
+        if isinstance(value, int) and value < 1:
+            problems.add(key, value, "less than 1", 'Write at least 1, or "auto".')
+    if colm.probe.estimator == "exact" and colm.probe.num_probes not in ("auto", 1):
+        problems.add("colm.probe.num_probes", colm.probe.num_probes, "the exact gradient has no probes", "Remove it.")
+    if colm.probe.estimator in ("sketch", "projection") and colm.mask != MaskConfig():
+        what = f"a {colm.probe.estimator} is compared whole, without a mask"
+        problems.add("colm.mask", colm.mask.model_dump(), what, "Remove it.")
+    if colm.probe.estimator != "spsa" and colm.probe.direction_rank != "full":
+        what = f"{colm.probe.estimator} takes no random step"
+        problems.add("colm.probe.direction_rank", colm.probe.direction_rank, what, "Remove it.")
+
+
+def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems) -> None:
+    if deepspeed.get("managed_gradient_accumulation") is True:
+        problems.add("managed_gradient_accumulation", True, "colm_ds accumulates gradients itself", "Remove it.")
+    check_keys(deepspeed, problems)
+    check_monitors(deepspeed, problems)
+    for key in ("bf16", "fp16", "torch_autocast", "optimizer", "scheduler", "zero_optimization"):
+        if not isinstance(deepspeed.get(key) or {}, dict):
+            problems.add(key, deepspeed[key], "not a section of keys and values", "Write an object: {...}.")
+            deepspeed[key] = {}
+    check_auto(deepspeed, problems)
+    zero = deepspeed.get("zero_optimization") or {}
+    if zero.get("overlap_comm") is True and zero.get("stage", 0) in (0, 1):
+        problems.add(
+            "zero_optimization.overlap_comm",
+            True,
+            "works with accumulation by colm_ds at stages 2 and 3 only",
+            "Remove it, or use stage 2.",
+        )
+    if (deepspeed.get("torch_autocast") or {}).get("enabled") not in (None, False, "auto"):
+        problems.add("torch_autocast.enabled", True, "the probe does not run under autocast", "Use bf16 or fp16.")

@@ -1,0 +1,70 @@
+"""Sections of a configuration: strict keys, values that stay, and one message for everything that is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from colm_ds.errors import Problems
+
+
+class Section(BaseModel):
+    """A part of a configuration: unknown keys are errors, values are not changed afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def validate_section(kind: type[Section], values: Any, prefix: str, problems: Problems) -> Section | None:
+    """Build one section, recording unknown keys (with the nearest known one) and wrong values.
+
+    Returns:
+        The section, or None if there were problems.
+    """
+    try:
+        return kind.model_validate(values, strict=False)
+    except ValidationError as error:
+        wrong: dict[str, list[Any]] = {}  # key -> value, names and every alternative's message
+        for item in error.errors():
+            names = [str(part) for part in item["loc"] if not _is_union_branch(part, kind)]
+            key = ".".join([prefix, *names] if prefix else names)
+            if item["type"] == "extra_forbidden":
+                problems.add_unknown(key, _known_keys(kind, names[:-1]))
+            elif item["type"] == "missing":
+                problems.messages.append(f"{key}: missing. {_describe(kind, names)}")
+            else:
+                message = item["msg"][0].lower() + item["msg"][1:]
+                if key in wrong:
+                    message = message.removeprefix("input should be ")
+                wrong.setdefault(key, [item["input"], names]).append(message)
+        for key, (value, names, *messages) in wrong.items():
+            problems.add(key, value, " or ".join(messages), _describe(kind, names))
+        return None
+
+
+def _is_union_branch(part: Any, kind: type[Section]) -> bool:
+    """Whether a part of an error's location names an alternative of a union and not a key."""
+    return isinstance(part, str) and (part in ("int", "constrained-int", "float", "str", "bool") or "[" in part)
+
+
+def _section_at(kind: type[Section], names: list[str]) -> type[Section] | None:
+    for name in names:
+        field = kind.model_fields.get(name)
+        inner = field.annotation if field else None
+        candidates = [inner, *getattr(inner, "__args__", ())]
+        found = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+        if found is None:
+            return None
+        kind = found
+    return kind
+
+
+def _known_keys(kind: type[Section], names: list[str]) -> list[str]:
+    section = _section_at(kind, names)
+    return list(section.model_fields) if section else []
+
+
+def _describe(kind: type[Section], names: list[str]) -> str:
+    section = _section_at(kind, names[:-1]) if names else None
+    field = section.model_fields.get(names[-1]) if section else None
+    return f"It is: {field.description}." if field and field.description else ""
