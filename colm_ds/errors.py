@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -36,7 +36,63 @@ class DivergenceError(CoLMError):
 
 
 class DeviceMemoryError(CoLMError):
-    """A step for which a device has not enough memory; the message says where and what would help."""
+    """A step for which a device has not enough memory; the message says where, and what would help.
+
+    Attributes:
+        phase: of the step, such as "probe" or "backward".
+        micro_batch: its size in words, or None.
+        step: 1-based step.
+        rank: where it happened.
+        reason: PyTorch's own words.
+        snapshot: file of the allocator's snapshot, or None.
+        large_batch: the step's large batch as that rank saw it, or None.
+    """
+
+    def __init__(
+        self,
+        phase: str,
+        micro_batch: str | None,
+        *,
+        step: int,
+        rank: int,
+        reason: str,
+        advice: Sequence[str],
+        snapshot: str | None = None,
+        large_batch: object = None,
+    ) -> None:
+        """Word the message.
+
+        Args:
+            phase: see the class, as are the others.
+            micro_batch: see the class.
+            step: see the class.
+            rank: see the class.
+            reason: see the class.
+            advice: lines that say what would help.
+            snapshot: see the class.
+            large_batch: see the class.
+        """
+        of = "" if micro_batch is None else f", micro-batch of {micro_batch}"
+        lines = [f"rank {rank}: out of memory in phase {phase!r} of step {step}{of}.", *advice, f"PyTorch: {reason}"]
+        if snapshot is not None:
+            lines.append(f"Allocator snapshot: {snapshot}, for https://pytorch.org/memory_viz")
+        super().__init__("\n  ".join(lines))
+        self.phase, self.micro_batch = phase, micro_batch
+        self.step, self.rank, self.reason = step, rank, reason
+        self.snapshot, self.large_batch = snapshot, large_batch
+
+    def with_advice(self, advice: Sequence[str]) -> DeviceMemoryError:
+        """Return the same error with other lines of advice."""
+        return DeviceMemoryError(
+            self.phase,
+            self.micro_batch,
+            step=self.step,
+            rank=self.rank,
+            reason=self.reason,
+            advice=advice,
+            snapshot=self.snapshot,
+            large_batch=self.large_batch,
+        )
 
 
 class CheckpointError(CoLMError):

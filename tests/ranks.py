@@ -29,9 +29,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tests.ports import worker_port
+
 REPO_ROOT = Path(__file__).resolve().parent.parent
 
-BASE_PORT = 29400
+BASE_PORT = worker_port(0)
 """Pools of W ranks meet at port BASE_PORT + W where that is free: DeepSpeed names its shared-memory files by port."""
 
 _GRACE_S = 3.0

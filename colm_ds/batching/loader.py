@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ class LargeBatchLoader:
             yield batch
 
     def _ahead(self) -> Iterator[LargeBatch]:
-        """Batches read by worker processes, two each in advance; arrays travel, not tensors (no file handle each)."""
+        """Batches made by worker processes, two each in advance; arrays travel, not tensors (no file handle each)."""
         loader: DataLoader[Any] = DataLoader(
             _Steps(self),
             batch_size=None,
@@ -81,18 +82,25 @@ class LargeBatchLoader:
             collate_fn=_same,
             generator=torch.Generator(),  # or it would draw the workers' seed from the global state
         )
-        for step, arrays in loader:
-            yield self._assemble(step, {position: _to_example(values) for position, values in arrays.items()})
+        for packed in loader:
+            yield packed.unpack(self._candidates)
 
-    @property
-    def other_sources(self) -> dict[str, Any] | None:
-        """Names and ids of the sources that `set_sources` was given; None: they are the dataset's own."""
-        if not isinstance(self.dataset, WithSources):
-            return None
-        return {"names": list(self.dataset.source_names), "ids": torch.from_numpy(self.dataset.source_ids.copy())}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step that comes next, and the sources that `set_sources` was given, if it was."""
+        sources = None
+        if isinstance(self.dataset, WithSources):
+            ids = torch.from_numpy(self.dataset.source_ids.copy())
+            sources = {"names": list(self.dataset.source_names), "ids": ids}
+        return {"next_step": self.next_step, "sources": sources, "kept_sources": list(self._kept_sources)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken; iterate again after it."""
+        self.next_step = state["next_step"]
+        if state["sources"]:
+            self.set_sources(state["sources"]["names"], state["sources"]["ids"].numpy(), state["kept_sources"])
 
     def set_sources(self, names: Sequence[str], ids: npt.NDArray[Any], kept_sources: Collection[int]) -> None:
-        """Divide the examples into other sources; iterate anew after it.
+        """Divide the examples into other sources; iterate again after it.
 
         Args:
             names: of the sources.
@@ -106,48 +114,66 @@ class LargeBatchLoader:
         return self._sampler.epoch(step)
 
     def batch(self, step: int) -> LargeBatch:
-        """The large batch of a 1-based step."""
-        return self._assemble(step, self.read(step))
-
-    def read(self, step: int) -> dict[int, Example]:
-        """This rank's examples of a step, by position."""
-        indices, _, home = self._facts(step)
-        mine = (home == self._rank).nonzero().flatten().tolist()
-        return {position: self.dataset[int(indices[position])] for position in mine}
-
-    def _facts(self, step: int) -> tuple[npt.NDArray[np.int64], torch.Tensor, torch.Tensor]:
-        """Dataset indices, lengths and home ranks of a step's examples."""
+        """The large batch of a 1-based step: facts of all examples, tokens of this rank's."""
         indices = self._sampler.indices(step)
         lengths = torch.from_numpy(self.dataset.lengths[indices].astype(np.int64))
-        probed = torch.from_numpy(~np.isin(self.dataset.source_ids[indices], self._kept_sources))
-        return indices, lengths, home_ranks(lengths, self._world_size, probed)
-
-    def _assemble(self, step: int, examples: dict[int, Example]) -> LargeBatch:
-        indices, lengths, home = self._facts(step)
+        sources = self.dataset.source_ids[indices]
+        home = home_ranks(lengths, self._world_size, torch.from_numpy(~np.isin(sources, self._kept_sources)))
+        mine = (home == self._rank).nonzero().flatten().tolist()
         return LargeBatch(
             step=step,
             indices=torch.from_numpy(indices),
-            sources=torch.from_numpy(self.dataset.source_ids[indices].astype(np.int64)),
+            sources=torch.from_numpy(sources.astype(np.int64)),
             lengths=lengths,
             num_label_tokens=torch.from_numpy(self.dataset.num_label_tokens[indices].astype(np.int64)),
             home=home,
-            examples=examples,
+            examples={position: self.dataset[int(indices[position])] for position in mine},
             candidates=None if self._candidates is None else self._candidates.take(torch.from_numpy(indices)),
         )
 
 
-class _Steps(Dataset[tuple[int, dict[int, _Arrays]]]):
+_FACTS = ("indices", "sources", "lengths", "num_label_tokens", "home")
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A large batch as arrays, as it leaves a worker process.
+
+    Attributes:
+        step: 1-based step.
+        facts: `_FACTS` by name.
+        examples: by position; candidates of all examples are taken from the table again, which every process has.
+    """
+
+    step: int
+    facts: dict[str, npt.NDArray[np.int64]]
+    examples: dict[int, _Arrays]
+
+    @classmethod
+    def pack(cls, batch: LargeBatch) -> _Packed:
+        """Take a batch apart."""
+        examples = {
+            position: (one.input_ids.numpy(), one.labels.numpy(), one.source, one.index, one.candidates)
+            for position, one in batch.examples.items()
+        }
+        return cls(batch.step, {name: getattr(batch, name).numpy() for name in _FACTS}, examples)
+
+    def unpack(self, candidates: CandidateTable | None) -> LargeBatch:
+        """Put it together again."""
+        facts = {name: torch.from_numpy(values) for name, values in self.facts.items()}
+        taken = None if candidates is None else candidates.take(facts["indices"])
+        examples = {position: _to_example(values) for position, values in self.examples.items()}
+        return LargeBatch(step=self.step, **facts, examples=examples, candidates=taken)
+
+
+class _Steps(Dataset[_Packed]):
     """Steps as the items of a map-style dataset, for worker processes."""
 
     def __init__(self, loader: LargeBatchLoader) -> None:
         self._loader = loader
 
-    def __getitem__(self, step: int) -> tuple[int, dict[int, _Arrays]]:
-        examples = self._loader.read(step)
-        return step, {
-            position: (one.input_ids.numpy(), one.labels.numpy(), one.source, one.index, one.candidates)
-            for position, one in examples.items()
-        }
+    def __getitem__(self, step: int) -> _Packed:
+        return _Packed.pack(self._loader.batch(step))
 
 
 def _to_example(values: _Arrays) -> Example:

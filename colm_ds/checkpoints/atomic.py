@@ -35,7 +35,7 @@ _BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
-class Found:
+class Checkpoint:
     """The checkpoint to go on from.
 
     Attributes:
@@ -116,7 +116,7 @@ def save(
     return target
 
 
-def find(folder: Path, tag: str | None = None, *, repair: bool = False) -> Found | None:
+def find(folder: Path, tag: str | None = None, *, repair: bool = False) -> Checkpoint | None:
     """The newest checkpoint of a folder that is whole, every file read and compared with its manifest.
 
     Args:
@@ -151,10 +151,10 @@ def find(folder: Path, tag: str | None = None, *, repair: bool = False) -> Found
     )
 
 
-def describe(path: Path, passed_over: Sequence[str] = ()) -> Found:
+def describe(path: Path, passed_over: Sequence[str] = ()) -> Checkpoint:
     """A whole checkpoint's facts from its manifest."""
     first = json.loads((path / _manifest_name(0)).read_text(encoding="utf-8"))
-    return Found(path, first["step"], first["world_size"], first["facts"], tuple(passed_over))
+    return Checkpoint(path, first["step"], first["world_size"], first["facts"], tuple(passed_over))
 
 
 def why_not_whole(path: Path) -> str | None:
@@ -185,7 +185,7 @@ def why_not_whole(path: Path) -> str | None:
     return None
 
 
-def read_state(found: Found, rank: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def read_state(found: Checkpoint, rank: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """What `save` was given: the shared state, and this rank's own (None for a rank that was not there)."""
     shared = torch.load(found.path / SHARED, map_location="cpu", weights_only=False)
     if rank >= found.world_size:
@@ -193,7 +193,7 @@ def read_state(found: Found, rank: int) -> tuple[dict[str, Any], dict[str, Any] 
     return shared, torch.load(found.path / _own_name(rank), map_location="cpu", weights_only=False)
 
 
-def load(engine: Any, found: Found, **options: Any) -> None:
+def load(engine: Any, found: Checkpoint, **options: Any) -> None:
     """Restore a DeepSpeed engine; all ranks call it together. Other numbers of ranks go through the universal format.
 
     Args:

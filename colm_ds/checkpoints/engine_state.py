@@ -17,21 +17,12 @@ from colm_ds.randomness import random_state, restore_random_state
 
 def save_engine(engine: Any, folder: Path, tag: str, client_state: Mapping[str, Any], keep_last: int | None) -> None:
     """Write a checkpoint of a `CoLMEngine`; see `CoLMEngine.save_checkpoint`."""
-    shared = {
-        "client_state": dict(client_state),
-        "selector": engine.coreset_selector.state_dict(),
-        "sources": engine.loader.other_sources,
-        "next_step": engine.loader.next_step,
-        "step_count": engine.step_count,
-        "num_samples": engine.num_samples,
-        "skipped": (engine.skipped.total, engine.skipped.in_a_row),
-    }
     atomic.save(
         engine.deepspeed_engine,
         folder,
         tag,
         step=engine.step_count,
-        shared=shared,
+        shared={"client_state": dict(client_state), **engine.state_dict()},
         own={"random_state": random_state()},
         facts=_facts(engine),
         keep_last=keep_last,
@@ -39,13 +30,8 @@ def save_engine(engine: Any, folder: Path, tag: str, client_state: Mapping[str, 
     )
 
 
-def load_engine(
-    engine: Any, folder: Path, tag: str | None, **options: Any
-) -> tuple[atomic.Found | None, dict[str, Any]]:
-    """Restore a `CoLMEngine`; see `CoLMEngine.load_checkpoint`."""
-    found = find_together(folder, tag)
-    if found is None:
-        return None, {}
+def load_engine(engine: Any, found: atomic.Checkpoint, **options: Any) -> dict[str, Any]:
+    """Restore a `CoLMEngine` and return the client state; see `CoLMEngine.resume`."""
     ours, theirs = _facts(engine), found.facts
     for key in ours:
         if ours[key] != theirs.get(key):
@@ -57,31 +43,40 @@ def load_engine(
         options = {"load_module_strict": False, **options}
     atomic.load(engine.deepspeed_engine, found, **options)
     shared, own = atomic.read_state(found, dist.get_rank())
-    if shared.get("sources"):
-        engine.set_sources(shared["sources"]["names"], shared["sources"]["ids"].numpy())
-    engine.coreset_selector.load_state_dict(shared["selector"])
-    engine.loader.next_step = shared["next_step"]
-    engine.step_count, engine.num_samples = shared["step_count"], shared["num_samples"]
-    engine.skipped.total, engine.skipped.in_a_row = shared["skipped"]
+    client_state: dict[str, Any] = shared.pop("client_state")
+    engine.load_state_dict(shared)
     if own is not None:
         restore_random_state(own["random_state"])
-    return found, shared["client_state"]
+    return client_state
 
 
-def find_together(folder: Path, tag: str | None = None) -> atomic.Found | None:
-    """The checkpoint to load, looked for by rank 0 for all; all ranks call it together.
+def find_on_all_ranks(folder: Path, tag: str | None = None) -> atomic.Checkpoint | None:
+    """Return the checkpoint to load, looked for by rank 0 for all; all ranks call it together.
 
     Raises:
         CheckpointError: on every rank, if there are checkpoints but none that can be loaded.
     """
-    answer: dict[str, Any] = {}
+    found, error = None, None
     if dist.get_rank() == 0:
         try:
             found = atomic.find(folder, tag, repair=True)
-            answer = {"path": str(found.path), "passed_over": found.passed_over} if found else {}
-        except CheckpointError as error:
-            answer = {"error": str(error)}
-    answer = json.loads(broadcast_text(json.dumps(answer), 0))
+        except CheckpointError as failed:
+            error = str(failed)
+    return on_all_ranks(found, error)
+
+
+def on_all_ranks(found: atomic.Checkpoint | None, error: str | None = None) -> atomic.Checkpoint | None:
+    """Return on every rank what rank 0 found; all ranks call it together.
+
+    Args:
+        found: rank 0's; the others' is not looked at.
+        error: rank 0's reason to fail.
+
+    Raises:
+        CheckpointError: on every rank, if rank 0 has a reason to fail.
+    """
+    answer: dict[str, Any] = {"path": str(found.path), "passed_over": found.passed_over} if found else {}
+    answer = json.loads(broadcast_text(json.dumps(answer if error is None else {"error": error}), 0))
     if "error" in answer:
         raise CheckpointError(answer["error"])
     return atomic.describe(Path(answer["path"]), answer["passed_over"]) if answer else None

@@ -12,7 +12,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from colm_ds.checkpoints.atomic import Found
+from colm_ds.checkpoints.atomic import Checkpoint
 from colm_ds.errors import CheckpointError
 
 
@@ -97,7 +97,7 @@ def save_model(model: Any, folder: Path, state: dict[str, Tensor] | None = None)
         generation.to_json_file(folder / "generation_config.json")
 
 
-def checkpoint_tensors(found: Found, buffers: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def checkpoint_tensors(found: Checkpoint, buffers: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Trained weights of a checkpoint, one at a time on the CPU; needs no process group and no GPU.
 
     At stages 0 to 2 they are the weights that the model ran with; at stage 3 the optimizer's, in float32.

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from colm_ds.selection import SINGLE_PROCESS, Exchange
+from colm_ds.selection import SINGLE_PROCESS, ByteCount, Exchange
+from colm_ds.selection.transfer import to_device
 from colm_ds.types import NUM_NAMED, Coreset, Example, LargeBatch
 
 
 class ProcessGroupExchange:
-    """`Exchange` over a process group; counts the bytes that the collectives carry.
-
-    Attributes:
-        num_bytes: payload of the collectives since it was last set to 0.
-    """
+    """`Exchange` over a process group."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
         self.num_processes = dist.get_world_size(group)
         self.is_main = dist.get_rank(group) == 0
         self._main = dist.get_global_rank(group, 0) if group is not None else 0
-        self.num_bytes = 0
+        self._counts: list[ByteCount] = []
 
     def sum(self, tensor: Tensor) -> Tensor:
         """See `Exchange.sum`."""
@@ -47,12 +45,26 @@ class ProcessGroupExchange:
         dist.broadcast(tensor, self._main, group=self._group)
         return tensor
 
+    @contextmanager
+    def counting(self, kind: str) -> Iterator[ByteCount]:
+        """See `Exchange.counting`."""
+        self._counts.append(ByteCount(kind))
+        try:
+            yield self._counts[-1]
+        finally:
+            self._counts.pop()
+
     def _count(self, tensor: Tensor) -> None:
-        self.num_bytes += tensor.numel() * tensor.element_size()
+        if self._counts:
+            self._counts[-1].num_bytes += tensor.numel() * tensor.element_size()
 
 
 class DeviceExchange:
-    """Carries CPU tensors over a backend that only takes the device's (NCCL); other tensors pass through."""
+    """Carries CPU tensors over a backend that only takes the device's (NCCL); other tensors pass through.
+
+    Copies to the device do not wait for it; a CPU tensor comes back with one wait, and of a broadcast only where it is
+    received.
+    """
 
     def __init__(self, inner: ProcessGroupExchange, device: torch.device) -> None:
         self._inner = inner
@@ -60,27 +72,28 @@ class DeviceExchange:
         self.num_processes = inner.num_processes
         self.is_main = inner.is_main
 
-    @property
-    def num_bytes(self) -> int:
-        """See `ProcessGroupExchange.num_bytes`."""
-        return self._inner.num_bytes
-
-    @num_bytes.setter
-    def num_bytes(self, value: int) -> None:
-        self._inner.num_bytes = value
-
     def sum(self, tensor: Tensor) -> Tensor:
         """See `Exchange.sum`."""
-        return tensor.copy_(self._inner.sum(tensor.to(self._device)))
+        return _into(tensor, self._inner.sum(to_device(tensor, self._device)))
 
     def gather_rows(self, rows: Tensor, positions: Tensor, num_rows: int) -> Tensor:
         """See `Exchange.gather_rows`."""
-        gathered = self._inner.gather_rows(rows.to(self._device), positions.to(self._device), num_rows)
-        return gathered.to(rows.device)
+        rows_there, positions_there = (to_device(tensor, self._device) for tensor in (rows, positions))
+        return self._inner.gather_rows(rows_there, positions_there, num_rows).to(rows.device)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """See `Exchange.broadcast`."""
-        return tensor.copy_(self._inner.broadcast(tensor.to(self._device)))
+        sent = self._inner.broadcast(to_device(tensor, self._device))
+        return tensor if self.is_main else _into(tensor, sent)
+
+    def counting(self, kind: str) -> AbstractContextManager[ByteCount]:
+        """See `Exchange.counting`."""
+        return self._inner.counting(kind)
+
+
+def _into(tensor: Tensor, found: Tensor) -> Tensor:
+    """Return `tensor` with the values of `found`, which may be itself."""
+    return tensor if found is tensor else tensor.copy_(found)
 
 
 def make_exchange(device: torch.device, group: dist.ProcessGroup | None = None) -> Exchange:

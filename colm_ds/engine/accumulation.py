@@ -17,6 +17,7 @@ from colm_ds.engine.out_of_memory import of_micro_batch
 from colm_ds.models.example_loss import example_loss_sums
 from colm_ds.probe.replay import ReplayStore
 from colm_ds.selection import Exchange
+from colm_ds.selection.transfer import to_cpu, to_device
 from colm_ds.types import Coreset, Example, LargeBatch
 
 
@@ -120,7 +121,7 @@ def accumulate(
         micro = make_micro_batch([placement.examples[position] for position in mine]).to(device)
         scales = torch.zeros(len(micro.counts))
         scales[: len(mine)] = scale[mine]
-        scales = scales.to(device, non_blocking=True)
+        scales = to_device(scales, device)
         # A place holder is replayed too: under ZeRO-3 all ranks gather the same layers in the same order.
         replayed = replay is not None and (not mine or replay.has(mine))
         with replay.replaying(micro.by_row(mine)) if replay is not None and replayed else nullcontext():
@@ -138,13 +139,40 @@ def accumulate(
     return Accumulated(totals, whole, torch.where(whole, losses, 0.0), positions)
 
 
-def totals_and_losses(accumulated: Accumulated, batch: LargeBatch) -> Tensor:
-    """`totals`, then each example's mean token loss by position, float64 `[2 + r]`; to be summed over ranks."""
+@dataclass(frozen=True)
+class Totals:
+    """Numbers of a step over all ranks: the loss, and how many examples had one that is not finite."""
+
+    loss: float
+    num_broken: int
+
+
+def read_step(
+    accumulated: Accumulated, batch: LargeBatch, grad_norm: Tensor | float | None, exchange: Exchange
+) -> tuple[Totals, Tensor, float | None]:
+    """Read the step's numbers from the device, by its one wait; all ranks call it together.
+
+    Args:
+        accumulated: what the passes gave on this rank.
+        batch: the large batch.
+        grad_norm: DeepSpeed's, a number or a tensor that is still on the device.
+        exchange: the ranks.
+
+    Returns:
+        The totals, each example's mean token loss by position, float64 `[r]`, and the gradient's norm.
+    """
     device = accumulated.sums.device
     positions = torch.tensor(accumulated.positions, dtype=torch.int64)
     losses = torch.zeros(batch.size, dtype=torch.float64, device=device)
-    losses[positions.to(device)] = accumulated.sums.double() / batch.num_label_tokens[positions].to(device)
-    return torch.cat([accumulated.totals, losses])
+    counts = to_device(batch.num_label_tokens[positions], device)
+    losses[to_device(positions, device)] = accumulated.sums.double() / counts
+    found = exchange.sum(torch.cat([accumulated.totals, losses]))
+    if isinstance(grad_norm, Tensor):
+        found, norm = to_cpu([found, grad_norm])
+        grad_norm = float(norm)
+    else:
+        (found,) = to_cpu([found])
+    return Totals(float(found[0]), int(found[1])), found[2:], None if grad_norm is None else float(grad_norm)
 
 
 def loss_scale(batch: LargeBatch, coreset: Coreset, normalization: str, without: Sequence[int] = ()) -> Tensor:
@@ -168,7 +196,7 @@ def loss_scale(batch: LargeBatch, coreset: Coreset, normalization: str, without:
 def broken_positions(accumulated: Accumulated, batch: LargeBatch, exchange: Exchange) -> list[int]:
     """Positions of examples whose loss is not finite, of all ranks; all ranks call it together."""
     broken = torch.zeros(batch.size, device=accumulated.finite.device)
-    mine = torch.tensor(accumulated.positions, dtype=torch.int64, device=broken.device)
+    mine = to_device(torch.tensor(accumulated.positions, dtype=torch.int64), broken.device)
     broken[mine[~accumulated.finite]] = 1.0
     return exchange.sum(broken).nonzero().flatten().tolist()
 

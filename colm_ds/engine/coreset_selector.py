@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,43 @@ def reads_model(config: CoLMSection) -> bool:
     return signal_of(config.selector) is not None or config.variance_every > 0
 
 
+@dataclass(frozen=True)
+class Selection:
+    """The result of one call of a `CoresetSelector`.
+
+    Attributes:
+        batch: the large batch as this rank sees it.
+        coreset: what to train on, the same on every rank.
+        ran: whether the configured selector ran; False in a plain step of the schedule.
+        probed: positions whose signal was found out by any rank, ascending int64 `[n]`.
+        replay: what the probe left for training to start from, valid until the next call; None if nothing.
+        num_bytes: payload of the collectives: signals (what the estimator sends) and selection (masked columns, sums,
+            and the choice itself).
+    """
+
+    batch: LargeBatch
+    coreset: Coreset
+    ran: bool
+    probed: Tensor
+    replay: ReplayStore | None
+    num_bytes: dict[str, int]
+
+    @property
+    def positions(self) -> Tensor:
+        """Chosen positions in the large batch, int64 `[b]`."""
+        return self.coreset.positions
+
+    @property
+    def weights(self) -> Tensor:
+        """Loss weight of each, float32 `[b]`."""
+        return self.coreset.weights
+
+    @property
+    def size(self) -> int:
+        """b, the number of chosen examples."""
+        return self.coreset.size
+
+
 class CoresetSelector:
     """Chooses the coreset of every large batch; all ranks call it together.
 
@@ -63,8 +100,6 @@ class CoresetSelector:
         step_count: step of the last large batch.
         selector: the selector in use.
         plain: the selector of the schedule's plain steps, a random b of r.
-        signal_bytes: payload of the last step's exchange of signals.
-        replay: what the last probe left for training to start from, if it did.
         why_not_replay: why `replay: auto` came to nothing, if it did.
     """
 
@@ -126,7 +161,6 @@ class CoresetSelector:
         self.source_names = list(counts)
         self._source_key = None if source_counts is None else "source"
         self.step_count = 0
-        self._batch: LargeBatch | None = None
         self.small = small_source_ids(config, counts)
         architecture = find_architecture(model, config.probe.layer) if reads_model(config) else None
         settings = SelectionSettings(
@@ -143,9 +177,6 @@ class CoresetSelector:
         self.plain: Selector = make_selector("random", context)
         self._architecture = architecture
         self._estimator: Estimator | None = None
-        self._weights: Tensor | None = None
-        self.signal_bytes = 0
-        self.replay: ReplayStore | None = None
         self._trunk_dtype = torch.bfloat16 if config.probe.dtype == "bfloat16" else None
         self._store: ReplayStore | None = None
         self.why_not_replay: str | None = None
@@ -165,8 +196,8 @@ class CoresetSelector:
                 signal=self.selector.signal or "gradient",
             )
 
-    def __call__(self, batch: LargeBatch | Sequence[Any] | Mapping[str, Any], meter: Meter | None = None) -> Coreset:
-        """The coreset of a large batch, the same on every rank.
+    def __call__(self, batch: LargeBatch | Sequence[Any] | Mapping[str, Any], meter: Meter | None = None) -> Selection:
+        """Select the coreset of a large batch.
 
         Args:
             batch: this rank's examples, a list of records or a padded batch (see `batching.gather.read_examples`): a
@@ -180,56 +211,50 @@ class CoresetSelector:
         """
         if not isinstance(batch, LargeBatch):
             batch = self._gather(batch)
-        self._batch, self.step_count = batch, batch.step
+        self.step_count = batch.step
         meter = meter or Meter(self._device)
-        self.signal_bytes, self.replay = 0, None
         if self._store is not None:
             self._store.begin(batch.step)
-        if not self.selects(batch.step):
+        ran = self._config.schedule.selects(batch.step)
+        if not ran or self._estimator is None:
             with meter.phase("select"):
-                return self.plain.select(batch, None, SINGLE_PROCESS)
-        if self._estimator is None:
-            with meter.phase("select"):
-                return self.selector.select(batch, None, SINGLE_PROCESS)
+                coreset = (self.selector if ran else self.plain).select(batch, None, SINGLE_PROCESS)
+            nothing = torch.empty(0, dtype=torch.int64)
+            return Selection(batch, coreset, ran, nothing, None, {"signals": 0, "selection": 0})
+        probed = self._to_probe(batch)
+        replay = self._store if len(probed) else None
         with meter.phase("probe"):
-            self._probe(batch, self._estimator)
-        before = getattr(self._exchange, "num_bytes", 0)
-        with meter.phase("exchange"):
+            weights = self._probe(batch, probed, self._estimator, replay)
+        with meter.phase("exchange"), self._exchange.counting("signals") as signal_bytes:
             signals = self._estimator.signals(batch.size, self._exchange)
-            signals = replace(signals, parameters=self._weights, unprobed=self._unprobed(batch))
-        self.signal_bytes = getattr(self._exchange, "num_bytes", 0) - before
-        with meter.phase("select"):
+        signals = replace(signals, parameters=weights, unprobed=self._unprobed(batch, probed))
+        with meter.phase("select"), self._exchange.counting("selection") as selection_bytes:
             coreset = self._select(batch, signals, self._estimator)
             self._estimator.update(coreset, self._exchange)
-        return coreset
+        counted = {count.kind: count.num_bytes for count in (signal_bytes, selection_bytes)}
+        return Selection(batch, coreset, ran, probed, replay, counted)
 
-    def gradient_variance(self, coreset: Coreset) -> dict[str, float] | None:
-        """How far a coreset's mean gradient is from the large batch's: see `GradientVariance`. All ranks together.
+    def gradient_variance(self, selection: Selection) -> dict[str, float] | None:
+        """Return how far the coreset's mean gradient is from the large batch's: see `GradientVariance`.
 
-        Args:
-            coreset: what the last call chose.
+        All ranks call it together.
         """
-        batch = self._batch
-        assert batch is not None, "gradient_variance: call the selector first"
+        batch = selection.batch
         self._architecture = self._architecture or find_architecture(self._model, self._config.probe.layer)
-        measured = GradientVariance(self._architecture, batch, coreset, self._device)
+        measured = GradientVariance(self._architecture, batch, selection.coreset, self._device)
         with eval_mode(self._model), torch.no_grad():
             for positions in self._plan(batch, torch.ones(batch.size, dtype=torch.bool)):
                 self._probe_micro_batch(batch, positions, measured, None)
         return measured.result(self._exchange)
 
-    def share(self, coreset: Coreset) -> tuple[list[int], Tensor]:
-        """What this rank trains of the last coreset, where each trains its own examples.
-
-        Args:
-            coreset: what the last call chose.
+    def share(self, selection: Selection) -> tuple[list[int], Tensor]:
+        """Return what this rank trains of a coreset, where each rank trains its own examples.
 
         Returns:
             Places among the examples that this rank passed, and a factor for the mean token loss of each, float32: the
             gradient of the sum of the products, averaged over ranks as DDP and DeepSpeed do, is that of the step.
         """
-        batch = self._batch
-        assert batch is not None, "share: call the selector first"
+        batch, coreset = selection.batch, selection.coreset
         chosen = [position for position in coreset.positions.tolist() if int(batch.home[position]) == self._rank]
         scale = loss_scale(batch, coreset, self._config.loss_normalization) * self._exchange.num_processes
         first = int((batch.home < self._rank).sum())
@@ -241,26 +266,6 @@ class CoresetSelector:
         state = self.selector.state_dict()
         self.selector = make_selector(self._config.selector, replace(self._context, small=self.small))
         self.selector.load_state_dict(state)
-
-    def selects(self, step: int) -> bool:
-        """Whether the configured selector runs in this step, and not the schedule's plain one."""
-        return self._config.schedule.selects(step)
-
-    def probed_positions(self, batch: LargeBatch) -> Tensor:
-        """Positions whose signal is needed in this step: none of small sources, ascending int64 `[n]`."""
-        if self._estimator is None or not self.selects(batch.step):
-            return torch.empty(0, dtype=torch.int64)
-        config = self._config
-        kept = self._kept_anyway(batch)
-        picks = (config.coreset_size or 0) - int(kept.sum())
-        if picks <= 0:
-            return torch.empty(0, dtype=torch.int64)
-        rest = (~kept).nonzero().flatten()
-        if config.probe.sample == 1.0:
-            return rest
-        count = max(picks, math.ceil(config.probe.sample * len(rest)))
-        generator = private_generator(config.seed, "sample", batch.step)
-        return rest[torch.randperm(len(rest), generator=generator)[:count]].sort().values
 
     def kept_tensors(self) -> list[Tensor]:
         """What selector and estimator keep from step to step: histories and directions."""
@@ -296,21 +301,39 @@ class CoresetSelector:
         coreset = self.selector.select(batch, signals, SINGLE_PROCESS) if self._exchange.is_main else None
         return broadcast_coreset(coreset, self._config.coreset_size or 0, len(self.source_names), self._exchange)
 
-    def _probe(self, batch: LargeBatch, estimator: Estimator) -> None:
-        """Run the trunk and the tail over the examples whose signal is needed; with replay the trunk over all."""
-        probed = self.probed_positions(batch)
+    def _to_probe(self, batch: LargeBatch) -> Tensor:
+        """Return the positions whose signal is needed in this step: none of small sources, ascending int64 `[n]`."""
+        config = self._config
+        kept = self._kept_anyway(batch)
+        picks = (config.coreset_size or 0) - int(kept.sum())
+        if picks <= 0:
+            return torch.empty(0, dtype=torch.int64)
+        rest = (~kept).nonzero().flatten()
+        if config.probe.sample == 1.0:
+            return rest
+        count = max(picks, math.ceil(config.probe.sample * len(rest)))
+        generator = private_generator(config.seed, "sample", batch.step)
+        return rest[torch.randperm(len(rest), generator=generator)[:count]].sort().values
+
+    def _probe(
+        self, batch: LargeBatch, probed: Tensor, estimator: Estimator, store: ReplayStore | None
+    ) -> Tensor | None:
+        """Run the trunk and the tail over the examples whose signal is needed; with replay the trunk over all.
+
+        Returns:
+            The probed weights, if the mask needs them, float32 `[d]`.
+        """
         is_probed = torch.zeros(batch.size, dtype=torch.bool)
         is_probed[probed] = True
-        store = self._store if len(probed) else None
         offsets = self._token_offsets(batch)
-        with eval_mode(self._model), torch.no_grad(), self._reading_weights():
+        with eval_mode(self._model), torch.no_grad(), self._reading_weights() as weights:
             estimator.begin(batch.step, probed, int((is_probed & (batch.home == self._rank)).sum()))
             for positions in self._plan(batch, is_probed):
                 self._probe_micro_batch(batch, positions, estimator, store, offsets)
             if store is not None:
                 for positions in self._plan(batch, ~is_probed):
                     self._probe_micro_batch(batch, positions, None, store)
-        self.replay = store
+        return weights()
 
     def _token_offsets(self, batch: LargeBatch) -> Tensor | None:
         """Where in every example the sampled labels begin, float32 `[r]`; None: all labels are looked at."""
@@ -319,9 +342,8 @@ class CoresetSelector:
         generator = private_generator(self._config.seed, "tokens", batch.step)
         return torch.rand(batch.size, generator=generator)
 
-    def _unprobed(self, batch: LargeBatch) -> Tensor | None:
-        """Examples outside small sources that a sub-sampling probe leaves out, bool `[r]`."""
-        probed = self.probed_positions(batch)
+    def _unprobed(self, batch: LargeBatch, probed: Tensor) -> Tensor | None:
+        """Return which examples outside small sources a sub-sampling probe leaves out, bool `[r]`."""
         if self._config.probe.sample == 1.0 or len(probed) == 0:
             return None
         unprobed = ~self._kept_anyway(batch)
@@ -362,15 +384,13 @@ class CoresetSelector:
                 estimator.observe(tail, torch.tensor(positions, dtype=torch.int64), lengths)
 
     @contextmanager
-    def _reading_weights(self) -> Iterator[None]:
-        """Keep a copy of the probed weights if the mask needs them."""
-        self._weights = None
+    def _reading_weights(self) -> Iterator[Callable[[], Tensor | None]]:
+        """Keep a copy of the probed weights if the mask needs them; yields what gives it after the block."""
         if self._architecture is None or self._config.mask.criterion not in ("weight", "weight_grad"):
-            yield
+            yield lambda: None
             return
         with reading_parameters(self._architecture.targets) as weights:
-            yield
-        self._weights = weights()
+            yield weights
 
     @staticmethod
     def _mask_size(config: CoLMSection, architecture: Architecture | None) -> int | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from colm_ds.batching.loader import LargeBatchLoader, RecordDataset, source_counts
-from colm_ds.checkpoints.engine_state import load_engine, save_engine
+from colm_ds.batching.sources import small_source_ids
+from colm_ds.checkpoints.atomic import Checkpoint
+from colm_ds.checkpoints.engine_state import find_on_all_ranks, load_engine, save_engine
 from colm_ds.config.deepspeed import MONITOR_SECTIONS, model_facts, resolve_auto
 from colm_ds.config.resolve import Config, ResolvedConfig, resolve_config
 from colm_ds.distributed.exchange import make_exchange
-from colm_ds.engine.accumulation import Placement, accumulate, broken_positions, loss_scale, place, totals_and_losses
-from colm_ds.engine.coreset_selector import CoresetSelector, small_source_ids
+from colm_ds.engine.accumulation import Placement, accumulate, broken_positions, loss_scale, place, read_step
+from colm_ds.engine.coreset_selector import CoresetSelector, Selection
 from colm_ds.engine.monitor import RunMonitor, step_events
+from colm_ds.engine.out_of_memory import memory_error
 from colm_ds.engine.skipped_steps import SkippedSteps, guard_plain_optimizer
 from colm_ds.engine.step_stats import describe_coreset
 from colm_ds.errors import ConfigError, SelectionError
 from colm_ds.memory.meter import Meter
 from colm_ds.memory.recorder import MemoryRecorder
 from colm_ds.models.example_loss import find_loss_head
-from colm_ds.planner.advice import memory_error
 from colm_ds.process.watchdog import Watchdog
-from colm_ds.types import Coreset, LargeBatch, SourcedDataset, StepStats
+from colm_ds.types import LargeBatch, SourcedDataset, StepStats
 
 _ADAM = ("Adam", "AdamW")
 
@@ -185,103 +187,115 @@ class CoLMEngine:
             try:
                 return self._train_batch(batch, start, data_s)
             except torch.OutOfMemoryError as error:
-                raise memory_error(self, batch, error) from error
+                raise memory_error(error, batch, self.memory, self._rank) from error
 
     def _train_batch(self, batch: LargeBatch, start: float, data_s: float) -> StepStats:
-        exchanged = _ByteCount(self._exchange)
-        self.deepspeed_engine.train()
         inner = self.deepspeed_engine
+        inner.train()
         with self.memory.step(batch.step, partial(self._watching, batch.step), inner.module, inner.optimizer) as meter:
-            coreset = self.coreset_selector(batch, meter)
-            exchanged.note("selection")
-            if coreset.size == 0:
+            selection = self.coreset_selector(batch, meter)
+            if selection.size == 0:
                 raise SelectionError(
                     f"step {batch.step}: none of the {batch.size} examples has a finite signal. "
                     "The model has diverged: resume from an earlier checkpoint with a lower learning rate."
                 )
-            every, variance = self.config.colm.variance_every, None
-            if every and batch.step % every == 0:
-                with self._watching(batch.step, "variance"):
-                    variance = self.coreset_selector.gradient_variance(coreset)
-                exchanged.drop()
-            self.memory.note_selected(self.coreset_selector.kept_tensors(), self.coreset_selector.replay)
-            lr = float(self.deepspeed_engine.get_lr()[0])
-            loss, losses, placement, broken = self._update(batch, coreset, meter, exchanged)
-        self.step_count += 1
-        skipped = not self.deepspeed_engine.was_step_applied()
-        self.skipped.note(skipped)
-        self.num_samples += 0 if skipped else coreset.size - len(broken)
-        exchanged.split_signals(self.coreset_selector.signal_bytes)
+            variance = self._gradient_variance(selection)
+            self.memory.note_selected(self.coreset_selector.kept_tensors(), selection.replay)
+            lr = float(inner.get_lr()[0])
+            update = self._update(selection, meter)
+        self._count(selection, update)
         time_s = {"data": data_s, **self.memory.seconds(), "total": time.perf_counter() - start}
-        measured = self.memory.stats()
-        self.memory.save = None
         stats = StepStats(
             step=batch.step,
-            loss=loss,
+            loss=update.loss,
             lr=lr,
-            grad_norm=_number(self.deepspeed_engine.get_global_grad_norm()),
-            skipped=skipped,
-            tokens=int(batch.lengths[coreset.positions].sum()),
+            grad_norm=update.grad_norm,
+            skipped=update.skipped,
+            tokens=int(batch.lengths[selection.positions].sum()),
             samples=self.num_samples,
-            examples_probed=len(self.coreset_selector.probed_positions(batch)),
-            examples_trained=coreset.size - len(broken),
-            padding_fraction=placement.padding_fraction,
-            micro_batches={"count": len(placement.plans[0]), "largest_tokens": placement.largest_tokens},
-            exchange_bytes=exchanged.by_kind,
-            selected=self.coreset_selector.selects(batch.step),
+            examples_probed=len(selection.probed),
+            examples_trained=selection.size - len(update.broken),
+            padding_fraction=update.placement.padding_fraction,
+            micro_batches={
+                "count": len(update.placement.plans[0]),
+                "largest_tokens": update.placement.largest_tokens,
+            },
+            exchange_bytes={**selection.num_bytes, "tokens": update.token_bytes},
+            selected=selection.ran,
             time_s=time_s,
-            **measured,
+            **self.memory.stats(),
             coreset=describe_coreset(
-                batch, coreset, self._source_names, losses=losses, broken=broken, variance=variance
+                batch,
+                selection.coreset,
+                self._source_names,
+                losses=update.losses,
+                broken=update.broken,
+                variance=variance,
             ),
         )
+        self.memory.save = None
         self.monitor.write_events(step_events(stats))
         return stats
 
-    def _update(
-        self, batch: LargeBatch, coreset: Coreset, meter: Meter, exchanged: _ByteCount
-    ) -> tuple[float, Tensor, Placement, list[int]]:
-        """Train on the coreset: its loss, those by position, the micro-batches, and positions where it is not finite.
+    def _gradient_variance(self, selection: Selection) -> dict[str, float] | None:
+        """Measure it in the steps that do."""
+        every, step = self.config.colm.variance_every, selection.batch.step
+        if not every or step % every:
+            return None
+        with self._watching(step, "variance"):
+            return self.coreset_selector.gradient_variance(selection)
 
-        Such a loss spoils the sum of all gradients. The optimizer then skips, and the others are passed through again.
+    def _update(self, selection: Selection, meter: Meter) -> _Update:
+        """Place the coreset, accumulate its gradient, take the optimizer's step, and read what came of it.
+
+        A loss that is not finite spoils the sum of all gradients. The optimizer then skips, and the others are passed
+        through again.
         """
-        colm, positions = self.config.colm, coreset.positions.tolist()
-        replay = self.coreset_selector.replay
+        inner, batch, positions = self.deepspeed_engine, selection.batch, selection.positions.tolist()
         broken: list[int] = []
+        token_bytes = 0
         while True:
             kept = [position for position in positions if position not in broken]
             with meter.phase("train"):
-                placement = place(
-                    batch,
-                    kept,
-                    replay,
-                    self._exchange,
-                    self._rank,
-                    max_examples=self.config.micro_batch_size,
-                    max_tokens=colm.micro_batch_tokens,
-                )
-                exchanged.note("tokens")
-                scale = loss_scale(batch, coreset, colm.loss_normalization, broken)
+                with self._exchange.counting("tokens") as count:
+                    placement = self._place(selection, kept)
+                token_bytes += count.num_bytes
+                scale = loss_scale(batch, selection.coreset, self.config.colm.loss_normalization, broken)
                 done = accumulate(
-                    self.deepspeed_engine,
+                    inner,
                     self.loss_head,
                     placement,
                     scale,
-                    replay,
+                    selection.replay,
                     rank=self._rank,
                     device=self._device,
                     part=meter.part,
                 )
-            self.memory.note_trained(self.deepspeed_engine.module, self.deepspeed_engine.optimizer, replay)
+            self.memory.note_trained(inner.module, inner.optimizer, selection.replay)
             with meter.phase("step"):
-                self.deepspeed_engine.step()
-            found = self._exchange.sum(totals_and_losses(done, batch)).cpu()  # the step's one read, a synchronisation
-            loss, losses = float(found[0]), found[2:]
-            if found[1] == 0:
-                return loss, losses, placement, broken
-            broken += broken_positions(done, batch, self._exchange)
-            if self.deepspeed_engine.was_step_applied() or len(broken) == len(positions):
-                return loss, losses, placement, sorted(broken)
+                inner.step()
+            totals, losses, grad_norm = read_step(done, batch, inner.get_global_grad_norm(), self._exchange)
+            if totals.num_broken > 0:
+                broken += broken_positions(done, batch, self._exchange)
+            skipped = not inner.was_step_applied()
+            if totals.num_broken == 0 or not skipped or len(broken) == len(positions):
+                return _Update(placement, token_bytes, totals.loss, losses, grad_norm, skipped, sorted(broken))
+
+    def _place(self, selection: Selection, positions: Sequence[int]) -> Placement:
+        return place(
+            selection.batch,
+            positions,
+            selection.replay,
+            self._exchange,
+            self._rank,
+            max_examples=self.config.micro_batch_size,
+            max_tokens=self.config.colm.micro_batch_tokens,
+        )
+
+    def _count(self, selection: Selection, update: _Update) -> None:
+        self.step_count += 1
+        self.skipped.note(update.skipped)
+        self.num_samples += 0 if update.skipped else selection.size - len(update.broken)
 
     def set_sources(self, names: Sequence[str], ids: Any) -> None:
         """Divide the dataset into other sources from the next batch on; checkpoints remember them.
@@ -292,16 +306,39 @@ class CoLMEngine:
             names: of the sources.
             ids: source id of every example of the dataset, `[n]`.
         """
-        self._source_names = list(names)
-        self.coreset_selector.set_sources(
-            dict(zip(names, np.bincount(ids, minlength=len(names)).tolist(), strict=True))
-        )
+        self._choose_by(names, ids)
         self.loader.set_sources(names, ids, self.coreset_selector.small)
         self._batches = iter(self.loader)
+
+    def _choose_by(self, names: Sequence[str], ids: Any) -> None:
+        self._source_names = list(names)
+        counts = np.bincount(ids, minlength=len(names)).tolist()
+        self.coreset_selector.set_sources(dict(zip(names, counts, strict=True)))
 
     def train_batch_size(self) -> int:
         """b, the examples trained on in a step."""
         return self.config.coreset_size
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return counts, data position and selection history: all that is ours; complete on rank 0."""
+        return {
+            "step_count": self.step_count,
+            "num_samples": self.num_samples,
+            "skipped": self.skipped.state_dict(),
+            "selector": self.coreset_selector.state_dict(),
+            **self.loader.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken; every rank is given rank 0's."""
+        self.step_count, self.num_samples = state["step_count"], state["num_samples"]
+        self.skipped.load_state_dict(state["skipped"])
+        if state["sources"]:
+            self._choose_by(state["sources"]["names"], state["sources"]["ids"].numpy())
+        self.coreset_selector.load_state_dict(state["selector"])
+        self.loader.load_state_dict({"kept_sources": self.coreset_selector.small, **state})
+        self._batches = iter(self.loader)
+        self.monitor.resume(self.num_samples)
 
     def save_checkpoint(
         self,
@@ -334,7 +371,7 @@ class CoLMEngine:
 
         Args:
             load_dir: folder of the run's checkpoints.
-            tag: which one; default: the newest that is whole (`atomic.find` says which were passed over).
+            tag: which one; default: the newest that is whole (see `checkpoints.atomic.find`).
             kwargs: further arguments of DeepSpeed's `load_checkpoint`.
 
         Returns:
@@ -343,43 +380,54 @@ class CoLMEngine:
         Raises:
             CheckpointError: if there is none that is whole, or it does not fit the model.
         """
-        with self.watchdog.watching(f"loading a checkpoint of {load_dir}"):
-            found, client_state = load_engine(self, Path(load_dir), tag, **kwargs)
-        self._batches = iter(self.loader)
-        self.monitor.resume(self.num_samples)
-        return (str(found.path) if found else None), client_state
+        with self.watchdog.watching(f"finding a checkpoint in {load_dir}"):
+            found = find_on_all_ranks(Path(load_dir), tag)
+        if found is None:
+            self.monitor.resume(self.num_samples)
+            return None, {}
+        return str(found.path), self.resume(found, **kwargs)
+
+    def resume(self, checkpoint: Checkpoint, **kwargs: Any) -> dict[str, Any]:
+        """Restore everything from a checkpoint that was found whole, without checking its bytes again.
+
+        Args:
+            checkpoint: from `find_on_all_ranks`, the same on every rank.
+            kwargs: further arguments of DeepSpeed's `load_checkpoint`.
+
+        Returns:
+            The client state.
+
+        Raises:
+            CheckpointError: if it does not fit the model.
+        """
+        with self.watchdog.watching(f"loading the checkpoint {checkpoint.path}"):
+            return load_engine(self, checkpoint, **kwargs)
 
     def _watching(self, step: int, phase: str) -> AbstractContextManager[None]:
         return self.watchdog.watching(f"phase {phase!r} of step {step}")
 
 
-class _ByteCount:
-    """Splits the exchange's running count of bytes by what they were for."""
+@dataclass(frozen=True)
+class _Update:
+    """What came of training on one coreset.
 
-    def __init__(self, exchange: Any) -> None:
-        self._exchange = exchange
-        self.by_kind: dict[str, int] = {"signals": 0, "selection": 0, "tokens": 0}
-        if hasattr(exchange, "num_bytes"):
-            exchange.num_bytes = 0
+    Attributes:
+        placement: who trained which examples.
+        token_bytes: payload of moving their tokens.
+        loss: weighted mean loss of the coreset, in nats.
+        losses: mean token loss of every example that was trained on, by position, float64 `[r]`.
+        grad_norm: before clipping; None where DeepSpeed does not give it.
+        skipped: whether the gradient was not finite, so that nothing was changed.
+        broken: positions left out as their loss was not finite.
+    """
 
-    def note(self, kind: str) -> None:
-        """Book what was carried since the last note."""
-        self.by_kind[kind] += getattr(self._exchange, "num_bytes", 0)
-        if hasattr(self._exchange, "num_bytes"):
-            self._exchange.num_bytes = 0
-
-    def drop(self) -> None:
-        """Book what was carried since the last note nowhere."""
-        self._exchange.num_bytes = 0
-
-    def split_signals(self, num_bytes: int) -> None:
-        """Book a part of the selection's bytes as signals."""
-        self.by_kind["signals"] += num_bytes
-        self.by_kind["selection"] -= num_bytes
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
+    placement: Placement
+    token_bytes: int
+    loss: float
+    losses: Tensor
+    grad_norm: float | None
+    skipped: bool
+    broken: list[int]
 
 
 def _prefer_torch_adam(config: dict[str, Any]) -> None:

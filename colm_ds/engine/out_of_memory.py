@@ -1,4 +1,4 @@
-"""Lets PyTorch's out-of-memory error know which micro-batch it was."""
+"""When a device's memory runs out in a step: where it was, and what helps there."""
 
 from __future__ import annotations
 
@@ -8,6 +8,55 @@ from contextlib import contextmanager
 import torch
 
 from colm_ds.batching.micro_batch import MicroBatch
+from colm_ds.errors import DeviceMemoryError
+from colm_ds.memory.recorder import MemoryRecorder
+from colm_ds.types import LargeBatch
+
+_PROBING = (
+    "What helps: a smaller colm.probe.max_tokens (8192 on a GPU by default) cuts the probe's micro-batches; "
+    "colm.replay offload or off keeps its hidden states in host memory or nowhere."
+)
+_TRAINING = (
+    "What helps: a smaller train_micro_batch_size_per_gpu or colm.micro_batch_tokens cuts the micro-batches; "
+    "activation checkpointing keeps only what enters each layer."
+)
+_STEPPING = (
+    "What helps: ZeRO stage 2 or 3 splits the optimizer's states over the ranks; offload_optimizer keeps them in host "
+    "memory."
+)
+
+ADVICE = {
+    **dict.fromkeys(("probe", "exchange", "select"), _PROBING),
+    **dict.fromkeys(("train", "forward", "backward"), _TRAINING),
+    **dict.fromkeys(("step", "save"), _STEPPING),
+}
+"""What helps in a phase, whatever the model; `colm-ds plan RECIPE` says how much."""
+
+
+def memory_error(
+    error: torch.OutOfMemoryError, batch: LargeBatch, memory: MemoryRecorder, rank: int
+) -> DeviceMemoryError:
+    """Return what to tell the user.
+
+    Args:
+        error: PyTorch's.
+        batch: the step's large batch.
+        memory: measured the step.
+        rank: this rank.
+    """
+    snapshot = memory.write_snapshot("out_of_memory")
+    phase = memory.meter.failed_in or "between phases"
+    first = str(error).strip().split("\n")[0].partition(". GPU")[0]
+    return DeviceMemoryError(
+        phase,
+        getattr(error, "micro_batch", None),
+        step=batch.step,
+        rank=rank,
+        reason=first or type(error).__name__,
+        advice=[ADVICE.get(phase, _TRAINING)],
+        snapshot=None if snapshot is None else str(snapshot),
+        large_batch=batch,
+    )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,6 +54,21 @@ class SkippedSteps:
         self._limit = limit
         self.total = 0
         self.in_a_row = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Return both counts."""
+        return {"total": self.total, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, int] | tuple[int, int]) -> None:
+        """Restore both counts.
+
+        Args:
+            state: from `state_dict`, or the pair that version 0.1.0 kept.
+        """
+        if isinstance(state, Mapping):
+            self.total, self.in_a_row = state["total"], state["in_a_row"]
+        else:
+            self.total, self.in_a_row = state
 
     def note(self, skipped: bool) -> None:
         """Count one step."""

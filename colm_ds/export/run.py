@@ -55,7 +55,7 @@ class _Source:
 
     path: Path
     step: int | None
-    found: atomic.Found | None
+    found: atomic.Checkpoint | None
 
 
 def export_run(

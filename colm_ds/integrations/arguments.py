@@ -41,6 +41,7 @@ class CoLMConfig:
 
     large_batch_size: int = field(default=0, metadata=_help("r: examples looked at in an optimizer step"))
     coreset_size: int | None = field(default=None, metadata=_help("b; default: by the Trainer's batch size"))
+    preset: str | None = field(default=None, metadata=_help("paper: keys left at their defaults are the paper's"))
     selector: str = field(default="colm", metadata=_help("colm, random, keep_random, full or another"))
     small_sources: str = field(default="auto", metadata=_help("kept whole: auto (under |V|/c), none, or a,b"))
     per_source: bool = field(default=True, metadata=_help("medoids per big source, or of all big sources together"))
@@ -60,6 +61,11 @@ class CoLMConfig:
     def section(self) -> dict[str, Any]:
         """Keys and values of the `"colm"` section, without those left at None."""
         values = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        if self.preset is not None:  # which fills in what is not written
+            defaults = {each.name: each.default for each in dataclasses.fields(self)}
+            values = {key: value for key, value in values.items() if value != defaults[key]}
+            values.setdefault("small_sources", "auto")
+            values.setdefault("source_column", self.source_column)
         names = values["small_sources"]
         if isinstance(names, str) and names not in ("auto", "none"):
             values["small_sources"] = [name.strip() for name in names.split(",")]

@@ -18,7 +18,7 @@ from colm_ds.batching.sources import looks_at_sources, small_source_ids
 from colm_ds.config.colm import CoLMSection
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.accumulation import loss_scale
-from colm_ds.engine.coreset_selector import CoresetSelector
+from colm_ds.engine.coreset_selector import CoresetSelector, Selection
 from colm_ds.errors import CheckpointError, CoLMError, ConfigError, Problems, SelectionError
 from colm_ds.integrations.arguments import CoLMArguments, CoLMConfig, Given, read_section, resolve_section
 from colm_ds.integrations.large_batches import (
@@ -58,7 +58,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         loss_is_scaled_for_ga: tells the Trainer that the loss is a part of the whole step's already.
         colm_config: the checked `"colm"` section.
         coreset_selector: from the first step of a `train` on.
-        last_coreset: what was chosen for the last step.
+        last_selection: of the last step.
     """
 
     loss_is_scaled_for_ga = True
@@ -81,7 +81,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         super().__init__(*args, **kwargs)
         self.data_collator: Any
         self.coreset_selector: CoresetSelector | None = None
-        self.last_coreset: Coreset | None = None
+        self.last_selection: Selection | None = None
         self._colm_saved: dict[str, Any] | None = None
         section = read_section(self._find_section(colm))
         self.data_collator = WithoutSource(self.data_collator, section.pop("source_column", "source"))
@@ -182,13 +182,14 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         if batch.size == 0:
             return [], None
         meter = Meter(self.args.device)
-        coreset = self.last_coreset = selector(batch, meter)
+        selection = self.last_selection = selector(batch, meter)
+        coreset = selection.coreset
         if coreset.size == 0:
             raise SelectionError(
                 f"step {batch.step}: none of the {batch.size} examples has a finite signal. "
                 "The model has diverged: resume from an earlier checkpoint with a lower learning rate."
             )
-        self._statistics.note(batch, coreset, len(selector.probed_positions(batch)), meter.seconds)
+        self._statistics.note(selection, meter)
         micro_batches = coreset_micro_batches(
             batch,
             coreset.positions.tolist(),
@@ -200,6 +201,11 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
             pad_token_id=self._pad_token_id(),
         )
         return micro_batches, self._get_num_items_in_batch(micro_batches, device)
+
+    @property
+    def last_coreset(self) -> Coreset | None:
+        """The coreset of the last step."""
+        return None if self.last_selection is None else self.last_selection.coreset
 
     def _make_selector(self) -> CoresetSelector:
         """The selector of a `train`, restored where that goes on from a checkpoint."""

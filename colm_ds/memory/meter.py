@@ -1,4 +1,8 @@
-"""Seconds and peak memory of each phase of a step: CUDA by the allocator, Linux by the kernel's resettable peak."""
+"""Seconds and peak memory of each phase of a step, without ever waiting for a GPU.
+
+Peaks are the allocator's on a GPU and the kernel's resettable one of the process on a CPU; seconds are those between
+two CUDA events, or of the host's clock.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +102,6 @@ class Meter:
     """Measures the phases of one step on this rank; they may repeat (seconds add up) and hold other phases.
 
     Attributes:
-        seconds: by phase; what a phase holds counts in both.
         peak_bytes: by phase, see `PeakCounter.kind`.
         held_bytes: by phase: what there was at its first start.
         failed_in: innermost phase that an exception left, if one did.
@@ -115,35 +118,40 @@ class Meter:
         Args:
             device: whose memory counts.
             around: makes a context in which a phase of the given name runs.
-            mark: the same for phases and parts.
+            mark: makes a context in which a phase or a part of the given name runs.
         """
         self._device = device
         self._around = around or nullcontext
         self._mark = mark or nullcontext
         self._open: list[_Open] = []
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds: dict[str, float] = {}
         self.counter = PeakCounter(device)
-        self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
         self.held_bytes: dict[str, int] = {}
         self.failed_in: str | None = None
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase; what a phase holds counts in both.
+
+        On a GPU this waits for the end of the last phase: read it after the step's own read, when that is past.
+        """
+        for name, start, stop in self._events:
+            stop.synchronize()
+            self._add(name, start.elapsed_time(stop) / 1000.0)
+        self._events = []
+        return self._seconds
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure the block as (a part of) the named phase; begins and ends with a synchronisation on a GPU."""
-        self._synchronise()
-        with self._around(name), self._counting(name):
-            start = time.perf_counter()
-            try:
-                yield
-            finally:
-                self._synchronise()
-                self._add(name, time.perf_counter() - start)
-                self._read_events()
+        """Measure the block as (a part of) the named phase."""
+        with self._around(name), self.part(name):
+            yield
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """As `phase`, inside one, without waiting for a GPU: its seconds there are known when that phase ends."""
+        """Measure the block as part of the phase that it is in, under a name of its own."""
         with self._counting(name):
             start, event = time.perf_counter(), self._event()
             try:
@@ -180,11 +188,7 @@ class Meter:
         self.counter.reset()
 
     def _add(self, name: str, seconds: float) -> None:
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-
-    def _synchronise(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def _event(self) -> torch.cuda.Event | None:
         if self._device.type != "cuda":
@@ -192,8 +196,3 @@ class Meter:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-    def _read_events(self) -> None:
-        for name, start, stop in self._events:
-            self._add(name, start.elapsed_time(stop) / 1000.0)
-        self._events = []

@@ -1,11 +1,8 @@
-"""When memory runs out: where it was, what takes it, and which changes of the recipe would help most."""
+"""What the plan says when memory runs out: what takes it, and which changes would help most."""
 
 from __future__ import annotations
 
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 from colm_ds.errors import DeviceMemoryError
 from colm_ds.memory.meter import GIB
@@ -17,32 +14,22 @@ from colm_ds.types import LargeBatch
 _MOST = 3
 
 
-def memory_error(engine: Any, batch: LargeBatch, error: torch.OutOfMemoryError) -> DeviceMemoryError:
-    """What to tell the user.
+def planned_advice(engine: Any, error: DeviceMemoryError) -> list[str]:
+    """Return the phase's largest terms, and the changes of different keys with the greatest predicted effect on it.
 
     Args:
         engine: the `CoLMEngine` whose step failed.
-        batch: the step's large batch.
-        error: PyTorch's.
+        error: what it raised.
     """
-    snapshot = engine.memory.write_snapshot("out_of_memory")
-    phase = engine.memory.meter.failed_in or "between phases"
-    of = getattr(error, "micro_batch", None)
-    micro = "" if of is None else f", micro-batch of {of}"
-    lines = [f"rank {dist.get_rank()}: out of memory in phase {phase!r} of step {batch.step}{micro}."]
     try:
-        lines += _advice(engine, batch, phase)
+        return _advice(engine, error)
     except Exception as failed:  # the plan must not hide what happened
-        lines.append(f"(No advice: {type(failed).__name__}: {failed})")
-    first = str(error).strip().split("\n")[0].partition(". GPU")[0]
-    lines.append(f"PyTorch: {first or type(error).__name__}")
-    if snapshot is not None:
-        lines.append(f"Allocator snapshot: {snapshot}, for https://pytorch.org/memory_viz")
-    return DeviceMemoryError("\n  ".join(lines))
+        return [f"(No advice: {type(failed).__name__}: {failed})"]
 
 
-def _advice(engine: Any, batch: LargeBatch, phase: str) -> list[str]:
-    """The phase's largest terms, and the changes of different keys with the greatest predicted effect on it."""
+def _advice(engine: Any, error: DeviceMemoryError) -> list[str]:
+    batch, phase = error.large_batch, error.phase
+    assert isinstance(batch, LargeBatch)
     job, planner = job_of_engine(engine, batch), Planner()
     plan = planner.memory(job)
     where = phase if phase in plan.phases else plan.peak_phase

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from colm_ds.randomness import private_generator
+from colm_ds.selection.transfer import to_device
 
 _BLOCK = 1 << 14
 """Coordinates drawn from one generator: what is regenerated when a part of a direction is read."""
@@ -151,4 +152,5 @@ class LowRankDirections:
 def sign_vectors(seed: int, purpose: str, epoch: int, count: int, size: int, device: torch.device) -> Tensor:
     """`count` vectors of random signs, float32 `[count, size]`, drawn on the CPU: the same on every device."""
     generator = private_generator(seed, purpose, epoch)
-    return (torch.randint(0, 2, (count, size), generator=generator, dtype=torch.int8) * 2 - 1).to(device).float()
+    signs = torch.randint(0, 2, (count, size), generator=generator, dtype=torch.int8) * 2 - 1
+    return to_device(signs, device).float()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from colm_ds.probe.tail import TailInput
 from colm_ds.selection import Exchange, Signals
+from colm_ds.selection.transfer import to_device
 from colm_ds.types import Coreset
 
 
@@ -89,6 +90,6 @@ class VectorRows:
         """Signals whose vectors are those of every probed example, on all ranks."""
         local = torch.cat(self._rows) if self._rows else torch.zeros(0, width, device=device)
         positions = torch.cat(self._positions) if self._positions else self._probed[:0]
-        vectors = exchange.gather_rows(local, positions.to(device), batch_size)
-        probed = self._probed.to(device)
-        return Signals(probed, torch.isfinite(vectors).all(dim=1), vectors=vectors[probed])
+        vectors = exchange.gather_rows(local, to_device(positions, device), batch_size)
+        probed = to_device(self._probed, device)
+        return Signals(self._probed, torch.isfinite(vectors).all(dim=1), vectors=vectors[probed])

@@ -12,6 +12,7 @@ from colm_ds.models.architecture import Architecture
 from colm_ds.probe.factors import example_gradients, gradient_factors
 from colm_ds.probe.tail import TailInput
 from colm_ds.selection import DenseGradients, Exchange, Signals, finite_rows
+from colm_ds.selection.transfer import to_device
 from colm_ds.types import Coreset
 
 
@@ -49,16 +50,16 @@ class ExactEstimator:
         """See `Estimator.signals`; only which examples are finite travels here."""
         matrix, positions = self.local_gradients()
         broken = torch.zeros(batch_size, device=self._device)
-        broken[positions] = (~finite_rows(matrix)).float()
+        broken[to_device(positions, self._device)] = (~finite_rows(matrix)).float()
         return Signals(positions, exchange.sum(broken) == 0, gradients=DenseGradients(matrix))
 
     def local_gradients(self) -> tuple[Tensor, Tensor]:
-        """This rank's gradients `[n, d]` and their positions `[n]`."""
+        """This rank's gradients `[n, d]` and their positions `[n]`, these on the CPU."""
         matrix = self._matrix
         if matrix is None:
             matrix = torch.zeros(0, self._architecture.num_coordinates, device=self._device)
         positions = torch.cat(self._positions) if self._positions else self._probed[:0]
-        return matrix, positions.to(self._device)
+        return matrix, positions
 
     def update(self, coreset: Coreset, exchange: Exchange) -> None:
         """Nothing to learn; the gradients' memory is given back."""

@@ -14,6 +14,7 @@ from colm_ds.probe.estimators import VectorRows
 from colm_ds.probe.exact import ExactEstimator
 from colm_ds.probe.tail import TailInput
 from colm_ds.selection import AdamHistory, DenseGradients, Exchange, Signals
+from colm_ds.selection.transfer import to_device
 from colm_ds.types import Coreset
 
 _WIDTH = 1 << 14
@@ -80,7 +81,7 @@ class ProjectionEstimator:
         matrix, positions = self._exact.local_gradients()
         size = self._architecture.num_coordinates
         directions = Directions(self._seed, self._epoch, self._num_probes, size, self._device)
-        self._rows.add(positions.cpu(), project(DenseGradients(matrix), directions, self._history))
+        self._rows.add(positions, project(DenseGradients(matrix), directions, self._history))
         return self._rows.gather(batch_size, self._num_probes, self._device, exchange)
 
     def update(self, coreset: Coreset, exchange: Exchange) -> None:
@@ -88,7 +89,7 @@ class ProjectionEstimator:
         medoids = coreset.positions[coreset.num_kept :]
         if self._history is not None:
             matrix, positions = self._exact.local_gradients()
-            rows = torch.isin(positions, medoids.to(positions.device)).nonzero().flatten()
+            rows = to_device(torch.isin(positions, medoids).nonzero().flatten(), matrix.device)
             self._history.update(DenseGradients(matrix), rows, len(medoids), exchange)
         self._exact.update(coreset, exchange)
 

@@ -11,6 +11,7 @@ from colm_ds.models.architecture import Architecture
 from colm_ds.probe.factors import example_gradients, gradient_factors
 from colm_ds.probe.tail import TailInput
 from colm_ds.selection import Exchange
+from colm_ds.selection.transfer import to_device
 from colm_ds.types import Coreset, LargeBatch
 
 
@@ -25,10 +26,10 @@ class GradientVariance:
 
     def __init__(self, architecture: Architecture, batch: LargeBatch, coreset: Coreset, device: torch.device) -> None:
         self._architecture = architecture
-        self._weights = torch.zeros(batch.size)
-        self._weights[coreset.positions] = coreset.weights
-        self._chosen = torch.zeros(batch.size, dtype=torch.bool)
-        self._chosen[coreset.positions] = True
+        weights = torch.zeros(batch.size, 2, dtype=torch.float64)  # of each example in the coreset, and if it is there
+        weights[coreset.positions, 0] = coreset.weights.double()
+        weights[coreset.positions, 1] = 1.0
+        self._weights = to_device(weights, device)
         d = architecture.num_coordinates
         self._sums = torch.zeros(2, d, dtype=torch.float64, device=device)  # of the coreset (weighted) and of all
         self._scalars = torch.zeros(3, dtype=torch.float64, device=device)  # sum |g|^2, examples, chosen ones
@@ -39,13 +40,12 @@ class GradientVariance:
         for row, position in enumerate(positions.tolist()):
             gradient = example_gradients(factors, row, lengths[row]).double()
             square = gradient.square().sum()
-            if not bool(torch.isfinite(square)):
-                continue
+            finite = torch.isfinite(square)
+            gradient, square = (torch.where(finite, value, 0.0) for value in (gradient, square))
+            weight, chosen = self._weights[position]
+            self._sums[0] += weight * gradient
             self._sums[1] += gradient
-            if self._chosen[position]:
-                self._sums[0].add_(gradient, alpha=float(self._weights[position]))
-            self._scalars += torch.tensor([0.0, 1.0, float(self._chosen[position])], device=square.device)
-            self._scalars[0] += square
+            self._scalars += torch.stack([square, finite.double(), chosen * finite])
 
     def result(self, exchange: Exchange) -> dict[str, float] | None:
         """`coreset` and `random`; None where there is nothing to compare. All ranks call it together."""

@@ -1,7 +1,7 @@
 """Choosing a coreset of a large batch: sources and quotas, Adam geometry, masks, medoids, weights. Needs torch only."""
 
 from colm_ds.selection.coreset import SelectionSettings, Signals, select_coreset
-from colm_ds.selection.exchange import SINGLE_PROCESS, Exchange, SingleProcess
+from colm_ds.selection.exchange import SINGLE_PROCESS, ByteCount, Exchange, SingleProcess
 from colm_ds.selection.facility_location import Medoids, facility_location, pairwise_similarity
 from colm_ds.selection.gradients import DenseGradients, Gradients, LowRankGradients, finite_rows
 from colm_ds.selection.history import AdamHistory
@@ -15,6 +15,7 @@ __all__ = [
     "SELECTORS",
     "SINGLE_PROCESS",
     "AdamHistory",
+    "ByteCount",
     "DenseGradients",
     "Exchange",
     "Gradients",

@@ -9,6 +9,7 @@ from colm_ds.errors import SelectionError
 from colm_ds.selection.coreset import Signals
 from colm_ds.selection.exchange import Exchange
 from colm_ds.selection.selectors import StatelessSelector
+from colm_ds.selection.transfer import to_cpu
 from colm_ds.selection.two_round import pick_medoids
 from colm_ds.types import NUM_NAMED, Coreset, LargeBatch
 
@@ -40,8 +41,7 @@ class _Scored(StatelessSelector):
 
     def select(self, batch: LargeBatch, signals: Signals | None, exchange: Exchange) -> Coreset:
         """The b examples that `_places` names among those looked at whose number is finite."""
-        scores = self._scores(batch, signals)
-        finite = signals.finite.cpu() if signals is not None else torch.ones(batch.size, dtype=torch.bool)
+        scores, finite = self._scores(batch, signals)
         looked_at = finite if signals is None or signals.unprobed is None else finite & ~signals.unprobed.cpu()
         usable = looked_at.nonzero().flatten()
         places = self._places(scores[usable], min(self.context.size, len(usable)))
@@ -52,13 +52,14 @@ class _Scored(StatelessSelector):
             nonfinite=tuple((~finite).nonzero().flatten()[:NUM_NAMED].tolist()),
         )
 
-    def _scores(self, batch: LargeBatch, signals: Signals | None) -> Tensor:
-        """One row per example of the large batch, on the CPU."""
+    def _scores(self, batch: LargeBatch, signals: Signals | None) -> tuple[Tensor, Tensor]:
+        """Return a row per example of the large batch, and whether it is finite, bool `[r]`; both on the CPU."""
         if signals is None or signals.vectors is None:
             raise SelectionError(f"selector {type(self).__name__} was given no signals. Run the probe first.")
         scores = torch.zeros(batch.size, signals.vectors.shape[1])
-        scores[signals.positions.cpu()] = signals.vectors.float().cpu()
-        return scores
+        vectors, finite = to_cpu([signals.vectors.float(), signals.finite])
+        scores[signals.positions] = vectors
+        return scores, finite
 
     def _places(self, scores: Tensor, count: int) -> Tensor:
         return largest(scores[:, 0], count)
@@ -97,8 +98,8 @@ class MiddlePerplexitySelector(_Scored):
 class CompletionLengthSelector(_Scored):
     """CL: the examples with the most labelled tokens; nothing is probed."""
 
-    def _scores(self, batch: LargeBatch, signals: Signals | None) -> Tensor:
-        return batch.num_label_tokens.float()[:, None]
+    def _scores(self, batch: LargeBatch, signals: Signals | None) -> tuple[Tensor, Tensor]:
+        return batch.num_label_tokens.float()[:, None], torch.ones(batch.size, dtype=torch.bool)
 
 
 class HiddenMedoidsSelector(_Scored):
@@ -107,4 +108,4 @@ class HiddenMedoidsSelector(_Scored):
     signal: str | None = "hidden"
 
     def _places(self, scores: Tensor, count: int) -> Tensor:
-        return pick_medoids(scores, count, self.context.settings.metric).indices.cpu()
+        return pick_medoids(scores, count, self.context.settings.metric).indices

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from colm_ds.selection.gradients import Gradients
 from colm_ds.selection.history import AdamHistory, mean_gradient
 from colm_ds.selection.mask import CRITERIA, mask_coordinates
 from colm_ds.selection.sources import Pool, share_out
+from colm_ds.selection.transfer import to_cpu, to_device
 from colm_ds.selection.two_round import pick_medoids
 from colm_ds.selection.weights import WEIGHTS, cluster_weights, matched_weights
 from colm_ds.types import NUM_NAMED, Coreset
@@ -64,8 +65,9 @@ class Signals:
     form of the same signal (the SPSA coefficients), used for matched weights and coherence.
 
     Attributes:
-        positions: position in the large batch of every row, int64 `[n]`.
-        finite: whether every example of the large batch has a finite signal, bool `[r]`; True where not probed.
+        positions: position in the large batch of every row, int64 `[n]`, on the CPU.
+        finite: whether every example of the large batch has a finite signal, bool `[r]`; True where not probed. It is
+            where the signals are.
         gradients: per-example gradients, compared in Adam geometry under a mask.
         vectors: short signals, float32 `[n, K]`; compared as they are where there are no gradients.
         parameters: value of every probed parameter, float32 `[d]`, for the weight criteria of the mask.
@@ -94,8 +96,11 @@ def select_coreset(
     """Choose `size` of the r examples: all of small sources, medoids of the others.
 
     With an exchange over several processes all of them call this together, each with the gradients of its own
-    examples; what travels are one `[d]` sum per pool, the masked columns `[n, h]` of the pool, its picks, and the two
-    `[d]` sums of the history. `history` is updated with the selected examples of the pools.
+    examples; what travels are one `[d]` sum per pool, the masked columns `[n, h]` of the pool, the picks of all pools,
+    and the two `[d]` sums of the history. `history` is updated with the selected examples of the pools.
+
+    A device is waited for once: features are made there as if every signal were finite, and come to the CPU together
+    with the flags that say so; where one is not, they are made again without it.
 
     Args:
         sources: source id of every example, int64 `[r]`.
@@ -114,34 +119,103 @@ def select_coreset(
         SelectionError: if sizes do not fit or an example of a pool has no signal.
     """
     settings = settings or SelectionSettings()
-    finite = signals.finite.cpu()
-    if finite.shape != sources.shape:
+    if signals.finite.shape != sources.shape:
         raise SelectionError(
-            f"select_coreset: {len(finite)} finite flags for {len(sources)} examples. Give one for every example."
+            f"select_coreset: {len(signals.finite)} finite flags for {len(sources)} examples. Give one for each."
         )
-    generator = private_generator(settings.seed, "selection", step)
-    selectable = finite if signals.unprobed is None else finite & ~signals.unprobed.cpu()
-    shares = share_out(sources, size, small, selectable=selectable, per_source=settings.per_source, generator=generator)
-    reader = _PoolReader(signals, settings, history, len(finite), generator, exchange)
-    chosen, weights = [shares.kept], [torch.ones(len(shares.kept))]
-    coherence: dict[int, float] = {}
-    for pool in shares.pools:
-        picks, pick_weights, coherence[pool.source] = reader.medoids(pool)
-        chosen.append(picks)
-        weights.append(pick_weights)
+    known = _finite_at_hand(signals)
+    finite = torch.ones(len(sources), dtype=torch.bool) if known is None else known
+    while True:
+        generator = private_generator(settings.seed, "selection", step)
+        selectable = finite if signals.unprobed is None else finite & ~signals.unprobed.cpu()
+        shares = share_out(
+            sources, size, small, selectable=selectable, per_source=settings.per_source, generator=generator
+        )
+        reader = _PoolReader(signals, settings, history, len(finite), generator, exchange)
+        features = [reader.features(pool) for pool in shares.pools]
+        found, choices = _choose(signals.finite, finite, shares.pools, features, settings, exchange)
+        if choices is not None:
+            break
+        finite = found
+    chosen = torch.cat([shares.kept, *(choice.positions for choice in choices)])
     if history is not None and signals.gradients is not None and shares.pools:
-        selected = torch.cat(chosen[1:])
-        rows = reader.rows_of(selected)
-        history.update(signals.gradients, rows, len(selected), exchange)
+        selected = chosen[len(shares.kept) :]
+        history.update(signals.gradients, reader.rows_of(selected), len(selected), exchange)
     return Coreset(
-        positions=torch.cat(chosen),
-        weights=torch.cat(weights),
+        positions=chosen,
+        weights=torch.cat([torch.ones(len(shares.kept)), *(choice.weights for choice in choices)]),
         num_kept=len(shares.kept),
         num_dropped_small=shares.num_dropped_small,
         num_nonfinite=int((~finite).sum()),
-        coherence=coherence,
+        coherence={pool.source: choice.coherence for pool, choice in zip(shares.pools, choices, strict=True)},
         nonfinite=tuple((~finite).nonzero().flatten()[:NUM_NAMED].tolist()),
     )
+
+
+def _finite_at_hand(signals: Signals) -> Tensor | None:
+    """Return which examples are finite where that is known without waiting for a device, else None."""
+    return signals.finite if signals.finite.device.type == "cpu" else None
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The medoids of one pool: positions `[quota]`, weights `[quota]`, coherence."""
+
+    positions: Tensor
+    weights: Tensor
+    coherence: float
+
+
+def _choose(
+    flags: Tensor,
+    supposed: Tensor,
+    pools: Sequence[Pool],
+    features: Sequence[tuple[Tensor, Tensor]],
+    settings: SelectionSettings,
+    exchange: Exchange,
+) -> tuple[Tensor, list[_Choice] | None]:
+    """Pick the medoids of every pool on the main process's CPU, from one copy, and tell the others by one broadcast.
+
+    Args:
+        flags: whether every example is finite, bool `[r]`, on the signals' device.
+        supposed: what the pools were made from, bool `[r]`.
+        pools: where to pick.
+        features: for each pool what is compared `[n, h]` and what weights match `[n, K]`, on the signals' device.
+        settings: how medoids are chosen.
+        exchange: the other processes.
+
+    Returns:
+        Which examples are finite, and the choice in each pool; None instead where the pools were made from other flags.
+    """
+    widths = [2 * pool.quota + 1 for pool in pools]
+    outcome = torch.zeros(1 + sum(widths), dtype=torch.float64)  # whether the flags were as supposed, then each pool's
+    finite = supposed
+    if exchange.is_main:
+        finite, *tensors = to_cpu([flags, *(tensor for pair in features for tensor in pair)])
+        outcome[0] = float(torch.equal(finite, supposed))
+        if outcome[0]:
+            parts = outcome[1:].split(widths)
+            for pool, part, compared, raw in zip(pools, parts, tensors[::2], tensors[1::2], strict=True):
+                part.copy_(_medoids(pool, compared, raw, settings))
+    exchange.broadcast(outcome)
+    if not outcome[0]:
+        return exchange.broadcast(finite.to(torch.uint8)).bool(), None
+    parts = outcome[1:].split(widths)
+    return finite, [
+        _Choice(part[: pool.quota].long(), part[pool.quota : -1].float(), float(part[-1]))
+        for pool, part in zip(pools, parts, strict=True)
+    ]
+
+
+def _medoids(pool: Pool, compared: Tensor, raw: Tensor, settings: SelectionSettings) -> Tensor:
+    """Return positions `[quota]`, weights `[quota]` and coherence of a pool's medoids, float64 `[2 quota + 1]`."""
+    medoids = pick_medoids(compared, pool.quota, settings.metric)
+    weights = torch.ones(pool.quota)
+    if settings.weights == "cluster":
+        weights = cluster_weights(medoids.cluster_sizes)
+    elif settings.weights == "matched":
+        weights = matched_weights(raw[medoids.indices], raw.mean(dim=0))
+    return torch.cat([pool.positions[medoids.indices].double(), weights.double(), _coherence(raw)])
 
 
 class _PoolReader:
@@ -164,33 +238,15 @@ class _PoolReader:
         self._generator = generator
         self._exchange = exchange
         self._row_of = torch.full((batch_size,), -1, dtype=torch.int64)
-        self._row_of[signals.positions.cpu()] = torch.arange(len(signals.positions))
+        self._row_of[signals.positions] = torch.arange(len(signals.positions))
 
     def rows_of(self, positions: Tensor) -> Tensor:
         """Rows of this process among the positions, int64, on the signals' device."""
         rows = self._row_of[positions]
-        return rows[rows >= 0].to(self._signals.positions.device)
+        return to_device(rows[rows >= 0], self._signals.finite.device)
 
-    def medoids(self, pool: Pool) -> tuple[Tensor, Tensor, float]:
-        """Positions of the pool's medoids `[quota]`, their weights `[quota]` and the pool's coherence."""
-        features, raw = self._features(pool)
-        outcome = torch.zeros(2 * pool.quota + 1, dtype=torch.float64)
-        if self._exchange.is_main:
-            settings = self._settings
-            medoids = pick_medoids(features, pool.quota, settings.metric)
-            weights = torch.ones(pool.quota)
-            if settings.weights == "cluster":
-                weights = cluster_weights(medoids.cluster_sizes)
-            elif settings.weights == "matched":
-                weights = matched_weights(raw[medoids.indices], raw.mean(dim=0))
-            picks = pool.positions[medoids.indices.cpu()]
-            outcome = torch.cat([picks.double(), weights.cpu().double(), _coherence(raw)])
-        outcome = self._exchange.broadcast(outcome)
-        picks, weights = outcome[: pool.quota].long(), outcome[pool.quota : -1].float()
-        return picks, weights, float(outcome[-1])
-
-    def _features(self, pool: Pool) -> tuple[Tensor, Tensor]:
-        """What examples are compared by, and the signal that matched weights match, both with a row per example."""
+    def features(self, pool: Pool) -> tuple[Tensor, Tensor]:
+        """Return what examples are compared by and what matched weights match, each with a row per example."""
         signals = self._signals
         rows = self.rows_of(pool.positions)
         if signals.gradients is None:
@@ -218,7 +274,7 @@ class _PoolReader:
 
     def _mask(self, gradients: Gradients, rows: Tensor, total: int) -> Tensor:
         settings, d = self._settings, gradients.num_coordinates
-        device = self._signals.positions.device
+        device = self._signals.finite.device
         if settings.mask_size is None or settings.mask_size >= d:
             return torch.arange(d, device=device)
         mean = torch.zeros(d, device=device)
@@ -239,7 +295,7 @@ class _PoolReader:
         """One row for every position of the pool, in its order, from whichever process has it."""
         mine = self._row_of[pool.positions] >= 0
         if self._exchange.num_processes > 1:
-            return self._exchange.gather_rows(rows, mine.nonzero().flatten().to(rows.device), len(mine))
+            return self._exchange.gather_rows(rows, to_device(mine.nonzero().flatten(), rows.device), len(mine))
         if not bool(mine.all()):
             missing = pool.positions[~mine].tolist()
             raise SelectionError(f"no signal for positions {missing[:8]}. Probe every example outside small sources.")
@@ -247,7 +303,7 @@ class _PoolReader:
 
 
 def _coherence(vectors: Tensor) -> Tensor:
-    """|mean g| / mean |g|, float64 `[1]` on the CPU; 0 where all are zero."""
+    """|mean g| / mean |g|, float64 `[1]`; 0 where all are zero."""
     lengths = vectors.double().norm(dim=1).mean()
     mean = vectors.double().mean(dim=0).norm()
-    return (mean / lengths if float(lengths) > 0 else torch.zeros_like(mean)).reshape(1).cpu()
+    return (mean / lengths if float(lengths) > 0 else torch.zeros_like(mean)).reshape(1)

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+
+@dataclass
+class ByteCount:
+    """Payload of the collectives of one block.
+
+    Attributes:
+        kind: what they were for, such as "signals".
+        num_bytes: carried so far.
+    """
+
+    kind: str
+    num_bytes: int = 0
 
 
 class Exchange(Protocol):
@@ -30,6 +46,10 @@ class Exchange(Protocol):
         """The main process's value, in place; returns the tensor."""
         ...
 
+    def counting(self, kind: str) -> AbstractContextManager[ByteCount]:
+        """Count the bytes that the collectives of a block carry; of blocks within each other the innermost counts."""
+        ...
+
 
 class SingleProcess:
     """The exchange where one process holds every example of the large batch."""
@@ -50,6 +70,11 @@ class SingleProcess:
     def broadcast(self, tensor: Tensor) -> Tensor:
         """The tensor itself."""
         return tensor
+
+    @contextmanager
+    def counting(self, kind: str) -> Iterator[ByteCount]:
+        """Nothing is carried."""
+        yield ByteCount(kind)
 
 
 SINGLE_PROCESS: Exchange = SingleProcess()

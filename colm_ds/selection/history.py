@@ -12,6 +12,7 @@ from colm_ds.errors import SelectionError
 from colm_ds.selection.exchange import Exchange
 from colm_ds.selection.fused import COORDINATES, can_fuse, compiled_sum
 from colm_ds.selection.gradients import Gradients, LowRankGradients
+from colm_ds.selection.transfer import to_device
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}
 """Elements of one [rows, coordinates] chunk: 1 MB in float32 stays in a core's cache, 16 MB keeps a GPU busy."""
@@ -169,7 +170,7 @@ def fused_sum(gradients: LowRankGradients, rows: Tensor, history: AdamHistory, k
     """
     d, device = gradients.num_coordinates, rows.device
     result = torch.empty(d, dtype=torch.float64, device=device)
-    factors = torch.tensor(history.factors(), device=device)
+    factors = to_device(torch.tensor(history.factors()), device)
     coefficients = gradients.coefficients[rows, 0]
     for start in range(0, d, COORDINATES):
         stop = min(start + COORDINATES, d)

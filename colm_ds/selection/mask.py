@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from colm_ds.errors import SelectionError
+from colm_ds.selection.transfer import to_device
 
 CRITERIA = ("grad", "weight", "weight_grad", "random")
 
@@ -22,10 +23,17 @@ def top_coordinates(score: Tensor, count: int) -> Tensor:
     """
     if count >= len(score):
         return torch.arange(len(score), device=score.device)
+    if score.device.type != "cpu":
+        return _top_by_sorting(score, count)
     threshold = score.topk(count, sorted=False).values.min()
     above = (score > threshold).nonzero().flatten()
     level = (score == threshold).nonzero().flatten()[: count - len(above)]
     return torch.cat([above, level]).sort().values
+
+
+def _top_by_sorting(score: Tensor, count: int) -> Tensor:
+    """As `top_coordinates`, without waiting for a device: a GPU sorts fast, and need not say how many are equal."""
+    return score.sort(descending=True, stable=True).indices[:count].sort().values
 
 
 def mask_coordinates(
@@ -56,7 +64,7 @@ def mask_coordinates(
         return top_coordinates(mean.abs(), count)
     if criterion == "random":
         chosen = torch.randperm(len(mean), generator=generator)[:count]
-        return chosen.sort().values.to(mean.device)
+        return to_device(chosen.sort().values, mean.device)
     if criterion not in CRITERIA:
         raise SelectionError(f"mask criterion {criterion!r} is unknown. Choose one of {', '.join(CRITERIA)}.")
     if parameters is None:

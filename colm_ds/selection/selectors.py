@@ -101,7 +101,7 @@ class CoLMSelector:
             return None
         if self._history is None:
             context = self._context
-            device = signals.positions.device
+            device = signals.finite.device
             self._history = AdamHistory(signals.gradients.num_coordinates, context.betas, context.eps, device)
             if self._saved is not None:
                 self._history.load_state_dict(self._saved)

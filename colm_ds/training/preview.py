@@ -132,7 +132,7 @@ def describe_coreset(recipe: Recipe | ChoiceRecipe, train: Data, tokenizer: Any)
         train, recipe.colm.large_batch_size, seed=recipe.colm.seed, rank=0, world_size=1, kept_sources=kept_sources
     )
     batch = next(iter(loader))
-    coreset = selector(batch)
+    coreset = selector(batch).coreset
     return "\n".join([*_by_source(train, batch, coreset), "", *_by_example(train, batch, coreset, tokenizer)])
 
 

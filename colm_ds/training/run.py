@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -19,10 +18,11 @@ from torch import nn
 from tqdm import tqdm
 
 from colm_ds.batching.loader import source_counts
-from colm_ds.checkpoints import atomic
+from colm_ds.checkpoints.atomic import Checkpoint
+from colm_ds.checkpoints.engine_state import on_all_ranks
 from colm_ds.checkpoints.weights import save_trained
 from colm_ds.config.resolve import load_config, resolve_config
-from colm_ds.distributed.agreement import broadcast_text, single_process_environment, together
+from colm_ds.distributed.agreement import single_process_environment, together
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.coreset_selector import reads_model
 from colm_ds.engine.engine import CoLMEngine, initialize, prepare_deepspeed
@@ -32,6 +32,7 @@ from colm_ds.export.model_card import ADAPTER, MODEL, write_model_card
 from colm_ds.memory.meter import GIB
 from colm_ds.memory.recorder import PEAKS
 from colm_ds.models.architecture import find_architecture
+from colm_ds.planner.advice import planned_advice
 from colm_ds.process.exit import end_all, was_said
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.process.stop_request import StopRequest
@@ -155,7 +156,7 @@ class TrainingRun:
         self.model = together(self._checked_model, device)
         self.engine = self._make_engine()
         self.in_training = InTraining(self.engine, self.tokenizer, device, self.exchange, self.rank)
-        self.first_step = together(lambda: self._go_on(start), device)
+        self.first_step = together(lambda: self._resume(start), device)
         self.folder = together(self._make_folder, device)
         self.engine.monitor.open()
         self.last_heldout: dict[str, Any] | None = None
@@ -179,6 +180,8 @@ class TrainingRun:
                 facts = self.task.begin_step(self.in_training, step)
                 try:
                     stats = self.engine.train_batch()
+                except DeviceMemoryError as error:
+                    raise error.with_advice(planned_advice(self.engine, error)) from error
                 except (DivergenceError, SelectionError) as error:
                     return self._diverged(error)
                 self._record(stats, step, facts)
@@ -268,23 +271,23 @@ class TrainingRun:
             if summary["coherence"]:
                 print(f"{self.recipe.name}: {summary['coherence']['verdict']}")
 
-    def _go_on(self, start: atomic.Found | None) -> int:
-        """Load the checkpoint to go on from; the step that comes next."""
-        path = json.loads(broadcast_text(json.dumps(str(start.path) if start else None), 0))
-        if path is None:
+    def _resume(self, start: Checkpoint | None) -> int:
+        """Load the checkpoint that rank 0 found whole, if it found one; return the step that comes next."""
+        found = on_all_ranks(start)
+        if found is None:
             return 1
-        loaded, state = self.engine.load_checkpoint(str(Path(path).parent), Path(path).name)
-        check_same_data(str(loaded), state.get("data", {}), self.task.identity())
+        state = self.engine.resume(found)
+        check_same_data(str(found.path), state.get("data", {}), self.task.identity())
         counts = source_counts(self.task.train)
         if state["sources"] != counts:
             raise ConfigError(
-                f"{loaded}: was trained on {sum(state['sources'].values())} examples of {len(state['sources'])} "
+                f"{found.path}: was trained on {sum(state['sources'].values())} examples of {len(state['sources'])} "
                 f"sources, the recipe's data has {sum(counts.values())} of {len(counts)}. Resume with the same data."
             )
         if start:
             for reason in start.passed_over:
                 print(f"not used: {reason}", file=sys.stderr)
-            print(f"{self.recipe.name}: going on after step {start.step}, from {loaded}", file=sys.stderr)
+            print(f"{self.recipe.name}: going on after step {start.step}, from {found.path}", file=sys.stderr)
         return self.engine.step_count + 1
 
     def _make_folder(self) -> RunFolder | None:

@@ -26,7 +26,7 @@ _MAY_CHANGE = {
 """Keys that say how a run computes or where things are, and not what it computes (paths may have moved)."""
 
 
-def where_to_start(recipe: BaseRecipe) -> atomic.Found | None:
+def where_to_start(recipe: BaseRecipe) -> atomic.Checkpoint | None:
     """The checkpoint that a run goes on from; None starts it anew. Reads files only, on one rank.
 
     Args:

@@ -36,9 +36,10 @@ def arrive(moves: list[Move], table: CandidateTable | None = None) -> tuple[dict
     batch = LargeBatch(
         1, **facts, lengths=lengths, num_label_tokens=lengths, home=torch.tensor(HOME), examples=held, candidates=table
     )
-    arrived = move_examples(batch, moves, rank, exchange)
+    with exchange.counting("tokens") as count:
+        arrived = move_examples(batch, moves, rank, exchange)
     assert held == before
-    return arrived, exchange.num_bytes
+    return arrived, count.num_bytes
 
 
 @pytest.mark.parametrize(

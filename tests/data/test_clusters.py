@@ -52,12 +52,11 @@ def test_other_sources() -> None:
     dataset = random_choices(20)
     loader = LargeBatchLoader(dataset, 8, seed=0, rank=0, world_size=1)
     first = next(iter(loader))
-    assert loader.other_sources is None
+    assert loader.state_dict()["sources"] is None
     ids = np.arange(20) % 3
     loader.set_sources(["x", "y", "z"], ids, [2])
     loader.set_sources(["x", "y"], ids % 2, [])
-    assert loader.other_sources is not None
-    assert loader.other_sources["names"] == ["x", "y"]
+    assert loader.state_dict()["sources"]["names"] == ["x", "y"]
     loader.next_step = 1
     again = next(iter(loader))
     assert again.indices.tolist() == first.indices.tolist()

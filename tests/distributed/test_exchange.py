@@ -43,20 +43,24 @@ def collect(kind: str) -> dict[str, Any]:
     exchange, rank = exchange_of(kind), dist.get_rank()
     found: dict[str, Any] = {"is_main": exchange.is_main, "num_processes": exchange.num_processes}
     given = values(rank)
-    found["sum"], found["in place"] = exchange.sum(given), given
-    found["sum of doubles"] = exchange.sum(values(rank).double())
-    found["sum of a number"] = exchange.sum(torch.tensor(rank + 1))
-    found["bytes of sums"] = exchange.num_bytes
-    exchange.num_bytes = 0
+    with exchange.counting("sums") as count:
+        found["sum"], found["in place"] = exchange.sum(given), given
+        found["sum of doubles"] = exchange.sum(values(rank).double())
+        with exchange.counting("inner") as inner:
+            exchange.sum(values(rank))
+        found["sum of a number"] = exchange.sum(torch.tensor(rank + 1))
+    found["bytes of sums"], found["kind"], found["bytes inside"] = count.num_bytes, count.kind, inner.num_bytes
+    exchange.sum(values(rank))  # counted nowhere
     rows = values(rank, size=(NUM_ROWS, WIDTH))[POSITIONS[rank]]
     before = rows.clone()
-    found["rows"] = exchange.gather_rows(rows, torch.tensor(POSITIONS[rank], dtype=torch.int64), NUM_ROWS)
+    with exchange.counting("rows") as count:
+        found["rows"] = exchange.gather_rows(rows, torch.tensor(POSITIONS[rank], dtype=torch.int64), NUM_ROWS)
     found["rows kept"] = torch.equal(rows, before)
-    found["bytes of rows"] = exchange.num_bytes
-    exchange.num_bytes = 0
+    found["bytes of rows"] = count.num_bytes
     integers = torch.arange(5) * (rank + 1)
-    found["broadcast"], found["broadcast in place"] = exchange.broadcast(integers), integers
-    found["bytes of broadcast"] = exchange.num_bytes
+    with exchange.counting("broadcast") as count:
+        found["broadcast"], found["broadcast in place"] = exchange.broadcast(integers), integers
+    found["bytes of broadcast"] = count.num_bytes
     return found
 
 
@@ -72,7 +76,8 @@ def test_collectives(kind: str, three_ranks: Ranks) -> None:
         assert torch.equal(found["sum"], found["in place"])
         torch.testing.assert_close(found["sum of doubles"].float(), total)
         assert int(found["sum of a number"]) == 6
-        assert found["bytes of sums"] == 4 * 4 + 4 * 8 + 8
+        assert (found["kind"], found["bytes of sums"]) == ("sums", 4 * 4 + 4 * 8 + 8)
+        assert found["bytes inside"] == 4 * 4
         assert torch.equal(found["rows"], rows)  # one contributor each: exact
         assert found["rows kept"]
         assert found["bytes of rows"] == NUM_ROWS * WIDTH * 4

@@ -92,7 +92,7 @@ def train(case: Case) -> Outcome:
             rank=dist.get_rank(),
             max_tokens=100,
         )
-        return Outcome(steps, parameters(engine), heldout, engine.coreset_selector.replay is not None)
+        return Outcome(steps, parameters(engine), heldout, steps[-1].replays)
     finally:
         engine.destroy()
 

@@ -29,7 +29,6 @@ def alive_after(case: Case, checks: list[int]) -> list[tuple[int, int]]:
     for number in range(1, max(checks) + 1):
         engine.train_batch()
         if number in checks:
-            engine.coreset_selector.replay = None
             if engine.coreset_selector._store is not None:
                 engine.coreset_selector._store.begin(0)  # what the next step forgets first: its size follows the batch
             gc.collect()

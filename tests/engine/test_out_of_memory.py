@@ -13,6 +13,7 @@ import torch
 
 from colm_ds.data.pretraining.chunks import ChunkDataset
 from colm_ds.data.pretraining.token_store import MANIFEST, PARTS, TRAIN, TokenStore, write_part
+from colm_ds.engine.out_of_memory import ADVICE
 from tests.choices import random_choices
 from tests.engine.training import Case, start
 from tests.ranks import Ranks
@@ -32,10 +33,11 @@ def chunks(folder: Path) -> ChunkDataset:
     return ChunkDataset(TokenStore(folder), TRAIN, 32)
 
 
-def starve(dataset: Any, phase: str) -> str:
-    """In a rank: what an engine says when memory runs out in a phase of its second step."""
+def starve(dataset: Any, phase: str) -> tuple[Any, str, str]:
+    """In a rank: where memory ran out in an engine's second step, what it says, and what a recipe's run says."""
     from colm_ds.engine import accumulation, coreset_selector
     from colm_ds.errors import DeviceMemoryError
+    from colm_ds.planner.advice import planned_advice
 
     module: Any = coreset_selector if phase == "probe" else accumulation
     name = "run_trunk" if phase == "probe" else "example_loss_sums"
@@ -51,21 +53,31 @@ def starve(dataset: Any, phase: str) -> str:
         try:
             engine.train_batch()
         except DeviceMemoryError as error:
-            return str(error)
+            return (
+                (error.phase, error.step, error.rank),
+                str(error),
+                str(error.with_advice(planned_advice(engine, error))),
+            )
         finally:
             setattr(module, name, own)
     finally:
         engine.destroy()
-    return ""
+    raise AssertionError("memory did not run out")
 
 
 @pytest.mark.parametrize("phase", ["probe", "forward"])
 @pytest.mark.parametrize("kind", ["choices", "pretraining"])
 def test_advice(kind: str, phase: str, pools: dict[int, Ranks], tmp_path: Path) -> None:
     dataset = random_choices(60, kinds=((3, 2, 2), (1, 1))) if kind == "choices" else chunks(tmp_path)
-    (said,) = pools[1].run(starve, dataset, phase)
+    ((where, engine_said, said),) = pools[1].run(starve, dataset, phase)
     size = r"\d+ examples in \d+ rows x \d+ tokens" if kind == "choices" else r"\d+ examples x 32 tokens"
-    assert re.search(rf"rank 0: out of memory in phase '{phase}' of step 2, micro-batch of {size}\.", said), said
+    assert where == (phase, 2, 0)
+    for message in (engine_said, said):
+        assert re.search(rf"^rank 0: out of memory in phase '{phase}' of step 2, micro-batch of {size}\.\n", message)
+        assert message.endswith("PyTorch: CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert ADVICE[phase] in engine_said
+    assert ("colm.probe.max_tokens" if phase == "probe" else "train_micro_batch_size_per_gpu") in engine_said
+    assert ADVICE[phase] not in said
     assert re.search(r"Planned for it: \d+\.\d\d MiB, most of it \w+ [\d.]+ MiB, \w+ [\d.]+ MiB", said), said
     found = re.findall(r"^ +(\S+)=\S+  \((\d+\.\d\d) MiB less\)$", said, flags=re.MULTILINE)
     keys, saved = [key for key, _ in found], [float(size) for _, size in found]

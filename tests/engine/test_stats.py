@@ -132,7 +132,7 @@ def check_exact_bytes(per_source: dict[str, int], exchanged: dict[str, int], lor
     num_pools = sum(per_source[source] > 0 for source in set(SOURCES) - set(SMALL_SOURCES))
     sums = d * (8 * num_pools + 2 * 4)  # means in float64, moments in float32
     columns = 4 * LARGE * MASK_SIZE
-    choice = 8 * (num_pools * (MASK_SIZE + 1) + 2 * CORESET)
+    choice = 8 * (num_pools * (MASK_SIZE + 1) + 2 * CORESET + 1)
     assert exchanged["signals"] == 4 * LARGE  # which signals are finite
     assert 0 < exchanged["selection"] <= sums + columns + choice
     if not lora:  # the saving grows with d: 27 here, 128 at the paper's sizes

@@ -104,6 +104,7 @@ class StepRecord:
         shapes: rows and columns of every micro-batch that this rank trained on.
         untouched: by what must be as before: the global random state after selecting, hooks and forwards after the
             step, training mode.
+        replays: whether training started from the probe's hidden states.
     """
 
     large: list[int]
@@ -112,6 +113,7 @@ class StepRecord:
     stats: dict[str, Any]
     shapes: list[tuple[int, int]]
     untouched: dict[str, bool]
+    replays: bool
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def train(case: Case) -> Outcome:
     engine = start(case)
     try:
         steps = [step(engine) for _ in range(case.steps)]
-        return Outcome(steps, parameters(engine), engine.coreset_selector.replay is not None)
+        return Outcome(steps, parameters(engine), steps[-1].replays)
     finally:
         engine.destroy()
 
@@ -192,7 +194,7 @@ def step(engine: Any) -> StepRecord:
         engine.coreset_selector = watcher.inner
         after = attachments(engine.module)
         handle.remove()
-    batch, coreset = watcher.batch, watcher.coreset
+    batch, coreset = watcher.selection.batch, watcher.selection.coreset
     return StepRecord(
         large=batch.indices.tolist(),
         chosen=batch.indices[coreset.positions].tolist(),
@@ -204,6 +206,7 @@ def step(engine: Any) -> StepRecord:
             "hooks and forwards": before == after,
             "training mode": all(module.training for module in engine.module.modules()),
         },
+        replays=watcher.selection.replay is not None,
     )
 
 
@@ -212,15 +215,14 @@ class Watcher:
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
-        self.batch: Any = None
-        self.coreset: Any = None
+        self.selection: Any = None
         self.random_state_kept = False
 
     def __call__(self, batch: Any, *args: Any) -> Any:
         state = torch.get_rng_state()
-        self.batch, self.coreset = batch, self.inner(batch, *args)
+        self.selection = self.inner(batch, *args)
         self.random_state_kept = torch.equal(state, torch.get_rng_state())
-        return self.coreset
+        return self.selection
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)

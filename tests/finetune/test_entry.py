@@ -13,11 +13,12 @@ import pytest
 import yaml
 
 from colm_ds.data.generated.mixture import write_mixture
+from tests.ports import worker_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(280)]
 
 ROOT = Path(__file__).resolve().parents[2]
-PORT = "29618"
+PORT = str(worker_port(17))
 TINY = {
     "model_type": "llama",
     "hidden_size": 32,

@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from tests.finetune.test_entry import ROOT, recipe_of, write_mixture
+from tests.ports import worker_port
 
-PORT = "29644"
+PORT = str(worker_port(44))
 
 
 @pytest.mark.distributed

@@ -18,11 +18,13 @@ import yaml
 
 from colm_ds.checkpoints import atomic
 from tests.finetune.test_entry import ROOT, metrics, recipe_of, write_mixture
+from tests.ports import worker_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(280)]
 
 STEPS = 400
-PORT = "29619"
+
+PORT = str(worker_port(19))
 
 WAITING = ("phase '", "step ", "reading the batch", "agreeing after step", "saving the checkpoint")
 """What a rank may be at when it waits for another."""

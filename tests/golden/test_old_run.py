@@ -43,11 +43,16 @@ def logged(run: Path) -> list[dict[str, Any]]:
 def test_resumes_as_if_it_had_not_stopped(folder: Path, repo_root: Path, preset: str | None) -> None:
     """Also where the recipe names its preset by now: what that fills in is what the run had."""
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo_root)}
-    command = [sys.executable, str(repo_root / "finetune" / "train.py"), "recipe.yaml"]
+    command = [sys.executable, str(repo_root / "tests" / "training" / "counting_checks.py"), "recipe.yaml"]
     command += [f"colm.preset={preset}"] if preset else []
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr
     assert "after step 4" in done.stderr
+    (line,) = [line for line in done.stdout.split("\n") if line.startswith("CHECKED")]
+    checked = json.loads(line.removeprefix("CHECKED"))
+    before = {name: count for name, count in checked.items() if name.startswith("step_4/")}
+    assert len(before) == 4
+    assert set(before.values()) == {1}, "a resume reads the bytes of its checkpoint once to check them"
     resumed, whole = logged(folder / "run"), logged(folder / "whole")
     assert [entry["step"] for entry in resumed] == [entry["step"] for entry in whole]
     for now, then in zip(resumed, whole, strict=True):

@@ -68,8 +68,8 @@ def with_plain_loop(colm: dict[str, Any], steps: int) -> Trained:
         indices = order.indices(step).tolist()
         share = LARGE // world_size
         mine = [data[index] for index in indices[rank * share : (rank + 1) * share]]
-        coreset = selector(mine)
-        places, weights = selector.share(coreset)
+        selection = selector(mine)
+        places, weights = selector.share(selection)
         losses = colm_ds.example_losses(model, [mine[place] for place in places])
         optimizer.zero_grad()
         (losses * weights).sum().backward()
@@ -77,7 +77,7 @@ def with_plain_loop(colm: dict[str, Any], steps: int) -> Trained:
             dist.all_reduce(parameter.grad)
             parameter.grad /= world_size
         optimizer.step()
-        chosen.append(sorted(indices[position] for position in coreset.positions.tolist()))
+        chosen.append(sorted(indices[position] for position in selection.positions.tolist()))
     return Trained(chosen, {name: p.detach().clone() for name, p in model.named_parameters()})
 
 
@@ -106,8 +106,8 @@ def make_trainer(output: str, colm: Any, steps: int, stage: int | None = None, *
 
         def get_batch_samples(self, *args: Any) -> Any:
             samples = super().get_batch_samples(*args)
-            batch, coreset = self.coreset_selector._batch, self.last_coreset
-            self.chosen.append(sorted(batch.indices[coreset.positions].tolist()))
+            selection = self.last_selection
+            self.chosen.append(sorted(selection.batch.indices[selection.positions].tolist()))
             self.shapes += [len(inputs["input_ids"]) for inputs in samples[0]]
             return samples
 

@@ -31,6 +31,14 @@ def test_command_line_beside_training_arguments() -> None:
     assert (section["weights"], section["per_source"]) == ("matched", False)
 
 
+def test_preset_fills_in_what_is_left_at_its_default() -> None:
+    section = read_section(CoLMConfig(large_batch_size=32, preset="paper", metric="cosine"))
+    assert section["metric"] == "cosine"
+    assert not {"weights", "geometry", "per_source"} & section.keys()
+    resolved = CoLMSection.model_validate({key: value for key, value in section.items() if key != "source_column"})
+    assert (resolved.metric, resolved.weights, resolved.probe.num_probes) == ("cosine", "uniform", 1)
+
+
 def test_block_of_an_arguments_file(tmp_path: Path) -> None:
     path = tmp_path / "arguments.yaml"
     path.write_text(

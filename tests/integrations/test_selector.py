@@ -133,5 +133,5 @@ def test_names_or_nothing_where_counts_are_not_needed() -> None:
     listed = colm_ds.CoresetSelector(model, {**SIZES, "small_sources": ["c"]}, ["a", "b", "c"])
     assert listed(examples).positions.tolist() == make()(examples).positions.tolist()
     pool = {**SIZES, "small_sources": "none", "per_source": False}
-    assert colm_ds.CoresetSelector(model, pool)(examples).num_kept == 0
+    assert colm_ds.CoresetSelector(model, pool)(examples).coreset.num_kept == 0
     assert Counter(row["source"] for row in data()) == COUNTS

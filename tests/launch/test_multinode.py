@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import worker_port
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "finetune" / "recipes" / "demo.yaml"
-PORT = "29618"  # tests/finetune has it too: DeepSpeed leaves one file in /dev/shm per port
+PORT = str(worker_port(18))
 
 # Stands for ssh: every host is this machine, without the caller's variables. "gone" can not be reached.
 FAKE_SSH = """#!/usr/bin/env bash

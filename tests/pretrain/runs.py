@@ -12,8 +12,10 @@ from typing import Any
 
 import yaml
 
+from tests.ports import worker_port
+
 ROOT = Path(__file__).resolve().parents[2]
-PORT = "29647"
+PORT = str(worker_port(47))
 SHARES = {"parliament": 5.0, "code": 25.0, "comments": 5.0, "abstracts": 5.0, "articles": 60.0}
 WEIGHTS = {f"generated/{kind}": share for kind, share in SHARES.items()}
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
