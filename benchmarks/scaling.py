@@ -23,9 +23,10 @@ import torch
 import torch.distributed as dist
 from step import make_arm
 
-from colm_ds.distributed.exchange import ProcessGroupExchange, broadcast_coreset
+from colm_ds.distributed.exchange import ProcessGroupExchange
 from colm_ds.probe.directions import Directions
 from colm_ds.selection import AdamHistory, LowRankGradients, SelectionSettings, Signals, select_coreset
+from colm_ds.selection.exchange import broadcast_coreset
 from colm_ds.types import Coreset
 
 ROOT = Path(__file__).resolve().parents[1]

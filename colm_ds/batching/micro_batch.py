@@ -12,6 +12,7 @@ from torch import Tensor
 from colm_ds.batching.candidates import computed_rows
 from colm_ds.batching.collate import IGNORE_INDEX, pad_batch
 from colm_ds.errors import DataError
+from colm_ds.selection.transfer import to_device
 from colm_ds.types import Example
 
 PLACE_HOLDER = Example(torch.zeros(2, dtype=torch.int64), torch.tensor([IGNORE_INDEX, 0]), 0, -1)
@@ -100,7 +101,8 @@ class MicroBatch:
         if groups is None or groups.most_rows == 1:
             return values
         laid = values.new_zeros(len(self.counts), groups.most_rows, *values.shape[1:])
-        return laid.index_put((torch.tensor(groups.owners), torch.tensor(groups.places)), values).flatten(1, 2)
+        where = [to_device(torch.tensor(places), values.device) for places in (groups.owners, groups.places)]
+        return laid.index_put(tuple(where), values).flatten(1, 2)
 
 
 def _moved(batch: Any, device: torch.device) -> Any:

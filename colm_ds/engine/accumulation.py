@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from colm_ds.batching.assign import micro_batches, training_ranks
 from colm_ds.batching.micro_batch import make_micro_batch
-from colm_ds.distributed.exchange import move_examples
+from colm_ds.batching.move import move_examples
 from colm_ds.engine.out_of_memory import of_micro_batch
 from colm_ds.models.example_loss import example_loss_sums
 from colm_ds.probe.replay import ReplayStore

@@ -19,7 +19,7 @@ from colm_ds.batching.micro_batch import make_micro_batch, with_fewer_labels
 from colm_ds.batching.sources import known_counts, small_source_ids
 from colm_ds.config.colm import CoLMSection
 from colm_ds.config.resolve import selection_config
-from colm_ds.distributed.exchange import broadcast_coreset, make_exchange
+from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.accumulation import loss_scale
 from colm_ds.engine.out_of_memory import of_micro_batch
 from colm_ds.errors import SelectionError
@@ -44,6 +44,7 @@ from colm_ds.selection import (
     make_selector,
     signal_of,
 )
+from colm_ds.selection.exchange import broadcast_coreset
 from colm_ds.types import Coreset, Example, LargeBatch, SourcedDataset
 
 logger = logging.getLogger(__name__)

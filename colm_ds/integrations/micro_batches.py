@@ -11,7 +11,7 @@ from torch import Tensor
 
 from colm_ds.batching.collate import IGNORE_INDEX, pad_batch
 from colm_ds.batching.micro_batch import PLACE_HOLDER, MicroBatch, make_micro_batch
-from colm_ds.distributed.exchange import move_examples
+from colm_ds.batching.move import move_examples
 from colm_ds.selection import Exchange
 from colm_ds.types import Example, LargeBatch
 

@@ -21,6 +21,7 @@ from colm_ds.memory.meter import GIB, free_bytes
 from colm_ds.models.architecture import Architecture
 from colm_ds.models.patch import patched_forwards
 from colm_ds.randomness import private_generator
+from colm_ds.selection.transfer import to_device
 
 Run = Callable[[Tensor], Any]
 
@@ -100,7 +101,7 @@ class ReplayStore:
         self._shapes: list[tuple[int, int]] = []
         self._places: dict[_Row, _Place] = {}
         self._rows: list[dict[int, int]] = []  # by micro-batch: where a row is after the others were dropped
-        self._attach = torch.zeros(1, requires_grad=True)
+        self._attach: Tensor | None = None
         modules = [module for layer in self._layers for module in layer.modules()]
         dropouts = [module for module in modules if isinstance(module, nn.Dropout) and module.p > 0]
         self._dropouts = {module: (number, module.p) for number, module in enumerate(dropouts)}
@@ -151,15 +152,15 @@ class ReplayStore:
             self._places[key] = _Place(number, row, length)
 
     def keep(self, positions: Sequence[int]) -> None:
-        """Free the memory of all other examples."""
+        """Free the memory of all other examples; offloaded states have arrived, as the choice was waited for."""
         wanted = set(positions)
         self._places = {key: place for key, place in self._places.items() if key[0] in wanted}
         for number, states in enumerate(self._states):
             rows = sorted(place.row for place in self._places.values() if place.micro_batch == number)
             self._rows[number] = {row: index for index, row in enumerate(rows)}
-            index = torch.tensor(rows, dtype=torch.int64)
-            for layer, state in enumerate(states):
-                states[layer] = state[index.to(state.device)]
+            if states:
+                index = to_device(torch.tensor(rows, dtype=torch.int64), states[0].device)
+                states[:] = [state[index] for state in states]
 
     def has(self, positions: Sequence[int]) -> bool:
         """Whether a micro-batch of these positions can be replayed here."""
@@ -192,8 +193,9 @@ class ReplayStore:
     def _replay_of(self, number: int, positions: Sequence[int]) -> Callable[..., Tensor]:
         def replay(run: Callable[..., Any], hidden: Tensor, *args: Any) -> Tensor:
             output = self._assemble(number, positions, hidden)
-            attach = self._attach.to(hidden.device)
-            return _Replayed.apply(hidden, attach, output, lambda states: run(states, *args))
+            if self._attach is None:
+                self._attach = torch.zeros(1, device=hidden.device, requires_grad=True)
+            return _Replayed.apply(hidden, self._attach, output, lambda states: run(states, *args))
 
         return replay
 
@@ -203,7 +205,8 @@ class ReplayStore:
         for row, key in enumerate(_keys(positions)):
             place = self._places[key]
             state = self._states[place.micro_batch][number]
-            output[row, : place.length] = state[self._rows[place.micro_batch][place.row], : place.length]
+            stored = state[self._rows[place.micro_batch][place.row], : place.length]
+            output[row, : place.length].copy_(stored, non_blocking=True)
         return output
 
     def _put_away(self, hidden: Tensor) -> Tensor:

@@ -7,7 +7,10 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from colm_ds.types import NUM_NAMED, Coreset
 
 
 @dataclass
@@ -79,3 +82,40 @@ class SingleProcess:
 
 SINGLE_PROCESS: Exchange = SingleProcess()
 """Shared instance: it has no state."""
+
+
+def broadcast_coreset(coreset: Coreset | None, size: int, num_sources: int, exchange: Exchange) -> Coreset:
+    """Rank 0's coreset on every rank, as one float64 tensor.
+
+    Args:
+        coreset: the choice; None on other ranks than 0.
+        size: b, at least the size of the coreset.
+        num_sources: c; coherence is known by source id, or -1 for the joint pool.
+        exchange: the ranks.
+    """
+    if exchange.num_processes == 1:
+        assert coreset is not None
+        return coreset
+    header = 4 + NUM_NAMED
+    packed = torch.full((header + 2 * size + num_sources + 1,), torch.nan, dtype=torch.float64)
+    if coreset is not None:
+        count = coreset.size
+        packed[0], packed[1] = count, coreset.num_kept
+        packed[2], packed[3] = coreset.num_dropped_small, coreset.num_nonfinite
+        packed[4 : 4 + len(coreset.nonfinite)] = torch.tensor(coreset.nonfinite, dtype=torch.float64)
+        packed[header : header + count] = coreset.positions.double()
+        packed[header + size : header + size + count] = coreset.weights.double()
+        for source, value in coreset.coherence.items():
+            packed[header + 2 * size + 1 + source] = value
+    exchange.broadcast(packed)
+    count = int(packed[0])
+    coherence = packed[header + 2 * size :].tolist()
+    return Coreset(
+        positions=packed[header : header + count].long(),
+        weights=packed[header + size : header + size + count].float(),
+        num_kept=int(packed[1]),
+        num_dropped_small=int(packed[2]),
+        num_nonfinite=int(packed[3]),
+        coherence={index - 1: value for index, value in enumerate(coherence) if value == value},
+        nonfinite=tuple(int(value) for value in packed[4:header].tolist() if value == value),
+    )

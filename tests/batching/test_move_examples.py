@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from colm_ds.distributed.exchange import ProcessGroupExchange, move_examples
+from colm_ds.batching.move import move_examples
+from colm_ds.distributed.exchange import ProcessGroupExchange
 from colm_ds.randomness import private_generator
 from colm_ds.types import Candidates, CandidateTable, Example, LargeBatch
 from tests.ranks import Ranks

@@ -9,14 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from colm_ds.distributed.exchange import (
-    DeviceExchange,
-    ProcessGroupExchange,
-    broadcast_coreset,
-    make_exchange,
-)
+from colm_ds.distributed.exchange import DeviceExchange, ProcessGroupExchange, make_exchange
 from colm_ds.randomness import private_generator
 from colm_ds.selection import SINGLE_PROCESS, Exchange
+from colm_ds.selection.exchange import broadcast_coreset
 from colm_ds.types import Coreset
 from tests.ranks import Ranks
 
