@@ -16,8 +16,6 @@ from colm_ds.config.section import validate_section
 from colm_ds.errors import ConfigError, Problems
 from colm_ds.selection import SELECTORS
 
-Config = str | Path | dict[str, Any]
-
 
 @dataclass(frozen=True)
 class ResolvedConfig:
@@ -28,15 +26,20 @@ class ResolvedConfig:
         deepspeed: what `deepspeed.initialize` is given: one micro-batch per accumulation, managed by colm_ds.
         micro_batch_size: examples per rank and backward pass.
         coreset_size: b.
+        world_size: W, number of ranks that the numbers fit.
     """
 
     colm: CoLMSection
     deepspeed: dict[str, Any]
     micro_batch_size: int
     coreset_size: int
+    world_size: int
 
 
-def load_config(config: Config) -> tuple[dict[str, Any], str]:
+Config = str | Path | dict[str, Any] | ResolvedConfig
+
+
+def load_config(config: str | Path | dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Read a DeepSpeed configuration from a path or dict.
 
     Returns:
@@ -64,21 +67,27 @@ def resolve_config(config: Config, world_size: int) -> ResolvedConfig:
     """Check a DeepSpeed configuration with its `"colm"` section and make the numbers fit together.
 
     Args:
-        config: path or dict, as `deepspeed.initialize` takes.
+        config: path or dict, as `deepspeed.initialize` takes; in a dict, `"colm"` may be a `CoLMSection`. A
+            `ResolvedConfig` passes through.
         world_size: W, number of ranks.
 
     Raises:
-        ConfigError: listing every problem found.
+        ConfigError: listing every problem found; for a `ResolvedConfig`, if it was resolved for another number of
+            ranks or its numbers were changed since.
     """
+    if isinstance(config, ResolvedConfig):
+        _check_still_fits(config, world_size)
+        return config
     loaded, where = load_config(config)
     problems = Problems(where)
-    section = loaded.pop("colm", None)
-    if not isinstance(section, dict):
-        why = "missing" if section is None else "not a section of keys and values"
-        problems.add("colm", section, why, 'Add "colm": {"large_batch_size": ..., "coreset_size": ...}.')
+    colm = loaded.pop("colm", None)
+    if not isinstance(colm, (dict, CoLMSection)):
+        why = "missing" if colm is None else "not a section of keys and values"
+        problems.add("colm", colm, why, 'Add "colm": {"large_batch_size": ..., "coreset_size": ...}.')
         problems.raise_if_any()
-    colm = validate_section(CoLMSection, section, "colm", problems)
-    problems.raise_if_any()
+    if isinstance(colm, dict):
+        colm = validate_section(CoLMSection, colm, "colm", problems)
+        problems.raise_if_any()
     assert isinstance(colm, CoLMSection)
     return _resolve_batch(colm, loaded, world_size, problems)
 
@@ -95,13 +104,14 @@ def selection_config(config: CoLMSection | Mapping[str, Any], num_processes: int
     """
     if isinstance(config, CoLMSection) and config.coreset_size is not None:
         return config
-    section = config.model_dump(exclude_unset=True) if isinstance(config, CoLMSection) else dict(config)
-    if section.get("replay", "off") not in ("off", "auto", False):
-        raise ConfigError(f"colm.replay = {section['replay']!r}: needs the step of colm_ds.initialize. Remove it.")
-    if section.get("variance_every"):
+    values = dict(config)  # of a section: its fields
+    if values.get("replay", "off") not in ("off", "auto", False):
+        raise ConfigError(f"colm.replay = {values['replay']!r}: needs the step of colm_ds.initialize. Remove it.")
+    if values.get("variance_every"):
         what = "is measured in the step of colm_ds.initialize"
-        raise ConfigError(f"colm.variance_every = {section['variance_every']}: {what}. Call gradient_variance instead.")
-    section["replay"] = "off"  # nobody would train from the states
+        raise ConfigError(f"colm.variance_every = {values['variance_every']}: {what}. Call gradient_variance instead.")
+    off = {"replay": "off"}  # nobody would train from the states
+    section = config.model_copy(update=off) if isinstance(config, CoLMSection) else values | off
     try:
         return resolve_config({"colm": section}, num_processes).colm
     except ConfigError as error:
@@ -158,13 +168,36 @@ def _resolve_batch(colm: CoLMSection, deepspeed: dict[str, Any], world_size: int
     problems.raise_if_any()
     per_rank = math.ceil(size / world_size)
     micro = micro or (math.ceil(per_rank / accumulation) if accumulation else min(8, per_rank))
-    deepspeed |= {
-        "train_micro_batch_size_per_gpu": micro,
+    deepspeed |= _deepspeed_batch(micro, world_size)
+    return ResolvedConfig(colm.model_copy(update={"coreset_size": size}), deepspeed, micro, size, world_size)
+
+
+def _deepspeed_batch(micro_batch_size: int, world_size: int) -> dict[str, Any]:
+    """Return DeepSpeed's keys of one micro-batch per rank; colm_ds accumulates over them itself."""
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
-        "train_batch_size": micro * world_size,
+        "train_batch_size": micro_batch_size * world_size,
         "managed_gradient_accumulation": False,
     }
-    return ResolvedConfig(colm.model_copy(update={"coreset_size": size}), deepspeed, micro, size)
+
+
+def _check_still_fits(config: ResolvedConfig, world_size: int) -> None:
+    """Raise unless a resolved configuration is for this number of ranks and its copies of each number agree.
+
+    `dataclasses.replace` and edits of its dict can set them apart, and DeepSpeed would count other examples than are
+    trained on.
+    """
+    problems = Problems("the resolved configuration")
+    if config.world_size != world_size:
+        why = f"there are {world_size} ranks"
+        problems.add("world_size", config.world_size, why, f"Resolve the configuration for {world_size}.")
+    batch = _deepspeed_batch(config.micro_batch_size, config.world_size)
+    numbers = [(key, config.deepspeed.get(key), value) for key, value in batch.items()]
+    for key, now, resolved in [("colm.coreset_size", config.colm.coreset_size, config.coreset_size), *numbers]:
+        if now != resolved:
+            problems.add(key, now, f"was resolved as {resolved}", "Change the configuration and resolve it again.")
+    problems.raise_if_any()
 
 
 def _batch_number(deepspeed: dict[str, Any], key: str, problems: Problems) -> int | None:

@@ -59,7 +59,7 @@ def initialize(
         training_data: a `SourcedDataset`, or a map-style dataset of records with `input_ids`, `labels`, `source`.
         lr_scheduler: a function of the optimizer, instead of the configuration's.
         dist_init_required: as in DeepSpeed.
-        config: path or dict; `train_batch_size` in it is b.
+        config: path, dict or `ResolvedConfig`; `train_batch_size` in the first two is b.
 
     Returns:
         Engine, optimizer, loader of large batches, learning-rate scheduler.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from colm_ds.config.resolve import resolve_config
+from colm_ds.config.colm import CoLMSection
+from colm_ds.config.resolve import ResolvedConfig, resolve_config, selection_config
 from colm_ds.engine.coreset_selector import small_source_ids
 from colm_ds.errors import CoLMError, ConfigError
 from tests.engine.training import NO_DROPOUT, Case, start, step
@@ -73,6 +75,65 @@ def test_dictionary_is_not_changed_and_file_is_the_same(tmp_path: Path) -> None:
     path.write_text(json.dumps(given), encoding="utf-8")
     for name in (path, str(path)):
         assert resolve_config(name, 2).colm == resolved.colm
+
+
+def test_section_object_gives_what_its_keys_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"coreset_size": None, "large_batch_size": 128, "preset": "paper", "probe": {"epsilon": 0.01}}
+    deepspeed = {"train_batch_size": 64, "zero_optimization": {"stage": 2}}
+    wanted = resolve_config({**deepspeed, "colm": values}, 2)
+    section = CoLMSection.model_validate(values)
+    monkeypatch.setattr("colm_ds.config.colm.with_preset", lambda values: pytest.fail("validated again"))
+    assert resolve_config({**deepspeed, "colm": section}, 2) == wanted
+    assert section.coreset_size is None
+
+
+def test_section_object_is_checked_too() -> None:
+    given = config({"train_batch_size": 32}, selector="nonsense", coreset_size=100_000)
+    section = CoLMSection.model_validate(given["colm"])
+    assert problems({**given, "colm": section}) == problems(given)
+
+
+@pytest.mark.parametrize("values", [{}, {"replay": "on"}, {"variance_every": 2}, {"selector": "full"}])
+def test_section_object_without_coreset_size_outside_deepspeed(values: dict[str, Any]) -> None:
+    """Is treated as its keys and values are."""
+
+    def outcome(given: Any) -> Any:
+        try:
+            return selection_config(given, 2)
+        except ConfigError as error:
+            return str(error)
+
+    values = {"large_batch_size": 16, **values}
+    assert outcome(CoLMSection.model_validate(values)) == outcome(values)
+
+
+def test_resolved_configuration_passes_through() -> None:
+    resolved = resolve_config(config({"train_micro_batch_size_per_gpu": 3}), 2)
+    assert resolve_config(resolved, 2) is resolved
+
+
+def changed_batch(resolved: ResolvedConfig) -> ResolvedConfig:
+    """Resolved numbers of which DeepSpeed's were edited afterwards."""
+    return replace(resolved, deepspeed={**resolved.deepspeed, "train_batch_size": 64})
+
+
+def changed_coreset(resolved: ResolvedConfig) -> ResolvedConfig:
+    """Resolved numbers of which the section's were edited afterwards."""
+    return replace(resolved, colm=resolved.colm.model_copy(update={"coreset_size": 32}))
+
+
+@pytest.mark.parametrize(
+    ("change", "world_size", "said"),
+    [
+        (lambda resolved: resolved, 4, "world_size = 2: there are 4 ranks. Resolve the configuration for 4."),
+        (changed_batch, 2, "train_batch_size = 64: was resolved as 16. Change the configuration and resolve it again."),
+        (changed_coreset, 2, "colm.coreset_size = 32: was resolved as 64. Change the configuration and resolve it "),
+    ],
+)
+def test_resolved_configuration_that_no_longer_fits(change: Any, world_size: int, said: str) -> None:
+    head, line = problems(change(resolve_config(config(), 2)), world_size)
+    assert head == "1 problem in the resolved configuration"
+    assert line.startswith(said)
 
 
 @pytest.mark.parametrize(

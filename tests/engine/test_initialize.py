@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from colm_ds.config.resolve import resolve_config
 from tests.config.test_colm import FILES
 from tests.engine.conftest import Runner
 from tests.engine.training import LARGE, NO_DROPOUT, Case, start, step
@@ -35,6 +37,9 @@ def run_from_arguments(path: str) -> dict[str, Any]:
     engine = start(case, lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, halved))
     found["lr"] = [step(engine).stats["lr"] for _ in range(3)]
     engine.destroy()
+    engine = start(case, config=resolve_config(case.config(), dist.get_world_size()))
+    found["resolved"] = step(engine).chosen
+    engine.destroy()
     by_config = Case("x", deepspeed={"optimizer": {}}, stage=2)
     engine = start(by_config, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-4, betas=(0.8, 0.9)))
     found["client lr"] = step(engine).stats["lr"]
@@ -59,7 +64,7 @@ def test_arguments_of_initialize(pools: dict[int, Ranks], outcomes: Runner, tmp_
     path.write_text(json.dumps(Case("x").config()), encoding="utf-8")
     wanted = outcomes(Case("x"), 2)[0].steps[0].chosen
     for found in pools[2].run(run_from_arguments, str(path)):
-        assert found["by arguments"] == wanted
+        assert found["by arguments"] == found["resolved"] == wanted
         assert found["train_batch_size"] == 13
         assert found["own batch"] == (4, 2, 26)
         assert tuple(found["forward"]) == (1, 3, 97)
