@@ -211,7 +211,7 @@ def ds_config(configuration: Configuration, count: bool = True) -> dict[str, Any
 
 def lora_config(configuration: Configuration) -> Any:
     """Adapters, or None."""
-    from colm_ds.recipes.recipe import LoraConfig
+    from colm_ds.recipes.sections import LoraConfig
 
     return LoraConfig(rank=32, alpha=64, dropout=0.05) if configuration.lora else None
 

@@ -15,7 +15,8 @@ from colm_ds.errors import CheckpointError, ConfigError
 from colm_ds.evaluation.question_files import package_folder
 from colm_ds.randomness import random_state, restore_random_state
 from colm_ds.recipes.model import load_model, load_tokenizer
-from colm_ds.recipes.recipe import PACKAGE_PREFIX, ModelConfig, Recipe
+from colm_ds.recipes.recipe import Recipe
+from colm_ds.recipes.sections import PACKAGE_PREFIX, ModelConfig
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16

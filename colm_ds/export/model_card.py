@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from colm_ds.recipes.recipe import ModelConfig
+from colm_ds.recipes.sections import ModelConfig
 from colm_ds.report.facts import Facts, run_facts
 from colm_ds.report.tables import clean
 from colm_ds.run_folder.read import Run, load_run, lookup, names, number, numbers

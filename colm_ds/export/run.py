@@ -21,7 +21,8 @@ from colm_ds.errors import CheckpointError, ConfigError, Problems
 from colm_ds.export.model_card import ADAPTER, MERGED, MODEL, write_model_card
 from colm_ds.randomness import random_state, restore_random_state
 from colm_ds.recipes.model import DTYPES, load_model, load_tokenizer
-from colm_ds.recipes.recipe import BaseRecipe, ModelConfig, kind_of_recipe
+from colm_ds.recipes.recipe import BaseRecipe, kind_of_recipe
+from colm_ds.recipes.sections import ModelConfig
 
 _ADAPTER_FILE = "adapter_model.safetensors"
 

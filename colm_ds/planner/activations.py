@@ -29,7 +29,7 @@ from colm_ds.probe.factors import gradient_factors
 from colm_ds.probe.spsa import spsa_coefficients
 from colm_ds.probe.tail import run_trunk, tail_losses
 from colm_ds.recipes.model import add_lora
-from colm_ds.recipes.recipe import LoraConfig
+from colm_ds.recipes.sections import LoraConfig
 
 _FEW = 2
 

@@ -20,7 +20,8 @@ from colm_ds.planner.activations import ModelSpec, Rows, choice_rows, even_rows
 from colm_ds.planner.choice_rows import CANDIDATE_TOKENS, num_rows
 from colm_ds.planner.zero_states import ZeroSettings, zero_settings
 from colm_ds.recipes.model import DTYPES, load_tokenizer
-from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe, LoraConfig, PretrainingRecipe, Recipe
+from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe, PretrainingRecipe, Recipe
+from colm_ds.recipes.sections import LoraConfig
 from colm_ds.selection import signal_of
 from colm_ds.types import LargeBatch
 

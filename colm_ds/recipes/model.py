@@ -15,7 +15,8 @@ from torch import nn
 
 from colm_ds.errors import ConfigError
 from colm_ds.models.families import FAMILIES, set_pad_token
-from colm_ds.recipes.recipe import BaseRecipe, LoraConfig, ModelConfig
+from colm_ds.recipes.recipe import BaseRecipe
+from colm_ds.recipes.sections import LoraConfig, ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

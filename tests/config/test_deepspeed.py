@@ -14,7 +14,7 @@ from torch import nn
 from colm_ds.config.deepspeed import ADAM_DEFAULTS, KNOWN_KEYS, REMOVED_KEYS, model_facts, resolve_auto
 from colm_ds.config.resolve import resolve_config
 from colm_ds.errors import ConfigError
-from colm_ds.recipes.recipe import OptimizerConfig
+from colm_ds.recipes.sections import OptimizerConfig
 from tests.tiny_models import tiny_model
 
 COLM = {"large_batch_size": 128, "coreset_size": 64}

@@ -16,7 +16,7 @@ from colm_ds.evaluation.backend import TransformersBackend
 from colm_ds.evaluation.generate import Generation, StopStrings, greedy
 from colm_ds.evaluation.model_source import ModelSource
 from colm_ds.evaluation.vllm_backend import VllmBackend
-from colm_ds.recipes.recipe import ModelConfig
+from colm_ds.recipes.sections import ModelConfig
 from tests.evaluation.stubs import CPU, VOCABULARY_SIZE, make_backend, make_model
 from tests.tiny_models import add_lora
 

@@ -10,7 +10,7 @@ import yaml
 
 from colm_ds.errors import DataError
 from colm_ds.export.model_card import model_card, write_model_card
-from colm_ds.recipes.recipe import ModelConfig
+from colm_ds.recipes.sections import ModelConfig
 from tests.report.run_folders import write_run
 
 RECIPE = {"steps": 120, "model": {"name_or_path": "someone/some-model", "dtype": "bfloat16"}, "lora": {"rank": 8}}

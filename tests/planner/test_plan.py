@@ -23,7 +23,7 @@ from colm_ds.planner.plan import Planner, largest_that
 from colm_ds.planner.plan_report import comparison, plan_report
 from colm_ds.planner.suggestions import best_of_each_key, knobs, make_fit
 from colm_ds.planner.zero_states import ZeroSettings, model_states, zero_settings
-from colm_ds.recipes.recipe import LoraConfig
+from colm_ds.recipes.sections import LoraConfig
 
 FAMILIES = ("llama", "mistral", "qwen2", "phi", "phi3", "stablelm")
 SHAPE: dict[str, Any] = {

@@ -1,0 +1,110 @@
+"""Sections of recipes: model, LoRA, optimizer, learning rate, and data and evaluation of each kind of run."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from colm_ds.config.section import Section
+
+PACKAGE_PREFIX = "package:"
+"""Marks the name of an installed Python package whose folder is meant."""
+
+
+class ModelConfig(Section):
+    """The model: where it is loaded from, or the configuration that it is built from, and its precision."""
+
+    name_or_path: str | None = Field(
+        None, description="folder, hub name, or package:NAME for files inside an installed Python package"
+    )
+    gguf_file: str | None = Field(None, description="GGUF file in that folder to load weights and tokenizer from")
+    config: dict[str, Any] | None = Field(
+        None, description="build from this Hugging Face configuration with random weights instead (needs model_type)"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="precision of weights and compute")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention implementation")
+    activation_checkpointing: bool = Field(False, description="recompute activations: less memory, one more forward")
+    vocabulary_multiple: int = Field(8, ge=1, description="with config: round the tokenizer's vocabulary up to this")
+
+
+class LoraConfig(Section):
+    """LoRA; leave the section out to train all parameters."""
+
+    rank: int = Field(128, ge=1, description="rank of the adapters")
+    alpha: float = Field(512, gt=0, description="scale: updates are multiplied by alpha / rank")
+    dropout: float = Field(0.05, ge=0, lt=1, description="dropout in front of the adapters while training")
+    targets: Literal["auto"] | list[str] = Field("auto", description="adapted modules; auto: the family's")
+
+
+class DataConfig(Section):
+    """Instruction data to train on and to hold out."""
+
+    train: str | list[str] = Field(description="file, folder, hub:NAME:CONFIG:SPLIT or list: .json, .jsonl, .gz, .zst")
+    heldout: str | list[str] | None = Field(None, description="held-out file, folder or hub:NAME:CONFIG:SPLIT")
+    holdout_per_source: int = Field(0, ge=0, description="without a held-out file: examples of each source to hold out")
+    max_length: int = Field(512, ge=2, description="tokens of an example at most; longer ones are truncated")
+    source_key: str | None = Field("source", description="key that names a record's source; null: one source")
+    limit: int | None = Field(None, ge=1, description="use at most this many examples, drawn at random")
+    cache_dir: str | None = Field("~/.cache/colm_ds/tokens", description="where tokens are kept; null: nowhere")
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    lr: float = Field(2e-5, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="beta1 and beta2, also of the selection's geometry")
+    eps: float = Field(1e-8, gt=0, description="eps, also of the selection's geometry")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+
+
+class LrScheduleConfig(Section):
+    """Learning rate over the run."""
+
+    kind: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warm-up")
+    warmup_fraction: float = Field(0.03, ge=0, lt=1, description="share of the steps with a rising rate")
+    final_fraction: float = Field(0.0, ge=0, le=1, description="rate at the end, relative to the peak")
+
+
+class HeldoutConfig(Section):
+    """Held-out loss: how often it is measured, and in batches of which size."""
+
+    every: int = Field(0, ge=0, description="held-out loss every n steps; 0: at the start and the end only")
+    max_tokens: int = Field(16384, ge=1, description="padded tokens of one evaluation batch at most")
+
+
+class EvaluationConfig(HeldoutConfig):
+    """Held-out loss of a run on instruction data, and exact match."""
+
+    exact_match: bool = Field(False, description="greedy answers compared with the gold ones, at the end")
+    max_new_tokens: int = Field(64, ge=1, description="tokens of an answer at most")
+
+
+class ChunkDataConfig(Section):
+    """Pretraining data: a store of tokens, cut into chunks."""
+
+    store: str = Field(description="folder that pretrain/prepare.py writes; relative to the working folder")
+    chunk_tokens: int = Field(1024, ge=2, description="tokens of a chunk: the sequence length")
+    weights: dict[str, float] | None = Field(
+        None, description="shares of the chunks by source, of any sum; leave out for natural proportions"
+    )
+
+
+class PrepareConfig(Section):
+    """Settings of pretrain/prepare.py: the tokenizer, held-out documents, lines to put up with."""
+
+    tokenizer: str | None = Field(
+        None, description="SentencePiece .model, Hugging Face folder or hub name; default: train one on the mixture"
+    )
+    vocabulary_size: int = Field(32000, ge=300, description="of a tokenizer that is trained (with byte fallback)")
+    sample_mb: float = Field(32.0, gt=0, description="megabytes of text that it is trained on, by the weights")
+    holdout: float = Field(0.01, ge=0, lt=1, description="share of every source's documents to hold out")
+    skip_other_sources: bool = Field(False, description="leave out documents of sources without a weight")
+    max_bad_fraction: float = Field(1e-4, ge=0, le=1, description="share of bad lines to put up with")
+    seed: int = Field(0, ge=0, description="decides which documents are held out and sampled")
+
+
+class PerplexityConfig(HeldoutConfig):
+    """Held-out loss of a run on chunks of text."""
+
+    chunks_per_source: int | None = Field(None, ge=1, description="held-out chunks of each source at most; null: all")
