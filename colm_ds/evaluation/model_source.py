@@ -15,7 +15,6 @@ from colm_ds.errors import CheckpointError, ConfigError
 from colm_ds.evaluation.question_files import package_folder
 from colm_ds.randomness import random_state, restore_random_state
 from colm_ds.recipes.model import load_model, load_tokenizer
-from colm_ds.recipes.recipe import Recipe
 from colm_ds.recipes.sections import PACKAGE_PREFIX, ModelConfig
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
@@ -41,6 +40,21 @@ class ModelSource:
     run: Path | None = None
 
 
+@dataclass(frozen=True)
+class _RunModel:
+    """The base model of a run, as its recipe has it.
+
+    Attributes:
+        model: the recipe's section.
+        tokenizer: folder or hub name; None: the model's.
+        seed: of random weights.
+    """
+
+    model: ModelConfig
+    tokenizer: str | None
+    seed: int | None
+
+
 def find_model(
     name: str,
     *,
@@ -62,9 +76,9 @@ def find_model(
         ConfigError: if the name stands for nothing that can be evaluated.
     """
     folder = Path(name).expanduser()
-    recipe = _recipe_of(folder)
-    adapter, run = None, folder if recipe is not None else None
-    if recipe is not None:
+    trained = _model_of_run(folder)
+    adapter, run = None, folder if trained is not None else None
+    if trained is not None:
         if (folder / "adapter").is_dir():
             adapter = folder / "adapter"
         elif (folder / "model").is_dir():
@@ -76,18 +90,18 @@ def find_model(
             )
     elif (folder / "adapter_config.json").is_file():
         adapter = folder
-        run = next((above for above in list(folder.resolve().parents)[:2] if _recipe_of(above) is not None), None)
-        recipe = _recipe_of(run) if run is not None else None
+        run = next((above for above in list(folder.resolve().parents)[:2] if _model_of_run(above) is not None), None)
+        trained = _model_of_run(run) if run is not None else None
     elif base is not None:
         raise ConfigError(f"--base {base}: {name} is no adapter. Leave --base out.")
     if adapter is None:
         return ModelSource(_plain(name, gguf_file, dtype), None, tokenizer)
     tokenizer = tokenizer or (str(adapter) if _has_tokenizer(adapter) else None)
-    if base is None and recipe is not None:
-        model = recipe.model.model_copy(update={"dtype": dtype, "activation_checkpointing": False})
+    if base is None and trained is not None:
+        model = trained.model.model_copy(update={"dtype": dtype, "activation_checkpointing": False})
         if gguf_file is not None:
             model = model.model_copy(update={"gguf_file": gguf_file})
-        return ModelSource(model, adapter, tokenizer or recipe.tokenizer, recipe.seed, run)
+        return ModelSource(model, adapter, tokenizer or trained.tokenizer, trained.seed, run)
     base = base or _read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise ConfigError(f"{adapter}: adapter_config.json names no base model. Give it with --base.")
@@ -107,7 +121,7 @@ def load(source: ModelSource) -> tuple[Any, Any]:
     state = random_state()
     try:
         set_seed(source.seed or 0)
-        model: Any = load_model(_recipe(model=source.base, lora=None), tokenizer)
+        model: Any = load_model(source.base, None, tokenizer)
     finally:
         restore_random_state(state)
     if source.adapter is not None:
@@ -121,7 +135,7 @@ def load_its_tokenizer(source: ModelSource) -> Any:
     Raises:
         ConfigError: if it can not be loaded.
     """
-    return load_tokenizer(_recipe(model=source.base, tokenizer=source.tokenizer))
+    return load_tokenizer(source.base, source.tokenizer)
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:
@@ -208,8 +222,8 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _recipe_of(folder: Path) -> Recipe | None:
-    """The recipe that a run wrote down, or None where there is no run."""
+def _model_of_run(folder: Path) -> _RunModel | None:
+    """Read the sections of a run's recipe that say how to load its base model; None where there is no run."""
     values = read_recipe(folder)
     if not values:
         return None
@@ -218,12 +232,7 @@ def _recipe_of(folder: Path) -> Recipe | None:
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{folder / 'config.json'}: its recipe's model can not be read: {reason}.") from None
-    return _recipe(model=model, tokenizer=values.get("tokenizer"), seed=values.get("seed"))
-
-
-def _recipe(**values: Any) -> Recipe:
-    """A recipe of which only what says how to load a model is filled in."""
-    return Recipe.model_construct(**values)
+    return _RunModel(model, values.get("tokenizer"), values.get("seed"))
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -22,7 +22,7 @@ from colm_ds.export.model_card import ADAPTER, MERGED, MODEL, write_model_card
 from colm_ds.randomness import random_state, restore_random_state
 from colm_ds.recipes.model import DTYPES, load_model, load_tokenizer
 from colm_ds.recipes.recipe import BaseRecipe, kind_of_recipe
-from colm_ds.recipes.sections import ModelConfig
+from colm_ds.recipes.sections import LoraConfig, ModelConfig
 
 _ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -94,17 +94,20 @@ def export_run(
     target = Path(out) if out is not None else run / "export" / name
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target}: is there already. Choose another folder with --out, or remove this one.")
-    recipe = _with_overrides(recipe, run, model, tokenizer, dtype)
-    loaded_tokenizer = _load_tokenizer(recipe)
+    base = _base_as_it_is_now(recipe.model, model, dtype)
+    loaded_tokenizer = _load_tokenizer(base, tokenizer or _tokenizer_of_run(run) or recipe.tokenizer_place)
     if kind == MODEL and source.found is None:
-        trained, num_tensors = _final_model(source.path, recipe.model.dtype)
+        trained, num_tensors = _final_model(source.path, base.dtype)
     else:
-        trained = _base_with_lora(recipe, loaded_tokenizer) if kind == MERGED else _skeleton(recipe, loaded_tokenizer)
-        num_tensors = _fill(trained, source, recipe, kind)
+        if kind == MERGED:
+            trained = _base_with_lora(base, recipe.lora, recipe.seed, loaded_tokenizer)
+        else:
+            trained = _skeleton(base, recipe.lora, loaded_tokenizer)
+        num_tensors = _fill(trained, source, torch.float32 if kind == MERGED else DTYPES[base.dtype], kind)
     if kind == MERGED:
-        trained = _merge(trained, DTYPES[recipe.model.dtype])
+        trained = _merge(trained, DTYPES[base.dtype])
     elif kind == ADAPTER:
-        trained.peft_config["default"].base_model_name_or_path = recipe.model.name_or_path
+        trained.peft_config["default"].base_model_name_or_path = base.name_or_path
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -115,14 +118,14 @@ def export_run(
             save_model(trained, partial)
         loaded_tokenizer.save_pretrained(partial)
         _check_written(partial, trained, kind)
-        write_model_card(partial, run, kind=kind, step=source.step, base=recipe.model, dtype=recipe.model.dtype)
+        write_model_card(partial, run, kind=kind, step=source.step, base=base, dtype=base.dtype)
         os.replace(partial, target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{target}: could not be written: {error}. Nothing is left there.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     passed_over = source.found.passed_over if source.found else ()
-    return Exported(target, kind, source.path, source.step, recipe.model.dtype, num_tensors, passed_over)
+    return Exported(target, kind, source.path, source.step, base.dtype, num_tensors, passed_over)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -169,27 +172,27 @@ def _find_source(run: Path, tag: str | None, final: str) -> _Source:
     return _Source(found.path, found.step, found)
 
 
-def _with_overrides(
-    recipe: BaseRecipe, run: Path, model: str | None, tokenizer: str | None, dtype: str | None
-) -> BaseRecipe:
-    """The recipe with the base model and tokenizer where they are now, and nothing that needs a GPU."""
+def _base_as_it_is_now(model: ModelConfig, path: str | None, dtype: str | None) -> ModelConfig:
+    """Return a run's base model where it is now and in the precision asked for, with nothing that needs a GPU."""
     changes: dict[str, Any] = {"attention": "eager", "activation_checkpointing": False}
-    if model is not None:
-        gguf = recipe.model.gguf_file
-        kept = gguf if gguf and (Path(model) / gguf).is_file() else None
-        changes |= {"name_or_path": model, "config": None, "gguf_file": kept}
+    if path is not None:
+        gguf = model.gguf_file
+        kept = gguf if gguf and (Path(path) / gguf).is_file() else None
+        changes |= {"name_or_path": path, "config": None, "gguf_file": kept}
     if dtype is not None:
         changes["dtype"] = dtype
-    if tokenizer is None:
-        beside = (run / name for name in (ADAPTER, MODEL) if (run / name / "tokenizer_config.json").is_file())
-        tokenizer = next((str(path) for path in beside), recipe.tokenizer)
-    base = recipe.model.model_copy(update=changes)
-    return recipe.model_copy(update={"model": base, "tokenizer": tokenizer})
+    return model.model_copy(update=changes)
 
 
-def _load_tokenizer(recipe: BaseRecipe) -> Any:
+def _tokenizer_of_run(run: Path) -> str | None:
+    """Find the tokenizer that a run wrote beside its trained weights."""
+    beside = (run / name for name in (ADAPTER, MODEL) if (run / name / "tokenizer_config.json").is_file())
+    return next((str(path) for path in beside), None)
+
+
+def _load_tokenizer(model: ModelConfig, place: str | None) -> Any:
     try:
-        return load_tokenizer(recipe)
+        return load_tokenizer(model, place)
     except ConfigError as error:
         raise ConfigError(f"{error} If it has moved, give its folder with --tokenizer.") from None
 
@@ -212,15 +215,15 @@ def _not_loaded(model: ModelConfig, reason: str) -> str:
     return f"base model {model.name_or_path}: can not be loaded: {first} If it has moved, give its folder with --model."
 
 
-def _skeleton(recipe: BaseRecipe, tokenizer: Any) -> Any:
-    """The model of a run with all names and shapes and no weights, so that none are read or made."""
-    model = recipe.model
+def _skeleton(model: ModelConfig, lora: LoraConfig | None, tokenizer: Any) -> Any:
+    """Build the model of a run with all names and shapes and no weights, so that none are read or made."""
+    shape = model
     if model.config is None:
         values = {"config": _base_config(model), "name_or_path": None, "gguf_file": None}
-        recipe = recipe.model_copy(update={"model": model.model_copy(update=values)})
+        shape = model.model_copy(update=values)
     with torch.device("meta"):
-        skeleton: Any = load_model(recipe, tokenizer)
-    if model.config is None and recipe.lora is None:
+        skeleton: Any = load_model(shape, lora, tokenizer)
+    if model.config is None and lora is None:
         _take_generation_config(skeleton, str(model.name_or_path))
     return skeleton
 
@@ -235,16 +238,16 @@ def _take_generation_config(model: Any, path: str) -> None:
         return
 
 
-def _base_with_lora(recipe: BaseRecipe, tokenizer: Any) -> Any:
-    """The base model with its weights and LoRA; random weights come out as in training, from the recipe's seed."""
+def _base_with_lora(model: ModelConfig, lora: LoraConfig | None, seed: int, tokenizer: Any) -> Any:
+    """Load the base model with its weights and LoRA; random weights come out as in training, from the run's seed."""
     from transformers import set_seed
 
     state = random_state()
     try:
-        set_seed(recipe.seed)
-        return load_model(recipe, tokenizer)
+        set_seed(seed)
+        return load_model(model, lora, tokenizer)
     except ConfigError as error:
-        raise ConfigError(_not_loaded(recipe.model, str(error))) from None
+        raise ConfigError(_not_loaded(model, str(error))) from None
     finally:
         restore_random_state(state)
 
@@ -286,10 +289,9 @@ def _saved_name(name: str) -> str:
     return name.replace(".default", "")
 
 
-def _fill(model: Any, source: _Source, recipe: BaseRecipe, kind: str) -> int:
+def _fill(model: Any, source: _Source, dtype: torch.dtype, kind: str) -> int:
     """Put the trained weights into a model; every one must be there, fit, and hold finite numbers."""
     shapes = {name: value.shape for name, value in model.named_parameters() if value.requires_grad}
-    dtype = torch.float32 if kind == MERGED else DTYPES[recipe.model.dtype]
     buffers: list[str] = []
     if kind == MODEL:
         persistent = model.state_dict().keys()

@@ -275,14 +275,14 @@ def model_configuration(recipe: BaseRecipe) -> Any:
 def _vocabulary_size(recipe: BaseRecipe) -> int:
     """Tokens of the recipe's tokenizer: of a token store by its manifest, or as long as there is none by the recipe."""
     if not isinstance(recipe, PretrainingRecipe) or recipe.tokenizer is not None:
-        return len(load_tokenizer(recipe))
+        return len(load_tokenizer(recipe.model, recipe.tokenizer_place))
     manifest = Path(recipe.data.store) / MANIFEST
     if manifest.is_file():
         return int(TokenStore(recipe.data.store).manifest["vocabulary_size"])
     if recipe.prepare.tokenizer is None:
         return recipe.prepare.vocabulary_size
     try:
-        return len(load_tokenizer(recipe.model_copy(update={"tokenizer": recipe.prepare.tokenizer})))
+        return len(load_tokenizer(recipe.model, recipe.prepare.tokenizer))
     except ConfigError as error:
         raise ConfigError(f"{error} Or say model.config.vocab_size, and the plan needs no tokenizer.") from None
 

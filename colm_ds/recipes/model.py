@@ -1,4 +1,4 @@
-"""Building what a recipe trains: tokenizer, model, LoRA, precision."""
+"""Load a tokenizer and build a model from their sections: weights, LoRA, precision."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ from torch import nn
 
 from colm_ds.errors import ConfigError
 from colm_ds.models.families import FAMILIES, set_pad_token
-from colm_ds.recipes.recipe import BaseRecipe
 from colm_ds.recipes.sections import LoraConfig, ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_tokenizer(recipe: BaseRecipe) -> Any:
-    """The recipe's tokenizer, with a token to pad with.
+def load_tokenizer(model: ModelConfig, place: str | None = None) -> Any:
+    """Load a tokenizer and give it a token to pad with.
+
+    Args:
+        model: the model that it is for.
+        place: folder or hub name of the tokenizer; default: the model's own.
 
     Raises:
         ConfigError: if it can not be loaded.
     """
     from transformers import AutoTokenizer
 
-    path = recipe.tokenizer_place
-    from_model = path == recipe.model.name_or_path
-    gguf = {"gguf_file": recipe.model.gguf_file} if recipe.model.gguf_file and from_model else {}
+    path = place or model.name_or_path
+    gguf = {"gguf_file": model.gguf_file} if model.gguf_file and path == model.name_or_path else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **gguf)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -45,19 +47,24 @@ def load_tokenizer(recipe: BaseRecipe) -> Any:
     return tokenizer
 
 
-def load_model(recipe: BaseRecipe, tokenizer: Any) -> nn.Module:
-    """The recipe's model with LoRA and activation checkpointing as it asks; random weights follow the global seed.
+def load_model(model: ModelConfig, lora: LoraConfig | None, tokenizer: Any) -> nn.Module:
+    """Load a model, or build it with random weights that follow the global seed; add LoRA and recomputing to it.
+
+    Args:
+        model: where its weights or its configuration are.
+        lora: adapters to put on it; None for none.
+        tokenizer: its length is the vocabulary's, where the configuration says none.
 
     Raises:
         ConfigError: if the model can not be loaded or LoRA can not be applied.
     """
-    model = _base_model(recipe.model, tokenizer)
-    if recipe.lora is not None:
-        model = add_lora(model, recipe.lora)
-    if recipe.model.activation_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    loaded = _base_model(model, tokenizer)
+    if lora is not None:
+        loaded = add_lora(loaded, lora)
+    if model.activation_checkpointing:
+        enable = getattr(loaded, "activation_checkpointing_enable", None) or loaded.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    return model
+    return loaded
 
 
 def precision_sections(dtype: str) -> dict[str, Any]:

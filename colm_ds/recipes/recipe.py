@@ -63,8 +63,8 @@ class BaseRecipe(Section):
 
     @property
     def tokenizer_place(self) -> str | None:
-        """Folder or hub name of the tokenizer."""
-        return self.tokenizer or self.model.name_or_path
+        """Folder or hub name of the tokenizer; None: the model's own."""
+        return self.tokenizer
 
     @property
     def colm_values(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class BaseRecipe(Section):
             problems.add("model", model.name_or_path, "give either name_or_path or config", "One says what to load.")
         if model.config is not None and "model_type" not in model.config:
             problems.add("model.config", model.config, "has no model_type", "For example model_type: llama.")
-        if model.config is not None and self.tokenizer_place is None:
+        if model.config is not None and (self.tokenizer_place or model.name_or_path) is None:
             problems.add("tokenizer", None, "a model built from its config brings none", "Name a tokenizer folder.")
 
 

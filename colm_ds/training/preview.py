@@ -38,7 +38,7 @@ def preview(recipe: BaseRecipe, *, num_examples: int = 3, with_coreset: bool = T
     """
     if not isinstance(recipe, (Recipe, ChoiceRecipe)):
         raise ConfigError("preview shows instruction data and classification tasks; this recipe is of another kind.")
-    tokenizer = load_tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe.model, recipe.tokenizer_place)
     train: Data
     heldout: Data | None
     if isinstance(recipe, ChoiceRecipe):
@@ -121,7 +121,7 @@ def describe_coreset(recipe: Recipe | ChoiceRecipe, train: Data, tokenizer: Any)
 
     set_seed(recipe.seed)
     selector = CoresetSelector(
-        load_model(recipe, tokenizer),
+        load_model(recipe.model, recipe.lora, tokenizer),
         recipe.colm,
         train,
         betas=recipe.optimizer.betas,

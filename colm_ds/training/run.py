@@ -149,7 +149,7 @@ class TrainingRun:
         self.exchange = make_exchange(device)
         self.config = together(self._checked_config, device)
         start = together(lambda: where_to_start(recipe) if self.rank == 0 else None, device)
-        self.tokenizer = together(lambda: load_tokenizer(recipe), device)
+        self.tokenizer = together(lambda: load_tokenizer(recipe.model, recipe.tokenizer_place), device)
         self.task = self._load_task()
         from transformers import set_seed
 
@@ -310,7 +310,7 @@ class TrainingRun:
         return [selector.source_names[source] for source in selector.small]
 
     def _checked_model(self) -> nn.Module:
-        model = load_model(self.recipe, self.tokenizer)
+        model = load_model(self.recipe.model, self.recipe.lora, self.tokenizer)
         if reads_model(self.recipe.colm):
             find_architecture(model, self.recipe.colm.probe.layer)
         return model

@@ -63,12 +63,12 @@ def message_of(folder: Path, recipe: Any, *overrides: str) -> str:
         loaded = load_recipe(path, overrides)
         config = resolve_config(deepspeed_config(loaded), 2)
         start = where_to_start(loaded)
-        tokenizer = load_tokenizer(loaded)
+        tokenizer = load_tokenizer(loaded.model, loaded.tokenizer_place)
         data = load_instructions(
             loaded.data.train, tokenizer, loaded.data.max_length, source_key=loaded.data.source_key, cache_dir=None
         )
         small_source_ids(config.colm, source_counts(data))
-        find_architecture(load_model(loaded, tokenizer))
+        find_architecture(load_model(loaded.model, loaded.lora, tokenizer))
         restart = loaded.overwrite or (start is None and may_restart(loaded))
         RunFolder(loaded.output_dir, overwrite=restart, resumed_step=start.step if start else None).close()
     except CoLMError as error:
