@@ -130,7 +130,7 @@ def job_of_recipe(
     candidates = _candidates(recipe, label_share, candidate_tokens)
     loaded, _ = load_config(recipe.deepspeed)
     resolved = resolve_config(
-        {**loaded, "train_micro_batch_size_per_gpu": recipe.micro_batch_size, "colm": recipe.colm.model_dump()},
+        {**loaded, "train_micro_batch_size_per_gpu": recipe.micro_batch_size, "colm": recipe.colm},
         world_size,
     )
     spec = ModelSpec(

@@ -67,13 +67,14 @@ class BaseRecipe(Section):
         return self.tokenizer
 
     @property
-    def colm_values(self) -> dict[str, Any]:
-        """The `"colm"` section; without sources to choose by the first steps are plain."""
-        values = self.colm.model_dump()
+    def colm_of_run(self) -> CoLMSection:
+        """The `"colm"` section that training follows: the steps before the first clusters are plain."""
         clusters: ClusterConfig | None = getattr(self, "clusters", None)
-        if clusters is not None:
-            values["schedule"]["start_step"] = max(self.colm.schedule.start_step, clusters.first_selection())
-        return values
+        if clusters is None:
+            return self.colm
+        schedule = self.colm.schedule
+        later = schedule.model_copy(update={"start_step": max(schedule.start_step, clusters.first_selection())})
+        return self.colm.model_copy(update={"schedule": later})
 
     def check(self, problems: Problems) -> None:
         """Add what does not fit together."""

@@ -21,7 +21,7 @@ from colm_ds.batching.loader import source_counts
 from colm_ds.checkpoints.atomic import Checkpoint
 from colm_ds.checkpoints.engine_state import on_all_ranks
 from colm_ds.checkpoints.weights import save_trained
-from colm_ds.config.resolve import load_config, resolve_config
+from colm_ds.config.resolve import ResolvedConfig, load_config, resolve_config
 from colm_ds.distributed.agreement import single_process_environment, together
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.coreset_selector import reads_model
@@ -117,7 +117,10 @@ def learning_rate_factor(config: LrScheduleConfig, steps: int) -> Callable[[int]
 
 
 def deepspeed_config(recipe: BaseRecipe) -> dict[str, Any]:
-    """The DeepSpeed configuration of a recipe: its JSON with batch sizes, optimizer, precision and `"colm"` filled in.
+    """Fill batch size, optimizer, precision, monitors and `"colm"` into the DeepSpeed JSON of a recipe.
+
+    Returns:
+        What `resolve_config` takes; `"colm"` is the recipe's `CoLMSection` itself.
 
     Raises:
         ConfigError: if the JSON already has what the recipe says.
@@ -133,7 +136,7 @@ def deepspeed_config(recipe: BaseRecipe) -> dict[str, Any]:
         **monitor_sections(recipe, config),
         "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
         "optimizer": {"type": "AdamW", "params": {**optimizer, "betas": list(recipe.optimizer.betas)}},
-        "colm": recipe.colm_values,
+        "colm": recipe.colm_of_run,
         "steps_per_print": config.get("steps_per_print", 10**9),
     }
 
@@ -300,10 +303,8 @@ class TrainingRun:
         set_environment(recipe)
         return folder
 
-    def _checked_config(self) -> dict[str, Any]:
-        config = deepspeed_config(self.recipe)
-        resolve_config(config, self.world_size)
-        return config
+    def _checked_config(self) -> ResolvedConfig:
+        return resolve_config(deepspeed_config(self.recipe), self.world_size)
 
     def _small_sources(self) -> list[str]:
         selector = self.engine.coreset_selector

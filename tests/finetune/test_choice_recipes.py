@@ -85,7 +85,7 @@ def test_recipe_is_valid(path: Path, task: str, tmp_path: Path) -> None:
     assert isinstance(recipe, ChoiceRecipe)
     assert recipe.clusters is not None
     assert recipe.clusters.steps(recipe.steps) == [20, 32, 44, 56, 68]
-    assert recipe.colm_values["schedule"]["start_step"] == 20
+    assert recipe.colm_of_run.schedule.start_step == 20
     assert (recipe.steps, recipe.colm.large_batch_size, recipe.colm.coreset_size) == (80, 128, 64)
     assert recipe.data.limit == 3000
 
