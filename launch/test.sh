@@ -4,6 +4,7 @@
 #   bash launch/test.sh                      # what continuous integration runs
 #   bash launch/test.sh -k quotas            # further arguments go to pytest; paths count from the repository root
 #   bash launch/test.sh -m "slow or not slow"   # also the slow tests
+#   WORKERS=0 bash launch/test.sh            # in one process; default: a worker per core, 4 at most
 set -uo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -11,7 +12,7 @@ cd "$root" || exit 1
 bash launch/setup.sh || exit 1
 
 export PATH="$root/.venv/bin:$PATH"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"   # many small operations: more threads only wait for each other
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"   # many small operations: more threads only wait for each other
 export TOKENIZERS_PARALLELISM=false              # the tests fork; a forked thread pool can hang
 export HF_HUB_OFFLINE=1
 
@@ -42,7 +43,9 @@ done
 echo "test: pytest $*"
 export COLM_DS_FAILED_CHECKS
 COLM_DS_FAILED_CHECKS="$(IFS=,; echo "${failed[*]-}")"
-python -m pytest --durations=10 --durations-min=5 "$@"
+cores="$(nproc)"
+workers="${WORKERS:-$((cores < 4 ? cores : 4))}"   # each with process pools of its own: 4 GiB
+python -m pytest -n "$workers" --dist loadfile --durations=10 --durations-min=5 "$@"
 status=$?
 [[ $status -eq 0 && ${#failed[@]} -gt 0 ]] && status=1
 exit "$status"
