@@ -22,7 +22,7 @@ class Backend(Protocol):
     """The interface behind which a model answers; results come batch by batch, each with its place in the request.
 
     Attributes:
-        name: "transformers", "vllm", ...
+        name: noted beside the answers; those of another backend are not continued.
         tokenizer: of the model.
     """
 

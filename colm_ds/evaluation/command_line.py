@@ -16,15 +16,14 @@ import torch.distributed as dist
 
 from colm_ds.distributed.agreement import single_process_environment, together
 from colm_ds.distributed.exchange import make_exchange
-from colm_ds.errors import CoLMError
+from colm_ds.errors import CoLMError, ConfigError
 from colm_ds.evaluation.backend import Backend, TransformersBackend
 from colm_ds.evaluation.evaluate import GROUPS, TASK_NAMES, Options, evaluate, print_results, task_names
-from colm_ds.evaluation.model_source import ModelSource, describe, find_model, load, load_its_tokenizer, read_recipe
+from colm_ds.evaluation.model_source import ModelSource, describe, find_model, load, read_recipe
 from colm_ds.evaluation.perplexity import PerplexityTask, is_store
 from colm_ds.evaluation.question_files import find_set, parse_places
 from colm_ds.evaluation.question_log import EvaluationFolder
 from colm_ds.evaluation.sandbox import sandbox
-from colm_ds.evaluation.vllm_backend import VllmBackend
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.recipes.model import DTYPES, quiet_libraries
 
@@ -64,7 +63,6 @@ def make_parser(description: str, tasks: str) -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=0, help="of the draw (default: 0)")
     add("--overwrite", action="store_true", help="remove answers that are there instead of going on from them")
-    add("--backend", choices=("transformers", "vllm"), default="transformers", help="what computes")
     add("--dtype", choices=sorted(DTYPES), help="precision (default: float32 on a CPU, bfloat16 on a GPU)")
     add("--gguf-file", help="GGUF file in the base model's folder")
     add("--base", help="base model of an adapter, if it is not where the adapter says")
@@ -79,6 +77,7 @@ def make_parser(description: str, tasks: str) -> argparse.ArgumentParser:
         choices=sandbox.LEVELS,
         help="weakest isolation of model-written programs to accept (default: the sandbox's rule)",
     )
+    add("--backend", help=argparse.SUPPRESS)  # removed; `_options` says so
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     return parser
 
@@ -154,6 +153,12 @@ def _evaluate(parsed: argparse.Namespace, device: torch.device, environment: Cal
 
 
 def _options(parsed: argparse.Namespace) -> Options:
+    if parsed.backend is not None:
+        raise ConfigError(
+            f"--backend {parsed.backend}: this option was removed, transformers answers every question. Leave it out. "
+            "For speed write the model with colm-ds export RUN --merge and give its folder to vLLM, or to lm-eval's "
+            "model vllm."
+        )
     tasks = tuple(word.strip() for word in parsed.tasks.split(",") if word.strip())
     task_names(tasks)  # complain before a model is loaded
     return Options(
@@ -190,9 +195,7 @@ def _source(parsed: argparse.Namespace, device: torch.device) -> ModelSource:
 
 
 def _backend(parsed: argparse.Namespace, source: ModelSource, device: torch.device) -> tuple[Backend, Any]:
-    """The backend, and the model if this process holds it."""
-    if parsed.backend == "vllm":
-        return VllmBackend(source, load_its_tokenizer(source)), None
+    """Load the model; return the backend around it, and the model itself."""
     model, tokenizer = load(source)
     model = model.to(device)
     return TransformersBackend(

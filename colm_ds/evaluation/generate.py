@@ -173,7 +173,10 @@ def select_rows(cache: Any, rows: Tensor) -> None:
         ConfigError: if the model keeps none, or another kind.
     """
     if cache is None or not hasattr(cache, "batch_select_indices"):
-        raise ConfigError("the model keeps no key-value cache that rows can be taken from. Use --backend vllm.")
+        raise ConfigError(
+            "the model keeps no key-value cache that rows can be taken from, so it cannot generate here. Serve its "
+            "folder with vLLM and score it with lm-eval."
+        )
     cache.batch_select_indices(rows)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -123,14 +122,13 @@ def test_math_names_its_isolation(models: Path, data: Path, tmp_path: Path) -> N
         ("{models}/base --tasks cb --data {data}", "cb: no data"),
         ("{models}/base --tasks copa", "copa: no data: no folder was given"),
         ("{models}/base --tasks gsm8k --data {data} --max-new-tokens 5000", "1024 positions"),
-        ("{models}/base --tasks copa --backend vllm", "vLLM is not installed. Run pip install vllm"),
+        ("{models}/base --tasks copa --data {data} --backend vllm", "--backend vllm: this option was removed"),
+        ("{models}/base --tasks copa --data {data} --backend vllm", "colm-ds export RUN --merge"),
     ],
 )
 def test_bad_input_is_one_message(
     arguments: str, message: str, models: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if "vllm" in arguments and importlib.util.find_spec("vllm") is not None:
-        pytest.skip("vLLM is installed")
     words = arguments.format(models=models, data=data).split(" ")
     with pytest.raises(SystemExit) as stopped:
         finetune.evaluate.main([*words, "--out", str(tmp_path), "--isolation", "rlimits"])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +11,6 @@ from colm_ds.data.prompt import encode_prompt, encode_text, format_prompt
 from colm_ds.errors import ConfigError
 from colm_ds.evaluation.backend import TransformersBackend
 from colm_ds.evaluation.generate import Generation, StopStrings, greedy
-from colm_ds.evaluation.model_source import ModelSource
-from colm_ds.evaluation.vllm_backend import VllmBackend
-from colm_ds.recipes.sections import ModelConfig
 from tests.evaluation.stubs import CPU, VOCABULARY_SIZE, make_backend, make_model
 from tests.tiny_models import add_lora
 
@@ -194,69 +188,3 @@ def test_broken_weights_are_an_error_not_an_answer(tokenizer: Any) -> None:
 def test_batch_size_does_not_matter(budget: dict[str, int], tokenizer: Any) -> None:
     assert ask(make_backend(tokenizer, **budget), PROMPTS) == ask(make_backend(tokenizer), PROMPTS)
     assert ask(make_backend(tokenizer), []) == []
-
-
-class FakeVllm(types.ModuleType):
-    """Stands for vLLM: notes how it is called and answers from a tiny model."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        super().__init__("vllm")
-        self.calls: list[dict[str, Any]] = []
-        self._model = make_model()
-        self._tokenizer = tokenizer
-        self.SamplingParams = dict
-
-    def LLM(self, **options: Any) -> Any:  # noqa: N802 - vLLM's name
-        self.calls.append(options)
-        return self
-
-    def generate(self, requests: list[dict[str, Any]], options: dict[str, Any], **named: Any) -> list[Any]:
-        self.calls.append({**options, **named})
-        return [self._answer(request["prompt_token_ids"], options) for request in requests]
-
-    def _answer(self, ids: list[int], options: dict[str, Any]) -> Any:
-        with torch.no_grad():
-            log_probabilities = self._model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-        known: list[Any] = [None]
-        for place, token in enumerate(ids[1:]):
-            known.append({token: types.SimpleNamespace(logprob=float(log_probabilities[place, token]))})
-        (written,) = greedy(
-            self._model,
-            self._tokenizer,
-            [ids],
-            max_new_tokens=options["max_tokens"],
-            stop_strings=options.get("stop") or (),
-            device=CPU,
-            eos_ids=frozenset({1}),
-        )
-        output = types.SimpleNamespace(
-            text=written.text,
-            token_ids=range(written.num_tokens),
-            finish_reason="length" if written.reason == "length" else "stop",
-            stop_reason="e" if written.reason == "stop" else None,
-        )
-        return types.SimpleNamespace(outputs=[output], prompt_logprobs=known)
-
-
-def test_vllm_is_called_so_that_it_answers_the_same(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = FakeVllm(tokenizer)
-    monkeypatch.setitem(sys.modules, "vllm", fake)
-    requests = types.ModuleType("vllm.lora.request")
-    requests.LoRARequest = lambda *arguments: arguments  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vllm.lora.request", requests)
-    base = ModelConfig(name_or_path="some/model", dtype="bfloat16")
-    vllm = VllmBackend(ModelSource(base, Path("an/adapter"), None), tokenizer)
-    ours = make_backend(tokenizer)
-    assert ask(vllm, PROMPTS, 12, ("e",)) == ask(ours, PROMPTS, 12, ("e",))
-    questions = [("Add 1", (" 2", " 3 4")), ("x", ("y", "zz"))]
-    (theirs,) = list(vllm.score(questions))
-    expected = sorted(each for batch in ours.score(questions) for each in batch)
-    for (place, found), (_, wanted) in zip(theirs, expected, strict=True):
-        assert [each.num_tokens for each in found] == [each.num_tokens for each in wanted], place
-        assert [each.mean for each in found] == pytest.approx([each.mean for each in wanted], abs=1e-4)
-    assert fake.calls[0]["model"] == fake.calls[0]["tokenizer"] == "some/model"
-    assert fake.calls[1]["temperature"] == 0.0
-    assert fake.calls[1]["lora_request"] == ("adapter", 1, "an/adapter")
-    with pytest.raises(ConfigError, match="--tasks perplexity: vLLM does not measure it"):
-        vllm.text_losses([[1, 2]])
-    assert list(vllm.generate([], max_new_tokens=3, stop_strings=())) == list(vllm.score([])) == []
