@@ -74,8 +74,8 @@ def make_parser(description: str, tasks: str) -> argparse.ArgumentParser:
     add("--workers", type=int, default=2, help="programs that run at a time on each rank (default: 2)")
     add(
         "--isolation",
-        choices=sandbox.LEVELS,
-        help="weakest isolation of model-written programs to accept (default: the sandbox's rule)",
+        metavar="LEVEL",
+        help="weakest isolation of model-written programs to accept: landlock (default) or namespaces",
     )
     add("--backend", help=argparse.SUPPRESS)  # removed; `_options` says so
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
@@ -128,13 +128,15 @@ def _evaluate(parsed: argparse.Namespace, device: torch.device, environment: Cal
     rank = dist.get_rank() if dist.is_initialized() else 0
     exchange = make_exchange(device)
     options = together(lambda: _options(parsed), device)
+    asks_math = bool(set(task_names(options.tasks)[0]) & set(GROUPS["math"]))
+    if asks_math:
+        together(lambda: _try_sandbox(options.minimum), device)  # now, not in an hour
     source = together(lambda: _source(parsed, device), device)
     options = together(lambda: _with_its_store(options, source, parsed.chunk_tokens is None), device)
     backend, model = together(lambda: _backend(parsed, source, device), device)
     folder = EvaluationFolder(parsed.out or _default_folder(parsed.model, source))
     facts = {"environment": environment(), "world_size": exchange.num_processes}
-    if set(task_names(options.tasks)[0]) & set(GROUPS["math"]):
-        together(lambda: sandbox.run_programs(["print(1)"], minimum=options.minimum), device)  # now, not in an hour
+    if asks_math:
         facts["isolation"] = sandbox.detect().describe()
     results = evaluate(
         backend,
@@ -169,9 +171,27 @@ def _options(parsed: argparse.Namespace) -> Options:
         max_new_tokens=parsed.max_new_tokens,
         chunk_tokens=parsed.chunk_tokens or DEFAULT_CHUNK_TOKENS,
         workers=parsed.workers,
-        minimum=parsed.isolation,
+        minimum=None if parsed.isolation is None else sandbox.check_level(parsed.isolation),
         overwrite=parsed.overwrite,
     )
+
+
+def _try_sandbox(minimum: str | None) -> None:
+    """Run a program of one line as the answers to math questions will be.
+
+    Raises:
+        ConfigError: if this machine cannot isolate programs.
+    """
+    try:
+        (result,) = sandbox.run_programs(["print(1)"], minimum=minimum)
+        problem = result.message if result.status == "refused" else ""
+    except ConfigError as error:
+        problem = str(error)
+    if problem:
+        raise ConfigError(
+            f"--tasks: math sets run programs that the model writes: {problem} Or leave the math sets out, as in "
+            "--tasks superglue,squad."
+        )
 
 
 def _with_its_store(options: Options, source: ModelSource, may_choose_length: bool) -> Options:

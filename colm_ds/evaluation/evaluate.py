@@ -69,7 +69,7 @@ class Options:
     max_new_tokens: int = 512
     chunk_tokens: int = 1024
     workers: int = 2
-    minimum: Any = None
+    minimum: str | None = None
     overwrite: bool = False
 
 

@@ -42,7 +42,7 @@ class MathTask:
 
     name: str
     workers: int = 2
-    minimum: Any = None
+    minimum: str | None = None
     settings: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": 512})
 
     @property

@@ -13,7 +13,7 @@ import finetune.evaluate
 import pretrain.evaluate
 from colm_ds.errors import CheckpointError
 from colm_ds.evaluation.model_source import find_model, load
-from colm_ds.evaluation.sandbox.sandbox import detect
+from colm_ds.evaluation.sandbox import sandbox
 from colm_ds.randomness import private_generator
 from tests.evaluation.evaluations import numbers, read_answers
 from tests.evaluation.stubs import make_model
@@ -103,8 +103,8 @@ def test_pretraining_program(models: Path, data: Path, tmp_path: Path, capsys: p
 
 def test_math_names_its_isolation(models: Path, data: Path, tmp_path: Path) -> None:
     arguments = ("--tasks", "gsm8k", "--data", str(data), "--max-new-tokens", "8", "--out", str(tmp_path))
-    found = run("finetune", str(models / "base"), *arguments, "--isolation", detect().level)
-    assert found["isolation"]["level"] == detect().level
+    found = run("finetune", str(models / "base"), *arguments, "--isolation", "landlock")
+    assert found["isolation"]["level"] == sandbox.detect().level
     assert found["tasks"]["gsm8k"]["n"] == 11
 
 
@@ -122,6 +122,8 @@ def test_math_names_its_isolation(models: Path, data: Path, tmp_path: Path) -> N
         ("{models}/base --tasks cb --data {data}", "cb: no data"),
         ("{models}/base --tasks copa", "copa: no data: no folder was given"),
         ("{models}/base --tasks gsm8k --data {data} --max-new-tokens 5000", "1024 positions"),
+        ("{models}/base --tasks copa --isolation rlimits", "'rlimits': this level was removed"),
+        ("{models}/base --tasks copa --isolation strong", "Known: landlock, namespaces"),
         ("{models}/base --tasks copa --data {data} --backend vllm", "--backend vllm: this option was removed"),
         ("{models}/base --tasks copa --data {data} --backend vllm", "colm-ds export RUN --merge"),
     ],
@@ -131,10 +133,24 @@ def test_bad_input_is_one_message(
 ) -> None:
     words = arguments.format(models=models, data=data).split(" ")
     with pytest.raises(SystemExit) as stopped:
-        finetune.evaluate.main([*words, "--out", str(tmp_path), "--isolation", "rlimits"])
+        finetune.evaluate.main([*words, "--out", str(tmp_path)])
     assert stopped.value.code == 2
     (said,) = [line for line in capsys.readouterr().err.splitlines() if "Error: " in line]
     assert message in said
+
+
+def test_math_is_refused_before_a_model_is_loaded_where_programs_cannot_be_isolated(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weak = sandbox.Isolation("unshare: Operation not permitted", "no seccomp", "no Landlock", 0, False)
+    monkeypatch.setattr(sandbox, "detect", lambda: weak)
+    with pytest.raises(SystemExit) as stopped:
+        finetune.evaluate.main(["./nowhere", "--tasks", "gsm8k,copa", "--data", str(data), "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "Error: " in line]
+    for part in ("this machine cannot isolate", "no seccomp", "Allow this user", "leave the math sets out"):
+        assert part in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_adapter_of_another_model_is_refused(models: Path, tokenizer: Any, tmp_path: Path) -> None:

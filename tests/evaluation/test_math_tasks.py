@@ -14,7 +14,6 @@ from colm_ds.errors import DataError
 from colm_ds.evaluation import math_tasks
 from colm_ds.evaluation.math_tasks import PROGRAM_SUFFIX, MathQuestion, MathTask, read_question
 from colm_ds.evaluation.results import IN_DOMAIN, OUT_OF_DOMAIN
-from colm_ds.evaluation.sandbox.sandbox import detect
 from tests.evaluation.stubs import StubBackend
 
 SETS = IN_DOMAIN + OUT_OF_DOMAIN
@@ -37,11 +36,6 @@ def gold_by_prompt(questions: Sequence[MathQuestion], suffix: str) -> dict[str, 
     return {format_prompt(question.question + suffix): question.gold for question in questions}
 
 
-def make_task(name: str) -> MathTask:
-    """A set whose programs run with the strongest isolation of this machine, whichever that is."""
-    return MathTask(name, minimum=detect().level)
-
-
 def wrong_answer(gold: str) -> str:
     """A number that no set has as an answer."""
     return "-987654321"
@@ -54,7 +48,7 @@ def run_perfect_programs(name: str, questions: Sequence[MathQuestion], right: bo
         answer = gold[prompt] if right else wrong_answer(gold[prompt])
         return f"```python\nanswer = {answer!r}\nprint(answer)\n```\n### Instruction:\nprint(0)"
 
-    return ask(make_task(name), write, questions)
+    return ask(MathTask(name), write, questions)
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -86,12 +80,12 @@ def test_perfect_words_score_everything_and_wrong_ones_nothing(name: str, first_
         answer = gold[prompt] if right else wrong_answer(gold[prompt])
         return f" Let us think.\nThe answer is {answer}.\n\nQuestion: another one. The answer is 5."
 
-    rows = ask(make_task(name), write, questions)
+    rows = ask(MathTask(name), write, questions)
     assert [row["question"] for row in rows if not row["correct"]] == []
     assert {row["answered_by"] for row in rows} == {"words"}
     assert {row["words_text"] is None for row in rows} == {first_pass == "words"}
     assert MathTask(name).summarise(rows)["accuracy"] == 1.0
-    wrong = ask(make_task(name), lambda prompt: write(prompt, right=False), questions)
+    wrong = ask(MathTask(name), lambda prompt: write(prompt, right=False), questions)
     assert MathTask(name).summarise(wrong)["accuracy"] == 0.0
 
 
@@ -113,7 +107,7 @@ def test_words_are_asked_where_a_program_gives_no_answer(case: str) -> None:
     def write(prompt: str) -> str:
         return program if prompt == format_prompt("Q" + PROGRAM_SUFFIX) else "6 times 7 is 42"
 
-    (row,) = ask(make_task("gsm8k"), write, [MathQuestion("Q", "42")])
+    (row,) = ask(MathTask("gsm8k"), write, [MathQuestion("Q", "42")])
     assert (row["program_status"], row["answered_by"], row["correct"]) == (status, answered_by, True)
     assert (row["words_text"] is not None) == (answered_by == "words")
 
@@ -128,7 +122,7 @@ def test_words_of_the_first_pass_are_an_answer() -> None:
 
 
 def test_no_answer_anywhere_is_wrong_and_counted() -> None:
-    rows = ask(make_task("gsm8k"), lambda prompt: "no idea", [MathQuestion("Q", "42"), MathQuestion("R", "1")])
+    rows = ask(MathTask("gsm8k"), lambda prompt: "no idea", [MathQuestion("Q", "42"), MathQuestion("R", "1")])
     summary = MathTask("gsm8k").summarise(rows)
     assert (summary["accuracy"], summary["without_answer"], summary["asked_for_words"]) == (0.0, 2, 2)
     assert [row["answered_by"] for row in rows] == [None, None]

@@ -25,8 +25,10 @@ from typing import Any
 
 from colm_ds.errors import CoLMError, ConfigError
 
-# Weakest first. A run needs at least the second unless `minimum` says otherwise.
-LEVELS = ("rlimits", "landlock", "namespaces")
+LEVELS = ("landlock", "namespaces")
+"""Levels of isolation, the weaker first; a machine that offers neither runs no program."""
+
+_REMOVED_LEVEL = "rlimits"
 _SERVER = Path(__file__).with_name("server.py")
 _START = "import sys, runpy; del sys.path[0]; runpy.run_path(sys.argv[1], run_name='__main__')"
 _START_S = 120.0  # a cold numpy on a busy machine
@@ -100,18 +102,18 @@ class Isolation:
     changes_user: bool
 
     @property
-    def level(self) -> str:
-        """The level of `LEVELS` that this amounts to: both upper ones need the filter of system calls."""
-        if self.seccomp:
-            return "rlimits"
-        return "namespaces" if not self.namespaces else "landlock" if not self.landlock else "rlimits"
+    def level(self) -> str | None:
+        """The level of `LEVELS` that this amounts to, None for neither; both need the filter of system calls."""
+        if self.seccomp or (self.namespaces and self.landlock):
+            return None
+        return "landlock" if self.namespaces else "namespaces"
 
     def describe(self) -> dict[str, Any]:
         """For result files: level, what is used, why the rest is not, kernel and Python."""
         means = {"namespaces": self.namespaces, "seccomp": self.seccomp, "landlock": self.landlock}
         return {
             "level": self.level,
-            "used": [*(name for name, why_not in means.items() if not why_not), "rlimits"],
+            "used": [*(name for name, why_not in means.items() if not why_not), "resource limits"],
             "not_used": {name: why_not for name, why_not in means.items() if why_not},
             "landlock_abi": self.landlock_abi,
             "runs_as_nobody": self.changes_user,
@@ -139,7 +141,6 @@ class _Server:
             **means,
             "base": self.base,
             "probe": isolation is None,
-            "hook": isolation is not None and isolation.level == LEVELS[0],
             "numpy_parent": str(Path(numpy.origin).parent.parent),
         }
         command = [sys.executable, "-s", "-S", "-B", "-X", "utf8", "-c", _START, str(_SERVER), json.dumps(settings)]
@@ -223,6 +224,44 @@ def detect() -> Isolation:
     return Isolation(**report, landlock_abi=server.hello["landlock_abi"], changes_user=os.geteuid() == 0)
 
 
+def check_level(minimum: str | None) -> str:
+    """Return the weakest level to accept, one of `LEVELS`; None asks for "landlock".
+
+    Raises:
+        ConfigError: for a word that is no level, or that of the removed one.
+    """
+    if minimum == _REMOVED_LEVEL:
+        raise ConfigError(
+            f"isolation {minimum!r}: this level was removed, since native code passes resource limits by. Leave it out "
+            f"or write {LEVELS[0]!r}: programs then run behind Landlock and a filter of system calls, or not at all."
+        )
+    if minimum is not None and minimum not in LEVELS:
+        raise ConfigError(f"isolation {minimum!r}: not a level of the sandbox. Known: {', '.join(LEVELS)}.")
+    return minimum or LEVELS[0]
+
+
+def require_isolation(minimum: str | None = None) -> Isolation:
+    """Return this machine's isolation if it is at least as strong as asked for.
+
+    Args:
+        minimum: see `check_level`.
+
+    Raises:
+        ConfigError: if it is weaker, or `minimum` is no level.
+        SandboxError: if the isolated interpreter does not start.
+    """
+    needed, isolation = check_level(minimum), detect()
+    if isolation.level is not None and LEVELS.index(isolation.level) >= LEVELS.index(needed):
+        return isolation
+    lacks = "; ".join(f"{name}: {why}" for name, why in isolation.describe()["not_used"].items())
+    offers = "cannot isolate programs that a model wrote" if isolation.level is None else f"offers {isolation.level!r}"
+    instead = "run on a Linux kernel with seccomp and Landlock" if isolation.level is None else f"ask for {LEVELS[0]!r}"
+    raise ConfigError(
+        f"isolation {needed!r} is needed, and this machine {offers} ({lacks}). Allow this user or container user "
+        f"namespaces and seccomp filters, or {instead}."
+    )
+
+
 def run_programs(
     programs: Sequence[str], *, limits: Limits = Limits(), workers: int = 2, minimum: str | None = None
 ) -> list[ProgramResult]:
@@ -235,7 +274,7 @@ def run_programs(
         programs: Python sources.
         limits: of each program.
         workers: programs that run at a time.
-        minimum: weakest level of `LEVELS` to run with; None for "landlock". "rlimits" must be asked for.
+        minimum: weakest level of `LEVELS` to run with; None for "landlock".
 
     Returns:
         A result for each program, in order; a program can not make this function raise.
@@ -244,22 +283,12 @@ def run_programs(
         ConfigError: if the machine does not offer `minimum`, or an argument is wrong.
         SandboxError: if the isolated interpreter does not start.
     """
-    needed = LEVELS[1] if minimum is None else minimum
-    if needed not in LEVELS:
-        raise ConfigError(f"minimum = {minimum!r}: not a level of the sandbox. Known: {', '.join(LEVELS)}")
+    check_level(minimum)
     if workers < 1:
         raise ConfigError(f"workers = {workers}: at least 1")
     if not programs:
         return []
-    isolation = detect()
-    if LEVELS.index(isolation.level) < LEVELS.index(needed):
-        lacks = "; ".join(f"{name}: {why}" for name, why in isolation.describe()["not_used"].items())
-        raise ConfigError(
-            f"this machine isolates programs only at level {isolation.level!r}, less than {needed!r} ({lacks}). Allow "
-            f"user namespaces (or seccomp and Landlock), or ask for it with minimum = {isolation.level!r} on a machine "
-            "that holds nothing of value"
-        )
-    return run_isolated(programs, limits, workers, isolation)
+    return run_isolated(programs, limits, workers, require_isolation(minimum))
 
 
 def run_isolated(programs: Sequence[str], limits: Limits, workers: int, isolation: Isolation) -> list[ProgramResult]:
