@@ -46,18 +46,8 @@ def gpt2(shared_data: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def mistral(shared_data: Path) -> PreTrainedTokenizerBase:
-    """Mistral's first tokenizer (SentencePiece BPE that adds bos), built from its model file without protobuf."""
-    sentencepiece = pytest.importorskip("sentencepiece")
-    model = sentencepiece.SentencePieceProcessor(
-        model_file=str(shared_data / "tokenizers" / "mistral_v1" / "tokenizer.model")
-    )
-    vocab = {model.id_to_piece(number): number for number in range(len(model))}
-    merges = []
-    for piece, number in vocab.items():
-        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        merges += [(-model.get_score(number), pair) for pair in pairs if pair[0] in vocab and pair[1] in vocab]
-    merges.sort(key=lambda scored: scored[0])
-    return LlamaTokenizer(vocab=vocab, merges=[pair for _, pair in merges], add_bos_token=True)
+    """Mistral's first tokenizer (SentencePiece BPE that adds bos), as transformers reads its model file."""
+    return LlamaTokenizer.from_pretrained(shared_data / "tokenizers" / "mistral_v1", add_bos_token=True)
 
 
 @pytest.fixture

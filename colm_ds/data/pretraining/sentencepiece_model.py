@@ -1,17 +1,16 @@
-"""SentencePiece models: trained on texts, and turned into a Hugging Face tokenizer that gives the same tokens."""
+"""SentencePiece models: train one, and read a `.model` file as a Hugging Face tokenizer that gives the same ids."""
 
 from __future__ import annotations
 
+import importlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from colm_ds.errors import ConfigError, DataError
 
-UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
-_SPACE = "▁"
-_NEVER = 100.0
+PAD = "<pad>"
 _LONGEST_LINE_BYTES = 16384
 _PROBE = ("Hello  world", " a\n\tb = 1234;\r\n", "naïve 中文 🙂 x²", "", "don't 3.14")
 
@@ -66,137 +65,59 @@ def _lines(texts: Iterator[str]) -> Iterator[str]:
                 yield line
 
 
-def to_hugging_face(model: bytes, where: str) -> Any:
-    """A fast Hugging Face tokenizer with the tokens of a SentencePiece model; it adds no special tokens by itself.
+def load_sentencepiece(path: Path) -> Any:
+    """Return a fast Hugging Face tokenizer with the ids of a SentencePiece `.model` file; it adds none by itself.
 
-    Args:
-        model: content of the `.model` file.
-        where: what to call it in messages.
+    transformers converts the file; on a few texts the ids are compared with SentencePiece's. A text that spells a
+    control piece, such as "</s>", may become that piece under a unigram model, where SentencePiece would cut it up.
 
     Raises:
-        ConfigError: if it is no SentencePiece model, has no end-of-sequence token, or would not give the same tokens.
+        ConfigError: if the file cannot be read, has no end-of-sequence token, or would get other ids.
     """
     import sentencepiece
+    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
-    processor = sentencepiece.SentencePieceProcessor()
     try:
-        processor.LoadFromSerializedProto(model)
-        backend = _backend(processor, model)
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise ConfigError(f"{where}: not a SentencePiece model that can be read: {error}.") from None
-    names = {"unk_token": processor.unk_id(), "bos_token": processor.bos_id(), "eos_token": processor.eos_id()}
-    names["pad_token"] = processor.pad_id()
-    special = {name: processor.id_to_piece(piece) for name, piece in names.items() if piece >= 0}
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.LoadFromSerializedProto(path.read_bytes())
+        _check_protobuf()
+        backend = PreTrainedTokenizerFast.convert_to_native_format(vocab_file=str(path))["tokenizer_object"]
+    except OSError as error:
+        raise ConfigError(f"{path}: can not be read: {error.strerror}. Name a SentencePiece .model file.") from None
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path}: not a SentencePiece model that can be read: {error}.") from None
+    ids = {"unk_token": processor.unk_id(), "bos_token": processor.bos_id()}
+    ids |= {"eos_token": processor.eos_id(), "pad_token": processor.pad_id()}
+    special = {name: processor.id_to_piece(piece) for name, piece in ids.items() if piece >= 0}
     if "eos_token" not in special:
-        raise ConfigError(f"{where}: has no end-of-sequence token, which marks the end of a document.")
+        raise ConfigError(f"{path}: has no end-of-sequence token, which marks the end of a document.")
     special.setdefault("pad_token", special["eos_token"])
+    control = [piece for piece in range(len(processor)) if processor.is_control(piece) or processor.is_unknown(piece)]
+    backend.add_special_tokens(
+        [AddedToken(processor.id_to_piece(piece), normalized=False, special=True) for piece in control]
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
-    check_same_tokens(tokenizer, processor, _PROBE, where)
+    _check_same_ids(tokenizer, processor, path)
     return tokenizer
 
 
-def check_same_tokens(tokenizer: Any, processor: Any, texts: Sequence[str], where: str) -> None:
+def _check_protobuf() -> None:
+    """Raise a ConfigError where the installed protobuf cannot read a model; transformers would ask for tiktoken."""
+    try:
+        importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    except Exception as error:  # missing, or protobuf's own error of versions
+        raise ConfigError(
+            f"reading SentencePiece .model files: {error} Run pip install --upgrade protobuf sentencepiece."
+        ) from None
+
+
+def _check_same_ids(tokenizer: Any, processor: Any, path: Path) -> None:
     """Raise a ConfigError if a Hugging Face tokenizer and a SentencePiece processor encode a text differently."""
-    found = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    for text, ids in zip(texts, found, strict=True):
+    encoded = tokenizer(list(_PROBE), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    for text, ids in zip(_PROBE, encoded, strict=True):
         if ids != processor.encode(text):
             raise ConfigError(
-                f"{where}: as a Hugging Face tokenizer it would encode {text[:60]!r} otherwise. "
-                "Convert it with the tools it came with and name the folder."
+                f"{path}: as a Hugging Face tokenizer it would encode {text!r} differently. Upgrade transformers, or "
+                "convert it with the tools it came with and name the folder."
             )
-
-
-def _backend(processor: Any, model: bytes) -> Any:
-    """The `tokenizers` pipeline: normaliser, pieces, decoder."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-
-    fields = _fields(model)
-    trainer, normaliser = _fields(fields[2][-1]), _fields(fields[3][-1])
-    pieces = [processor.id_to_piece(piece) for piece in range(len(processor))]
-    steps: list[Any] = [normalizers.Precompiled(charsmap) for charsmap in normaliser.get(2, []) if charsmap]
-    if normaliser.get(4, [1])[-1]:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if normaliser.get(3, [1])[-1]:
-        steps.append(normalizers.Prepend(_SPACE))
-    steps.append(normalizers.Replace(" ", _SPACE))
-    unk = processor.id_to_piece(processor.unk_id())
-    if trainer.get(3, [1])[-1] == 2:
-        vocabulary = {piece: number for number, piece in enumerate(pieces)}
-        merges = _merges(processor, vocabulary)
-        byte_fallback = bool(trainer.get(35, [0])[-1])
-        backend = Tokenizer(models.BPE(vocabulary, merges, unk_token=unk, fuse_unk=True, byte_fallback=byte_fallback))
-    else:
-        scores = [(piece, processor.get_score(number)) for number, piece in enumerate(pieces)]
-        lowest = min(score for _, score in scores) - _NEVER
-        scores = [(piece, lowest if _is_no_text(processor, n) else score) for n, (piece, score) in enumerate(scores)]
-        byte_fallback = bool(trainer.get(35, [0])[-1])
-        backend = Tokenizer(models.Unigram(scores, processor.unk_id(), byte_fallback))
-    backend.normalizer = normalizers.Sequence(steps)
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    control = [piece for number, piece in enumerate(pieces) if processor.is_control(number) or piece == unk]
-    backend.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in control])
-    return backend
-
-
-def _merges(processor: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Pairs of pieces that make a piece, best first, as SentencePiece joins them."""
-    found = []
-    for piece, number in vocabulary.items():
-        if _is_no_text(processor, number):
-            continue
-        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        pairs = [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]
-        pairs.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
-        found += [(processor.get_score(number), pair) for pair in pairs]
-    found.sort(key=lambda item: -item[0])
-    return [pair for _, pair in found]
-
-
-def _is_no_text(processor: Any, number: int) -> bool:
-    """Whether a piece stands for something else than its text."""
-    return bool(processor.is_control(number) or processor.is_byte(number) or processor.is_unknown(number))
-
-
-def _fields(message: bytes) -> dict[int, list[Any]]:
-    """Fields of a protocol buffer message by number: whole numbers, and bytes of what is nested."""
-    fields: dict[int, list[Any]] = {}
-    place = 0
-
-    def varint() -> int:
-        nonlocal place
-        value = shift = 0
-        while True:
-            byte = message[place]
-            place += 1
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-            shift += 7
-
-    while place < len(message):
-        number, kind = divmod(varint(), 8)
-        if kind == 0:
-            fields.setdefault(number, []).append(varint())
-            continue
-        if kind not in (1, 2, 5):
-            raise ValueError(f"unknown wire type {kind}")
-        size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
-        if number != 1 or kind != 2:  # the pieces themselves come from the library
-            fields.setdefault(number, []).append(message[place : place + size])
-        place += size
-    return fields
-
-
-def read_model(path: Path) -> bytes:
-    """Content of a `.model` file.
-
-    Raises:
-        ConfigError: if it is missing.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: can not be read: {error.strerror}. Name a SentencePiece .model file.") from None

@@ -27,7 +27,7 @@ from colm_ds.data.pretraining.scan import (
     check_sources,
     scan,
 )
-from colm_ds.data.pretraining.sentencepiece_model import read_model, to_hugging_face, train_sentencepiece
+from colm_ds.data.pretraining.sentencepiece_model import load_sentencepiece, train_sentencepiece
 from colm_ds.data.pretraining.token_store import (
     HELDOUT,
     MANIFEST,
@@ -175,17 +175,16 @@ def _scanned(wanted: Preparation, files: Sequence[Path], num_processes: int, say
     check_sources(found, None if wanted.weights is None else list(wanted.weights), wanted.skip_others)
     check_bad_lines(found, wanted.max_bad_fraction)
     check_heldout(found, _used(wanted, found), wanted.holdout)
-    if wanted.tokenizer is None:
+    folder = wanted.folder / TOKENIZER
+    tokenizer = None if wanted.tokenizer is None else _given_tokenizer(wanted.tokenizer)
+    shutil.rmtree(folder, ignore_errors=True)
+    if tokenizer is None:
         megabytes = sum(len(text.encode()) for text in texts) / 1e6
         say(f"training a tokenizer of {wanted.vocabulary_size:,} on {megabytes:.1f} MB")
-        model = train_sentencepiece(iter(texts), wanted.vocabulary_size)
-        tokenizer = to_hugging_face(model, "the trained tokenizer")
-    else:
-        model, tokenizer = None, _given_tokenizer(wanted.tokenizer)
-    shutil.rmtree(wanted.folder / TOKENIZER, ignore_errors=True)
-    tokenizer.save_pretrained(str(wanted.folder / TOKENIZER))
-    if model is not None:
-        write_whole(wanted.folder / TOKENIZER / "sentencepiece.model", model)
+        folder.mkdir()
+        write_whole(folder / "sentencepiece.model", train_sentencepiece(iter(texts), wanted.vocabulary_size))
+        tokenizer = load_sentencepiece(folder / "sentencepiece.model")
+    tokenizer.save_pretrained(str(folder))
     write_whole(path, (json.dumps(asdict(found), ensure_ascii=False) + "\n").encode())
     return found
 
@@ -201,7 +200,7 @@ def _given_tokenizer(place: str) -> Any:
     from transformers import AutoTokenizer
 
     if place.endswith(".model"):
-        return to_hugging_face(read_model(Path(place)), place)
+        return load_sentencepiece(Path(place))
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, ImportError, KeyError) as error:
