@@ -1,4 +1,7 @@
-"""The command `colm-ds`: what can be done with runs and recipes outside training."""
+"""The command `colm-ds`: everything that is done with recipes and runs, also by the scripts of finetune/ and pretrain/.
+
+What a command needs is imported when it is chosen, so that `colm-ds --help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -6,38 +9,101 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
 
 from colm_ds.errors import CoLMError, ConfigError
+from colm_ds.process.exit_codes import ExitCode
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand.
+
+    Attributes:
+        summary: its line in `colm-ds --help`.
+        description: what its own help begins with.
+        set_up: adds its arguments to a parser, and as default `run` the function that takes them; that one returns an
+            exit code, or None for 0.
+    """
+
+    summary: str
+    description: str
+    set_up: Callable[[argparse.ArgumentParser], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand; errors of ours are one message and exit code 2."""
-    parser = argparse.ArgumentParser(prog="colm-ds", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_report(commands)
-    _add_watch(commands)
-    _add_export(commands)
-    _add_preview(commands)
-    _add_plan(commands)
-    options = parser.parse_args(arguments)
+    """Run one subcommand; a `CoLMError` is shown as one message.
+
+    Args:
+        arguments: the command line; None: this process's. DeepSpeed's launcher puts `--local_rank=N` first.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = next((word for word in words if not word.startswith("-")), "")
+    if name not in COMMANDS:
+        _show_commands(words)
+    words.remove(name)
+    command = COMMANDS[name]
+    parser = argparse.ArgumentParser(prog=f"colm-ds {name}", description=command.description)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the environment has it as LOCAL_RANK
+    command.set_up(parser)
+    options = parser.parse_intermixed_args(words)
     try:
-        options.run(options)
+        code: int | None = options.run(options)
     except CoLMError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return ExitCode.BAD_INPUT
+    return code or ExitCode.DONE
 
 
-def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "report",
-        help="compare runs: a table here, report.html, report.md and report.json in a folder",
-        description="Compare finished or running runs: quality, time and memory side by side.",
-    )
-    command.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, in the order to show")
-    command.add_argument("--out", default=".", help="folder for report.html, report.md and report.json (default: here)")
-    command.set_defaults(run=_report)
+def _show_commands(words: Sequence[str]) -> NoReturn:
+    """Show the help that was asked for, or say which word is no command; and exit."""
+    parser = argparse.ArgumentParser(prog="colm-ds", description="Train on mini-batch coresets, and what goes with it.")
+    choices = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        choices.add_parser(name, help=command.summary, add_help=False)
+    parser.parse_args(words)
+    parser.error("give a command")
+
+
+def _set_up_train(parser: argparse.ArgumentParser) -> None:
+    from colm_ds.training.train_command import add_arguments
+
+    add_arguments(parser)
+
+
+def _set_up_prepare(parser: argparse.ArgumentParser) -> None:
+    from colm_ds.training.prepare_command import add_arguments
+
+    add_arguments(parser)
+
+
+def _set_up_evaluate(parser: argparse.ArgumentParser) -> None:
+    from colm_ds.evaluation.command_line import add_arguments
+
+    add_arguments(parser)
+
+
+def _set_up_sweep(parser: argparse.ArgumentParser) -> None:
+    from colm_ds.sweep.sweep_command import add_arguments
+
+    add_arguments(parser)
+
+
+def _set_up_memory_report(parser: argparse.ArgumentParser) -> None:
+    from colm_ds.sweep.memory_comparison import add_arguments
+
+    add_arguments(parser)
+
+
+def _set_up_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, in the order to show")
+    parser.add_argument("--out", default=".", help="folder for report.html, report.md and report.json (default: here)")
+    parser.set_defaults(run=_report)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -49,17 +115,11 @@ def _report(options: argparse.Namespace) -> None:
     print(f"Pictures and details: {options.out}/report.html")
 
 
-def _add_watch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "watch",
-        help="a run in the terminal while it trains: loss, rate, memory, coreset by source, time left",
-        description="Show a run from its metrics.jsonl, live until it ends, or a finished one. Needs the files only: "
-        "the folder may be mounted from elsewhere. Without a terminal it prints a line for everything new.",
-    )
-    command.add_argument("run_folder", metavar="RUN", help="folder of a run")
-    command.add_argument("--once", action="store_true", help="show it as it is now and end")
-    command.add_argument("--every", type=float, default=2.0, metavar="S", help="seconds between looks (default: 2)")
-    command.set_defaults(run=_watch)
+def _set_up_watch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="RUN", help="folder of a run")
+    parser.add_argument("--once", action="store_true", help="show it as it is now and end")
+    parser.add_argument("--every", type=float, default=2.0, metavar="S", help="seconds between looks (default: 2)")
+    parser.set_defaults(run=_watch)
 
 
 def _watch(options: argparse.Namespace) -> None:
@@ -71,27 +131,21 @@ def _watch(options: argparse.Namespace) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to say, not even when closing
 
 
-def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "export",
-        help="write a run's weights as a PEFT adapter or a Hugging Face model",
-        description="Write a run's weights for use without colm_ds: a PEFT adapter after LoRA, else a whole model. "
-        "Needs the run's folder and the base model; no GPU and no launcher.",
-    )
-    command.add_argument("run_folder", metavar="RUN", help="folder of a run, finished or not")
-    command.add_argument(
+def _set_up_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="RUN", help="folder of a run, finished or not")
+    parser.add_argument(
         "--checkpoint",
         metavar="NAME",
         help="such as step_200 (default: what training wrote at its end, else the newest checkpoint that is whole)",
     )
-    command.add_argument("--merge", action="store_true", help="after LoRA: the whole model with the adapter added")
-    command.add_argument("--out", metavar="FOLDER", help="folder to write, new or empty (default: in RUN/export)")
-    command.add_argument("--model", metavar="PATH", help="base model (default: where the run's recipe says)")
-    command.add_argument("--tokenizer", metavar="PATH", help="tokenizer (default: the run's)")
-    command.add_argument(
+    parser.add_argument("--merge", action="store_true", help="after LoRA: the whole model with the adapter added")
+    parser.add_argument("--out", metavar="FOLDER", help="folder to write, new or empty (default: in RUN/export)")
+    parser.add_argument("--model", metavar="PATH", help="base model (default: where the run's recipe says)")
+    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer (default: the run's)")
+    parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights written (default: the recipe's)"
     )
-    command.set_defaults(run=_export)
+    parser.set_defaults(run=_export)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -116,18 +170,12 @@ def _export(options: argparse.Namespace) -> None:
     print(f"{done.folder}: {done.kind} in {done.dtype}")
 
 
-def _add_preview(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "preview",
-        help="what a recipe would train on: sources, lengths, examples, one selected coreset",
-        description="Show without training: sources with counts and which are small, lengths, examples with the "
-        "trained tokens between >>> and <<<, and what is kept of the first large batch, from which source and why.",
-    )
-    command.add_argument("recipe", help="YAML file")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-    command.add_argument("--examples", type=int, default=3, help="examples to show (default: 3)")
-    command.add_argument("--no-coreset", action="store_true", help="do not load the model and select")
-    command.set_defaults(run=_preview)
+def _set_up_preview(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
+    parser.add_argument("--examples", type=int, default=3, help="examples to show (default: 3)")
+    parser.add_argument("--no-coreset", action="store_true", help="do not load the model and select")
+    parser.set_defaults(run=_preview)
 
 
 def _preview(options: argparse.Namespace) -> None:
@@ -141,31 +189,25 @@ def _preview(options: argparse.Namespace) -> None:
     print(preview(recipe, num_examples=options.examples, with_coreset=not options.no_coreset))
 
 
-def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "plan",
-        help="what a recipe will need: memory of every phase, what fits, what to switch on, time",
-        description="Plan a run without a GPU, weights, data or network: peak memory per GPU by phase and part, the "
-        "largest micro-batch that fits, what every switch saves, and the time of a step by the cost model.",
-    )
-    command.add_argument("recipe", help="YAML file")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-    command.add_argument("--num-gpus", type=int, default=4, help="ranks (default: 4)")
-    command.add_argument("--gpu-memory-gib", type=float, default=48.0, help="memory of one GPU (default: 48)")
-    command.add_argument(
+def _set_up_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
+    parser.add_argument("--num-gpus", type=int, default=4, help="ranks (default: 4)")
+    parser.add_argument("--gpu-memory-gib", type=float, default=48.0, help="memory of one GPU (default: 48)")
+    parser.add_argument(
         "--reserve-gib", type=float, default=2.0, help="of it for context, communication, fragmentation (default: 2)"
     )
-    command.add_argument("--tflops", type=float, help="what a GPU achieves, in 1e12 operations a second: gives seconds")
-    command.add_argument(
+    parser.add_argument("--tflops", type=float, help="what a GPU achieves, in 1e12 operations a second: gives seconds")
+    parser.add_argument(
         "--mean-length", type=float, help="mean tokens of an example: for time and replay (default: the longest)"
     )
-    command.add_argument("--label-share", type=float, default=1.0, help="share of tokens with labels (default: 1)")
-    command.add_argument(
+    parser.add_argument("--label-share", type=float, default=1.0, help="share of tokens with labels (default: 1)")
+    parser.add_argument(
         "--candidate-tokens", type=int, help="classification: tokens of a candidate (default: 1, of copa 16)"
     )
-    command.add_argument("--compare", action="store_true", help="peaks over a range of batch sizes (Fig. 2c)")
-    command.add_argument("--json", action="store_true", help="print JSON")
-    command.set_defaults(run=_plan)
+    parser.add_argument("--compare", action="store_true", help="peaks over a range of batch sizes (Fig. 2c)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_plan)
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -195,6 +237,70 @@ def _plan(options: argparse.Namespace) -> None:
     else:
         report = {"name": recipe.name, **plan_report(job, **limits, tflops=options.tflops)}
         print(json.dumps(report, indent=2) if options.json else f"{recipe.name}\n{format_plan(report)}")
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        "train as a recipe says, under a launcher or alone",
+        "Train a language model on coresets of its batches, as a recipe says: fine-tuning, or pretraining on the store "
+        "of colm-ds prepare.",
+        _set_up_train,
+    ),
+    "prepare": Command(
+        "make the token store of a pretraining recipe",
+        "Tokenise files in the Pile's format (.jsonl, .jsonl.gz, .jsonl.zst) into the store of a recipe (data.store), "
+        "with a held-out part and, unless one is named, a tokenizer of its own. A run that was stopped resumes with "
+        "the same command; the store does not depend on the number of processes.",
+        _set_up_prepare,
+    ),
+    "evaluate": Command(
+        "score a run, adapter or model: math, SuperGLUE, SQuAD, perplexity",
+        "Score a run, an adapter or a model: math by programs and words, SuperGLUE, SQuAD, perplexity per source.",
+        _set_up_evaluate,
+    ),
+    "sweep": Command(
+        "run arms times seeds as a grid says, ending in a table",
+        "Run every arm of a grid with every seed, one after another, several at a time or on given device groups. What "
+        "is finished is skipped, a run that was stopped resumes, and one that fails does not stop the others. Writes "
+        "results.md, results.json, results.html, curves.svg and report.html into the grid's folder.",
+        _set_up_sweep,
+    ),
+    "plan": Command(
+        "what a recipe will need: memory of every phase, what fits, what to switch on, time",
+        "Plan a run without a GPU, weights, data or network: peak memory per GPU by phase and part, the "
+        "largest micro-batch that fits, what every switch saves, and the time of a step by the cost model.",
+        _set_up_plan,
+    ),
+    "preview": Command(
+        "what a recipe would train on: sources, lengths, examples, one selected coreset",
+        "Show without training: sources with counts and which are small, lengths, examples with the "
+        "trained tokens between >>> and <<<, and what is kept of the first large batch, from which source and why.",
+        _set_up_preview,
+    ),
+    "report": Command(
+        "compare runs: a table here, report.html, report.md and report.json in a folder",
+        "Compare finished or running runs: quality, time and memory side by side.",
+        _set_up_report,
+    ),
+    "watch": Command(
+        "a run in the terminal while it trains: loss, rate, memory, coreset by source, time left",
+        "Show a run from its metrics.jsonl, live until it ends, or a finished one. Needs the files only: "
+        "the folder may be mounted from elsewhere. Without a terminal it prints a line for everything new.",
+        _set_up_watch,
+    ),
+    "export": Command(
+        "write a run's weights as a PEFT adapter or a Hugging Face model",
+        "Write a run's weights for use without colm_ds: a PEFT adapter after LoRA, else a whole model. "
+        "Needs the run's folder and the base model; no GPU and no launcher.",
+        _set_up_export,
+    ),
+    "memory-report": Command(
+        "compare plain and coreset training of a recipe for memory, time and quality",
+        "Run plain b, CoLM b of r and plain r with equal accumulation steps and with an equal micro-batch, then a few "
+        "steps of further batch sizes, and compare them on one page. Runs that are finished are skipped.",
+        _set_up_memory_report,
+    ),
+}
 
 
 if __name__ == "__main__":

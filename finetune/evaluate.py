@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
+from colm_ds import cli
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line of an evaluation after fine-tuning."""
-    from colm_ds.evaluation.command_line import run
-    from colm_ds.run_folder.write import describe_environment
 
-    description = "Score a fine-tuned model: math by programs and words, SuperGLUE, SQuAD."
-    run(arguments, description=description, tasks="math", environment=describe_environment)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `colm-ds evaluate` with these arguments, None for this process's; --tasks is math by default."""
+    return cli.main(["evaluate", "--tasks", "math", *(sys.argv[1:] if arguments is None else arguments)])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

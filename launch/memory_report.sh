@@ -44,4 +44,4 @@ if [[ -n "${SIZES+set}" ]]; then
     read -ra sizes <<< "$SIZES"
     options+=(--sizes "${sizes[@]}")
 fi
-exec python -m colm_ds.sweep.memory_comparison "$recipe" "${@:2}" "${options[@]}"
+exec colm-ds memory-report "$recipe" "${@:2}" "${options[@]}"

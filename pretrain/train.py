@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
+from colm_ds import cli
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line of a pretraining run."""
-    from colm_ds.recipes.recipe import PretrainingRecipe
-    from colm_ds.training.command import train_command
 
-    description = "Pretrain a language model on coresets of its batches, as a recipe says; pretrain/prepare.py first."
-    train_command(arguments, PretrainingRecipe, description, "pretrain/recipes/demo.yaml")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `colm-ds train` with these arguments; None: this process's."""
+    return cli.main(["train", *(sys.argv[1:] if arguments is None else arguments)])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

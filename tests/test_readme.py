@@ -12,6 +12,7 @@ from typing import get_args
 
 import pytest
 
+from colm_ds.cli import COMMANDS
 from colm_ds.config.colm import CoLMSection, MaskConfig, ProbeConfig
 from colm_ds.selection import SELECTORS
 
@@ -92,7 +93,7 @@ def test_every_selector_and_option_has_a_card() -> None:
 def test_help_of_the_entry_point_explains_every_key() -> None:
     done = run("finetune/train.py", "--help")
     assert done.returncode == 0, done.stderr
-    for key in ("colm.coreset_size", "model.gguf_file", "data.max_length", "optimizer.lr"):
+    for key in ("colm.coreset_size", "model.gguf_file", "data.max_length", "optimizer.lr", "data.store", "data.task"):
         assert key in done.stdout
 
 
@@ -100,5 +101,5 @@ def test_paths_and_commands_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for path in re.findall(r"(?:launch|finetune|benchmarks|ds_configs)/[\w./]+\w", text):
         assert (ROOT / path).exists(), path
-    done = run("-m", "colm_ds.cli", "report", "--help")
-    assert "RUN" in done.stdout
+    named = set(re.findall(r"colm-ds ([a-z-]+)", text))
+    assert named == set(COMMANDS), "commands of colm-ds and those that the README names differ"

@@ -1,11 +1,10 @@
-"""The command line of an evaluation, on every rank that a launcher starts or alone."""
+"""`colm-ds evaluate`: an evaluation from its command line, on every rank that a launcher starts or alone."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +25,7 @@ from colm_ds.evaluation.question_log import EvaluationFolder
 from colm_ds.evaluation.sandbox import sandbox
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.recipes.model import DTYPES, quiet_libraries
+from colm_ds.run_folder.write import describe_environment
 
 DEFAULT_CHUNK_TOKENS = 1024
 
@@ -33,22 +33,19 @@ RANK_WAITS = timedelta(days=2)
 """A rank with quick questions waits this long for the others."""
 
 
-def make_parser(description: str, tasks: str) -> argparse.ArgumentParser:
-    """The options.
-
-    Args:
-        description: what the program does.
-        tasks: what it asks if `--tasks` is left out.
-    """
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=f"sets: {', '.join(TASK_NAMES)}\n"
-        + "\n".join(f"{group}: {', '.join(names)}" for group, names in GROUPS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what to score, on which questions, and how."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"sets: {', '.join(TASK_NAMES)}\n" + "\n".join(
+        f"{group}: {', '.join(names)}" for group, names in GROUPS.items()
     )
     add = parser.add_argument
     add("model", metavar="MODEL_OR_RUN", help="folder of a run, adapter or model; a hub name; or package:NAME")
-    add("--tasks", default=tasks, help=f"sets and groups, separated by commas (default: {tasks})")
+    add(
+        "--tasks",
+        help="sets and groups, separated by commas (default: pretrain for a run of a pretraining recipe, else math; "
+        "finetune/evaluate.py always math, pretrain/evaluate.py always pretrain)",
+    )
     add(
         "--data",
         nargs="+",
@@ -78,33 +75,23 @@ def make_parser(description: str, tasks: str) -> argparse.ArgumentParser:
         help="weakest isolation of model-written programs to accept: landlock (default) or namespaces",
     )
     add("--backend", help=argparse.SUPPRESS)  # removed; `_options` says so
-    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
-    return parser
+    parser.set_defaults(run=run)
 
 
-def run(
-    arguments: Sequence[str] | None, *, description: str, tasks: str, environment: Callable[[], Mapping[str, Any]]
-) -> None:
+def run(options: argparse.Namespace) -> None:
     """Evaluate as the command line says, under a launcher or alone.
 
     Exit codes: 0 done; 2 bad input (one message); 1 anything else.
-
-    Args:
-        arguments: the command line; None: this process's.
-        description: of the program.
-        tasks: what it asks if `--tasks` is left out.
-        environment: describes command, versions and machine for `results.json`.
     """
-    parsed = make_parser(description, tasks).parse_args(arguments)
     quiet_libraries()
     device = _join_ranks()
     try:
-        _evaluate(parsed, device, environment)
+        _evaluate(options, device)
     except CoLMError as error:  # on this rank alone: the launcher ends the others
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.exit(ExitCode.BAD_INPUT)
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from the answers so far")
+        sys.exit("stopped; the same command resumes from the answers so far")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -124,18 +111,18 @@ def _join_ranks() -> torch.device:
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _evaluate(parsed: argparse.Namespace, device: torch.device, environment: Callable[[], Mapping[str, Any]]) -> None:
+def _evaluate(parsed: argparse.Namespace, device: torch.device) -> None:
     rank = dist.get_rank() if dist.is_initialized() else 0
     exchange = make_exchange(device)
-    options = together(lambda: _options(parsed), device)
+    source = together(lambda: _source(parsed, device), device)
+    options = together(lambda: _options(parsed, source), device)
     asks_math = bool(set(task_names(options.tasks)[0]) & set(GROUPS["math"]))
     if asks_math:
         together(lambda: _try_sandbox(options.minimum), device)  # now, not in an hour
-    source = together(lambda: _source(parsed, device), device)
     options = together(lambda: _with_its_store(options, source, parsed.chunk_tokens is None), device)
     backend, model = together(lambda: _backend(parsed, source, device), device)
     folder = EvaluationFolder(parsed.out or _default_folder(parsed.model, source))
-    facts = {"environment": environment(), "world_size": exchange.num_processes}
+    facts = {"environment": describe_environment(), "world_size": exchange.num_processes}
     if asks_math:
         facts["isolation"] = sandbox.detect().describe()
     results = evaluate(
@@ -154,14 +141,15 @@ def _evaluate(parsed: argparse.Namespace, device: torch.device, environment: Cal
     print_results(results, folder)
 
 
-def _options(parsed: argparse.Namespace) -> Options:
+def _options(parsed: argparse.Namespace, source: ModelSource) -> Options:
     if parsed.backend is not None:
         raise ConfigError(
             f"--backend {parsed.backend}: this option was removed, transformers answers every question. Leave it out. "
             "For speed write the model with colm-ds export RUN --merge and give its folder to vLLM, or to lm-eval's "
             "model vllm."
         )
-    tasks = tuple(word.strip() for word in parsed.tasks.split(",") if word.strip())
+    words = _default_tasks(source) if parsed.tasks is None else parsed.tasks
+    tasks = tuple(word.strip() for word in words.split(",") if word.strip())
     task_names(tasks)  # complain before a model is loaded
     return Options(
         tasks=tasks,
@@ -174,6 +162,12 @@ def _options(parsed: argparse.Namespace) -> Options:
         minimum=None if parsed.isolation is None else sandbox.check_level(parsed.isolation),
         overwrite=parsed.overwrite,
     )
+
+
+def _default_tasks(source: ModelSource) -> str:
+    """Return the group to ask where `--tasks` is left out; its help says which."""
+    recipe = {} if source.run is None else read_recipe(source.run)
+    return "pretrain" if recipe.get("task") == "pretraining" else "math"
 
 
 def _try_sandbox(minimum: str | None) -> None:

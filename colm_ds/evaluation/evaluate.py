@@ -1,7 +1,4 @@
-"""An evaluation from its command line: load, share the questions over ranks, ask, count, write the tables.
-
-What `finetune/evaluate.py` and `pretrain/evaluate.py` call.
-"""
+"""An evaluation: share the questions over ranks, ask, count, write the tables. `colm-ds evaluate` calls it."""
 
 from __future__ import annotations
 

@@ -1,17 +1,16 @@
-"""Plain b, CoLM b of r and plain r under both protocols, and a range of batch sizes: what memory_report.sh runs."""
+"""`colm-ds memory-report`: plain b, CoLM b of r and plain r under both protocols, and a range of batch sizes."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from colm_ds.errors import CoLMError, ConfigError
+from colm_ds.errors import ConfigError
+from colm_ds.process.exit_codes import ExitCode
 from colm_ds.recipes.recipe import BaseRecipe, load_recipe
 from colm_ds.report import compare, format_table, load_run
 from colm_ds.sweep import Grid, LaunchConfig, default_ranks, is_finished, jobs_of, run_jobs
@@ -197,11 +196,12 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; 1 if a run failed, 2 on bad input."""
-    parser = argparse.ArgumentParser(prog="python -m colm_ds.sweep.memory_comparison", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add recipe, changes, and how its arms are run."""
     parser.add_argument("recipe", help="YAML file of CoLM b of r")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, for all arms")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe, for all arms"
+    )
     parser.add_argument("--out", type=Path, help="folder of runs and report (default: runs/memory_report/RECIPE)")
     parser.add_argument("--ranks", type=int, help="ranks of a run (default: one per GPU, two without any)")
     parser.add_argument("--port", type=int, default=29640, help="port of the launcher")
@@ -210,24 +210,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--size-steps", type=int, default=SIZE_STEPS, help=f"steps of runs for the batch sizes ({SIZE_STEPS})"
     )
     parser.add_argument("--script", default="finetune/train.py", help="what trains (default: finetune/train.py)")
-    options: Any = parser.parse_args(arguments)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the arms that are not finished and write the report.
+
+    Returns:
+        1 if a run failed, else 0.
+
+    Raises:
+        ConfigError: see `run_arms`.
+    """
     out = options.out or Path("runs/memory_report") / Path(options.recipe).stem
-    try:
-        failed = run_arms(
-            options.recipe,
-            options.overrides,
-            out,
-            launch=LaunchConfig(num_gpus=options.ranks, device_groups=None, master_port=options.port),
-            sizes=options.sizes,
-            size_steps=options.size_steps,
-            script=options.script,
-        )
-    except CoLMError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    failed = run_arms(
+        options.recipe,
+        options.overrides,
+        out,
+        launch=LaunchConfig(num_gpus=options.ranks, device_groups=None, master_port=options.port),
+        sizes=options.sizes,
+        size_steps=options.size_steps,
+        script=options.script,
+    )
     print(f"memory_report: {out}/report.html")
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return ExitCode.FAILED if failed else ExitCode.DONE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 
 import finetune.evaluate
 import pretrain.evaluate
+from colm_ds import cli
 from colm_ds.errors import CheckpointError
+from colm_ds.evaluation import command_line
 from colm_ds.evaluation.model_source import find_model, load
 from colm_ds.evaluation.sandbox import sandbox
 from colm_ds.randomness import private_generator
@@ -83,6 +86,30 @@ def test_every_kind_of_model(models: Path, data: Path, tmp_path: Path) -> None:
         assert merged == pytest.approx(apart, abs=2e-3)
 
 
+def test_sets_are_chosen_by_what_was_trained_unless_named(
+    models: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`colm-ds evaluate` asks a pretraining run for the group pretrain, all else for math; scripts have their own."""
+    asked: list[tuple[str, ...]] = []
+
+    def note(backend: Any, options: Any, *_: Any, **named: Any) -> None:
+        asked.append(options.tasks)
+
+    monkeypatch.setattr(command_line, "evaluate", note)
+    monkeypatch.setattr(command_line, "print_results", lambda *_: None)
+    pretrained = tmp_path / "pretrained"
+    shutil.copytree(models / "full_run", pretrained)
+    write_recipe(pretrained, {"task": "pretraining", "model": {"config": {"model_type": "llama"}}})
+    rest = ["--data", str(data), "--out", str(tmp_path / "out")]
+    for model in (pretrained, models / "full_run", models / "base"):
+        assert cli.main(["evaluate", str(model), *rest]) == 0
+        assert finetune.evaluate.main([str(model), *rest]) == 0
+        assert pretrain.evaluate.main([str(model), *rest]) == 0
+        assert pretrain.evaluate.main([str(model), *rest, "--tasks", "copa,cb"]) == 0
+    scripts = [("math",), ("pretrain",), ("copa", "cb")]
+    assert asked == [("pretrain",), *scripts, ("math",), *scripts, ("math",), *scripts]
+
+
 def test_results_of_a_run_lie_in_its_folder(models: Path, data: Path) -> None:
     finetune.evaluate.main([str(models / "run"), "--tasks", "copa", "--data", str(data)])
     assert (models / "run" / "evaluation" / "results.md").is_file()
@@ -140,12 +167,14 @@ def test_bad_input_is_one_message(
 
 
 def test_math_is_refused_before_a_model_is_loaded_where_programs_cannot_be_isolated(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    models: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weak = sandbox.Isolation("unshare: Operation not permitted", "no seccomp", "no Landlock", 0, False)
     monkeypatch.setattr(sandbox, "detect", lambda: weak)
+    monkeypatch.setattr(command_line, "load", lambda source: pytest.fail("a model was loaded"))
+    arguments = ["--tasks", "gsm8k,copa", "--data", str(data), "--out", str(tmp_path)]
     with pytest.raises(SystemExit) as stopped:
-        finetune.evaluate.main(["./nowhere", "--tasks", "gsm8k,copa", "--data", str(data), "--out", str(tmp_path)])
+        finetune.evaluate.main([str(models / "base"), *arguments])
     assert stopped.value.code == 2
     (said,) = [line for line in capsys.readouterr().err.splitlines() if "Error: " in line]
     for part in ("this machine cannot isolate", "no seccomp", "Allow this user", "leave the math sets out"):

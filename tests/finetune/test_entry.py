@@ -59,12 +59,18 @@ def recipe_of(folder: Path, **changes: object) -> dict[str, object]:
     return {**recipe, **changes}
 
 
-def start(folder: Path, recipe: dict[str, object], *overrides: str, ranks: int = 2) -> Outcome:
+def start(
+    folder: Path,
+    recipe: dict[str, object],
+    *overrides: str,
+    ranks: int = 2,
+    program: tuple[str, ...] = ("finetune/train.py",),
+) -> Outcome:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", str(ranks)]
-    command = [*launcher, "--master_port", PORT, "finetune/train.py", str(path), *overrides]
+    command = [*launcher, "--master_port", PORT, *program, str(path), *overrides]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
     return Outcome(done.returncode, done.stdout + done.stderr)
 
@@ -119,6 +125,16 @@ def test_runs_and_leaves_what_the_design_says(folder: Path, name: str) -> None:
     if evaluated:
         assert summary["exact_match"]["num_questions"] == 12
         assert [entry["step"] for entry in metrics(folder) if "heldout" in entry] == [0, 2, 3]
+
+
+def test_the_launcher_starts_the_command_as_a_module(folder: Path) -> None:
+    """It puts `--local_rank=N` before the name of the subcommand."""
+    outcome = start(folder, recipe_of(folder), program=("--module", "colm_ds.cli", "train"))
+    assert outcome.code == 0, outcome.output
+    assert json.loads((folder / "run" / "summary.json").read_text())["status"] == "finished"
+    refused = start(folder, recipe_of(folder), "colm.corset_size=4", program=("--module", "colm_ds.cli", "train"))
+    assert refused.code != 0
+    assert refused.output.count("Did you mean 'coreset_size'?") == 1, refused.output
 
 
 def check_weights(run: Path, lora: bool) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
+from colm_ds import cli
 from colm_ds.data.generated.mixture import write_mixture
 from colm_ds.recipes.recipe import BaseRecipe, load_recipe
 from colm_ds.sweep import jobs, memory_comparison
-from colm_ds.sweep.memory_comparison import main, plan_arms
+from colm_ds.sweep.memory_comparison import plan_arms
 from tests.finetune.test_entry import ROOT, recipe_of
 from tests.report.run_folders import write_run
 
@@ -88,7 +89,7 @@ def test_bad_input(
     arguments: list[str], said: str, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = recipe_file(tmp_path, data)
-    assert main([str(path), *arguments, "--ranks", "2", "--out", str(tmp_path / "out")]) == 2
+    assert cli.main(["memory-report", str(path), *arguments, "--ranks", "2", "--out", str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -108,14 +109,14 @@ def test_what_is_finished_is_skipped(
     monkeypatch.setattr(jobs, "_run", fake_run)
     monkeypatch.setattr(memory_comparison, "_has_gpu", lambda: True)
     path, out = recipe_file(tmp_path, data), tmp_path / "out"
-    arguments = [str(path), "--ranks", "2", "--out", str(out), "--sizes", "16"]
-    assert main(arguments) == 0
+    arguments = ["memory-report", str(path), "--ranks", "2", "--out", str(out), "--sizes", "16"]
+    assert cli.main(arguments) == 0
     assert started == [*(plan.name for plan in plan_arms(load_recipe(path), 2, [16]))]
     assert "## Memory against batch size" in (out / "report.md").read_text()
-    assert main(arguments) == 0
+    assert cli.main(arguments) == 0
     assert len(started) == 6  # nothing anew
     capsys.readouterr()
-    assert main([*arguments[:1], "steps=7", *arguments[1:]]) == 2
+    assert cli.main([*arguments[:2], "steps=7", *arguments[2:]]) == 2
     said = capsys.readouterr().err
     assert "holds a finished run of another recipe" in said
     assert "steps: 3 there, 7 here" in said
@@ -141,7 +142,7 @@ def test_the_script_refuses_bad_input(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_real_runs(tmp_path: Path, data: Path) -> None:
     path, out = recipe_file(tmp_path, data), tmp_path / "out"
-    assert main([str(path), "--ranks", "2", "--port", "29645", "--out", str(out), "--sizes"]) == 0
+    assert cli.main(["memory-report", str(path), "--ranks", "2", "--port", "29645", "--out", str(out), "--sizes"]) == 0
     table = json.loads((out / "report.json").read_text())["tables"]["protocols"]
     row = dict(zip(table["columns"], next(row for row in table["rows"] if row[0] == "16 of 32"), strict=True))
     assert 0 < row["equal steps: × plain peak"] < row["equal micro-batch: × plain peak"]

@@ -1,0 +1,38 @@
+"""`colm-ds sweep`: a grid of runs from the command line."""
+
+from __future__ import annotations
+
+import argparse
+
+from colm_ds.process.exit_codes import ExitCode
+from colm_ds.sweep import format_markdown, is_done, jobs_of, load_grid, run_sweep
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add grid, changes and seeds."""
+    parser.add_argument("grid", help="YAML file, for example finetune/grids/table1_cpu.yaml")
+    parser.add_argument(
+        "changes", nargs="*", default=[], metavar="key=value", help="changes to the recipe for all arms"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="instead of the grid's, for example 0 1")
+    parser.add_argument("--list", action="store_true", help="show the runs and whether they are finished, and end")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what is left to do of a grid and print its table.
+
+    Returns:
+        1 if a run failed, else 0.
+
+    Raises:
+        ConfigError: if the grid is wrong.
+    """
+    grid = load_grid(options.grid, options.changes, options.seeds)
+    if options.list:
+        for job in jobs_of(grid):
+            print(f"{'finished' if is_done(grid, job) else 'to do':9} {job.arm}, seed {job.seed}: {job.folder}")
+        return ExitCode.DONE
+    result = run_sweep(grid, say=lambda line: print(line, flush=True))
+    print(format_markdown(result, grid.baseline))
+    return ExitCode.FAILED if result["failures"] else ExitCode.DONE
