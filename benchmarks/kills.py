@@ -55,7 +55,7 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory() as scratch:
         result = Trial(Path(scratch), options).run()
-    from colm_ds.run_folder.write import describe_environment
+    from colm_ds.run_folder.environment import describe_environment
 
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     settings = {key: value for key, value in vars(options).items() if key != "out"}

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from colm_ds.memory.meter import reset_resident_peak, resident_peak_bytes
-from colm_ds.run_folder.write import describe_environment
+from colm_ds.run_folder.environment import describe_environment
 from colm_ds.selection import facility_location, pairwise_similarity
 
 RESULTS = Path(__file__).parent / "results"

@@ -111,7 +111,7 @@ def main() -> None:
     if options.worker:
         work(json.loads(options.worker))
         return
-    from colm_ds.run_folder.write import describe_environment
+    from colm_ds.run_folder.environment import describe_environment
 
     start = time.perf_counter()
     chosen = options.only if options.only else list(range(len(CONFIGURATIONS)))

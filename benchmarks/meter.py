@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="result file")
     options = parser.parse_args()
     from colm_ds.distributed.agreement import single_process_environment
-    from colm_ds.run_folder.write import describe_environment
+    from colm_ds.run_folder.environment import describe_environment
 
     single_process_environment()
     torch.set_num_threads(1)

@@ -152,7 +152,7 @@ def main(arguments: list[str]) -> int:
     add("--keep", action="store_true", help="keep the result file's rows of other inputs")
     add("--out", type=Path, default=ROOT / "benchmarks" / "results" / "prepare.json", help="result file")
     options = parser.parse_args(arguments)
-    from colm_ds.run_folder.write import describe_environment
+    from colm_ds.run_folder.environment import describe_environment
 
     if options.keep and options.out.exists():
         rows = json.loads(options.out.read_text(encoding="utf-8"))["rows"]

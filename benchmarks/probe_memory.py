@@ -25,7 +25,7 @@ from colm_ds.config.colm import CoLMSection
 from colm_ds.engine.coreset_selector import CoresetSelector
 from colm_ds.memory.counted import counted_allocations
 from colm_ds.models.example_loss import example_loss_sums, find_loss_head
-from colm_ds.run_folder.write import describe_environment
+from colm_ds.run_folder.environment import describe_environment
 from colm_ds.types import Example, LargeBatch
 
 MIB = 1 << 20

@@ -74,7 +74,7 @@ def main() -> None:
     paper = on_paper(ranks=1024, r=8192, d=6_553_600, h=options.mask)
     print("bytes exchanged in a step:", json.dumps(exchange))
     print("on paper, 1,024 ranks:", json.dumps(paper))
-    from colm_ds.run_folder.write import describe_environment
+    from colm_ds.run_folder.environment import describe_environment
 
     result = {
         "benchmark": "scaling",

@@ -294,7 +294,7 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
 
 def report(options: argparse.Namespace, rows: list[dict[str, Any]], data: str) -> None:
     """Write the result file."""
-    from colm_ds.run_folder.write import describe_environment
+    from colm_ds.run_folder.environment import describe_environment
 
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     settings.pop("data"), settings.pop("out")

@@ -38,7 +38,6 @@ _MOVED = {
     "colm_ds.families": "colm_ds.models.families",
     "colm_ds.recipe": "colm_ds.recipes.recipe",
     "colm_ds.seeds": "colm_ds.randomness",
-    "colm_ds.tracking": "colm_ds.run_folder.write",
     "colm_ds.training_loss": "colm_ds.models.example_loss",
 }
 """Modules of version 0.1.0 that scripts may import, and where they are now; the old names go with the next version."""

@@ -25,7 +25,7 @@ from colm_ds.evaluation.question_log import EvaluationFolder
 from colm_ds.evaluation.sandbox import sandbox
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.recipes.model import DTYPES, quiet_libraries
-from colm_ds.run_folder.write import describe_environment
+from colm_ds.run_folder.environment import describe_environment
 
 DEFAULT_CHUNK_TOKENS = 1024
 

@@ -39,7 +39,9 @@ from colm_ds.process.stop_request import StopRequest
 from colm_ds.recipes.model import load_model, load_tokenizer, precision_sections, quiet_libraries
 from colm_ds.recipes.recipe import BaseRecipe, load_recipe
 from colm_ds.recipes.sections import LrScheduleConfig
-from colm_ds.run_folder.write import RunFolder, describe_environment, read_metrics, summarise
+from colm_ds.run_folder.environment import describe_environment
+from colm_ds.run_folder.summary import summarise
+from colm_ds.run_folder.write import RunFolder, read_metrics
 from colm_ds.training.monitors import monitor_sections, set_environment
 from colm_ds.training.start_or_resume import CHECKPOINTS, check_same_data, may_restart, where_to_start
 from colm_ds.training.tasks import InTraining, TrainingTask, load_task
