@@ -12,6 +12,12 @@ WEIGHTS = ("uniform", "cluster", "matched")
 RIDGE = 0.1
 """Pull of matched weights towards 1, as a multiple of the mean diagonal of the Gram matrix."""
 
+MAX_WEIGHT = 4.0
+"""Largest matched weight: one example counts as four at most."""
+
+FEW = 2
+"""Pools with so many picks or fewer are weighted alike: there is nothing to match with."""
+
 
 def cluster_weights(cluster_sizes: Tensor) -> Tensor:
     """Weights in proportion to the examples each medoid stands for, normalised to mean 1.
@@ -25,36 +31,50 @@ def cluster_weights(cluster_sizes: Tensor) -> Tensor:
     return mean_one(cluster_sizes.double())
 
 
-def matched_weights(picks: Tensor, target: Tensor, ridge: float = RIDGE) -> Tensor:
-    """Non-negative weights whose weighted mean of the picks' signals comes nearest to the pool's mean signal.
+def matched_weights(
+    picks: Tensor,
+    target: Tensor,
+    sizes: Tensor | None = None,
+    *,
+    ridge: float = RIDGE,
+    max_weight: float = MAX_WEIGHT,
+) -> Tensor:
+    """Weights under which the picks' mean signal comes nearest to the pool's.
 
-    Minimises |sum_s w_s c_s / k - target|^2 + lambda |w - 1|^2 over w >= 0, with lambda = `ridge` times the mean
-    diagonal of the Gram matrix of c_s / k, then normalises to mean 1: raw least squares shrinks the gradient.
+    What a pick adds beyond the pool's mean is d_s = c_s - t_s g: c_s its signal, t_s its part in the divisor (1 in a
+    mean over examples, its labelled tokens in a mean over tokens), g the pool's sum of signals over its sum of parts.
+    Minimises |sum_s w_s d_s / k|^2 + lambda |w - 1|^2 under sum w = k and 0 <= w <= `max_weight`, lambda being `ridge`
+    times the mean diagonal of the Gram matrix of d_s / k. As the mean is fixed, the weights can not shrink the gradient
+    as raw least squares does.
 
     Args:
         picks: signals c_s of the picks, `[k, K]`.
-        target: mean signal of the whole pool, `[K]`.
+        target: g, `[K]`.
+        sizes: t_s, `[k]`; default: 1.
         ridge: lambda's factor.
+        max_weight: at least 1.
 
     Returns:
-        float32 `[k]`, mean 1; all ones where the signals are zero.
+        float32 `[k]`, mean 1; all ones for `FEW` picks, and where no pick differs from the mean.
 
     Raises:
         SelectionError: if the shapes do not fit.
     """
-    if picks.dim() != 2 or target.shape != picks.shape[1:]:
-        raise SelectionError(
-            f"matched_weights: picks {tuple(picks.shape)} and target {tuple(target.shape)}. Give [k, K] and [K]."
-        )
+    if picks.dim() != 2 or target.shape != picks.shape[1:] or (sizes is not None and sizes.shape != picks.shape[:1]):
+        shapes = f"picks {tuple(picks.shape)} and target {tuple(target.shape)}"
+        raise SelectionError(f"matched_weights: {shapes}. Give [k, K] and [K], and sizes [k] if any.")
     k = picks.shape[0]
-    scaled = picks.double() / max(k, 1)
-    gram = scaled @ scaled.T
-    penalty = ridge * float(gram.diagonal().mean()) if k else 0.0
+    if k <= FEW:
+        return torch.ones(k, device=picks.device)
+    parts = torch.ones(k, 1, dtype=torch.float64, device=picks.device) if sizes is None else sizes.double()[:, None]
+    beyond = (picks.double() - parts * target.double()) / k
+    gram = beyond @ beyond.T
+    penalty = ridge * float(gram.diagonal().mean())
     if penalty <= 0.0:
         return torch.ones(k, device=picks.device)
-    # Divided by the penalty, so that the tolerance below means the same for signals of any size.
+    # Divided by the penalty, so that the tolerances below mean the same for signals of any size.
     hessian = gram / penalty + torch.eye(k, dtype=torch.float64, device=picks.device)
-    return mean_one(_nonnegative_quadratic(hessian, scaled @ target.double() / penalty + 1.0))
+    return mean_one(_on_the_simplex(hessian, max_weight))
 
 
 def mean_one(weights: Tensor) -> Tensor:
@@ -65,31 +85,84 @@ def mean_one(weights: Tensor) -> Tensor:
     return (weights * (len(weights) / total)).float()
 
 
-def _nonnegative_quadratic(hessian: Tensor, linear: Tensor) -> Tensor:
-    """argmin over w >= 0 of w^T H w / 2 - q^T w, H positive definite: block principal pivoting.
+def _on_the_simplex(hessian: Tensor, upper: float) -> Tensor:
+    """argmin of w^T H w / 2 - sum w over 0 <= w <= upper with sum w = k, for H positive definite; float64 `[k]`.
 
-    Exchanges every infeasible variable at once; after three exchanges without progress, only the last one, which can
-    not cycle (Portugal, Judice and Vicente 1994).
+    Moving the equation into the objective by its multiplier leaves a problem with bounds only, whose sum falls as the
+    multiplier rises, and linearly as long as the same weights are at a bound: Newton's method inside a bracket ends
+    at the exact solution.
     """
-    k = len(linear)
-    free = torch.ones(k, dtype=torch.bool, device=linear.device)
-    fewest, patience = k + 1, 3
-    tolerance = 1e-12 * float(linear.abs().max())
+    k = len(hessian)
+    # At a push (1 less the multiplier) of 0 all weights are 0; at the high end all are at the upper bound.
+    low, high = 0.0, upper * float(hessian.abs().sum(dim=1).max()) * (1.0 + 1e-9)
+    push = 1.0
+    line = _Line(hessian, torch.zeros(k, dtype=torch.int64, device=hessian.device), upper)
+    solution = line.at(push)
+    for _ in range(_MOST_STEPS):
+        line, solution = _bounded(line, push)
+        excess = float(solution.sum()) - k
+        if abs(excess) <= 1e-10 * k:
+            break
+        low, high = (low, push) if excess > 0.0 else (push, high)
+        push = push - excess / line.rise if line.rise > 0.0 else low
+        if not low < push < high:
+            push = (low + high) / 2.0
+    return solution.clamp(0.0, upper)
+
+
+_MOST_STEPS = 200
+"""Of Newton's method; it takes about ten. Bisection alone would have halved the bracket to nothing."""
+
+
+class _Line:
+    """Weights as the push rises while the same ones are at a bound: those between go up in a straight line.
+
+    Attributes:
+        hessian: H, `[k, k]`.
+        state: -1 at 0, 0 between, 1 at `upper`, int64 `[k]`.
+        upper: the bound.
+        rise: what the sum gains for each unit of push.
+    """
+
+    def __init__(self, hessian: Tensor, state: Tensor, upper: float) -> None:
+        self.hessian, self.state, self.upper = hessian, state, upper
+        self._inside = (state == 0).nonzero().flatten()
+        self._bounds = torch.where(state > 0, upper, 0.0).double()
+        right = torch.stack([torch.ones_like(self._bounds), hessian @ self._bounds])[:, self._inside]
+        self._slope, self._offset = torch.linalg.solve(hessian[self._inside][:, self._inside], right.T).T
+        self.rise = float(self._slope.sum())
+
+    def at(self, push: float) -> Tensor:
+        """Weights that are best with the others where they are, float64 `[k]`."""
+        solution = self._bounds.clone()
+        solution[self._inside] = push * self._slope - self._offset
+        return solution
+
+
+def _bounded(line: _Line, push: float) -> tuple[_Line, Tensor]:
+    """argmin of w^T H w / 2 - push sum w over 0 <= w <= upper, and the line that it is on.
+
+    Block principal pivoting: moves every weight that is on the wrong side at once; after three rounds without progress
+    only the last one, which can not cycle (Judice and Pires 1992).
+
+    Args:
+        line: where to begin.
+        push: the linear term.
+    """
+    fewest, patience = len(line.state) + 1, 3
     while True:
-        solution = torch.zeros_like(linear)
-        inside = free.nonzero().flatten()
-        solution[inside] = torch.linalg.solve(hessian[inside][:, inside], linear[inside])
-        slope = hessian @ solution - linear
-        infeasible = torch.where(free, solution < -tolerance, slope < -tolerance)
-        count = int(infeasible.sum())
-        if count == 0:
-            return solution.clamp_min(0.0)
-        if count < fewest:
-            fewest, patience = count, 3
-            free = free ^ infeasible
-        elif patience > 0:
-            patience -= 1
-            free = free ^ infeasible
+        state, solution = line.state, line.at(push)
+        slope = line.hessian @ solution - push
+        tolerance = 1e-12 * max(1.0, float(slope.abs().max()), line.upper)
+        wanted = state.clone()
+        wanted[(state == 0) & (solution < -tolerance)] = -1
+        wanted[(state == 0) & (solution > line.upper + tolerance)] = 1
+        wanted[((state < 0) & (slope < -tolerance)) | ((state > 0) & (slope > tolerance))] = 0
+        wrong = (wanted != state).nonzero().flatten()
+        if len(wrong) == 0:
+            return line, solution
+        if len(wrong) < fewest or patience > 0:
+            fewest, patience = (len(wrong), 3) if len(wrong) < fewest else (fewest, patience - 1)
         else:
-            last = infeasible.nonzero().flatten()[-1]
-            free[last] = ~free[last]
+            wanted = state.index_put((wrong[-1],), wanted[wrong[-1]])
+        line = _Line(line.hessian, wanted, line.upper)

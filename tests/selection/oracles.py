@@ -14,7 +14,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 from hypothesis import settings
-from scipy.optimize import nnls
+from scipy.optimize import minimize
 from torch import Tensor
 
 property_test = settings(deadline=None, derandomize=True)
@@ -169,21 +169,32 @@ def mask(mean: np.ndarray, h: int) -> np.ndarray:
     return np.sort(np.argsort(-np.abs(mean), kind="stable")[:h])
 
 
-def matched_raw(picks: np.ndarray, target: np.ndarray, ridge: float = 0.1) -> np.ndarray:
-    """argmin over w >= 0 of |sum w_s c_s / k - target|^2 + lambda |w - 1|^2 as one stacked least-squares system."""
+def matched(
+    picks: np.ndarray,
+    target: np.ndarray,
+    sizes: np.ndarray | None = None,
+    ridge: float = 0.1,
+    upper: float = 4.0,
+) -> np.ndarray:
+    """argmin of |sum w_s d_s / k|^2 + lambda |w - 1|^2 over 0 <= w <= upper, sum w = k, by a general solver."""
     k = len(picks)
-    columns = np.asarray(picks, dtype=np.float64).T / k
-    root = math.sqrt(ridge * float((columns**2).sum(axis=0).mean()))
-    stacked = np.vstack([columns, root * np.eye(k)])
-    return nnls(stacked, np.concatenate([np.asarray(target, dtype=np.float64), np.full(k, root)]))[0]
-
-
-def matched(picks: np.ndarray, target: np.ndarray, ridge: float = 0.1) -> np.ndarray:
-    """`matched_raw` scaled to mean 1; ones where the signals or the weights are zero."""
-    if not np.any(picks):
-        return np.ones(len(picks))
-    weights = matched_raw(picks, target, ridge)
-    return weights / weights.mean() if weights.sum() > 0 else np.ones(len(picks))
+    parts = np.ones(k) if sizes is None else np.asarray(sizes, dtype=np.float64)
+    beyond = (np.asarray(picks, dtype=np.float64) - parts[:, None] * np.asarray(target, dtype=np.float64)) / k
+    gram = beyond @ beyond.T
+    penalty = ridge * gram.diagonal().mean()
+    if k <= 2 or penalty <= 0:
+        return np.ones(k)
+    hessian = gram / penalty + np.eye(k)
+    found = minimize(
+        lambda w: 0.5 * w @ hessian @ w - w.sum(),
+        np.ones(k),
+        jac=lambda w: hessian @ w - 1.0,
+        bounds=[(0.0, upper)] * k,
+        constraints={"type": "eq", "fun": lambda w: w.sum() - k, "jac": lambda w: np.ones(k)},
+        method="SLSQP",
+        options={"ftol": 1e-14, "maxiter": 1000},
+    )
+    return found.x
 
 
 def coherence(signals: np.ndarray) -> float:

@@ -10,62 +10,82 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from colm_ds.errors import SelectionError
-from colm_ds.selection.weights import RIDGE, cluster_weights, matched_weights, mean_one
+from colm_ds.selection.weights import MAX_WEIGHT, RIDGE, cluster_weights, matched_weights, mean_one
 from tests.selection import oracles
 from tests.selection.oracles import property_test, randn
 
 
-def _raw(picks: Tensor, target: Tensor, weights: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The weights before normalisation, which is their best multiple, and the objective's slope there."""
-    w, t = weights.double().numpy(), target.double().numpy()
-    scaled = picks.double().numpy() / len(picks)
-    gram = scaled @ scaled.T
-    penalty = RIDGE * gram.diagonal().mean()
-    hessian, linear = gram + penalty * np.eye(len(w)), scaled @ t + penalty
-    w = w * (w @ linear) / (w @ hessian @ w)
-    return w, (hessian @ w - linear) / penalty
-
-
-def _error(picks: Tensor, target: Tensor, weights: np.ndarray) -> float:
-    mean = (weights[:, None] * picks.double().numpy()).mean(axis=0)
-    return float(np.linalg.norm(mean - target.double().numpy()))
+def check_optimal(picks: Tensor, target: Tensor, weights: Tensor, sizes: Tensor | None = None) -> None:
+    """The Karush-Kuhn-Tucker conditions of the bounded problem, which only its one solution meets."""
+    w, k = weights.double().numpy(), len(picks)
+    parts = np.ones(k) if sizes is None else sizes.double().numpy()
+    beyond = (picks.double().numpy() - parts[:, None] * target.double().numpy()) / k
+    gram = beyond @ beyond.T
+    slope = (gram / (RIDGE * gram.diagonal().mean()) + np.eye(k)) @ w - 1.0
+    scale = max(1.0, float(np.abs(slope).max()))
+    at_zero, at_most = w < 1e-6, w > MAX_WEIGHT - 1e-5
+    inside = ~at_zero & ~at_most
+    assert w.min() >= 0.0
+    assert w.max() <= MAX_WEIGHT * (1 + 1e-6)
+    assert w.mean() == pytest.approx(1.0, abs=1e-6)
+    level = slope[inside].mean() if inside.any() else (slope[at_most].max() + slope[at_zero].min()) / 2
+    assert (np.abs(slope[inside] - level) < 1e-5 * scale).all()
+    assert (slope[at_zero] > level - 1e-5 * scale).all()
+    assert (slope[at_most] < level + 1e-5 * scale).all()
 
 
 @given(
-    n=st.integers(1, 40),
+    n=st.integers(3, 40),
     share=st.floats(0.05, 1.0),
     width=st.integers(1, 40),
     offset=st.floats(0.0, 2.0),
     seed=st.integers(0, 10**6),
     exponent=st.integers(-12, 12),
+    with_sizes=st.booleans(),
 )
 @settings(property_test, max_examples=150)
-def test_matched_is_the_normalised_least_squares_solution(
-    n: int, share: float, width: int, offset: float, seed: int, exponent: int
+def test_matched_is_the_bounded_least_squares_solution(
+    n: int, share: float, width: int, offset: float, seed: int, exponent: int, with_sizes: bool
 ) -> None:
     pool = (randn(n, width, seed=seed) + offset) * 10.0**exponent
-    k = max(1, int(share * n))
-    picks, target = pool[torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:k]], pool.mean(dim=0)
-    weights = matched_weights(picks, target)
+    sizes = 1.0 + torch.arange(n) % 5 if with_sizes else None
+    k = max(3, int(share * n))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:k]
+    target = pool.mean(dim=0) if sizes is None else pool.sum(dim=0) / sizes.sum()
+    picks, parts = pool[order], None if sizes is None else sizes[order]
+    weights = matched_weights(picks, target, parts)
     assert weights.dtype == torch.float32
-    assert float(weights.mean()) == pytest.approx(1.0, abs=1e-5)
-    assert float(weights.min()) >= 0.0
-    np.testing.assert_allclose(weights.numpy(), oracles.matched(picks.numpy(), target.numpy()), rtol=1e-4, atol=1e-5)
+    check_optimal(picks, target, weights, parts)
 
-    raw, slope = _raw(picks, target, weights)  # Karush-Kuhn-Tucker: no slope inside, none downwards at the bound
-    scale = max(1.0, float(np.abs(raw).max()))
-    assert (slope > -1e-4 * scale).all()
-    assert (np.abs(slope[weights.numpy() > 0]) < 1e-4 * scale).all()
-    assert _error(picks, target, raw) <= _error(picks, target, np.ones(k)) * (1 + 1e-5)
+
+@pytest.mark.parametrize("k", [3, 8, 20])
+@pytest.mark.parametrize("seed", range(4))
+def test_matched_against_a_general_solver(k: int, seed: int) -> None:
+    picks, target = randn(k, 6, seed=seed), 0.3 * randn(6, seed=seed + 100)
+    sizes = 1.0 + torch.arange(k) % 3
+    for parts in (None, sizes):
+        wanted = oracles.matched(picks.numpy(), target.numpy(), None if parts is None else parts.numpy())
+        np.testing.assert_allclose(matched_weights(picks, target, parts).numpy(), wanted, atol=2e-5)
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_matched_with_many_weights_at_the_bound(seed: int) -> None:
-    """Targets away from the picks push most weights to zero: the pivoting has to exchange many of them."""
-    picks, target = randn(64, 6, seed=seed), 10 * randn(6, seed=seed + 100)
-    weights = matched_weights(picks, target)
+def test_matched_with_many_weights_at_both_bounds(seed: int) -> None:
+    """One group of picks is far from the mean and few are near: most weights go to a bound, in many exchanges."""
+    picks = torch.cat([randn(56, 6, seed=seed) + 10.0, 0.1 * randn(8, 6, seed=seed + 50)])
+    weights = matched_weights(picks, torch.zeros(6), ridge=1e-3)
     assert int((weights == 0).sum()) > 10
-    np.testing.assert_allclose(weights.numpy(), oracles.matched(picks.numpy(), target.numpy()), rtol=1e-4, atol=1e-5)
+    assert int((weights > MAX_WEIGHT - 1e-4).sum()) > 2
+
+
+def test_matched_comes_nearer_to_the_mean() -> None:
+    pool = randn(64, 12, seed=3)
+    picks, target = pool[:24], pool.mean(dim=0)
+    weights = matched_weights(picks, target)
+
+    def error(w: Tensor) -> float:
+        return float(((w[:, None] * picks).mean(dim=0) - target).norm())
+
+    assert error(weights) < 0.5 * error(torch.ones(24))
 
 
 def test_matched_finds_weights_that_reach_the_target() -> None:
@@ -73,6 +93,11 @@ def test_matched_finds_weights_that_reach_the_target() -> None:
     groups = torch.eye(3).repeat_interleave(torch.tensor([6, 3, 1]), dim=0)
     weights = matched_weights(torch.eye(3), groups.mean(dim=0), ridge=1e-6)
     np.testing.assert_allclose(weights.numpy(), [1.8, 0.9, 0.3], rtol=1e-4)
+
+
+def test_few_picks_are_weighted_alike() -> None:
+    assert matched_weights(randn(2, 7, seed=4), randn(7, seed=5)).tolist() == [1, 1]
+    assert matched_weights(randn(1, 7, seed=4), randn(7, seed=5)).tolist() == [1]
 
 
 def test_matched_without_anything_to_match() -> None:
@@ -86,10 +111,6 @@ def test_matched_of_equal_signals_is_uniform() -> None:
     row = randn(1, 7, seed=4)
     np.testing.assert_allclose(matched_weights(row.expand(5, 7), row[0]).numpy(), np.ones(5), rtol=1e-6)
     np.testing.assert_allclose(matched_weights(row.expand(5, 7), -row[0]).numpy(), np.ones(5), rtol=1e-6)
-
-
-def test_matched_of_one_pick_is_one() -> None:
-    assert matched_weights(randn(1, 7, seed=4), randn(7, seed=5)).tolist() == [1]
 
 
 def test_matched_does_not_depend_on_the_order() -> None:
