@@ -181,13 +181,17 @@ def loss_scale(batch: LargeBatch, coreset: Coreset, normalization: str, without:
     Args:
         batch: the large batch.
         coreset: what was chosen of it.
-        normalization: `example` (mean over examples of their mean token loss) or `token` (mean over tokens).
+        normalization: `example` (mean over examples of their mean token loss) or `token` (mean over tokens, each
+            weighted as its example).
         without: positions to leave out as if they had not been chosen.
     """
     keep = ~torch.isin(coreset.positions, torch.tensor(list(without), dtype=torch.int64))
     positions, weights = coreset.positions[keep], coreset.weights[keep].double()
     labelled = batch.num_label_tokens[positions].double()
-    factors = weights / labelled.sum() if normalization == "token" else weights / (labelled * len(positions))
+    if normalization == "token":
+        factors = weights / (weights * labelled).sum().clamp_min(1e-12)
+    else:
+        factors = weights / (labelled * len(positions))
     scale = torch.zeros(batch.size)
     scale[positions] = factors.float()
     return scale

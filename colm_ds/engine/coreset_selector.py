@@ -224,11 +224,13 @@ class CoresetSelector:
             return Selection(batch, coreset, ran, nothing, None, {"signals": 0, "selection": 0})
         probed = self._to_probe(batch)
         replay = self._store if len(probed) else None
+        by_token = self._config.loss_normalization == "token"
+        parts = batch.num_label_tokens.float() if by_token else None
         with meter.phase("probe"):
-            weights = self._probe(batch, probed, self._estimator, replay)
+            weights = self._probe(batch, probed, self._estimator, replay, parts)
         with meter.phase("exchange"), self._exchange.counting("signals") as signal_bytes:
             signals = self._estimator.signals(batch.size, self._exchange)
-        signals = replace(signals, parameters=weights, unprobed=self._unprobed(batch, probed))
+        signals = replace(signals, parameters=weights, parts=parts, unprobed=self._unprobed(batch, probed))
         with meter.phase("select"), self._exchange.counting("selection") as selection_bytes:
             coreset = self._select(batch, signals, self._estimator)
             self._estimator.update(coreset, self._exchange)
@@ -317,7 +319,12 @@ class CoresetSelector:
         return rest[torch.randperm(len(rest), generator=generator)[:count]].sort().values
 
     def _probe(
-        self, batch: LargeBatch, probed: Tensor, estimator: Estimator, store: ReplayStore | None
+        self,
+        batch: LargeBatch,
+        probed: Tensor,
+        estimator: Estimator,
+        store: ReplayStore | None,
+        parts: Tensor | None,
     ) -> Tensor | None:
         """Run the trunk and the tail over the examples whose signal is needed; with replay the trunk over all.
 
@@ -328,7 +335,7 @@ class CoresetSelector:
         is_probed[probed] = True
         offsets = self._token_offsets(batch)
         with eval_mode(self._model), torch.no_grad(), self._reading_weights() as weights:
-            estimator.begin(batch.step, probed, int((is_probed & (batch.home == self._rank)).sum()))
+            estimator.begin(batch.step, probed, int((is_probed & (batch.home == self._rank)).sum()), parts)
             for positions in self._plan(batch, is_probed):
                 self._probe_micro_batch(batch, positions, estimator, store, offsets)
             if store is not None:

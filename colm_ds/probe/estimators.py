@@ -31,13 +31,15 @@ class Estimator(Observer, Protocol):
 
     is_local: bool
 
-    def begin(self, step: int, probed: Tensor, num_local: int) -> None:
+    def begin(self, step: int, probed: Tensor, num_local: int, parts: Tensor | None = None) -> None:
         """Prepare for a step.
 
         Args:
             step: 1-based optimizer step.
             probed: positions that any rank probes, ascending, int64 `[n]` on the CPU.
             num_local: how many of them this rank probes.
+            parts: what the gradient of every example's mean loss is multiplied by to be what the step adds up: its
+                labelled tokens where the step is a mean over tokens, float32 `[r]` on the CPU; None: 1.
         """
         ...
 
@@ -67,6 +69,20 @@ class Estimator(Observer, Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore it."""
         ...
+
+
+def multiplied(rows: Tensor, parts: Tensor | None, positions: Tensor, power: int = 1) -> Tensor:
+    """Return rows times the parts of their examples.
+
+    Args:
+        rows: `[n, w]`.
+        parts: see `Estimator.begin`, `[r]` on the CPU; None: 1.
+        positions: of the rows, int64 `[n]` on the CPU.
+        power: of the parts.
+    """
+    if parts is None:
+        return rows
+    return rows * to_device(parts[positions], rows.device).pow(power)[:, None]
 
 
 class VectorRows:

@@ -27,12 +27,13 @@ class ExactEstimator:
         self._probed = torch.empty(0, dtype=torch.int64)
         self._positions: list[Tensor] = []
         self._matrix: Tensor | None = None
+        self._parts: Tensor | None = None
         self._num_local = 0
         self._filled = 0
 
-    def begin(self, step: int, probed: Tensor, num_local: int) -> None:
+    def begin(self, step: int, probed: Tensor, num_local: int, parts: Tensor | None = None) -> None:
         """See `Estimator.begin`."""
-        self._probed, self._num_local = probed, num_local
+        self._probed, self._num_local, self._parts = probed, num_local, parts
         self._positions, self._matrix, self._filled = [], None, 0
 
     def observe(self, tail: TailInput, positions: Tensor, lengths: Sequence[int]) -> None:
@@ -42,7 +43,9 @@ class ExactEstimator:
             size, delta = (self._num_local, self._architecture.num_coordinates), factors[0][0]
             self._matrix = torch.empty(size, dtype=delta.dtype, device=delta.device)
         for row, length in enumerate(lengths):
-            self._matrix[self._filled] = example_gradients(factors, row, length)
+            gradient = example_gradients(factors, row, length)
+            part = 1.0 if self._parts is None else float(self._parts[positions[row]])
+            self._matrix[self._filled] = gradient if part == 1.0 else gradient * part
             self._filled += 1
         self._positions.append(positions)
 

@@ -66,9 +66,9 @@ class ProjectionEstimator:
         self._rows = VectorRows()
         self._epoch = 0
 
-    def begin(self, step: int, probed: Tensor, num_local: int) -> None:
+    def begin(self, step: int, probed: Tensor, num_local: int, parts: Tensor | None = None) -> None:
         """See `Estimator.begin`."""
-        self._exact.begin(step, probed, num_local)
+        self._exact.begin(step, probed, num_local, parts)
         self._rows.begin(probed)
         self._epoch = step if self._every_step else 0
 

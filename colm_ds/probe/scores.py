@@ -91,8 +91,8 @@ class ScoreEstimator:
         self._width = architecture.hidden_size if kind == "hidden" else 1
         self._rows = VectorRows()
 
-    def begin(self, step: int, probed: Tensor, num_local: int) -> None:
-        """See `Estimator.begin`."""
+    def begin(self, step: int, probed: Tensor, num_local: int, parts: Tensor | None = None) -> None:
+        """See `Estimator.begin`; a score is of an example alone, whatever the step adds up."""
         self._rows.begin(probed)
 
     def observe(self, tail: TailInput, positions: Tensor, lengths: Sequence[int]) -> None:

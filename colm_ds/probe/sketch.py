@@ -11,7 +11,7 @@ from torch import Tensor
 from colm_ds.errors import ProbeError
 from colm_ds.models.architecture import Architecture, ProbeTarget
 from colm_ds.probe.directions import sign_vectors
-from colm_ds.probe.estimators import VectorRows
+from colm_ds.probe.estimators import VectorRows, multiplied
 from colm_ds.probe.factors import gradient_factors
 from colm_ds.probe.tail import TailInput
 from colm_ds.selection import Exchange, Signals
@@ -115,16 +115,17 @@ class SketchEstimator:
         self._adam = adam
         self._rows = VectorRows()
         self._moments: dict[int, Tensor] = {}
+        self._parts: Tensor | None = None
         self._histories = [
             FactoredHistory(target.out_features, target.in_features, beta2, device) for target in architecture.targets
         ]
         self._signs: list[tuple[Tensor, Tensor]] = []
         self._epoch: int | None = None
 
-    def begin(self, step: int, probed: Tensor, num_local: int) -> None:
+    def begin(self, step: int, probed: Tensor, num_local: int, parts: Tensor | None = None) -> None:
         """See `Estimator.begin`; draws the step's signs."""
         self._rows.begin(probed)
-        self._moments = {}
+        self._moments, self._parts = {}, parts
         epoch = step if self._every_step else 0
         if epoch != self._epoch:
             self._epoch = epoch
@@ -142,9 +143,10 @@ class SketchEstimator:
             if self._adam:
                 moments += second_moments(delta, inputs, rows, columns)
         # Matrices have signs of their own: the sum of their sketches is a sketch of all together.
-        self._rows.add(positions, torch.stack(vectors).sum(dim=0))
+        self._rows.add(positions, multiplied(torch.stack(vectors).sum(dim=0), self._parts, positions))
         if self._adam:
-            self._moments |= dict(zip(positions.tolist(), torch.cat(moments, dim=1), strict=True))
+            squares = multiplied(torch.cat(moments, dim=1), self._parts, positions, power=2)
+            self._moments |= dict(zip(positions.tolist(), squares, strict=True))
 
     def signals(self, batch_size: int, exchange: Exchange) -> Signals:
         """See `Estimator.signals`: all ranks get all sketches."""

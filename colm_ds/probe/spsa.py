@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from colm_ds.models.architecture import Architecture, ProbeTarget
 from colm_ds.probe.directions import Directions, LowRankDirections
-from colm_ds.probe.estimators import VectorRows
+from colm_ds.probe.estimators import VectorRows, multiplied
 from colm_ds.probe.tail import TailInput, precise_tail, tail_losses
 from colm_ds.selection import Exchange, LowRankGradients, Signals
 from colm_ds.types import Coreset
@@ -105,12 +105,14 @@ class SpsaEstimator:
         self._epoch: int | None = None
         self._directions: Directions | LowRankDirections | None = None
         self._rows = VectorRows()
+        self._parts: Tensor | None = None
         with precise_tail(architecture, dtype):
             pass  # what it can not handle is an error now, on every rank, and not in the first step
 
-    def begin(self, step: int, probed: Tensor, num_local: int) -> None:
+    def begin(self, step: int, probed: Tensor, num_local: int, parts: Tensor | None = None) -> None:
         """See `Estimator.begin`; the step's directions are drawn when the first examples come."""
         self._rows.begin(probed)
+        self._parts = parts
         epoch = step if self._every_step else 0
         if epoch != self._epoch:
             self._epoch, self._directions = epoch, None
@@ -118,7 +120,7 @@ class SpsaEstimator:
     def observe(self, tail: TailInput, positions: Tensor, lengths: Sequence[int]) -> None:
         """See `Estimator.observe`."""
         coefficients = spsa_coefficients(self._architecture, tail, self._directions_now(), self._epsilon, self._dtype)
-        self._rows.add(positions, coefficients[: len(positions)])
+        self._rows.add(positions, multiplied(coefficients[: len(positions)], self._parts, positions))
 
     def signals(self, batch_size: int, exchange: Exchange) -> Signals:
         """See `Estimator.signals`: all ranks get all coefficients."""

@@ -71,6 +71,8 @@ class Signals:
         gradients: per-example gradients, compared in Adam geometry under a mask.
         vectors: short signals, float32 `[n, K]`; compared as they are where there are no gradients.
         parameters: value of every probed parameter, float32 `[d]`, for the weight criteria of the mask.
+        parts: what every example counts in the divisor of the step's mean, float `[r]` on the CPU: its labelled tokens
+            in a mean over tokens, by which its signal was multiplied then; None: 1.
         unprobed: examples outside small sources that were left out of the probe, and so of the choice, bool `[r]`.
     """
 
@@ -79,6 +81,7 @@ class Signals:
     gradients: Gradients | None = None
     vectors: Tensor | None = None
     parameters: Tensor | None = None
+    parts: Tensor | None = None
     unprobed: Tensor | None = None
 
 
@@ -133,7 +136,7 @@ def select_coreset(
         )
         reader = _PoolReader(signals, settings, history, len(finite), generator, exchange)
         features = [reader.features(pool) for pool in shares.pools]
-        found, choices = _choose(signals.finite, finite, shares.pools, features, settings, exchange)
+        found, choices = _choose(signals, finite, shares.pools, features, settings, exchange)
         if choices is not None:
             break
         finite = found
@@ -167,7 +170,7 @@ class _Choice:
 
 
 def _choose(
-    flags: Tensor,
+    signals: Signals,
     supposed: Tensor,
     pools: Sequence[Pool],
     features: Sequence[tuple[Tensor, Tensor]],
@@ -177,7 +180,7 @@ def _choose(
     """Pick the medoids of every pool on the main process's CPU, from one copy, and tell the others by one broadcast.
 
     Args:
-        flags: whether every example is finite, bool `[r]`, on the signals' device.
+        signals: whose flags say which examples are finite.
         supposed: what the pools were made from, bool `[r]`.
         pools: where to pick.
         features: for each pool what is compared `[n, h]` and what weights match `[n, K]`, on the signals' device.
@@ -191,12 +194,12 @@ def _choose(
     outcome = torch.zeros(1 + sum(widths), dtype=torch.float64)  # whether the flags were as supposed, then each pool's
     finite = supposed
     if exchange.is_main:
-        finite, *tensors = to_cpu([flags, *(tensor for pair in features for tensor in pair)])
+        finite, *tensors = to_cpu([signals.finite, *(tensor for pair in features for tensor in pair)])
         outcome[0] = float(torch.equal(finite, supposed))
         if outcome[0]:
             parts = outcome[1:].split(widths)
             for pool, part, compared, raw in zip(pools, parts, tensors[::2], tensors[1::2], strict=True):
-                part.copy_(_medoids(pool, compared, raw, settings))
+                part.copy_(_medoids(pool, compared, raw, signals.parts, settings))
     exchange.broadcast(outcome)
     if not outcome[0]:
         return exchange.broadcast(finite.to(torch.uint8)).bool(), None
@@ -207,14 +210,16 @@ def _choose(
     ]
 
 
-def _medoids(pool: Pool, compared: Tensor, raw: Tensor, settings: SelectionSettings) -> Tensor:
+def _medoids(pool: Pool, compared: Tensor, raw: Tensor, parts: Tensor | None, settings: SelectionSettings) -> Tensor:
     """Return positions `[quota]`, weights `[quota]` and coherence of a pool's medoids, float64 `[2 quota + 1]`."""
     medoids = pick_medoids(compared, pool.quota, settings.metric)
     weights = torch.ones(pool.quota)
     if settings.weights == "cluster":
         weights = cluster_weights(medoids.cluster_sizes)
     elif settings.weights == "matched":
-        weights = matched_weights(raw[medoids.indices], raw.mean(dim=0))
+        counted = torch.ones(len(raw)) if parts is None else parts[pool.positions]
+        target = raw.double().sum(dim=0) / counted.double().sum()
+        weights = matched_weights(raw[medoids.indices], target, counted[medoids.indices])
     return torch.cat([pool.positions[medoids.indices].double(), weights.double(), _coherence(raw)])
 
 

@@ -60,7 +60,8 @@ def plain_training(
         if before_step is not None:
             before_step(place, model)
         chosen = [data[index] for index in step.chosen]
-        labelled = sum(1 for record in chosen for label in record["labels"][1:] if label != -100)
+        counts = [sum(label != -100 for label in record["labels"][1:]) for record in chosen]
+        labelled = sum(weight * count for weight, count in zip(step.weights, counts, strict=True))
         total = 0.0
         optimizer.zero_grad()
         for record, weight in zip(chosen, step.weights, strict=True):

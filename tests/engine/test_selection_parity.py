@@ -87,18 +87,22 @@ def test_choice_is_the_one_of_plain_gradients(lora: bool, stage: int, outcomes: 
     names = list(SOURCES)
     settings = SelectionSettings(mask_size=32, seed=3, weights=case.colm["weights"])
     history: list[AdamHistory] = []
+    by_token = case.colm["loss_normalization"] == "token"
 
     def choose(place: int, model: Any) -> None:
         step = seen.steps[place]
         attention = (model.get_base_model() if lora else model).model.layers[-1].self_attn
         weight = attention.v_proj.lora_B["default"].weight if lora else attention.v_proj.weight
-        rows = [
-            torch.autograd.grad(token_losses(model, data[index]).mean(), weight)[0].flatten() for index in step.large
-        ]
+        losses = [token_losses(model, data[index]) for index in step.large]
+        added_up = [loss.sum() if by_token else loss.mean() for loss in losses]
+        rows = [torch.autograd.grad(loss, weight)[0].flatten() for loss in added_up]
+        parts = torch.tensor([float(len(loss)) for loss in losses]) if by_token else None
         history.extend([] if history else [AdamHistory(weight.numel(), BETAS, EPS)])
         coreset = select_coreset(
             torch.tensor([names.index(source) for source in source_of(data, step.large)]),
-            Signals(torch.arange(LARGE), torch.ones(LARGE, dtype=torch.bool), DenseGradients(torch.stack(rows))),
+            Signals(
+                torch.arange(LARGE), torch.ones(LARGE, dtype=torch.bool), DenseGradients(torch.stack(rows)), parts=parts
+            ),
             CORESET,
             small=[names.index(source) for source in SMALL_SOURCES],
             settings=settings,
