@@ -26,14 +26,14 @@ if [[ -x "$python" && "$made_from" == "$checksum" && "$made_in" == "$root" ]]; t
 fi
 
 check_version() {
-    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-        fail "$1 is $("$1" --version 2>&1), but colm_ds needs 3.10 or newer. $2"
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        fail "$1 is $("$1" --version 2>&1), but colm_ds needs 3.11 or newer. $2"
 }
 
 # A moved environment (its scripts name the old path) or one without a working pip is made anew.
 if [[ -n "$made_in" && "$made_in" != "$root" ]] || ! "$python" -m pip --version >/dev/null 2>&1; then
     base="${PYTHON:-python3}"
-    command -v "$base" >/dev/null || fail "$base is not installed. colm_ds needs Python 3.10 or newer."
+    command -v "$base" >/dev/null || fail "$base is not installed. colm_ds needs Python 3.11 or newer."
     check_version "$base" "Name another one: PYTHON=python3.12 bash launch/setup.sh"
     if ! "$base" -c 'import ensurepip, venv' 2>/dev/null; then
         version="$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"

@@ -133,7 +133,7 @@ def test_moved_repository_gets_a_new_environment(fake_repository: FakeRepository
 def test_old_python_is_refused(fake_repository: FakeRepository) -> None:
     result = fake_repository.set_up(FAKE_VERSION="3.8.10")
     assert result.returncode == 1
-    assert "Python 3.8.10, but colm_ds needs 3.10 or newer" in result.stderr
+    assert "Python 3.8.10, but colm_ds needs 3.11 or newer" in result.stderr
     assert not (fake_repository.root / ".venv").exists()
 
 
