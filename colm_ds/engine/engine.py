@@ -193,49 +193,22 @@ class CoLMEngine:
         inner = self.deepspeed_engine
         inner.train()
         with self.memory.step(batch.step, partial(self._watching, batch.step), inner.module, inner.optimizer) as meter:
-            selection = self.coreset_selector(batch, meter)
-            if selection.size == 0:
-                raise SelectionError(
-                    f"step {batch.step}: none of the {batch.size} examples has a finite signal. "
-                    "The model has diverged: resume from an earlier checkpoint with a lower learning rate."
-                )
+            selection = self._select(batch, meter)
             variance = self._gradient_variance(selection)
-            self.memory.note_selected(self.coreset_selector.kept_tensors(), selection.replay)
             lr = float(inner.get_lr()[0])
             update = self._update(selection, meter)
-        self._count(selection, update)
         time_s = {"data": data_s, **self.memory.seconds(), "total": time.perf_counter() - start}
-        stats = StepStats(
-            step=batch.step,
-            loss=update.loss,
-            lr=lr,
-            grad_norm=update.grad_norm,
-            skipped=update.skipped,
-            tokens=int(batch.lengths[selection.positions].sum()),
-            samples=self.num_samples,
-            examples_probed=len(selection.probed),
-            examples_trained=selection.size - len(update.broken),
-            padding_fraction=update.placement.padding_fraction,
-            micro_batches={
-                "count": len(update.placement.plans[0]),
-                "largest_tokens": update.placement.largest_tokens,
-            },
-            exchange_bytes={**selection.num_bytes, "tokens": update.token_bytes},
-            selected=selection.ran,
-            time_s=time_s,
-            **self.memory.stats(),
-            coreset=describe_coreset(
-                batch,
-                selection.coreset,
-                self._source_names,
-                losses=update.losses,
-                broken=update.broken,
-                variance=variance,
-            ),
-        )
-        self.memory.save = None
-        self.monitor.write_events(step_events(stats))
-        return stats
+        return self._record(selection, update, variance, lr, time_s)
+
+    def _select(self, batch: LargeBatch, meter: Meter) -> Selection:
+        selection = self.coreset_selector(batch, meter)
+        if selection.size == 0:
+            raise SelectionError(
+                f"step {batch.step}: none of the {batch.size} examples has a finite signal. "
+                "The model has diverged: resume from an earlier checkpoint with a lower learning rate."
+            )
+        self.memory.note_selected(self.coreset_selector.kept_tensors(), selection.replay)
+        return selection
 
     def _gradient_variance(self, selection: Selection) -> dict[str, float] | None:
         """Measure it in the steps that do."""
@@ -292,10 +265,47 @@ class CoLMEngine:
             max_tokens=self.config.colm.micro_batch_tokens,
         )
 
-    def _count(self, selection: Selection, update: _Update) -> None:
+    def _record(
+        self,
+        selection: Selection,
+        update: _Update,
+        variance: dict[str, float] | None,
+        lr: float,
+        time_s: dict[str, float],
+    ) -> StepStats:
+        """Count the step and tell the monitors of it."""
+        batch, placement = selection.batch, update.placement
         self.step_count += 1
         self.skipped.note(update.skipped)
         self.num_samples += 0 if update.skipped else selection.size - len(update.broken)
+        stats = StepStats(
+            step=batch.step,
+            loss=update.loss,
+            lr=lr,
+            grad_norm=update.grad_norm,
+            skipped=update.skipped,
+            tokens=int(batch.lengths[selection.positions].sum()),
+            samples=self.num_samples,
+            examples_probed=len(selection.probed),
+            examples_trained=selection.size - len(update.broken),
+            padding_fraction=placement.padding_fraction,
+            micro_batches={"count": len(placement.plans[0]), "largest_tokens": placement.largest_tokens},
+            exchange_bytes={**selection.num_bytes, "tokens": update.token_bytes},
+            selected=selection.ran,
+            time_s=time_s,
+            **self.memory.stats(),
+            coreset=describe_coreset(
+                batch,
+                selection.coreset,
+                self._source_names,
+                losses=update.losses,
+                broken=update.broken,
+                variance=variance,
+            ),
+        )
+        self.memory.save = None
+        self.monitor.write_events(step_events(stats))
+        return stats
 
     def set_sources(self, names: Sequence[str], ids: Any) -> None:
         """Divide the dataset into other sources from the next batch on; checkpoints remember them.
