@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from colm_ds.config.section import Section
+from colm_ds.selection import signal_of
 
 
 class MaskConfig(Section):
@@ -20,9 +21,10 @@ class MaskConfig(Section):
 class ProbeConfig(Section):
     """How the signal of every example is estimated."""
 
-    estimator: Literal["spsa", "exact", "sketch", "projection"] = Field(
+    estimator: Literal["spsa", "exact", "sketch", "projection", "tokens"] = Field(
         "spsa",
-        description="spsa (the paper's), exact, sketch, or projection of the exact gradient on random directions",
+        description="spsa (the paper's), exact, sketch, projection of the exact gradient on random directions, or "
+        "tokens: the labels' input embeddings, without any pass of the model",
     )
     layer: Literal["v_proj", "qkv", "fc"] = Field(
         "v_proj", description="of the last layer: its V projection, all of Q, K and V, or the MLP's output projection"
@@ -39,6 +41,9 @@ class ProbeConfig(Section):
     token_sample: float = Field(
         1.0, gt=0, le=1, description="share of every example's labelled tokens whose loss a gradient is estimated from"
     )
+    length_power: float = Field(
+        0.5, ge=0, le=2, description="tokens: features are divided by the number of labelled tokens to this power"
+    )
     dtype: Literal["auto", "bfloat16"] = Field("auto", description="trunk's compute; auto: as the model trains")
     precision: Literal["auto", "float32", "float64"] = Field(
         "auto", description="spsa's last layer and head; float64 (auto on a CPU) chooses alike on any number of ranks"
@@ -46,6 +51,11 @@ class ProbeConfig(Section):
     max_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="padded tokens of one micro-batch of the probe; auto: 2048 on a CPU (its caches), else 8192"
     )
+
+    @property
+    def passes_model(self) -> bool:
+        """Whether gradients are found out by a pass of the model."""
+        return self.estimator != "tokens"
 
     @property
     def resolved_num_probes(self) -> int:
@@ -104,6 +114,7 @@ PAPER: dict[str, Any] = {
         "refresh": "step",
         "sample": 1.0,
         "token_sample": 1.0,
+        "length_power": 0.5,
     },
     "schedule": {"start_step": 0, "every": 1},
 }
@@ -111,15 +122,29 @@ PAPER: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, Any]] = {"paper": PAPER}
 
+FITS_TOKENS: dict[str, Any] = {
+    "small_sources": "none",
+    "per_source": False,
+    "geometry": "plain",
+    "metric": "euclidean",
+    "weights": "matched",
+}
+"""Defaults where the estimator is `tokens`: one pool, compared as it is, and weights that match its mean."""
+
 
 def with_preset(values: Any) -> Any:
     """Return a `"colm"` section with the keys of its preset filled in; keys that are written keep their value.
 
-    Where another estimator than the preset's is written, `num_probes` stays that estimator's own default.
+    Where another estimator than the preset's is written, its own defaults go before the preset.
     """
-    if not isinstance(values, Mapping) or values.get("preset") not in PRESETS:
+    if not isinstance(values, Mapping):
         return values
     filled = dict(values)
+    probe = filled.get("probe")
+    if isinstance(probe, Mapping) and probe.get("estimator") == "tokens":
+        filled = {**FITS_TOKENS, **filled}
+    if values.get("preset") not in PRESETS:
+        return filled
     for key, pinned in PRESETS[values["preset"]].items():
         written = filled.get(key, {})
         if not isinstance(pinned, dict):
@@ -177,6 +202,12 @@ class CoLMSection(Section):
         1800.0, ge=0, description="end a rank whose phase (probe, train, save, ...) lasts longer, in seconds; 0: never"
     )
     seed: int = Field(0, ge=0, description="seeds the data order and every random choice of the selection")
+
+    @property
+    def probes_model(self) -> bool:
+        """Whether the selector's signal takes a pass of the model over the large batch."""
+        signal = signal_of(self.selector)
+        return signal is not None and (signal != "gradient" or self.probe.passes_model)
 
     @model_validator(mode="before")
     @classmethod

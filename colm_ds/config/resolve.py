@@ -220,9 +220,26 @@ def _check_mask_and_probe(colm: CoLMSection, problems: Problems) -> None:
     if colm.probe.estimator in ("sketch", "projection") and colm.mask != MaskConfig():
         what = f"a {colm.probe.estimator} is compared whole, without a mask"
         problems.add("colm.mask", colm.mask.model_dump(), what, "Remove it.")
+    if not colm.probe.passes_model:
+        _check_tokens(colm, problems)
     if colm.probe.estimator != "spsa" and colm.probe.direction_rank != "full":
         what = f"{colm.probe.estimator} takes no random step"
         problems.add("colm.probe.direction_rank", colm.probe.direction_rank, what, "Remove it.")
+
+
+def _check_tokens(colm: CoLMSection, problems: Problems) -> None:
+    """Record keys that say how a model is probed, where none is."""
+    why = "the estimator 'tokens' passes nothing through the model"
+    for key in ("layer", "num_probes", "refresh", "sample", "token_sample", "dtype", "precision", "max_tokens"):
+        value = getattr(colm.probe, key)
+        if value != type(colm.probe).model_fields[key].default and (key, value) != ("num_probes", 1):
+            problems.add(f"colm.probe.{key}", value, why, "Remove it.")
+    if colm.mask != MaskConfig():
+        problems.add("colm.mask", colm.mask.model_dump(), why, "Remove it.")
+    if colm.replay in ("on", "offload"):
+        problems.add("colm.replay", colm.replay, why, 'Remove it, or write "auto".')
+    if colm.geometry != "plain":
+        problems.add("colm.geometry", colm.geometry, "features have no history of Adam's", 'Write "plain".')
 
 
 def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems) -> None:

@@ -32,6 +32,7 @@ from colm_ds.probe.parameters import reading_parameters
 from colm_ds.probe.registry import make_estimator
 from colm_ds.probe.replay import ReplayStore, choose_replay
 from colm_ds.probe.tail import run_trunk
+from colm_ds.probe.tokens import TokensEstimator, vectors_of_model
 from colm_ds.probe.variance import GradientVariance
 from colm_ds.randomness import private_generator
 from colm_ds.selection import (
@@ -51,8 +52,8 @@ logger = logging.getLogger(__name__)
 
 
 def reads_model(config: CoLMSection) -> bool:
-    """Whether the last layer of the model is looked at: for the selector's signal, or to measure variances."""
-    return signal_of(config.selector) is not None or config.variance_every > 0
+    """Return whether the last layer is looked at: for the selector's signal, or to measure variances."""
+    return config.probes_model or config.variance_every > 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Selection:
         batch: the large batch as this rank sees it.
         coreset: what to train on, the same on every rank.
         ran: whether the configured selector ran; False in a plain step of the schedule.
-        probed: positions whose signal was found out by any rank, ascending int64 `[n]`.
+        probed: positions that any rank passed through the model for their signal, ascending int64 `[n]`.
         replay: what the probe left for training to start from, valid until the next call; None if nothing.
         num_bytes: payload of the collectives: signals (what the estimator sends) and selection (masked columns, sums,
             and the choice itself).
@@ -177,11 +178,14 @@ class CoresetSelector:
         self.selector: Selector = make_selector(config.selector, context)
         self.plain: Selector = make_selector("random", context)
         self._architecture = architecture
-        self._estimator: Estimator | None = None
+        self._estimator: Estimator | TokensEstimator | None = None
         self._trunk_dtype = torch.bfloat16 if config.probe.dtype == "bfloat16" else None
         self._store: ReplayStore | None = None
         self.why_not_replay: str | None = None
-        if architecture is not None and signal_of(config.selector) is not None:
+        if signal_of(config.selector) is not None and not config.probes_model:
+            vectors = vectors_of_model(model, config.seed, exchange)
+            self._estimator = TokensEstimator(vectors, device, config.probe.length_power)
+        elif architecture is not None and signal_of(config.selector) is not None:
             num_tokens = config.large_batch_size / exchange.num_processes * mean_length
             self._store, self.why_not_replay = choose_replay(config, architecture, num_tokens, device)
             if self.why_not_replay and rank == 0:
@@ -235,7 +239,8 @@ class CoresetSelector:
             coreset = self._select(batch, signals, self._estimator)
             self._estimator.update(coreset, self._exchange)
         counted = {count.kind: count.num_bytes for count in (signal_bytes, selection_bytes)}
-        return Selection(batch, coreset, ran, probed, replay, counted)
+        passed = probed if self._config.probes_model else probed[:0]
+        return Selection(batch, coreset, ran, passed, replay, counted)
 
     def gradient_variance(self, selection: Selection) -> dict[str, float] | None:
         """Return how far the coreset's mean gradient is from the large batch's: see `GradientVariance`.
@@ -298,7 +303,7 @@ class CoresetSelector:
             )
         return batch
 
-    def _select(self, batch: LargeBatch, signals: Signals, estimator: Estimator) -> Coreset:
+    def _select(self, batch: LargeBatch, signals: Signals, estimator: Estimator | TokensEstimator) -> Coreset:
         if estimator.is_local:
             return self.selector.select(batch, signals, self._exchange)
         coreset = self.selector.select(batch, signals, SINGLE_PROCESS) if self._exchange.is_main else None
@@ -322,7 +327,7 @@ class CoresetSelector:
         self,
         batch: LargeBatch,
         probed: Tensor,
-        estimator: Estimator,
+        estimator: Estimator | TokensEstimator,
         store: ReplayStore | None,
         parts: Tensor | None,
     ) -> Tensor | None:
@@ -333,6 +338,11 @@ class CoresetSelector:
         """
         is_probed = torch.zeros(batch.size, dtype=torch.bool)
         is_probed[probed] = True
+        if isinstance(estimator, TokensEstimator):
+            estimator.begin(batch.step, probed, len(probed), parts)
+            mine = (is_probed & (batch.home == self._rank)).nonzero().flatten().tolist()
+            estimator.look_up({position: batch.examples[position] for position in mine})
+            return None
         offsets = self._token_offsets(batch)
         with eval_mode(self._model), torch.no_grad(), self._reading_weights() as weights:
             estimator.begin(batch.step, probed, int((is_probed & (batch.home == self._rank)).sum()), parts)

@@ -22,7 +22,6 @@ from colm_ds.planner.zero_states import ZeroSettings, zero_settings
 from colm_ds.recipes.model import DTYPES, load_tokenizer
 from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe, PretrainingRecipe, Recipe
 from colm_ds.recipes.sections import LoraConfig
-from colm_ds.selection import signal_of
 from colm_ds.types import LargeBatch
 
 LENGTH_KEY, CHUNK_KEY = "data.max_length", "data.chunk_tokens"
@@ -87,7 +86,7 @@ class Job:
     @property
     def probes(self) -> bool:
         """Whether the selector needs a pass over the large batch."""
-        return signal_of(self.colm.selector) is not None
+        return self.colm.probes_model
 
     @property
     def replays(self) -> bool:

@@ -7,8 +7,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from colm_ds.checkpoints import atomic
-from colm_ds.config.colm import ProbeConfig
+from colm_ds.config.colm import CoLMSection
+from colm_ds.config.section import Section
 from colm_ds.errors import ConfigError
 from colm_ds.recipes.recipe import BaseRecipe
 
@@ -128,18 +131,36 @@ def recipe_differences(before: Mapping[str, Any], recipe: BaseRecipe, free: Coll
     now = json.loads(json.dumps(recipe.model_dump(), default=str))
     return [
         f"{key}: {before_value!r} there, {now_value!r} here"
-        for key, before_value, now_value in _compare(_with_number_of_probes(before), _with_number_of_probes(now))
+        for key, before_value, now_value in _compare(_as_now(before), _as_now(now))
         if not any(key == name or key.startswith(f"{name}.") for name in free)
     ]
 
 
-def _with_number_of_probes(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a dumped recipe with `colm.probe.num_probes` as the number that "auto" stands for."""
-    colm = dict(recipe.get("colm") or {})
-    if "estimator" in (colm.get("probe") or {}):
-        known = {key: value for key, value in colm["probe"].items() if key in ProbeConfig.model_fields}
-        colm["probe"] = {**known, "num_probes": ProbeConfig.model_validate(known).resolved_num_probes}
+def _as_now(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a dumped recipe whose `"colm"` section has the keys of this version.
+
+    Keys that an earlier version did not know have their default, which is what that version did, and `num_probes` is
+    the number that "auto" stands for.
+    """
+    known = _known(CoLMSection, recipe.get("colm") or {})
+    try:
+        section = CoLMSection.model_validate(known)
+    except ValidationError:
+        return dict(recipe)  # the differences say what it had
+    colm = json.loads(section.model_dump_json())
+    colm["probe"]["num_probes"] = section.probe.resolved_num_probes
     return {**recipe, "colm": colm}
+
+
+def _known(kind: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys that a section has, and of its sections those that they have."""
+    found = {}
+    for key, value in values.items():
+        if key in kind.model_fields:
+            inner = kind.model_fields[key].annotation
+            is_section = isinstance(inner, type) and issubclass(inner, Section) and isinstance(value, Mapping)
+            found[key] = _known(inner, value) if is_section else value  # type: ignore[arg-type]
+    return found
 
 
 def _compare(one: Any, other: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -22,6 +22,7 @@ CASES = [
     Case("sketch", lora=True, colm={"probe": {"estimator": "sketch", "num_probes": 32, "refresh": "run"}}),
     Case("exact", colm={"probe": {"estimator": "exact"}}, stage=2),
     Case("exact", colm={"probe": {"estimator": "exact"}}, stage=3, zero=NOTHING_PERSISTS),
+    Case("tokens", colm={"probe": {"estimator": "tokens"}}, stage=3, zero=NOTHING_PERSISTS),
     Case("workers", colm={"selector": "keep_random", "num_workers": 1}, stage=1),
     Case("dropout", family="phi", model=DROPOUT, colm={"probe": {"estimator": "spsa"}}),
     Case("dropout", family="phi", model=DROPOUT, colm={"probe": {"estimator": "sketch", "num_probes": 32}}, stage=2),

@@ -30,6 +30,7 @@ FURTHER = [
     (Case("tied head", model={"tie_word_embeddings": True}, colm=SKETCH, stage=3, zero=NOTHING_PERSISTS), 2),
     (Case("overlapping communication", stage=2, zero={"overlap_comm": True, "reduce_bucket_size": 2000}), 2),
     (Case("alone", lora=True, colm={"weights": "matched", **EXACT}, stage=2), 1),
+    (Case("tokens", colm={"probe": {"estimator": "tokens"}, "loss_normalization": "token"}, stage=2), 2),
     (Case("alone", colm={"weights": "matched", "loss_normalization": "token", **SKETCH}, stage=3), 1),
     (Case("one example a rank", colm={"large_batch_size": 3, "coreset_size": 2, **EXACT}, stage=3), 2),
     (Case("one of two examples", colm={"large_batch_size": 2, "coreset_size": 1, **SKETCH}), 1),

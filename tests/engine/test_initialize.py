@@ -20,10 +20,12 @@ from tests.ranks import Ranks
 
 @pytest.mark.distributed
 def test_unknown_family_trains_without_a_probe(outcomes: Runner) -> None:
-    case = Case("unknown family", family="gpt2", model=NO_DROPOUT, colm={"selector": "random"}, stage=3)
-    losses = [step.stats["loss"] for step in outcomes(case, 2)[0].steps]
-    assert len(losses) == 5
-    assert all(0 < loss < 20 for loss in losses)
+    for colm in ({"selector": "random"}, {"probe": {"estimator": "tokens"}}):
+        case = Case("unknown family", family="gpt2", model=NO_DROPOUT, colm=colm, stage=3)
+        steps = outcomes(case, 2)[0].steps
+        assert len(steps) == 5
+        assert all(0 < step.stats["loss"] < 20 for step in steps)
+        assert all(step.stats["examples_probed"] == 0 for step in steps)
 
 
 def run_from_arguments(path: str) -> dict[str, Any]:

@@ -37,6 +37,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "low-rank steps": {"probe": {"estimator": "spsa", "direction_rank": 2, "num_probes": 3, "refresh": "run"}},
     "a sketch in plain geometry": {"probe": {"estimator": "sketch"}, "geometry": "plain"},
     "probe of a part": {"probe": {"estimator": "exact", "sample": 0.6}},
+    "token embeddings": {"probe": {"estimator": "tokens"}, "small_sources": "none", "per_source": False}
+    | {"geometry": "plain", "metric": "euclidean", "weights": "matched"},
     "some of the tokens": {"probe": {"estimator": "exact", "token_sample": 0.4}},
 }
 
