@@ -184,7 +184,7 @@ class CoresetSelector:
         self.why_not_replay: str | None = None
         if signal_of(config.selector) is not None and not config.probes_model:
             vectors = vectors_of_model(model, config.seed, exchange)
-            self._estimator = TokensEstimator(vectors, device, config.probe.length_power)
+            self._estimator = TokensEstimator(vectors, config.probe.length_power)
         elif architecture is not None and signal_of(config.selector) is not None:
             num_tokens = config.large_batch_size / exchange.num_processes * mean_length
             self._store, self.why_not_replay = choose_replay(config, architecture, num_tokens, device)

@@ -124,16 +124,14 @@ class TokensEstimator:
 
     is_local = False
 
-    def __init__(self, vectors: Tensor, device: torch.device, length_power: float) -> None:
-        """Keep the vectors.
+    def __init__(self, vectors: Tensor, length_power: float) -> None:
+        """Keep the vectors; signals stay on the CPU, so that no device is waited for.
 
         Args:
             vectors: float32 `[vocabulary, width]` on the CPU, from `vectors_of_model`.
-            device: where signals are wanted.
             length_power: p.
         """
         self._vectors = vectors
-        self._device = device
         self._length_power = length_power
         self._rows = VectorRows()
         self._parts: Tensor | None = None
@@ -151,11 +149,11 @@ class TokensEstimator:
         features = example_features(
             [examples[place] for place in positions.tolist()], self._vectors, self._length_power
         )
-        self._rows.add(positions, multiplied(features, self._parts, positions).to(self._device))
+        self._rows.add(positions, multiplied(features, self._parts, positions))
 
     def signals(self, batch_size: int, exchange: Exchange) -> Signals:
         """See `Estimator.signals`: all ranks get all features."""
-        return self._rows.gather(batch_size, self._vectors.shape[1], self._device, exchange)
+        return self._rows.gather(batch_size, self._vectors.shape[1], self._vectors.device, exchange)
 
     def update(self, coreset: Coreset, exchange: Exchange) -> None:
         """Nothing to learn."""

@@ -40,6 +40,7 @@ def cases() -> dict[str, tuple[dict[str, Any], int]]:
             2,
         ),
         "big_loss": ({"selector": "big_loss"}, 2),
+        "tokens": ({"probe": {"estimator": "tokens"}}, 1),
         "keep_random": ({"selector": "keep_random"}, 1),
         "random": ({"selector": "random"}, 1),
     }

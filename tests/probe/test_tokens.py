@@ -99,11 +99,11 @@ def test_a_model_without_embeddings_has_random_vectors() -> None:
 def test_vectors_stay_those_of_the_start() -> None:
     model = tiny_model("llama")
     before = vectors_of_model(model, 3, SINGLE_PROCESS)
-    kept = TokensEstimator(before, torch.device("cpu"), 0.5)
+    kept = TokensEstimator(before, 0.5)
     state = kept.state_dict()
     with torch.no_grad():
         model.get_input_embeddings().weight[5] += 1.0
-    resumed = TokensEstimator(vectors_of_model(model, 3, SINGLE_PROCESS), torch.device("cpu"), 0.5)
+    resumed = TokensEstimator(vectors_of_model(model, 3, SINGLE_PROCESS), 0.5)
     assert resumed.state_dict()["digest"] != state["digest"]
     resumed.load_state_dict(state)
     assert torch.equal(resumed.state_dict()["vectors"], before)
