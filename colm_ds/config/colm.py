@@ -142,7 +142,8 @@ def with_preset(values: Any) -> Any:
     filled = dict(values)
     probe = filled.get("probe")
     if isinstance(probe, Mapping) and probe.get("estimator") == "tokens":
-        filled = {**FITS_TOKENS, **filled}
+        weights = {"weights": "uniform"} if filled.get("selector") == "balanced" else {}
+        filled = {**FITS_TOKENS, **weights, **filled}
     if values.get("preset") not in PRESETS:
         return filled
     for key, pinned in PRESETS[values["preset"]].items():
@@ -166,8 +167,9 @@ class CoLMSection(Section):
     coreset_size: int | None = Field(None, ge=1, description="b: examples trained on; default: train_batch_size")
     selector: str = Field(
         "colm",
-        description="colm; random, keep_random, full (plain training on b, small sources kept, all r); or a baseline: "
-        "big_loss, gradient_norm, middle_perplexity, completion_length, least_confidence, hidden_medoids",
+        description="colm; balanced (unbiased draws by the same signal); random, keep_random, full (plain training on "
+        "b, small sources kept, all r); or a baseline: big_loss, gradient_norm, middle_perplexity, completion_length, "
+        "least_confidence, hidden_medoids",
     )
     small_sources: Literal["auto", "none"] | list[str | int] = Field(
         "auto", description="kept whole: auto (fewer than |V|/c examples), none, or a list of names or ids"

@@ -220,6 +220,8 @@ def _check_mask_and_probe(colm: CoLMSection, problems: Problems) -> None:
     if colm.probe.estimator in ("sketch", "projection") and colm.mask != MaskConfig():
         what = f"a {colm.probe.estimator} is compared whole, without a mask"
         problems.add("colm.mask", colm.mask.model_dump(), what, "Remove it.")
+    if colm.selector == "balanced" and colm.weights != "uniform":
+        problems.add("colm.weights", colm.weights, "balanced draws are unbiased with equal weights", 'Write "uniform".')
     if not colm.probe.passes_model:
         _check_tokens(colm, problems)
     if colm.probe.estimator != "spsa" and colm.probe.direction_rank != "full":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from colm_ds.errors import SelectionError
 from colm_ds.randomness import private_generator
+from colm_ds.selection.balanced import balanced_draw, principal_components
 from colm_ds.selection.exchange import SINGLE_PROCESS, Exchange
 from colm_ds.selection.facility_location import METRICS
 from colm_ds.selection.gradients import Gradients
@@ -33,7 +34,8 @@ class SelectionSettings:
         per_source: one pool per big source, or one joint pool.
         mask_size: h, coordinates in which gradients are compared; None compares all of them.
         mask_criterion: `grad` (the paper's), `weight`, `weight_grad` or `random`.
-        seed: seeds the random order of small-source examples that exceed b, and random masks.
+        picks: `medoids` (the paper's), or `balanced` draws, whose weights are 1.
+        seed: seeds the random order of small-source examples that exceed b, random masks and balanced draws.
     """
 
     geometry: str = "adam"
@@ -42,6 +44,7 @@ class SelectionSettings:
     per_source: bool = True
     mask_size: int | None = None
     mask_criterion: str = "grad"
+    picks: str = "medoids"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -50,6 +53,7 @@ class SelectionSettings:
             ("metric", self.metric, METRICS),
             ("weights", self.weights, WEIGHTS),
             ("mask_criterion", self.mask_criterion, CRITERIA),
+            ("picks", self.picks, ("medoids", "balanced")),
         ):
             if value not in allowed:
                 raise SelectionError(f"{name} {value!r} is unknown. Choose one of {', '.join(allowed)}.")
@@ -136,7 +140,7 @@ def select_coreset(
         )
         reader = _PoolReader(signals, settings, history, len(finite), generator, exchange)
         features = [reader.features(pool) for pool in shares.pools]
-        found, choices = _choose(signals, finite, shares.pools, features, settings, exchange)
+        found, choices = _choose(signals, finite, shares.pools, features, settings, step, exchange)
         if choices is not None:
             break
         finite = found
@@ -175,6 +179,7 @@ def _choose(
     pools: Sequence[Pool],
     features: Sequence[tuple[Tensor, Tensor]],
     settings: SelectionSettings,
+    step: int,
     exchange: Exchange,
 ) -> tuple[Tensor, list[_Choice] | None]:
     """Pick the medoids of every pool on the main process's CPU, from one copy, and tell the others by one broadcast.
@@ -185,6 +190,7 @@ def _choose(
         pools: where to pick.
         features: for each pool what is compared `[n, h]` and what weights match `[n, K]`, on the signals' device.
         settings: how medoids are chosen.
+        step: seeds balanced draws.
         exchange: the other processes.
 
     Returns:
@@ -199,7 +205,10 @@ def _choose(
         if outcome[0]:
             parts = outcome[1:].split(widths)
             for pool, part, compared, raw in zip(pools, parts, tensors[::2], tensors[1::2], strict=True):
-                part.copy_(_medoids(pool, compared, raw, signals.parts, settings))
+                if settings.picks == "balanced":
+                    part.copy_(_drawn(pool, raw, settings, step))
+                else:
+                    part.copy_(_medoids(pool, compared, raw, signals.parts, settings))
     exchange.broadcast(outcome)
     if not outcome[0]:
         return exchange.broadcast(finite.to(torch.uint8)).bool(), None
@@ -208,6 +217,14 @@ def _choose(
         _Choice(part[: pool.quota].long(), part[pool.quota : -1].float(), float(part[-1]))
         for pool, part in zip(pools, parts, strict=True)
     ]
+
+
+def _drawn(pool: Pool, raw: Tensor, settings: SelectionSettings, step: int) -> Tensor:
+    """Return positions `[quota]`, weights of 1 and coherence of a balanced draw, float64 `[2 quota + 1]`."""
+    generator = private_generator(settings.seed, "balanced", step, pool.source)
+    places = balanced_draw(principal_components(raw), pool.quota, generator)
+    ones = torch.ones(pool.quota, dtype=torch.float64)
+    return torch.cat([pool.positions[places].double(), ones, _coherence(raw)])
 
 
 def _medoids(pool: Pool, compared: Tensor, raw: Tensor, parts: Tensor | None, settings: SelectionSettings) -> Tensor:

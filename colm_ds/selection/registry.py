@@ -14,6 +14,7 @@ from colm_ds.selection.baselines import (
     MiddlePerplexitySelector,
 )
 from colm_ds.selection.selectors import (
+    BalancedSelector,
     CoLMSelector,
     FullSelector,
     KeepRandomSelector,
@@ -24,6 +25,7 @@ from colm_ds.selection.selectors import (
 
 SELECTORS: dict[str, Callable[[SelectorContext], Selector]] = {
     "colm": CoLMSelector,
+    "balanced": BalancedSelector,
     "random": RandomSelector,
     "keep_random": KeepRandomSelector,
     "full": FullSelector,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -107,6 +107,13 @@ class CoLMSelector:
                 self._history.load_state_dict(self._saved)
                 self._saved = None
         return self._history
+
+
+class BalancedSelector(CoLMSelector):
+    """All examples of small sources and a balanced draw of the others: unbiased, where medoids with weights are not."""
+
+    def __init__(self, context: SelectorContext) -> None:
+        super().__init__(replace(context, settings=replace(context.settings, picks="balanced", weights="uniform")))
 
 
 class StatelessSelector:

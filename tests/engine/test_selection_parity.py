@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "probe of a part": {"probe": {"estimator": "exact", "sample": 0.6}},
     "token embeddings": {"probe": {"estimator": "tokens"}, "small_sources": "none", "per_source": False}
     | {"geometry": "plain", "metric": "euclidean", "weights": "matched"},
+    "balanced draws": {"selector": "balanced"},
     "some of the tokens": {"probe": {"estimator": "exact", "token_sample": 0.4}},
 }
 
