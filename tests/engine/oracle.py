@@ -30,7 +30,8 @@ class PlainRun:
 
 def token_losses(model: Any, record: Record) -> Tensor:
     """Loss of every labelled token of one example, `[n]`."""
-    tokens, labels = torch.tensor(record["input_ids"]), torch.tensor(record["labels"])
+    device = next(model.parameters()).device
+    tokens, labels = torch.tensor(record["input_ids"], device=device), torch.tensor(record["labels"], device=device)
     logits = model(input_ids=tokens[None]).logits[0, :-1].float()
     wanted = labels[1:] != -100
     return F.cross_entropy(logits[wanted], labels[1:][wanted], reduction="none")
@@ -41,6 +42,7 @@ def plain_training(
     data: Sequence[Record],
     steps: Sequence[StepRecord],
     before_step: Callable[[int, Any], None] | None = None,
+    device: torch.device | str = "cpu",
 ) -> PlainRun:
     """Train on given coresets: gradient (1/b) sum w_i grad L_i, or by tokens, then AdamW.
 
@@ -49,8 +51,9 @@ def plain_training(
         data: the dataset.
         steps: coreset of every step.
         before_step: called with the step's place, from 0, and the model as the step finds it.
+        device: where to train.
     """
-    model = case.build_model()
+    model = case.build_model().to(device)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
     by_token = case.colm.get("loss_normalization", "example") == "token"

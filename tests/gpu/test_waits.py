@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.engine.training import Case, start
+from tests.engine.training import start
+from tests.gpu.device import HAS_GPU, case_of
 from tests.gpu.waits import Waits, counting_waits
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process as the only rank."""
-    from colm_ds.distributed.agreement import single_process_environment
-
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    single_process_environment()
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def cases() -> dict[str, tuple[dict[str, Any], int]]:
@@ -47,12 +32,11 @@ def cases() -> dict[str, tuple[dict[str, Any], int]]:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("name", cases())
 def test_waits_of_a_step(name: str, one_process: None) -> None:
     colm, most = cases()[name]
-    case = Case(name, lora=True, stage=2, checkpointing=True, dtype="bfloat16", colm=colm)
-    engine = start(case)
+    engine = start(case_of(name, half=True, lora=True, stage=2, checkpointing=True, colm=colm))
     try:
         for _ in range(3):  # histories begin, kernels are compiled
             engine.train_batch()
