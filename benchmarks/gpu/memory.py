@@ -1,0 +1,174 @@
+"""Peak of every phase on the device against what `colm-ds plan` says, for twelve configurations; the goal is 10%.
+
+    python -m benchmarks.gpu.memory          # about 70 s
+    python -m benchmarks.gpu.memory --dry    # two small ones on the CPU, allocations counted instead
+
+Each trains three steps in a real engine; the third one's peaks are the allocator's. What was allocated before the model
+came is taken off. The plan knows the configuration only.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.rows import GIB, Part, parser_of, release
+from benchmarks.memory import Configuration, ds_config, lora_config
+from benchmarks.memory import records as records_of
+from colm_ds.config.resolve import resolve_config
+from colm_ds.planner.activations import ModelSpec
+from colm_ds.planner.job import Job
+from colm_ds.planner.plan import Planner
+from colm_ds.planner.zero_states import zero_settings
+from colm_ds.recipes.model import DTYPES, add_lora
+
+PHASES = ("probe", "forward", "backward", "step", "total")
+
+SHAPE = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "vocab_size": 32_000,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+FEW_KEYS = {"num_key_value_heads": 4}
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 500}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+
+LARGE, CORESET = 32, 16
+BF16 = {"dtype": "bfloat16", "bucket": 20_000_000, "length": 512, "micro": 8}
+
+CONFIGURATIONS = (
+    Configuration("llama", stage=2, lora=True, checkpointing=True, replay="on", **BF16),
+    Configuration("llama", stage=2, estimator="exact", model=FEW_KEYS, **BF16),
+    Configuration("llama", stage=3, **BF16),
+    Configuration("phi", stage=2, lora=True, checkpointing=True, replay="on", **BF16),
+    Configuration("llama", length=512, micro=8),
+    Configuration("llama", stage=3, lora=True, checkpointing=True, replay="on", model=FEW_KEYS, **BF16),
+    Configuration("llama", lora=True, estimator="exact", **{**BF16, "bucket": 1_000_000}),
+    Configuration("mistral", stage=3, lora=True, estimator="sketch", model=FEW_KEYS, **BF16),
+    Configuration("phi", stage=2, checkpointing=True, **BF16),
+    Configuration("qwen2", stage=2, selector="full", model=FEW_KEYS, **BF16),
+    Configuration("phi3", stage=2, lora=True, checkpointing=True, **{**BF16, "length": 1024, "micro": 4}),
+    Configuration("stablelm", stage=2, lora=True, **{**BF16, "length": 256, "micro": 16}),
+)
+
+DRY = (
+    Configuration("llama", stage=0, lora=True, length=48, micro=2),
+    Configuration("phi", stage=3, lora=True, checkpointing=True, replay="on", length=48, micro=2),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    options = parser_of(__doc__).parse_args(arguments)
+    from colm_ds.distributed.agreement import single_process_environment
+
+    single_process_environment()
+    part = Part("memory", options)
+    planner = Planner()
+    for configuration in DRY if part.dry else CONFIGURATIONS:
+
+        def work(configuration: Configuration = configuration) -> dict[str, Any]:
+            measured = measure(configuration, part)
+            return {"name": configuration.name} | compared(configuration, measured, planner, part)
+
+        part.measure(configuration.name, work, 0.0 if part.dry else 9.0)
+    for row in part.rows:
+        errors = " ".join(f"{phase} {error:+.1%}" for phase, error in row["error"].items())
+        print(f"{row['key'][:96]:96} {row['measured_bytes']['total'] / GIB:6.2f} GiB {errors}")
+    return part.close()
+
+
+def settings_of(configuration: Configuration, part: Part) -> dict[str, Any]:
+    """Return the DeepSpeed configuration, with PyTorch's AdamW, which needs no compiler."""
+    settings = ds_config(configuration, count=part.device.type == "cpu")
+    settings["optimizer"]["params"]["torch_adam"] = True
+    coreset = LARGE if configuration.selector == "full" else CORESET
+    settings["colm"] |= {"large_batch_size": LARGE, "coreset_size": coreset}
+    return settings
+
+
+def config_of(configuration: Configuration, part: Part) -> Any:
+    """Return the model's configuration."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(configuration.family, **{**SHAPE, **configuration.model, **(SMALL if part.dry else {})})
+
+
+def measure(configuration: Configuration, part: Part) -> dict[str, float]:
+    """Train three steps; bytes of the third by phase."""
+    from transformers import AutoModelForCausalLM, set_seed
+
+    import colm_ds
+
+    release(part.device)
+    on_gpu = part.device.type == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    set_seed(0)
+    with torch.device(part.device):
+        model: Any = AutoModelForCausalLM.from_config(
+            config_of(configuration, part), dtype=DTYPES[configuration.dtype], attn_implementation="sdpa"
+        )
+        lora = lora_config(configuration)
+        model = add_lora(model, lora) if lora else model
+    if configuration.checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    data = records_of(configuration)
+    if part.dry:
+        data = [
+            {**record, **{key: [token % 500 for token in record[key]] for key in ("input_ids", "labels")}}
+            for record in data
+        ]
+    engine = colm_ds.initialize(model=model, config=settings_of(configuration, part), training_data=data * 2)[0]
+    try:
+        for _ in range(3):
+            stats = engine.train_batch()
+    finally:
+        engine.destroy()
+    found = stats.memory_gib if on_gpu else stats.counted_gib
+    assert found is not None
+    total = "peak" if on_gpu else "total"
+    wanted = {
+        phase: found[total if phase == "total" else phase] for phase in PHASES if phase in found or phase == "total"
+    }
+    return {phase: value * GIB - before for phase, value in wanted.items() if value > 0}
+
+
+def compared(configuration: Configuration, measured: dict[str, float], planner: Planner, part: Part) -> dict[str, Any]:
+    """Return plan and measurement in bytes by phase, and the plan's relative error."""
+    on_gpu = part.device.type == "cuda"
+    resolved = resolve_config(settings_of(configuration, part), 1)
+    spec = ModelSpec(
+        config_of(configuration, part),
+        DTYPES[configuration.dtype],
+        "sdpa",
+        lora_config(configuration),
+        configuration.checkpointing,
+        part.device.type,
+    )
+    zero = zero_settings(resolved.deepspeed, 1, on_gpu=on_gpu)
+    length = configuration.length
+    job = Job(spec, zero, resolved.colm, configuration.micro, length, length)
+    plan = planner.memory(replace(job, mean_length=job.padded_length))
+    planned = {**plan.peaks, "total": plan.peak}
+    phases = [phase for phase in PHASES if phase in measured and phase in planned]
+    return {
+        "measured_bytes": {phase: measured[phase] for phase in phases},
+        "planned_bytes": {phase: planned[phase] for phase in phases},
+        "planned_parts": plan.phases[plan.peak_phase],
+        "error": {phase: planned[phase] / measured[phase] - 1 for phase in phases},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
