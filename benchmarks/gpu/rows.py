@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from colm_ds.run_folder.write import describe_environment
+from colm_ds.run_folder.environment import describe_environment
 
 Result = TypeVar("Result")
 
