@@ -239,8 +239,9 @@ class CoresetSelector:
             coreset = self._select(batch, signals, self._estimator)
             self._estimator.update(coreset, self._exchange)
         counted = {count.kind: count.num_bytes for count in (signal_bytes, selection_bytes)}
-        passed = probed if self._config.probes_model else probed[:0]
-        return Selection(batch, coreset, ran, passed, replay, counted)
+        if not self._config.probes_model:  # nothing was passed, and how features agree says nothing of gradients
+            probed, coreset = probed[:0], replace(coreset, coherence={})
+        return Selection(batch, coreset, ran, probed, replay, counted)
 
     def gradient_variance(self, selection: Selection) -> dict[str, float] | None:
         """Return how far the coreset's mean gradient is from the large batch's: see `GradientVariance`.

@@ -125,6 +125,7 @@ def test_any_architecture_and_no_pass_of_the_model(family: str) -> None:
     assert not called
     assert len(selection.probed) == 0
     assert selection.coreset.size == 12
+    assert selection.coreset.coherence == {}
     features = example_features(made, vectors_of_model(model, 3, SINGLE_PROCESS), 0.5)
     error = [
         float(((weights[:, None] * features[selection.positions]).mean(dim=0) - features.mean(dim=0)).norm())
