@@ -39,7 +39,7 @@ def logged(run: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("preset", [None, "paper"])
+@pytest.mark.parametrize("preset", [pytest.param(None, marks=pytest.mark.slow), "paper"])
 def test_resumes_as_if_it_had_not_stopped(folder: Path, repo_root: Path, preset: str | None) -> None:
     """Also where the recipe names its preset by now: what that fills in is what the run had."""
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo_root)}
