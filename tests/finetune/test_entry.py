@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -94,7 +96,16 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+BY_DEFAULT = {"spsa", "sketch with matched weights", "full", "unknown key", "broken line", "unknown family"}
+"""The others start the launcher for what tests/engine and tests/training ask in fewer seconds."""
+
+
+def some_by_default(names: Iterable[str]) -> list[Any]:
+    """Cases, those beyond `BY_DEFAULT` marked slow."""
+    return [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", some_by_default(VARIANTS))
 def test_runs_and_leaves_what_the_design_says(folder: Path, name: str) -> None:
     stage, changes, lora = VARIANTS[name]
     recipe = recipe_of(folder, deepspeed=str(ROOT / "ds_configs" / f"zero{stage}.json"))
@@ -181,7 +192,7 @@ BAD_INPUT = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_INPUT)
+@pytest.mark.parametrize("name", some_by_default(BAD_INPUT))
 def test_bad_input_ends_all_ranks_with_one_message(folder: Path, name: str) -> None:
     changes, message = BAD_INPUT[name]
     outcome = start(folder, recipe_of(folder), *changes(folder))
