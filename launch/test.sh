@@ -45,7 +45,7 @@ export COLM_DS_FAILED_CHECKS
 COLM_DS_FAILED_CHECKS="$(IFS=,; echo "${failed[*]-}")"
 cores="$(env -u OMP_NUM_THREADS nproc)"   # which would be taken for the number of cores
 workers="${WORKERS:-$((cores < 4 ? cores : 4))}"   # each with process pools of its own: 4 GiB
-python -m pytest -n "$workers" --dist loadfile --durations=10 --durations-min=5 "$@"
+python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder --durations=10 --durations-min=5 "$@"
 status=$?
 [[ $status -eq 0 && ${#failed[@]} -gt 0 ]] && status=1
 exit "$status"
