@@ -25,10 +25,10 @@ from colm_ds.selection.selectors import (
 
 SELECTORS: dict[str, Callable[[SelectorContext], Selector]] = {
     "colm": CoLMSelector,
-    "balanced": BalancedSelector,
     "random": RandomSelector,
     "keep_random": KeepRandomSelector,
     "full": FullSelector,
+    "balanced": BalancedSelector,
     "big_loss": BigLossSelector,
     "gradient_norm": GradientNormSelector,
     "middle_perplexity": MiddlePerplexitySelector,

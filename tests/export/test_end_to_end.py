@@ -57,6 +57,7 @@ def heldout_loss(model: Any, tokenizer: Any, path: Path) -> float:
     return total / count
 
 
+@pytest.mark.slow
 def test_lora_run_at_stage_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_mixture(tmp_path / "data", seed=1, scale=0.02)
     heldout = tmp_path / "data" / "heldout.jsonl"

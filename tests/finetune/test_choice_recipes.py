@@ -91,6 +91,7 @@ def test_recipe_is_valid(path: Path, task: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_training_and_a_proxy(folder: Path, tmp_path: Path) -> None:
     clusters = ["clusters.warmup_steps=1", "clusters.refreshes=1", "clusters.num=[2, 3]"]
     summary, metrics = run(folder, tmp_path / "first", *clusters)

@@ -138,6 +138,7 @@ def test_runs_and_leaves_what_the_design_says(folder: Path, name: str) -> None:
         assert [entry["step"] for entry in metrics(folder) if "heldout" in entry] == [0, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_launcher_starts_the_command_as_a_module(folder: Path) -> None:
     """It puts `--local_rank=N` before the name of the subcommand."""
     outcome = start(folder, recipe_of(folder), program=("--module", "colm_ds.cli", "train"))

@@ -82,7 +82,12 @@ def test_every_family_has_a_recipe() -> None:
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("name", TINY)
+BY_DEFAULT = ("phi2_math", "phi3_mini_math")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
+)
 def test_family_trains(name: str, mixture: Path, tmp_path: Path) -> None:
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     recipe = ROOT / "finetune" / "recipes" / f"{name}.yaml"

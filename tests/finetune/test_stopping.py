@@ -86,7 +86,9 @@ def newest(output: Path) -> int:
     return found.step
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1))]
+)
 def test_a_signal_to_a_rank(number: signal.Signals, folder: Path, tmp_path: Path) -> None:
     """The step is finished, a checkpoint written, the exit code tells; the same command goes on from there."""
     run = Started(folder, tmp_path, steps=STEPS)
@@ -125,7 +127,9 @@ def kill_rank(run: Started) -> None:
     run.family()[1][0].kill()
 
 
-@pytest.mark.parametrize("kill", [kill_runner, kill_launcher, kill_rank])
+@pytest.mark.parametrize(
+    "kill", [kill_rank, *(pytest.param(kill, marks=pytest.mark.slow) for kill in (kill_runner, kill_launcher))]
+)
 def test_nobody_stays_behind(kill: Callable[[Started], None], folder: Path, tmp_path: Path) -> None:
     """Kill -9 of any process: all end by themselves, and at most the steps since the last checkpoint are lost."""
     run = Started(folder, tmp_path, steps=STEPS)

@@ -148,6 +148,7 @@ def test_a_store_says_its_vocabulary(tmp_path: Path, repo_root: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["choices", "pretraining"])
+@pytest.mark.slow
 def test_command(kind: str, repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without data, tokenizer or network."""
     arguments = [str(repo_root / "pretrain/recipes/cpu_pile5.yaml")]

@@ -55,6 +55,7 @@ def test_prepare_and_train(prepared: Prepared, whole: Path) -> None:
     assert all(bool(torch.isfinite(weight).all()) for weight in model.parameters())
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle(prepared: Prepared, whole: Path, tmp_path: Path) -> None:
     """`kill -9` of launcher and ranks between two checkpoints, and the same command again: the same curves."""
     run = tmp_path / "run"
@@ -94,6 +95,7 @@ def kill_after(step: int, run: Path, start: tuple[str, ...], arguments: tuple[st
     assert not (run / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_another_store_is_refused(prepared: Prepared, whole: Path, tmp_path: Path) -> None:
     """One with as many chunks of every source and other words in one of them; a moved one is the same."""
     run = shutil.copytree(whole, tmp_path / "run")

@@ -251,6 +251,7 @@ def test_kernel_that_never_forms_the_rows() -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler, which torch.compile needs on a CPU")
+@pytest.mark.slow
 def test_compiled_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled once for all sizes and steps; on a CPU here, as Triton compiles the same function for a GPU."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
