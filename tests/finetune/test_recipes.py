@@ -30,6 +30,10 @@ TINY: dict[str, dict[str, Any]] = {
 """The families' own features: fused projections, partial rotary embeddings, grouped queries."""
 
 
+BY_DEFAULT = ("phi2_math", "phi3_mini_math")
+"""Families that train in a default run; the others are slow tests."""
+
+
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small mixture with its tokenizer."""
@@ -82,9 +86,6 @@ def test_every_family_has_a_recipe() -> None:
 
 
 @pytest.mark.timeout(200)
-BY_DEFAULT = ("phi2_math", "phi3_mini_math")
-
-
 @pytest.mark.parametrize(
     "name", [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
 )
