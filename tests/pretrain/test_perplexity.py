@@ -59,6 +59,7 @@ def plain_losses(model: Any, store: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.slow
 def test_a_plain_loop_finds_the_same(ranks: int, runs: dict[int, Path], prepared: Prepared) -> None:
     model = AutoModelForCausalLM.from_pretrained(runs[ranks] / "model").eval()
     with torch.no_grad():

@@ -280,6 +280,7 @@ def test_grids_are_valid(path: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(200)
+@pytest.mark.slow
 def test_real_runs(tmp_path: Path) -> None:
     write_mixture(tmp_path / "data", seed=1, scale=0.02)
     recipe = recipe_of(tmp_path)
