@@ -73,6 +73,7 @@ def test_a_plain_loop_finds_the_same(ranks: int, runs: dict[int, Path], prepared
     assert heldout["perplexity"]["overall"] == pytest.approx(math.exp(heldout["overall"]), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_ranks_do_not_show(runs: dict[int, Path]) -> None:
     one, two = ([row["heldout"] for row in read_metrics(runs[ranks]) if "heldout" in row] for ranks in (1, 2))
     assert len(one) == len(two) == 2
