@@ -49,6 +49,7 @@ def dry(pools: dict[int, Ranks], folder: Path, name: str, *more: str) -> list[di
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_step_runs_dry(pools: dict[int, Ranks], tmp_path: Path) -> None:
     rows = dry(pools, tmp_path, "step", "--shapes", "Phi-2", "--arms", "plain 8", "spsa, replay", "matched")
     found = {row["arm"]: row for row in rows}

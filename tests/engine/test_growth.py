@@ -42,7 +42,7 @@ def alive_after(case: Case, checks: list[int]) -> list[tuple[int, int]]:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "case",
-    [case if case.name in ("exact", "replay") else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    [case if case.name == "replay" else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
     ids=lambda case: case.name,
 )
 def test_nothing_accumulates(case: Case, pools: dict[int, Ranks]) -> None:

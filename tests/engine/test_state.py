@@ -66,7 +66,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("other_sources", [False, True])
-@pytest.mark.parametrize("estimator", ["spsa", "sketch"])
+@pytest.mark.parametrize("estimator", ["spsa", pytest.param("sketch", marks=pytest.mark.slow)])
 def test_engine(estimator: str, other_sources: bool, pools: dict[int, Ranks]) -> None:
     case = Case("state", colm={"probe": {"estimator": estimator}, "num_workers": 1 if other_sources else 0})
     (found,) = pools[1].run(round_trip, case, other_sources)

@@ -145,6 +145,7 @@ def test_nobody_stays_behind(kill: Callable[[Started], None], folder: Path, tmp_
     assert "Traceback" not in run.log.read_text(), run.log.read_text()
 
 
+@pytest.mark.slow
 def test_a_stuck_rank(folder: Path, tmp_path: Path) -> None:
     """A rank that hangs: the other ends with the name of the phase, and so does the launcher."""
     colm = {"large_batch_size": 16, "coreset_size": 8, "phase_timeout_s": 4.0}
