@@ -114,6 +114,8 @@ class LargeBatch:
         home: rank that holds every example, int64 `[r]`.
         examples: this rank's examples by position.
         candidates: of classification examples, by position.
+        chosen: what to train on, where that was decided before the examples were read; `home` and `examples` are then
+            those of the chosen ones alone.
     """
 
     step: int
@@ -124,6 +126,7 @@ class LargeBatch:
     home: Tensor
     examples: dict[int, Example]
     candidates: CandidateTable | None = None
+    chosen: Chosen | None = None
 
     @property
     def row_counts(self) -> Tensor:
@@ -186,6 +189,19 @@ class Coreset:
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """A coreset that was chosen before its examples were read.
+
+    Attributes:
+        coreset: the choice.
+        num_bytes: payload of telling it to the other ranks.
+    """
+
+    coreset: Coreset
+    num_bytes: int
+
+
+@dataclass(frozen=True)
 class StepStats:
     """What one optimizer step did; one object of `metrics.jsonl`.
 
@@ -197,6 +213,8 @@ class StepStats:
         skipped: whether the gradient was not finite, so that the step changed nothing.
         tokens: non-padding tokens trained on, over all ranks.
         samples: examples trained on since the first step (b a step), over all ranks.
+        data_use: passes over the dataset `seen` (examples of large batches) and `trained`, and `distinct`, the share of
+            its examples that were trained on at least once.
         examples_probed: examples that the probe ran on, over all ranks.
         examples_trained: size of the coreset.
         padding_fraction: share of padding among the tokens computed in training, over all ranks.
@@ -224,6 +242,7 @@ class StepStats:
     skipped: bool
     tokens: int
     samples: int
+    data_use: dict[str, float]
     examples_probed: int
     examples_trained: int
     padding_fraction: float

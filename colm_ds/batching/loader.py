@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ class LargeBatchLoader:
     Attributes:
         dataset: the examples.
         next_step: 1-based step of the next large batch; set it to go on elsewhere.
+        num_workers: as given.
     """
 
     def __init__(
@@ -62,12 +63,12 @@ class LargeBatchLoader:
         )
         self._rank = rank
         self._world_size = world_size
-        self._num_workers = num_workers
+        self.num_workers = num_workers
         self._kept_sources = sorted(kept_sources)
         self._candidates: CandidateTable | None = getattr(dataset, "candidates", None)
 
     def __iter__(self) -> Iterator[LargeBatch]:
-        for batch in self._ahead() if self._num_workers else map(self.batch, itertools.count(self.next_step)):
+        for batch in self._ahead() if self.num_workers else map(self.batch, itertools.count(self.next_step)):
             self.next_step = batch.step + 1
             yield batch
 
@@ -77,7 +78,7 @@ class LargeBatchLoader:
             _Steps(self),
             batch_size=None,
             sampler=itertools.count(self.next_step),
-            num_workers=self._num_workers,
+            num_workers=self.num_workers,
             prefetch_factor=2,
             collate_fn=_same,
             generator=torch.Generator(),  # or it would draw the workers' seed from the global state
@@ -113,23 +114,27 @@ class LargeBatchLoader:
         """0-based pass over the dataset in a 1-based step."""
         return self._sampler.epoch(step)
 
-    def batch(self, step: int) -> LargeBatch:
-        """The large batch of a 1-based step: facts of all examples, tokens of this rank's."""
+    def facts(self, step: int) -> LargeBatch:
+        """The large batch of a 1-based step without any of its examples."""
         indices = self._sampler.indices(step)
         lengths = torch.from_numpy(self.dataset.lengths[indices].astype(np.int64))
         sources = self.dataset.source_ids[indices]
-        home = home_ranks(lengths, self._world_size, torch.from_numpy(~np.isin(sources, self._kept_sources)))
-        mine = (home == self._rank).nonzero().flatten().tolist()
         return LargeBatch(
             step=step,
             indices=torch.from_numpy(indices),
             sources=torch.from_numpy(sources.astype(np.int64)),
             lengths=lengths,
             num_label_tokens=torch.from_numpy(self.dataset.num_label_tokens[indices].astype(np.int64)),
-            home=home,
-            examples={position: self.dataset[int(indices[position])] for position in mine},
+            home=home_ranks(lengths, self._world_size, torch.from_numpy(~np.isin(sources, self._kept_sources))),
+            examples={},
             candidates=None if self._candidates is None else self._candidates.take(torch.from_numpy(indices)),
         )
+
+    def batch(self, step: int) -> LargeBatch:
+        """The large batch of a 1-based step: facts of all examples, tokens of this rank's."""
+        facts = self.facts(step)
+        mine = (facts.home == self._rank).nonzero().flatten().tolist()
+        return replace(facts, examples={position: self.dataset[int(facts.indices[position])] for position in mine})
 
 
 _FACTS = ("indices", "sources", "lengths", "num_label_tokens", "home")
@@ -160,10 +165,10 @@ class _Packed:
 
     def unpack(self, candidates: CandidateTable | None) -> LargeBatch:
         """Put it together again."""
-        facts = {name: torch.from_numpy(values) for name, values in self.facts.items()}
-        taken = None if candidates is None else candidates.take(facts["indices"])
+        indices, sources, lengths, num_label_tokens, home = (torch.from_numpy(self.facts[name]) for name in _FACTS)
+        taken = None if candidates is None else candidates.take(indices)
         examples = {position: _to_example(values) for position, values in self.examples.items()}
-        return LargeBatch(step=self.step, **facts, examples=examples, candidates=taken)
+        return LargeBatch(self.step, indices, sources, lengths, num_label_tokens, home, examples, taken)
 
 
 class _Steps(Dataset[_Packed]):

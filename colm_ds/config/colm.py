@@ -99,6 +99,7 @@ class MemoryConfig(Section):
 PAPER: dict[str, Any] = {
     "selector": "colm",
     "small_sources": "auto",
+    "small_share": 1.0,
     "per_source": True,
     "geometry": "adam",
     "metric": "l1",
@@ -129,24 +130,37 @@ FITS_TOKENS: dict[str, Any] = {
     "metric": "euclidean",
     "weights": "matched",
 }
-"""Defaults where the estimator is `tokens`: one pool, compared as it is, and weights that match its mean."""
+"""What `auto` means where the estimator is `tokens`: one pool, compared as it is, and weights that match its mean."""
+
+FITS_GRADIENTS: dict[str, Any] = {
+    "small_sources": "auto",
+    "per_source": True,
+    "geometry": "adam",
+    "metric": "l1",
+    "weights": "uniform",
+}
+"""What `auto` means with every other estimator: the paper's choice; `auto` small sources are those under |V|/c."""
 
 
 def with_preset(values: Any) -> Any:
-    """Return a `"colm"` section with the keys of its preset filled in; keys that are written keep their value.
+    """Fill in the keys of a section's preset, and what `auto` means for its estimator; written values win.
 
-    Where another estimator than the preset's is written, its own defaults go before the preset.
+    Where another estimator than the preset's is written, its own values go before the preset's.
     """
     if not isinstance(values, Mapping):
         return values
-    filled = dict(values)
-    probe = filled.get("probe")
-    if isinstance(probe, Mapping) and probe.get("estimator") == "tokens":
-        weights = {"weights": "uniform"} if filled.get("selector") == "balanced" else {}
-        filled = {**FITS_TOKENS, **weights, **filled}
-    if values.get("preset") not in PRESETS:
-        return filled
-    for key, pinned in PRESETS[values["preset"]].items():
+    probe = values.get("probe")
+    if isinstance(probe, Section):
+        probe = probe.model_dump(exclude_unset=True)
+    tokens = isinstance(probe, Mapping) and probe.get("estimator") == "tokens"
+    fitting = dict(FITS_TOKENS if tokens else FITS_GRADIENTS)
+    if tokens and values.get("selector") == "balanced":
+        fitting["weights"] = "uniform"
+    preset = PRESETS.get(str(values.get("preset")), {})
+    filled = {key: value for key, value in values.items() if not (key in fitting and _is_auto(value))}
+    if tokens:
+        filled = {**fitting, **filled}
+    for key, pinned in preset.items():
         written = filled.get(key, {})
         if not isinstance(pinned, dict):
             filled.setdefault(key, pinned)
@@ -154,7 +168,11 @@ def with_preset(values: Any) -> Any:
             other = written.get("estimator", pinned.get("estimator")) != pinned.get("estimator")
             filled[key] = {name: value for name, value in pinned.items() if not (other and name == "num_probes")}
             filled[key] |= written
-    return filled
+    return {**fitting, **filled}
+
+
+def _is_auto(value: Any) -> bool:
+    return isinstance(value, str) and value == "auto"
 
 
 class CoLMSection(Section):
@@ -172,15 +190,28 @@ class CoLMSection(Section):
         "least_confidence, hidden_medoids",
     )
     small_sources: Literal["auto", "none"] | list[str | int] = Field(
-        "auto", description="kept whole: auto (fewer than |V|/c examples), none, or a list of names or ids"
+        "auto",
+        description="kept whole: auto (those of fewer than |V|/c examples; with tokens none), none, or a list of names "
+        "or ids",
     )
-    per_source: bool = Field(True, description="medoids per big source, or of all big sources together")
+    small_share: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = Field(
+        "auto",
+        description="part of b that kept small sources may fill; auto: with r above 2 b what r = 2 b would keep",
+    )
+    per_source: bool = Field(
+        True, description="medoids per big source, or of all big sources together; auto: true, with tokens false"
+    )
     geometry: Literal["adam", "plain"] = Field(
         "adam",
-        description="compare gradients as Adam would scale them, by the history of selected ones, or as they are",
+        description="compare gradients as Adam would scale them, by the history of selected ones, or as they are; "
+        "auto: adam, with tokens plain",
     )
-    metric: Literal["l1", "euclidean", "cosine"] = Field("l1", description="distance between examples")
-    weights: Literal["uniform", "cluster", "matched"] = Field("uniform", description="loss weights of medoids")
+    metric: Literal["l1", "euclidean", "cosine"] = Field(
+        "l1", description="distance between examples; auto: l1, with tokens euclidean"
+    )
+    weights: Literal["uniform", "cluster", "matched"] = Field(
+        "uniform", description="loss weights of medoids; auto: uniform, with tokens matched"
+    )
     loss_normalization: Literal["example", "token"] = Field("example", description="mean over examples or tokens")
     micro_batch_tokens: int | None = Field(
         None, ge=1, description="padded tokens of one training micro-batch at most, beside its number of examples"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ class InstructionDataset:
         source_ids: source id of each example, int32 `[num_examples]`.
         source_names: name of each source id, sorted.
         num_dropped: examples left out, by reason.
+        cache: folder and name of what is kept of these examples on disk; None: nothing is.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class InstructionDataset:
         source_ids: npt.NDArray[np.int32],
         source_names: Sequence[str],
         num_dropped: dict[str, int],
+        cache: tuple[Path, str] | None = None,
     ) -> None:
         self.tokens = tokens
         self.starts = starts
@@ -63,6 +66,7 @@ class InstructionDataset:
         self.num_label_tokens: np.ndarray = lengths - prompt_lengths
         self.source_names: Sequence[str] = tuple(source_names)
         self.num_dropped = dict(num_dropped)
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -86,6 +90,12 @@ class InstructionDataset:
         `Example.index` counts within the subset.
         """
         chosen = np.asarray(indices, dtype=np.int64)
+        cache = None
+        if self.cache is not None:
+            cache = (
+                self.cache[0],
+                cache_key({"of": self.cache[1], "subset": hashlib.sha256(chosen.tobytes()).hexdigest()}),
+            )
         return InstructionDataset(
             self.tokens,
             self.starts[chosen],
@@ -94,6 +104,7 @@ class InstructionDataset:
             self.source_ids[chosen],
             self.source_names,
             self.num_dropped,
+            cache,
         )
 
     def source_counts(self) -> dict[str, int]:
@@ -155,7 +166,7 @@ def load_instructions(
         )
         cached = load_arrays(Path(cache_dir), key, _DTYPES, _is_consistent)
         if cached is not None:
-            return _from_arrays(*cached)
+            return _from_arrays(*cached, (Path(cache_dir), key))
     records = [record for place in places for record in _read_checked(place, source_key)]
     source_names = sorted({source for source, _, _ in records})
     if limit is not None and limit < len(records):
@@ -171,10 +182,12 @@ def load_instructions(
         store_arrays(Path(cache_dir), key, arrays, facts, _is_consistent)
         cached = load_arrays(Path(cache_dir), key, _DTYPES, _is_consistent)
         arrays = arrays if cached is None else cached[0]  # memory-mapped from here on, as from a cache hit
-    return _from_arrays(arrays, facts)
+    return _from_arrays(arrays, facts, None if cache_dir is None else (Path(cache_dir), key))
 
 
-def _from_arrays(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> InstructionDataset:
+def _from_arrays(
+    arrays: dict[str, np.ndarray], facts: dict[str, Any], cache: tuple[Path, str] | None
+) -> InstructionDataset:
     offsets = np.array(arrays["offsets"])
     return InstructionDataset(
         arrays["tokens"],
@@ -184,6 +197,7 @@ def _from_arrays(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> Instru
         np.array(arrays["source_ids"]),
         facts["source_names"],
         facts["num_dropped"],
+        cache,
     )
 
 

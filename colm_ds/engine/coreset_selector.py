@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from colm_ds.batching.assign import micro_batches
 from colm_ds.batching.gather import gather_large_batch, read_examples
 from colm_ds.batching.micro_batch import make_micro_batch, with_fewer_labels
+from colm_ds.batching.resourced import WithSources
 from colm_ds.batching.sources import known_counts, small_source_ids
 from colm_ds.config.colm import CoLMSection
 from colm_ds.config.resolve import selection_config
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.accumulation import loss_scale
 from colm_ds.engine.out_of_memory import of_micro_batch
+from colm_ds.engine.token_table import mean_table, means_of, occurring_ids
 from colm_ds.errors import SelectionError
 from colm_ds.memory.breakdown import tensors_of
 from colm_ds.memory.meter import Meter
@@ -32,7 +34,7 @@ from colm_ds.probe.parameters import reading_parameters
 from colm_ds.probe.registry import make_estimator
 from colm_ds.probe.replay import ReplayStore, choose_replay
 from colm_ds.probe.tail import run_trunk
-from colm_ds.probe.tokens import TokensEstimator, vectors_of_model
+from colm_ds.probe.tokens import TokensEstimator, vectors_of_model, vocabulary_size
 from colm_ds.probe.variance import GradientVariance
 from colm_ds.randomness import private_generator
 from colm_ds.selection import (
@@ -46,6 +48,7 @@ from colm_ds.selection import (
     signal_of,
 )
 from colm_ds.selection.exchange import broadcast_coreset
+from colm_ds.selection.sources import most_kept
 from colm_ds.types import Coreset, Example, LargeBatch, SourcedDataset
 
 logger = logging.getLogger(__name__)
@@ -119,6 +122,7 @@ class CoresetSelector:
         equal_counts: bool | None = None,
         rank: int | None = None,
         mean_length: float = 0.0,
+        dataset: SourcedDataset | None = None,
     ) -> None:
         """Prepare for a model and a dataset.
 
@@ -136,6 +140,7 @@ class CoresetSelector:
                 if the model's parameters are cut up by ZeRO-3.
             rank: this rank; default: that in the process group.
             mean_length: mean tokens of an example, from which the memory of a replay is estimated.
+            dataset: what is trained on, if it is at hand: `tokens` standardises embeddings by the ids that occur in it.
 
         Raises:
             ProbeError: if the selector needs a signal that the probe can not read from this model.
@@ -170,6 +175,7 @@ class CoresetSelector:
             metric=config.metric,
             weights=config.weights,
             per_source=config.per_source,
+            small_share=None if config.small_share == "auto" else config.small_share,
             mask_size=self._mask_size(config, architecture),
             mask_criterion=config.mask.criterion,
             seed=config.seed,
@@ -180,10 +186,12 @@ class CoresetSelector:
         self._architecture = architecture
         self._estimator: Estimator | TokensEstimator | None = None
         self._trunk_dtype = torch.bfloat16 if config.probe.dtype == "bfloat16" else None
+        self._known_means: tuple[SourcedDataset, Tensor, Callable[[Sequence[int]], Tensor]] | None = None
         self._store: ReplayStore | None = None
         self.why_not_replay: str | None = None
         if signal_of(config.selector) is not None and not config.probes_model:
-            vectors = vectors_of_model(model, config.seed, exchange)
+            occurs = None if dataset is None else occurring_ids(dataset, vocabulary_size(model), exchange, rank)
+            vectors = vectors_of_model(model, config.seed, exchange, occurs)
             self._estimator = TokensEstimator(vectors, config.probe.length_power)
         elif architecture is not None and signal_of(config.selector) is not None:
             num_tokens = config.large_batch_size / exchange.num_processes * mean_length
@@ -218,13 +226,16 @@ class CoresetSelector:
             batch = self._gather(batch)
         self.step_count = batch.step
         meter = meter or Meter(self._device)
+        ran, nothing = self._config.schedule.selects(batch.step), torch.empty(0, dtype=torch.int64)
+        if batch.chosen is not None:
+            with meter.phase("select"):
+                counted = {"signals": 0, "selection": batch.chosen.num_bytes}
+                return Selection(batch, batch.chosen.coreset, ran, nothing, None, counted)
         if self._store is not None:
             self._store.begin(batch.step)
-        ran = self._config.schedule.selects(batch.step)
         if not ran or self._estimator is None:
             with meter.phase("select"):
                 coreset = (self.selector if ran else self.plain).select(batch, None, SINGLE_PROCESS)
-            nothing = torch.empty(0, dtype=torch.int64)
             return Selection(batch, coreset, ran, nothing, None, {"signals": 0, "selection": 0})
         probed = self._to_probe(batch)
         replay = self._store if len(probed) else None
@@ -242,6 +253,43 @@ class CoresetSelector:
         if not self._config.probes_model:  # nothing was passed, and how features agree says nothing of gradients
             probed, coreset = probed[:0], replace(coreset, coherence={})
         return Selection(batch, coreset, ran, probed, replay, counted)
+
+    @property
+    def chooses_ahead(self) -> bool:
+        """Whether the choice follows from the data alone, so that it can be made before a step."""
+        return not self._config.probes_model
+
+    def chooser(self, dataset: SourcedDataset) -> Callable[[LargeBatch], Coreset]:
+        """Return what chooses the coreset of a large batch of a dataset without its examples, on rank 0.
+
+        All ranks call this together, where `chooses_ahead`; what it returns remembers nothing between its calls.
+
+        Raises:
+            ProbeError: on every rank, if a token id of the dataset has no vector.
+        """
+        estimator = self._estimator if isinstance(self._estimator, TokensEstimator) else None
+        means = None if estimator is None else self._means(dataset, estimator.vectors)
+        selector, plain = self.selector, self.plain
+
+        def choose(batch: LargeBatch) -> Coreset:
+            ran = self._config.schedule.selects(batch.step)
+            if not ran or estimator is None or means is None:
+                return (selector if ran else plain).select(batch, None, SINGLE_PROCESS)
+            parts = batch.num_label_tokens.float() if self._config.loss_normalization == "token" else None
+            found = means(batch.indices.tolist())
+            signals = estimator.signals_of(found, batch.num_label_tokens, self._to_probe(batch), parts)
+            coreset = selector.select(batch, replace(signals, parts=parts), SINGLE_PROCESS)
+            return replace(coreset, coherence={})  # how features agree says nothing of gradients
+
+        return choose
+
+    def _means(self, dataset: SourcedDataset, vectors: Tensor) -> Callable[[Sequence[int]], Tensor]:
+        """Return what gives the mean vectors of a dataset's examples, made once for the same examples and vectors."""
+        examples = dataset.dataset if isinstance(dataset, WithSources) else dataset
+        if self._known_means is None or self._known_means[0] is not examples or self._known_means[1] is not vectors:
+            table = mean_table(examples, vectors, self._exchange, self._rank, getattr(examples, "cache", None))
+            self._known_means = examples, vectors, means_of(examples, vectors, table)
+        return self._known_means[2]
 
     def gradient_variance(self, selection: Selection) -> dict[str, float] | None:
         """Return how far the coreset's mean gradient is from the large batch's: see `GradientVariance`.
@@ -308,13 +356,15 @@ class CoresetSelector:
         if estimator.is_local:
             return self.selector.select(batch, signals, self._exchange)
         coreset = self.selector.select(batch, signals, SINGLE_PROCESS) if self._exchange.is_main else None
-        return broadcast_coreset(coreset, self._config.coreset_size or 0, len(self.source_names), self._exchange)
+        told = broadcast_coreset(coreset, self._config.coreset_size or 0, len(self.source_names), self._exchange)
+        assert told is not None
+        return told
 
     def _to_probe(self, batch: LargeBatch) -> Tensor:
         """Return the positions whose signal is needed in this step: none of small sources, ascending int64 `[n]`."""
         config = self._config
-        kept = self._kept_anyway(batch)
-        picks = (config.coreset_size or 0) - int(kept.sum())
+        kept, size = self._kept_anyway(batch), config.coreset_size or 0
+        picks = size - most_kept(int(kept.sum()), size, batch.size, self._context.settings.small_share)
         if picks <= 0:
             return torch.empty(0, dtype=torch.int64)
         rest = (~kept).nonzero().flatten()

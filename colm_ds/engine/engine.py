@@ -24,7 +24,9 @@ from colm_ds.config.deepspeed import MONITOR_SECTIONS, model_facts, resolve_auto
 from colm_ds.config.resolve import Config, ResolvedConfig, resolve_config
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.accumulation import Placement, accumulate, broken_positions, loss_scale, place, read_step
+from colm_ds.engine.choose_ahead import ChooseAhead
 from colm_ds.engine.coreset_selector import CoresetSelector, Selection
+from colm_ds.engine.data_use import DataUse
 from colm_ds.engine.monitor import RunMonitor, step_events
 from colm_ds.engine.out_of_memory import memory_error
 from colm_ds.engine.skipped_steps import SkippedSteps, guard_plain_optimizer
@@ -111,6 +113,7 @@ class CoLMEngine:
         coreset_selector: probes and selects.
         step_count: optimizer steps so far.
         num_samples: examples trained on so far, over all ranks.
+        data_use: how much of the dataset was looked at and trained on.
         loss_head: from `find_loss_head`.
         skipped: counts steps that changed nothing because their gradient was not finite.
         watchdog: ends this rank if a phase lasts longer than `colm.phase_timeout_s`.
@@ -123,6 +126,7 @@ class CoLMEngine:
         self.config = config
         self.step_count = 0
         self.num_samples = 0
+        self.data_use = DataUse(len(dataset))
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._device = torch.device(engine.device)
         self._source_names = list(dataset.source_names)
@@ -154,8 +158,9 @@ class CoLMEngine:
             equal_counts=engine.zero_optimization_stage() == 3,
             rank=self._rank,
             mean_length=float(dataset.lengths.mean()),
+            dataset=dataset,
         )
-        self._batches: Iterator[LargeBatch] = iter(self.loader)
+        self._batches: Iterator[LargeBatch] = self._read()
 
     def __getattr__(self, name: str) -> Any:
         if "deepspeed_engine" not in self.__dict__:  # asked before __init__, as copy and pickle do
@@ -277,7 +282,9 @@ class CoLMEngine:
         batch, placement = selection.batch, update.placement
         self.step_count += 1
         self.skipped.note(update.skipped)
-        self.num_samples += 0 if update.skipped else selection.size - len(update.broken)
+        trained = [] if update.skipped else [p for p in selection.positions.tolist() if p not in update.broken]
+        self.num_samples += len(trained)
+        self.data_use.note(batch.size, batch.indices[trained])
         stats = StepStats(
             step=batch.step,
             loss=update.loss,
@@ -286,6 +293,7 @@ class CoLMEngine:
             skipped=update.skipped,
             tokens=int(batch.lengths[selection.positions].sum()),
             samples=self.num_samples,
+            data_use=self.data_use.as_dict(),
             examples_probed=len(selection.probed),
             examples_trained=selection.size - len(update.broken),
             padding_fraction=placement.padding_fraction,
@@ -318,7 +326,25 @@ class CoLMEngine:
         """
         self._choose_by(names, ids)
         self.loader.set_sources(names, ids, self.coreset_selector.small)
-        self._batches = iter(self.loader)
+        self._batches = self._read()
+
+    def _read(self) -> Iterator[LargeBatch]:
+        """Yield large batches from the loader's next step on, chosen ahead where no pass of the model is needed.
+
+        What was read and chosen before is forgotten with the iterator that it was for.
+        """
+        if not self.coreset_selector.chooses_ahead:
+            yield from self.loader
+            return
+        every = self.config.colm.variance_every
+        yield from ChooseAhead(
+            self.loader,
+            self.coreset_selector.chooser(self.loader.dataset),
+            self._exchange,
+            self._rank,
+            size=self.config.coreset_size,
+            reads_all=lambda step: every > 0 and step % every == 0,
+        )
 
     def _choose_by(self, names: Sequence[str], ids: Any) -> None:
         self._source_names = list(names)
@@ -334,6 +360,7 @@ class CoLMEngine:
         return {
             "step_count": self.step_count,
             "num_samples": self.num_samples,
+            "data_use": self.data_use.state_dict(),
             "skipped": self.skipped.state_dict(),
             "selector": self.coreset_selector.state_dict(),
             **self.loader.state_dict(),
@@ -343,11 +370,16 @@ class CoLMEngine:
         """Continue where `state_dict` was taken; every rank is given rank 0's."""
         self.step_count, self.num_samples = state["step_count"], state["num_samples"]
         self.skipped.load_state_dict(state["skipped"])
+        if "data_use" in state:
+            self.data_use.load_state_dict(state["data_use"])
+        else:  # version 0.1.0 did not note which rows it trained on
+            self.data_use.seen = self.step_count * self.config.colm.large_batch_size
+            self.data_use.trained = self.num_samples
         if state["sources"]:
             self._choose_by(state["sources"]["names"], state["sources"]["ids"].numpy())
         self.coreset_selector.load_state_dict(state["selector"])
         self.loader.load_state_dict({"kept_sources": self.coreset_selector.small, **state})
-        self._batches = iter(self.loader)
+        self._batches = self._read()
         self.monitor.resume(self.num_samples)
 
     def save_checkpoint(

@@ -37,6 +37,7 @@ def step_events(stats: StepStats) -> list[Event]:
         "Train/micro_batches": stats.micro_batches["count"],
         "Train/skipped": int(stats.skipped),
     }
+    numbers |= {f"Data/{name}": value for name, value in stats.data_use.items()}
     numbers |= {f"Time/{phase}_s": seconds for phase, seconds in stats.time_s.items()}
     numbers |= {f"Memory/{phase}_gib": peak for phase, peak in stats.memory_gib.items()}
     numbers |= {f"MemoryParts/{part}_gib": size for part, size in stats.memory_parts_gib.items()}

@@ -44,11 +44,14 @@ class CoLMConfig:
     preset: str | None = field(default=None, metadata=_help("paper: keys left at their defaults are the paper's"))
     selector: str = field(default="colm", metadata=_help("colm, random, keep_random, full or another"))
     small_sources: str = field(default="auto", metadata=_help("kept whole: auto (under |V|/c), none, or a,b"))
-    per_source: bool = field(default=True, metadata=_help("medoids per big source, or of all big sources together"))
-    geometry: Literal["adam", "plain"] = field(default="adam", metadata=_help("gradients as Adam scales them"))
-    metric: Literal["l1", "euclidean", "cosine"] = field(default="l1", metadata=_help("distance between examples"))
-    weights: Literal["uniform", "cluster", "matched"] = field(
-        default="uniform", metadata=_help("loss weights of medoids")
+    small_share: str = field(default="auto", metadata=_help("part of b that they may fill, 0 to 1; auto: as r = 2 b"))
+    per_source: str = field(default="auto", metadata=_help("true: medoids per big source, false: of all together"))
+    geometry: Literal["auto", "adam", "plain"] = field(default="auto", metadata=_help("gradients as Adam scales them"))
+    metric: Literal["auto", "l1", "euclidean", "cosine"] = field(
+        default="auto", metadata=_help("distance between examples")
+    )
+    weights: Literal["auto", "uniform", "cluster", "matched"] = field(
+        default="auto", metadata=_help("loss weights of medoids")
     )
     loss_normalization: Literal["example", "token"] = field(
         default="example", metadata=_help("mean over examples or tokens")

@@ -7,12 +7,13 @@ matched weights its medoids stand for a large batch as well as those of the exac
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from colm_ds.batching.collate import IGNORE_INDEX
 from colm_ds.errors import ProbeError
@@ -27,25 +28,28 @@ WIDTH = 128
 _ROWS_AT_ONCE = 8192
 
 
-def token_vectors(embedding: Tensor, seed: int, width: int = WIDTH) -> Tensor:
+def token_vectors(embedding: Tensor, seed: int, width: int = WIDTH, occurs: Tensor | None = None) -> Tensor:
     """Return a vector for each token id: its embedding, standardised by coordinate, through a random projection.
 
     Args:
         embedding: `[vocabulary, hidden]` of any float type, on the CPU. A coordinate that never changes becomes 0.
         seed: of the projection.
         width: numbers of a vector.
+        occurs: which ids mean and deviation are taken over, bool `[vocabulary]`; None, or none of them: all.
 
     Returns:
         float32 `[vocabulary, width]`, computed in float64.
     """
     hidden = embedding.shape[1]
-    parts = list(embedding.split(_ROWS_AT_ONCE))
-    mean = sum(part.double().sum(dim=0) for part in parts) / len(embedding)
-    deviation = (sum((part.double() - mean).square().sum(dim=0) for part in parts) / len(embedding)).sqrt()
+    counted = embedding if occurs is None or not bool(occurs.any()) else embedding[occurs]
+    parts = list(counted.split(_ROWS_AT_ONCE))
+    mean = sum(part.double().sum(dim=0) for part in parts) / len(counted)
+    deviation = (sum((part.double() - mean).square().sum(dim=0) for part in parts) / len(counted)).sqrt()
     scale = torch.where(deviation > 1e-12 * deviation.max(), 1.0 / deviation.clamp_min(1e-300), 0.0)
     directions = torch.randn(hidden, width, generator=private_generator(seed, "token vectors"), dtype=torch.float64)
     projected = directions / width**0.5
-    return torch.cat([(((part.double() - mean) * scale) @ projected).float() for part in parts])
+    rows = embedding.split(_ROWS_AT_ONCE)
+    return torch.cat([(((part.double() - mean) * scale) @ projected).float() for part in rows])
 
 
 def random_vectors(vocabulary_size: int, seed: int, width: int = WIDTH) -> Tensor:
@@ -66,7 +70,52 @@ def counted_tokens(example: Example) -> Tensor:
     return parts[example.candidates.gold]
 
 
-def example_features(examples: Iterable[Example], vectors: Tensor, length_power: float) -> Tensor:
+def mean_vectors(examples: Iterable[Example], vectors: Tensor) -> Tensor:
+    """Return the mean vector of each example's counted tokens, float16 `[n, width]`.
+
+    A row depends on nothing but its example, so it is the same whoever computes it beside which others.
+
+    Raises:
+        ProbeError: if a token id has no vector.
+    """
+    tokens = []
+    for example in examples:
+        tokens.append(counted_tokens(example))
+        if (unknown := unknown_token(tokens[-1], len(vectors))) is not None:
+            raise no_vector(example.index, unknown, len(vectors))
+    if not tokens:
+        return torch.zeros(0, vectors.shape[1], dtype=torch.float16)
+    lengths = torch.tensor([len(each) for each in tokens])
+    offsets = lengths.cumsum(0) - lengths
+    return F.embedding_bag(torch.cat(tokens), vectors, offsets, mode="mean").half()
+
+
+def unknown_token(tokens: Tensor, vocabulary_size: int) -> int | None:
+    """Return a token id without a vector, or None if all have one."""
+    outside = tokens[(tokens < 0) | (tokens >= vocabulary_size)]
+    return int(outside[0]) if len(outside) else None
+
+
+def no_vector(index: int, token: int, vocabulary_size: int) -> ProbeError:
+    """Return the error for an example with a token id that the model does not know."""
+    return ProbeError(
+        f"example {index}: token id {token}, and the model knows {vocabulary_size} tokens. "
+        "Give it the tokenizer that it was trained with."
+    )
+
+
+def features(means: Tensor, num_label_tokens: Tensor, length_power: float) -> Tensor:
+    """Return phi, float32 `[n, width]`.
+
+    Args:
+        means: from `mean_vectors`, `[n, width]`.
+        num_label_tokens: T of each example; 1 of a classification example, int64 `[n]`.
+        length_power: p.
+    """
+    return (means.double() * num_label_tokens.double().pow(-length_power)[:, None]).float()
+
+
+def example_features(examples: Sequence[Example], vectors: Tensor, length_power: float) -> Tensor:
     """Return phi of some examples, float32 `[n, width]`.
 
     Args:
@@ -77,21 +126,11 @@ def example_features(examples: Iterable[Example], vectors: Tensor, length_power:
     Raises:
         ProbeError: if a token id has no vector.
     """
-    rows = []
-    for example in examples:
-        tokens = counted_tokens(example)
-        if len(tokens) and int(tokens.max()) >= len(vectors):
-            raise ProbeError(
-                f"example {example.index}: token id {int(tokens.max())}, and the model knows {len(vectors)} tokens. "
-                "Give it the tokenizer that it was trained with."
-            )
-        length = len(tokens) if example.candidates is None else 1
-        mean = vectors[tokens].double().mean(dim=0)
-        rows.append((mean * float(length) ** -length_power).float())
-    return torch.stack(rows) if rows else torch.zeros(0, vectors.shape[1])
+    lengths = [len(counted_tokens(example)) if example.candidates is None else 1 for example in examples]
+    return features(mean_vectors(examples, vectors), torch.tensor(lengths, dtype=torch.int64), length_power)
 
 
-def vectors_of_model(model: nn.Module, seed: int, exchange: Exchange) -> Tensor:
+def vectors_of_model(model: nn.Module, seed: int, exchange: Exchange, occurs: Tensor | None = None) -> Tensor:
     """Return the token vectors of a model's input embeddings as they are now, the same on every rank.
 
     All ranks call it together: under ZeRO-3 the weight is put together, and rank 0's vectors are those of all.
@@ -100,19 +139,31 @@ def vectors_of_model(model: nn.Module, seed: int, exchange: Exchange) -> Tensor:
         model: any with input embeddings; where there are none the vectors are random.
         seed: of projection or vectors.
         exchange: the ranks.
+        occurs: which ids occur in the data, bool `[vocabulary]`; see `token_vectors`.
     """
     weight = _embedding_weight(model)
     if weight is None:
-        config = getattr(model, "config", None)
-        size = getattr(config, "vocab_size", None)
-        if not size:
-            raise ProbeError("tokens: a model with neither input embeddings nor a vocab_size. Use another estimator.")
-        return random_vectors(int(size), seed)
+        return random_vectors(vocabulary_size(model), seed)
     with _whole(weight):
         vectors = torch.zeros(weight.shape[0], WIDTH)
         if exchange.is_main:
-            vectors = token_vectors(weight.detach().cpu(), seed)
+            vectors = token_vectors(weight.detach().cpu(), seed, occurs=occurs)
     return exchange.broadcast(vectors)
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Return the number of token ids that a model knows.
+
+    Raises:
+        ProbeError: if it has neither input embeddings nor a `vocab_size`.
+    """
+    weight = _embedding_weight(model)
+    if weight is not None:
+        return int(getattr(weight, "ds_shape", weight.shape)[0])
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not size:
+        raise ProbeError("tokens: a model with neither input embeddings nor a vocab_size. Use another estimator.")
+    return int(size)
 
 
 class TokensEstimator:
@@ -120,6 +171,7 @@ class TokensEstimator:
 
     Attributes:
         is_local: False, see `Estimator`.
+        vectors: float32 `[vocabulary, width]` on the CPU.
     """
 
     is_local = False
@@ -131,7 +183,7 @@ class TokensEstimator:
             vectors: float32 `[vocabulary, width]` on the CPU, from `vectors_of_model`.
             length_power: p.
         """
-        self._vectors = vectors
+        self.vectors = vectors
         self._length_power = length_power
         self._rows = VectorRows()
         self._parts: Tensor | None = None
@@ -146,21 +198,31 @@ class TokensEstimator:
         if not examples:
             return
         positions = torch.tensor(sorted(examples), dtype=torch.int64)
-        features = example_features(
-            [examples[place] for place in positions.tolist()], self._vectors, self._length_power
-        )
-        self._rows.add(positions, multiplied(features, self._parts, positions))
+        found = example_features([examples[place] for place in positions.tolist()], self.vectors, self._length_power)
+        self._rows.add(positions, multiplied(found, self._parts, positions))
 
     def signals(self, batch_size: int, exchange: Exchange) -> Signals:
         """See `Estimator.signals`: all ranks get all features."""
-        return self._rows.gather(batch_size, self._vectors.shape[1], self._vectors.device, exchange)
+        return self._rows.gather(batch_size, self.vectors.shape[1], self.vectors.device, exchange)
+
+    def signals_of(self, means: Tensor, num_label_tokens: Tensor, probed: Tensor, parts: Tensor | None) -> Signals:
+        """Return the signals of a large batch whose mean vectors are known; remembers nothing.
+
+        Args:
+            means: of every example, from `mean_vectors`, `[r, width]`.
+            num_label_tokens: T of every example, int64 `[r]`.
+            probed: positions whose signal is needed, ascending int64 `[n]`.
+            parts: see `Estimator.begin`.
+        """
+        found = multiplied(features(means, num_label_tokens, self._length_power), parts, torch.arange(len(means)))
+        return Signals(probed, torch.isfinite(found).all(dim=1), vectors=found[probed])
 
     def update(self, coreset: Coreset, exchange: Exchange) -> None:
         """Nothing to learn."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the vectors and their digest: embeddings may be trained, and a resumed run goes by the first ones."""
-        return {"vectors": self._vectors, "digest": digest(self._vectors)}
+        return {"vectors": self.vectors, "digest": digest(self.vectors)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go by the vectors of the run that is resumed.
@@ -171,12 +233,12 @@ class TokensEstimator:
         vectors = state["vectors"]
         if digest(vectors) != state["digest"]:
             raise ProbeError("the saved token vectors are not what their digest says. Resume from another checkpoint.")
-        if vectors.shape != self._vectors.shape:
+        if vectors.shape != self.vectors.shape:
             raise ProbeError(
-                f"the saved token vectors are of {len(vectors)} tokens, the model has {len(self._vectors)}. "
+                f"the saved token vectors are of {len(vectors)} tokens, the model has {len(self.vectors)}. "
                 "Resume with the model of the saved run."
             )
-        self._vectors = vectors
+        self.vectors = vectors
 
 
 def digest(vectors: Tensor) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from colm_ds.config.section import Section
 
@@ -22,10 +22,30 @@ class ModelConfig(Section):
     config: dict[str, Any] | None = Field(
         None, description="build from this Hugging Face configuration with random weights instead (needs model_type)"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="precision of weights and compute")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="precision of weights and compute; auto: bfloat16 where the machine computes in it (GPUs, CPUs "
+        "with AMX or AVX512-BF16), else float32",
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention implementation")
     activation_checkpointing: bool = Field(False, description="recompute activations: less memory, one more forward")
     vocabulary_multiple: int = Field(8, ge=1, description="with config: round the tokenizer's vocabulary up to this")
+
+    @field_validator("dtype")
+    @classmethod
+    def _decide(cls, dtype: str) -> str:
+        """Put the machine's own in the place of `auto`, so that a run's config.json says what it was."""
+        return native_dtype() if dtype == "auto" else dtype
+
+
+def native_dtype() -> Literal["float32", "bfloat16"]:
+    """Return the precision in which this machine computes fastest without losing float32's range."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    supported = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return "bfloat16" if any(getattr(torch.cpu, name, bool)() for name in supported) else "float32"
 
 
 class LoraConfig(Section):

@@ -32,6 +32,7 @@ class SelectionSettings:
         metric: distance between examples: `l1` (the paper's), `euclidean` or `cosine`.
         weights: loss weights of medoids: `uniform` (the paper's), `cluster` or `matched`.
         per_source: one pool per big source, or one joint pool.
+        small_share: part of b that kept small sources may fill; None: see `sources.most_kept`.
         mask_size: h, coordinates in which gradients are compared; None compares all of them.
         mask_criterion: `grad` (the paper's), `weight`, `weight_grad` or `random`.
         picks: `medoids` (the paper's), or `balanced` draws, whose weights are 1.
@@ -42,6 +43,7 @@ class SelectionSettings:
     metric: str = "l1"
     weights: str = "uniform"
     per_source: bool = True
+    small_share: float | None = 1.0
     mask_size: int | None = None
     mask_criterion: str = "grad"
     picks: str = "medoids"
@@ -136,7 +138,13 @@ def select_coreset(
         generator = private_generator(settings.seed, "selection", step)
         selectable = finite if signals.unprobed is None else finite & ~signals.unprobed.cpu()
         shares = share_out(
-            sources, size, small, selectable=selectable, per_source=settings.per_source, generator=generator
+            sources,
+            size,
+            small,
+            selectable=selectable,
+            per_source=settings.per_source,
+            small_share=settings.small_share,
+            generator=generator,
         )
         reader = _PoolReader(signals, settings, history, len(finite), generator, exchange)
         features = [reader.features(pool) for pool in shares.pools]

@@ -84,38 +84,40 @@ SINGLE_PROCESS: Exchange = SingleProcess()
 """Shared instance: it has no state."""
 
 
-def broadcast_coreset(coreset: Coreset | None, size: int, num_sources: int, exchange: Exchange) -> Coreset:
-    """Rank 0's coreset on every rank, as one float64 tensor.
+def broadcast_coreset(coreset: Coreset | None, size: int, num_sources: int, exchange: Exchange) -> Coreset | None:
+    """Rank 0's coreset on every rank, or None if it has none.
+
+    It travels as one int32 tensor: 8 bytes for each of its examples, and a header.
 
     Args:
-        coreset: the choice; None on other ranks than 0.
+        coreset: the choice; None on other ranks than 0, and there if it could not choose.
         size: b, at least the size of the coreset.
-        num_sources: c; coherence is known by source id, or -1 for the joint pool.
+        num_sources: c; coherence is known by source id, or -1 for the joint pool. -1: no coherence is known.
         exchange: the ranks.
     """
     if exchange.num_processes == 1:
-        assert coreset is not None
         return coreset
-    header = 4 + NUM_NAMED
-    packed = torch.full((header + 2 * size + num_sources + 1,), torch.nan, dtype=torch.float64)
+    widths = [4 + NUM_NAMED, size, size, 2 * (num_sources + 1)]
+    packed = torch.full((sum(widths),), -1, dtype=torch.int32)
+    header, positions, weights, coherence = packed.split(widths)
+    by_source = coherence.view(torch.float64).fill_(torch.nan)
     if coreset is not None:
-        count = coreset.size
-        packed[0], packed[1] = count, coreset.num_kept
-        packed[2], packed[3] = coreset.num_dropped_small, coreset.num_nonfinite
-        packed[4 : 4 + len(coreset.nonfinite)] = torch.tensor(coreset.nonfinite, dtype=torch.float64)
-        packed[header : header + count] = coreset.positions.double()
-        packed[header + size : header + size + count] = coreset.weights.double()
+        numbers = [coreset.size, coreset.num_kept, coreset.num_dropped_small, coreset.num_nonfinite, *coreset.nonfinite]
+        header[: len(numbers)] = torch.tensor(numbers, dtype=torch.int32)
+        positions[: coreset.size] = coreset.positions.int()
+        weights.view(torch.float32)[: coreset.size] = coreset.weights
         for source, value in coreset.coherence.items():
-            packed[header + 2 * size + 1 + source] = value
+            by_source[1 + source] = value
     exchange.broadcast(packed)
-    count = int(packed[0])
-    coherence = packed[header + 2 * size :].tolist()
+    count, num_kept, num_dropped, num_nonfinite, *nonfinite = header.tolist()
+    if count < 0:
+        return None
     return Coreset(
-        positions=packed[header : header + count].long(),
-        weights=packed[header + size : header + size + count].float(),
-        num_kept=int(packed[1]),
-        num_dropped_small=int(packed[2]),
-        num_nonfinite=int(packed[3]),
-        coherence={index - 1: value for index, value in enumerate(coherence) if value == value},
-        nonfinite=tuple(int(value) for value in packed[4:header].tolist() if value == value),
+        positions=positions[:count].long(),
+        weights=weights.view(torch.float32)[:count].clone(),
+        num_kept=num_kept,
+        num_dropped_small=num_dropped,
+        num_nonfinite=num_nonfinite,
+        coherence={index - 1: value for index, value in enumerate(by_source.tolist()) if value == value},
+        nonfinite=tuple(value for value in nonfinite if value >= 0),
     )

@@ -161,6 +161,7 @@ class KeepRandomSelector(StatelessSelector):
             context.size,
             context.small,
             per_source=context.settings.per_source,
+            small_share=context.settings.small_share,
             generator=generator,
         )
         picks = [

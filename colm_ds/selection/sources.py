@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -108,12 +109,13 @@ def share_out(
     *,
     selectable: Tensor | None = None,
     per_source: bool = True,
+    small_share: float | None = 1.0,
     generator: torch.Generator | None = None,
 ) -> Shares:
     """Keep the examples of small sources and give every pool of the others its quota (CoLM, section 4.1).
 
-    If more small-source examples than `size` are in the batch, `size` of them are kept, spread over the small sources
-    in proportion, within a source in random order.
+    If more small-source examples than may be kept are in the batch, as many as may be are, spread over the small
+    sources in proportion, within a source in random order; the others of them are absent from the batch.
 
     Args:
         sources: source id of every example, int64 `[r]`.
@@ -121,7 +123,8 @@ def share_out(
         small: ids of the small sources; empty to keep nothing by source.
         selectable: False for examples to treat as absent from the batch, bool `[r]`.
         per_source: one pool per big source, or one joint pool.
-        generator: private CPU generator for the random order; needed only if small sources exceed `size`.
+        small_share: see `most_kept`.
+        generator: private CPU generator for the random order; needed only if small sources exceed what may be kept.
 
     Returns:
         The shares; kept plus quotas add up to min(size, number of selectable examples).
@@ -135,17 +138,33 @@ def share_out(
     present = torch.ones_like(sources, dtype=torch.bool) if selectable is None else selectable.cpu()
     is_small = torch.isin(sources, torch.tensor(sorted(small), dtype=sources.dtype)) & present
     small_positions = is_small.nonzero().flatten()
-    if len(small_positions) > size:
-        kept = _spread_small(sources, small_positions, size, generator)
-        return Shares(kept, [], len(small_positions) - size)
-
+    num_small = len(small_positions)
     rest = (present & ~is_small).nonzero().flatten()
+    room = max(most_kept(num_small, size, len(sources), small_share), size - len(rest))
+    if num_small > room:
+        small_positions = _spread_small(sources, small_positions, room, generator)
     picks = min(size - len(small_positions), len(rest))
     ids = sorted(set(sources[rest].tolist())) if per_source else [JOINT_POOL] if len(rest) else []
     members = [rest[sources[rest] == source] if per_source else rest for source in ids]
     quotas = coreset_quotas([len(positions) for positions in members], picks)
     pools = [Pool(*pool) for pool in zip(ids, members, quotas, strict=True) if pool[2] > 0]
-    return Shares(small_positions, pools, 0)
+    return Shares(small_positions, pools, num_small - len(small_positions))
+
+
+def most_kept(num_small: int, size: int, batch_size: int, small_share: float | None) -> int:
+    """Return how many examples of small sources a coreset has room for.
+
+    Args:
+        num_small: examples of small sources in the large batch.
+        size: b.
+        batch_size: r.
+        small_share: part of b that they may fill; None: with r above 2 b as many as would be met among 2 b examples,
+            as the more of a large batch is looked at, the more of the coreset the small sources would fill.
+    """
+    if small_share is not None:
+        return min(num_small, size, math.floor(small_share * size + 1e-9))
+    met = num_small if batch_size <= 2 * size else -(-num_small * 2 * size // batch_size)
+    return min(met, size)
 
 
 def _spread_small(sources: Tensor, positions: Tensor, size: int, generator: torch.Generator | None) -> Tensor:

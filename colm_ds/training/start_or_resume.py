@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,8 @@ def _as_now(recipe: Mapping[str, Any]) -> dict[str, Any]:
     the number that "auto" stands for.
     """
     known = _known(CoLMSection, recipe.get("colm") or {})
+    if "small_share" not in known and known.get("large_batch_size", 0) > 2 * (known.get("coreset_size") or math.inf):
+        known["small_share"] = 1.0
     try:
         section = CoLMSection.model_validate(known)
     except ValidationError:

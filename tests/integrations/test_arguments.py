@@ -16,19 +16,30 @@ def test_the_dataclass_has_the_keys_and_defaults_of_the_section() -> None:
     theirs = {name: field.default for name, field in CoLMSection.model_fields.items()}
     # Without: what is the engine's, what TrainingArguments have, and what only colm_ds.initialize can do.
     assert ours.keys() - {"source_column"} == theirs.keys() - OWN_TO_THE_ENGINE.keys() - {"seed", "replay"}
-    for name in ours.keys() - {"source_column", "large_batch_size", "mask", "probe", "schedule"}:
+    fitting = {"small_sources", "small_share", "per_source", "geometry", "metric", "weights"}  # by the estimator
+    assert all(ours[name] == "auto" for name in fitting)
+    for name in ours.keys() - {"source_column", "large_batch_size", "mask", "probe", "schedule"} - fitting:
         assert ours[name] == theirs[name], name
 
 
+def test_auto_is_what_fits_the_estimator() -> None:
+    for estimator, wanted in (("tokens", (False, "none", "matched")), ("spsa", (True, "auto", "uniform"))):
+        section = read_section(CoLMConfig(large_batch_size=32, probe={"estimator": estimator}))
+        resolved = CoLMSection.model_validate({key: value for key, value in section.items() if key != "source_column"})
+        assert (resolved.per_source, resolved.small_sources, resolved.weights) == wanted
+
+
 def test_command_line_beside_training_arguments() -> None:
-    line = "--output_dir=out --large_batch_size=32 --weights=matched --small_sources=a,b --no_per_source --use_cpu"
+    line = "--output_dir=out --large_batch_size=32 --weights=matched --small_sources=a,b --per_source=false --use_cpu"
     probe = ["--probe", '{"estimator": "exact"}']
     _, colm = HfArgumentParser((TrainingArguments, CoLMConfig)).parse_args_into_dataclasses([*line.split(), *probe])
     section = read_section(colm)
     assert section["large_batch_size"] == 32
     assert section["small_sources"] == ["a", "b"]
     assert section["probe"] == {"estimator": "exact"}
-    assert (section["weights"], section["per_source"]) == ("matched", False)
+    assert section["weights"] == "matched"
+    values = {key: value for key, value in section.items() if key != "source_column"}
+    assert CoLMSection.model_validate(values).per_source is False
 
 
 def test_preset_fills_in_what_is_left_at_its_default() -> None:

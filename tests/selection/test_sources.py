@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from colm_ds.errors import SelectionError
 from colm_ds.randomness import private_generator
-from colm_ds.selection.sources import JOINT_POOL, Shares, coreset_quotas, share_out, split_sources
+from colm_ds.selection.sources import JOINT_POOL, Shares, coreset_quotas, most_kept, share_out, split_sources
 from tests.selection import oracles
 from tests.selection.oracles import property_test
 
@@ -208,3 +208,36 @@ def test_a_source_without_id_is_no_joint_pool() -> None:
 def test_share_out_needs_a_size(size: int) -> None:
     with pytest.raises(SelectionError, match="coreset size"):
         share_out(torch.tensor([0]), size, ())
+
+
+@pytest.mark.parametrize(
+    ("num_small", "size", "batch_size", "share", "wanted"),
+    [
+        (7, 8, 16, None, 7),  # r = 2 b: all that are there
+        (14, 8, 32, None, 7),  # r = 4 b: as many as 2 b examples would have
+        (30, 8, 32, None, 8),  # never more than b
+        (7, 8, 16, 1.0, 7),
+        (7, 8, 16, 0.25, 2),
+        (1, 8, 16, 0.25, 1),
+        (7, 8, 16, 0.0, 0),
+    ],
+)
+def test_how_many_small_ones_are_kept(
+    num_small: int, size: int, batch_size: int, share: float | None, wanted: int
+) -> None:
+    assert most_kept(num_small, size, batch_size, share) == wanted
+
+
+def test_a_share_of_small_sources_is_spread_over_them() -> None:
+    sources = torch.tensor([0] * 8 + [1] * 4 + [2] * 20)
+    shares = share_out(sources, 16, {0, 1}, small_share=0.375, generator=private_generator(5))
+    assert torch.bincount(sources[shares.kept], minlength=3).tolist() == [4, 2, 0]
+    assert shares.num_dropped_small == 6
+    assert [(pool.source, len(pool.positions), pool.quota) for pool in shares.pools] == [(2, 20, 10)]
+
+
+def test_small_ones_fill_up_what_others_can_not() -> None:
+    sources = torch.tensor([0] * 12 + [1] * 4)
+    shares = share_out(sources, 10, {0}, small_share=0.1, generator=private_generator(5))
+    assert len(shares.kept) == 6
+    assert shares.pools[0].quota == 4

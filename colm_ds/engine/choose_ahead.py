@@ -1,0 +1,139 @@
+"""Coresets chosen before their examples are read, where the choice needs no pass of the model.
+
+Rank 0 chooses in a thread while the step before trains; positions and weights travel, and every rank reads only what it
+will train on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from colm_ds.batching.assign import home_ranks, training_ranks
+from colm_ds.batching.loader import LargeBatchLoader
+from colm_ds.errors import SelectionError
+from colm_ds.selection import Exchange
+from colm_ds.selection.exchange import broadcast_coreset
+from colm_ds.types import Chosen, Coreset, Example, LargeBatch
+
+Choose = Callable[[LargeBatch], Coreset]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A step before anything of it travels.
+
+    Attributes:
+        facts: the large batch without its examples.
+        coreset: rank 0's choice; None on the others.
+    """
+
+    facts: LargeBatch
+    coreset: Coreset | None
+
+
+class ChooseAhead:
+    """Iterates over large batches that are chosen already; all ranks take the next one together.
+
+    When a batch is handed out, the next one's choice is known everywhere and its examples are being read, and the one
+    after that is being chosen.
+    """
+
+    def __init__(
+        self,
+        loader: LargeBatchLoader,
+        choose: Choose,
+        exchange: Exchange,
+        rank: int,
+        *,
+        size: int,
+        reads_all: Callable[[int], bool],
+    ) -> None:
+        """Choose for the steps of a loader.
+
+        Args:
+            loader: gives facts and examples; its `next_step` is kept up to date.
+            choose: the coreset of a large batch without examples; called on rank 0, in a thread.
+            exchange: the ranks.
+            rank: this rank.
+            size: b.
+            reads_all: whether all examples of a 1-based step are needed, as where a gradient's variance is measured.
+        """
+        self._loader = loader
+        self._choose = choose
+        self._exchange = exchange
+        self._rank = rank
+        self._size = size
+        self._reads_all = reads_all
+
+    def __iter__(self) -> Iterator[LargeBatch]:
+        """Yield the batches from `next_step` on.
+
+        Raises:
+            CoLMError: what choosing raised, on rank 0; a SelectionError that says so on the others.
+        """
+        step = self._loader.next_step
+        readers = max(1, self._loader.num_workers)
+        with _Threads(1) as planner, _Threads(readers) as reading:
+            plan = planner.submit(self._plan, step)
+            ahead = self._announce(plan, reading)
+            plan = planner.submit(self._plan, step + 1)
+            while True:
+                current, ahead = ahead, self._announce(plan, reading)
+                plan = planner.submit(self._plan, step + 2)
+                batch = current()
+                self._loader.next_step = step = step + 1
+                yield batch
+
+    def _plan(self, step: int) -> _Plan:
+        facts = self._loader.facts(step)
+        return _Plan(facts, self._choose(facts) if self._exchange.is_main else None)
+
+    def _announce(self, plan: Future[_Plan], reading: ThreadPoolExecutor) -> Callable[[], LargeBatch]:
+        """Tell all ranks the choice, and begin to read; returns what waits for the batch."""
+        made: _Plan | None = None
+        failure: Exception | None = None
+        try:
+            made = plan.result()
+        except Exception as error:
+            failure = error
+        if failure is not None and not (self._exchange.is_main and self._exchange.num_processes > 1):
+            raise failure
+        with self._exchange.counting("selection") as count:
+            coreset = broadcast_coreset(None if made is None else made.coreset, self._size, -1, self._exchange)
+        if failure is not None:
+            raise failure
+        if coreset is None:
+            raise SelectionError("rank 0 could not choose the next coreset; its message says why.")
+        assert made is not None
+        facts = replace(made.facts, chosen=Chosen(coreset, count.num_bytes))
+        if not self._reads_all(facts.step):
+            facts = replace(facts, home=self._homes(facts, coreset))
+            wanted = coreset.positions[facts.home[coreset.positions] == self._rank].tolist()
+        else:
+            wanted = (facts.home == self._rank).nonzero().flatten().tolist()
+        futures = {position: reading.submit(self._read, int(facts.indices[position])) for position in wanted}
+        return lambda: replace(facts, examples={position: future.result() for position, future in futures.items()})
+
+    def _read(self, index: int) -> Example:
+        return self._loader.dataset[index]
+
+    def _homes(self, facts: LargeBatch, coreset: Coreset) -> Tensor:
+        """Return the rank that reads and trains each chosen example, int64 `[r]`; 0 for the others."""
+        world, positions = self._exchange.num_processes, coreset.positions
+        home = torch.zeros_like(facts.home)
+        home[positions] = home_ranks(facts.lengths[positions], world)
+        for position, rank in training_ranks(positions.tolist(), facts.lengths, home, world).items():
+            home[position] = rank
+        return home
+
+
+class _Threads(ThreadPoolExecutor):
+    """A pool whose unfinished work nobody waits for."""
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown(wait=False, cancel_futures=True)

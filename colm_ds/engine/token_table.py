@@ -1,0 +1,135 @@
+"""What the estimator `tokens` knows of a dataset before training: which ids occur, every example's mean vector.
+
+All ranks read a share of the examples each, so this takes a W-th of the time that one would need.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from colm_ds.data.token_cache import cache_key, load_arrays, store_arrays
+from colm_ds.probe.tokens import counted_tokens, digest, mean_vectors, no_vector, unknown_token
+from colm_ds.selection import Exchange
+from colm_ds.types import SourcedDataset
+
+MOST_COUNTED = 1 << 16
+"""Examples, evenly spaced, by which mean and deviation of the embeddings' coordinates are taken."""
+
+MOST_TOKENS = 1 << 31
+"""Labelled tokens up to which a table is made; of a larger dataset the r examples of a step are read instead."""
+
+_ROWS_AT_ONCE = 4096
+_SHOW_FROM = 100_000
+
+
+def occurring_ids(dataset: SourcedDataset, size: int, exchange: Exchange, rank: int) -> Tensor:
+    """Return which token ids occur among the counted tokens, bool `[size]`; all ranks call it together.
+
+    Args:
+        dataset: the examples, of which `MOST_COUNTED` are read at most.
+        size: ids that the model knows.
+        exchange: the ranks.
+        rank: this rank.
+
+    Raises:
+        ProbeError: on every rank, if an example that any rank read has another id.
+    """
+    number = min(len(dataset), MOST_COUNTED)
+    places = np.linspace(0, len(dataset) - 1, number).round().astype(np.int64)[rank :: exchange.num_processes]
+    seen = torch.zeros(size, dtype=torch.int32)
+    bad: tuple[int, int] | None = None
+    for place in tqdm(places.tolist(), "reading tokens", disable=rank != 0 or number < _SHOW_FROM, unit="example"):
+        tokens = counted_tokens(dataset[place])
+        unknown = unknown_token(tokens, size)
+        if unknown is None:
+            seen[tokens] = 1
+        else:
+            bad = bad or (place, unknown)
+    _raise_if_bad(bad, size, exchange, rank)
+    return exchange.sum(seen) > 0
+
+
+def mean_table(
+    dataset: SourcedDataset, vectors: Tensor, exchange: Exchange, rank: int, cache: tuple[Path, str] | None = None
+) -> Tensor | None:
+    """Return the mean vector of every example, float16 `[N, width]` in a file of its own; all ranks call it together.
+
+    Args:
+        dataset: the examples.
+        vectors: from `vectors_of_model`.
+        exchange: the ranks.
+        rank: this rank.
+        cache: folder and name of the dataset's tokens there, if they are kept: the table is kept beside them.
+
+    Returns:
+        The table on rank 0, memory-mapped; None on the others, and everywhere where the dataset has more than
+        `MOST_TOKENS` labelled tokens.
+
+    Raises:
+        ProbeError: on every rank, if a token id has no vector.
+    """
+    if int(np.asarray(dataset.num_label_tokens, dtype=np.int64).sum()) > MOST_TOKENS:
+        return None
+    key = cache_key({"table": 1, "tokens": cache[1], "vectors": digest(vectors)}) if cache else ""
+    shape = (len(dataset), vectors.shape[1])
+
+    def fits(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> bool:
+        return len(arrays["means"]) == shape[0] * shape[1]
+
+    found = load_arrays(cache[0], key, {"means": "float16"}, fits) if cache and exchange.is_main else None
+    known = torch.tensor(0 if found is None else 1)
+    if bool(exchange.broadcast(known)):
+        return None if found is None else torch.from_numpy(np.array(found[0]["means"], copy=False)).view(shape)
+    table = _computed(dataset, vectors, exchange, rank)
+    if table is not None and cache:
+        store_arrays(cache[0], key, {"means": table.ravel()}, {}, fits)
+    return None if table is None else torch.from_numpy(table)
+
+
+def _computed(dataset: SourcedDataset, vectors: Tensor, exchange: Exchange, rank: int) -> np.ndarray | None:
+    world, total, width = exchange.num_processes, len(dataset), vectors.shape[1]
+    table = _scratch((total, width)) if exchange.is_main else None
+    starts = range(0, total, _ROWS_AT_ONCE * world)
+    for start in tqdm(starts, "looking up tokens", disable=rank != 0 or total < _SHOW_FROM, unit="block"):
+        places = np.arange(start, min(total, start + _ROWS_AT_ONCE * world))
+        mine = places[rank::world]
+        examples = [dataset[int(place)] for place in mine]
+        unknown = [unknown_token(counted_tokens(example), len(vectors)) for example in examples]
+        bad = next(((int(place), token) for place, token in zip(mine, unknown, strict=True) if token is not None), None)
+        _raise_if_bad(bad, len(vectors), exchange, rank)
+        rows = exchange.gather_rows(mean_vectors(examples, vectors), torch.from_numpy(mine - start), len(places))
+        if table is not None:
+            table[start : start + len(places)] = rows.numpy()
+    return table
+
+
+def _scratch(shape: tuple[int, int]) -> np.ndarray:
+    """Return an array in a file without a name, which goes when the process does."""
+    with tempfile.TemporaryFile() as file:
+        file.truncate(max(1, 2 * shape[0] * shape[1]))
+        return np.memmap(file, dtype=np.float16, mode="r+", shape=shape)
+
+
+def _raise_if_bad(bad: tuple[int, int] | None, size: int, exchange: Exchange, rank: int) -> None:
+    """Raise on every rank the error of the lowest rank that has one."""
+    found = torch.zeros(exchange.num_processes, 2, dtype=torch.int64)
+    if bad is not None:
+        found[rank] = torch.tensor([bad[0] + 1, bad[1]])
+    rows = [row for row in exchange.sum(found).tolist() if row[0] > 0]
+    if rows:
+        raise no_vector(rows[0][0] - 1, rows[0][1], size)
+
+
+def means_of(dataset: SourcedDataset, vectors: Tensor, table: Tensor | None) -> Callable[[Sequence[int]], Tensor]:
+    """Return what gives the mean vectors of some examples, float16 `[n, width]`: the table, or the examples read."""
+    if table is not None:
+        return lambda indices: table[torch.as_tensor(indices, dtype=torch.int64)]
+    return lambda indices: mean_vectors([dataset[int(index)] for index in indices], vectors)
