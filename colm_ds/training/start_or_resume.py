@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -140,18 +139,19 @@ def recipe_differences(before: Mapping[str, Any], recipe: BaseRecipe, free: Coll
 def _as_now(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return a dumped recipe whose `"colm"` section has the keys of this version.
 
-    Keys that an earlier version did not know have their default, which is what that version did, and `num_probes` is
-    the number that "auto" stands for.
+    Keys that an earlier version did not know have their default, which is what that version did; `num_probes` is the
+    number that "auto" stands for, and `small_share` 1 where all are kept, as that version always did.
     """
     known = _known(CoLMSection, recipe.get("colm") or {})
-    if "small_share" not in known and known.get("large_batch_size", 0) > 2 * (known.get("coreset_size") or math.inf):
-        known["small_share"] = 1.0
     try:
         section = CoLMSection.model_validate(known)
     except ValidationError:
         return dict(recipe)  # the differences say what it had
     colm = json.loads(section.model_dump_json())
     colm["probe"]["num_probes"] = section.probe.resolved_num_probes
+    size = section.coreset_size
+    if "small_share" not in known or (size and section.small_share == "auto" and section.large_batch_size <= 2 * size):
+        colm["small_share"] = 1.0
     return {**recipe, "colm": colm}
 
 
