@@ -57,10 +57,7 @@ class LargeBatchLoader:
         """
         self.dataset = dataset
         self.next_step = 1
-        own = getattr(dataset, "sampler", None)
-        self._sampler: Sampler = (
-            own(large_batch_size, seed) if own else MixtureSampler(len(dataset), large_batch_size, seed)
-        )
+        self._sampler = make_sampler(dataset, large_batch_size, seed)
         self._rank = rank
         self._world_size = world_size
         self.num_workers = num_workers
@@ -110,6 +107,11 @@ class LargeBatchLoader:
         """
         self.dataset, self._kept_sources = WithSources(self.dataset, names, ids), sorted(kept_sources)
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Large batches in one pass over the dataset."""
+        return self._sampler.steps_per_epoch
+
     def epoch(self, step: int) -> int:
         """0-based pass over the dataset in a 1-based step."""
         return self._sampler.epoch(step)
@@ -135,6 +137,16 @@ class LargeBatchLoader:
         facts = self.facts(step)
         mine = (facts.home == self._rank).nonzero().flatten().tolist()
         return replace(facts, examples={position: self.dataset[int(facts.indices[position])] for position in mine})
+
+
+def make_sampler(dataset: SourcedDataset, large_batch_size: int, seed: int) -> Sampler:
+    """Return what draws a dataset's large batches: its own sampler, or the natural mixture.
+
+    Raises:
+        SelectionError: if the dataset has fewer than r examples.
+    """
+    own = getattr(dataset, "sampler", None)
+    return own(large_batch_size, seed) if own else MixtureSampler(len(dataset), large_batch_size, seed)
 
 
 _FACTS = ("indices", "sources", "lengths", "num_label_tokens", "home")

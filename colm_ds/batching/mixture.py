@@ -31,7 +31,13 @@ def seeded_permutation(num_examples: int, seed: int, *purpose: int | str) -> Ind
 
 
 class Sampler(Protocol):
-    """What a step holds, from the step alone."""
+    """What a step holds, from the step alone.
+
+    Attributes:
+        steps_per_epoch: large batches in one pass over the data.
+    """
+
+    steps_per_epoch: int
 
     def epoch(self, step: int) -> int:
         """0-based epoch of a 1-based step."""

@@ -65,8 +65,8 @@ class WeightedSampler:
                 "one, and all together as many as a large batch."
             )
         self.large_batch_size = large_batch_size
-        self.steps_per_round = sum(sizes) // large_batch_size
-        self.counts = counts_by_weight(weights, self.steps_per_round * large_batch_size)
+        self.steps_per_epoch = sum(sizes) // large_batch_size
+        self.counts = counts_by_weight(weights, self.steps_per_epoch * large_batch_size)
         self._starts, self._sizes, self._seed = list(starts), list(sizes), seed
         self._last: tuple[int, IndexArray, IndexArray] | None = None
 
@@ -74,7 +74,7 @@ class WeightedSampler:
         """0-based round of a 1-based step."""
         if step < 1:
             raise SelectionError(f"step = {step}: steps count from 1.")
-        return (int(step) - 1) // self.steps_per_round
+        return (int(step) - 1) // self.steps_per_epoch
 
     def indices(self, step: int) -> IndexArray:
         """Dataset indices of the large batch of a 1-based step, int64 `[r]`.
@@ -82,14 +82,14 @@ class WeightedSampler:
         They are distinct unless a source begins an epoch in this step or has fewer examples than its share of r.
         """
         indices, _ = self._round(self.epoch(step))
-        start = (step - 1) % self.steps_per_round * self.large_batch_size
+        start = (step - 1) % self.steps_per_epoch * self.large_batch_size
         return indices[start : start + self.large_batch_size].copy()
 
     def epochs(self, step: int) -> list[float]:
         """How often each source's data has been gone through when a 1-based step is done, `[num_sources]`."""
         number = self.epoch(step)
         _, sources = self._round(number)
-        stop = ((step - 1) % self.steps_per_round + 1) * self.large_batch_size
+        stop = ((step - 1) % self.steps_per_epoch + 1) * self.large_batch_size
         seen = np.bincount(sources[:stop], minlength=len(self._sizes))
         return [
             (number * count + int(own)) / size for count, own, size in zip(self.counts, seen, self._sizes, strict=True)

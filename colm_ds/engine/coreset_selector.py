@@ -156,6 +156,8 @@ class CoresetSelector:
             equal_counts = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
         if rank is None:
             rank = dist.get_rank() if exchange.num_processes > 1 else 0
+        if dataset is None and not isinstance(source_counts, (Mapping, Sequence)):
+            dataset = source_counts
         config = selection_config(config, exchange.num_processes)
         counts = known_counts(config, source_counts)
         assert config.coreset_size is not None

@@ -18,7 +18,7 @@ class TimePlan:
         forwards: the step in forwards of one example.
         flops: of the step, over all ranks.
         step_s: seconds of a step; None where no speed was given.
-        run_h: hours of the run.
+        run_h: hours of the run; None also where the number of steps depends on the data.
     """
 
     forwards: float
@@ -50,7 +50,7 @@ def step_cost(job: Job, parameters: Parameters, tflops: float | None) -> TimePla
     )
     flops = forwards * forward
     seconds = None if tflops is None else flops / (tflops * 1e12 * job.zero.world_size)
-    return TimePlan(forwards, flops, seconds, None if seconds is None else seconds * job.steps / 3600)
+    return TimePlan(forwards, flops, seconds, None if seconds is None or not job.steps else seconds * job.steps / 3600)
 
 
 def tail_passes(job: Job) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from colm_ds.config.colm import CoLMSection
 from colm_ds.config.section import Section, validate_section
@@ -39,7 +40,10 @@ class BaseRecipe(Section):
     name: str = Field("run", description="name in reports")
     output_dir: str = Field(description="folder that the run is written to; relative to the working folder")
     overwrite: bool = Field(False, description="start anew, replacing a run that is already there, finished or not")
-    steps: int = Field(ge=1, description="optimizer steps")
+    steps: int = Field(0, ge=0, description="optimizer steps; or 'N epochs': see epochs")
+    epochs: float | None = Field(
+        None, gt=0, description="instead of steps: how often the large batches go through the data (rows looked at)"
+    )
     seed: int = Field(0, ge=0, description="seeds weights, data order and every choice")
     micro_batch_size: int = Field(4, ge=1, description="examples per device and backward pass: the lever on memory")
     model: ModelConfig
@@ -76,9 +80,39 @@ class BaseRecipe(Section):
         later = schedule.model_copy(update={"start_step": max(schedule.start_step, clusters.first_selection())})
         return self.colm.model_copy(update={"schedule": later})
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_epochs(cls, values: Any) -> Any:
+        """Take `steps: 3 epochs` for `epochs: 3`."""
+        if not isinstance(values, dict) or values.get("epochs") is not None:
+            return values
+        found = re.fullmatch(r"\s*([0-9.eE+-]+)\s*epochs?\s*", str(values.get("steps")))
+        if found is None:
+            return values
+        return {**{key: value for key, value in values.items() if key != "steps"}, "epochs": found[1]}
+
+    def with_steps(self, steps_per_epoch: int) -> Self:
+        """Return the recipe with its number of steps, which `epochs` leaves open until the data is read.
+
+        Args:
+            steps_per_epoch: large batches in one pass over the data.
+
+        Raises:
+            ConfigError: if something else does not fit that number.
+        """
+        if self.epochs is None:
+            return self
+        found = self.model_copy(update={"steps": max(1, round(self.epochs * steps_per_epoch))})
+        problems = Problems(self.name)
+        found.check(problems)
+        problems.raise_if_any()
+        return found
+
     def check(self, problems: Problems) -> None:
         """Add what does not fit together."""
         model = self.model
+        if self.epochs is None and self.steps == 0:
+            problems.add("steps", self.steps, "neither steps nor epochs", "For example 200, or 3 epochs.")
         if (model.name_or_path is None) == (model.config is None):
             problems.add("model", model.name_or_path, "give either name_or_path or config", "One says what to load.")
         if model.config is not None and "model_type" not in model.config:
@@ -101,7 +135,7 @@ class Recipe(BaseRecipe):
         """Add what does not fit together."""
         super().check(problems)
         data, evaluation = self.data, self.evaluation
-        if self.clusters is not None:
+        if self.clusters is not None and self.steps:
             self.clusters.check(self.steps, self.colm, problems)
         if data.heldout is not None and data.holdout_per_source:
             key = "data.holdout_per_source"
@@ -126,7 +160,7 @@ class ChoiceRecipe(BaseRecipe):
         """Add what does not fit together."""
         super().check(problems)
         self.data.check(problems)
-        if self.clusters is not None:
+        if self.clusters is not None and self.steps:
             self.clusters.check(self.steps, self.colm, problems)
         if self.evaluation.every and self.data.train is not None and self.data.heldout is None:
             problems.add("evaluation.every", self.evaluation.every, "nothing is held out", "Set data.heldout.")

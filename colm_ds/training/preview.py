@@ -15,6 +15,7 @@ from colm_ds.engine.coreset_selector import CoresetSelector
 from colm_ds.errors import ConfigError
 from colm_ds.recipes.model import load_model, load_tokenizer
 from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe, Recipe
+from colm_ds.training.tasks import with_steps
 from colm_ds.training.tasks.choices import load_choice_data
 from colm_ds.training.tasks.instructions import load_data
 from colm_ds.types import Coreset, Example, LargeBatch
@@ -70,11 +71,14 @@ def describe_sources(recipe: Recipe | ChoiceRecipe, train: Data, heldout: Data |
     total, trained = int(train.lengths.sum()), int(train.num_label_tokens.sum())
     lines.append(f"{'all':{width}} {len(train):>9,} {1:>7.0%} {total:>11,} {trained:>11,}")
     lines.append(f"small: fewer than |V|/c = {limit:,.1f} examples" if recipe.colm.small_sources == "auto" else "")
+    steps = with_steps(recipe, train).steps
+    passes = steps * recipe.colm.large_batch_size / len(train)
+    lines.append(f"steps: {steps:,}, in which {passes:.2f} passes over the data are looked at")
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in train.num_dropped.items() if count) or "none"
     lines.append(f"dropped: {dropped}; held out: {0 if heldout is None else len(heldout):,} examples")
     if recipe.clusters is not None:
-        steps = ", ".join(map(str, recipe.clusters.steps(recipe.steps)))
-        lines.append(f"clusters take the place of these sources after {steps} steps")
+        after = ", ".join(map(str, recipe.clusters.steps(steps)))
+        lines.append(f"clusters take the place of these sources after {after} steps")
     return "\n".join(line for line in lines if line)
 
 

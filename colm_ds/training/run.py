@@ -44,7 +44,7 @@ from colm_ds.run_folder.summary import summarise
 from colm_ds.run_folder.write import RunFolder, read_metrics
 from colm_ds.training.monitors import monitor_sections, set_environment
 from colm_ds.training.start_or_resume import CHECKPOINTS, check_same_data, may_restart, where_to_start
-from colm_ds.training.tasks import InTraining, TrainingTask, load_task
+from colm_ds.training.tasks import InTraining, TrainingTask, load_task, with_steps
 from colm_ds.types import StepStats
 
 
@@ -156,6 +156,7 @@ class TrainingRun:
         start = together(lambda: where_to_start(recipe) if self.rank == 0 else None, device)
         self.tokenizer = together(lambda: load_tokenizer(recipe.model, recipe.tokenizer_place), device)
         self.task = self._load_task()
+        self.recipe = recipe = together(lambda: with_steps(recipe, self.task.train), device)
         from transformers import set_seed
 
         set_seed(recipe.seed)

@@ -129,6 +129,8 @@ def recipe_differences(before: Mapping[str, Any], recipe: BaseRecipe, free: Coll
         free: dotted keys that may differ, with all below them.
     """
     now = json.loads(json.dumps(recipe.model_dump(), default=str))
+    if recipe.epochs is not None:  # steps follow from it and the data
+        free = {*free, "steps"}
     return [
         f"{key}: {before_value!r} there, {now_value!r} here"
         for key, before_value, now_value in _compare(_as_now(before), _as_now(now))

@@ -33,10 +33,10 @@ def test_streams_are_whole_epochs_and_rounds_have_the_shares(
     size = data.draw(st.integers(1, sum(sizes)))
     sampler = WeightedSampler(starts, sizes, weights, size, seed=3)
     num_rounds = 4
-    steps = [sampler.indices(step) for step in range(1, num_rounds * sampler.steps_per_round + 1)]
+    steps = [sampler.indices(step) for step in range(1, num_rounds * sampler.steps_per_epoch + 1)]
     drawn = np.concatenate(steps)
     source_of = np.repeat(np.arange(len(sizes)), sizes)
-    length = sampler.steps_per_round * size
+    length = sampler.steps_per_epoch * size
     for number in range(num_rounds):
         seen = np.bincount(source_of[drawn[number * length : (number + 1) * length]], minlength=len(sizes))
         assert seen.tolist() == sampler.counts == counts_by_weight(weights, length)

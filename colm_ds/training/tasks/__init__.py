@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from colm_ds.batching.loader import make_sampler
 from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe, PretrainingRecipe, Recipe
 from colm_ds.training.tasks.base import InTraining, TrainingTask, measured_loss
 from colm_ds.training.tasks.choices import ChoiceTask
 from colm_ds.training.tasks.clusters import ClusteredTask
 from colm_ds.training.tasks.instructions import InstructionTask
 from colm_ds.training.tasks.pretraining import PretrainingTask
+from colm_ds.types import SourcedDataset
 
 __all__ = [
     "ChoiceTask",
@@ -20,6 +22,7 @@ __all__ = [
     "TrainingTask",
     "load_task",
     "measured_loss",
+    "with_steps",
 ]
 
 
@@ -35,4 +38,15 @@ def load_task(recipe: BaseRecipe, tokenizer: Any) -> TrainingTask:
     task: TrainingTask = (
         ChoiceTask(recipe, tokenizer) if isinstance(recipe, ChoiceRecipe) else InstructionTask(recipe, tokenizer)
     )
-    return task if recipe.clusters is None else ClusteredTask(task, recipe, recipe.clusters, tokenizer)
+    if recipe.clusters is None:
+        return task
+    return ClusteredTask(task, with_steps(recipe, task.train), recipe.clusters, tokenizer)
+
+
+def with_steps(recipe: BaseRecipe, train: SourcedDataset) -> BaseRecipe:
+    """Return the recipe with its number of steps, where it gives epochs of its data.
+
+    Raises:
+        ConfigError: if something else does not fit that number.
+    """
+    return recipe.with_steps(make_sampler(train, recipe.colm.large_batch_size, 0).steps_per_epoch)
