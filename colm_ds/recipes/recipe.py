@@ -205,7 +205,7 @@ def kind_of_recipe(values: Mapping[str, Any]) -> type[BaseRecipe]:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, needs_files: bool = True) -> BaseRecipe:
-    """Read and check a recipe; its key `task` says of which kind.
+    """Read and check a recipe; its key `task` says of which kind, its key `extends` names one that it changes.
 
     Args:
         path: the YAML file.
@@ -217,15 +217,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, needs_files:
             paths that do not exist.
     """
     path = Path(path)
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
-        raise ConfigError(f"{path}: no such recipe." + (f" In that folder: {near}." if near else "")) from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {_what_is_wrong(error)}. Write `key: value` lines.") from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: holds a {type(loaded).__name__}. Write keys and values.")
+    loaded = read_values(path)
     problems = Problems(str(path))
     for override in overrides:
         _override(loaded, override, problems)
@@ -238,6 +230,39 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, needs_files:
     problems.raise_if_any()
     assert isinstance(recipe, BaseRecipe)
     return recipe
+
+
+def read_values(path: Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return the keys and values of a recipe file, those of the recipe that it extends included.
+
+    `extends: OTHER.yaml` takes over all of the other recipe; a key that is written here, a section too, replaces the
+    other's whole. Paths of the other are those that it means itself.
+
+    Raises:
+        ConfigError: if a file is missing, is not YAML or no mapping, or recipes extend each other in a circle.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
+        raise ConfigError(f"{path}: no such recipe." + (f" In that folder: {near}." if near else "")) from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {_what_is_wrong(error)}. Write `key: value` lines.") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: holds a {type(loaded).__name__}. Write keys and values.")
+    other = loaded.pop("extends", None)
+    if other is None:
+        return loaded
+    if not isinstance(other, str):
+        raise ConfigError(f"{path}: extends = {other!r}: not a path. Name one recipe file, relative to this one.")
+    place = path.parent / Path(other).expanduser()
+    if place.resolve() in (*_above, path.resolve()):
+        raise ConfigError(f"{path}: extends = {other!r}: that recipe extends this one. Take one of both out.")
+    inherited = read_values(place, (*_above, path.resolve()))
+    kind, found = kind_of_recipe({**inherited, **loaded}), Problems("")
+    _resolve_paths(kind, inherited, place.parent, found)  # what is missing is said when the whole recipe is checked
+    _resolve(inherited, "deepspeed", place.parent, found, must_exist=True)
+    return {**inherited, **loaded}
 
 
 def describe_keys(kind: type[Section] = Recipe, prefix: str = "") -> list[str]:

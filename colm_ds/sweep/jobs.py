@@ -17,9 +17,8 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-import yaml
-
 from colm_ds.errors import ConfigError
+from colm_ds.recipes.recipe import read_values
 from colm_ds.report import compare, load_run
 from colm_ds.sweep.curves import curves_svg
 from colm_ds.sweep.grid import Grid, SweepJob, jobs_of
@@ -161,7 +160,7 @@ def _other_settings(job: SweepJob) -> str:
 def _asked(job: SweepJob) -> dict[str, Any]:
     """What defines a job: its recipe's content and its changes."""
     recipe, *changes = job.arguments
-    return {"recipe": yaml.safe_load(Path(recipe).read_text(encoding="utf-8")), "changes": changes}
+    return {"recipe": read_values(Path(recipe)), "changes": changes}
 
 
 def _run(grid: Grid, job: SweepJob, place: Place) -> str:

@@ -17,7 +17,7 @@ from colm_ds.recipes.recipe import load_recipe
 from tests.finetune.test_entry import ROOT
 
 FOLDER = ROOT / "finetune" / "recipes"
-RECIPES = sorted(path for path in FOLDER.glob("*.yaml") if not path.stem.endswith("_choices"))
+RECIPES = sorted(path for path in FOLDER.glob("*.yaml") if "_choices" not in path.stem)
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 TINY: dict[str, dict[str, Any]] = {
@@ -27,6 +27,7 @@ TINY: dict[str, dict[str, Any]] = {
     "zephyr_7b_math": {"model_type": "mistral", "num_key_value_heads": 2},
     "llama3_8b_math": {"model_type": "llama", "num_key_value_heads": 2},
 }
+TINY |= {f"{name}_tokens": config for name, config in TINY.items()}
 """The families' own features: fused projections, partial rotary embeddings, grouped queries."""
 
 
@@ -54,7 +55,7 @@ def overrides_of(name: str, mixture: Path, output: Path) -> list[str]:
         "data.holdout_per_source=2",
         "data.cache_dir=null",
         "lora.rank=4",
-        "colm.mask.size=16",
+        *([] if name.endswith("_tokens") else ["colm.mask.size=16"]),
         "colm.large_batch_size=16",
         "colm.coreset_size=8",
         "steps=2",
@@ -70,13 +71,15 @@ def test_recipe_is_valid(path: Path, mixture: Path) -> None:
     assert f"finetune/recipes/{path.name}" in command
     data = mixture / "train.jsonl"
     overrides = [f"data.train={data}", f"data.heldout={data if '  heldout: runs' in text else 'null'}"]
-    if "package:" in text:
+    if "smollm2" in path.stem:
         overrides.append("model.name_or_path=elsewhere")  # the package may not be installed
     recipe = load_recipe(path, overrides)
     if path.stem in TINY:
         assert recipe.lora is not None
         assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.dropout) == (128, 512, 0.05)
-        assert (recipe.colm.large_batch_size, recipe.colm.coreset_size) == (128, 64)
+        by_tokens = path.stem.endswith("_tokens")
+        assert (recipe.colm.large_batch_size, recipe.colm.coreset_size) == (256 if by_tokens else 128, 64)
+        assert recipe.colm.probe.estimator == ("tokens" if by_tokens else "spsa")
         assert recipe.optimizer.lr == 2e-5
 
 
@@ -102,4 +105,4 @@ def test_family_trains(name: str, mixture: Path, tmp_path: Path) -> None:
     family = FAMILIES[TINY[name]["model_type"]]
     assert sorted(config["target_modules"]) == sorted(family.lora_targets)
     run = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert run["why_not_replay"] is None  # checkpointing is on, so the probe's forward is replayed
+    assert run["why_not_replay"] is None  # checkpointing is on, so the probe's forward is replayed, if there is one

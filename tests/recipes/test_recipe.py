@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
+from colm_ds.errors import ConfigError
 from colm_ds.recipes import recipe
 from colm_ds.training.start_or_resume import recipe_differences
 
@@ -41,3 +43,42 @@ def test_steps_in_epochs(steps: str, wanted: int) -> None:
     assert resolved.steps == wanted
     assert recipe.Recipe.model_validate(resolved.model_dump()).with_steps(10) == resolved
     assert recipe_differences(json.loads(json.dumps(resolved.model_dump())), open_ended, ()) == []
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_recipe_that_extends_another(tmp_path: Path) -> None:
+    """Its sections replace the other's whole, and the other's paths are still those beside the other."""
+    base = "output_dir: run\nsteps: 5\nmodel: {name_or_path: m}\ndeepspeed: z.json\n"
+    base += "data: {train: d.jsonl, max_length: 7}\n"
+    write(tmp_path / "base" / "d.jsonl", "{}")
+    write(tmp_path / "base" / "z.json", "{}")
+    write(tmp_path / "base" / "base.yaml", base + "colm: {large_batch_size: 8, coreset_size: 4, metric: cosine}\n")
+    write(tmp_path / "middle.yaml", "extends: base/base.yaml\nname: middle\nsteps: 6\n")
+    last = write(tmp_path / "last.yaml", "extends: middle.yaml\ncolm: {large_batch_size: 16, coreset_size: 4}\n")
+    found = recipe.load_recipe(last, ["seed=3"])
+    assert isinstance(found, recipe.Recipe)
+    assert (found.name, found.steps, found.seed, found.data.max_length) == ("middle", 6, 3, 7)
+    assert (found.colm.large_batch_size, found.colm.metric) == (16, "l1")
+    assert found.data.train == str(tmp_path / "base" / "d.jsonl")
+    assert found.deepspeed == str(tmp_path / "base" / "z.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("extends: other.yaml\n", "other.yaml: extends = 'own.yaml': that recipe extends this one"),
+        ("extends: own.yaml\n", "own.yaml: extends = 'own.yaml': that recipe extends this one"),
+        ("extends: no.yaml\n", "no.yaml: no such recipe. In that folder: other.yaml, own.yaml."),
+        ("extends: [other.yaml]\n", "not a path. Name one recipe file"),
+    ],
+)
+def test_what_can_not_be_extended(text: str, said: str, tmp_path: Path) -> None:
+    write(tmp_path / "other.yaml", "extends: own.yaml\n")
+    with pytest.raises(ConfigError) as caught:
+        recipe.load_recipe(write(tmp_path / "own.yaml", text))
+    assert said in str(caught.value)
