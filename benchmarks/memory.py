@@ -71,6 +71,7 @@ class Configuration:
 
 CONFIGURATIONS = (
     Configuration("llama"),
+    Configuration("llama", estimator="tokens"),
     Configuration("llama", stage=1),
     Configuration("llama", stage=2, ranks=2, micro=2),
     Configuration("llama", stage=3, ranks=2, micro=2),

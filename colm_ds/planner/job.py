@@ -99,6 +99,11 @@ class Job:
         colm = self.colm.model_copy(update={"selector": "full", "large_batch_size": size, "coreset_size": size})
         return replace(self, colm=colm, micro_batch=min(self.micro_batch, math.ceil(size / self.zero.world_size)))
 
+    def by_tokens(self) -> Job:
+        """The same job with b of 4 b chosen by token embeddings, without a pass of the model."""
+        section = {"large_batch_size": 4 * self.size, "coreset_size": self.size, "probe": {"estimator": "tokens"}}
+        return replace(self, colm=CoLMSection.model_validate(section))
+
     def with_colm(self, **changes: object) -> Job:
         """The same job with other keys of the `"colm"` section."""
         return replace(self, colm=self.colm.model_copy(update=changes))

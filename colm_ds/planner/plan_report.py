@@ -35,6 +35,8 @@ def plan_report(
     arms = {f"plain {b}": job.plain(b)}
     if r != b or job.probes:
         arms[f"{job.colm.selector} {b} of {r}"] = job
+        if job.probes:
+            arms[f"tokens {b} of {4 * b}"] = job.by_tokens()
         wide = math.ceil(r / (world * steps))
         arms[f"plain {r}, equal micro-batch"] = job.plain(r)
         arms[f"plain {r}, equal accumulation steps"] = replace(job, micro_batch=wide).plain(r)
@@ -78,6 +80,8 @@ def comparison(
 ) -> dict[str, Any]:
     """Peak memory against b (the paper's Fig. 2c) for plain b, CoLM b of r and plain r, with r / b as in the job.
 
+    Beside them b of 4 b chosen by token embeddings, if the job probes.
+
     Both protocols: as many accumulation steps as the job has, whatever b (micro-batches grow with b), and the job's
     micro-batch whatever b (accumulation steps grow).
 
@@ -105,6 +109,8 @@ def comparison(
                 "colm_gib": peak(colm, b, equal_steps),
                 "plain_r_gib": peak(job.plain(r), r, equal_steps),
             }
+            if job.probes:
+                row[name]["tokens_gib"] = peak(colm.by_tokens(), b, equal_steps)
         rows.append(row)
     return {
         "accumulation_steps": steps,
@@ -179,14 +185,18 @@ def format_comparison(found: dict[str, Any]) -> str:
         ("equal_steps", f"{found['accumulation_steps']} accumulation steps whatever the batch (micro-batches grow)"),
         ("equal_micro_batch", f"micro-batch {found['micro_batch']} whatever the batch (accumulation steps grow)"),
     ):
-        rows = [["b", "r", "plain b", "CoLM b of r", "plain r", "CoLM saves of plain r"]]
+        arms = {
+            "plain_b_gib": "plain b",
+            "tokens_gib": "tokens b of 4b",
+            "colm_gib": "CoLM b of r",
+            "plain_r_gib": "plain r",
+        }
+        arms = {key: title for key, title in arms.items() if all(key in row[name] for row in found["rows"])}
+        rows = [["b", "r", *arms.values(), "CoLM saves of plain r"]]
         for row in found["rows"]:
             values = row[name]
             saved = 1 - values["colm_gib"] / values["plain_r_gib"]
-            marked = [
-                f"{values[key]:.2f}{'*' if values[key] > found['limit_gib'] else ''}"
-                for key in ("plain_b_gib", "colm_gib", "plain_r_gib")
-            ]
+            marked = [f"{values[key]:.2f}{'*' if values[key] > found['limit_gib'] else ''}" for key in arms]
             rows.append([str(row["b"]), str(row["r"]), *marked, f"{100 * saved:.0f}%"])
         lines += [f"Peak GiB per GPU, {head}:", *_table(rows), ""]
     return "\n".join([*lines, f"* more than {found['limit_gib']:g} GiB"])

@@ -1,4 +1,4 @@
-"""`colm-ds memory-report`: plain b, CoLM b of r and plain r under both protocols, and a range of batch sizes."""
+"""`colm-ds memory-report`: plain b, CoLM b of r, tokens b of 4 b and plain r under both protocols, and batch sizes."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ class ArmPlan:
         large: examples that a step looks at.
         coreset: examples that it trains on.
         micro_batch: examples per rank and pass.
-        selects: whether the recipe's selector runs; else plain training.
+        selects: whether the recipe's selector runs; else plain training, or `by_tokens`.
         is_sized: whether it runs for the picture of memory against batch size only.
+        by_tokens: whether token embeddings choose, without a pass of the model.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ArmPlan:
     micro_batch: int
     selects: bool
     is_sized: bool
+    by_tokens: bool = False
 
     def changes(self, recipe: BaseRecipe) -> list[str]:
         """`key=value` changes to the recipe."""
@@ -52,7 +54,11 @@ class ArmPlan:
             f"colm.large_batch_size={self.large}",
             f"colm.coreset_size={self.coreset}",
         ]
-        if not self.selects:
+        if self.by_tokens:
+            kept = recipe.colm.model_dump(include={"seed", "memory", "loss_normalization", "phase_timeout_s"})
+            sizes = {"large_batch_size": self.large, "coreset_size": self.coreset, "probe": {"estimator": "tokens"}}
+            changes = [f"micro_batch_size={self.micro_batch}", f"colm={json.dumps({**kept, **sizes})}"]
+        elif not self.selects:
             changes += ["colm.selector=full", *(["colm.replay=auto"] if recipe.colm.replay != "off" else [])]
         if self.is_sized:  # nothing is evaluated, nothing is kept
             changes += ["evaluation.every=0", "save_every=0", "monitor=[]"]
@@ -67,7 +73,7 @@ class ArmPlan:
 
 
 def plan_arms(recipe: BaseRecipe, num_ranks: int, sizes: Sequence[int] | None = None) -> list[ArmPlan]:
-    """The runs: three arms, the third under both protocols, then those of further batch sizes.
+    """The runs: three arms, the third under both protocols, b of 4 b by tokens, then those of further batch sizes.
 
     Under equal accumulation steps a batch of n has the micro-batch n / (ranks x steps), with the recipe's steps.
 
@@ -100,6 +106,10 @@ def plan_arms(recipe: BaseRecipe, num_ranks: int, sizes: Sequence[int] | None = 
 
     for n, b, selects in ((coreset, coreset, False), (large, coreset, True), (large, large, False)):
         add(n, b, selects, False)
+    if recipe.colm.probes_model:
+        plans[4 * coreset, coreset, micro, False] = ArmPlan(
+            f"tokens {coreset} of {4 * coreset}", 4 * coreset, coreset, micro, False, False, by_tokens=True
+        )
     for n in sizes if sizes is not None else (large // 2, large, 2 * large):
         b = n * coreset // large
         if b < num_ranks or b * large != n * coreset:

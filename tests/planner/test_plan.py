@@ -20,7 +20,7 @@ from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 from colm_ds.planner.activations import ModelSpec, Parameters, Tracer, even_rows
 from colm_ds.planner.job import KNOWN_MODELS, Job, known_model
 from colm_ds.planner.plan import Planner, largest_that
-from colm_ds.planner.plan_report import comparison, plan_report
+from colm_ds.planner.plan_report import comparison, format_comparison, plan_report
 from colm_ds.planner.suggestions import best_of_each_key, knobs, make_fit
 from colm_ds.planner.zero_states import ZeroSettings, model_states, zero_settings
 from colm_ds.recipes.sections import LoraConfig
@@ -269,13 +269,18 @@ def test_knobs_save_what_they_say_and_make_it_fit() -> None:
 
 def test_reports_hold_both_protocols() -> None:
     report = plan_report(job(), gpu_memory_gib=1.0, reserve_gib=0.1, tflops=1.0)
-    assert [arm["micro_batch"] for arm in report["arms"].values()] == [2, 2, 2, 4]
-    assert [arm["accumulation_steps"] for arm in report["arms"].values()] == [2, 2, 4, 2]
+    assert list(report["arms"])[:3] == ["plain 8", "colm 8 of 16", "tokens 8 of 32"]
+    assert [arm["micro_batch"] for arm in report["arms"].values()] == [2, 2, 2, 2, 4]
+    assert [arm["accumulation_steps"] for arm in report["arms"].values()] == [2, 2, 2, 4, 2]
+    plain, _, tokens, *_ = report["arms"].values()
+    assert {key: tokens[key] for key in ("peak_gib", "time")} == {key: plain[key] for key in ("peak_gib", "time")}
     assert report["to_fit"] == []
     rows = comparison(job(), (8, 16), gpu_memory_gib=1.0)["rows"]
     assert [(row["b"], row["r"]) for row in rows] == [(8, 16), (16, 32)]
     assert rows[1]["equal_steps"]["plain_b_gib"] > rows[0]["equal_steps"]["plain_b_gib"]
     assert rows[1]["equal_micro_batch"]["plain_b_gib"] == rows[0]["equal_micro_batch"]["plain_b_gib"]
+    assert rows[1]["equal_steps"]["tokens_gib"] == rows[1]["equal_steps"]["plain_b_gib"]
+    assert "tokens b of 4b" in format_comparison(comparison(job(), (8, 16), gpu_memory_gib=1.0))
 
 
 def test_known_models_have_their_published_sizes() -> None:

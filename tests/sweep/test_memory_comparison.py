@@ -23,6 +23,7 @@ GRID = [  # large, coreset, micro-batch, selects; two ranks, four micro-batches 
     (32, 16, 2, True),
     (32, 32, 4, False),
     (32, 32, 2, False),
+    (64, 16, 2, False),  # chosen by tokens
 ]
 
 
@@ -73,7 +74,8 @@ def test_changes_are_what_a_recipe_takes(recipe: BaseRecipe, tmp_path: Path) -> 
         made = load_recipe(tmp_path / "recipe.yaml", plan.changes(recipe))
         assert (made.colm.large_batch_size, made.colm.coreset_size) == (plan.large, plan.coreset)
         assert made.micro_batch_size == plan.micro_batch
-        assert (made.colm.selector == "colm") == plan.selects
+        assert (made.colm.selector == "colm") == (plan.selects or plan.by_tokens)
+        assert (made.colm.probe.estimator == "tokens") == plan.by_tokens
         assert (getattr(made, "data").heldout is None) == plan.is_sized  # noqa: B009
 
 
@@ -114,7 +116,7 @@ def test_what_is_finished_is_skipped(
     assert started == [*(plan.name for plan in plan_arms(load_recipe(path), 2, [16]))]
     assert "## Memory against batch size" in (out / "report.md").read_text()
     assert cli.main(arguments) == 0
-    assert len(started) == 6  # nothing anew
+    assert len(started) == 7  # nothing anew
     capsys.readouterr()
     assert cli.main([*arguments[:2], "steps=7", *arguments[2:]]) == 2
     said = capsys.readouterr().err
