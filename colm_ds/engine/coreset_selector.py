@@ -259,7 +259,7 @@ class CoresetSelector:
     @property
     def chooses_ahead(self) -> bool:
         """Whether the choice follows from the data alone, so that it can be made before a step."""
-        return not self._config.probes_model
+        return not self._config.probes_model and getattr(self.selector, "can_choose_ahead", False)
 
     def chooser(self, dataset: SourcedDataset) -> Callable[[LargeBatch], Coreset]:
         """Return what chooses the coreset of a large batch of a dataset without its examples, on rank 0.

@@ -98,6 +98,8 @@ class MiddlePerplexitySelector(_Scored):
 class CompletionLengthSelector(_Scored):
     """CL: the examples with the most labelled tokens; nothing is probed."""
 
+    can_choose_ahead = True
+
     def _scores(self, batch: LargeBatch, signals: Signals | None) -> tuple[Tensor, Tensor]:
         return batch.num_label_tokens.float()[:, None], torch.ones(batch.size, dtype=torch.bool)
 

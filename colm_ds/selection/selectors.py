@@ -43,6 +43,9 @@ class Selector(Protocol):
     Attributes:
         signal: what the probe has to find out before `select`: "gradient", one of `probe.scores.SCORES`, or None.
         keeps_small: whether all examples of small sources are kept, so that theirs need not be found out.
+
+    A selector with a true `can_choose_ahead` looks at nothing but the facts of a large batch and the signals, and
+    remembers nothing: where no pass of the model is needed its choice is made before the examples are read.
     """
 
     signal: str | None
@@ -66,6 +69,7 @@ class CoLMSelector:
 
     signal: str | None = "gradient"
     keeps_small = True
+    can_choose_ahead = True
 
     def __init__(self, context: SelectorContext) -> None:
         self._context = context
@@ -126,6 +130,7 @@ class StatelessSelector:
     signal: str | None = None
     keeps_small = False
     sees_sources = False
+    can_choose_ahead = False
 
     def __init__(self, context: SelectorContext) -> None:
         self.context = context
@@ -141,6 +146,8 @@ class StatelessSelector:
 class RandomSelector(StatelessSelector):
     """Plain training on b: a random b of the r examples."""
 
+    can_choose_ahead = True
+
     def select(self, batch: LargeBatch, signals: Signals | None, exchange: Exchange) -> Coreset:
         """b positions drawn from (seed, step), ascending."""
         generator = private_generator(self.context.settings.seed, "random", batch.step)
@@ -151,6 +158,7 @@ class KeepRandomSelector(StatelessSelector):
     """All examples of small sources, random ones of the others by CoLM's quotas: what CoLM is without medoids."""
 
     sees_sources = True
+    can_choose_ahead = True
 
     def select(self, batch: LargeBatch, signals: Signals | None, exchange: Exchange) -> Coreset:
         """Kept examples, then each pool's random picks, drawn from (seed, step)."""

@@ -135,6 +135,38 @@ def test_a_failure_of_rank_0_is_everybodys(ranks: Ranks) -> None:
     assert all("rank 0 could not choose" in each for each in said[1:])
 
 
+def own_selector(case: Case) -> list[tuple[int, int]]:
+    """In a rank: a selector that does not say it can choose ahead sees the examples, and no step before its time."""
+    from colm_ds.selection import SELECTORS
+    from colm_ds.selection.selectors import RandomSelector
+
+    seen = []
+
+    class Looking(RandomSelector):
+        can_choose_ahead = False
+
+        def select(self, batch: Any, signals: Any, exchange: Any) -> Any:
+            seen.append((batch.step, len(batch.examples)))
+            return super().select(batch, signals, exchange)
+
+    SELECTORS["looking"] = Looking
+    try:
+        engine = start(case)
+        for _ in range(2):
+            engine.train_batch()
+        engine.destroy()
+    finally:
+        del SELECTORS["looking"]
+    return seen
+
+
+@pytest.mark.distributed
+def test_a_selector_that_looks_at_examples_is_asked_in_its_step(ranks: Ranks) -> None:
+    for found in ranks.run(own_selector, Case("looking", colm={"selector": "looking"})):
+        assert [step for step, _ in found] == [1, 2]
+        assert all(number >= 14 for _, number in found)
+
+
 def unknown_token(case: Case, where: int) -> str:
     """In a rank: one example holds a token id that the model does not know."""
     records = case.records()
