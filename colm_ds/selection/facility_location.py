@@ -20,6 +20,9 @@ _ELEMENTS_AT_ONCE = 1 << 21
 _ROWS_AT_ONCE = 1024
 """Rows of one block of distances."""
 
+_CANCELLED = 1e-3
+"""Squared distances below this part of |a|^2 + |b|^2 have lost more than three digits to cancellation."""
+
 
 def pairwise_similarity(features: Tensor, metric: str = "l1") -> Tensor:
     """Similarity of every pair of examples: C - distance with C the largest distance, or the cosine.
@@ -61,16 +64,33 @@ def _add_pairs(total: Tensor, wide: Tensor, metric: str) -> None:
             block[:, : len(rows)] = (
                 square + square.T
             ) / 2.0  # products of rows a and b differ from b and a in round-off
+        elif metric == "euclidean":
+            block = _squared_distances(rows, others)
         elif wide.shape[1] == 1:
             block = (rows - others.T).abs_()
-        else:  # not by a matrix product, which loses the small distances to cancellation
-            p = 1.0 if metric == "l1" else 2.0
-            block = torch.cdist(rows, others, p=p, compute_mode="donot_use_mm_for_euclid_dist")
-        if metric == "euclidean":
-            block = block.square_()
+        else:
+            block = torch.cdist(rows, others, p=1.0)
         corner = slice(start, start + _ROWS_AT_ONCE)
         total[corner, start:] += block
         total[start + _ROWS_AT_ONCE :, corner] = total[corner, start + _ROWS_AT_ONCE :].T
+
+
+def _squared_distances(rows: Tensor, others: Tensor) -> Tensor:
+    """Squared euclidean distances by a matrix product; float64 `[len(rows), len(others)]`.
+
+    |a|^2 + |b|^2 - 2 a b loses the small ones to cancellation: those are taken from the differences.
+    """
+    centre = others.mean(dim=0)
+    rows, others = rows - centre, others - centre
+    scale = rows.square().sum(dim=1)[:, None] + others.square().sum(dim=1)
+    block = torch.addmm(scale, rows, others.T, alpha=-2.0)
+    near = (block < _CANCELLED * scale).nonzero()
+    if len(near) > block.numel() // 8:
+        return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist").square_()
+    for some in near.split(max(1, _ELEMENTS_AT_ONCE // max(1, rows.shape[1]))):
+        one, other = some.unbind(dim=1)
+        block[one, other] = (rows[one] - others[other]).square_().sum(dim=1)
+    return block
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,11 @@ from torch import Tensor
 
 from colm_ds.selection.facility_location import Medoids, facility_location, pairwise_similarity
 
-MAX_POOL = 8192
-"""Examples compared in one matrix (512 MiB of similarities); larger pools take two rounds."""
+MAX_POOL = {"l1": 8192, "cosine": 8192, "euclidean": 4096}
+"""Examples compared in one matrix (512 MiB of similarities, 128 MiB); larger pools take two rounds."""
+
+PART = {"l1": 8192, "cosine": 8192, "euclidean": 2048}
+"""Examples of a part in the first round, at most. Many small parts are fast: their matrices stay in caches."""
 
 OVERSAMPLING = 1.5
 """Picks of the first round in all, relative to those asked for: what the second round can choose from."""
@@ -17,18 +20,18 @@ FEW = 256
 """Up to so many picks every part makes all of them, so that no cluster is missed by all parts alike."""
 
 
-def pick_medoids(features: Tensor, k: int, metric: str, max_pool: int = MAX_POOL) -> Medoids:
-    """Medoids of a pool of any size, with memory for `max_pool` squared similarities.
+def pick_medoids(features: Tensor, k: int, metric: str, max_pool: int | None = None) -> Medoids:
+    """Pick medoids of a pool of any size, with memory for `max_pool` squared similarities.
 
     Args:
         features: one row per example, `[n, h]`.
         k: picks, 0 <= k <= n.
         metric: see `pairwise_similarity`.
-        max_pool: largest pool that is done in one round.
+        max_pool: largest pool that is done in one round, and part of a larger one; default: by the metric.
     """
-    if len(features) <= max_pool:
+    if len(features) <= (max_pool or MAX_POOL[metric]):
         return facility_location(pairwise_similarity(features, metric), k)
-    return two_round_medoids(features, k, metric, num_parts=-(-len(features) // max_pool))
+    return two_round_medoids(features, k, metric, num_parts=-(-len(features) // (max_pool or PART[metric])))
 
 
 def two_round_medoids(features: Tensor, k: int, metric: str, num_parts: int) -> Medoids:

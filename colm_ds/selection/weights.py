@@ -68,13 +68,48 @@ def matched_weights(
         return torch.ones(k, device=picks.device)
     parts = torch.ones(k, 1, dtype=torch.float64, device=picks.device) if sizes is None else sizes.double()[:, None]
     beyond = (picks.double() - parts * target.double()) / k
-    gram = beyond @ beyond.T
-    penalty = ridge * float(gram.diagonal().mean())
+    penalty = ridge * float(beyond.square().sum()) / k
     if penalty <= 0.0:
         return torch.ones(k, device=picks.device)
     # Divided by the penalty, so that the tolerances below mean the same for signals of any size.
-    hessian = gram / penalty + torch.eye(k, dtype=torch.float64, device=picks.device)
-    return mean_one(_on_the_simplex(hessian, max_weight))
+    return mean_one(_on_the_simplex(_Hessian(beyond / penalty**0.5), max_weight))
+
+
+class _Hessian:
+    """H = I + F F^T, positive definite `[k, k]`; it is never formed where F `[k, K]` has fewer columns than rows.
+
+    Attributes:
+        device: where F is.
+    """
+
+    def __init__(self, factor: Tensor) -> None:
+        self.device = factor.device
+        self._factor = factor
+        self._ones = torch.ones(len(factor), dtype=torch.float64, device=factor.device)
+        self._whole = None if factor.shape[1] < len(factor) else factor @ factor.T + torch.diag(self._ones)
+
+    def __len__(self) -> int:
+        return len(self._factor)
+
+    def times(self, vector: Tensor) -> Tensor:
+        """H v, float64 `[k]`."""
+        if self._whole is not None:
+            return self._whole @ vector
+        return vector + self._factor @ (self._factor.T @ vector)
+
+    def solve(self, places: Tensor, right: Tensor) -> Tensor:
+        """Solve H[places, places] x = right, float64 `[len(places), m]`."""
+        if self._whole is not None:
+            return torch.linalg.solve(self._whole[places][:, places], right)
+        factor = self._factor[places]
+        small = factor.T @ factor
+        small.diagonal().add_(1.0)
+        return right - factor @ torch.linalg.solve(small, factor.T @ right)  # Woodbury
+
+    def largest_row_sum(self) -> float:
+        """A bound on the largest sum of absolute values in a row."""
+        size = self._factor.abs()
+        return 1.0 + float((size @ (size.T @ self._ones)).max())
 
 
 def mean_one(weights: Tensor) -> Tensor:
@@ -85,7 +120,7 @@ def mean_one(weights: Tensor) -> Tensor:
     return (weights * (len(weights) / total)).float()
 
 
-def _on_the_simplex(hessian: Tensor, upper: float) -> Tensor:
+def _on_the_simplex(hessian: _Hessian, upper: float) -> Tensor:
     """argmin of w^T H w / 2 - sum w over 0 <= w <= upper with sum w = k, for H positive definite; float64 `[k]`.
 
     Moving the equation into the objective by its multiplier leaves a problem with bounds only, whose sum falls as the
@@ -94,7 +129,7 @@ def _on_the_simplex(hessian: Tensor, upper: float) -> Tensor:
     """
     k = len(hessian)
     # At a push (1 less the multiplier) of 0 all weights are 0; at the high end all are at the upper bound.
-    low, high = 0.0, upper * float(hessian.abs().sum(dim=1).max()) * (1.0 + 1e-9)
+    low, high = 0.0, upper * hessian.largest_row_sum() * (1.0 + 1e-9)
     push = 1.0
     line = _Line(hessian, torch.zeros(k, dtype=torch.int64, device=hessian.device), upper)
     solution = line.at(push)
@@ -118,18 +153,18 @@ class _Line:
     """Weights as the push rises while the same ones are at a bound: those between go up in a straight line.
 
     Attributes:
-        hessian: H, `[k, k]`.
+        hessian: H.
         state: -1 at 0, 0 between, 1 at `upper`, int64 `[k]`.
         upper: the bound.
         rise: what the sum gains for each unit of push.
     """
 
-    def __init__(self, hessian: Tensor, state: Tensor, upper: float) -> None:
+    def __init__(self, hessian: _Hessian, state: Tensor, upper: float) -> None:
         self.hessian, self.state, self.upper = hessian, state, upper
         self._inside = (state == 0).nonzero().flatten()
         self._bounds = torch.where(state > 0, upper, 0.0).double()
-        right = torch.stack([torch.ones_like(self._bounds), hessian @ self._bounds])[:, self._inside]
-        self._slope, self._offset = torch.linalg.solve(hessian[self._inside][:, self._inside], right.T).T
+        right = torch.stack([torch.ones_like(self._bounds), hessian.times(self._bounds)])[:, self._inside]
+        self._slope, self._offset = hessian.solve(self._inside, right.T).T
         self.rise = float(self._slope.sum())
 
     def at(self, push: float) -> Tensor:
@@ -152,7 +187,7 @@ def _bounded(line: _Line, push: float) -> tuple[_Line, Tensor]:
     fewest, patience = len(line.state) + 1, 3
     while True:
         state, solution = line.state, line.at(push)
-        slope = line.hessian @ solution - push
+        slope = line.hessian.times(solution) - push
         tolerance = 1e-12 * max(1.0, float(slope.abs().max()), line.upper)
         wanted = state.clone()
         wanted[(state == 0) & (solution < -tolerance)] = -1

@@ -300,3 +300,16 @@ def test_non_finite_is_rejected(value: float) -> None:
 def test_facility_location_errors(similarity: Tensor, k: int, message: str) -> None:
     with pytest.raises(SelectionError, match=message):
         facility_location(similarity, k)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-6, 0.0])
+def test_small_distances_survive_a_large_offset(spread: float) -> None:
+    """The matrix product cancels; near pairs, duplicates among them, are exact all the same."""
+    features = (spread * randn(60, 24, seed=5) + 100.0).double()
+    features[7] = features[3]
+    features[50:] += 5.0
+    exact = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+    similarity = pairwise_similarity(features, "euclidean")
+    distance = float(similarity.max()) - similarity
+    assert float(distance[7, 3]) == float(distance[3, 3])
+    torch.testing.assert_close(distance, exact, rtol=1e-9, atol=1e-12 * float(exact.max()))
