@@ -1,6 +1,7 @@
 """Time of one optimizer step: plain training against CoLM, with and without replay, every estimator, beside the ideal.
 
     python benchmarks/step.py                                    # a shape that two CPU cores can carry
+    python benchmarks/step.py --arms "plain 64,tokens" --out benchmarks/results/step_tokens.json   # without a probe
     python benchmarks/step.py --smollm2 --large 32 --coreset 16 --micro 4 --rounds 3 --arms "plain 32,CoLM spsa"
     python benchmarks/step.py --pretraining --layers 8 --hidden 512 --intermediate 1376 --vocabulary 32000 \\
         --large 16 --coreset 8 --rounds 3 --out benchmarks/results/step_pretraining.json             # Llama-60M
@@ -90,12 +91,14 @@ def main() -> None:
 def arms_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Settings of every arm by name."""
     r, b = options.large, options.coreset
+    by_tokens = {"estimator": "tokens", "r": 4 * b, "b": b}
     if options.pretraining:
         whole = {"checkpointing": False}
         colm = {**whole, "replay": "off", "r": r, "b": b}
         return {
             f"plain {b}": {**whole, "selector": "full", "r": b, "b": b},
             f"plain {r}": {**whole, "selector": "full", "r": r, "b": r},
+            f"tokens {b} of {4 * b}": {**whole, **by_tokens},
             "CoLM spsa, tail in float64": {**colm, "estimator": "spsa", "probe": {"precision": "float64"}},
             "CoLM spsa, tail in float32": {**colm, "estimator": "spsa", "probe": {"precision": "float32"}},
             "CoLM exact": {**colm, "estimator": "exact"},
@@ -114,6 +117,7 @@ def arms_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     plain = {"selector": "full", "checkpointing": True}
     arms = {
         f"plain {b}": {**plain, "r": b, "b": b},
+        f"tokens {b} of {4 * b}": by_tokens,
         f"plain {r}": {**plain, "r": r, "b": r},
         f"plain {2 * r}": {**plain, "r": 2 * r, "b": 2 * r},
         f"plain {r} without checkpointing": {**plain, "r": r, "b": r, "checkpointing": False},
@@ -188,7 +192,9 @@ def make_arm(options: argparse.Namespace, records: list[dict[str, Any]], arm: di
         enable({"use_reentrant": False})
     section: dict[str, Any] = {"large_batch_size": arm["r"], "coreset_size": arm["b"]}
     section["selector"] = arm.get("selector", "colm")
-    if "estimator" in arm:
+    if arm.get("estimator") == "tokens":
+        section["probe"] = {"estimator": "tokens"}
+    elif "estimator" in arm:
         probe = {"estimator": arm["estimator"], "precision": options.precision, **arm.get("probe", {})}
         section |= {"probe": probe, "replay": arm["replay"], "schedule": arm.get("schedule", {})}
     settings = {
@@ -240,7 +246,7 @@ def summarise(options: argparse.Namespace, measured: dict[str, list[Any]]) -> li
                 "max_s": max(seconds),
                 "phase_s": {
                     phase: statistics.median(stats.time_s.get(phase, 0.0) for stats in steps)
-                    for phase in ("probe", "exchange", "select", "train", "step")
+                    for phase in ("data", "probe", "exchange", "select", "train", "step")
                 },
                 "ideal_s": ideal,
                 "over_ideal": None if ideal is None else middle(seconds) / ideal,
