@@ -76,6 +76,14 @@ class CandidateTable:
         return Candidates(tuple(length for length in lengths if length), int(self.golds[place]))
 
 
+class NumberedExamples(Protocol):
+    """Examples by their position in a dataset."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
 class SourcedDataset(Protocol):
     """A map-style dataset that knows, without tokenising again, source and length of every example.
 

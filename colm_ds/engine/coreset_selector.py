@@ -49,7 +49,7 @@ from colm_ds.selection import (
 )
 from colm_ds.selection.exchange import broadcast_coreset
 from colm_ds.selection.sources import most_kept
-from colm_ds.types import Coreset, Example, LargeBatch, SourcedDataset
+from colm_ds.types import Coreset, Example, LargeBatch, NumberedExamples, SourcedDataset
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class CoresetSelector:
         equal_counts: bool | None = None,
         rank: int | None = None,
         mean_length: float = 0.0,
-        dataset: SourcedDataset | None = None,
+        dataset: NumberedExamples | None = None,
     ) -> None:
         """Prepare for a model and a dataset.
 

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from colm_ds.data.token_cache import cache_key, load_arrays, store_arrays
 from colm_ds.probe.tokens import counted_tokens, digest, mean_vectors, no_vector, unknown_token
 from colm_ds.selection import Exchange
-from colm_ds.types import SourcedDataset
+from colm_ds.types import NumberedExamples, SourcedDataset
 
-MOST_COUNTED = 1 << 16
+MOST_COUNTED = 1 << 14
 """Examples, evenly spaced, by which mean and deviation of the embeddings' coordinates are taken."""
 
 MOST_TOKENS = 1 << 31
@@ -30,7 +30,7 @@ _ROWS_AT_ONCE = 4096
 _SHOW_FROM = 100_000
 
 
-def occurring_ids(dataset: SourcedDataset, size: int, exchange: Exchange, rank: int) -> Tensor:
+def occurring_ids(dataset: NumberedExamples, size: int, exchange: Exchange, rank: int) -> Tensor:
     """Return which token ids occur among the counted tokens, bool `[size]`; all ranks call it together.
 
     Args:

@@ -151,6 +151,19 @@ class ExampleCollator:
         return Example(example.input_ids, example.labels, int(self._source_ids[index]), index)
 
 
+class CollatedExamples:
+    """The examples of a dataset by number, as a collator makes them."""
+
+    def __init__(self, dataset: Any, collator: ExampleCollator) -> None:
+        self._dataset, self._collator = dataset, collator
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._collator([(index, self._dataset[index])])[0]
+
+
 def dataset_sources(dataset: Any, column: str, given: Sequence[Any] | None) -> list[Any]:
     """Source of every example of a dataset, read once.
 

@@ -22,6 +22,7 @@ from colm_ds.engine.coreset_selector import CoresetSelector, Selection
 from colm_ds.errors import CheckpointError, CoLMError, ConfigError, Problems, SelectionError
 from colm_ds.integrations.arguments import CoLMArguments, CoLMConfig, Given, read_section, resolve_section
 from colm_ds.integrations.large_batches import (
+    CollatedExamples,
     ExampleCollator,
     NumberedDataset,
     ShareSampler,
@@ -222,6 +223,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
             betas=tuple(group.get("betas", (args.adam_beta1, args.adam_beta2))),
             eps=group.get("eps", args.adam_epsilon),
             rank=args.process_index,
+            dataset=None if self.train_dataset is None else CollatedExamples(self.train_dataset, self._examples_of),
         )
         if self._colm_saved is not None:
             selector.load_state_dict(self._colm_saved)

@@ -55,6 +55,7 @@ def with_engine(colm: dict[str, Any], steps: int) -> Trained:
 def with_plain_loop(colm: dict[str, Any], steps: int) -> Trained:
     """Train in a loop of our own, every rank on what is chosen of its share; gradients are averaged by hand."""
     import colm_ds
+    from colm_ds.batching.loader import RecordDataset
     from colm_ds.batching.mixture import MixtureSampler
 
     data, model = records(SOURCES), tiny_model("llama").train()
@@ -62,7 +63,8 @@ def with_plain_loop(colm: dict[str, Any], steps: int) -> Trained:
     order = MixtureSampler(len(data), LARGE, SEED)
     optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER)
     sizes = {"large_batch_size": LARGE, "coreset_size": CORESET, "seed": SEED}
-    selector = colm_ds.CoresetSelector(model, {**sizes, **colm}, SOURCES, optimizer=optimizer)
+    examples = RecordDataset(data)
+    selector = colm_ds.CoresetSelector(model, {**sizes, **colm}, SOURCES, optimizer=optimizer, dataset=examples)
     chosen = []
     for step in range(1, steps + 1):
         indices = order.indices(step).tolist()

@@ -22,6 +22,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "weights": "matched",
         "loss_normalization": "token",
     },
+    "token embeddings": {"probe": {"estimator": "tokens"}},
 }
 
 
