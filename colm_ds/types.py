@@ -124,6 +124,7 @@ class LargeBatch:
         candidates: of classification examples, by position.
         chosen: what to train on, where that was decided before the examples were read; `home` and `examples` are then
             those of the chosen ones alone.
+        carry: by source id, what the quotas of earlier steps were short of; see `selection.sources.carried_quotas`.
     """
 
     step: int
@@ -135,6 +136,7 @@ class LargeBatch:
     examples: dict[int, Example]
     candidates: CandidateTable | None = None
     chosen: Chosen | None = None
+    carry: dict[int, float] = field(default_factory=dict)
 
     @property
     def row_counts(self) -> Tensor:
@@ -180,6 +182,7 @@ class Coreset:
         nonfinite: positions of the first `NUM_NAMED` of them.
         coherence: by source (or -1 for the joint pool), |mean g| / mean |g| of the signals; near 1 where a medoid
             can stand for the others, near 1/sqrt(n) where nothing can.
+        carry: the large batch's for the next step; None: unchanged.
     """
 
     positions: Tensor
@@ -189,6 +192,7 @@ class Coreset:
     num_nonfinite: int = 0
     coherence: dict[int, float] = field(default_factory=dict)
     nonfinite: tuple[int, ...] = ()
+    carry: dict[int, float] | None = None
 
     @property
     def size(self) -> int:

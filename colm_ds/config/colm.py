@@ -101,6 +101,7 @@ PAPER: dict[str, Any] = {
     "small_sources": "auto",
     "small_share": 1.0,
     "per_source": True,
+    "quotas": "independent",
     "geometry": "adam",
     "metric": "l1",
     "weights": "uniform",
@@ -200,6 +201,11 @@ class CoLMSection(Section):
     )
     per_source: bool = Field(
         True, description="medoids per big source, or of all big sources together; auto: true, with tokens false"
+    )
+    quotas: Literal["carry", "independent"] = Field(
+        "carry",
+        description="how exact shares of the big sources become whole picks: what a step rounds off is carried on to "
+        "the next, or every step by itself (the paper's)",
     )
     geometry: Literal["adam", "plain"] = Field(
         "adam",

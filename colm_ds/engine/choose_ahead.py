@@ -6,7 +6,7 @@ will train on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -51,6 +51,7 @@ class ChooseAhead:
         rank: int,
         *,
         size: int,
+        carry: Mapping[int, float],
         reads_all: Callable[[int], bool],
     ) -> None:
         """Choose for the steps of a loader.
@@ -61,6 +62,7 @@ class ChooseAhead:
             exchange: the ranks.
             rank: this rank.
             size: b.
+            carry: what the quotas so far were short of, by source id.
             reads_all: whether all examples of a 1-based step are needed, as where a gradient's variance is measured.
         """
         self._loader = loader
@@ -68,6 +70,7 @@ class ChooseAhead:
         self._exchange = exchange
         self._rank = rank
         self._size = size
+        self._carry = dict(carry)
         self._reads_all = reads_all
 
     def __iter__(self) -> Iterator[LargeBatch]:
@@ -90,8 +93,11 @@ class ChooseAhead:
                 yield batch
 
     def _plan(self, step: int) -> _Plan:
-        facts = self._loader.facts(step)
-        return _Plan(facts, self._choose(facts) if self._exchange.is_main else None)
+        facts = replace(self._loader.facts(step), carry=self._carry)
+        coreset = self._choose(facts) if self._exchange.is_main else None
+        if coreset is not None and coreset.carry is not None:
+            self._carry = coreset.carry
+        return _Plan(facts, coreset)
 
     def _announce(self, plan: Future[_Plan], reading: ThreadPoolExecutor) -> Callable[[], LargeBatch]:
         """Tell all ranks the choice, and begin to read; returns what waits for the batch."""
@@ -104,7 +110,13 @@ class ChooseAhead:
         if failure is not None and not (self._exchange.is_main and self._exchange.num_processes > 1):
             raise failure
         with self._exchange.counting("selection") as count:
-            coreset = broadcast_coreset(None if made is None else made.coreset, self._size, -1, self._exchange)
+            coreset = broadcast_coreset(
+                None if made is None else made.coreset,
+                self._size,
+                len(self._loader.dataset.source_names),
+                self._exchange,
+                coherence=False,
+            )
         if failure is not None:
             raise failure
         if coreset is None:

@@ -103,6 +103,7 @@ class CoresetSelector:
         small: ids of the small sources.
         source_names: names of all sources, by id.
         step_count: step of the last large batch.
+        carry: what the quotas up to then were short of, by source id.
         selector: the selector in use.
         plain: the selector of the schedule's plain steps, a random b of r.
         why_not_replay: why `replay: auto` came to nothing, if it did.
@@ -170,6 +171,7 @@ class CoresetSelector:
         self.source_names = list(counts)
         self._source_key = None if source_counts is None else "source"
         self.step_count = 0
+        self.carry: dict[int, float] = {}
         self.small = small_source_ids(config, counts)
         architecture = find_architecture(model, config.probe.layer) if reads_model(config) else None
         settings = SelectionSettings(
@@ -178,6 +180,7 @@ class CoresetSelector:
             weights=config.weights,
             per_source=config.per_source,
             small_share=None if config.small_share == "auto" else config.small_share,
+            carries=config.quotas == "carry",
             mask_size=self._mask_size(config, architecture),
             mask_criterion=config.mask.criterion,
             seed=config.seed,
@@ -227,7 +230,12 @@ class CoresetSelector:
         if not isinstance(batch, LargeBatch):
             batch = self._gather(batch)
         self.step_count = batch.step
-        meter = meter or Meter(self._device)
+        selection = self._selected(replace(batch, carry=self.carry), meter or Meter(self._device))
+        if selection.coreset.carry is not None:
+            self.carry = selection.coreset.carry
+        return selection
+
+    def _selected(self, batch: LargeBatch, meter: Meter) -> Selection:
         ran, nothing = self._config.schedule.selects(batch.step), torch.empty(0, dtype=torch.int64)
         if batch.chosen is not None:
             with meter.phase("select"):
@@ -322,6 +330,7 @@ class CoresetSelector:
     def set_sources(self, counts: Mapping[str, int]) -> None:
         """Go on with other sources, by name and number of examples; the histories stay as they are."""
         self.source_names, self.small = list(counts), small_source_ids(self._config, counts)
+        self.carry = {}
         state = self.selector.state_dict()
         self.selector = make_selector(self._config.selector, replace(self._context, small=self.small))
         self.selector.load_state_dict(state)
@@ -333,11 +342,13 @@ class CoresetSelector:
     def state_dict(self) -> dict[str, Any]:
         """Last step, history of the selector and of the estimator; on rank 0 it is complete."""
         estimator = self._estimator.state_dict() if self._estimator else {}
-        return {"step": self.step_count, "selector": self.selector.state_dict(), "estimator": estimator}
+        state = {"step": self.step_count, "carry": dict(self.carry)}
+        return {**state, "selector": self.selector.state_dict(), "estimator": estimator}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore step and histories; every rank is given rank 0's."""
         self.step_count = state.get("step", 0)
+        self.carry = dict(state.get("carry", {}))
         self.selector.load_state_dict(state["selector"])
         if self._estimator and state["estimator"]:
             self._estimator.load_state_dict(state["estimator"])

@@ -343,6 +343,7 @@ class CoLMEngine:
             self._exchange,
             self._rank,
             size=self.config.coreset_size,
+            carry=self.coreset_selector.carry,
             reads_all=lambda step: every > 0 and step % every == 0,
         )
 

@@ -46,6 +46,9 @@ class CoLMConfig:
     small_sources: str = field(default="auto", metadata=_help("kept whole: auto (under |V|/c), none, or a,b"))
     small_share: str = field(default="auto", metadata=_help("part of b that they may fill, 0 to 1; auto: as r = 2 b"))
     per_source: str = field(default="auto", metadata=_help("true: medoids per big source, false: of all together"))
+    quotas: Literal["carry", "independent"] = field(
+        default="carry", metadata=_help("what quotas round off is carried on to the next step, or not (the paper's)")
+    )
     geometry: Literal["auto", "adam", "plain"] = field(default="auto", metadata=_help("gradients as Adam scales them"))
     metric: Literal["auto", "l1", "euclidean", "cosine"] = field(
         default="auto", metadata=_help("distance between examples")

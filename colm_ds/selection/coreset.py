@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,7 @@ class SelectionSettings:
         weights: loss weights of medoids: `uniform` (the paper's), `cluster` or `matched`.
         per_source: one pool per big source, or one joint pool.
         small_share: part of b that kept small sources may fill; None: see `sources.most_kept`.
+        carries: whether quotas take up what those of earlier steps were short of.
         mask_size: h, coordinates in which gradients are compared; None compares all of them.
         mask_criterion: `grad` (the paper's), `weight`, `weight_grad` or `random`.
         picks: `medoids` (the paper's), or `balanced` draws, whose weights are 1.
@@ -44,6 +45,7 @@ class SelectionSettings:
     weights: str = "uniform"
     per_source: bool = True
     small_share: float | None = 1.0
+    carries: bool = False
     mask_size: int | None = None
     mask_criterion: str = "grad"
     picks: str = "medoids"
@@ -100,6 +102,7 @@ def select_coreset(
     settings: SelectionSettings | None = None,
     history: AdamHistory | None = None,
     step: int = 1,
+    carry: Mapping[int, float] | None = None,
     exchange: Exchange = SINGLE_PROCESS,
 ) -> Coreset:
     """Choose `size` of the r examples: all of small sources, medoids of the others.
@@ -119,6 +122,7 @@ def select_coreset(
         settings: how medoids are chosen.
         history: Adam geometry for `signals.gradients`; None compares plain gradients.
         step: 1-based step, seeds what is random.
+        carry: what quotas begin with, by source id, if `settings.carries`; see `sources.carried_quotas`.
         exchange: the other processes.
 
     Returns:
@@ -144,6 +148,7 @@ def select_coreset(
             selectable=selectable,
             per_source=settings.per_source,
             small_share=settings.small_share,
+            carry=(carry or {}) if settings.carries else None,
             generator=generator,
         )
         reader = _PoolReader(signals, settings, history, len(finite), generator, exchange)
@@ -163,6 +168,7 @@ def select_coreset(
         num_dropped_small=shares.num_dropped_small,
         num_nonfinite=int((~finite).sum()),
         coherence={pool.source: choice.coherence for pool, choice in zip(shares.pools, choices, strict=True)},
+        carry=shares.carry,
         nonfinite=tuple((~finite).nonzero().flatten()[:NUM_NAMED].tolist()),
     )
 

@@ -84,40 +84,51 @@ SINGLE_PROCESS: Exchange = SingleProcess()
 """Shared instance: it has no state."""
 
 
-def broadcast_coreset(coreset: Coreset | None, size: int, num_sources: int, exchange: Exchange) -> Coreset | None:
+def broadcast_coreset(
+    coreset: Coreset | None, size: int, num_sources: int, exchange: Exchange, *, coherence: bool = True
+) -> Coreset | None:
     """Rank 0's coreset on every rank, or None if it has none.
 
-    It travels as one int32 tensor: 8 bytes for each of its examples, and a header.
+    It travels as one int32 tensor: 8 bytes for each of its examples and for each source, and a header.
 
     Args:
         coreset: the choice; None on other ranks than 0, and there if it could not choose.
         size: b, at least the size of the coreset.
-        num_sources: c; coherence is known by source id, or -1 for the joint pool. -1: no coherence is known.
+        num_sources: c; carry is known by source id.
         exchange: the ranks.
+        coherence: whether that is told as well, 8 bytes more for each source and for the joint pool, -1.
     """
     if exchange.num_processes == 1:
         return coreset
-    widths = [4 + NUM_NAMED, size, size, 2 * (num_sources + 1)]
+    widths = [5 + NUM_NAMED, size, size, 2 * num_sources, 2 * (num_sources + 1) if coherence else 0]
     packed = torch.full((sum(widths),), -1, dtype=torch.int32)
-    header, positions, weights, coherence = packed.split(widths)
-    by_source = coherence.view(torch.float64).fill_(torch.nan)
+    header, positions, weights, *floats = packed.split(widths)
+    carried, agreeing = (torch.full((len(part) // 2,), torch.nan, dtype=torch.float64) for part in floats)
     if coreset is not None:
-        numbers = [coreset.size, coreset.num_kept, coreset.num_dropped_small, coreset.num_nonfinite, *coreset.nonfinite]
-        header[: len(numbers)] = torch.tensor(numbers, dtype=torch.int32)
+        numbers = [coreset.size, coreset.num_kept, coreset.num_dropped_small, coreset.num_nonfinite]
+        header[:4] = torch.tensor(numbers, dtype=torch.int32)
+        header[4] = int(coreset.carry is not None)
+        header[5 : 5 + len(coreset.nonfinite)] = torch.tensor(coreset.nonfinite, dtype=torch.int32)
         positions[: coreset.size] = coreset.positions.int()
         weights.view(torch.float32)[: coreset.size] = coreset.weights
-        for source, value in coreset.coherence.items():
-            by_source[1 + source] = value
+        for source, value in (coreset.carry or {}).items():
+            carried[source] = value
+        for source, value in coreset.coherence.items() if coherence else ():
+            agreeing[1 + source] = value
+        for part, values in zip(floats, (carried, agreeing), strict=True):
+            part.copy_(values.view(torch.int32))
     exchange.broadcast(packed)
-    count, num_kept, num_dropped, num_nonfinite, *nonfinite = header.tolist()
+    count, num_kept, num_dropped, num_nonfinite, carries, *nonfinite = header.tolist()
     if count < 0:
         return None
+    carried, agreeing = (part.clone().view(torch.float64) for part in floats)
     return Coreset(
         positions=positions[:count].long(),
         weights=weights.view(torch.float32)[:count].clone(),
         num_kept=num_kept,
         num_dropped_small=num_dropped,
         num_nonfinite=num_nonfinite,
-        coherence={index - 1: value for index, value in enumerate(by_source.tolist()) if value == value},
+        coherence={place - 1: value for place, value in enumerate(agreeing.tolist()) if value == value},
         nonfinite=tuple(value for value in nonfinite if value >= 0),
+        carry={place: value for place, value in enumerate(carried.tolist()) if value == value} if carries else None,
     )

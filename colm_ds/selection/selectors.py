@@ -89,6 +89,7 @@ class CoLMSelector:
             settings=context.settings,
             history=self._history_for(signals),
             step=batch.step,
+            carry=batch.carry,
             exchange=exchange,
         )
 
@@ -170,13 +171,15 @@ class KeepRandomSelector(StatelessSelector):
             context.small,
             per_source=context.settings.per_source,
             small_share=context.settings.small_share,
+            carry=batch.carry if context.settings.carries else None,
             generator=generator,
         )
         picks = [
             pool.positions[torch.randperm(len(pool.positions), generator=generator)[: pool.quota]]
             for pool in shares.pools
         ]
-        return _uniform(torch.cat([shares.kept, *picks]), len(shares.kept), shares.num_dropped_small)
+        positions = torch.cat([shares.kept, *picks])
+        return replace(_uniform(positions, len(shares.kept), shares.num_dropped_small), carry=shares.carry)
 
 
 class FullSelector(StatelessSelector):

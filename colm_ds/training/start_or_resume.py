@@ -142,9 +142,11 @@ def _as_now(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return a dumped recipe whose `"colm"` section has the keys of this version.
 
     Keys that an earlier version did not know have their default, which is what that version did; `num_probes` is the
-    number that "auto" stands for, and `small_share` 1 where all are kept, as that version always did.
+    number that "auto" stands for, `small_share` 1 where all are kept, as that version always did, and
+    `quotas` independent, as they were then.
     """
     known = _known(CoLMSection, recipe.get("colm") or {})
+    known.setdefault("quotas", "independent")
     try:
         section = CoLMSection.model_validate(known)
     except ValidationError:

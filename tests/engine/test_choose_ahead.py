@@ -47,6 +47,7 @@ def observe(case: Case) -> dict[str, Any]:
     engine = start(case, training_data=data)
     first = engine.train_batch()  # makes the table
     data.read.clear()
+    carry = dict(engine.coreset_selector.carry)
     steps, homes = [], []
     for _ in range(STEPS):
         seen = step(engine)
@@ -54,6 +55,7 @@ def observe(case: Case) -> dict[str, Any]:
         homes.append(seen.stats["exchange_bytes"])
     read = list(data.read)
     in_step = []
+    engine.coreset_selector.carry = carry
     for number in range(2, STEPS + 2):
         selection = engine.coreset_selector(engine.loader.batch(number))
         in_step.append((selection.batch.indices[selection.positions].tolist(), selection.weights.tolist()))

@@ -88,8 +88,9 @@ def test_choice_is_the_one_of_plain_gradients(lora: bool, stage: int, outcomes: 
     case = matrix_case("exact", lora, stage)
     seen = outcomes(case, 2)[0]
     names = list(SOURCES)
-    settings = SelectionSettings(mask_size=32, seed=3, weights=case.colm["weights"])
+    settings = SelectionSettings(mask_size=32, seed=3, weights=case.colm["weights"], small_share=None, carries=True)
     history: list[AdamHistory] = []
+    carry: dict[int, float] = {}
     by_token = case.colm["loss_normalization"] == "token"
 
     def choose(place: int, model: Any) -> None:
@@ -111,7 +112,9 @@ def test_choice_is_the_one_of_plain_gradients(lora: bool, stage: int, outcomes: 
             settings=settings,
             history=history[0],
             step=place + 1,
+            carry=carry,
         )
+        carry.update(coreset.carry or {})
         assert torch.tensor(step.large)[coreset.positions].tolist() == step.chosen
         assert coreset.weights.tolist() == pytest.approx(step.weights, abs=1e-5)
 

@@ -103,7 +103,7 @@ def test_signals_are_r_times_k_floats(estimator: str, outcomes: Runner) -> None:
         exchanged = step.stats["exchange_bytes"]
         assert exchanged["signals"] == 128 * num_probes * 4
         second_moments = (16 + 32) * 4 if estimator == "sketch" else 0
-        assert exchanged["selection"] == second_moments + 4 * (4 + NUM_NAMED + 2 * 64) + 8 * (len(SOURCES) + 1)
+        assert exchanged["selection"] == second_moments + 4 * (5 + NUM_NAMED + 2 * 64) + 8 * (2 * len(SOURCES) + 1)
 
 
 @pytest.mark.distributed

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from colm_ds.errors import SelectionError
 from colm_ds.randomness import private_generator
-from colm_ds.selection.sources import JOINT_POOL, Shares, coreset_quotas, most_kept, share_out, split_sources
+from colm_ds.selection.sources import (
+    JOINT_POOL,
+    Shares,
+    carried_quotas,
+    coreset_quotas,
+    most_kept,
+    share_out,
+    split_sources,
+)
 from tests.selection import oracles
 from tests.selection.oracles import property_test
 
@@ -241,3 +249,47 @@ def test_small_ones_fill_up_what_others_can_not() -> None:
     shares = share_out(sources, 10, {0}, small_share=0.1, generator=private_generator(5))
     assert len(shares.kept) == 6
     assert shares.pools[0].quota == 4
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=2, max_size=8),
+    st.integers(2, 24),
+    st.integers(0, 10**6),
+)
+@property_test
+def test_carried_quotas_keep_the_mixture(shares: list[int], size: int, seed: int) -> None:
+    """Over 200 steps of random batches every source has its share to 2% or 1.5 picks."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = 2 * size
+    weights = torch.tensor(shares, dtype=torch.float64)
+    carry: dict[int, float] = {}
+    picked, exact = [0.0] * len(shares), [0.0] * len(shares)
+    for _ in range(200):
+        drawn = torch.multinomial(weights, batch, replacement=True, generator=generator)
+        counts = torch.bincount(drawn, minlength=len(shares)).tolist()
+        quotas, carry = carried_quotas(dict(enumerate(counts)), size, carry)
+        assert sum(quotas.values()) == size
+        for source, count in enumerate(counts):
+            assert 0 <= quotas.get(source, 0) <= count
+            picked[source] += quotas.get(source, 0)
+            exact[source] += size * count / batch
+    for found, wanted in zip(picked, exact, strict=True):
+        assert abs(found - wanted) <= max(0.02 * wanted, 1.5)
+    assert abs(sum(carry.values())) < 1e-6
+
+
+def test_a_small_big_source_gets_its_share() -> None:
+    """At 8 of 16 one of 8% has 1.3 examples a step: by itself every step rounds its 0.64 picks up, or always down."""
+    counts, carry, carried, alone = [15, 1], {}, 0, 0
+    for _ in range(200):
+        quotas, carry = carried_quotas(dict(enumerate(counts)), 8, carry)
+        carried += quotas[1]
+        alone += coreset_quotas(counts, 8)[1]
+    assert carried == 100
+    assert alone in (0, 200)
+
+
+@pytest.mark.parametrize("total", [-1, 5])
+def test_carried_quotas_refuse_what_can_not_be(total: int) -> None:
+    with pytest.raises(SelectionError, match="Ask for 0 to 4"):
+        carried_quotas({0: 4}, total, {})
