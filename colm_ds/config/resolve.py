@@ -165,6 +165,9 @@ def _resolve_batch(colm: CoLMSection, deepspeed: dict[str, Any], world_size: int
             problems.add(key, number, f"fewer than the {world_size} ranks", f"Choose at least {world_size}.")
     _check_mask_and_probe(colm, problems)
     _check_deepspeed(deepspeed, problems)
+    if colm.variance_every and (deepspeed.get("zero_optimization") or {}).get("stage") == 3:
+        why = "the gradients of all layers are sketched at ZeRO stage 0, 1 or 2"
+        problems.add("colm.variance_every", colm.variance_every, why, "Write 0, or another stage.")
     problems.raise_if_any()
     per_rank = math.ceil(size / world_size)
     micro = micro or (math.ceil(per_rank / accumulation) if accumulation else min(8, per_rank))

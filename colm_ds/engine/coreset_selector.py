@@ -30,6 +30,7 @@ from colm_ds.memory.meter import Meter
 from colm_ds.models.architecture import Architecture, find_architecture
 from colm_ds.models.patch import eval_mode
 from colm_ds.probe.estimators import Estimator, Observer
+from colm_ds.probe.gradient_sketch import MAX_TOKENS, GradientSketch
 from colm_ds.probe.parameters import reading_parameters
 from colm_ds.probe.registry import make_estimator
 from colm_ds.probe.replay import ReplayStore, choose_replay
@@ -52,11 +53,6 @@ from colm_ds.selection.sources import most_kept
 from colm_ds.types import Coreset, Example, LargeBatch, NumberedExamples, SourcedDataset
 
 logger = logging.getLogger(__name__)
-
-
-def reads_model(config: CoLMSection) -> bool:
-    """Return whether the last layer is looked at: for the selector's signal, or to measure variances."""
-    return config.probes_model or config.variance_every > 0
 
 
 @dataclass(frozen=True)
@@ -173,7 +169,7 @@ class CoresetSelector:
         self.step_count = 0
         self.carry: dict[int, float] = {}
         self.small = small_source_ids(config, counts)
-        architecture = find_architecture(model, config.probe.layer) if reads_model(config) else None
+        architecture = find_architecture(model, config.probe.layer) if config.probes_model else None
         settings = SelectionSettings(
             geometry=config.geometry,
             metric=config.metric,
@@ -304,14 +300,24 @@ class CoresetSelector:
     def gradient_variance(self, selection: Selection) -> dict[str, float] | None:
         """Return how far the coreset's mean gradient is from the large batch's: see `GradientVariance`.
 
-        All ranks call it together.
+        The gradients are those of every trained linear module, through a `GradientSketch` that is the same in every
+        step. All ranks call it together.
+
+        Raises:
+            ProbeError: if no linear module is trained, or ZeRO-3 cuts the weights up.
         """
         batch = selection.batch
-        self._architecture = self._architecture or find_architecture(self._model, self._config.probe.layer)
-        measured = GradientVariance(self._architecture, batch, selection.coreset, self._device)
-        with eval_mode(self._model), torch.no_grad():
-            for positions in self._plan(batch, torch.ones(batch.size, dtype=torch.bool)):
-                self._probe_micro_batch(batch, positions, measured, None)
+        by_token = self._config.loss_normalization == "token"
+        sketch = GradientSketch(self._model, self._config.seed)
+        measured = GradientVariance(
+            selection.coreset, batch.size, sketch.width, self._device, batch.num_label_tokens if by_token else None
+        )
+        for positions in self._plan(batch, torch.ones(batch.size, dtype=torch.bool), MAX_TOKENS):
+            if not positions:
+                continue
+            micro = make_micro_batch([batch.examples[position] for position in positions]).to(self._device)
+            with of_micro_batch(micro):
+                measured.observe(sketch.rows(micro), torch.tensor(positions, dtype=torch.int64))
         return measured.result(self._exchange)
 
     def share(self, selection: Selection) -> tuple[list[int], Tensor]:
@@ -437,11 +443,11 @@ class CoresetSelector:
         small = self.small if self.selector.keeps_small else []
         return torch.isin(batch.sources, torch.tensor(small, dtype=torch.int64))
 
-    def _plan(self, batch: LargeBatch, wanted: Tensor) -> Sequence[Sequence[int]]:
-        """This rank's micro-batches of the wanted examples."""
+    def _plan(self, batch: LargeBatch, wanted: Tensor, max_tokens: int | None = None) -> Sequence[Sequence[int]]:
+        """This rank's micro-batches of the wanted examples, of so many padded tokens or as the probe's."""
         world = self._exchange.num_processes
         by_rank = [((batch.home == rank) & wanted).nonzero().flatten().tolist() for rank in range(world)]
-        max_tokens = self._config.probe.resolved_max_tokens(self._device.type)
+        max_tokens = max_tokens or self._config.probe.resolved_max_tokens(self._device.type)
         plans = micro_batches(by_rank, batch.padded_lengths, max_tokens=max_tokens, equal_counts=self._equal_counts)
         return plans[self._rank]
 

@@ -34,7 +34,8 @@ def describe_coreset(
         `kept_small`, `dropped_small`, `nonfinite` (examples whose signal or loss was not) and `nonfinite_examples`
         (index in the dataset, source, what); by source name `seen` (examples of the large batch), `per_source` (of the
         coreset), `loss` (mean over its examples, unweighted; sources without any left out) and `coherence`;
-        `label_tokens` (mean of an example, in the coreset and in the large batch); `gradient_variance`, if measured.
+        `label_tokens` (mean of an example, in the coreset and in the large batch); `gradient_variance`, if measured:
+        `coreset`, `random`, `kappa`, `worth`.
     """
     names = [*source_names, "joint"]  # the joint pool has source id -1
     trained = torch.tensor([p for p in coreset.positions.tolist() if p not in broken], dtype=torch.int64)

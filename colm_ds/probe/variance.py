@@ -2,61 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from colm_ds.models.architecture import Architecture
-from colm_ds.probe.factors import example_gradients, gradient_factors
-from colm_ds.probe.tail import TailInput
 from colm_ds.selection import Exchange
 from colm_ds.selection.transfer import to_device
-from colm_ds.types import Coreset, LargeBatch
+from colm_ds.types import Coreset
+
+
+def worth_of(kappa: float, size: int, large: int) -> float:
+    """Return how many random examples have the same error: 1 / (kappa (1/b - 1/r) + 1/r).
+
+    Args:
+        kappa: the coreset's squared error over that of a random b of r.
+        size: b.
+        large: r.
+    """
+    return 1.0 / (kappa * (1.0 / size - 1.0 / large) + 1.0 / large)
 
 
 class GradientVariance:
-    """Takes in the exact gradients of all examples of a large batch, one at a time; keeps two sums of them.
+    """Takes in the gradients of all examples of a large batch, or sketches of them; keeps three sums of them.
 
-    With g the gradients of the probed matrices, r and b the sizes: the coreset's error is
-    |sum over S of w_i g_i / b - mean over M of g_i|^2, and what b of the r at random have on average is
-    (1 - b / r) / b times the variance of the g_i, sum |g_i - mean|^2 / (r - 1). Both are given relative to
-    |mean over M of g_i|^2. Examples whose gradient is not finite are left out of all of it.
+    With g the gradients, r and b the sizes: the coreset's error is |sum over S of w_i g_i / b - mean over M of g_i|^2,
+    and what b of the r at random have on average is (1 - b / r) / b times the variance of the g_i, sum |g_i - mean|^2 /
+    (r - 1). Both are given relative to |mean over M of g_i|^2. In a mean over tokens T_i g_i over the sum of T_i takes
+    the place of g_i, in the coreset over the sum of w_i T_i, and the average error of random ones is that of this ratio
+    to first order. Examples whose gradient is not finite are left out of all of it.
     """
 
-    def __init__(self, architecture: Architecture, batch: LargeBatch, coreset: Coreset, device: torch.device) -> None:
-        self._architecture = architecture
-        weights = torch.zeros(batch.size, 2, dtype=torch.float64)  # of each example in the coreset, and if it is there
-        weights[coreset.positions, 0] = coreset.weights.double()
-        weights[coreset.positions, 1] = 1.0
-        self._weights = to_device(weights, device)
-        d = architecture.num_coordinates
-        self._sums = torch.zeros(2, d, dtype=torch.float64, device=device)  # of the coreset (weighted) and of all
-        self._scalars = torch.zeros(3, dtype=torch.float64, device=device)  # sum |g|^2, examples, chosen ones
+    def __init__(self, coreset: Coreset, size: int, width: int, device: torch.device, parts: Tensor | None) -> None:
+        """Begin with nothing seen.
 
-    def observe(self, tail: TailInput, positions: Tensor, lengths: Sequence[int]) -> None:
-        """See `Estimator.observe`."""
-        factors = gradient_factors(self._architecture, tail)
-        for row, position in enumerate(positions.tolist()):
-            gradient = example_gradients(factors, row, lengths[row]).double()
-            square = gradient.square().sum()
-            finite = torch.isfinite(square)
-            gradient, square = (torch.where(finite, value, 0.0) for value in (gradient, square))
-            weight, chosen = self._weights[position]
-            self._sums[0] += weight * gradient
-            self._sums[1] += gradient
-            self._scalars += torch.stack([square, finite.double(), chosen * finite])
+        Args:
+            coreset: chosen positions and weights.
+            size: r.
+            width: numbers of a gradient.
+            device: of the gradients.
+            parts: T, labelled tokens of every example, `[r]` on the CPU, in a mean over tokens; None: over examples.
+        """
+        facts = torch.zeros(3, size, dtype=torch.float64)  # weight in the coreset, whether there, part in the divisor
+        facts[0, coreset.positions] = coreset.weights.double()
+        facts[1, coreset.positions] = 1.0
+        facts[2] = 1.0 if parts is None else parts.double()
+        self._facts = to_device(facts, device)
+        self._by_token = parts is not None
+        # Of the coreset's w T g, of all T g, and of all T^2 g.
+        self._sums = torch.zeros(3, width, dtype=torch.float64, device=device)
+        # Of |T g|^2, T^2, T, w T of the coreset; examples, chosen ones.
+        self._scalars = torch.zeros(6, dtype=torch.float64, device=device)
+
+    def observe(self, gradients: Tensor, positions: Tensor) -> None:
+        """Take in gradients of some examples.
+
+        Args:
+            gradients: of their mean losses, `[n, width]`.
+            positions: int64 `[n]`, on the CPU.
+        """
+        finite = torch.isfinite(gradients).all(dim=1)
+        weight, chosen, part = self._facts[:, to_device(positions, self._facts.device)] * finite
+        summand = torch.where(finite[:, None], gradients, 0.0).double() * part[:, None]
+        self._sums += torch.stack([weight, torch.ones_like(weight), part]) @ summand
+        scalars = [summand.square().sum(), part.square().sum(), part.sum(), weight @ part, finite.sum(), chosen.sum()]
+        self._scalars += torch.stack([scalar.double() for scalar in scalars])
 
     def result(self, exchange: Exchange) -> dict[str, float] | None:
-        """`coreset` and `random`; None where there is nothing to compare. All ranks call it together."""
-        sums = exchange.sum(self._sums)
-        total, r, b = exchange.sum(self._scalars).tolist()
-        if r < 2 or b < 1:
+        """Return `coreset` and `random`, and what follows from them where b < r; all ranks call it together.
+
+        Returns:
+            `coreset` and `random`, relative squared errors; `kappa`, the one over the other; `worth`, how many random
+            examples have the coreset's error. None where there is nothing to compare.
+        """
+        coreset, total, weighted = exchange.sum(self._sums)
+        squares, parts_squared, parts, coreset_parts, count, chosen = exchange.sum(self._scalars).tolist()
+        r, b = int(count), int(chosen)
+        if r < 2 or b < 1 or coreset_parts <= 0.0:
             return None
-        mean = sums[1] / r
+        mean = total / parts
         scale = float(mean.square().sum())
         if scale == 0.0:
             return None
-        error = float((sums[0] / b - mean).square().sum())
-        variance = max(0.0, total - r * scale) / (r - 1)
-        return {"coreset": error / scale, "random": (1.0 - b / r) / b * variance / scale}
+        error = float((coreset / (coreset_parts if self._by_token else b) - mean).square().sum())
+        spread = squares - 2.0 * float(mean @ weighted) + parts_squared * scale
+        variance = max(0.0, spread) / (r - 1) / (parts / r) ** 2
+        random = (1.0 - b / r) / b * variance
+        found = {"coreset": error / scale, "random": random / scale}
+        if b < r and random > 0.0:
+            kappa = error / random
+            found |= {"kappa": kappa, "worth": worth_of(kappa, b, r)}
+        return found

@@ -20,15 +20,16 @@ def signals_section(arms: Sequence[Arm], small: Collection[str]) -> ReportSectio
         arms: the arms.
         small: names of the small sources.
     """
-    pictures = [_variance_picture(arms), _length_picture(arms)]
+    pictures = [_variance_picture(arms), _kappa_picture(arms), _length_picture(arms)]
     tables = [_means_table(arms), _loss_table(arms, small)]
     text = []
     if any(arm.signal("gradient_variance.coreset").values for arm in arms):
         text.append(
-            "Variance is the squared distance of the coreset's mean gradient of the probed layer to that of the large "
-            "batch, relative to the latter's squared length; beside it what as many random examples of the same batch "
-            "have on average. Uniform medoids of a source can have the direction right and still lie far away: Adam "
-            "ignores the length."
+            "Variance is the squared distance of the coreset's mean gradient of all trained linear modules (of the "
+            "probed layer in runs of version 0.1.0) to that of the large batch, relative to the latter's squared "
+            "length; beside it what as many random examples of the same batch have on average. Kappa is the one over "
+            "the other, worth the number of random examples with the coreset's error. Uniform medoids of a source can "
+            "have the direction right and still lie far away: Adam ignores the length."
         )
     return ReportSection("signals", "What was taken", text, [p for p in pictures if p], [t for t in tables if t])
 
@@ -42,6 +43,19 @@ def _variance_picture(arms: Sequence[Arm]) -> Picture | None:
             lines.append(Line(label, 2 * style + (kind == "random"), curve.steps, curve.values))
     return line_picture(
         "variance", "Variance of the coreset's gradient", lines, x_label="step", y_label="relative to |mean gradient|²"
+    )
+
+
+def _kappa_picture(arms: Sequence[Arm]) -> Picture | None:
+    curves = {arm.name: thin(smooth(arm.signal("gradient_variance.kappa"))) for arm in arms}
+    lines = [Line(name, style, curve.steps, curve.values) for style, (name, curve) in enumerate(curves.items())]
+    return line_picture(
+        "kappa",
+        "Kappa: the coreset's error over that of random examples",
+        lines,
+        x_label="step",
+        y_label="kappa",
+        caption="Below 1 a coreset is nearer to its large batch than as many random examples are.",
     )
 
 
@@ -60,7 +74,8 @@ def _means_table(arms: Sequence[Arm]) -> Table | None:
     for arm in arms:
         length, whole = (_mean(arm.signal(f"label_tokens.{kind}").values) for kind in ("coreset", "large_batch"))
         own, random = (_mean(arm.signal(f"gradient_variance.{kind}").values) for kind in ("coreset", "random"))
-        rows.append([arm.name, length, _ratio(length, whole), own, random, _ratio(own, random)])
+        worth = _mean(arm.signal("gradient_variance.worth").values)
+        rows.append([arm.name, length, _ratio(length, whole), own, random, _ratio(own, random), worth])
     if all(value is None for row in rows for value in row[1:]):
         return None
     columns = [
@@ -70,7 +85,10 @@ def _means_table(arms: Sequence[Arm]) -> Table | None:
         Column("gradient variance", fixed(3)),
         Column("of random examples", fixed(3)),
         Column("× random", times),
+        Column("worth, random examples", fixed(1)),
     ]
+    if all(row[-1] is None for row in rows):  # not measured, or by version 0.1.0
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     return Table("signals", "What was taken, means over the run", columns, rows)
 
 

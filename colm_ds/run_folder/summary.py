@@ -54,6 +54,8 @@ def _measures_variance(entry: Mapping[str, Any]) -> bool:
 
 
 def _means(entries: Sequence[Mapping[str, Any]], key: str) -> dict[str, dict[str, float]]:
-    """Means of a pair of numbers of the coreset over the steps that have it; nothing if none has."""
+    """Means of some numbers of the coreset, each over the steps that have it; nothing if none has."""
     found = [entry["coreset"][key] for entry in entries if entry["coreset"].get(key)]
-    return {key: {name: float(np.mean([each[name] for each in found])) for name in found[0]}} if found else {}
+    names = list(dict.fromkeys(name for each in found for name in each))
+    means = {name: float(np.mean([each[name] for each in found if name in each])) for name in names}
+    return {key: means} if found else {}

@@ -24,7 +24,6 @@ from colm_ds.checkpoints.weights import save_trained
 from colm_ds.config.resolve import ResolvedConfig, load_config, resolve_config
 from colm_ds.distributed.agreement import single_process_environment, together
 from colm_ds.distributed.exchange import make_exchange
-from colm_ds.engine.coreset_selector import reads_model
 from colm_ds.engine.engine import CoLMEngine, initialize, prepare_deepspeed
 from colm_ds.engine.monitor import heldout_events
 from colm_ds.errors import CheckpointError, CoLMError, ConfigError, DeviceMemoryError, DivergenceError, SelectionError
@@ -315,7 +314,7 @@ class TrainingRun:
 
     def _checked_model(self) -> nn.Module:
         model = load_model(self.recipe.model, self.recipe.lora, self.tokenizer)
-        if reads_model(self.recipe.colm):
+        if self.recipe.colm.probes_model:
             find_architecture(model, self.recipe.colm.probe.layer)
         return model
 

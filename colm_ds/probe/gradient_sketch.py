@@ -1,0 +1,315 @@
+"""Per-example gradients of every trained linear module, seen through a Kronecker sketch of a few numbers a module.
+
+For a module with input x `[T, in]` and gradient delta `[T, out]` at its output, an example's weight gradient is
+sum_t delta_t x_t^T. Its sketch is (delta P)^T (x Q), `side` x `side` numbers, with P `[out, side]` and Q `[in, side]`
+of independent normal entries over sqrt(side), and the identity where a dimension is no larger than `side`. So inner
+products of sketches are unbiased for those of the gradients, and where no dimension exceeds `side` they are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from colm_ds.batching.micro_batch import MicroBatch
+from colm_ds.errors import ProbeError
+from colm_ds.models.architecture import ProbeTarget
+from colm_ds.models.example_loss import example_loss_sums, find_loss_head
+from colm_ds.models.patch import eval_mode
+from colm_ds.randomness import private_generator
+from colm_ds.selection.transfer import to_device
+
+SIDE, LEAST_SIDE = 48, 12
+"""Rows and columns of a module's sketch: by default, and at least."""
+
+TABLE_BYTES = 1 << 30
+"""Most that the sketches of all examples may take together."""
+
+MAX_TOKENS = 1024
+"""Padded tokens of one pass: the graph of the whole model is kept, without activation checkpointing."""
+
+
+@dataclass(frozen=True)
+class LinearModule:
+    """A linear module whose weight is trained.
+
+    Attributes:
+        name: in the model.
+        module: it.
+        in_features: width of its input.
+        out_features: width of its output.
+    """
+
+    name: str
+    module: nn.Module
+    in_features: int
+    out_features: int
+
+    def size(self, side: int) -> int:
+        """Return how many numbers a sketch of this side has."""
+        return min(self.in_features, side) * min(self.out_features, side)
+
+
+def trained_linears(model: nn.Module) -> list[LinearModule]:
+    """Return the trained linear modules of a model, in its order, without its output head.
+
+    These are `nn.Linear` and transformers' `Conv1D`; under LoRA the adapters' own. Where every `lora_B` is zero, as in
+    a fresh adapter, the gradients of `lora_A` are zero, and they are left out.
+
+    Args:
+        model: any, also in a `PeftModel`.
+
+    Raises:
+        ProbeError: if there is none.
+    """
+    in_head = {id(module) for module in _head_modules(model)}
+    fresh = is_fresh_adapter(model)
+    found = []
+    for name, module in model.named_modules():
+        sizes = _sizes(module)
+        weight = getattr(module, "weight", None)
+        if sizes is None or id(module) in in_head or not getattr(weight, "requires_grad", False):
+            continue
+        if fresh and ".lora_A." in name:
+            continue
+        found.append(LinearModule(name, module, *sizes))
+    if not found:
+        raise ProbeError(
+            f"{type(model).__name__}: no linear module beside the output head has a trained weight, so there are no "
+            "gradients to sketch. Train at least one, or leave out variance_every."
+        )
+    return found
+
+
+def is_fresh_adapter(model: nn.Module) -> bool:
+    """Return whether the model has a LoRA adapter that is trained, and every `lora_B` of it is zero."""
+    weights = [p for name, p in model.named_parameters() if ".lora_B." in name and p.requires_grad]
+    return bool(weights) and not any(bool(weight.detach().any()) for weight in weights)
+
+
+def fitting_side(linears: Sequence[LinearModule], num_examples: int) -> int:
+    """Return the largest side from `LEAST_SIDE` to `SIDE` whose table of all examples stays below `TABLE_BYTES`.
+
+    Args:
+        linears: from `trained_linears`.
+        num_examples: rows of the table, in float32.
+    """
+    for side in range(SIDE, LEAST_SIDE, -1):
+        if 4 * num_examples * sum(linear.size(side) for linear in linears) <= TABLE_BYTES:
+            return side
+    return LEAST_SIDE
+
+
+class GradientSketch:
+    """Sketches of the per-example gradients of a model's trained linear modules.
+
+    Gradients are taken by `torch.autograd.grad` at the modules' outputs, so no parameter's `.grad` and no hook of ZeRO
+    is touched; the model is in eval mode meanwhile (no dropout, no activation checkpointing).
+
+    Attributes:
+        linears: the modules, in the order of their numbers.
+        side: rows and columns of a module's sketch.
+        width: numbers of an example.
+        num_exact: entries of the matrices whose whole gradients are given as well.
+        device: where the model is.
+    """
+
+    def __init__(
+        self, model: nn.Module, seed: int, side: int = SIDE, *, exact: Sequence[ProbeTarget] = (), name: str = ""
+    ) -> None:
+        """Draw P and Q of every module.
+
+        Args:
+            model: what a forward goes through, bare or in a `PeftModel`; not cut up by ZeRO-3.
+            seed: of P and Q, which depend on it, `name` and the module's place alone.
+            side: see the class.
+            exact: matrices whose whole gradients `with_exact` gives as well.
+            name: tells sketches of the same seed apart.
+
+        Raises:
+            ProbeError: if no linear module is trained, or the weights are cut up.
+        """
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            raise ProbeError("gradient sketch: ZeRO-3 cuts the weights up. Measure at stage 0, 1 or 2.")
+        self.linears = trained_linears(model)
+        self.side = side
+        self.width = sum(linear.size(side) for linear in self.linears)
+        self._model = model
+        self._head = find_loss_head(model)
+        self._exact = tuple(exact)
+        self.num_exact = sum(target.num_coordinates for target in self._exact)
+        self.device = next(model.parameters()).device
+        self._dtype = torch.promote_types(self.linears[0].module.weight.dtype, torch.float32)  # type: ignore[arg-type]
+        self._maps = [
+            (
+                self._projection(linear.out_features, seed, name, place, "rows"),
+                self._projection(linear.in_features, seed, name, place, "columns"),
+            )
+            for place, linear in enumerate(self.linears)
+        ]
+
+    def rows(self, micro: MicroBatch) -> Tensor:
+        """Return the sketches of a micro-batch's examples, gradients of each one's mean loss.
+
+        Args:
+            micro: the micro-batch, on the model's device. The rows of a classification example are summed.
+
+        Returns:
+            `[examples, width]` on the device, float32 (float64 of a model in float64).
+
+        Raises:
+            ProbeError: if a module sees something else than all tokens of the micro-batch, as an expert does.
+        """
+        return self.with_exact(micro)[0]
+
+    def with_exact(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Return `rows`, and the whole gradients of the matrices of `exact`, one after the other, `[examples, d]`."""
+        num_examples = len(micro.counts)
+        sketches = torch.zeros(num_examples, self.width, dtype=self._dtype, device=self.device)
+        exact = torch.zeros(num_examples, self.num_exact, dtype=self._dtype, device=self.device)
+        owners = None
+        if micro.groups is not None:
+            owners = to_device(torch.tensor(micro.groups.owners), self.device)
+        anchor = torch.zeros((), device=self.device, requires_grad=True)
+        with ExitStack() as stack:
+            stack.enter_context(eval_mode(self._model))
+            stack.enter_context(torch.enable_grad())
+            start = 0
+            for linear, (left, right) in zip(self.linears, self._maps, strict=True):
+                part = sketches[:, start : start + linear.size(self.side)]
+                start += part.shape[1]
+                reader = _Reader(linear.name, micro, owners, part, left, right)
+                stack.enter_context(_tapped(linear.module, reader, anchor))
+            start = 0
+            for target in self._exact:
+                part = exact[:, start : start + target.num_coordinates]
+                start += part.shape[1]
+                reader = _Reader(target.name, micro, owners, part, None, None, target.start, target.stop)
+                stack.enter_context(_tapped(target.module, reader, anchor))
+            sums = example_loss_sums(self._model, self._head, micro)
+            # In fp16 the gradient of a mean over many tokens underflows; that of their sum does not.
+            summed = any(p.dtype == torch.float16 for p in self._model.parameters())
+            counts = micro.counts.clamp_min(1.0)
+            torch.autograd.grad((sums if summed else sums / counts).sum(), anchor)
+        if summed:
+            sketches, exact = sketches / counts[:, None], exact / counts[:, None]
+        return sketches, exact
+
+    def _projection(self, size: int, seed: int, name: str, place: int, which: str) -> Tensor | None:
+        """Return P or Q, `[size, side]` on the device; None for the identity."""
+        if size <= self.side:
+            return None
+        generator = private_generator(seed, "gradient sketch", name, place, which)
+        drawn = torch.randn(size, self.side, generator=generator, dtype=torch.float32) / self.side**0.5
+        return to_device(drawn, self.device).to(self._dtype)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Takes in what a module sees and adds (delta P)^T (x Q) of every example to a part of a table.
+
+    Attributes:
+        name: of the module, for messages.
+        micro: the micro-batch.
+        owners: example of every row, int64 `[rows]`; None: rows are examples.
+        part: where the numbers go, `[examples, numbers]`.
+        left: P; None: the identity.
+        right: Q; None: the identity.
+        start: first column of the module's output that is read.
+        stop: one past the last; None: the end.
+    """
+
+    name: str
+    micro: MicroBatch
+    owners: Tensor | None
+    part: Tensor
+    left: Tensor | None
+    right: Tensor | None
+    start: int = 0
+    stop: int | None = None
+
+    def seen(self, inputs: Tensor) -> Tensor:
+        """Return x Q, `[rows, length, ...]`."""
+        return _through(self._by_row(inputs.detach()), self.right)
+
+    def take(self, delta: Tensor, seen: Tensor) -> None:
+        """Add the numbers of one call of the module."""
+        left = _through(self._by_row(delta)[..., self.start : self.stop], self.left)
+        dtype = self.part.dtype
+        numbers = (left.to(dtype).transpose(1, 2) @ seen.to(dtype)).flatten(1)
+        if self.owners is None:
+            self.part.add_(numbers)
+        else:
+            self.part.index_add_(0, self.owners, numbers)
+
+    def _by_row(self, values: Tensor) -> Tensor:
+        rows, length = self.micro.input_ids.shape
+        if values.shape[:-1].numel() != rows * length:
+            raise ProbeError(
+                f"{self.name}: sees {tuple(values.shape[:-1])} tokens of a micro-batch of {rows} x {length}, so its "
+                "gradients can not be told apart by example (an expert of a mixture?). Leave the measurement out."
+            )
+        return values.reshape(rows, length, values.shape[-1])
+
+
+def _through(values: Tensor, projection: Tensor | None) -> Tensor:
+    return values if projection is None else values.to(projection.dtype) @ projection
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, whose backward pass shows the gradient to a reader; the anchor makes that pass reach every tap."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, reader: _Reader, seen: Tensor) -> Tensor:
+        ctx.reader = reader
+        ctx.save_for_backward(seen)
+        return output.clone()  # not a view: what follows may change it in place
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (delta,) = gradients
+        ctx.reader.take(delta, *ctx.saved_tensors)
+        return delta, torch.zeros((), device=delta.device), None, None
+
+
+@contextmanager
+def _tapped(module: nn.Module, reader: _Reader, anchor: Tensor) -> Iterator[None]:
+    """Let a reader see the inputs and output gradients of every call of a module; its hook goes with the block."""
+
+    def hook(called: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        tapped: Tensor = _apply(output, anchor, reader, reader.seen(inputs[0]))
+        return tapped
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+_apply: Callable[..., Any] = _Tap.apply
+
+
+def _head_modules(model: nn.Module) -> Iterator[nn.Module]:
+    get: Any = getattr(model, "get_output_embeddings", None)
+    try:
+        head = get() if callable(get) else None
+    except (AttributeError, NotImplementedError):
+        head = None
+    if isinstance(head, nn.Module):
+        yield from head.modules()
+
+
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
+    """Return in and out features of a linear module; None for other modules."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
+        return int(weight.shape[0]), int(weight.shape[1])
+    return None
