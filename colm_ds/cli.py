@@ -189,6 +189,12 @@ def _preview(options: argparse.Namespace) -> None:
     print(preview(recipe, num_examples=options.examples, with_coreset=not options.no_coreset))
 
 
+def _set_up_check(parser: argparse.ArgumentParser) -> None:
+    from colm_ds.check.check_command import add_arguments
+
+    add_arguments(parser)
+
+
 def _set_up_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="YAML file")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
@@ -270,6 +276,14 @@ COMMANDS: dict[str, Command] = {
         "Plan a run without a GPU, weights, data or network: peak memory per GPU by phase and part, the "
         "largest micro-batch that fits, what every switch saves, and the time of a step by the cost model.",
         _set_up_plan,
+    ),
+    "check": Command(
+        "what selection is worth on a recipe's model and data, measured before training: which way, or none",
+        "Measure per-example gradients of all trained matrices on a few hundred examples, and how near to a large "
+        "batch's gradient the coresets of every signal, scope and weights come, against as many random examples. Ends "
+        "with one recommendation, also where nothing pays. Takes a forward and backward pass of every example, on one "
+        "process. docs/WHEN.md says how to read the table.",
+        _set_up_check,
     ),
     "preview": Command(
         "what a recipe would train on: sources, lengths, examples, one selected coreset",

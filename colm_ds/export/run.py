@@ -128,6 +128,40 @@ def export_run(
     return Exported(target, kind, source.path, source.step, base.dtype, num_tensors, passed_over)
 
 
+def put_trained(model: Any, lora: LoraConfig | None, place: str | Path, dtype: str) -> tuple[Path, int | None]:
+    """Put the trained weights of a run into its model, as it was built for training.
+
+    Args:
+        model: from `load_model`, with LoRA if the run has it.
+        lora: the run's section.
+        place: folder of the run, or of one of its checkpoints.
+        dtype: "float32", "bfloat16" or "float16": of the weights.
+
+    Returns:
+        The folder that the weights were taken from, and the optimizer steps behind them if the run says.
+
+    Raises:
+        ConfigError: if there is no such folder.
+        CheckpointError: if there are no whole weights, or they do not fit the model.
+    """
+    place = Path(place)
+    if not place.is_dir():
+        raise ConfigError(f"{place}: no such folder. Give the output folder of a run, or one of its checkpoints.")
+    run, tag = (place.parent.parent, place.name) if place.parent.name == "checkpoints" else (place, None)
+    kind = MODEL if lora is None else ADAPTER
+    source = _find_source(run, tag, kind)
+    if kind == MODEL and source.found is None:
+        final, _ = _final_model(source.path, dtype)
+        wanted = {name: value.shape for name, value in model.named_parameters()}
+        _compare_shapes(source.path, wanted, {name: list(value.shape) for name, value in final.named_parameters()})
+        model.load_state_dict(final.state_dict())
+    else:
+        _fill(model, source, DTYPES[dtype], kind)
+        if kind == MODEL:
+            model.tie_weights()
+    return source.path, source.step
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

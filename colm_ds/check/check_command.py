@@ -1,0 +1,80 @@
+"""`colm-ds check`: its arguments, and what it prints and writes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from colm_ds.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add recipe, changes and options."""
+    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
+    parser.add_argument(
+        "--examples",
+        type=int,
+        metavar="N",
+        help="examples whose gradients are measured, at least 2 r (default: the larger of 256 and 4 r)",
+    )
+    parser.add_argument(
+        "--batches",
+        type=int,
+        default=30,
+        metavar="K",
+        help="large batches that are drawn from them, at least (default: 30); more make the standard errors smaller",
+    )
+    parser.add_argument(
+        "--at",
+        metavar="CHECKPOINT",
+        help="folder of a run of this recipe, or of one of its checkpoints (RUN/checkpoints/step_200): measure with "
+        "the weights trained until then (default: as training begins)",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="folder for check.json and check.svg (default: the recipe's output_dir with _check behind it)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="padded tokens passed through the model at once: the lever on memory, as activations of all layers are "
+        "kept (default: 1024)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Check a recipe, print the table and write the files.
+
+    Raises:
+        ConfigError: if an option or the recipe can not work.
+    """
+    for name, least in (("examples", 2), ("batches", 2), ("max_tokens", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: less than {least}.")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed trains nothing here
+    from colm_ds.check.measure import check_recipe
+    from colm_ds.check.report_of_check import format_check, write_check
+    from colm_ds.recipes.model import quiet_libraries
+    from colm_ds.recipes.recipe import load_recipe
+
+    quiet_libraries()
+    recipe = load_recipe(options.recipe, options.overrides)
+    folder = Path(options.out) if options.out else Path(f"{recipe.output_dir.rstrip('/')}_check")
+    result = check_recipe(
+        recipe,
+        num_examples=options.examples,
+        num_batches=options.batches,
+        at=options.at,
+        max_tokens=options.max_tokens,
+        progress=True,
+    )
+    print(format_check(result))
+    write_check(result, folder)
+    print(f"Numbers and picture: {folder}/check.json, {folder}/check.svg")

@@ -1,0 +1,372 @@
+"""Load a recipe's model and data, sketch the gradients of a sample, and measure every way to choose a coreset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from colm_ds.batching.assign import micro_batches
+from colm_ds.batching.loader import LargeBatchLoader, source_counts
+from colm_ds.batching.micro_batch import make_micro_batch
+from colm_ds.batching.sources import small_source_ids
+from colm_ds.check.errors_of_coresets import CoresetError, GradientGram, LargeBatches, coreset_error
+from colm_ds.check.prices import price_of_ways
+from colm_ds.check.signals_of_sample import SampleFacts
+from colm_ds.check.verdict import MeasuredWay, measured_way, recommend
+from colm_ds.check.ways_to_choose import WayToChoose, ways_to_choose
+from colm_ds.config.colm import CoLMSection, ProbeConfig
+from colm_ds.config.resolve import load_config, resolve_config
+from colm_ds.errors import ConfigError, ProbeError
+from colm_ds.export.run import put_trained
+from colm_ds.models.architecture import Architecture, find_architecture
+from colm_ds.probe.gradient_sketch import (
+    MAX_TOKENS,
+    TABLE_BYTES,
+    GradientSketch,
+    fitting_side,
+    is_fresh_adapter,
+    trained_linears,
+)
+from colm_ds.probe.tokens import example_features, vectors_of_model
+from colm_ds.recipes.model import load_model, load_tokenizer
+from colm_ds.recipes.recipe import BaseRecipe
+from colm_ds.selection import SINGLE_PROCESS, Signals
+from colm_ds.training.tasks import load_task
+from colm_ds.types import Coreset, Example, SourcedDataset
+
+LEAST_EXAMPLES, LARGE_BATCHES = 256, 4
+"""Examples of a sample: at least so many, and so many large batches."""
+
+NUM_BATCHES = 30
+
+_COLUMNS = 1 << 14
+"""Numbers of the sketches that are multiplied in float64 at a time."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """All that a check found.
+
+    Attributes:
+        name: of the recipe.
+        size: b.
+        large: r.
+        steps: n, optimizer steps of the run.
+        num_examples: N.
+        num_batches: K.
+        side: of the gradient sketches.
+        num_modules: trained linear modules.
+        variance: V, squared error of the mean gradient of b random examples, in parts of |mean gradient|^2.
+        ways: every way to choose, the lowest kappa first.
+        recommendation: one sentence.
+        notes: what a reader must know, in sentences.
+        weights: where the weights are from, in words.
+    """
+
+    name: str
+    size: int
+    large: int
+    steps: int
+    num_examples: int
+    num_batches: int
+    side: int
+    num_modules: int
+    variance: float
+    ways: tuple[MeasuredWay, ...]
+    recommendation: str
+    notes: tuple[str, ...]
+    weights: str
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """N examples of the run's first large batches; tensors `[N]`, and what classification needs to pad them."""
+
+    examples: list[Example]
+    sources: Tensor
+    indices: Tensor
+    lengths: Tensor
+    num_label_tokens: Tensor
+    padded_lengths: Tensor
+
+    def without(self, broken: Tensor) -> _Sample:
+        """Return the sample without some of its examples, bool `[N]`."""
+        kept = (~broken).nonzero().flatten()
+        tensors = (self.sources, self.indices, self.lengths, self.num_label_tokens, self.padded_lengths)
+        return _Sample([self.examples[place] for place in kept.tolist()], *(tensor[kept] for tensor in tensors))
+
+
+def check_recipe(
+    recipe: BaseRecipe,
+    *,
+    num_examples: int | None = None,
+    num_batches: int = NUM_BATCHES,
+    at: str | Path | None = None,
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+) -> CheckResult:
+    """Measure what every way to choose coresets is worth on a recipe's model and data.
+
+    Args:
+        recipe: read from its file.
+        num_examples: N; default: the larger of `LEAST_EXAMPLES` and `LARGE_BATCHES` large batches.
+        num_batches: large batches that coresets are chosen from, at least.
+        at: folder of a run or of a checkpoint whose trained weights are taken; default: as training begins.
+        max_tokens: padded tokens of one pass.
+        progress: whether to show bars.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, ProbeError: as training would, and where there is nothing to choose.
+    """
+    config = checked_section(recipe)
+    tokenizer = load_tokenizer(recipe.model, recipe.tokenizer_place)
+    data = load_task(recipe, tokenizer).train
+    model, weights = _load(recipe, tokenizer, at)
+    on_gpu = torch.cuda.is_available()
+    result = check_model(
+        model.to("cuda" if on_gpu else "cpu"),
+        config,
+        data,
+        price=price_of_ways(recipe, data, int(config.coreset_size or 0), config.large_batch_size, on_gpu=on_gpu),
+        steps=recipe.steps,
+        name=recipe.name,
+        weights=weights,
+        num_examples=num_examples,
+        num_batches=num_batches,
+        max_tokens=max_tokens,
+        progress=progress,
+    )
+    if getattr(recipe, "clusters", None) is None:
+        return result
+    note = "The recipe's clusters are made while it trains; sources are those of the data here."
+    return replace(result, notes=(*result.notes, note))
+
+
+def checked_section(recipe: BaseRecipe) -> CoLMSection:
+    """Return the recipe's `"colm"` section, b filled in.
+
+    Raises:
+        ConfigError: listing every problem, or if b is r.
+    """
+    loaded, _ = load_config(recipe.deepspeed)
+    given = {**loaded, "train_micro_batch_size_per_gpu": recipe.micro_batch_size, "colm": recipe.colm}
+    config = resolve_config(given, 1).colm
+    if config.coreset_size == config.large_batch_size:
+        raise ConfigError(
+            f"colm.coreset_size = {config.coreset_size}: all of the large batch, so there is nothing to choose. Check "
+            "with the r that you think of, for example colm.selector=colm "
+            f"colm.large_batch_size={2 * config.large_batch_size}."
+        )
+    return config
+
+
+def check_model(
+    model: nn.Module,
+    config: CoLMSection,
+    data: SourcedDataset,
+    *,
+    price: Callable[[WayToChoose], float],
+    steps: int,
+    name: str = "run",
+    weights: str = "as training begins",
+    num_examples: int | None = None,
+    num_batches: int = NUM_BATCHES,
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+) -> CheckResult:
+    """Measure what every way to choose coresets is worth on a model and data.
+
+    Args:
+        model: on its device, bare or in a `PeftModel`.
+        config: the `"colm"` section, `coreset_size` filled in.
+        data: the training examples.
+        price: of a way to choose, a step's over plain training's on b.
+        steps: n, optimizer steps of the run.
+        name: of the run.
+        weights: where the model's weights are from, in words.
+        num_examples: see `check_recipe`, as are the others.
+        num_batches: see there.
+        max_tokens: see there.
+        progress: see there.
+
+    Raises:
+        ConfigError: if there are too few examples for two large batches.
+        ProbeError: if no linear module is trained, or too many gradients are not finite.
+    """
+    size, large = int(config.coreset_size or 0), config.large_batch_size
+    sample = _drawn_sample(data, config, num_examples or max(LEAST_EXAMPLES, LARGE_BATCHES * large))
+    _check_enough(len(sample.examples), large)
+    architecture, notes = _probed_part(model, config, len(sample.examples))
+    linears = trained_linears(model)
+    side = fitting_side(linears, len(sample.examples))
+    sketch = GradientSketch(
+        model, config.seed, side, exact=() if architecture is None else architecture.targets, name="check"
+    )
+    if is_fresh_adapter(model):
+        notes.append("Every lora_B is zero, so that lora_A has no gradient yet: B alone is measured. See --at.")
+    table, exact = _sketch_all(sketch, sample, max_tokens, progress)
+    broken = ~torch.isfinite(table).all(dim=1)
+    if bool(broken.any()):
+        notes.append(f"{int(broken.sum())} examples are left out, as their gradients are not finite.")
+        sample, table, exact = sample.without(broken), table[~broken], exact[~broken]
+        _check_enough(len(sample.examples), large)
+    by_token = config.loss_normalization == "token"
+    parts = sample.num_label_tokens.float() if by_token else None
+    gram = GradientGram(
+        _products(table, parts), torch.ones(len(table)).double() if parts is None else parts.double(), by_token
+    )
+    del table
+    facts = SampleFacts(
+        sources=sample.sources,
+        lengths=sample.lengths,
+        num_label_tokens=sample.num_label_tokens,
+        indices=sample.indices,
+        parts=parts,
+        features=_features(model, config, sample, notes),
+        exact=None if architecture is None else exact,
+        shapes=() if architecture is None else tuple((t.out_features, t.in_features) for t in architecture.targets),
+    )
+    small = small_source_ids(config, source_counts(data))
+    hidden_size = None if architecture is None else architecture.hidden_size
+    compared = ways_to_choose(config, small, facts, len(data.source_names), hidden_size)
+    batches = LargeBatches.draw(len(sample.examples), large, num_batches, config.seed)
+    errors = _errors(compared.ways, facts, gram, batches, size, config.seed, progress)
+    everything = torch.arange(len(sample.examples))
+    variance = gram.variance(everything) / size / gram.mean_square()
+    ways = [
+        measured_way(way, error, price(way), variance, size, large, steps)
+        for way, error in zip(compared.ways, errors, strict=True)
+    ]
+    ways.sort(key=lambda way: way.error.kappa)
+    return CheckResult(
+        name=name,
+        size=size,
+        large=large,
+        steps=steps,
+        num_examples=len(sample.examples),
+        num_batches=len(batches.examples),
+        side=side,
+        num_modules=len(linears),
+        variance=variance,
+        ways=tuple(ways),
+        recommendation=recommend(ways, size, large, steps),
+        notes=(*notes, *compared.notes),
+        weights=weights,
+    )
+
+
+def _load(recipe: BaseRecipe, tokenizer: Any, at: str | Path | None) -> tuple[nn.Module, str]:
+    """Return the recipe's model as training builds it, with the trained weights of `at`, and where they are from."""
+    from transformers import set_seed
+
+    set_seed(recipe.seed)
+    model = load_model(recipe.model, recipe.lora, tokenizer)
+    if at is None:
+        return model, "as training begins"
+    path, step = put_trained(model, recipe.lora, at, recipe.model.dtype)
+    return model, f"from {path}" + ("" if step is None else f", after step {step:,}")
+
+
+def _drawn_sample(data: SourcedDataset, config: CoLMSection, count: int) -> _Sample:
+    """Return up to so many different examples, those of the run's first large batches within one pass of the data."""
+    loader = LargeBatchLoader(data, config.large_batch_size, seed=config.seed, rank=0, world_size=1)
+    batches, seen, step = [], 0, 1
+    while seen < count and loader.epoch(step) == 0 and step <= count:
+        batches.append(loader.batch(step))
+        seen += batches[-1].size
+        step += 1
+    first: dict[int, tuple[int, int]] = {}
+    for number, batch in enumerate(batches):
+        for position, index in enumerate(batch.indices.tolist()):
+            first.setdefault(index, (number, position))
+    places = list(first.values())[:count]
+
+    def of_each(key: str) -> Tensor:
+        return torch.tensor([int(getattr(batches[number], key)[position]) for number, position in places])
+
+    columns = [of_each(key) for key in ("sources", "indices", "lengths", "num_label_tokens", "padded_lengths")]
+    return _Sample([batches[number].examples[position] for number, position in places], *columns)
+
+
+def _check_enough(num_examples: int, large: int) -> None:
+    if num_examples < 2 * large:
+        raise ConfigError(
+            f"{num_examples} examples: fewer than two large batches of colm.large_batch_size = {large}. Give more "
+            "data or --examples, or check with a smaller r."
+        )
+
+
+def _probed_part(model: nn.Module, config: CoLMSection, num_examples: int) -> tuple[Architecture | None, list[str]]:
+    """Return what the estimators would read, None where they can not, and why."""
+    try:
+        architecture = find_architecture(model, config.probe.layer)
+    except ProbeError as error:
+        return None, [f"exact, sketch and spsa are left out: {error}"]
+    needed = 4 * num_examples * architecture.num_coordinates
+    if needed > TABLE_BYTES:
+        why = f"the gradients of {config.probe.layer} of {num_examples} examples take {needed / 2**30:.1f} GiB"
+        return None, [f"exact, sketch and spsa are left out: {why}. Check fewer (--examples)."]
+    return architecture, []
+
+
+def _sketch_all(sketch: GradientSketch, sample: _Sample, max_tokens: int, progress: bool) -> tuple[Tensor, Tensor]:
+    """Return the sketches `[N, width]` and whole gradients of the probed matrices `[N, d]`, float32 on the CPU."""
+    count = len(sample.examples)
+    (plan,) = micro_batches([list(range(count))], sample.padded_lengths, max_tokens=max_tokens)
+    table, exact = torch.zeros(count, sketch.width), torch.zeros(count, sketch.num_exact)
+    with tqdm(total=count, unit="example", desc="gradients", disable=not progress) as bar:
+        for places in plan:
+            micro = make_micro_batch([sample.examples[place] for place in places]).to(sketch.device)
+            rows, whole = sketch.with_exact(micro)
+            table[places], exact[places] = rows.float().cpu(), whole.float().cpu()
+            bar.update(len(places))
+    return table, exact
+
+
+def _products(table: Tensor, parts: Tensor | None) -> Tensor:
+    """Return the Gram matrix of sketches, each times its part, float64 `[N, N]`."""
+    products = torch.zeros(len(table), len(table), dtype=torch.float64)
+    for start in range(0, table.shape[1], _COLUMNS):
+        columns = table[:, start : start + _COLUMNS].double()
+        products.addmm_(columns, columns.T)
+    return products if parts is None else products * parts.double()[:, None] * parts.double()
+
+
+def _features(model: nn.Module, config: CoLMSection, sample: _Sample, notes: list[str]) -> Tensor | None:
+    try:
+        return example_features(sample.examples, vectors_of_model(model, config.seed, SINGLE_PROCESS), 0.0)
+    except ProbeError as error:
+        notes.append(f"tokens is left out: {error}")
+        return None
+
+
+def _errors(
+    ways: Sequence[WayToChoose],
+    facts: SampleFacts,
+    gram: GradientGram,
+    batches: LargeBatches,
+    size: int,
+    seed: int,
+    progress: bool,
+) -> list[CoresetError]:
+    """Return the error of every way to choose; the signals of a batch are made once for all that share them."""
+    coresets: list[list[Coreset]] = [[] for _ in ways]
+    with tqdm(total=len(batches.examples), unit="batch", desc="choosing", disable=not progress) as bar:
+        for number, examples in enumerate(batches.examples):
+            made: list[tuple[ProbeConfig, Signals]] = []
+            for place, way in enumerate(ways):
+                signals = None
+                if way.needs_signal:
+                    signals = next((known for probe, known in made if probe == way.probe), None)
+                    if signals is None:
+                        signals = facts.signals(way.probe, examples, number + 1, seed)
+                        made.append((way.probe, signals))
+                coresets[place].append(way.choose(facts, batches, number, size, signals))
+            bar.update()
+    return [coreset_error(gram, batches, chosen) for chosen in coresets]

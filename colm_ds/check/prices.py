@@ -1,0 +1,80 @@
+"""What choosing costs: a step with a way to choose over a step of plain training on b, by the planner's cost model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from colm_ds.check.ways_to_choose import WayToChoose
+from colm_ds.errors import CoLMError
+from colm_ds.planner.job import Job, job_of_recipe
+from colm_ds.planner.plan import Planner
+from colm_ds.planner.step_cost import step_cost
+from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe
+from colm_ds.selection.price import step_forwards
+from colm_ds.types import SourcedDataset
+
+_PROBE = 1.03
+"""The probe of an example in forwards, where the model's sizes are not known (DESIGN, section 3)."""
+
+
+def price_of_ways(
+    recipe: BaseRecipe, data: SourcedDataset, size: int, large: int, *, on_gpu: bool
+) -> Callable[[WayToChoose], float]:
+    """Return what gives the price of a way to choose: its step over plain training's on b, in matrix products.
+
+    Ways that pass nothing through the model cost 1.
+
+    Args:
+        recipe: whose model, checkpointing and replay count.
+        data: mean length and share of labelled tokens.
+        size: b.
+        large: r.
+        on_gpu: where the run trains.
+    """
+    job = _job(recipe, data, on_gpu)
+    parameters: Any = None
+    if job is not None:
+        try:
+            parameters = Planner().tracer(job.spec).parameters
+        except (CoLMError, AttributeError, RuntimeError, ValueError):
+            job = None  # a model whose shapes the planner can not read
+
+    def price(way: WayToChoose) -> float:
+        if not way.passes_model:
+            return 1.0
+        if job is not None:
+            with_it = job.with_colm(selector=way.selector, probe=way.probe)
+            plain = job.with_colm(selector="random")
+            return step_cost(with_it, parameters, None).forwards / step_cost(plain, parameters, None).forwards
+        lora, checkpointing = recipe.lora is not None, recipe.model.activation_checkpointing
+        plain_step = step_forwards(size, lora=lora, checkpointing=checkpointing)
+        replay = checkpointing and recipe.colm.replay != "off"
+        return (
+            step_forwards(size, lora=lora, checkpointing=checkpointing, replay=replay, probe=_PROBE * large)
+            / plain_step
+        )
+
+    return price
+
+
+def break_even(price: float, size: int, large: int) -> float:
+    """Return the kappa at which a coreset without bias is worth its price: worth / b = price; 0 or less: never.
+
+    Args:
+        price: of a step over plain training's on b.
+        size: b.
+        large: r.
+    """
+    return (1.0 / (size * price) - 1.0 / large) / (1.0 / size - 1.0 / large)
+
+
+def _job(recipe: BaseRecipe, data: SourcedDataset, on_gpu: bool) -> Job | None:
+    """Return the recipe's run as the planner sees it, None where it does not know the model."""
+    share = 1.0 if isinstance(recipe, ChoiceRecipe) else float(data.num_label_tokens.sum() / data.lengths.sum())
+    try:
+        return job_of_recipe(
+            recipe, 1, mean_length=float(data.lengths.mean()), label_share=min(1.0, share), on_gpu=on_gpu
+        )
+    except CoLMError:
+        return None

@@ -1,0 +1,122 @@
+"""What a check found, and what to do about it in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from colm_ds.check.errors_of_coresets import CoresetError
+from colm_ds.check.prices import break_even
+from colm_ds.check.ways_to_choose import WayToChoose
+
+MIN_GAIN = 1.05
+"""Gain over the price below which nobody would notice: it takes twice the steps to see 5% of the noise."""
+
+
+@dataclass(frozen=True)
+class MeasuredWay:
+    """One way to choose, as it was measured.
+
+    Attributes:
+        way: how.
+        error: of its coresets.
+        price: of a step over plain training's on b.
+        break_even: kappa at which a coreset without bias is worth its price.
+        gain: squared error of plain b's mean gradient over n steps, over that of this way; 1 is plain training. Of its
+            bias what is shown beyond chance counts.
+        least_gain: the same with kappa two standard errors higher.
+    """
+
+    way: WayToChoose
+    error: CoresetError
+    price: float
+    break_even: float
+    gain: float
+    least_gain: float
+
+    @property
+    def better_than_random(self) -> bool:
+        """Whether kappa is below 1 by two standard errors."""
+        return self.error.kappa + 2.0 * self.error.kappa_se < 1.0
+
+    @property
+    def pays(self) -> bool:
+        """Whether it gains more than it costs over the run's steps, and two standard errors of kappa do not undo it."""
+        return self.better_than_random and self.least_gain > self.price * MIN_GAIN
+
+
+def gain_over_steps(kappa: float, bias: float, variance: float, size: int, large: int, steps: int) -> float:
+    """Return the squared error of plain b's mean gradient over n steps, over that of a coreset.
+
+    Plain b: V / n. A coreset: (kappa (1 - b/r) + b/r) V / n + bias, as it inherits what the large batch is off, b/r V,
+    and its bias stays the same from step to step. Without bias this is worth / b.
+
+    Args:
+        kappa: of the coreset.
+        bias: at least 0, in parts of |mean gradient|^2.
+        variance: V, of the mean of b random examples, in parts of |mean gradient|^2.
+        size: b.
+        large: r.
+        steps: n.
+    """
+    own = (kappa * (1.0 - size / large) + size / large) * variance / steps + bias
+    return variance / steps / own if own > 0.0 else float("inf")
+
+
+def measured_way(
+    way: WayToChoose, error: CoresetError, price: float, variance: float, size: int, large: int, steps: int
+) -> MeasuredWay:
+    """Return a way to choose with what follows from its error and price; arguments as in `gain_over_steps`."""
+    gain, least = (
+        gain_over_steps(kappa, error.shown_bias, variance, size, large, steps)
+        for kappa in (error.kappa, error.kappa + 2.0 * error.kappa_se)
+    )
+    return MeasuredWay(way, error, price, break_even(price, size, large), gain, least)
+
+
+def recommend(ways: Sequence[MeasuredWay], size: int, large: int, steps: int) -> str:
+    """Return the recommendation, one sentence.
+
+    Args:
+        ways: all that were measured.
+        size: b.
+        large: r.
+        steps: n.
+    """
+    paying = [way for way in ways if way.pays]
+    if paying:
+        best = max(paying, key=lambda way: way.gain / way.price)
+        return (
+            f"Take {best.way.name} ({' '.join(best.way.keys)}): with kappa {_pair(best)} a coreset of {size} is worth "
+            f"{best.error.worth:.0f} random examples, and over {steps:,} steps, {_bias(best)}, the squared error of "
+            f"the mean gradient falls to {1.0 / best.gain:.2f} of plain {size}'s at {best.price:.2f} times its price."
+        )
+    plain = f"Nothing pays: train plainly on {size} (colm.selector=random)"
+    better = [way for way in ways if way.better_than_random]
+    if not better:
+        lowest = min(ways, key=lambda way: way.error.kappa)
+        return (
+            f"{plain}, as no way to choose is better than random by two standard errors; the best is "
+            f"{lowest.way.name} with kappa {_pair(lowest)}."
+        )
+    best = max(better, key=lambda way: way.gain / way.price)
+    cheap = best.error.kappa + 2.0 * best.error.kappa_se < best.break_even
+    why = (
+        f"over {steps:,} steps, {_bias(best)}, this comes to a gain of {best.gain:.2f}"
+        if cheap and best.gain <= best.price
+        else f"at {best.price:.2f} times the price it gains {best.gain:.2f} over {steps:,} steps"
+    )
+    return (
+        f"{plain}, as the best, {best.way.name}, has kappa {_pair(best)}, so that {size} of {large} are worth "
+        f"{best.error.worth:.0f}, but {why}, which is not {100 * (MIN_GAIN - 1):.0f}% more than it costs."
+    )
+
+
+def _bias(way: MeasuredWay) -> str:
+    if way.error.shown_bias == 0.0:
+        return "no bias being shown"
+    return f"a bias of at least {way.error.shown_bias:.4f} of |mean gradient|² included"
+
+
+def _pair(way: MeasuredWay) -> str:
+    return f"{way.error.kappa:.2f} ± {way.error.kappa_se:.2f}"

@@ -1,0 +1,204 @@
+"""The ways to choose a coreset that a check compares: signal x scope x weights, balanced draws, quotas, the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from colm_ds.check.errors_of_coresets import LargeBatches
+from colm_ds.check.signals_of_sample import SampleFacts
+from colm_ds.config.colm import CoLMSection, ProbeConfig
+from colm_ds.selection import (
+    SINGLE_PROCESS,
+    SelectionSettings,
+    SelectorContext,
+    Signals,
+    make_selector,
+    signal_of,
+)
+from colm_ds.types import Coreset, LargeBatch
+
+ESTIMATORS = ("tokens", "exact", "sketch", "spsa")
+"""Signals that are compared; `projection` is taken where a recipe names it."""
+
+WEIGHTS = ("uniform", "cluster", "matched")
+
+JOINT, BY_SOURCE = "one pool", "per source"
+
+RECIPE = "this recipe"
+
+
+@dataclass(frozen=True)
+class WayToChoose:
+    """One way to choose b of r.
+
+    Attributes:
+        name: in tables.
+        selector: of `SELECTORS`.
+        probe: the estimator and its numbers.
+        settings: how medoids are chosen.
+        small: ids of sources that are kept whole.
+        keys: what to write in a recipe for it.
+    """
+
+    name: str
+    selector: str
+    probe: ProbeConfig
+    settings: SelectionSettings
+    small: tuple[int, ...] = ()
+    keys: tuple[str, ...] = ()
+
+    @property
+    def needs_signal(self) -> bool:
+        """Whether gradients are estimated for it."""
+        return signal_of(self.selector) is not None
+
+    @property
+    def passes_model(self) -> bool:
+        """Whether a training step passes the large batch through the model for it."""
+        return self.needs_signal and self.probe.passes_model
+
+    def same_choice(self, other: WayToChoose) -> bool:
+        """Return whether both choose alike."""
+        mine, theirs = (
+            (way.selector, way.settings, way.small, way.probe if way.needs_signal else None) for way in (self, other)
+        )
+        return mine == theirs
+
+    def choose(
+        self, facts: SampleFacts, batches: LargeBatches, number: int, size: int, signals: Signals | None
+    ) -> Coreset:
+        """Return the coreset of a large batch, chosen by the selector that training takes.
+
+        Args:
+            facts: of the sample.
+            batches: drawn from it.
+            number: of the batch, from 0.
+            size: b.
+            signals: of the batch's examples.
+        """
+        examples = batches.examples[number]
+        batch = LargeBatch(
+            step=number + 1,
+            indices=facts.indices[examples],
+            sources=facts.sources[examples],
+            lengths=facts.lengths[examples],
+            num_label_tokens=facts.num_label_tokens[examples],
+            home=torch.zeros_like(examples),
+            examples={},
+        )
+        selector = make_selector(self.selector, SelectorContext(size, self.small, self.settings))
+        return selector.select(batch, signals, SINGLE_PROCESS)
+
+
+@dataclass
+class WaysCompared:
+    """What a check compares.
+
+    Attributes:
+        ways: without random picks, whose kappa is 1 by definition.
+        notes: what was left out or is otherwise than in training, in sentences.
+    """
+
+    ways: list[WayToChoose] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def ways_to_choose(
+    config: CoLMSection, small: Sequence[int], facts: SampleFacts, num_sources: int, hidden_size: int | None
+) -> WaysCompared:
+    """Return all ways that can be compared on a sample, the recipe's own last if it is another one.
+
+    Args:
+        config: the recipe's section.
+        small: ids of the small sources that it keeps.
+        facts: of the sample.
+        num_sources: c; with one source a pool by source is the joint one.
+        hidden_size: of the model, the mask's size where the recipe leaves it to us; None: no mask.
+    """
+    compared = WaysCompared()
+    scopes = [(JOINT, False), *([(BY_SOURCE, True)] if num_sources > 1 else [])]
+    for estimator in ESTIMATORS:
+        if not facts.can(estimator):
+            continue
+        probe = ProbeConfig(estimator=estimator, layer=config.probe.layer)
+        for scope, per_source in scopes:
+            for weights in WEIGHTS:
+                settings = SelectionSettings(
+                    geometry="plain",
+                    metric="euclidean" if estimator == "tokens" else "l1",
+                    weights=weights,
+                    per_source=per_source,
+                    mask_size=hidden_size if estimator in ("exact", "spsa") else None,
+                    seed=config.seed,
+                )
+                name = f"{estimator}, {scope}, {weights}"
+                compared.ways.append(WayToChoose(name, "colm", probe, settings, (), _keys("colm", probe, settings)))
+    if facts.can("tokens"):
+        probe = ProbeConfig(estimator="tokens")
+        for scope, per_source in scopes:
+            settings = SelectionSettings(geometry="plain", metric="euclidean", per_source=per_source, seed=config.seed)
+            way = WayToChoose(
+                f"balanced by tokens, {scope}", "balanced", probe, settings, (), _keys("balanced", probe, settings)
+            )
+            compared.ways.append(way)
+    if num_sources > 1:
+        settings = SelectionSettings(geometry="plain", per_source=True, seed=config.seed)
+        keys = ("colm.selector=keep_random", "colm.small_sources=none", "colm.per_source=true")
+        compared.ways.append(WayToChoose("random by quotas", "keep_random", ProbeConfig(), settings, (), keys))
+    _add_recipe(compared, config, small, facts, hidden_size)
+    return compared
+
+
+def _add_recipe(
+    compared: WaysCompared, config: CoLMSection, small: Sequence[int], facts: SampleFacts, hidden_size: int | None
+) -> None:
+    signal = signal_of(config.selector)
+    if signal not in (None, "gradient"):
+        compared.notes.append(f"The recipe's selector {config.selector!r} goes by a score; it is not compared.")
+        return
+    if config.selector in ("random", "full"):
+        return
+    if signal is not None and not facts.can(config.probe.estimator):
+        compared.notes.append(f"The recipe's own choice by {config.probe.estimator!r} can not be compared here.")
+        return
+    masked = config.probe.estimator in ("exact", "spsa")
+    settings = SelectionSettings(
+        geometry="plain",
+        metric=config.metric,
+        weights=config.weights,
+        per_source=config.per_source,
+        mask_size=(hidden_size if config.mask.size == "auto" else config.mask.size) if masked else None,
+        mask_criterion=config.mask.criterion if config.mask.criterion in ("grad", "random") else "grad",
+        seed=config.seed,
+    )
+    way = WayToChoose(RECIPE, config.selector, config.probe, settings, tuple(small), ("as it is",))
+    if any(way.same_choice(other) for other in compared.ways):
+        return
+    compared.ways.append(way)
+    if signal is None:
+        return
+    if config.geometry == "adam":
+        compared.notes.append(
+            f"{RECIPE!r} is measured with geometry: plain: Adam's has a history of the steps before, which there is "
+            "none of in a check."
+        )
+    if config.probe.sample != 1.0 or config.probe.token_sample != 1.0:
+        compared.notes.append(f"{RECIPE!r} is measured with probe.sample and probe.token_sample at 1.")
+    if masked and config.mask.criterion not in ("grad", "random"):
+        compared.notes.append(f"{RECIPE!r} is measured with mask.criterion: grad.")
+
+
+def _keys(selector: str, probe: ProbeConfig, settings: SelectionSettings) -> tuple[str, ...]:
+    """Return what a recipe must say for it, as `key=value`."""
+    return (
+        f"colm.selector={selector}",
+        f"colm.probe.estimator={probe.estimator}",
+        "colm.small_sources=none",
+        f"colm.per_source={str(settings.per_source).lower()}",
+        f"colm.weights={settings.weights}",
+        f"colm.metric={settings.metric}",
+        "colm.geometry=plain",
+    )

@@ -1,0 +1,251 @@
+"""A check's kappa is that of plain autograd in float64; random weights and tokens that say nothing do not pay."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+from colm_ds.batching.loader import LargeBatchLoader, RecordDataset
+from colm_ds.check.errors_of_coresets import LargeBatches
+from colm_ds.check.measure import CheckResult, check_model
+from colm_ds.check.report_of_check import as_json, as_svg, format_check
+from colm_ds.cli import main
+from colm_ds.config.colm import CoLMSection
+from colm_ds.data.generated.mixture import write_mixture
+from colm_ds.probe.tokens import example_features, vectors_of_model
+from colm_ds.randomness import private_generator
+from colm_ds.selection import SINGLE_PROCESS, DenseGradients, SelectionSettings, Signals, select_coreset
+from colm_ds.types import Coreset, Example
+from tests.choices import random_choices
+from tests.engine.training import records
+from tests.probe.test_gradient_sketch import plain_rows
+from tests.tiny_models import VOCABULARY_SIZE, add_lora, tiny_model
+from tests.training.test_bad_input import recipe_of
+
+SIZES = {"large_batch_size": 16, "coreset_size": 8}
+SOURCES = {"a": 50, "b": 30, "c": 16}
+WIDER = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+"""Beyond a sketch's side."""
+
+
+def free(way: Any) -> float:
+    """Price of a way to choose where none costs anything."""
+    return 1.0
+
+
+def check(model: nn.Module, data: Any, **colm: Any) -> CheckResult:
+    """Eight batches of sixty-four examples, free of charge."""
+    config = CoLMSection(**{**SIZES, **colm})
+    return check_model(model, config, data, price=free, steps=10, num_examples=64, num_batches=8)
+
+
+def kappa(result: CheckResult, name: str) -> float:
+    return next(way.error.kappa for way in result.ways if way.way.name == name)
+
+
+def sampled(data: Any, count: int) -> list[Example]:
+    """The examples of the first large batches."""
+    loader = LargeBatchLoader(data, SIZES["large_batch_size"], seed=0, rank=0, world_size=1)
+    batches = [loader.batch(step) for step in range(1, 1 + count // SIZES["large_batch_size"])]
+    return [batch.examples[position] for batch in batches for position in range(batch.size)]
+
+
+def plain_kappa(rows: Tensor, parts: Tensor | None, batches: LargeBatches, coresets: Sequence[Coreset]) -> float:
+    """One loop over the batches, with the gradients themselves."""
+    counted = torch.ones(len(rows), dtype=torch.float64) if parts is None else parts.double()
+    own = expected = 0.0
+    for batch, coreset in zip(batches.examples, coresets, strict=True):
+        mean = counted[batch] @ rows[batch] / counted[batch].sum()
+        chosen = batch[coreset.positions]
+        factors = counted[chosen] * coreset.weights.double()
+        divisor = len(chosen) if parts is None else factors.sum()
+        own += float((factors @ rows[chosen] / divisor - mean).square().sum())
+        residuals = counted[batch][:, None] * (rows[batch] - mean) / counted[batch].mean()
+        r = len(batch)
+        expected += (1 / len(chosen) - 1 / r) * float(residuals.square().sum()) / (r - 1)
+    return own / expected
+
+
+@pytest.mark.parametrize("normalization", ["example", "token"])
+def test_kappa_is_that_of_autograd(normalization: str) -> None:
+    data, model = RecordDataset(records(SOURCES)), tiny_model("llama", **WIDER)
+    result = check(model, data, loss_normalization=normalization)
+    examples = sampled(data, 64)
+    assert result.num_examples == 64
+    assert result.num_batches == 8
+    counts = torch.tensor([float((example.labels[1:] != -100).sum()) for example in examples])
+    parts = counts if normalization == "token" else None
+    features = example_features(examples, vectors_of_model(model, 0, SINGLE_PROCESS), 0.5)
+    double = tiny_model("llama", **WIDER).double()
+    names = [name for name, module in double.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    rows = plain_rows(double, examples, names)
+    last = plain_rows(double, examples, ["model.layers.1.self_attn.v_proj"]).float()
+    batches = LargeBatches.draw(64, 16, 8, seed=0)
+    sources = torch.tensor([example.source for example in examples])
+
+    def chosen(matrix: Tensor, dense: bool, per_source: bool, metric: str) -> list[Coreset]:
+        found = []
+        for step, batch in enumerate(batches.examples, start=1):
+            signal = matrix[batch] if parts is None else matrix[batch] * parts[batch][:, None]
+            signals = Signals(
+                torch.arange(16),
+                torch.ones(16, dtype=torch.bool),
+                gradients=DenseGradients(signal) if dense else None,
+                vectors=None if dense else signal,
+                parts=None if parts is None else parts[batch],
+            )
+            settings = SelectionSettings(
+                geometry="plain",
+                metric=metric,
+                weights="matched",
+                per_source=per_source,
+                mask_size=64 if dense else None,
+            )
+            found.append(select_coreset(sources[batch], signals, 8, settings=settings, step=step))
+        return found
+
+    for name, coresets in (
+        ("tokens, one pool, matched", chosen(features, False, False, "euclidean")),
+        ("tokens, per source, matched", chosen(features, False, True, "euclidean")),
+        ("exact, one pool, matched", chosen(last, True, False, "l1")),
+    ):
+        assert kappa(result, name) == pytest.approx(plain_kappa(rows, parts, batches, coresets), abs=0.02), name
+
+
+def test_every_way_is_there_and_the_table_is_sorted() -> None:
+    result = check(tiny_model("llama"), RecordDataset(records(SOURCES)), small_sources="auto")
+    names = [way.way.name for way in result.ways]
+    wanted = {
+        f"{signal}, {scope}, {weights}"
+        for signal in ("tokens", "exact", "sketch", "spsa")
+        for scope in ("one pool", "per source")
+        for weights in ("uniform", "cluster", "matched")
+    }
+    wanted |= {f"balanced by tokens, {scope}" for scope in ("one pool", "per source")}
+    assert set(names) == wanted | {"random by quotas", "this recipe"}
+    kappas = [way.error.kappa for way in result.ways]
+    assert kappas == sorted(kappas)
+    assert any("geometry: plain" in note for note in result.notes)
+    lines = format_check(result).splitlines()
+    assert [line.split("  ")[0] for line in lines[4 : 4 + len(names) + 1] if not line.startswith("random (")] == names
+    assert json.loads(json.dumps(as_json(result)))["ways"][0]["name"] == names[0]
+    svg = as_svg(result)
+    assert all(name in svg for name in names)
+    same = check(tiny_model("llama"), RecordDataset(records(SOURCES)), probe={"estimator": "tokens"})
+    assert "this recipe" not in [way.way.name for way in same.ways]  # it is one of the others
+
+
+def test_nothing_pays_on_random_weights() -> None:
+    """Tokens that say nothing of each other, and weights that know nothing of them."""
+    generator = private_generator(0, "noise")
+    tokens = torch.randint(3, VOCABULARY_SIZE, (128, 14), generator=generator).tolist()
+    data = RecordDataset([{"input_ids": row[: 5 + n % 9], "source": "ab"[n % 2]} for n, row in enumerate(tokens)])
+    config = CoLMSection(**SIZES)
+    result = check_model(tiny_model("llama"), config, data, price=free, steps=100, num_examples=128, num_batches=16)
+    assert result.recommendation.startswith("Nothing pays: train plainly on 8 (colm.selector=random)")
+    assert not any(way.pays for way in result.ways)
+
+
+def test_lora_fresh_and_trained() -> None:
+    data = RecordDataset(records(SOURCES))
+    fresh = check(add_lora(tiny_model("llama"), "llama"), data)
+    trained = check(tiny_model("llama", lora=True), data)
+    assert trained.num_modules == 2 * fresh.num_modules
+    assert any("lora_A has no gradient yet" in note for note in fresh.notes)
+    assert not any("lora_A" in note for note in trained.notes)
+
+
+def test_classification() -> None:
+    result = check(tiny_model("llama"), random_choices(64))
+    assert {way.way.name.split(",")[0] for way in result.ways} >= {"tokens", "exact", "sketch", "spsa"}
+    assert not any("per source" in way.way.name for way in result.ways)  # there is one
+
+
+def test_a_family_that_the_probe_does_not_know() -> None:
+    result = check(tiny_model("gpt2"), RecordDataset(records(SOURCES)), selector="random")
+    assert any(note.startswith("exact, sketch and spsa are left out: model of type 'gpt2'") for note in result.notes)
+    names = {way.way.name.split(",")[0] for way in result.ways}
+    assert names == {"tokens", "balanced by tokens", "random by quotas"}
+
+
+def test_examples_that_are_not_finite_are_left_out() -> None:
+    data, model = RecordDataset(records(SOURCES)), tiny_model("llama")
+    counts = torch.bincount(torch.cat([example.input_ids for example in sampled(data, 64)]))
+    rare = int(torch.where(counts > 0, counts, len(data)).argmin())
+    with torch.no_grad():
+        model.get_input_embeddings().weight[rare] = torch.nan
+    result = check(model, data, selector="random")
+    assert result.num_examples < 64
+    assert any("are left out, as their gradients are not finite" in note for note in result.notes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe with LoRA and its data."""
+    folder = tmp_path_factory.mktemp("check")
+    write_mixture(folder / "data", seed=1, scale=0.05)
+    recipe = recipe_of(folder) | {"lora": {"rank": 4, "alpha": 8}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["check", str(folder / "recipe.yaml"), "--examples", "40", "--batches", "4"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((folder / "run_check" / "check.json").read_text())
+    assert (found["size"], found["large"], found["num_examples"], found["num_batches"]) == (8, 16, 40, 4)
+    assert found["recommendation"] in shown
+    assert re.search(r"^random \(plain training\) +1 +8 +0 +1\.00", shown, flags=re.MULTILINE)
+    prices = {way["name"]: way["price"] for way in found["ways"]}
+    assert prices["tokens, one pool, matched"] == prices["random by quotas"] == 1.0
+    assert prices["exact, one pool, matched"] == prices["spsa, per source, uniform"] > 1.5  # LoRA, no checkpointing
+    assert (folder / "run_check" / "check.svg").read_text().startswith("<?xml")
+    assert not (folder / "run").exists()
+
+
+def test_at_the_end_of_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """B of the adapter is not zero there, so A has gradients too."""
+    from colm_ds.recipes.model import load_model, load_tokenizer
+    from colm_ds.recipes.recipe import load_recipe
+
+    recipe = load_recipe(folder / "recipe.yaml")
+    tokenizer = load_tokenizer(recipe.model, recipe.tokenizer_place)
+    model: Any = load_model(recipe.model, recipe.lora, tokenizer)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    run = folder / "finished"
+    model.save_pretrained(run / "adapter")
+    (run / "summary.json").write_text(json.dumps({"status": "finished", "steps": 3}))
+    words = ["check", str(folder / "recipe.yaml"), "--examples", "32", "--batches", "2"]
+    assert main([*words, "--at", str(run), "--out", str(folder / "later")]) == 0
+    assert f"weights from {run / 'adapter'}, after step 3" in capsys.readouterr().out
+    later = json.loads((folder / "later" / "check.json").read_text())
+    assert later["notes"] == [note for note in later["notes"] if "lora_A" not in note]
+    assert main([*words, "--at", str(run / "checkpoints" / "step_7")]) != 0
+    assert "no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["colm.coreset_size=16"], r"colm\.coreset_size = 16: all of the large batch"),
+        (["--examples", "20"], "20 examples: fewer than two large batches"),
+        (["--batches", "1"], "--batches 1: less than 2"),
+        (["--at", "nowhere"], "nowhere: no such folder"),
+        (["colm.coreset_size=17"], r"more than colm\.large_batch_size = 16"),
+    ],
+)
+def test_mistakes_are_named(folder: Path, words: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(folder / "recipe.yaml"), *words]) != 0
+    assert re.search(why, capsys.readouterr().err)
