@@ -211,7 +211,7 @@ def check_model(
     if is_fresh_adapter(model):
         notes.append("Every lora_B is zero, so that lora_A has no gradient yet: B alone is measured. See --at.")
     table, exact = _sketch_all(sketch, sample, max_tokens, progress)
-    broken = ~torch.isfinite(table).all(dim=1)
+    broken = ~(torch.isfinite(table).all(dim=1) & torch.isfinite(exact).all(dim=1))
     if bool(broken.any()):
         notes.append(f"{int(broken.sum())} examples are left out, as their gradients are not finite.")
         sample, table, exact = sample.without(broken), table[~broken], exact[~broken]
@@ -339,11 +339,16 @@ def _products(table: Tensor, parts: Tensor | None) -> Tensor:
 
 
 def _features(model: nn.Module, config: CoLMSection, sample: _Sample, notes: list[str]) -> Tensor | None:
+    """Return features of `tokens` with `length_power: 0`, float32 `[N, K]`; None, with a note, where there are none."""
     try:
-        return example_features(sample.examples, vectors_of_model(model, config.seed, SINGLE_PROCESS), 0.0)
+        features = example_features(sample.examples, vectors_of_model(model, config.seed, SINGLE_PROCESS), 0.0)
     except ProbeError as error:
         notes.append(f"tokens is left out: {error}")
         return None
+    if not bool(torch.isfinite(features).all()):
+        notes.append("tokens is left out: the input embeddings hold numbers that are not finite.")
+        return None
+    return features
 
 
 def _errors(

@@ -131,8 +131,9 @@ def as_svg(result: CheckResult) -> str:
         axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":", label="random examples")
         axes.set_yticks(places, [way.way.name for way in ways])
         axes.set_ylim(len(ways) - 0.5, -0.5)
-        axes.set_xlim(0.0, min(_HIGHEST, max([1.0, *kappas]) * 1.05) + 0.05)
-        axes.set_xlabel("kappa: squared error of the coreset's gradient over that of as many random examples")
+        ends = [kappa + 2.0 * way.error.kappa_se for kappa, way in zip(kappas, ways, strict=True)]
+        axes.set_xlim(0.0, min(_HIGHEST, max([1.0, *ends])) + 0.1)
+        axes.set_xlabel("kappa: squared error over that of random examples")
         axes.set_title(f"{result.name}: {result.size} of {result.large}", fontsize=11)
         axes.grid(axis="x", linewidth=0.5)
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)

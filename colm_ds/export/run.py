@@ -146,7 +146,10 @@ def put_trained(model: Any, lora: LoraConfig | None, place: str | Path, dtype: s
     """
     place = Path(place)
     if not place.is_dir():
-        raise ConfigError(f"{place}: no such folder. Give the output folder of a run, or one of its checkpoints.")
+        names = sorted(path.name for path in place.parent.glob("*") if path.is_dir() and path.name[0] != ".")
+        there = place.parent.name == "checkpoints" and names
+        advice = f"There are: {', '.join(names)}" if there else "Give the output folder of a run, or of a checkpoint"
+        raise ConfigError(f"{place}: no such folder. {advice}.")
     run, tag = (place.parent.parent, place.name) if place.parent.name == "checkpoints" else (place, None)
     kind = MODEL if lora is None else ADAPTER
     source = _find_source(run, tag, kind)

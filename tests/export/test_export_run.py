@@ -17,7 +17,8 @@ from colm_ds.checkpoints import atomic
 from colm_ds.checkpoints.weights import save_model
 from colm_ds.cli import main
 from colm_ds.errors import CheckpointError, ConfigError
-from colm_ds.export.run import export_run
+from colm_ds.export.run import export_run, put_trained
+from colm_ds.recipes.sections import LoraConfig
 from tests.engine.training import NOTHING_PERSISTS, Case
 from tests.export.runs import base_of, expected_logits, logits, random_base, write_run
 from tests.ranks import Ranks
@@ -163,6 +164,36 @@ def test_checkpoint_by_name(lora_run: tuple[Path, dict[str, Tensor]], tmp_path: 
     assert not torch.equal(held[0][name.replace(".default", "")], trained[name])
     with pytest.raises(CheckpointError, match=r"step_9: no such checkpoint. There are: step_2, step_3\."):
         export_run(run, tag="step_9")
+
+
+def test_trained_weights_go_into_a_model(lora_run: tuple[Path, dict[str, Tensor]]) -> None:
+    """Of a finished run and of its checkpoints, as `colm-ds check --at` measures them."""
+    run, trained = lora_run
+    lora, name = LoraConfig(rank=4, alpha=8), next(iter(trained))
+    held = {}
+    for place, step in ((run, 3), (run / "checkpoints" / "step_3", 3), (run / "checkpoints" / "step_2", 2)):
+        model = case_of(2, True).build_model()
+        path, found = put_trained(model, lora, place, "float32")
+        assert found == step
+        assert path == (run / "adapter" if place == run else place)
+        held[place.name] = dict(model.named_parameters())
+        assert all(held[place.name][each].requires_grad for each in trained)
+    for at in (run.name, "step_3"):
+        assert all(torch.equal(held[at][each], value) for each, value in trained.items())
+    assert not torch.equal(held["step_2"][name], trained[name])
+    with pytest.raises(ConfigError, match=r"step_9: no such folder\. There are: step_2, step_3\."):
+        put_trained(case_of(2, True).build_model(), lora, run / "checkpoints" / "step_9", "float32")
+
+
+@pytest.mark.parametrize("finish", [False, True])
+def test_full_weights_go_into_a_model(finish: bool, pool: Ranks, tmp_path: Path) -> None:
+    case = case_of(2, False, model=TIED)
+    run, trained = write_run(tmp_path, case, pool, finish=finish)
+    model = case.build_model()
+    put_trained(model, None, run, "float32")
+    assert difference(logits(model), expected_logits(case, trained)) <= 1e-6
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_base_model_that_has_moved(unfinished: Path, lora_run: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
