@@ -49,6 +49,13 @@ class GradientGram:
         spread = float(products.diagonal().sum()) - 2.0 * cross + float(parts.square().sum()) * square
         return max(0.0, spread) / (n - 1) / (total / n) ** 2
 
+    def centred(self) -> Tensor:
+        """Return (y_i - p_i mean) . (y_j - p_j mean), float64 `[N, N]`."""
+        total = self.parts.sum()
+        to_mean = self.products.sum(dim=1) / total
+        crossed = to_mean[:, None] * self.parts + self.parts[:, None] * to_mean
+        return self.products - crossed + self.parts[:, None] * self.parts * self.mean_square()
+
     def coefficients(self, batch: Tensor, coreset: Coreset) -> Tensor:
         """Return c, with sum of c_i y_i the coreset's mean gradient less the large batch's; float64 `[N]`.
 
@@ -106,7 +113,8 @@ class CoresetError:
         kappa_se: standard error of kappa over the batches.
         worth: random examples with the same error.
         bias: |mean error|^2 in parts of |mean gradient|^2, its noise removed; may fall below 0 by chance.
-        bias_se: standard error of it over rounds of batches; None of a single round.
+        bias_se: standard error of it: over rounds of batches, and of these examples instead of others; None of a single
+            round.
         bias_within_sample: the same from all pairs of batches, also those that share examples: what this sample of
             examples adds by chance is in it.
     """
@@ -159,9 +167,25 @@ def coreset_error(gram: GradientGram, batches: LargeBatches, coresets: Sequence[
         kappa_se=float(scatter) / len(found) ** 0.5,
         worth=worth_of(kappa, sizes[0], r),
         bias=float(by_round.mean()) if count else within,
-        bias_se=float(by_round.std()) / count**0.5 if count > 1 else None,
+        bias_se=(float(by_round.var()) / count + _chance(gram, differences.mean(dim=0)) / scale**2) ** 0.5
+        if count > 1
+        else None,
         bias_within_sample=within,
     )
+
+
+def _chance(gram: GradientGram, mean: Tensor) -> float:
+    """Return the variance of a bias, not yet in parts of |mean gradient|^2, from which examples the sample holds.
+
+    Without a bias the mean error is a sum of what examples add, c_i (y_i - p_i mean), independent and 0 on average.
+    Then the sum of the products of two different ones has the variance 2 sum over i != j of their products' squares.
+
+    Args:
+        gram: of all examples.
+        mean: c, the mean over batches of the coefficients, `[N]`.
+    """
+    added = gram.centred() * mean[:, None] * mean
+    return 2.0 * float(added.square().sum() - added.diagonal().square().sum())
 
 
 def _numbers(batches: LargeBatches) -> list[int]:
