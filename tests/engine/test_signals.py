@@ -104,19 +104,24 @@ def test_signals_are_those_of_plain_gradients(name: str, stage: int, outcomes: R
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_measuring_changes_nothing(stage: int, world_size: int, outcomes: Runner) -> None:
-    """Neither the choice, nor training, nor what is counted as exchanged."""
-    with_it = replace(CASES["CoLM"], stage=stage)
-    without = Case("CoLM without variances", colm=EXACT, steps=4, stage=stage)
+@pytest.mark.parametrize(
+    ("stage", "world_size", "replays"),
+    [*((stage, world_size, False) for stage in (0, 1, 2) for world_size in (1, 2)), (0, 1, True), (2, 2, True)],
+)
+def test_measuring_changes_nothing(stage: int, world_size: int, replays: bool, outcomes: Runner) -> None:
+    """Neither the choice, nor training, nor what is counted as exchanged; nor where a LoRA run replays the probe."""
+    without = Case("without variances", lora=replays, checkpointing=replays, colm=EXACT, steps=4, stage=stage)
+    with_it = replace(without, name="with variances", colm={**EXACT, "variance_every": EVERY})
     for one, other in zip(outcomes(with_it, world_size), outcomes(without, world_size), strict=True):
+        assert one.replays == other.replays == replays
         assert one.chosen == other.chosen
         assert all(torch.equal(one.parameters[name], other.parameters[name]) for name in one.parameters)
-        for ours, theirs in zip(one.steps, other.steps, strict=True):
+        for place, (ours, theirs) in enumerate(zip(one.steps, other.steps, strict=True), start=1):
+            assert ("gradient_variance" in ours.stats["coreset"]) == (place % EVERY == 0)
             assert ours.stats["loss"] == theirs.stats["loss"]
             assert ours.stats["exchange_bytes"] == theirs.stats["exchange_bytes"]
             assert (len(ours.large), len(ours.chosen)) == (LARGE, CORESET)
+            assert all(ours.untouched.values())
 
 
 def test_stage_3_is_refused() -> None:

@@ -124,6 +124,17 @@ def test_micro_batches_do_not_matter() -> None:
     assert torch.allclose(whole, alone, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    """Sketches are in float32; gradients of fp16 do not underflow where an example has many tokens."""
+    model, examples = tiny_model("llama"), make_examples((120, 60))
+    wanted = GradientSketch(model, 0, 12).rows(make_micro_batch(examples))
+    rows = GradientSketch(model.to(dtype), 0, 12).rows(make_micro_batch(examples))
+    assert rows.dtype == torch.float32
+    assert float(F.cosine_similarity(rows, wanted).min()) > 0.99
+    assert float((rows.norm(dim=1) / wanted.norm(dim=1) - 1.0).abs().max()) < 0.05
+
+
 def test_fresh_lora_has_b_only() -> None:
     fresh = add_lora(tiny_model("llama"), "llama")
     assert is_fresh_adapter(fresh)
