@@ -11,6 +11,7 @@ from typing import Any
 
 SOURCES = {"sums": 4000, "sorting": 2600, "words": 1900, "dates": 420, "units": 260, "logic": 120}
 SMALL = ("dates", "units", "logic")
+VARIANCE = {"coreset": 0.02, "random": 0.04, "kappa": 0.5, "worth": 85.3}
 
 # How an arm trains, and by how much its losses, times and memory differ from plain training on b.
 ARMS: dict[str, dict[str, Any]] = {
@@ -168,7 +169,7 @@ def step_stats(
             "seen": {name: round(128 * count / total) for name, count in sources.items()},
             "loss": {name: 2.0 - 0.1 * place + noise.gauss(0, 0.01) for place, name in enumerate(sources)},
             "label_tokens": {"coreset": 40.0 if probing else 32.0, "large_batch": 32.0},
-            **({"gradient_variance": {"coreset": 0.02, "random": 0.04}} if probing and step % 10 == 0 else {}),
+            **({"gradient_variance": VARIANCE} if probing and step % 10 == 0 else {}),
             "coherence": {
                 name: 0.5 - 0.3 * min(1, step / 90) + noise.gauss(0, 0.03) for name in sources if name not in small
             }

@@ -309,11 +309,23 @@ def test_signals_of_the_selection(tmp_path: Path) -> None:
     plain, colm = tables["signals"]["rows"]
     numbers = [list(row.values()) if isinstance(row, dict) else row for row in (plain, colm)]
     assert numbers[0][1:3] == [32.0, 1.0]
-    assert numbers[0][3:] == [None, None, None]
-    assert numbers[1][1:] == pytest.approx([40.0, 1.25, 0.02, 0.04, 0.5])
+    assert numbers[0][3:] == [None, None, None, None]
+    assert numbers[1][1:] == pytest.approx([40.0, 1.25, 0.02, 0.04, 0.5, 85.3])
     assert len(tables["source_losses"]["rows"]) == 6
     page = (tmp_path / "out" / "report.html").read_text()
     check_page(page)
     assert "Variance of the coreset" in page
+    assert "Kappa: the coreset" in page
     assert "Completion length of the selected" in page
     assert any(section.key == "signals" for section in found.sections)
+
+
+def test_variances_of_version_0_1_0(tmp_path: Path) -> None:
+    """They have no kappa and no worth: neither a column nor a picture is made of nothing."""
+    folder = write_run(tmp_path / "colm-spsa", "colm-spsa")
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace(', "kappa": 0.5, "worth": 85.3', ""))
+    compare([load_run(folder)], tmp_path / "out", date=DATE)
+    (row,) = json.loads((tmp_path / "out" / "report.json").read_text())["tables"]["signals"]["rows"]
+    assert (list(row.values()) if isinstance(row, dict) else row)[1:] == pytest.approx([40.0, 1.25, 0.02, 0.04, 0.5])
+    assert "Kappa: the coreset" not in (tmp_path / "out" / "report.html").read_text()
