@@ -15,7 +15,7 @@ def small_source_ids(config: CoLMSection, source_counts: Mapping[str, int]) -> l
     """Ids of the sources whose examples are all kept.
 
     Args:
-        config: `small_sources` in it is `auto`, `none`, or a list of names or ids.
+        config: `small_sources` in it is `auto` or `below_mean`, `none`, or a list of names or ids.
         source_counts: examples of every source in the dataset; ids follow its order.
 
     Raises:
@@ -24,7 +24,7 @@ def small_source_ids(config: CoLMSection, source_counts: Mapping[str, int]) -> l
     names = list(source_counts)
     if config.small_sources == "none":
         return []
-    if config.small_sources == "auto":
+    if config.small_sources in ("auto", "below_mean"):
         return [names.index(name) for name in split_sources(source_counts)[0]]
     # A number names the source that is called so in the data; where no source is called so, it is an id.
     ids = [names.index(str(source)) if str(source) in names else source for source in config.small_sources]
@@ -63,7 +63,7 @@ def known_counts(
             'its number of examples, or write "small_sources": "none" and "per_source": false for one pool of all.'
         )
     names = [str(name) for name in given or ["all"]]
-    if config.small_sources == "auto" and looks_at_sources(config):
+    if config.small_sources in ("auto", "below_mean") and looks_at_sources(config):
         raise ConfigError(
             "CoresetSelector: names of sources, and no number of examples by which to tell the small ones. Give "
             'source_counts as a mapping, or list the small ones as "small_sources".'

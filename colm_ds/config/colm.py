@@ -190,10 +190,10 @@ class CoLMSection(Section):
         "b, small sources kept, all r); or a baseline: big_loss, gradient_norm, middle_perplexity, completion_length, "
         "least_confidence, hidden_medoids",
     )
-    small_sources: Literal["auto", "none"] | list[str | int] = Field(
+    small_sources: Literal["auto", "below_mean", "none"] | list[str | int] = Field(
         "auto",
-        description="kept whole: auto (those of fewer than |V|/c examples; with tokens none), none, or a list of names "
-        "or ids",
+        description="kept whole: below_mean (those of fewer than |V|/c examples), none, or a list of names or ids; "
+        "auto: below_mean, with tokens none",
     )
     small_share: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = Field(
         "auto",

@@ -10,9 +10,9 @@ from colm_ds.errors import Problems
 
 
 class Section(BaseModel):
-    """A part of a configuration: unknown keys are errors, values are not changed afterwards."""
+    """A part of a configuration: unknown keys are errors, numbers are finite, values are not changed afterwards."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def validate_section(kind: type[Section], values: Any, prefix: str, problems: Problems) -> Section | None:

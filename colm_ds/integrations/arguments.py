@@ -73,7 +73,7 @@ class CoLMConfig:
             values.setdefault("small_sources", "auto")
             values.setdefault("source_column", self.source_column)
         names = values["small_sources"]
-        if isinstance(names, str) and names not in ("auto", "none"):
+        if isinstance(names, str) and names not in ("auto", "below_mean", "none"):
             values["small_sources"] = [name.strip() for name in names.split(",")]
         return values
 

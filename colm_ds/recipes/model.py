@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from colm_ds.errors import ConfigError
+from colm_ds.errors import ConfigError, Problems
 from colm_ds.models.families import FAMILIES, set_pad_token
 from colm_ds.recipes.sections import LoraConfig, ModelConfig
 
@@ -88,8 +89,15 @@ def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
         path = str(config.name_or_path)
         if gguf and not (Path(path) / str(config.gguf_file)).is_file():
             raise ConfigError(f"model.gguf_file = {config.gguf_file!r}: no such file in {path}.")
+        if (Path(path) / "adapter_config.json").is_file():
+            raise _is_adapter(path)
         with contextlib.redirect_stderr(io.StringIO()) if gguf else contextlib.nullcontext():  # a bar per rank
-            model = AutoModelForCausalLM.from_pretrained(path, **gguf, **options)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path, **gguf, **options, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise _is_adapter(path)
+        check_loaded(path, model, report)
         if gguf and hasattr(model.config, "quantization_config"):
             del model.config.quantization_config  # the weights are plain now; a saved copy must load as such
         return model
@@ -99,6 +107,52 @@ def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
             f"model {name} can not be built: {_first_line(error)} "
             "Name a whole model folder or a hub name; a file that was cut off must be fetched again."
         ) from None
+
+
+def check_loaded(path: str, model: nn.Module, report: Mapping[str, Any]) -> None:
+    """Raise unless a model's weights are all from its files, all of these are in it, and they are finite numbers.
+
+    Args:
+        path: where they were loaded from.
+        model: as it was loaded.
+        report: what transformers says of the tensors that did not fit.
+
+    Raises:
+        ConfigError: listing the first of each kind.
+    """
+    problems = Problems(f"model {path}")
+    kinds = {
+        "missing_keys": "are missing in its files, so that random numbers would stand there",
+        "unexpected_keys": "in its files have no place in the model",
+        "mismatched_keys": "have another shape in its files",
+        "error_msgs": "could not be loaded",
+    }
+    for kind, what in kinds.items():
+        keys = [key if isinstance(key, str) else str(key[0]) for key in report.get(kind) or ()]
+        if keys:
+            advice = "Name a folder whose tensors are called as this architecture calls them"
+            problems.messages.append(f"{len(keys)} tensors {what}: {_named(keys)}. {advice}.")
+    broken = [name for name, tensor in model.named_parameters() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        advice = "Fetch the model again, or take an earlier checkpoint of it"
+        problems.messages.append(f"{len(broken)} tensors hold numbers that are not finite: {_named(broken)}. {advice}.")
+    problems.raise_if_any()
+
+
+_SHOWN = 5
+"""Tensors of each kind that a message names."""
+
+
+def _named(keys: Sequence[str]) -> str:
+    rest = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    return ", ".join(sorted(keys)[:_SHOWN]) + rest
+
+
+def _is_adapter(path: str) -> ConfigError:
+    return ConfigError(
+        f"model.name_or_path = {path}: a LoRA adapter, not a model. Merge it into its base first (`colm-ds export RUN "
+        "--merge`, or PEFT's merge_and_unload) and name the merged folder; a `lora:` section then adds a new adapter."
+    )
 
 
 def add_lora(model: Any, config: LoraConfig) -> nn.Module:

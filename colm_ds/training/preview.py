@@ -70,7 +70,11 @@ def describe_sources(recipe: Recipe | ChoiceRecipe, train: Data, heldout: Data |
         lines.append(f"{name:{width}} {count:>9,} {count / len(train):>7.1%} {tokens:>11,} {trained:>11,}  {kept}")
     total, trained = int(train.lengths.sum()), int(train.num_label_tokens.sum())
     lines.append(f"{'all':{width}} {len(train):>9,} {1:>7.0%} {total:>11,} {trained:>11,}")
-    lines.append(f"small: fewer than |V|/c = {limit:,.1f} examples" if recipe.colm.small_sources == "auto" else "")
+    lines.append(
+        f"small: fewer than |V|/c = {limit:,.1f} examples"
+        if recipe.colm.small_sources in ("auto", "below_mean")
+        else ""
+    )
     steps = with_steps(recipe, train).steps
     passes = steps * recipe.colm.large_batch_size / len(train)
     lines.append(f"steps: {steps:,}, in which {passes:.2f} passes over the data are looked at")
