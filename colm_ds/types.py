@@ -219,7 +219,7 @@ class StepStats:
 
     Attributes:
         step: 1-based optimizer step.
-        loss: weighted mean loss of the coreset (nats per token, by `loss_normalization`).
+        loss: weighted mean loss of the coreset (nats per token, by `loss_normalization`); None if none is finite.
         lr: learning rate of the first parameter group in this step.
         grad_norm: norm of the gradient before clipping; None where DeepSpeed does not give it.
         skipped: whether the gradient was not finite, so that the step changed nothing.
@@ -248,7 +248,7 @@ class StepStats:
     """
 
     step: int
-    loss: float
+    loss: float | None
     lr: float
     grad_norm: float | None
     skipped: bool

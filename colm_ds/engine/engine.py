@@ -257,7 +257,8 @@ class CoLMEngine:
                 broken += broken_positions(done, batch, self._exchange)
             skipped = not inner.was_step_applied()
             if totals.num_broken == 0 or not skipped or len(broken) == len(positions):
-                return _Update(placement, token_bytes, totals.loss, losses, grad_norm, skipped, sorted(broken))
+                loss = None if len(broken) == len(positions) else totals.loss
+                return _Update(placement, token_bytes, loss, losses, grad_norm, skipped, sorted(broken))
 
     def _place(self, selection: Selection, positions: Sequence[int]) -> Placement:
         return place(
@@ -457,7 +458,7 @@ class _Update:
     Attributes:
         placement: who trained which examples.
         token_bytes: payload of moving their tokens.
-        loss: weighted mean loss of the coreset, in nats.
+        loss: weighted mean loss of the coreset, in nats; None if no example has a finite one.
         losses: mean token loss of every example that was trained on, by position, float64 `[r]`.
         grad_norm: before clipping; None where DeepSpeed does not give it.
         skipped: whether the gradient was not finite, so that nothing was changed.
@@ -466,7 +467,7 @@ class _Update:
 
     placement: Placement
     token_bytes: int
-    loss: float
+    loss: float | None
     losses: Tensor
     grad_norm: float | None
     skipped: bool

@@ -75,6 +75,18 @@ class SkippedSteps:
         self.total += skipped
         self.in_a_row = self.in_a_row + 1 if skipped else 0
 
+    def check_any_applied(self, step: int) -> None:
+        """Raise if no step up to this one changed anything.
+
+        Raises:
+            DivergenceError: if all were skipped.
+        """
+        if 0 < step <= self.total:
+            raise DivergenceError(
+                f"step {step}: the gradient was not finite in any of the {step} steps, so nothing was trained. "
+                "Lower the learning rate, and look at the weights and the examples named in the metrics."
+            )
+
     def check(self, step: int) -> None:
         """Raise if the last steps were all skipped.
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-_SAID = "colm_ds/last_words"
+_SAID, _CODE = "colm_ds/last_words", "colm_ds/exit_code"
 
 
 def end_all(message: str, code: int) -> NoReturn:
@@ -26,17 +26,23 @@ def end_all(message: str, code: int) -> NoReturn:
     first = True
     with contextlib.suppress(RuntimeError):  # the store is gone with the rank that kept it, which had its say
         first = store is None or store.add(_SAID, 1) == 1
+        if store is not None and first:
+            store.set(_CODE, str(int(code)))
     if first:
         print(message, file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def was_said() -> bool:
-    """Whether another rank ended with a message; asked by a rank that lost the others, False if that was rank 0."""
+def said_code() -> int | None:
+    """Return the exit code of the rank that ended with a message, asked by one that lost it; None if none did.
+
+    None also if that was rank 0, which keeps what the ranks know of each other.
+    """
     store = _store()
-    with contextlib.suppress(RuntimeError):
-        return store is not None and store.add(_SAID, 0) > 0
-    return False
+    with contextlib.suppress(RuntimeError, ValueError):
+        if store is not None and store.add(_SAID, 0) > 0:
+            return int(store.get(_CODE))
+    return None
 
 
 def leave(code: int | str | None) -> NoReturn:

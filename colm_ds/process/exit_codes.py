@@ -19,3 +19,5 @@ class ExitCode(IntEnum):
     DIVERGED = 5
     """Gradients or signals stopped being finite; after a checkpoint."""
     OUT_OF_MEMORY = 6
+    EVALUATION_FAILED = 7
+    """All steps are done and the trained weights written; measuring them failed."""

@@ -28,7 +28,7 @@ def summarise(
     phases = sorted({name for entry in timed for name in entry["time_s"]})
     return {
         "steps": entries[-1]["step"],
-        "loss": float(np.mean([entry["loss"] for entry in entries[-10:]])),
+        "loss": _mean_loss(entries[-10:]),
         "step_s": {
             "median": float(np.median(totals)),
             "p10": float(np.percentile(totals, 10)),
@@ -47,6 +47,12 @@ def summarise(
         **_means(entries, "label_tokens"),
         **_means(entries, "gradient_variance"),
     }
+
+
+def _mean_loss(entries: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the mean loss of the steps that have one; None if none has."""
+    losses = [entry["loss"] for entry in entries if entry["loss"] is not None]
+    return float(np.mean(losses)) if losses else None
 
 
 def _measures_variance(entry: Mapping[str, Any]) -> bool:

@@ -6,8 +6,9 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from colm_ds.memory.meter import GIB
 from colm_ds.memory.recorder import PEAKS
 from colm_ds.models.architecture import find_architecture
 from colm_ds.planner.advice import planned_advice
-from colm_ds.process.exit import end_all, was_said
+from colm_ds.process.exit import end_all, said_code
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.process.stop_request import StopRequest
 from colm_ds.recipes.model import load_model, load_tokenizer, precision_sections, quiet_libraries
@@ -42,7 +43,7 @@ from colm_ds.run_folder.environment import describe_environment
 from colm_ds.run_folder.summary import summarise
 from colm_ds.run_folder.write import RunFolder, read_metrics
 from colm_ds.training.monitors import monitor_sections, set_environment
-from colm_ds.training.start_or_resume import CHECKPOINTS, check_same_data, may_restart, where_to_start
+from colm_ds.training.start_or_resume import CHECKPOINTS, NOT_EVALUATED, check_same_data, may_restart, where_to_start
 from colm_ds.training.tasks import InTraining, TrainingTask, load_task, with_steps
 from colm_ds.types import StepStats
 
@@ -92,8 +93,8 @@ def crashes_explained() -> Iterator[None]:
     except RuntimeError as error:
         if not any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection")):
             raise
-        if was_said():
-            sys.exit(ExitCode.OUT_OF_MEMORY)
+        if (code := said_code()) is not None:
+            sys.exit(code)
         reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
         lost = f"rank {dist.get_rank()}: lost the other ranks ({reason})."
         sys.exit(f"{lost} Restarting goes on from the last checkpoint.")
@@ -166,6 +167,7 @@ class TrainingRun:
         self.folder = together(self._make_folder, device)
         self.engine.monitor.open()
         self.last_heldout: dict[str, Any] | None = None
+        self.weights: Path | None = None
         self.engine.memory.folder = Path(recipe.output_dir)
         self._peaks: dict[str, float] = {}
         self._parts: dict[str, float] = {}
@@ -190,9 +192,17 @@ class TrainingRun:
                     raise error.with_advice(planned_advice(self.engine, error)) from error
                 except (DivergenceError, SelectionError) as error:
                     return self._diverged(error)
+                if step == recipe.steps:
+                    try:
+                        self.engine.skipped.check_any_applied(self.engine.step_count)
+                    except DivergenceError as error:
+                        self._record(stats, step, facts, measures=False)
+                        return self._diverged(error)
+                    self._write_weights()
                 self._record(stats, step, facts)
                 rate = stats.examples_trained / stats.time_s["total"]
-                bar.set_postfix_str(f"loss {stats.loss:.3f}, {rate:.1f} examples/s, {stats.memory_gib['peak']:.2f} GiB")
+                loss = "-" if stats.loss is None else f"{stats.loss:.3f}"
+                bar.set_postfix_str(f"loss {loss}, {rate:.1f} examples/s, {stats.memory_gib['peak']:.2f} GiB")
                 bar.update()
                 with self.engine.watchdog.watching(f"agreeing after step {step} whether to stop"):
                     stopping = self.stop.agreed(self.device) and step < recipe.steps
@@ -204,15 +214,21 @@ class TrainingRun:
             self._finish(started)
         return 0
 
-    def _record(self, stats: StepStats, step: int, facts: dict[str, Any]) -> None:
-        """Keep a step's numbers, with the held-out loss where it is due."""
+    def _record(self, stats: StepStats, step: int, facts: dict[str, Any], measures: bool = True) -> None:
+        """Keep a step's numbers, with the held-out loss where it is due, unless nothing is to be measured."""
         for name, peak in stats.memory_gib.items():
             self._peaks[name] = max(self._peaks.get(name, 0.0), peak)
         if stats.memory_gib["peak"] == self._peaks["peak"]:
             self._parts = stats.memory_parts_gib
         every = self.recipe.evaluation.every
-        due = step == self.recipe.steps or (every > 0 and step % every == 0)
-        self._log({**stats.as_dict(), **facts, **self._heldout(due)})
+        due = measures and (step == self.recipe.steps or (every > 0 and step % every == 0))
+        try:
+            with self._measuring_the_end() if step == self.recipe.steps else nullcontext():
+                heldout = self._heldout(due)
+        except BaseException:
+            self._log({**stats.as_dict(), **facts})
+            raise
+        self._log({**stats.as_dict(), **facts, **heldout})
         if self.folder and stats.skipped:
             tqdm.write(
                 f"step {step}: the gradient is not finite, nothing was changed ({self.engine.skipped.total} so far)"
@@ -251,14 +267,36 @@ class TrainingRun:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return ExitCode.DIVERGED
 
-    def _finish(self, started: float) -> None:
-        with self.engine.watchdog.watching("the evaluation"):
-            if self.last_heldout is None:  # resumed after the last step
-                self._heldout(True)
-            results = self.task.finish(self.in_training)
+    def _write_weights(self) -> None:
+        """Write what was trained, before anything is measured that could fail."""
         with self.engine.watchdog.watching("writing the trained weights"):
             folder = Path(self.recipe.output_dir)
-            weights = save_trained(self.engine, self.tokenizer, folder, is_main=self.rank == 0)
+            self.weights = save_trained(self.engine, self.tokenizer, folder, is_main=self.rank == 0)
+
+    @contextmanager
+    def _measuring_the_end(self) -> Iterator[None]:
+        """Say where the trained weights are if measuring them fails, whatever the reason, and end all ranks."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, (CoLMError, torch.OutOfMemoryError)):
+                traceback.print_exc()
+            if self.folder:
+                self.folder.write("summary.json", {"status": NOT_EVALUATED, "steps": self.recipe.steps})
+            where = f"The trained weights are in {self.weights}; finetune/evaluate.py measures them."
+            reason = str(error).strip().split("\n")[0]
+            end_all(
+                f"the final evaluation failed: {type(error).__name__}: {reason}\n{where}", ExitCode.EVALUATION_FAILED
+            )
+
+    def _finish(self, started: float) -> None:
+        if self.weights is None:  # resumed after the last step
+            self._write_weights()
+        folder = Path(self.recipe.output_dir)
+        with self.engine.watchdog.watching("the evaluation"), self._measuring_the_end():
+            if self.last_heldout is None:
+                self._heldout(True)
+            results = self.task.finish(self.in_training)
         peaks, by_rank = self._largest_peaks()
         if self.folder:
             self.folder.close()
@@ -271,7 +309,8 @@ class TrainingRun:
             summary |= {"peak_memory_parts_gib": self._parts}
             summary |= {**results, "wall_s": time.perf_counter() - started}
             self.folder.write("summary.json", summary)
-            write_model_card(weights, folder, kind=ADAPTER if self.recipe.lora else MODEL)
+            assert self.weights is not None
+            write_model_card(self.weights, folder, kind=ADAPTER if self.recipe.lora else MODEL)
             self.folder.write("summary.json", {**summary, "status": "finished"})  # the last file of a run
             print(f"{self.recipe.name}: {self.recipe.steps} steps done, written to {self.recipe.output_dir}")
             if summary["coherence"]:

@@ -17,6 +17,9 @@ from colm_ds.recipes.recipe import BaseRecipe
 
 CHECKPOINTS = "checkpoints"
 
+NOT_EVALUATED = "not evaluated"
+"""Status of a run whose steps are done and whose weights are written, but which could not be measured."""
+
 _MAY_CHANGE = {
     *("name", "output_dir", "overwrite", "save_every", "keep_last", "resume", "monitor", "verbose"),
     *("evaluation", "tokenizer", "deepspeed", "data.train", "data.heldout", "data.cache_dir", "model.name_or_path"),
@@ -56,7 +59,13 @@ def where_to_start(recipe: BaseRecipe) -> atomic.Checkpoint | None:
     if recipe.resume == "never":
         return None  # `RunFolder` refuses to replace what is there
     _check_same(recipe, folder / "config.json")
-    return atomic.find(folder / CHECKPOINTS, repair=True)
+    found = atomic.find(folder / CHECKPOINTS, repair=True)
+    if found is None and _read(folder / "summary.json").get("status") == NOT_EVALUATED:
+        raise ConfigError(
+            f"output_dir = {recipe.output_dir}: holds trained weights whose evaluation failed. Measure them with "
+            "finetune/evaluate.py, choose another output_dir, or overwrite=true to start anew."
+        )
+    return found
 
 
 def may_restart(recipe: BaseRecipe) -> bool:

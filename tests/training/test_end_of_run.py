@@ -1,0 +1,76 @@
+"""What was trained outlives an evaluation that fails, and a run that trained nothing does not end as one that did."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from colm_ds.data.generated.mixture import write_mixture
+from colm_ds.process.exit_codes import ExitCode
+from tests.finetune.test_entry import ROOT, recipe_of, start
+
+PROGRAM = "tests/training/ending_badly.py"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("end")
+    write_mixture(folder / "data", seed=1, scale=0.02)
+    return folder
+
+
+def recipe(data: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+    made = recipe_of(data, output_dir=str(folder / "run"), overwrite=False, steps=2, **changes)
+    made["data"]["heldout"] = str(data / "data" / "heldout.jsonl")
+    return made
+
+
+def alone(values: dict[str, Any], folder: Path, what: str) -> subprocess.CompletedProcess[str]:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, PROGRAM, what, "0", str(path)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_weights_are_there_when_the_evaluation_fails(data: Path, tmp_path: Path) -> None:
+    values = recipe(data, tmp_path)
+    done = alone(values, tmp_path, "evaluation")
+    assert done.returncode == ExitCode.EVALUATION_FAILED
+    assert "the final evaluation failed: RuntimeError: the disk of the questions is gone" in done.stderr
+    assert f"The trained weights are in {tmp_path / 'run' / 'model'}" in done.stderr
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "not evaluated"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in lines] == [0, 1, 2]
+    again = alone(values, tmp_path, "nothing")  # there is no checkpoint to go on from, and nothing is thrown away
+    assert again.returncode == ExitCode.BAD_INPUT
+    assert "holds trained weights whose evaluation failed" in again.stderr
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_all_ranks_end_and_a_checkpoint_is_gone_on_from(data: Path, tmp_path: Path) -> None:
+    values = recipe(data, tmp_path, save_every=1)
+    done = start(tmp_path, values, program=(PROGRAM, "evaluation", "1"))
+    assert done.code == ExitCode.EVALUATION_FAILED, done.output
+    assert done.output.count("the final evaluation failed") == 1
+    again = start(tmp_path, values, program=(PROGRAM, "nothing", "0"))
+    assert again.code == 0, again.output
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
+
+
+def test_a_run_whose_every_step_was_skipped(data: Path, tmp_path: Path) -> None:
+    """Fewer steps than `max_skipped_steps`: it is no success all the same, and no weights are written."""
+    done = alone(recipe(data, tmp_path), tmp_path, "gradients")
+    assert done.returncode == ExitCode.DIVERGED
+    assert "not finite in any of the 2 steps, so nothing was trained" in done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
+    assert not (tmp_path / "run" / "model").exists()
