@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -58,6 +59,7 @@ class ChoiceDataset:
         self._firsts = np.concatenate([[0], np.cumsum(num_candidates)]).astype(np.int64)
         self._offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self._starts = starts
+        self._num_candidates = num_candidates
         table = np.zeros((count, int(num_candidates.max())), dtype=np.int64)
         table[np.arange(table.shape[1]) < num_candidates[:, None]] = lengths
         rows = np.array([self._rows_of(index) for index in range(count)], dtype=np.int64)
@@ -72,6 +74,13 @@ class ChoiceDataset:
 
         widest = self.candidates.lengths.max(dim=1).values
         self.num_at_max_length = 0 if max_length is None else int((widest == max_length).sum())
+
+    def digest(self) -> str:
+        """Return a digest of all examples in their order: tokens, candidates, right ones."""
+        found = hashlib.blake2b(digest_size=16)
+        for array in (self.tokens, self._offsets, self._starts, self._num_candidates, self.candidates.golds.numpy()):
+            found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,6 +107,14 @@ class InstructionDataset:
             self.num_dropped,
             cache,
         )
+
+    def digest(self) -> str:
+        """Return a digest of all examples in their order: tokens, prompts and sources."""
+        found = hashlib.blake2b(digest_size=16)
+        for array in (self.tokens, self.starts, self.lengths, self.prompt_lengths, self.source_ids):
+            found.update(np.ascontiguousarray(array).data)
+        found.update(json.dumps(list(self.source_names)).encode())
+        return found.hexdigest()
 
     def source_counts(self) -> dict[str, int]:
         """Examples of each source by name, in the order of the ids; 0 for a source of which none is left."""

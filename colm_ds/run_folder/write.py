@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from colm_ds.errors import ConfigError
+from colm_ds.run_folder.contents import own_entries, remove_own
 
 
 class RunFolder:
@@ -24,7 +24,7 @@ class RunFolder:
 
         Args:
             path: where.
-            overwrite: replace a run that is there.
+            overwrite: replace a run that is there; files that no run writes stay.
             resumed_step: the run goes on after this step; what was logged of later ones is dropped.
 
         Raises:
@@ -41,7 +41,11 @@ class RunFolder:
                     raise ConfigError(
                         f"output_dir = {path}: holds a run already. Choose another, or overwrite=true to start anew."
                     )
-                shutil.rmtree(self.path)
+                remove_own(self.path)
+            elif own := own_entries(self.path):
+                if not overwrite or not (self.path / "config.json").exists():
+                    raise no_run_of(own)
+                remove_own(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             self._metrics = metrics.open("a", encoding="utf-8")
         except OSError as error:
@@ -73,6 +77,15 @@ class RunFolder:
     def close(self) -> None:
         """Close metrics.jsonl."""
         self._metrics.close()
+
+
+def no_run_of(own: Sequence[Path]) -> ConfigError:
+    """Return the error for what only runs write, in a folder without a run."""
+    held = ", ".join(entry.name for entry in own)
+    return ConfigError(
+        f"output_dir = {own[0].parent}: holds {held} and no metrics.jsonl of a run, so that nobody knows whose they are. "
+        "Move them away, or choose another output_dir."
+    )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -40,10 +41,18 @@ from colm_ds.recipes.model import load_model, load_tokenizer, precision_sections
 from colm_ds.recipes.recipe import BaseRecipe, load_recipe
 from colm_ds.recipes.sections import LrScheduleConfig
 from colm_ds.run_folder.environment import describe_environment
+from colm_ds.run_folder.lock import RunLock
 from colm_ds.run_folder.summary import summarise
 from colm_ds.run_folder.write import RunFolder, read_metrics
 from colm_ds.training.monitors import monitor_sections, set_environment
-from colm_ds.training.start_or_resume import CHECKPOINTS, NOT_EVALUATED, check_same_data, may_restart, where_to_start
+from colm_ds.training.start_or_resume import (
+    CHECKPOINTS,
+    NOT_EVALUATED,
+    check_same_data,
+    check_same_settings,
+    may_restart,
+    where_to_start,
+)
 from colm_ds.training.tasks import InTraining, TrainingTask, load_task, with_steps
 from colm_ds.types import StepStats
 
@@ -153,6 +162,7 @@ class TrainingRun:
         self.stop = stop
         self.exchange = make_exchange(device)
         self.config = together(self._checked_config, device)
+        self.lock = together(lambda: RunLock(recipe.output_dir) if self.rank == 0 else None, device)
         start = together(lambda: where_to_start(recipe) if self.rank == 0 else None, device)
         self.tokenizer = together(lambda: load_tokenizer(recipe.model, recipe.tokenizer_place), device)
         self.task = self._load_task()
@@ -242,7 +252,12 @@ class TrainingRun:
         """A checkpoint; where it can not be written training goes on, and says so."""
         if self.folder:
             self.folder.sync()
-        client_state = {"sources": source_counts(self.task.train), "data": self.task.identity()}
+        client_state = {
+            "sources": source_counts(self.task.train),
+            "data": self.task.identity(),
+            "recipe": json.dumps(self.recipe.model_dump(), default=str),
+            "deepspeed": json.dumps(self.engine.config.deepspeed, default=str),
+        }
         try:
             folder = str(Path(self.recipe.output_dir) / CHECKPOINTS)
             self.engine.save_checkpoint(folder, client_state=client_state, keep_last=self.recipe.keep_last)
@@ -323,6 +338,7 @@ class TrainingRun:
             return 1
         state = self.engine.resume(found)
         check_same_data(str(found.path), state.get("data", {}), self.task.identity())
+        check_same_settings(str(found.path), state, self.recipe, self.engine.config.deepspeed)
         counts = source_counts(self.task.train)
         if state["sources"] != counts:
             raise ConfigError(

@@ -14,6 +14,8 @@ from colm_ds.config.colm import CoLMSection
 from colm_ds.config.section import Section
 from colm_ds.errors import ConfigError
 from colm_ds.recipes.recipe import BaseRecipe
+from colm_ds.run_folder.contents import own_entries
+from colm_ds.run_folder.write import no_run_of
 
 CHECKPOINTS = "checkpoints"
 
@@ -51,6 +53,8 @@ def where_to_start(recipe: BaseRecipe) -> atomic.Checkpoint | None:
         _check_same(recipe, path.parent.parent / "config.json")
         return found
     if not (folder / "metrics.jsonl").exists():
+        if own := own_entries(folder):
+            raise no_run_of(own)
         return None
     if _read(folder / "summary.json").get("status") == "finished":
         raise ConfigError(
@@ -102,6 +106,60 @@ def check_finished(recipe: BaseRecipe) -> None:
             + "\n  ".join(differences)
             + "\n  Put that back, choose another output_dir, or overwrite=true to start anew."
         )
+
+
+def check_same_settings(
+    checkpoint: str, before: Mapping[str, Any], recipe: BaseRecipe, deepspeed: Mapping[str, Any]
+) -> None:
+    """Compare what is to be run with what a checkpoint itself says it was made by.
+
+    Args:
+        checkpoint: its path.
+        before: its client state: `recipe` and `deepspeed` as JSON; what an older one lacks is not compared.
+        recipe: what is to be run.
+        deepspeed: the resolved DeepSpeed configuration.
+
+    Raises:
+        ConfigError: listing every key that changes the result and differs.
+    """
+    differences = []
+    if "recipe" in before:
+        constant = recipe.lr_schedule.kind == "constant" and recipe.lr_schedule.warmup_fraction == 0
+        free = _MAY_CHANGE | ({"steps"} if constant else set())
+        differences += recipe_differences(json.loads(before["recipe"]), recipe, free)
+    if "deepspeed" in before:
+        now = json.loads(json.dumps(deepspeed, default=str))
+        differences += [
+            f"deepspeed {key}: {one!r} there, {other!r} here"
+            for key, one, other in _compare(json.loads(before["deepspeed"]), now)
+            if not any(key == name or key.startswith(f"{name}.") for name in _DEEPSPEED_MAY_CHANGE)
+        ]
+    if differences:
+        raise ConfigError(
+            f"{checkpoint}: was made with other settings.\n  "
+            + "\n  ".join(differences)
+            + "\n  Put that back to go on, choose another output_dir, or overwrite=true to start anew."
+        )
+
+
+_DEEPSPEED_MAY_CHANGE = {
+    *(
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "managed_gradient_accumulation",
+    ),
+    *("optimizer", "scheduler", "steps_per_print", "wall_clock_breakdown", "dump_state", "memory_breakdown"),
+    *("tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler", "comms_logger", "monitor_config"),
+    *(
+        "zero_optimization",
+        "zero_force_ds_cpu_optimizer",
+        "zero_allow_untested_optimizer",
+        "checkpoint",
+        "activation_checkpointing",
+    ),
+}
+"""DeepSpeed keys that say how it computes or what it prints; the recipe has the optimizer, a checkpoint its stage."""
 
 
 def check_same_data(

@@ -19,10 +19,12 @@ class ChoiceTask:
         """Read and tokenise; see `load_choice_data` for what it raises."""
         self._settings = recipe.evaluation
         self.train, self._heldout = load_choice_data(recipe, tokenizer)
+        self._place = str(recipe.data.train or f"{recipe.data.folder} ({recipe.data.task})")
+        self._digest = self.train.digest()
 
     def identity(self) -> dict[str, dict[str, str]]:
-        """See `TrainingTask.identity`: nothing; sources and counts are compared."""
-        return {}
+        """See `TrainingTask.identity`: the training examples."""
+        return {"data.train": {"place": self._place, "digest": self._digest}}
 
     def begin_step(self, run: InTraining, step: int) -> dict[str, Any]:
         """See `TrainingTask.begin_step`."""

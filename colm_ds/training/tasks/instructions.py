@@ -17,13 +17,15 @@ class InstructionTask:
     def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
         """Read and tokenise; see `load_data` for what it raises."""
         self._settings = recipe.evaluation
+        self._place = str(recipe.data.train)
         self.train, self._heldout = load_data(recipe, tokenizer)
+        self._digest = self.train.digest()
         questions = recipe.data.heldout if recipe.evaluation.exact_match else None
         self._questions = load_questions(questions, recipe.data.source_key) if questions else []
 
     def identity(self) -> dict[str, dict[str, str]]:
-        """See `TrainingTask.identity`: nothing; sources and counts are compared."""
-        return {}
+        """See `TrainingTask.identity`: the training examples."""
+        return {"data.train": {"place": self._place, "digest": self._digest}}
 
     def begin_step(self, run: InTraining, step: int) -> dict[str, Any]:
         """See `TrainingTask.begin_step`."""

@@ -1,0 +1,157 @@
+"""A run's folder: only a run's own files are removed, one run at a time, and a resume knows what it resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from colm_ds.data.generated.mixture import write_mixture
+from colm_ds.errors import ConfigError
+from colm_ds.process.exit_codes import ExitCode
+from colm_ds.recipes.recipe import load_recipe
+from colm_ds.run_folder.contents import own_entries
+from colm_ds.run_folder.lock import RunLock
+from colm_ds.run_folder.write import RunFolder
+from colm_ds.training.start_or_resume import check_same_settings, where_to_start
+from tests.finetune.test_entry import ROOT, recipe_of
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run that was killed before its first checkpoint, among files of its user's."""
+    run = RunFolder(tmp_path / "run")
+    run.write("config.json", {"recipe": {}})
+    run.log({"step": 1, "loss": 2.0})
+    run.close()
+    for name in ("notes.md", "data/train.jsonl", "recipe.yaml", "models/mine.safetensors"):
+        path = tmp_path / "run" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    (tmp_path / "run" / "checkpoints" / "step_1").mkdir(parents=True)
+    return tmp_path / "run"
+
+
+def test_a_new_start_leaves_what_is_not_a_runs(folder: Path) -> None:
+    RunFolder(folder, overwrite=True).close()
+    left = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert left == ["data/train.jsonl", "metrics.jsonl", "models/mine.safetensors", "notes.md", "recipe.yaml"]
+    assert (folder / "metrics.jsonl").read_text() == ""
+    assert not (folder / "checkpoints").exists()
+
+
+def test_a_link_is_removed_and_not_what_it_points_to(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "weights").write_text("mine")
+    (folder / "model").symlink_to(tmp_path / "elsewhere")
+    RunFolder(folder, overwrite=True).close()
+    assert not (folder / "model").exists()
+    assert (tmp_path / "elsewhere" / "weights").read_text() == "mine"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_folders_called_as_a_runs_without_a_run(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "mine").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds model and no metrics.jsonl of a run"):
+        RunFolder(tmp_path / "run", overwrite=overwrite)
+    assert (tmp_path / "run" / "model" / "mine").exists()
+
+
+def recipe_file(folder: Path, **changes: Any) -> Path:
+    recipe = recipe_of(folder, overwrite=False, **changes)
+    recipe["data"] = {**recipe["data"], "train": str(folder / "data.jsonl")}  # type: ignore[dict-item]
+    recipe["tokenizer"] = str(folder)
+    (folder / "data.jsonl").write_text("{}")
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def test_metrics_that_are_gone_beside_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints" / "step_4").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"holds checkpoints and no metrics\.jsonl"):
+        where_to_start(load_recipe(recipe_file(tmp_path)))
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    held = RunLock(tmp_path / "run")
+    with pytest.raises(ConfigError, match=rf"process {os.getpid()} on \S+ is writing a run there"):
+        RunLock(tmp_path / "run")
+    held.release()
+    assert not (tmp_path / "run").exists()  # it was made for the lock
+    again = RunLock(tmp_path)
+    assert own_entries(tmp_path) == []
+    again.release()
+    assert tmp_path.exists()
+
+
+def test_the_lock_of_a_killed_run_is_free(tmp_path: Path) -> None:
+    program = f"""
+        import os, signal
+        from colm_ds.run_folder.lock import RunLock
+        lock = RunLock({str(tmp_path / "run")!r})
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, check=False)
+    assert done.returncode == -9
+    RunLock(tmp_path / "run").release()
+
+
+def test_a_checkpoint_knows_its_settings(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file(tmp_path))
+    deepspeed = {"gradient_clipping": 1.0, "zero_optimization": {"stage": 0}, "steps_per_print": 5}
+    before = {
+        "recipe": json.dumps(recipe.model_dump(), default=str),
+        "deepspeed": json.dumps(deepspeed | {"steps_per_print": 9}),
+    }
+    check_same_settings("step_4", before, recipe, deepspeed)
+    check_same_settings("step_4", {}, recipe, deepspeed)  # of an older version
+    other = load_recipe(recipe_file(tmp_path), ["optimizer.lr=0.5", "micro_batch_size=1"])
+    with pytest.raises(ConfigError) as caught:
+        check_same_settings("step_4", before, other, deepspeed | {"gradient_clipping": 0.5})
+    said = str(caught.value)
+    assert "step_4: was made with other settings.\n  optimizer.lr: 0.001 there, 0.5 here" in said
+    assert "deepspeed gradient_clipping: 1.0 there, 0.5 here" in said
+    assert "micro_batch_size" not in said
+
+
+@pytest.mark.parametrize("change", [pytest.param("order", marks=pytest.mark.slow), "content", "config"])
+def test_a_resume_refuses_what_was_changed(change: str, tmp_path: Path) -> None:
+    """Rows in another order, one word, and a config.json that is gone beside another learning rate."""
+    write_mixture(tmp_path / "data", seed=1, scale=0.02)
+    values = recipe_of(tmp_path, overwrite=False, save_every=2, steps=4)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+    def train(*overrides: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "finetune/train.py", str(path), *overrides]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+    assert train().returncode == 0
+    summary = tmp_path / "run" / "summary.json"
+    summary.write_text(json.dumps({"status": "stopped"}))
+    data = tmp_path / "data" / "train.jsonl"
+    lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
+    overrides = []
+    if change == "order":
+        data.write_text("".join([*lines[1:], lines[0]]), encoding="utf-8")
+    elif change == "content":
+        record = json.loads(lines[0])
+        record["output"] += " ."
+        data.write_text("".join([json.dumps(record) + "\n", *lines[1:]]), encoding="utf-8")
+    else:
+        (tmp_path / "run" / "config.json").unlink()
+        overrides = ["optimizer.lr=0.5"]
+    done = train(*overrides)
+    assert done.returncode == ExitCode.BAD_INPUT, done.stderr
+    said = "optimizer.lr: 0.001 there, 0.5 here" if change == "config" else "not what the run was trained on"
+    assert said in done.stderr
