@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from colm_ds.types import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 1  # of the cache; raise it whenever the same files would give other tokens
+FORMAT_VERSION = 2  # of the cache; raise it whenever the same files would give other tokens
 SPLIT = "train"  # of a hub name that has none
 ONE_SOURCE = "all"  # name of the source of records that name none
 MAX_PROBLEMS = 20  # shown of one file
@@ -46,6 +47,8 @@ class InstructionDataset:
         source_names: name of each source id, sorted.
         num_dropped: examples left out, by reason.
         cache: folder and name of what is kept of these examples on disk; None: nothing is.
+        lost: by source name, how many of all records read were left out ("dropped") or lost the end of their response
+            ("cut") as `max_length` was reached; sources without any are not in it.
     """
 
     def __init__(
@@ -58,7 +61,9 @@ class InstructionDataset:
         source_names: Sequence[str],
         num_dropped: dict[str, int],
         cache: tuple[Path, str] | None = None,
+        lost: dict[str, dict[str, int]] | None = None,
     ) -> None:
+        self.lost = lost or {"dropped": {}, "cut": {}}
         self.tokens = tokens
         self.starts = starts
         self.prompt_lengths = prompt_lengths
@@ -106,6 +111,7 @@ class InstructionDataset:
             self.source_names,
             self.num_dropped,
             cache,
+            self.lost,
         )
 
     def digest(self) -> str:
@@ -180,13 +186,13 @@ def load_instructions(
     source_names = sorted({source for source, _, _ in records})
     if limit is not None and limit < len(records):
         records = [records[index] for index in np.sort(seeded_permutation(len(records), seed, "limit")[:limit])]
-    arrays, num_dropped = _tokenise(records, source_names, tokenizer, max_length)
+    arrays, num_dropped, lost = _tokenise(records, source_names, tokenizer, max_length)
     if not len(arrays["source_ids"]):
         raise DataError(
             f"{', '.join(map(str, places))}: no example left: all {len(records)} prompts fill "
             f"max_length = {max_length} tokens. Choose a larger one."
         )
-    facts = {"source_names": source_names, "num_dropped": num_dropped}
+    facts = {"source_names": source_names, "num_dropped": num_dropped, "lost": lost}
     if cache_dir is not None:
         store_arrays(Path(cache_dir), key, arrays, facts, _is_consistent)
         cached = load_arrays(Path(cache_dir), key, _DTYPES, _is_consistent)
@@ -207,13 +213,14 @@ def _from_arrays(
         facts["source_names"],
         facts["num_dropped"],
         cache,
+        facts["lost"],
     )
 
 
 def _is_consistent(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> bool:
     """Whether a cache entry that could be read also makes sense."""
     offsets, prompt_lengths, source_ids = arrays["offsets"], arrays["prompt_lengths"], arrays["source_ids"]
-    if not {"source_names", "num_dropped"} <= facts.keys() or not 0 < len(source_ids) == len(prompt_lengths):
+    if not {"source_names", "num_dropped", "lost"} <= facts.keys() or not 0 < len(source_ids) == len(prompt_lengths):
         return False
     if len(offsets) != len(source_ids) + 1 or offsets[0] != 0 or offsets[-1] != len(arrays["tokens"]):
         return False
@@ -226,19 +233,21 @@ def _tokenise(
     source_names: list[str],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, dict[str, int]]]:
     ids = {name: number for number, name in enumerate(source_names)}
     tokens: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)]
     lengths, prompt_lengths, source_ids = [0], [], []
-    num_unlabelled = 0
+    dropped: Counter[str] = Counter()
+    cut: Counter[str] = Counter()
     for start in range(0, len(records), _CHUNK_EXAMPLES):
         sources, instructions, outputs = zip(*records[start : start + _CHUNK_EXAMPLES], strict=True)
         flat: list[int] = []
         encoded = encode_examples(tokenizer, instructions, outputs, max_length)
         for source, (input_ids, prompt_length) in zip(sources, encoded, strict=True):
             if prompt_length >= len(input_ids):
-                num_unlabelled += 1
+                dropped[source] += 1
                 continue
+            cut[source] += int(len(input_ids) == max_length and input_ids[-1] != tokenizer.eos_token_id)
             flat.extend(input_ids)
             lengths.append(len(input_ids))
             prompt_lengths.append(prompt_length)
@@ -250,7 +259,8 @@ def _tokenise(
         "prompt_lengths": np.array(prompt_lengths, dtype=np.int32),
         "source_ids": np.array(source_ids, dtype=np.int32),
     }
-    return arrays, {"no_labels_after_truncation": num_unlabelled}
+    lost = {"dropped": dict(dropped), "cut": {source: count for source, count in cut.items() if count}}
+    return arrays, {"no_labels_after_truncation": dropped.total()}, lost
 
 
 def _read_checked(place: Path | str, source_key: str | None) -> list[tuple[str, str, str]]:

@@ -83,8 +83,8 @@ def no_run_of(own: Sequence[Path]) -> ConfigError:
     """Return the error for what only runs write, in a folder without a run."""
     held = ", ".join(entry.name for entry in own)
     return ConfigError(
-        f"output_dir = {own[0].parent}: holds {held} and no metrics.jsonl of a run, so that nobody knows whose they are. "
-        "Move them away, or choose another output_dir."
+        f"output_dir = {own[0].parent}: holds {held} and no metrics.jsonl of a run, so that nobody knows whose they "
+        "are. Move them away, or choose another output_dir."
     )
 
 

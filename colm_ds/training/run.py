@@ -188,6 +188,8 @@ class TrainingRun:
         self.stop.listen()
         if self.folder:
             self.folder.write("config.json", self._describe())
+            for line in self.task.losses_of_data():
+                print(f"{recipe.name}: {line}", file=sys.stderr)
         if self.stop.agreed(self.device):
             return self._stopped(recipe.steps, f"before step {self.first_step}")
         if self.first_step == 1:
@@ -322,6 +324,7 @@ class TrainingRun:
             summary |= {"heldout_before": next((entry["heldout"] for entry in entries if entry["step"] == 0), None)}
             summary |= {"memory_kind": self.engine.memory.kind, "peak_memory_gib_by_rank": by_rank}
             summary |= {"peak_memory_parts_gib": self._parts}
+            summary |= {"lost_data": self.task.describe().get("lost")}
             summary |= {**results, "wall_s": time.perf_counter() - started}
             self.folder.write("summary.json", summary)
             assert self.weights is not None

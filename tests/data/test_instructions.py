@@ -323,7 +323,7 @@ def test_concurrent_writers(write_jsonl: Writer, tokenizer: PreTrainedTokenizerB
         "prompt_lengths": np.array([2], np.int32),
         "source_ids": np.array([0], np.int32),
     }
-    facts: dict[str, Any] = {"source_names": ["a"], "num_dropped": {}}
+    facts: dict[str, Any] = {"source_names": ["a"], "num_dropped": {}, "lost": {"dropped": {}, "cut": {}}}
     results: list[Any] = []
     barrier = threading.Barrier(6)
 
@@ -365,3 +365,18 @@ def test_real_data(shared_data: Path, gpt2: PreTrainedTokenizerBase, tmp_path: P
     again = load_instructions(path, gpt2, 512, cache_dir=tmp_path, limit=2000)
     assert time.perf_counter() - start < 5
     assert again.lengths.tolist() == dataset.lengths.tolist()
+
+
+def test_what_max_length_takes_away_is_known_by_source(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [
+        {"source": "short", "instruction": "a", "output": "b"},
+        {"source": "long answer", "instruction": "a", "output": "b " * 300},
+        {"source": "long question", "instruction": "a " * 300, "output": "b"},
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for _ in range(2):  # also from the cache
+        dataset = load_instructions(path, tokenizer, 300, cache_dir=tmp_path / "cache")
+        assert dataset.lost == {"dropped": {"long question": 1}, "cut": {"long answer": 1}}
+        assert dataset.subset([0]).lost == dataset.lost
+        assert dataset.source_counts() == {"long answer": 1, "long question": 0, "short": 1}

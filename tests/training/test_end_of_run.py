@@ -74,3 +74,20 @@ def test_a_run_whose_every_step_was_skipped(data: Path, tmp_path: Path) -> None:
     assert "not finite in any of the 2 steps, so nothing was trained" in done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_what_is_lost_of_the_data_is_said(data: Path, tmp_path: Path) -> None:
+    """At the start and in the summary: rows and ends of responses that `max_length` takes away, and a source gone."""
+    rows = [{"source": "whole", "instruction": f"Add {n} and 1.", "output": str(n + 1)} for n in range(20)]
+    rows += [{"source": "cut", "instruction": "Count.", "output": "1 2 3 4 5 6 7 8 9 " * 20} for _ in range(3)]
+    rows += [{"source": "gone", "instruction": "What is this? " * 90, "output": "a"} for _ in range(2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    values = recipe(data, tmp_path)
+    values["data"] |= {"train": str(tmp_path / "rows.jsonl")}
+    done = alone(values, tmp_path, "nothing")
+    assert done.returncode == 0, done.stderr
+    assert "2 rows were left out, as their prompt fills data.max_length = 96: 2 of gone." in done.stderr
+    assert "3 responses were cut at data.max_length = 96: 3 of cut." in done.stderr
+    assert "WARNING: nothing is left of gone." in done.stderr
+    lost = json.loads((tmp_path / "run" / "summary.json").read_text())["lost_data"]
+    assert lost == {"dropped": {"gone": 2}, "cut": {"cut": 3}, "sources": ["gone"]}

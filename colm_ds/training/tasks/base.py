@@ -61,6 +61,10 @@ class TrainingTask(Protocol):
         """Further results for `summary.json`, after the last step; all ranks call it together."""
         ...
 
+    def losses_of_data(self) -> list[str]:
+        """Lines that say what of the data is not trained on, or not whole; nothing to say, no lines."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """What `config.json` says of the data; `num_heldout` among it."""
         ...

@@ -38,6 +38,14 @@ class ChoiceTask:
         """See `TrainingTask.finish`: nothing beyond the last held-out accuracy."""
         return {}
 
+    def losses_of_data(self) -> list[str]:
+        """See `TrainingTask.losses_of_data`."""
+        dropped = {reason: count for reason, count in self.train.num_dropped.items() if count}
+        lines = [f"{count:,} examples were left out: {reason.replace('_', ' ')}." for reason, count in dropped.items()]
+        if self.train.num_at_max_length:
+            lines.append(f"{self.train.num_at_max_length:,} prompts reach data.max_length and may be cut on the left.")
+        return lines
+
     def describe(self) -> dict[str, Any]:
         """See `TrainingTask.describe`."""
         num_heldout = 0 if self._heldout is None else len(self._heldout)

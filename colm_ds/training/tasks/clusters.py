@@ -57,6 +57,10 @@ class ClusteredTask:
         """See `TrainingTask.identity`."""
         return self._task.identity()
 
+    def losses_of_data(self) -> list[str]:
+        """See `TrainingTask.losses_of_data`."""
+        return self._task.losses_of_data()
+
     def begin_step(self, run: InTraining, step: int) -> dict[str, Any]:
         """See `TrainingTask.begin_step`; makes the clusters where they are due."""
         facts = self._task.begin_step(run, step)

@@ -18,6 +18,7 @@ class InstructionTask:
         """Read and tokenise; see `load_data` for what it raises."""
         self._settings = recipe.evaluation
         self._place = str(recipe.data.train)
+        self._max_length = recipe.data.max_length
         self.train, self._heldout = load_data(recipe, tokenizer)
         self._digest = self.train.digest()
         questions = recipe.data.heldout if recipe.evaluation.exact_match else None
@@ -55,7 +56,24 @@ class InstructionTask:
     def describe(self) -> dict[str, Any]:
         """See `TrainingTask.describe`."""
         num_heldout = 0 if self._heldout is None else len(self._heldout)
-        return {"num_dropped": self.train.num_dropped, "num_heldout": num_heldout}
+        lost = {**self.train.lost, "sources": self._gone()}
+        return {"num_dropped": self.train.num_dropped, "lost": lost, "num_heldout": num_heldout}
+
+    def losses_of_data(self) -> list[str]:
+        """See `TrainingTask.losses_of_data`."""
+        parts = []
+        for what, key in (("rows were left out, as their prompt fills", "dropped"), ("responses were cut at", "cut")):
+            by_source = self.train.lost[key]
+            if by_source:
+                named = ", ".join(f"{count:,} of {source}" for source, count in sorted(by_source.items()))
+                parts.append(f"{sum(by_source.values()):,} {what} data.max_length = {self._max_length}: {named}.")
+        if gone := self._gone():
+            parts.append(f"WARNING: nothing is left of {', '.join(gone)}. Choose a larger data.max_length.")
+        return parts
+
+    def _gone(self) -> list[str]:
+        """Return the sources of which no example is left."""
+        return [name for name, count in self.train.source_counts().items() if count == 0]
 
 
 def load_data(recipe: Recipe, tokenizer: Any) -> tuple[InstructionDataset, InstructionDataset | None]:

@@ -61,6 +61,10 @@ class PretrainingTask:
         """See `TrainingTask.identity`: the store."""
         return {"data.store": {"place": self._recipe.data.store, "digest": self._digest}}
 
+    def losses_of_data(self) -> list[str]:
+        """See `TrainingTask.losses_of_data`: nothing; a store has what was prepared."""
+        return []
+
     def begin_step(self, run: InTraining, step: int) -> dict[str, Any]:
         """See `TrainingTask.begin_step`: `epochs`, how often each source has been gone through after this step."""
         if isinstance(self._sampler, WeightedSampler):
