@@ -233,7 +233,12 @@ class CoLMSection(Section):
         0, ge=0, description="measure the variance of the coreset's gradient every n steps, by a pass over r; 0: never"
     )
     memory: MemoryConfig = MemoryConfig()
-    num_workers: int = Field(0, ge=0, description="processes that read the next large batches ahead")
+    num_workers: int = Field(
+        0,
+        ge=0,
+        description="processes that read the next large batches ahead; where the choice needs no pass of the model, "
+        "threads that read the chosen rows",
+    )
     max_skipped_steps: int = Field(
         20, ge=0, description="end the run after this many steps in a row whose gradient was not finite; 0: never"
     )

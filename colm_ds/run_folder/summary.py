@@ -39,6 +39,7 @@ def summarise(
         "peak_memory_gib": dict(peaks_gib),
         "examples_trained": sum(entry["examples_trained"] for entry in entries),
         "examples_probed": sum(entry["examples_probed"] for entry in entries),
+        "data_use": entries[-1].get("data_use"),
         "tokens_trained": sum(entry["tokens"] for entry in entries),
         "padding_fraction": float(np.mean([entry["padding_fraction"] for entry in entries])),
         "skipped_steps": sum(bool(entry.get("skipped")) for entry in entries),
