@@ -170,7 +170,7 @@ def _add_recipe(
         metric=config.metric,
         weights=config.weights,
         per_source=config.per_source,
-        small_share=None if config.small_share == "auto" else config.small_share,
+        small_share=1.0 if not small else None if config.small_share == "auto" else config.small_share,
         mask_size=(hidden_size if config.mask.size == "auto" else config.mask.size) if masked else None,
         mask_criterion=config.mask.criterion if config.mask.criterion in ("grad", "random") else "grad",
         seed=config.seed,

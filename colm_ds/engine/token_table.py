@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from colm_ds.data.token_cache import cache_key, load_arrays, store_arrays
 from colm_ds.probe.tokens import counted_tokens, digest, mean_vectors, no_vector, unknown_token
 from colm_ds.selection import Exchange
 from colm_ds.types import NumberedExamples, SourcedDataset
@@ -78,18 +77,23 @@ def mean_table(
     """
     if int(np.asarray(dataset.num_label_tokens, dtype=np.int64).sum()) > MOST_TOKENS:
         return None
-    key = cache_key({"table": 1, "tokens": cache[1], "vectors": digest(vectors)}) if cache else ""
+    if cache is None:
+        table = _computed(dataset, vectors, exchange, rank)
+        return None if table is None else torch.from_numpy(table)
+    from colm_ds.data.token_cache import cache_key, load_arrays, store_arrays  # only who has a cache needs this room
+
+    key = cache_key({"table": 1, "tokens": cache[1], "vectors": digest(vectors)})
     shape = (len(dataset), vectors.shape[1])
 
     def fits(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> bool:
         return len(arrays["means"]) == shape[0] * shape[1]
 
-    found = load_arrays(cache[0], key, {"means": "float16"}, fits) if cache and exchange.is_main else None
+    found = load_arrays(cache[0], key, {"means": "float16"}, fits) if exchange.is_main else None
     known = torch.tensor(0 if found is None else 1)
     if bool(exchange.broadcast(known)):
         return None if found is None else torch.from_numpy(np.array(found[0]["means"], copy=False)).view(shape)
     table = _computed(dataset, vectors, exchange, rank)
-    if table is not None and cache:
+    if table is not None:
         store_arrays(cache[0], key, {"means": table.ravel()}, {}, fits)
     return None if table is None else torch.from_numpy(table)
 

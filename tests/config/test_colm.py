@@ -178,7 +178,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     (config(coreset_size=0), "colm.coreset_size = 0: input should be greater than or equal to 1"),
     (config(per_source="perhaps"), "colm.per_source = 'perhaps': input should be a valid boolean"),
     (config(metric="l2"), "colm.metric = 'l2': input should be 'l1', 'euclidean' or 'cosine'. It is: distance"),
-    (config(small_sources="all"), "colm.small_sources = 'all': input should be 'auto' or 'none'"),
+    (config(small_sources="all"), "colm.small_sources = 'all': input should be 'auto', 'below_mean' or 'none'"),
     (config(mask={"size": "big"}), "colm.mask.size = 'big': input should be 'auto' or a valid integer"),
     (config(mask={"size": 0}), 'colm.mask.size = 0: less than 1. Write at least 1, or "auto".'),
     (config(mask=7), "colm.mask = 7: input should be a valid dictionary"),

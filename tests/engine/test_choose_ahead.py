@@ -68,9 +68,9 @@ def observe(case: Case) -> dict[str, Any]:
     "colm",
     [
         TOKENS,
-        {**TOKENS, "selector": "balanced"},
+        pytest.param({**TOKENS, "selector": "balanced"}, marks=pytest.mark.slow),
         {**TOKENS, "loss_normalization": "token", "small_sources": ["drama"], "per_source": True},
-        {**TOKENS, "schedule": {"start_step": 1, "every": 2}},
+        pytest.param({**TOKENS, "schedule": {"start_step": 1, "every": 2}}, marks=pytest.mark.slow),
         {"selector": "keep_random", "num_workers": 2},
     ],
     ids=["tokens", "balanced", "by token", "schedule", "keep_random"],
