@@ -7,7 +7,10 @@ from pathlib import Path
 
 LOCK = "run.lock"
 
-_FILES = ("config.json", "metrics.jsonl", "summary.json", "config.tmp", "metrics.tmp", "summary.tmp")
+EVALUATION_ERROR = "evaluation_error.txt"
+"""The traceback of a final evaluation that failed."""
+
+_FILES = ("config.json", "metrics.jsonl", "summary.json", "config.tmp", "metrics.tmp", "summary.tmp", EVALUATION_ERROR)
 _FOLDERS = ("checkpoints", "model", "adapter", "best_model", "monitor", "evaluation")
 _PATTERNS = ("memory_*_rank*.pickle",)
 

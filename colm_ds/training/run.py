@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from colm_ds.process.stop_request import StopRequest
 from colm_ds.recipes.model import load_model, load_tokenizer, precision_sections, quiet_libraries
 from colm_ds.recipes.recipe import BaseRecipe, load_recipe
 from colm_ds.recipes.sections import LrScheduleConfig
+from colm_ds.run_folder.contents import EVALUATION_ERROR
 from colm_ds.run_folder.environment import describe_environment
 from colm_ds.run_folder.lock import RunLock
 from colm_ds.run_folder.summary import summarise
@@ -296,14 +297,15 @@ class TrainingRun:
         try:
             yield
         except Exception as error:
-            if not isinstance(error, (CoLMError, torch.OutOfMemoryError)):
-                traceback.print_exc()
+            with suppress(OSError):
+                (Path(self.recipe.output_dir) / EVALUATION_ERROR).write_text(traceback.format_exc(), encoding="utf-8")
             if self.folder:
                 self.folder.write("summary.json", {"status": NOT_EVALUATED, "steps": self.recipe.steps})
             where = f"The trained weights are in {self.weights}; finetune/evaluate.py measures them."
             reason = str(error).strip().split("\n")[0]
             end_all(
-                f"the final evaluation failed: {type(error).__name__}: {reason}\n{where}", ExitCode.EVALUATION_FAILED
+                f"the final evaluation failed: {type(error).__name__}: {reason} (more in {EVALUATION_ERROR})\n{where}",
+                ExitCode.EVALUATION_FAILED,
             )
 
     def _finish(self, started: float) -> None:

@@ -8,7 +8,9 @@ Each is rebuilt from scratch in a temporary folder: a tiny model, generated data
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +32,8 @@ from tests.finetune.test_entry import ROOT, recipe_of
 from tests.tiny_models import tiny_model
 
 PROGRAM = "finetune/train.py"
+
+_TELLING = ("Error: ", "evaluation failed: ", "rows were left out")
 
 
 class Place:
@@ -54,8 +58,10 @@ class Place:
 
     def said(self, text: str) -> str:
         lines = [line.strip() for line in text.replace("\r", "\n").split("\n")]
+        lines = [re.sub(r"^.*step/s[^]]*\]", "", line) for line in lines]  # a message may follow a progress bar
         kept = [line for line in lines if line and "step/s" not in line and "real_accelerator" not in line]
-        shown = " ".join(kept[:4]).replace(str(self.folder), "DIR").replace("|", "\\|")
+        first = next((n for n, line in enumerate(kept) if any(word in line for word in _TELLING)), 0)
+        shown = " ".join(kept[first : first + 4]).replace(str(self.folder), "DIR").replace("|", "\\|")
         return shown[:300]
 
     def stopped(self) -> None:
@@ -228,5 +234,6 @@ def table() -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)
     for row in table():
         print(row, flush=True)

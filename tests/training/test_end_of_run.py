@@ -45,6 +45,8 @@ def test_weights_are_there_when_the_evaluation_fails(data: Path, tmp_path: Path)
     done = alone(values, tmp_path, "evaluation")
     assert done.returncode == ExitCode.EVALUATION_FAILED
     assert "the final evaluation failed: RuntimeError: the disk of the questions is gone" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Traceback" in (tmp_path / "run" / "evaluation_error.txt").read_text()
     assert f"The trained weights are in {tmp_path / 'run' / 'model'}" in done.stderr
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "not evaluated"
