@@ -123,6 +123,12 @@ def check_same_settings(
         ConfigError: listing every key that changes the result and differs.
     """
     differences = []
+    config = Path(checkpoint).parents[1] / "config.json"
+    if "recipe" not in before and not _read(config).get("recipe"):
+        raise ConfigError(
+            f"{config}: missing or broken, so that nobody knows by which recipe {checkpoint} was made. Put it back, "
+            "choose another output_dir, or overwrite=true to start anew."
+        )
     if "recipe" in before:
         constant = recipe.lr_schedule.kind == "constant" and recipe.lr_schedule.warmup_fraction == 0
         free = _MAY_CHANGE | ({"steps"} if constant else set())

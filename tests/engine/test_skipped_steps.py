@@ -102,6 +102,22 @@ def train_with_broken_gradient(case: Case, broken_steps: list[int]) -> list[dict
     return found
 
 
+def train_without_a_finite_loss(case: Case) -> tuple[Any, bool, int]:
+    """In a rank: a step in which no example has a finite loss."""
+    engine = start(case)
+    with torch.no_grad():
+        engine.module.get_input_embeddings().weight.fill_(math.nan)
+    stats = engine.train_batch()
+    engine.destroy()
+    return stats.loss, stats.skipped, stats.coreset["nonfinite"]
+
+
+@pytest.mark.distributed
+def test_a_step_without_a_finite_loss_has_none(pools: dict[int, Ranks]) -> None:
+    for seen in pools[2].run(train_without_a_finite_loss, Case("none", colm={"selector": "random"})):
+        assert seen == (None, True, 13)
+
+
 PRECISIONS = {
     "fp32": {},
     "bf16": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},

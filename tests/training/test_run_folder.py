@@ -112,11 +112,16 @@ def test_a_checkpoint_knows_its_settings(tmp_path: Path) -> None:
         "recipe": json.dumps(recipe.model_dump(), default=str),
         "deepspeed": json.dumps(deepspeed | {"steps_per_print": 9}),
     }
-    check_same_settings("step_4", before, recipe, deepspeed)
-    check_same_settings("step_4", {}, recipe, deepspeed)  # of an older version
+    checkpoint = str(tmp_path / "run" / "checkpoints" / "step_4")
+    check_same_settings(checkpoint, before, recipe, deepspeed)
+    with pytest.raises(ConfigError, match="missing or broken, so that nobody knows"):
+        check_same_settings(checkpoint, {}, recipe, deepspeed)  # of an older version, without a config.json
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"recipe": {"steps": 3}}))
+    check_same_settings(checkpoint, {}, recipe, deepspeed)  # which was compared already
     other = load_recipe(recipe_file(tmp_path), ["optimizer.lr=0.5", "micro_batch_size=1"])
     with pytest.raises(ConfigError) as caught:
-        check_same_settings("step_4", before, other, deepspeed | {"gradient_clipping": 0.5})
+        check_same_settings(checkpoint, before, other, deepspeed | {"gradient_clipping": 0.5})
     said = str(caught.value)
     assert "step_4: was made with other settings.\n  optimizer.lr: 0.001 there, 0.5 here" in said
     assert "deepspeed gradient_clipping: 1.0 there, 0.5 here" in said
