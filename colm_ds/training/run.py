@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import os
@@ -164,6 +165,8 @@ class TrainingRun:
         self.exchange = make_exchange(device)
         self.config = together(self._checked_config, device)
         self.lock = together(lambda: RunLock(recipe.output_dir) if self.rank == 0 else None, device)
+        if self.lock is not None:
+            atexit.register(self.lock.release)  # a folder that was made for it alone goes again
         start = together(lambda: where_to_start(recipe) if self.rank == 0 else None, device)
         self.tokenizer = together(lambda: load_tokenizer(recipe.model, recipe.tokenizer_place), device)
         self.task = self._load_task()
@@ -207,11 +210,10 @@ class TrainingRun:
                     return self._diverged(error)
                 if step == recipe.steps:
                     try:
-                        self.engine.skipped.check_any_applied(self.engine.step_count)
+                        self._write_weights()
                     except DivergenceError as error:
                         self._record(stats, step, facts, measures=False)
                         return self._diverged(error)
-                    self._write_weights()
                 self._record(stats, step, facts)
                 rate = stats.examples_trained / stats.time_s["total"]
                 loss = "-" if stats.loss is None else f"{stats.loss:.3f}"
@@ -223,8 +225,11 @@ class TrainingRun:
                     saved = self._save()
                 if stopping:
                     return self._stopped(step, "without a checkpoint" if not saved else f"after step {step}", saved)
-        with self.engine.watchdog.watching("the end of the run"):
-            self._finish(started)
+        try:
+            with self.engine.watchdog.watching("the end of the run"):
+                self._finish(started)
+        except DivergenceError as error:  # resumed after a last step that was skipped as all before it
+            return self._diverged(error)
         return 0
 
     def _record(self, stats: StepStats, step: int, facts: dict[str, Any], measures: bool = True) -> None:
@@ -286,7 +291,12 @@ class TrainingRun:
         return ExitCode.DIVERGED
 
     def _write_weights(self) -> None:
-        """Write what was trained, before anything is measured that could fail."""
+        """Write what was trained, before anything is measured that could fail.
+
+        Raises:
+            DivergenceError: if no step changed anything, so that there is nothing to write.
+        """
+        self.engine.skipped.check_any_applied(self.engine.step_count)
         with self.engine.watchdog.watching("writing the trained weights"):
             folder = Path(self.recipe.output_dir)
             self.weights = save_trained(self.engine, self.tokenizer, folder, is_main=self.rank == 0)

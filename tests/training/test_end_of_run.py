@@ -71,11 +71,12 @@ def test_all_ranks_end_and_a_checkpoint_is_gone_on_from(data: Path, tmp_path: Pa
 
 def test_a_run_whose_every_step_was_skipped(data: Path, tmp_path: Path) -> None:
     """Fewer steps than `max_skipped_steps`: it is no success all the same, and no weights are written."""
-    done = alone(recipe(data, tmp_path), tmp_path, "gradients")
-    assert done.returncode == ExitCode.DIVERGED
-    assert "not finite in any of the 2 steps, so nothing was trained" in done.stderr
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
-    assert not (tmp_path / "run" / "model").exists()
+    for what in ("gradients", "nothing"):  # also where the same command goes on after the last step
+        done = alone(recipe(data, tmp_path), tmp_path, what)
+        assert done.returncode == ExitCode.DIVERGED
+        assert "not finite in any of the 2 steps, so nothing was trained" in done.stderr
+        assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
+        assert not (tmp_path / "run" / "model").exists()
 
 
 def test_what_is_lost_of_the_data_is_said(data: Path, tmp_path: Path) -> None:
@@ -93,3 +94,12 @@ def test_what_is_lost_of_the_data_is_said(data: Path, tmp_path: Path) -> None:
     assert "WARNING: nothing is left of gone." in done.stderr
     lost = json.loads((tmp_path / "run" / "summary.json").read_text())["lost_data"]
     assert lost == {"dropped": {"gone": 2}, "cut": {"cut": 3}, "sources": ["gone"]}
+
+
+def test_bad_input_leaves_no_folder(data: Path, tmp_path: Path) -> None:
+    """The lock makes the folder of a run; one that never begins takes it away again."""
+    values = recipe(data, tmp_path)
+    values["tokenizer"] = str(tmp_path / "none")
+    done = alone(values, tmp_path, "nothing")
+    assert done.returncode == ExitCode.BAD_INPUT
+    assert not (tmp_path / "run").exists()
