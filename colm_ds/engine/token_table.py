@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from colm_ds.probe.tokens import counted_tokens, digest, mean_vectors, no_vector, unknown_token
+from colm_ds.probe.tokens import counted_tokens, digest, mean_of_tokens, mean_vectors, no_vector, unknown_token
 from colm_ds.selection import Exchange
 from colm_ds.types import NumberedExamples, SourcedDataset
 
@@ -45,7 +45,7 @@ def occurring_ids(dataset: NumberedExamples, size: int, exchange: Exchange, rank
     places = np.linspace(0, len(dataset) - 1, number).round().astype(np.int64)[rank :: exchange.num_processes]
     seen = torch.zeros(size, dtype=torch.int32)
     bad: tuple[int, int] | None = None
-    for place in tqdm(places.tolist(), "reading tokens", disable=rank != 0 or number < _SHOW_FROM, unit="example"):
+    for place in places.tolist():
         tokens = counted_tokens(dataset[place])
         unknown = unknown_token(tokens, size)
         if unknown is None:
@@ -105,11 +105,11 @@ def _computed(dataset: SourcedDataset, vectors: Tensor, exchange: Exchange, rank
     for start in tqdm(starts, "looking up tokens", disable=rank != 0 or total < _SHOW_FROM, unit="block"):
         places = np.arange(start, min(total, start + _ROWS_AT_ONCE * world))
         mine = places[rank::world]
-        examples = [dataset[int(place)] for place in mine]
-        unknown = [unknown_token(counted_tokens(example), len(vectors)) for example in examples]
+        tokens = [counted_tokens(dataset[int(place)]) for place in mine]
+        unknown = [unknown_token(each, len(vectors)) for each in tokens]
         bad = next(((int(place), token) for place, token in zip(mine, unknown, strict=True) if token is not None), None)
         _raise_if_bad(bad, len(vectors), exchange, rank)
-        rows = exchange.gather_rows(mean_vectors(examples, vectors), torch.from_numpy(mine - start), len(places))
+        rows = exchange.gather_rows(mean_of_tokens(tokens, vectors), torch.from_numpy(mine - start), len(places))
         if table is not None:
             table[start : start + len(places)] = rows.numpy()
     return table

@@ -83,11 +83,16 @@ def mean_vectors(examples: Iterable[Example], vectors: Tensor) -> Tensor:
         tokens.append(counted_tokens(example))
         if (unknown := unknown_token(tokens[-1], len(vectors))) is not None:
             raise no_vector(example.index, unknown, len(vectors))
+    return mean_of_tokens(tokens, vectors)
+
+
+def mean_of_tokens(tokens: Sequence[Tensor], vectors: Tensor) -> Tensor:
+    """Return the mean vector of each row of token ids, all of which have one; float16 `[n, width]`."""
     if not tokens:
         return torch.zeros(0, vectors.shape[1], dtype=torch.float16)
     lengths = torch.tensor([len(each) for each in tokens])
     offsets = lengths.cumsum(0) - lengths
-    return F.embedding_bag(torch.cat(tokens), vectors, offsets, mode="mean").half()
+    return F.embedding_bag(torch.cat(list(tokens)), vectors, offsets, mode="mean").half()
 
 
 def unknown_token(tokens: Tensor, vocabulary_size: int) -> int | None:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from colm_ds.checkpoints import atomic
 from colm_ds.config.colm import CoLMSection
+from colm_ds.config.deepspeed import MONITOR_SECTIONS
 from colm_ds.config.section import Section
 from colm_ds.errors import ConfigError
 from colm_ds.recipes.recipe import BaseRecipe
@@ -156,7 +157,7 @@ _DEEPSPEED_MAY_CHANGE = {
         "managed_gradient_accumulation",
     ),
     *("optimizer", "scheduler", "steps_per_print", "wall_clock_breakdown", "dump_state", "memory_breakdown"),
-    *("tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler", "comms_logger", "monitor_config"),
+    *(*MONITOR_SECTIONS, "flops_profiler", "comms_logger", "monitor_config"),
     *(
         "zero_optimization",
         "zero_force_ds_cpu_optimizer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,15 @@ class ChoiceTask:
         self._settings = recipe.evaluation
         self.train, self._heldout = load_choice_data(recipe, tokenizer)
         self._place = str(recipe.data.train or f"{recipe.data.folder} ({recipe.data.task})")
-        self._digest = self.train.digest()
 
     def identity(self) -> dict[str, dict[str, str]]:
         """See `TrainingTask.identity`: the training examples."""
         return {"data.train": {"place": self._place, "digest": self._digest}}
+
+    @cached_property
+    def _digest(self) -> str:
+        """Of the training examples; read when a checkpoint asks for it."""
+        return self.train.digest()
 
     def begin_step(self, run: InTraining, step: int) -> dict[str, Any]:
         """See `TrainingTask.begin_step`."""

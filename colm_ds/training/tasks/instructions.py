@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,17 @@ class InstructionTask:
         self._place = str(recipe.data.train)
         self._max_length = recipe.data.max_length
         self.train, self._heldout = load_data(recipe, tokenizer)
-        self._digest = self.train.digest()
         questions = recipe.data.heldout if recipe.evaluation.exact_match else None
         self._questions = load_questions(questions, recipe.data.source_key) if questions else []
 
     def identity(self) -> dict[str, dict[str, str]]:
         """See `TrainingTask.identity`: the training examples."""
         return {"data.train": {"place": self._place, "digest": self._digest}}
+
+    @cached_property
+    def _digest(self) -> str:
+        """Of the training examples; read when a checkpoint asks for it."""
+        return self.train.digest()
 
     def begin_step(self, run: InTraining, step: int) -> dict[str, Any]:
         """See `TrainingTask.begin_step`."""
