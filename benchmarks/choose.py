@@ -2,8 +2,8 @@
 
     python benchmarks/choose.py                # 1 minute; one thread
 
-Features are clusters of 128 numbers, as mean vectors of a mixture's sources are. Of pools above 4,096 examples medoids
-take two rounds; their objective is held against that of the greedy choice in one round.
+Features are clusters of as many numbers as a token's vector has, as mean vectors of a mixture's sources are. Of pools
+above 4,096 examples medoids take two rounds; their objective is held against that of the greedy choice in one round.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from colm_ds.memory.counted import counted_allocations
+from colm_ds.probe.tokens import WIDTH
 from colm_ds.randomness import private_generator
 from colm_ds.run_folder.environment import describe_environment
 from colm_ds.selection import SelectionSettings, Signals, select_coreset
@@ -28,7 +29,7 @@ from colm_ds.selection.two_round import pick_medoids
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = (256, 2048, 8192)
-WIDTH, NUM_CLUSTERS = 128, 40
+NUM_CLUSTERS = 40
 SETTINGS = SelectionSettings(geometry="plain", metric="euclidean", weights="matched", per_source=False)
 
 

@@ -11,34 +11,28 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from colm_ds.batching.assign import micro_batches
-from colm_ds.batching.loader import LargeBatchLoader, source_counts
-from colm_ds.batching.micro_batch import make_micro_batch
+from colm_ds.batching.loader import source_counts
 from colm_ds.batching.sources import small_source_ids
 from colm_ds.check.errors_of_coresets import CoresetError, GradientGram, LargeBatches, coreset_error
 from colm_ds.check.prices import price_of_ways
+from colm_ds.check.sample import Sample, measure_sample
 from colm_ds.check.signals_of_sample import SampleFacts
 from colm_ds.check.verdict import MeasuredWay, measured_way, recommend
 from colm_ds.check.ways_to_choose import WayToChoose, ways_to_choose
 from colm_ds.config.colm import CoLMSection, ProbeConfig
 from colm_ds.config.resolve import load_config, resolve_config
+from colm_ds.engine.token_table import occurring_ids
 from colm_ds.errors import ConfigError, ProbeError
 from colm_ds.export.run import put_trained
-from colm_ds.models.architecture import Architecture, find_architecture
 from colm_ds.probe.gradient_sketch import (
     MAX_TOKENS,
-    TABLE_BYTES,
-    GradientSketch,
-    fitting_side,
-    is_fresh_adapter,
-    trained_linears,
 )
-from colm_ds.probe.tokens import example_features, vectors_of_model
+from colm_ds.probe.tokens import example_features, vectors_of_model, vocabulary_size
 from colm_ds.recipes.model import load_model, load_tokenizer
 from colm_ds.recipes.recipe import BaseRecipe
 from colm_ds.selection import SINGLE_PROCESS, Signals
 from colm_ds.training.tasks import load_task
-from colm_ds.types import Coreset, Example, SourcedDataset
+from colm_ds.types import Coreset, SourcedDataset
 
 LEAST_EXAMPLES, LARGE_BATCHES = 256, 4
 """Examples of a sample: at least so many, and so many large batches."""
@@ -82,24 +76,6 @@ class CheckResult:
     recommendation: str
     notes: tuple[str, ...]
     weights: str
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """N examples of the run's first large batches; tensors `[N]`, and what classification needs to pad them."""
-
-    examples: list[Example]
-    sources: Tensor
-    indices: Tensor
-    lengths: Tensor
-    num_label_tokens: Tensor
-    padded_lengths: Tensor
-
-    def without(self, broken: Tensor) -> _Sample:
-        """Return the sample without some of its examples, bool `[N]`."""
-        kept = (~broken).nonzero().flatten()
-        tensors = (self.sources, self.indices, self.lengths, self.num_label_tokens, self.padded_lengths)
-        return _Sample([self.examples[place] for place in kept.tolist()], *(tensor[kept] for tensor in tensors))
 
 
 def check_recipe(
@@ -200,36 +176,17 @@ def check_model(
         ProbeError: if no linear module is trained, or too many gradients are not finite.
     """
     size, large = int(config.coreset_size or 0), config.large_batch_size
-    sample = _drawn_sample(data, config, num_examples or max(LEAST_EXAMPLES, LARGE_BATCHES * large))
-    _check_enough(len(sample.examples), large)
-    architecture, notes = _probed_part(model, config, len(sample.examples))
-    linears = trained_linears(model)
-    side = fitting_side(linears, len(sample.examples))
-    sketch = GradientSketch(
-        model, config.seed, side, exact=() if architecture is None else architecture.targets, name="check"
-    )
-    if is_fresh_adapter(model):
-        notes.append("Every lora_B is zero, so that lora_A has no gradient yet: B alone is measured. See --at.")
-    table, exact = _sketch_all(sketch, sample, max_tokens, progress)
-    broken = ~(torch.isfinite(table).all(dim=1) & torch.isfinite(exact).all(dim=1))
-    if bool(broken.any()):
-        notes.append(f"{int(broken.sum())} examples are left out, as their gradients are not finite.")
-        sample, table, exact = sample.without(broken), table[~broken], exact[~broken]
-        _check_enough(len(sample.examples), large)
-    by_token = config.loss_normalization == "token"
-    parts = sample.num_label_tokens.float() if by_token else None
-    gram = GradientGram(
-        _products(table, parts), torch.ones(len(table)).double() if parts is None else parts.double(), by_token
-    )
-    del table
+    measured = measure_sample(model, config, data, num_examples, max_tokens=max_tokens, progress=progress)
+    sample, gram, architecture, notes = measured.sample, measured.gram, measured.architecture, list(measured.notes)
+    parts = gram.parts.float() if gram.by_token else None
     facts = SampleFacts(
         sources=sample.sources,
         lengths=sample.lengths,
         num_label_tokens=sample.num_label_tokens,
         indices=sample.indices,
         parts=parts,
-        features=_features(model, config, sample, notes),
-        exact=None if architecture is None else exact,
+        features=_features(model, config, data, sample, notes),
+        exact=measured.exact,
         shapes=() if architecture is None else tuple((t.out_features, t.in_features) for t in architecture.targets),
     )
     small = small_source_ids(config, source_counts(data))
@@ -251,8 +208,8 @@ def check_model(
         steps=steps,
         num_examples=len(sample.examples),
         num_batches=len(batches.examples),
-        side=side,
-        num_modules=len(linears),
+        side=measured.side,
+        num_modules=measured.num_modules,
         variance=variance,
         ways=tuple(ways),
         recommendation=recommend(ways, size, large, steps),
@@ -273,75 +230,14 @@ def _load(recipe: BaseRecipe, tokenizer: Any, at: str | Path | None) -> tuple[nn
     return model, f"from {path}" + ("" if step is None else f", after step {step:,}")
 
 
-def _drawn_sample(data: SourcedDataset, config: CoLMSection, count: int) -> _Sample:
-    """Return up to so many different examples, those of the run's first large batches within one pass of the data."""
-    loader = LargeBatchLoader(data, config.large_batch_size, seed=config.seed, rank=0, world_size=1)
-    batches, seen, step = [], 0, 1
-    while seen < count and loader.epoch(step) == 0 and step <= count:
-        batches.append(loader.batch(step))
-        seen += batches[-1].size
-        step += 1
-    first: dict[int, tuple[int, int]] = {}
-    for number, batch in enumerate(batches):
-        for position, index in enumerate(batch.indices.tolist()):
-            first.setdefault(index, (number, position))
-    places = list(first.values())[:count]
-
-    def of_each(key: str) -> Tensor:
-        return torch.tensor([int(getattr(batches[number], key)[position]) for number, position in places])
-
-    columns = [of_each(key) for key in ("sources", "indices", "lengths", "num_label_tokens", "padded_lengths")]
-    return _Sample([batches[number].examples[position] for number, position in places], *columns)
-
-
-def _check_enough(num_examples: int, large: int) -> None:
-    if num_examples < 2 * large:
-        raise ConfigError(
-            f"{num_examples} examples: fewer than two large batches of colm.large_batch_size = {large}. Give more "
-            "data or --examples, or check with a smaller r."
-        )
-
-
-def _probed_part(model: nn.Module, config: CoLMSection, num_examples: int) -> tuple[Architecture | None, list[str]]:
-    """Return what the estimators would read, None where they can not, and why."""
-    try:
-        architecture = find_architecture(model, config.probe.layer)
-    except ProbeError as error:
-        return None, [f"exact, sketch and spsa are left out: {error}"]
-    needed = 4 * num_examples * architecture.num_coordinates
-    if needed > TABLE_BYTES:
-        why = f"the gradients of {config.probe.layer} of {num_examples} examples take {needed / 2**30:.1f} GiB"
-        return None, [f"exact, sketch and spsa are left out: {why}. Check fewer (--examples)."]
-    return architecture, []
-
-
-def _sketch_all(sketch: GradientSketch, sample: _Sample, max_tokens: int, progress: bool) -> tuple[Tensor, Tensor]:
-    """Return the sketches `[N, width]` and whole gradients of the probed matrices `[N, d]`, float32 on the CPU."""
-    count = len(sample.examples)
-    (plan,) = micro_batches([list(range(count))], sample.padded_lengths, max_tokens=max_tokens)
-    table, exact = torch.zeros(count, sketch.width), torch.zeros(count, sketch.num_exact)
-    with tqdm(total=count, unit="example", desc="gradients", disable=not progress) as bar:
-        for places in plan:
-            micro = make_micro_batch([sample.examples[place] for place in places]).to(sketch.device)
-            rows, whole = sketch.with_exact(micro)
-            table[places], exact[places] = rows.float().cpu(), whole.float().cpu()
-            bar.update(len(places))
-    return table, exact
-
-
-def _products(table: Tensor, parts: Tensor | None) -> Tensor:
-    """Return the Gram matrix of sketches, each times its part, float64 `[N, N]`."""
-    products = torch.zeros(len(table), len(table), dtype=torch.float64)
-    for start in range(0, table.shape[1], _COLUMNS):
-        columns = table[:, start : start + _COLUMNS].double()
-        products.addmm_(columns, columns.T)
-    return products if parts is None else products * parts.double()[:, None] * parts.double()
-
-
-def _features(model: nn.Module, config: CoLMSection, sample: _Sample, notes: list[str]) -> Tensor | None:
+def _features(
+    model: nn.Module, config: CoLMSection, data: SourcedDataset, sample: Sample, notes: list[str]
+) -> Tensor | None:
     """Return features of `tokens` with `length_power: 0`, float32 `[N, K]`; None, with a note, where there are none."""
     try:
-        features = example_features(sample.examples, vectors_of_model(model, config.seed, SINGLE_PROCESS), 0.0)
+        occurs = occurring_ids(data, vocabulary_size(model), SINGLE_PROCESS, 0)
+        vectors = vectors_of_model(model, config.seed, SINGLE_PROCESS, occurs)
+        features = example_features(sample.examples, vectors, 0.0)
     except ProbeError as error:
         notes.append(f"tokens is left out: {error}")
         return None

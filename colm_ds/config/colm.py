@@ -42,7 +42,7 @@ class ProbeConfig(Section):
         1.0, gt=0, le=1, description="share of every example's labelled tokens whose loss a gradient is estimated from"
     )
     length_power: float = Field(
-        0.5, ge=0, le=2, description="tokens: features are divided by the number of labelled tokens to this power"
+        1 / 3, ge=0, le=2, description="tokens: features are divided by the number of labelled tokens to this power"
     )
     dtype: Literal["auto", "bfloat16"] = Field("auto", description="trunk's compute; auto: as the model trains")
     precision: Literal["auto", "float32", "float64"] = Field(
@@ -116,7 +116,7 @@ PAPER: dict[str, Any] = {
         "refresh": "step",
         "sample": 1.0,
         "token_sample": 1.0,
-        "length_power": 0.5,
+        "length_power": 1 / 3,
     },
     "schedule": {"start_step": 0, "every": 1},
 }

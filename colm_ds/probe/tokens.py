@@ -22,8 +22,8 @@ from colm_ds.randomness import private_generator
 from colm_ds.selection import Exchange, Signals
 from colm_ds.types import Coreset, Example
 
-WIDTH = 128
-"""Numbers of a token's vector: embeddings are seen through as many random directions."""
+WIDTH = 256
+"""Numbers of a token's vector: embeddings are seen through as many random directions (benchmarks/token_signal.py)."""
 
 _ROWS_AT_ONCE = 8192
 
@@ -38,7 +38,7 @@ def token_vectors(embedding: Tensor, seed: int, width: int = WIDTH, occurs: Tens
         occurs: which ids mean and deviation are taken over, bool `[vocabulary]`; None, or none of them: all.
 
     Returns:
-        float32 `[vocabulary, width]`, computed in float64.
+        float32 `[vocabulary, width]`, computed in float64 and rounded to what float16 holds, as checkpoints keep it.
     """
     hidden = embedding.shape[1]
     counted = embedding if occurs is None or not bool(occurs.any()) else embedding[occurs]
@@ -49,13 +49,13 @@ def token_vectors(embedding: Tensor, seed: int, width: int = WIDTH, occurs: Tens
     directions = torch.randn(hidden, width, generator=private_generator(seed, "token vectors"), dtype=torch.float64)
     projected = directions / width**0.5
     rows = embedding.split(_ROWS_AT_ONCE)
-    return torch.cat([(((part.double() - mean) * scale) @ projected).float() for part in rows])
+    return torch.cat([(((part.double() - mean) * scale) @ projected).half().float() for part in rows])
 
 
 def random_vectors(vocabulary_size: int, seed: int, width: int = WIDTH) -> Tensor:
     """Return random vectors, for a model without input embeddings; float32 `[vocabulary, width]`."""
     generator = private_generator(seed, "random token vectors")
-    return torch.randn(vocabulary_size, width, generator=generator) / width**0.5
+    return (torch.randn(vocabulary_size, width, generator=generator) / width**0.5).half().float()
 
 
 def counted_tokens(example: Example) -> Tensor:
@@ -172,7 +172,7 @@ def vocabulary_size(model: nn.Module) -> int:
 
 
 class TokensEstimator:
-    """Looks signals up in token vectors that are kept as they were at the start; r x 128 floats travel.
+    """Looks signals up in token vectors that are kept as they were at the start; r x 256 floats travel.
 
     Attributes:
         is_local: False, see `Estimator`.
@@ -227,7 +227,7 @@ class TokensEstimator:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the vectors and their digest: embeddings may be trained, and a resumed run goes by the first ones."""
-        return {"vectors": self.vectors, "digest": digest(self.vectors)}
+        return {"vectors": self.vectors.half(), "digest": digest(self.vectors)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go by the vectors of the run that is resumed.
@@ -235,10 +235,10 @@ class TokensEstimator:
         Raises:
             ProbeError: if they are not what their digest says, or of another vocabulary.
         """
-        vectors = state["vectors"]
+        vectors = state["vectors"].float()
         if digest(vectors) != state["digest"]:
             raise ProbeError("the saved token vectors are not what their digest says. Resume from another checkpoint.")
-        if vectors.shape != self.vectors.shape:
+        if len(vectors) != len(self.vectors):
             raise ProbeError(
                 f"the saved token vectors are of {len(vectors)} tokens, the model has {len(self.vectors)}. "
                 "Resume with the model of the saved run."

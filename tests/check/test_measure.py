@@ -20,7 +20,7 @@ from colm_ds.check.report_of_check import as_json, as_svg, format_check
 from colm_ds.cli import main
 from colm_ds.config.colm import CoLMSection
 from colm_ds.data.generated.mixture import write_mixture
-from colm_ds.probe.tokens import example_features, vectors_of_model
+from colm_ds.probe.tokens import counted_tokens, example_features, vectors_of_model
 from colm_ds.randomness import private_generator
 from colm_ds.selection import SINGLE_PROCESS, DenseGradients, SelectionSettings, Signals, select_coreset
 from colm_ds.types import Coreset, Example
@@ -83,7 +83,10 @@ def test_kappa_is_that_of_autograd(normalization: str) -> None:
     assert result.num_batches == 8
     counts = torch.tensor([float((example.labels[1:] != -100).sum()) for example in examples])
     parts = counts if normalization == "token" else None
-    features = example_features(examples, vectors_of_model(model, 0, SINGLE_PROCESS), 0.5)
+    occurs = torch.zeros(VOCABULARY_SIZE, dtype=torch.bool)
+    for place in range(len(data)):
+        occurs[counted_tokens(data[place])] = True
+    features = example_features(examples, vectors_of_model(model, 0, SINGLE_PROCESS, occurs), 1 / 3)
     double = tiny_model("llama", **WIDER).double()
     names = [name for name, module in double.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
     rows = plain_rows(double, examples, names)
@@ -178,7 +181,7 @@ def test_a_family_that_the_probe_does_not_know() -> None:
 
 def test_examples_that_are_not_finite_are_left_out() -> None:
     data, model = RecordDataset(records(SOURCES)), tiny_model("llama")
-    counts = torch.bincount(torch.cat([example.input_ids for example in sampled(data, 64)]))
+    counts = torch.bincount(torch.cat([counted_tokens(example) for example in sampled(data, 64)]))
     rare = int(torch.where(counts > 0, counts, len(data)).argmin())
     with torch.no_grad():
         model.get_input_embeddings().weight[rare] = torch.nan

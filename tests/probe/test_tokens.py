@@ -48,7 +48,8 @@ def test_vectors_are_standardised_and_projected(dtype: torch.dtype) -> None:
     generator = private_generator(5, "token vectors")
     directions = torch.randn(20, 16, generator=generator, dtype=torch.float64).numpy() / 4.0
     assert found.dtype == torch.float32
-    np.testing.assert_allclose(found.numpy(), standard @ directions, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found, found.half().float())
+    np.testing.assert_allclose(found.numpy(), standard @ directions, rtol=1e-3, atol=1e-6)
 
 
 def test_projection_keeps_distances() -> None:

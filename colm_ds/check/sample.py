@@ -1,0 +1,194 @@
+"""A sample of a run's examples, and the inner products of their gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from colm_ds.batching.assign import micro_batches
+from colm_ds.batching.loader import LargeBatchLoader
+from colm_ds.batching.micro_batch import make_micro_batch
+from colm_ds.check.errors_of_coresets import GradientGram
+from colm_ds.config.colm import CoLMSection
+from colm_ds.errors import ConfigError, ProbeError
+from colm_ds.models.architecture import Architecture, find_architecture
+from colm_ds.probe.gradient_sketch import (
+    MAX_TOKENS,
+    TABLE_BYTES,
+    GradientSketch,
+    fitting_side,
+    is_fresh_adapter,
+    trained_linears,
+)
+from colm_ds.types import Example, SourcedDataset
+
+LEAST_EXAMPLES, LARGE_BATCHES = 256, 4
+"""Examples of a sample: at least so many, and so many large batches."""
+
+_COLUMNS = 1 << 14
+"""Numbers of the sketches that are multiplied in float64 at a time."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """N examples of the run's first large batches; tensors `[N]`, and what classification needs to pad them."""
+
+    examples: list[Example]
+    sources: Tensor
+    indices: Tensor
+    lengths: Tensor
+    num_label_tokens: Tensor
+    padded_lengths: Tensor
+
+    def without(self, broken: Tensor) -> Sample:
+        """Return the sample without some of its examples, bool `[N]`."""
+        kept = (~broken).nonzero().flatten()
+        tensors = (self.sources, self.indices, self.lengths, self.num_label_tokens, self.padded_lengths)
+        return Sample([self.examples[place] for place in kept.tolist()], *(tensor[kept] for tensor in tensors))
+
+
+@dataclass(frozen=True)
+class MeasuredSample:
+    """What is known of a sample after its gradients were measured.
+
+    Attributes:
+        sample: the N examples, without those whose gradients are not finite.
+        gram: inner products of their gradients.
+        exact: gradients of the probed matrices, float32 `[N, d]`; None where the family is not known or they are large.
+        architecture: where the probed matrices are; None with `exact`.
+        side: of the sketches.
+        num_modules: trained linear modules that were measured.
+        notes: what was left out, and why, in sentences.
+    """
+
+    sample: Sample
+    gram: GradientGram
+    exact: Tensor | None
+    architecture: Architecture | None
+    side: int
+    num_modules: int
+    notes: tuple[str, ...]
+
+
+def measure_sample(
+    model: nn.Module,
+    config: CoLMSection,
+    data: SourcedDataset,
+    num_examples: int | None = None,
+    *,
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+) -> MeasuredSample:
+    """Sketch the gradients of the run's first examples.
+
+    Args:
+        model: on its device, bare or in a `PeftModel`.
+        config: the `"colm"` section.
+        data: the training examples.
+        num_examples: N; default: the larger of `LEAST_EXAMPLES` and `LARGE_BATCHES` large batches.
+        max_tokens: padded tokens of one pass.
+        progress: whether to show a bar.
+
+    Raises:
+        ConfigError: if there are too few examples for two large batches.
+        ProbeError: if no linear module is trained.
+    """
+    large = config.large_batch_size
+    sample = _drawn_sample(data, config, num_examples or max(LEAST_EXAMPLES, LARGE_BATCHES * large))
+    _check_enough(len(sample.examples), large)
+    architecture, notes = _probed_part(model, config, len(sample.examples))
+    linears = trained_linears(model)
+    side = fitting_side(linears, len(sample.examples))
+    sketch = GradientSketch(
+        model, config.seed, side, exact=() if architecture is None else architecture.targets, name="check"
+    )
+    if is_fresh_adapter(model):
+        notes.append("Every lora_B is zero, so that lora_A has no gradient yet: B alone is measured. See --at.")
+    table, exact = _sketch_all(sketch, sample, max_tokens, progress)
+    broken = ~(torch.isfinite(table).all(dim=1) & torch.isfinite(exact).all(dim=1))
+    if bool(broken.any()):
+        notes.append(f"{int(broken.sum())} examples are left out, as their gradients are not finite.")
+        sample, table, exact = sample.without(broken), table[~broken], exact[~broken]
+        _check_enough(len(sample.examples), large)
+    by_token = config.loss_normalization == "token"
+    parts = sample.num_label_tokens.float() if by_token else None
+    gram = GradientGram(
+        _products(table, parts), torch.ones(len(table)).double() if parts is None else parts.double(), by_token
+    )
+    return MeasuredSample(
+        sample=sample,
+        gram=gram,
+        exact=None if architecture is None else exact,
+        architecture=architecture,
+        side=side,
+        num_modules=len(linears),
+        notes=tuple(notes),
+    )
+
+
+def _drawn_sample(data: SourcedDataset, config: CoLMSection, count: int) -> Sample:
+    """Return up to so many different examples, those of the run's first large batches within one pass of the data."""
+    loader = LargeBatchLoader(data, config.large_batch_size, seed=config.seed, rank=0, world_size=1)
+    batches, seen, step = [], 0, 1
+    while seen < count and loader.epoch(step) == 0 and step <= count:
+        batches.append(loader.batch(step))
+        seen += batches[-1].size
+        step += 1
+    first: dict[int, tuple[int, int]] = {}
+    for number, batch in enumerate(batches):
+        for position, index in enumerate(batch.indices.tolist()):
+            first.setdefault(index, (number, position))
+    places = list(first.values())[:count]
+
+    def of_each(key: str) -> Tensor:
+        return torch.tensor([int(getattr(batches[number], key)[position]) for number, position in places])
+
+    columns = [of_each(key) for key in ("sources", "indices", "lengths", "num_label_tokens", "padded_lengths")]
+    return Sample([batches[number].examples[position] for number, position in places], *columns)
+
+
+def _check_enough(num_examples: int, large: int) -> None:
+    if num_examples < 2 * large:
+        raise ConfigError(
+            f"{num_examples} examples: fewer than two large batches of colm.large_batch_size = {large}. Give more "
+            "data or --examples, or check with a smaller r."
+        )
+
+
+def _probed_part(model: nn.Module, config: CoLMSection, num_examples: int) -> tuple[Architecture | None, list[str]]:
+    """Return what the estimators would read, None where they can not, and why."""
+    try:
+        architecture = find_architecture(model, config.probe.layer)
+    except ProbeError as error:
+        return None, [f"exact, sketch and spsa are left out: {error}"]
+    needed = 4 * num_examples * architecture.num_coordinates
+    if needed > TABLE_BYTES:
+        why = f"the gradients of {config.probe.layer} of {num_examples} examples take {needed / 2**30:.1f} GiB"
+        return None, [f"exact, sketch and spsa are left out: {why}. Check fewer (--examples)."]
+    return architecture, []
+
+
+def _sketch_all(sketch: GradientSketch, sample: Sample, max_tokens: int, progress: bool) -> tuple[Tensor, Tensor]:
+    """Return the sketches `[N, width]` and whole gradients of the probed matrices `[N, d]`, float32 on the CPU."""
+    count = len(sample.examples)
+    (plan,) = micro_batches([list(range(count))], sample.padded_lengths, max_tokens=max_tokens)
+    table, exact = torch.zeros(count, sketch.width), torch.zeros(count, sketch.num_exact)
+    with tqdm(total=count, unit="example", desc="gradients", disable=not progress) as bar:
+        for places in plan:
+            micro = make_micro_batch([sample.examples[place] for place in places]).to(sketch.device)
+            rows, whole = sketch.with_exact(micro)
+            table[places], exact[places] = rows.float().cpu(), whole.float().cpu()
+            bar.update(len(places))
+    return table, exact
+
+
+def _products(table: Tensor, parts: Tensor | None) -> Tensor:
+    """Return the Gram matrix of sketches, each times its part, float64 `[N, N]`."""
+    products = torch.zeros(len(table), len(table), dtype=torch.float64)
+    for start in range(0, table.shape[1], _COLUMNS):
+        columns = table[:, start : start + _COLUMNS].double()
+        products.addmm_(columns, columns.T)
+    return products if parts is None else products * parts.double()[:, None] * parts.double()
