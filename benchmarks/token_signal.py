@@ -22,7 +22,7 @@ from torch import Tensor
 
 from colm_ds.check.errors_of_coresets import GradientGram, LargeBatches, coreset_error
 from colm_ds.check.measure import checked_section
-from colm_ds.check.sample import Sample, measure_sample
+from colm_ds.check.sample import DrawnSample, measure_sample
 from colm_ds.engine.token_table import occurring_ids
 from colm_ds.probe.tokens import (
     WIDTH,
@@ -72,7 +72,7 @@ def variants() -> Iterator[Variant]:
         yield Variant(str(WIDTH), bound=bound)
 
 
-def make_means(embedding: Tensor, occurs: Tensor, sample: Sample, seed: int) -> Callable[[str], Tensor]:
+def make_means(embedding: Tensor, occurs: Tensor, sample: DrawnSample, seed: int) -> Callable[[str], Tensor]:
     """Return what gives the sample's mean vectors, float16 `[N, K]`, by the vectors' name."""
     known: dict[str, Tensor] = {}
 
@@ -103,7 +103,11 @@ def choose(pool: Tensor, size: int, variant: Variant) -> Coreset:
 
 
 def measure(
-    gram: GradientGram, sample: Sample, means: Callable[[str], Tensor], sizes: list[tuple[int, int]], num_batches: int
+    gram: GradientGram,
+    sample: DrawnSample,
+    means: Callable[[str], Tensor],
+    sizes: list[tuple[int, int]],
+    num_batches: int,
 ) -> list[dict[str, Any]]:
     """Return a row for every variant and size."""
     rows = []

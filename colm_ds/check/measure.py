@@ -15,7 +15,7 @@ from colm_ds.batching.loader import source_counts
 from colm_ds.batching.sources import small_source_ids
 from colm_ds.check.errors_of_coresets import CoresetError, GradientGram, LargeBatches, coreset_error
 from colm_ds.check.prices import price_of_ways
-from colm_ds.check.sample import Sample, measure_sample
+from colm_ds.check.sample import DrawnSample, measure_sample
 from colm_ds.check.signals_of_sample import SampleFacts
 from colm_ds.check.verdict import MeasuredWay, measured_way, recommend
 from colm_ds.check.ways_to_choose import WayToChoose, ways_to_choose
@@ -231,7 +231,7 @@ def _load(recipe: BaseRecipe, tokenizer: Any, at: str | Path | None) -> tuple[nn
 
 
 def _features(
-    model: nn.Module, config: CoLMSection, data: SourcedDataset, sample: Sample, notes: list[str]
+    model: nn.Module, config: CoLMSection, data: SourcedDataset, sample: DrawnSample, notes: list[str]
 ) -> Tensor | None:
     """Return features of `tokens` with `length_power: 0`, float32 `[N, K]`; None, with a note, where there are none."""
     try:

@@ -33,7 +33,7 @@ _COLUMNS = 1 << 14
 
 
 @dataclass(frozen=True)
-class Sample:
+class DrawnSample:
     """N examples of the run's first large batches; tensors `[N]`, and what classification needs to pad them."""
 
     examples: list[Example]
@@ -43,11 +43,11 @@ class Sample:
     num_label_tokens: Tensor
     padded_lengths: Tensor
 
-    def without(self, broken: Tensor) -> Sample:
+    def without(self, broken: Tensor) -> DrawnSample:
         """Return the sample without some of its examples, bool `[N]`."""
         kept = (~broken).nonzero().flatten()
         tensors = (self.sources, self.indices, self.lengths, self.num_label_tokens, self.padded_lengths)
-        return Sample([self.examples[place] for place in kept.tolist()], *(tensor[kept] for tensor in tensors))
+        return DrawnSample([self.examples[place] for place in kept.tolist()], *(tensor[kept] for tensor in tensors))
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class MeasuredSample:
         notes: what was left out, and why, in sentences.
     """
 
-    sample: Sample
+    sample: DrawnSample
     gram: GradientGram
     exact: Tensor | None
     architecture: Architecture | None
@@ -129,7 +129,7 @@ def measure_sample(
     )
 
 
-def _drawn_sample(data: SourcedDataset, config: CoLMSection, count: int) -> Sample:
+def _drawn_sample(data: SourcedDataset, config: CoLMSection, count: int) -> DrawnSample:
     """Return up to so many different examples, those of the run's first large batches within one pass of the data."""
     loader = LargeBatchLoader(data, config.large_batch_size, seed=config.seed, rank=0, world_size=1)
     batches, seen, step = [], 0, 1
@@ -147,7 +147,7 @@ def _drawn_sample(data: SourcedDataset, config: CoLMSection, count: int) -> Samp
         return torch.tensor([int(getattr(batches[number], key)[position]) for number, position in places])
 
     columns = [of_each(key) for key in ("sources", "indices", "lengths", "num_label_tokens", "padded_lengths")]
-    return Sample([batches[number].examples[position] for number, position in places], *columns)
+    return DrawnSample([batches[number].examples[position] for number, position in places], *columns)
 
 
 def _check_enough(num_examples: int, large: int) -> None:
@@ -171,7 +171,7 @@ def _probed_part(model: nn.Module, config: CoLMSection, num_examples: int) -> tu
     return architecture, []
 
 
-def _sketch_all(sketch: GradientSketch, sample: Sample, max_tokens: int, progress: bool) -> tuple[Tensor, Tensor]:
+def _sketch_all(sketch: GradientSketch, sample: DrawnSample, max_tokens: int, progress: bool) -> tuple[Tensor, Tensor]:
     """Return the sketches `[N, width]` and whole gradients of the probed matrices `[N, d]`, float32 on the CPU."""
     count = len(sample.examples)
     (plan,) = micro_batches([list(range(count))], sample.padded_lengths, max_tokens=max_tokens)

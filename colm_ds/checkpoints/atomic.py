@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from colm_ds.distributed.agreement import first_failure
 from colm_ds.errors import CheckpointError
+from colm_ds.run_folder.files import sync_folder, write_whole
 
 LATEST = "latest"
 SHARED = "colm.pt"
@@ -104,12 +105,12 @@ def save(
     with _noting(failures):
         checked = {str(path.relative_to(partial)): _read_back(path) for path in _written(partial)[rank::world_size]}
         manifest = {"step": step, "world_size": world_size, "files": checked}
-        _write_json(partial / _manifest_name(rank), manifest | ({"facts": facts} if rank == 0 else {}))
+        write_whole(partial / _manifest_name(rank), json.dumps(manifest | ({"facts": facts} if rank == 0 else {})))
     _agree(target, failures, partial)
     if rank == 0:
         with _noting(failures):
             _put_in_place(partial, target)
-            _write_text(folder / LATEST, tag)
+            write_whole(folder / LATEST, tag)
             if keep_last is not None:
                 _prune(folder, keep_last)
     _agree(target, failures)
@@ -305,36 +306,13 @@ def _checksum(path: Path) -> int:
     return value
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write_text(path, json.dumps(content))
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a small file in one go: it is there whole and on the disk, or as it was before."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _put_in_place(partial: Path, target: Path) -> None:
-    _sync_folder(partial)
+    sync_folder(partial)
     old = target.with_name(f"{_TRASH}{target.name}")
     if target.exists():
         os.replace(target, old)
     os.replace(partial, target)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from colm_ds.checkpoints.atomic import Checkpoint
 from colm_ds.errors import CheckpointError
+from colm_ds.run_folder.contents import ADAPTER, MODEL
 
 
 def gathered_state(model: Any, is_main: bool, *, trained_only: bool) -> dict[str, Tensor]:
@@ -55,7 +56,7 @@ def save_trained(engine: Any, tokenizer: Any, folder: Path, *, is_main: bool) ->
     model = engine.module
     is_adapter = hasattr(model, "peft_config")
     state = gathered_state(model, is_main, trained_only=is_adapter)
-    target = folder / ("adapter" if is_adapter else "model")
+    target = folder / (ADAPTER if is_adapter else MODEL)
     if is_main:
         if not state or any(value.numel() == 0 for value in state.values()):
             raise CheckpointError(f"{target}: no weights to write. Were any parameters trained?")

@@ -27,7 +27,7 @@ from colm_ds.engine.accumulation import Placement, accumulate, broken_positions,
 from colm_ds.engine.choose_ahead import ChooseAhead
 from colm_ds.engine.coreset_selector import CoresetSelector, Selection
 from colm_ds.engine.data_use import DataUse
-from colm_ds.engine.monitor import RunMonitor, step_events
+from colm_ds.engine.monitor import RunMonitor
 from colm_ds.engine.out_of_memory import memory_error
 from colm_ds.engine.skipped_steps import SkippedSteps, guard_plain_optimizer
 from colm_ds.engine.step_stats import describe_coreset
@@ -36,6 +36,7 @@ from colm_ds.memory.meter import Meter
 from colm_ds.memory.recorder import MemoryRecorder
 from colm_ds.models.example_loss import find_loss_head
 from colm_ds.process.watchdog import Watchdog
+from colm_ds.run_folder.metrics import events
 from colm_ds.types import LargeBatch, SourcedDataset, StepStats
 
 _ADAM = ("Adam", "AdamW")
@@ -313,7 +314,8 @@ class CoLMEngine:
             ),
         )
         self.memory.save = None
-        self.monitor.write_events(step_events(stats))
+        if self.monitor.enabled:
+            self.monitor.write_events(events(stats.as_dict(), stats.samples))
         return stats
 
     def set_sources(self, names: Sequence[str], ids: Any) -> None:

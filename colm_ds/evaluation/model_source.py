@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from colm_ds.evaluation.question_files import package_folder
 from colm_ds.randomness import random_state, restore_random_state
 from colm_ds.recipes.model import load_model, load_tokenizer
 from colm_ds.recipes.sections import PACKAGE_PREFIX, ModelConfig
+from colm_ds.run_folder.contents import ADAPTER, CONFIG, MODEL
+from colm_ds.run_folder.files import read_object
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
@@ -79,10 +80,10 @@ def find_model(
     trained = _model_of_run(folder)
     adapter, run = None, folder if trained is not None else None
     if trained is not None:
-        if (folder / "adapter").is_dir():
-            adapter = folder / "adapter"
-        elif (folder / "model").is_dir():
-            return ModelSource(_plain(str(folder / "model"), None, dtype), None, tokenizer, run=folder)
+        if (folder / ADAPTER).is_dir():
+            adapter = folder / ADAPTER
+        elif (folder / MODEL).is_dir():
+            return ModelSource(_plain(str(folder / MODEL), None, dtype), None, tokenizer, run=folder)
         else:
             raise ConfigError(
                 f"{name}: a run without adapter/ or model/: it has not come to its end. "
@@ -102,7 +103,7 @@ def find_model(
         if gguf_file is not None:
             model = model.model_copy(update={"gguf_file": gguf_file})
         return ModelSource(model, adapter, tokenizer or trained.tokenizer, trained.seed, run)
-    base = base or _read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    base = base or read_object(adapter / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise ConfigError(f"{adapter}: adapter_config.json names no base model. Give it with --base.")
     return ModelSource(_plain(base, gguf_file, dtype), adapter, tokenizer, run=run)
@@ -218,7 +219,7 @@ def _plain(name: str, gguf_file: str | None, dtype: str) -> ModelConfig:
 
 def read_recipe(folder: Path) -> dict[str, Any]:
     """The recipe that a run wrote down, as it is there; empty where there is none."""
-    values = _read_json(folder / "config.json").get("recipe")
+    values = read_object(folder / CONFIG).get("recipe")
     return values if isinstance(values, dict) else {}
 
 
@@ -237,11 +238,3 @@ def _model_of_run(folder: Path) -> _RunModel | None:
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}

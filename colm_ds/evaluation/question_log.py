@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from colm_ds.errors import ConfigError, DataError
 from colm_ds.evaluation.task import Row
+from colm_ds.run_folder.files import replacing, write_whole
 
 
 class EvaluationFolder:
@@ -68,12 +68,8 @@ class EvaluationFolder:
         for file in [whole, *parts]:
             rows.update((row["index"], row) for row in read_rows(file))
         if parts:
-            temporary = whole.with_suffix(".tmp")
-            with temporary.open("w", encoding="utf-8") as lines:
+            with replacing(whole) as lines:
                 lines.writelines(_line(rows[index]) for index in sorted(rows))
-                lines.flush()
-                os.fsync(lines.fileno())
-            os.replace(temporary, whole)
             for part in parts:
                 part.unlink()
         return rows
@@ -92,9 +88,7 @@ class EvaluationFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file in one go."""
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(temporary, self.path / name)
+        write_whole(self.path / name, text)
 
     def _remove(self) -> None:
         """Remove the files of an evaluation, and nothing else that may lie in the folder."""

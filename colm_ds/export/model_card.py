@@ -13,9 +13,10 @@ import yaml
 from colm_ds.recipes.sections import ModelConfig
 from colm_ds.report.facts import Facts, run_facts
 from colm_ds.report.tables import clean
+from colm_ds.run_folder.contents import ADAPTER, MODEL
 from colm_ds.run_folder.read import Run, load_run, lookup, names, number, numbers
 
-ADAPTER, MODEL, MERGED = "adapter", "model", "merged"
+MERGED = "merged"
 
 _METHODS = {
     "colm": "mini-batch coresets (CoLM, arXiv 2407.19580)",

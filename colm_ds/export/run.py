@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,11 +17,13 @@ from colm_ds.checkpoints import atomic
 from colm_ds.checkpoints.weights import checkpoint_tensors, save_model, with_tied
 from colm_ds.config.section import validate_section
 from colm_ds.errors import CheckpointError, ConfigError, Problems
-from colm_ds.export.model_card import ADAPTER, MERGED, MODEL, write_model_card
+from colm_ds.export.model_card import MERGED, write_model_card
 from colm_ds.randomness import random_state, restore_random_state
 from colm_ds.recipes.model import DTYPES, load_model, load_tokenizer
 from colm_ds.recipes.recipe import BaseRecipe, kind_of_recipe
 from colm_ds.recipes.sections import LoraConfig, ModelConfig
+from colm_ds.run_folder.contents import ADAPTER, CHECKPOINTS, CONFIG, FINISHED, MODEL, SUMMARY
+from colm_ds.run_folder.files import read_object
 
 _ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -147,10 +148,10 @@ def put_trained(model: Any, lora: LoraConfig | None, place: str | Path, dtype: s
     place = Path(place)
     if not place.is_dir():
         names = sorted(path.name for path in place.parent.glob("*") if path.is_dir() and path.name[0] != ".")
-        there = place.parent.name == "checkpoints" and names
+        there = place.parent.name == CHECKPOINTS and names
         advice = f"There are: {', '.join(names)}" if there else "Give the output folder of a run, or of a checkpoint"
         raise ConfigError(f"{place}: no such folder. {advice}.")
-    run, tag = (place.parent.parent, place.name) if place.parent.name == "checkpoints" else (place, None)
+    run, tag = (place.parent.parent, place.name) if place.parent.name == CHECKPOINTS else (place, None)
     kind = MODEL if lora is None else ADAPTER
     source = _find_source(run, tag, kind)
     if kind == MODEL and source.found is None:
@@ -165,22 +166,14 @@ def put_trained(model: Any, lora: LoraConfig | None, place: str | Path, dtype: s
     return source.path, source.step
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
 def _read_recipe(run: Path) -> BaseRecipe:
     """The recipe that a run wrote down."""
     if not run.is_dir():
         raise ConfigError(f"{run}: no such folder. Give the output folder of a run, which holds config.json.")
-    values = _read_json(run / "config.json").get("recipe")
+    values = read_object(run / CONFIG).get("recipe")
     if not isinstance(values, dict):
         raise ConfigError(f"{run / 'config.json'}: is missing or holds no recipe. Give the output folder of a run.")
-    problems = Problems(str(run / "config.json"))
+    problems = Problems(str(run / CONFIG))
     recipe = validate_section(kind_of_recipe(values), values, "recipe", problems)
     problems.raise_if_any()
     assert isinstance(recipe, BaseRecipe)
@@ -189,9 +182,9 @@ def _read_recipe(run: Path) -> BaseRecipe:
 
 def _find_source(run: Path, tag: str | None, final: str) -> _Source:
     """The weights to take; `final` is the name of the folder that training writes at its end."""
-    folder = run / "checkpoints"
-    summary = _read_json(run / "summary.json")
-    finished = summary.get("status") == "finished"
+    folder = run / CHECKPOINTS
+    summary = read_object(run / SUMMARY)
+    finished = summary.get("status") == FINISHED
     if tag is None and finished and (run / final).is_dir():
         return _Source(run / final, summary.get("steps"), None)
     if tag is not None and not (folder / tag).is_dir():

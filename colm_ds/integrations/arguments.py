@@ -63,6 +63,9 @@ class CoLMConfig:
     probe: dict | str | None = field(default=None, metadata=_help("estimator, layer, epsilon, ..."))
     schedule: dict | str | None = field(default=None, metadata=_help("start_step and every"))
     source_column: str = field(default="source", metadata=_help("column that names each example's source"))
+    log: Literal["brief", "all"] = field(
+        default="brief", metadata=_help("numbers of the selection in the log: a few, or all, by source too")
+    )
 
     def section(self) -> dict[str, Any]:
         """Keys and values of the `"colm"` section, without those left at None."""
@@ -71,7 +74,7 @@ class CoLMConfig:
             defaults = {each.name: each.default for each in dataclasses.fields(self)}
             values = {key: value for key, value in values.items() if value != defaults[key]}
             values.setdefault("small_sources", "auto")
-            values.setdefault("source_column", self.source_column)
+            values |= {"source_column": self.source_column, "log": self.log}
         names = values["small_sources"]
         if isinstance(names, str) and names not in ("auto", "below_mean", "none"):
             values["small_sources"] = [name.strip() for name in names.split(",")]
@@ -113,13 +116,25 @@ def read_section(given: Given) -> dict[str, Any]:
     return section
 
 
+def pop_log(section: dict[str, Any]) -> str:
+    """Take the key `log`, which is the trainer's own, out of a section.
+
+    Raises:
+        ConfigError: if it is neither "brief" nor "all".
+    """
+    log = section.pop("log", "brief")
+    if log not in ("brief", "all"):
+        raise ConfigError(f'colm.log = {log!r}: unknown. Write "brief" or "all".')
+    return str(log)
+
+
 def resolve_section(
     section: dict[str, Any], *, coreset_size: int, seed: int, num_processes: int, problems: Problems
 ) -> CoLMSection | None:
     """Check the keys and fill in what follows from the TrainingArguments.
 
     Args:
-        section: from `read_section`, without `source_column`.
+        section: from `read_section`, without `source_column` and `log`.
         coreset_size: b as the TrainingArguments have it.
         seed: of the TrainingArguments.
         num_processes: W.

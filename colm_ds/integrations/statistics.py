@@ -1,23 +1,31 @@
-"""Selection statistics between two log entries of a trainer."""
+"""Average the selection's metrics between two log entries of a trainer."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-
-import torch
+from collections.abc import Sequence
+from typing import Any
 
 from colm_ds.engine.coreset_selector import Selection
+from colm_ds.engine.step_stats import describe_coreset
 from colm_ds.memory.meter import Meter
+from colm_ds.run_folder.metrics import log_means
+
+_PHASES = ("probe", "exchange", "select")
 
 
 class SelectionStatistics:
     """Averages over the optimizer steps since the last log entry."""
 
-    def __init__(self, source_names: Sequence[str]) -> None:
-        self._names = [*source_names, "joint"]  # the joint pool has source id -1
-        self._sums: defaultdict[str, float] = defaultdict(float)
-        self._steps: defaultdict[str, int] = defaultdict(int)
+    def __init__(self, source_names: Sequence[str], *, brief: bool) -> None:
+        """Start without a step.
+
+        Args:
+            source_names: by source id.
+            brief: only the few metrics that `run_folder.metrics` declares to be brief.
+        """
+        self._source_names = list(source_names)
+        self._brief = brief
+        self._entries: list[dict[str, Any]] = []
         self._meters: list[Meter] = []
 
     def note(self, selection: Selection, meter: Meter) -> None:
@@ -25,35 +33,18 @@ class SelectionStatistics:
 
         Args:
             selection: the step's.
-            meter: timed its phases; read when the statistics are taken, as a GPU may still be at it.
+            meter: timed its phases; read when the statistics are taken, as a GPU may still be at work.
         """
         self._meters.append(meter)
-        coreset = selection.coreset
-        sources = selection.batch.sources[coreset.positions]
-        chosen = torch.bincount(sources, minlength=len(self._names) - 1).tolist()
-        self._add(
-            {
-                "examples_probed": len(selection.probed),
-                "kept_small": coreset.num_kept,
-                "dropped_small": coreset.num_dropped_small,
-                "nonfinite": coreset.num_nonfinite,
-                **{f"chosen/{name}": count for name, count in zip(self._names, chosen, strict=False)},
-                **{f"coherence/{self._names[source]}": value for source, value in coreset.coherence.items()},
-            }
-        )
-
-    def _add(self, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._sums[name] += float(value)
-            self._steps[name] += 1
+        coreset = describe_coreset(selection.batch, selection.coreset, self._source_names)
+        self._entries.append({"examples_probed": len(selection.probed), "coreset": coreset})
 
     def take(self) -> dict[str, float]:
-        """Return means by name, `colm/` before each; the next ones start over."""
-        for meter in self._meters:
+        """Return means by name, `colm/` before each, and start over."""
+        for entry, meter in zip(self._entries, self._meters, strict=True):
             seconds = meter.seconds
-            self._add({f"{phase}_s": seconds.get(phase, 0.0) for phase in ("probe", "exchange", "select")})
-        means = {f"colm/{name}": total / self._steps[name] for name, total in self._sums.items()}
+            entry["time_s"] = {phase: seconds.get(phase, 0.0) for phase in _PHASES}
+        means = log_means(self._entries, brief=self._brief)
+        self._entries.clear()
         self._meters.clear()
-        self._sums.clear()
-        self._steps.clear()
         return means

@@ -20,7 +20,7 @@ from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.accumulation import loss_scale
 from colm_ds.engine.coreset_selector import CoresetSelector, Selection
 from colm_ds.errors import CheckpointError, CoLMError, ConfigError, Problems, SelectionError
-from colm_ds.integrations.arguments import CoLMArguments, CoLMConfig, Given, read_section, resolve_section
+from colm_ds.integrations.arguments import CoLMArguments, CoLMConfig, Given, pop_log, read_section, resolve_section
 from colm_ds.integrations.large_batches import (
     CollatedExamples,
     ExampleCollator,
@@ -86,6 +86,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         self._colm_saved: dict[str, Any] | None = None
         section = read_section(self._find_section(colm))
         self.data_collator = WithoutSource(self.data_collator, section.pop("source_column", "source"))
+        self._logs_all = pop_log(section) == "all"
         self.colm_config = self._check(section, sources)
 
     def _find_section(self, given: Given | None) -> Given:
@@ -209,7 +210,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         return None if self.last_selection is None else self.last_selection.coreset
 
     def _make_selector(self) -> CoresetSelector:
-        """The selector of a `train`, restored where that goes on from a checkpoint."""
+        """Return the selector of a `train`, restored where that resumes from a checkpoint."""
         args = self.args
         self._exchange = make_exchange(args.device)
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
@@ -227,7 +228,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         )
         if self._colm_saved is not None:
             selector.load_state_dict(self._colm_saved)
-        self._statistics = SelectionStatistics(selector.source_names)
+        self._statistics = SelectionStatistics(selector.source_names, brief=not self._logs_all)
         self._loss_head = find_loss_head(self.model)
         return selector
 
@@ -268,7 +269,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         return (loss, outputs) if return_outputs else loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; the history of the selection starts anew or from the checkpoint."""
+        """As the Trainer's; the history of the selection starts empty or from the checkpoint."""
         self.coreset_selector, self._colm_saved = None, None
         return super().train(*args, **kwargs)
 

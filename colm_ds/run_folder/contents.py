@@ -1,32 +1,41 @@
-"""Which files and folders in an output folder are a run's own: nothing else there is ever removed."""
+"""Names of what a run writes into its output folder, and the states that it can be in."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
+CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 LOCK = "run.lock"
-
 EVALUATION_ERROR = "evaluation_error.txt"
-"""The traceback of a final evaluation that failed."""
+"""Traceback of a final evaluation that failed."""
 
-_FILES = ("config.json", "metrics.jsonl", "summary.json", "config.tmp", "metrics.tmp", "summary.tmp", EVALUATION_ERROR)
-_FOLDERS = ("checkpoints", "model", "adapter", "best_model", "monitor", "evaluation")
-_PATTERNS = ("memory_*_rank*.pickle",)
+CHECKPOINTS, MODEL, ADAPTER, BEST_MODEL = "checkpoints", "model", "adapter", "best_model"
+EVALUATION, MONITOR = "evaluation", "monitor"
+RESULTS = "results.json"
+"""Scores, in `EVALUATION`."""
+
+FINISHED, UNFINISHED, STOPPED, DIVERGED = "finished", "unfinished", "stopped", "diverged"
+NOT_EVALUATED = "not evaluated"
+"""Status of a run whose steps are done and whose weights are written, but whose final evaluation failed."""
+
+_FILES = (CONFIG, METRICS, SUMMARY, "config.tmp", "metrics.tmp", "summary.tmp", EVALUATION_ERROR)
+_FOLDERS = (CHECKPOINTS, MODEL, ADAPTER, BEST_MODEL, MONITOR, EVALUATION)
+_PATTERNS = ("memory_*_rank*.pickle", ".config.json.*", ".metrics.jsonl.*", ".summary.json.*")
 
 
 def own_entries(folder: Path) -> list[Path]:
-    """Return what a run writes and is there, by name; the lock is not counted."""
+    """Return the files and folders that a run writes and that exist, by name; the lock is not counted."""
     named = [folder / name for name in (*_FILES, *_FOLDERS)]
-    found = [path for path in named if path.is_file() or (path.is_dir() and path.name in _FOLDERS)]
-    return sorted([*found, *(path for pattern in _PATTERNS for path in folder.glob(pattern))])
+    existing = [path for path in named if path.is_file() or (path.is_dir() and path.name in _FOLDERS)]
+    return sorted([*existing, *(path for pattern in _PATTERNS for path in folder.glob(pattern))])
 
 
 def remove_own(folder: Path) -> None:
     """Remove what a run wrote; other files stay where they are.
 
     Raises:
-        OSError: if something can not be removed.
+        OSError: if something cannot be removed.
     """
     for path in own_entries(folder):
         if path.is_dir() and not path.is_symlink():

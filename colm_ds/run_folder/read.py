@@ -1,4 +1,4 @@
-"""What one run left in its output folder, read so that a missing or half-written file never stops a report."""
+"""Read what one run left in its output folder; a missing or half-written file never stops a reader."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from colm_ds.errors import DataError
-
-CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
+from colm_ds.run_folder.contents import CONFIG, FINISHED, METRICS, SUMMARY
+from colm_ds.run_folder.files import read_object
 
 _OUR_KEYS = ("colm", "recipe", "small_sources", "git_revision", "num_trainable", "command")
 _STEP_START = '{"step"'
@@ -41,15 +41,15 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run wrote its summary and calls itself finished."""
-        return self.summary.get("status") == "finished"
+        """Return whether the run wrote its summary and calls itself finished."""
+        return self.summary.get("status") == FINISHED
 
     @property
     def seed(self) -> int | None:
         """Seed of the run."""
-        found = number(self.config.get("seed"))
-        found = found if found is not None else number(lookup(self.config, "colm", "seed"))
-        return None if found is None else int(found)
+        seed = number(self.config.get("seed"))
+        seed = seed if seed is not None else number(lookup(self.config, "colm", "seed"))
+        return None if seed is None else int(seed)
 
 
 def load_run(folder: str | Path) -> Run:
@@ -66,18 +66,72 @@ def load_run(folder: str | Path) -> Run:
         what = "is a file" if folder.exists() else "does not exist"
         raise DataError(f"{folder}: {what}. Give the output folder of a run, which holds {CONFIG} and {METRICS}.")
     problems: list[str] = []
-    config = _read_object(folder / CONFIG, problems)
-    steps, heldout = _read_metrics(folder / METRICS, problems)
+    config = read_object(folder / CONFIG, problems)
+    steps, heldout = _steps_and_heldout(folder / METRICS, problems)
     if not (folder / METRICS).is_file() and not any(key in config for key in _OUR_KEYS):
         raise DataError(_not_a_run(folder))
-    summary = _read_object(folder / SUMMARY, problems)
+    summary = read_object(folder / SUMMARY, problems)
     name = config.get("name")
     name = str(name) if isinstance(name, (str, int)) and str(name).strip() else folder.resolve().name
     return Run(folder, name, config, steps, heldout, summary, problems)
 
 
+def status_of(folder: str | Path) -> str:
+    """Return the `status` of a run's summary; empty while the run has not ended, and where there is no run."""
+    return str(read_object(Path(folder) / SUMMARY).get("status") or "")
+
+
+def is_finished(folder: str | Path) -> bool:
+    """Return whether a folder holds a finished run."""
+    return status_of(folder) == FINISHED
+
+
+def read_metrics(path: Path, problems: list[str] | None = None) -> list[dict[str, Any]]:
+    """Return the entries of a metrics.jsonl by ascending step, of repeated steps the last; empty if it is missing.
+
+    Args:
+        path: the file.
+        problems: gets a sentence if there are lines that cannot be read, as a kill leaves them.
+    """
+    if not path.is_file():
+        return []
+    by_step: dict[int, dict[str, Any]] = {}
+    num_broken = 0
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            entry = parse_entry(line)
+            if entry is not None:
+                by_step[entry["step"]] = entry
+            else:
+                num_broken += bool(line.strip())
+    if num_broken and problems is not None:
+        problems.append(f"{num_broken} line{'s' * (num_broken > 1)} of {path.name} could not be read.")
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def parse_entry(line: str) -> dict[str, Any] | None:
+    """Return the entry in a line of metrics.jsonl; None if there is none.
+
+    A killed run may leave half an entry without a line's end, and the resumed one writes behind it: then the last whole
+    entry counts.
+
+    Returns:
+        An object whose `step` is an integer of 0 or more.
+    """
+    start = 0
+    while start >= 0:
+        try:
+            entry = json.loads(line[start:])
+        except (ValueError, RecursionError):
+            start = line.find(_STEP_START, start + 1)
+            continue
+        step = number(entry.get("step")) if isinstance(entry, dict) else None
+        return None if step is None or step < 0 else {**entry, "step": int(step)}
+    return None
+
+
 def lookup(values: Any, *keys: str) -> Any:
-    """Value below nested keys; None where one is missing or not a mapping."""
+    """Return the value below nested keys; None where one is missing or not a mapping."""
     for key in keys:
         if not isinstance(values, Mapping):
             return None
@@ -86,7 +140,7 @@ def lookup(values: Any, *keys: str) -> Any:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None for anything else."""
+    """Return a finite number, or None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -96,71 +150,27 @@ def number(value: Any) -> float | None:
 
 
 def numbers(values: Any) -> dict[str, float]:
-    """The entries of a mapping that are finite numbers; nothing if it is no mapping."""
+    """Return the entries of a mapping that are finite numbers; nothing if it is no mapping."""
     if not isinstance(values, Mapping):
         return {}
-    found = {str(key): number(value) for key, value in values.items()}
-    return {key: value for key, value in found.items() if value is not None}
+    checked = {str(key): number(value) for key, value in values.items()}
+    return {key: value for key, value in checked.items() if value is not None}
 
 
 def names(values: Any) -> list[str]:
-    """The entries of a list as text; nothing if it is no list."""
+    """Return the entries of a list as text; nothing if it is no list."""
     return [str(value) for value in values] if isinstance(values, (list, tuple)) else []
 
 
-def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (ValueError, OSError, RecursionError):
-        problems.append(f"{path.name} can not be read as JSON.")
-        return {}
-    if not isinstance(found, dict):
-        problems.append(f"{path.name} is not one JSON object.")
-        return {}
-    return found
-
-
-def _read_metrics(path: Path, problems: list[str]) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
-    if not path.is_file():
-        return [], {}
-    by_step: dict[int, dict[str, Any]] = {}
-    num_broken = num_nonfinite = 0
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            if not line.strip():
-                continue
-            found = _parse_line(line)
-            step = number(found.get("step")) if found else None
-            if found is None or step is None or step < 0:
-                num_broken += 1
-            else:
-                by_step[int(step)] = found
-    steps = [by_step[step] for step in sorted(by_step) if step > 0]
-    heldout = {step: by_step[step]["heldout"] for step in sorted(by_step) if lookup(by_step[step], "heldout")}
-    heldout = {step: found for step, found in heldout.items() if isinstance(found, dict)}
-    for found in steps:
-        loss = found.get("loss")
-        num_nonfinite += isinstance(loss, float) and not math.isfinite(loss)
-    if num_broken:
-        problems.append(f"{num_broken} line{'s' * (num_broken > 1)} of {path.name} could not be read.")
+def _steps_and_heldout(path: Path, problems: list[str]) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
+    entries = read_metrics(path, problems)
+    steps = [entry for entry in entries if entry["step"] > 0]
+    heldout = {entry["step"]: entry["heldout"] for entry in entries if isinstance(entry.get("heldout"), dict)}
+    losses = [entry.get("loss") for entry in steps]
+    num_nonfinite = sum(isinstance(loss, float) and not math.isfinite(loss) for loss in losses)
     if num_nonfinite:
         problems.append(f"The training loss was not finite in {num_nonfinite} step{'s' * (num_nonfinite > 1)}.")
-    return steps, heldout
-
-
-def _parse_line(line: str) -> dict[str, Any] | None:
-    """The object of a line; if a killed run left half an object before it, the last whole one."""
-    start = 0
-    while start >= 0:
-        try:
-            found = json.loads(line[start:])
-        except (ValueError, RecursionError):
-            start = line.find(_STEP_START, start + 1)
-        else:
-            return found if isinstance(found, dict) else None
-    return None
+    return steps, {step: losses for step, losses in heldout.items() if losses}
 
 
 def _not_a_run(folder: Path) -> str:

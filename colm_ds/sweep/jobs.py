@@ -20,14 +20,15 @@ from typing import Any
 from colm_ds.errors import ConfigError
 from colm_ds.recipes.recipe import read_values
 from colm_ds.report import compare, load_run
+from colm_ds.run_folder.contents import METRICS
+from colm_ds.run_folder.files import read_object
+from colm_ds.run_folder.read import is_finished
 from colm_ds.sweep.curves import curves_svg
 from colm_ds.sweep.grid import Grid, SweepJob, jobs_of
 from colm_ds.sweep.table import (
     difference_rows,
     format_html,
     format_markdown,
-    is_finished,
-    read_object,
     source_measures,
     table_rows,
 )
@@ -139,7 +140,7 @@ def _places(grid: Grid) -> list[Place]:
 
 def _prepare(path: Path, command: str, say: Callable[[str], None]) -> None:
     """Run a Python command unless what it makes is there: a file, or the folder of a finished run."""
-    if is_finished(path) or (path.exists() and not (path / "metrics.jsonl").exists()):
+    if is_finished(path) or (path.exists() and not (path / METRICS).exists()):
         return
     say(f"making {path}")
     log = path.with_name(f"{path.name}.log")

@@ -13,6 +13,8 @@ from colm_ds.errors import ConfigError
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.recipes.recipe import BaseRecipe, load_recipe
 from colm_ds.report import compare, format_table, load_run
+from colm_ds.run_folder.contents import CONFIG
+from colm_ds.run_folder.files import read_object
 from colm_ds.sweep import Grid, LaunchConfig, default_ranks, is_finished, jobs_of, run_jobs
 from colm_ds.training.start_or_resume import recipe_differences
 
@@ -190,7 +192,7 @@ def _check_same(folder: Path, recipe: BaseRecipe) -> None:
     """A run that is skipped must be the one that would be made."""
     if not is_finished(folder):
         return
-    before = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("recipe", {})
+    before = read_object(folder / CONFIG).get("recipe", {})
     differences = recipe_differences(before, recipe, _FREE)
     if differences:
         listed = "\n  ".join(differences)

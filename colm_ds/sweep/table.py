@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
@@ -13,22 +12,11 @@ import numpy as np
 
 from colm_ds.evaluation.results import AVERAGES
 from colm_ds.report.page_style import CSS
+from colm_ds.run_folder.contents import CONFIG, EVALUATION, RESULTS, SUMMARY
+from colm_ds.run_folder.files import read_object
+from colm_ds.run_folder.read import is_finished
 
 Row = dict[str, Any]
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object of ours; empty if it is missing or broken."""
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return loaded if isinstance(loaded, dict) else {}
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a run's folder holds a finished run."""
-    return read_object(folder / "summary.json").get("status") == "finished"
 
 
 def _heldout(found: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -97,7 +85,7 @@ def source_measures(folders: Iterable[Path]) -> Measures:
 
     names: dict[str, None] = {}
     for folder in folders:
-        names |= dict.fromkeys(_by_source(read_object(folder / "summary.json").get("heldout") or {}))
+        names |= dict.fromkeys(_by_source(read_object(folder / SUMMARY).get("heldout") or {}))
     return {name: (reader(name), False) for name in names}
 
 
@@ -124,9 +112,9 @@ def table_rows(
         if not is_finished(folder):
             continue
         found = {
-            "summary": read_object(folder / "summary.json"),
-            "config": _with_small_sources(read_object(folder / "config.json")),
-            "evaluation": read_object(folder / "evaluation" / "results.json"),
+            "summary": read_object(folder / SUMMARY),
+            "config": _with_small_sources(read_object(folder / CONFIG)),
+            "evaluation": read_object(folder / EVALUATION / RESULTS),
         }
         for measure, (read, _) in measures.items():
             value = read(found)

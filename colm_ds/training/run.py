@@ -28,9 +28,8 @@ from colm_ds.config.resolve import ResolvedConfig, load_config, resolve_config
 from colm_ds.distributed.agreement import single_process_environment, together
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.engine import CoLMEngine, initialize, prepare_deepspeed
-from colm_ds.engine.monitor import heldout_events
 from colm_ds.errors import CheckpointError, CoLMError, ConfigError, DeviceMemoryError, DivergenceError, SelectionError
-from colm_ds.export.model_card import ADAPTER, MODEL, write_model_card
+from colm_ds.export.model_card import write_model_card
 from colm_ds.memory.meter import GIB
 from colm_ds.memory.recorder import PEAKS
 from colm_ds.models.architecture import find_architecture
@@ -41,15 +40,26 @@ from colm_ds.process.stop_request import StopRequest
 from colm_ds.recipes.model import load_model, load_tokenizer, precision_sections, quiet_libraries
 from colm_ds.recipes.recipe import BaseRecipe, load_recipe
 from colm_ds.recipes.sections import LrScheduleConfig
-from colm_ds.run_folder.contents import EVALUATION_ERROR
+from colm_ds.run_folder.contents import (
+    ADAPTER,
+    CHECKPOINTS,
+    DIVERGED,
+    EVALUATION_ERROR,
+    FINISHED,
+    METRICS,
+    MODEL,
+    NOT_EVALUATED,
+    STOPPED,
+    UNFINISHED,
+)
 from colm_ds.run_folder.environment import describe_environment
 from colm_ds.run_folder.lock import RunLock
+from colm_ds.run_folder.metrics import events
+from colm_ds.run_folder.read import read_metrics
 from colm_ds.run_folder.summary import summarise
-from colm_ds.run_folder.write import RunFolder, read_metrics
+from colm_ds.run_folder.write import RunFolder
 from colm_ds.training.monitors import monitor_sections, set_environment
 from colm_ds.training.start_or_resume import (
-    CHECKPOINTS,
-    NOT_EVALUATED,
     check_same_data,
     check_same_settings,
     may_restart,
@@ -191,7 +201,7 @@ class TrainingRun:
         recipe, started = self.recipe, time.perf_counter()
         self.stop.listen()
         if self.folder:
-            self.folder.write("config.json", self._describe())
+            self.folder.write_config(self._describe())
             for line in self.task.losses_of_data():
                 print(f"{recipe.name}: {line}", file=sys.stderr)
         if self.stop.agreed(self.device):
@@ -277,7 +287,7 @@ class TrainingRun:
 
     def _stopped(self, step: int, where: str, saved: bool = True) -> int:
         if self.folder:
-            self.folder.write("summary.json", {"status": "stopped", "steps": step})
+            self.folder.write_summary({"status": STOPPED, "steps": step})
             print(
                 f"{self.recipe.name}: stopped {where} ({self.stop.reason or 'asked on another rank'}).", file=sys.stderr
             )
@@ -286,7 +296,7 @@ class TrainingRun:
     def _diverged(self, error: CoLMError) -> int:
         self._save()
         if self.folder:
-            self.folder.write("summary.json", {"status": "diverged", "steps": self.engine.step_count})
+            self.folder.write_summary({"status": DIVERGED, "steps": self.engine.step_count})
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return ExitCode.DIVERGED
 
@@ -310,7 +320,7 @@ class TrainingRun:
             with suppress(OSError):
                 (Path(self.recipe.output_dir) / EVALUATION_ERROR).write_text(traceback.format_exc(), encoding="utf-8")
             if self.folder:
-                self.folder.write("summary.json", {"status": NOT_EVALUATED, "steps": self.recipe.steps})
+                self.folder.write_summary({"status": NOT_EVALUATED, "steps": self.recipe.steps})
             where = f"The trained weights are in {self.weights}; finetune/evaluate.py measures them."
             reason = str(error).strip().split("\n")[0]
             end_all(
@@ -329,19 +339,19 @@ class TrainingRun:
         peaks, by_rank = self._largest_peaks()
         if self.folder:
             self.folder.close()
-            entries = read_metrics(self.folder.path / "metrics.jsonl")
+            entries = read_metrics(self.folder.path / METRICS)
             steps = [entry for entry in entries if "loss" in entry]
-            summary = {"status": "unfinished", **summarise(steps, peaks, self._small_sources())}
+            summary = {"status": UNFINISHED, **summarise(steps, peaks, self._small_sources())}
             summary |= {"heldout": self.last_heldout}
             summary |= {"heldout_before": next((entry["heldout"] for entry in entries if entry["step"] == 0), None)}
             summary |= {"memory_kind": self.engine.memory.kind, "peak_memory_gib_by_rank": by_rank}
             summary |= {"peak_memory_parts_gib": self._parts}
             summary |= {"lost_data": self.task.describe().get("lost")}
             summary |= {**results, "wall_s": time.perf_counter() - started}
-            self.folder.write("summary.json", summary)
+            self.folder.write_summary(summary)
             assert self.weights is not None
             write_model_card(self.weights, folder, kind=ADAPTER if self.recipe.lora else MODEL)
-            self.folder.write("summary.json", {**summary, "status": "finished"})  # the last file of a run
+            self.folder.write_summary({**summary, "status": FINISHED})  # the last file of a run
             print(f"{self.recipe.name}: {self.recipe.steps} steps done, written to {self.recipe.output_dir}")
             if summary["coherence"]:
                 print(f"{self.recipe.name}: {summary['coherence']['verdict']}")
@@ -417,7 +427,7 @@ class TrainingRun:
         if found is None:
             return {}
         self.last_heldout = found
-        self.engine.monitor.write_events(heldout_events(found, self.engine.num_samples))
+        self.engine.monitor.write_events(events({"heldout": found}, self.engine.num_samples))
         return {"heldout": found}
 
     def _largest_peaks(self) -> tuple[dict[str, float], list[float]]:

@@ -15,13 +15,10 @@ from colm_ds.config.deepspeed import MONITOR_SECTIONS
 from colm_ds.config.section import Section
 from colm_ds.errors import ConfigError
 from colm_ds.recipes.recipe import BaseRecipe
-from colm_ds.run_folder.contents import own_entries
+from colm_ds.run_folder.contents import CHECKPOINTS, CONFIG, METRICS, NOT_EVALUATED, own_entries
+from colm_ds.run_folder.files import read_object
+from colm_ds.run_folder.read import is_finished, status_of
 from colm_ds.run_folder.write import no_run_of
-
-CHECKPOINTS = "checkpoints"
-
-NOT_EVALUATED = "not evaluated"
-"""Status of a run whose steps are done and whose weights are written, but which could not be measured."""
 
 _MAY_CHANGE = {
     *("name", "output_dir", "overwrite", "save_every", "keep_last", "resume", "monitor", "verbose"),
@@ -51,21 +48,21 @@ def where_to_start(recipe: BaseRecipe) -> atomic.Checkpoint | None:
     if recipe.resume not in ("auto", "never"):
         path = Path(recipe.resume)
         found = atomic.find(path.parent, path.name)
-        _check_same(recipe, path.parent.parent / "config.json")
+        _check_same(recipe, path.parent.parent / CONFIG)
         return found
-    if not (folder / "metrics.jsonl").exists():
+    if not (folder / METRICS).exists():
         if own := own_entries(folder):
             raise no_run_of(own)
         return None
-    if _read(folder / "summary.json").get("status") == "finished":
+    if is_finished(folder):
         raise ConfigError(
             f"output_dir = {recipe.output_dir}: holds a finished run. Choose another, or overwrite=true to start anew."
         )
     if recipe.resume == "never":
         return None  # `RunFolder` refuses to replace what is there
-    _check_same(recipe, folder / "config.json")
+    _check_same(recipe, folder / CONFIG)
     found = atomic.find(folder / CHECKPOINTS, repair=True)
-    if found is None and _read(folder / "summary.json").get("status") == NOT_EVALUATED:
+    if found is None and status_of(folder) == NOT_EVALUATED:
         raise ConfigError(
             f"output_dir = {recipe.output_dir}: holds trained weights whose evaluation failed. Measure them with "
             "finetune/evaluate.py, choose another output_dir, or overwrite=true to start anew."
@@ -80,7 +77,7 @@ def may_restart(recipe: BaseRecipe) -> bool:
 
 def _check_same(recipe: BaseRecipe, config: Path) -> None:
     """Compare what is to be run with what was."""
-    before = _read(config).get("recipe")
+    before = read_object(config).get("recipe")
     if not before:
         return  # killed before it was written, or moved away
     constant = recipe.lr_schedule.kind == "constant" and recipe.lr_schedule.warmup_fraction == 0
@@ -100,7 +97,7 @@ def check_finished(recipe: BaseRecipe) -> None:
         ConfigError: if the run was made by another one.
     """
     folder = Path(recipe.output_dir)
-    differences = recipe_differences(_read(folder / "config.json").get("recipe") or {}, recipe, _MAY_CHANGE)
+    differences = recipe_differences(read_object(folder / CONFIG).get("recipe") or {}, recipe, _MAY_CHANGE)
     if differences:
         raise ConfigError(
             f"{folder}: holds a finished run of another recipe.\n  "
@@ -124,8 +121,8 @@ def check_same_settings(
         ConfigError: listing every key that changes the result and differs.
     """
     differences = []
-    config = Path(checkpoint).parents[1] / "config.json"
-    if "recipe" not in before and not _read(config).get("recipe"):
+    config = Path(checkpoint).parents[1] / CONFIG
+    if "recipe" not in before and not read_object(config).get("recipe"):
         raise ConfigError(
             f"{config}: missing or broken, so that nobody knows by which recipe {checkpoint} was made. Put it back, "
             "choose another output_dir, or overwrite=true to start anew."
@@ -253,12 +250,3 @@ def _compare(one: Any, other: Any, prefix: str = "") -> list[tuple[str, Any, Any
         found = [_compare(one.get(key), other.get(key), f"{prefix}.{key}" if prefix else str(key)) for key in keys]
         return [difference for part in found for difference in part]
     return [] if one == other else [(prefix, one, other)]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON file of ours; empty if it is missing or broken."""
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return loaded if isinstance(loaded, dict) else {}

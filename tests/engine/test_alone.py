@@ -32,7 +32,7 @@ sys.stdout.flush()
 os._exit(0)
 """
 
-NOT_NEEDED = ("recipes", "planner", "report", "evaluation", "data", "training", "sweep", "export", "cli", "run_folder")
+NOT_NEEDED = ("recipes", "planner", "report", "evaluation", "data", "training", "sweep", "export", "cli")
 
 
 @pytest.mark.distributed

@@ -14,9 +14,10 @@ from typing import Any, cast
 import pytest
 
 from colm_ds.config.resolve import resolve_config
-from colm_ds.engine.monitor import RunMonitor, heldout_events
+from colm_ds.engine.monitor import RunMonitor
 from colm_ds.errors import ConfigError
 from colm_ds.recipes.recipe import Recipe
+from colm_ds.run_folder.metrics import events
 from colm_ds.training.monitors import monitor_sections, set_environment
 from tests.engine.training import CORESET, SOURCES, Case, start
 from tests.ranks import RankError, Ranks
@@ -58,7 +59,7 @@ def stop_and_go_on(folder: str) -> list[dict[str, Any]]:
     engine = start(CASE, config=config)
     engine.load_checkpoint(folder + "/checkpoints")
     stats += [engine.train_batch() for _ in range(STEPS - 3)]
-    engine.monitor.write_events(heldout_events({"overall": 2.5, "per_source": {"a/b": 3.0}}, engine.num_samples))
+    engine.monitor.write_events(events({"heldout": {"overall": 2.5, "per_source": {"a/b": 3.0}}}, engine.num_samples))
     engine.destroy()
     return [found.as_dict() for found in stats]
 
@@ -116,7 +117,7 @@ def test_wandb_hears_of_rank_0_alone(run: tuple[Path, list[dict[str, Any]]]) -> 
 
 
 def test_one_that_can_not_be_opened_ends_all_ranks(pools: dict[int, Ranks], tmp_path: Path) -> None:
-    with pytest.raises(RankError, match=r"ConfigError: csv_monitor: can not be opened \(rank 0: FileExistsError"):
+    with pytest.raises(RankError, match=r"ConfigError: csv_monitor: cannot be opened \(rank 0: FileExistsError"):
         pools[2].run(unopenable, str(tmp_path))
 
 

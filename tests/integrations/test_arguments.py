@@ -15,17 +15,19 @@ def test_the_dataclass_has_the_keys_and_defaults_of_the_section() -> None:
     ours = {field.name: field.default for field in dataclasses.fields(CoLMConfig)}
     theirs = {name: field.default for name, field in CoLMSection.model_fields.items()}
     # Without: what is the engine's, what TrainingArguments have, and what only colm_ds.initialize can do.
-    assert ours.keys() - {"source_column"} == theirs.keys() - OWN_TO_THE_ENGINE.keys() - {"seed", "replay"}
+    assert ours.keys() - {"source_column", "log"} == theirs.keys() - OWN_TO_THE_ENGINE.keys() - {"seed", "replay"}
     fitting = {"small_sources", "small_share", "per_source", "geometry", "metric", "weights"}  # by the estimator
     assert all(ours[name] == "auto" for name in fitting)
-    for name in ours.keys() - {"source_column", "large_batch_size", "mask", "probe", "schedule"} - fitting:
+    for name in ours.keys() - {"source_column", "log", "large_batch_size", "mask", "probe", "schedule"} - fitting:
         assert ours[name] == theirs[name], name
 
 
 def test_auto_is_what_fits_the_estimator() -> None:
     for estimator, wanted in (("tokens", (False, "none", "matched")), ("spsa", (True, "auto", "uniform"))):
         section = read_section(CoLMConfig(large_batch_size=32, probe={"estimator": estimator}))
-        resolved = CoLMSection.model_validate({key: value for key, value in section.items() if key != "source_column"})
+        resolved = CoLMSection.model_validate(
+            {key: value for key, value in section.items() if key not in ("source_column", "log")}
+        )
         assert (resolved.per_source, resolved.small_sources, resolved.weights) == wanted
 
 
@@ -38,7 +40,7 @@ def test_command_line_beside_training_arguments() -> None:
     assert section["small_sources"] == ["a", "b"]
     assert section["probe"] == {"estimator": "exact"}
     assert section["weights"] == "matched"
-    values = {key: value for key, value in section.items() if key != "source_column"}
+    values = {key: value for key, value in section.items() if key not in ("source_column", "log")}
     assert CoLMSection.model_validate(values).per_source is False
 
 
@@ -46,7 +48,9 @@ def test_preset_fills_in_what_is_left_at_its_default() -> None:
     section = read_section(CoLMConfig(large_batch_size=32, preset="paper", metric="cosine"))
     assert section["metric"] == "cosine"
     assert not {"weights", "geometry", "per_source"} & section.keys()
-    resolved = CoLMSection.model_validate({key: value for key, value in section.items() if key != "source_column"})
+    resolved = CoLMSection.model_validate(
+        {key: value for key, value in section.items() if key not in ("source_column", "log")}
+    )
     assert (resolved.metric, resolved.weights, resolved.probe.num_probes) == ("cosine", "uniform", 1)
 
 

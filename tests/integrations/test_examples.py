@@ -54,7 +54,7 @@ def test_hf_trainer(run: Callable[..., str], tmp_path: Path) -> None:
     output = tmp_path / "out"
     arguments = {"model": str(model), "data": str(data), "output_dir": str(output), **SIZES, **QUIET}
     path = tmp_path / "arguments.yaml"
-    path.write_text(yaml.safe_dump({**arguments, "colm": {"large_batch_size": 16}}), encoding="utf-8")
+    path.write_text(yaml.safe_dump({**arguments, "colm": {"large_batch_size": 16, "log": "all"}}), encoding="utf-8")
     printed = run("hf_trainer.py", str(path))
     assert printed.count("'colm/chosen/algebra'") == 3
     assert (output / "model.safetensors").exists()

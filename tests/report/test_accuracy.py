@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from colm_ds.engine.monitor import heldout_events
 from colm_ds.report import format_table, load_run
 from colm_ds.report.arms import make_arms
 from colm_ds.report.summary import summary
@@ -46,8 +45,3 @@ def test_sweep_table(tmp_path: Path) -> None:
     text = format_markdown({"rows": rows}, "plain 64")
     assert "accuracy, %" in text
     assert "before, %" in text
-
-
-def test_monitor() -> None:
-    events = heldout_events({"overall": 1.0, "macro": 1.0, "per_source": {}, "accuracy": 0.5}, 64)
-    assert ("Heldout/accuracy", 0.5, 64) in events

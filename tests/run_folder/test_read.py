@@ -58,7 +58,7 @@ def test_broken_json_files_are_told(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"name": "x"')
     (tmp_path / "summary.json").write_text("[]")
     run = load_run(tmp_path)
-    assert run.problems == ["config.json can not be read as JSON.", "summary.json is not one JSON object."]
+    assert run.problems == ["config.json cannot be read as JSON.", "summary.json is not one JSON object."]
     assert not run.is_finished
 
 

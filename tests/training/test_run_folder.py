@@ -28,7 +28,7 @@ from tests.finetune.test_entry import ROOT, recipe_of
 def folder(tmp_path: Path) -> Path:
     """A run that was killed before its first checkpoint, among files of its user's."""
     run = RunFolder(tmp_path / "run")
-    run.write("config.json", {"recipe": {}})
+    run.write_config({"recipe": {}})
     run.log({"step": 1, "loss": 2.0})
     run.close()
     for name in ("notes.md", "data/train.jsonl", "recipe.yaml", "models/mine.safetensors"):

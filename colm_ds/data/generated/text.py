@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+from colm_ds.run_folder.files import replacing
 
 _SYLLABLES = (
     "ba",
@@ -120,13 +121,11 @@ def write_text(folder: str | Path, megabytes: float = 2.0, seed: int = 0, files_
         texts = documents_of(source, seed)
         for file in range(files_per_source):
             path = folder / f"{source.rpartition('/')[2]}_{file}.jsonl"
-            aside = path.with_suffix(".tmp")
-            with aside.open("w", encoding="utf-8", newline="\n") as lines:
+            with replacing(path, sync=False) as lines:
                 while size < wanted * (file + 1) / files_per_source:
                     text = f"{next(texts)} [{number}]"  # no two are equal
                     lines.write(json.dumps({"text": text, "meta": {"pile_set_name": source}}) + "\n")
                     size, number = size + len(text), number + 1
-            os.replace(aside, path)
         written[source] = size
     return written
 

@@ -38,11 +38,11 @@ from colm_ds.data.pretraining.token_store import (
     read_part,
     token_dtype,
     write_part,
-    write_whole,
 )
 from colm_ds.data.prompt import leading_special_ids
 from colm_ds.data.token_cache import describe_tokenizer
 from colm_ds.errors import ConfigError, DataError
+from colm_ds.run_folder.files import write_whole
 
 FORMAT_VERSION = 1
 _SETTINGS, _SCAN = "settings.json", "scan.json"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colm_ds.errors import DataError
+from colm_ds.run_folder.files import write_whole
 
 MANIFEST = "manifest.json"
 PARTS = "parts"
@@ -66,16 +66,6 @@ def read_part(folder: Path, name: str, *, verify: bool = False) -> dict[str, Any
     except (OSError, ValueError, KeyError):
         return None
     return dict(meta)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file aside, let it reach the disk, and put it in place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def checksum(data: bytes) -> str:

@@ -16,9 +16,9 @@ from colm_ds.data.pretraining.token_store import HELDOUT, TRAIN, TokenStore
 from colm_ds.data.token_cache import describe_tokenizer
 from colm_ds.errors import ConfigError
 from colm_ds.recipes.recipe import PretrainingRecipe
+from colm_ds.run_folder.contents import BEST_MODEL
 from colm_ds.training.tasks.base import InTraining, measured_loss
 
-BEST = "best_model"
 """Folder of the weights with the lowest held-out loss, in a run's folder."""
 
 
@@ -79,7 +79,7 @@ class PretrainingTask:
         if not len(self._heldout):
             return None
         if self._best is None:  # only now: a run that starts anew has removed what was there
-            self._best = _best_so_far(Path(self._recipe.output_dir) / BEST)
+            self._best = _best_so_far(Path(self._recipe.output_dir) / BEST_MODEL)
         found = measured_loss(run, self._heldout, self._recipe.evaluation.max_tokens)
         shares = {name: self.train.mixture_counts[name] for name in found["per_source"]}
         total = sum(loss * shares[name] for name, loss in found["per_source"].items())
@@ -94,7 +94,7 @@ class PretrainingTask:
 
     def finish(self, run: InTraining) -> dict[str, Any]:
         """See `TrainingTask.finish`: step and loss of the best weights."""
-        best = Path(self._recipe.output_dir) / BEST / "best.json"
+        best = Path(self._recipe.output_dir) / BEST_MODEL / "best.json"
         return {"best": json.loads(best.read_text(encoding="utf-8"))} if best.exists() else {}
 
     def describe(self) -> dict[str, Any]:
@@ -111,13 +111,13 @@ class PretrainingTask:
     def _keep_best(self, run: InTraining, step: int, loss: float) -> None:
         """Replace the best weights; a kill leaves the ones before or the new ones."""
         folder = Path(self._recipe.output_dir)
-        aside = folder / f".{BEST}"
+        aside = folder / f".{BEST_MODEL}"
         written = save_trained(run.engine, run.tokenizer, aside, is_main=run.rank == 0)
         if run.rank == 0:
             facts = {"step": step, "heldout_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
             (written / "best.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
-            shutil.rmtree(folder / BEST, ignore_errors=True)
-            os.replace(written, folder / BEST)
+            shutil.rmtree(folder / BEST_MODEL, ignore_errors=True)
+            os.replace(written, folder / BEST_MODEL)
             shutil.rmtree(aside)
 
 
