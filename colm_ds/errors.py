@@ -16,7 +16,7 @@ ColmError = CoLMError
 
 
 class ConfigError(CoLMError):
-    """Configuration (recipe, DeepSpeed JSON or `"colm"` section) that can not work."""
+    """Configuration (recipe, DeepSpeed JSON or `"colm"` section) that cannot work."""
 
 
 class DataError(CoLMError):
@@ -24,7 +24,7 @@ class DataError(CoLMError):
 
 
 class ProbeError(CoLMError):
-    """A model in which the probe can not find or handle what it reads."""
+    """A model in which the probe cannot find or handle what it reads."""
 
 
 class SelectionError(CoLMError):
@@ -32,7 +32,7 @@ class SelectionError(CoLMError):
 
 
 class DivergenceError(CoLMError):
-    """Training that can not go on: the gradient is not finite step after step."""
+    """Training that cannot go on: the gradient is not finite step after step."""
 
 
 class DeviceMemoryError(CoLMError):
@@ -96,7 +96,7 @@ class DeviceMemoryError(CoLMError):
 
 
 class CheckpointError(CoLMError):
-    """A checkpoint that can not be saved or loaded."""
+    """A checkpoint that cannot be saved or loaded."""
 
 
 @dataclass

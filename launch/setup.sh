@@ -37,7 +37,7 @@ if [[ -n "$made_in" && "$made_in" != "$root" ]] || ! "$python" -m pip --version 
     check_version "$base" "Name another one: PYTHON=python3.12 bash launch/setup.sh"
     if ! "$base" -c 'import ensurepip, venv' 2>/dev/null; then
         version="$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
-        fail "$base can not make environments with pip. On Debian and Ubuntu: apt-get install python$version-venv"
+        fail "$base cannot make environments with pip. On Debian and Ubuntu: apt-get install python$version-venv"
     fi
     say "making .venv with $("$base" --version)"
     "$base" -m venv --clear "$venv"

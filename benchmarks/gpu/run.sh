@@ -49,7 +49,7 @@ add_wheels() {  # add_wheels FOLDER
     if [[ ! -d "$site" ]]; then
         rm -rf "$site.part"
         "$python" -m pip install -q --disable-pip-version-check --root-user-action=ignore --no-index --no-deps \
-            --no-compile --no-cache-dir --target "$site.part" "${wheels[@]}" || fail "the wheels can not be installed"
+            --no-compile --no-cache-dir --target "$site.part" "${wheels[@]}" || fail "the wheels cannot be installed"
         mv "$site.part" "$site"
         say "$1: ${#wheels[@]} installed after $((SECONDS - started)) s"
     fi

@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
     """Check a recipe, print the table and write the files.
 
     Raises:
-        ConfigError: if an option or the recipe can not work.
+        ConfigError: if an option or the recipe cannot work.
     """
     for name, least in (("examples", 2), ("batches", 2), ("max_tokens", 1)):
         value = getattr(options, name)

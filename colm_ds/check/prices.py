@@ -38,7 +38,7 @@ def price_of_ways(
         try:
             parameters = Planner().tracer(job.spec).parameters
         except (CoLMError, AttributeError, RuntimeError, ValueError):
-            job = None  # a model whose shapes the planner can not read
+            job = None  # a model whose shapes the planner cannot read
 
     def price(way: WayToChoose) -> float:
         if not way.passes_model:

@@ -150,11 +150,11 @@ def write_check(result: CheckResult, folder: Path) -> None:
         folder: made if it is not there; files of a check before are replaced.
 
     Raises:
-        ConfigError: if the folder can not be written.
+        ConfigError: if the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "check.json").write_text(json.dumps(as_json(result), indent=2) + "\n", encoding="utf-8")
         (folder / "check.svg").write_text(as_svg(result), encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--out {folder}: can not be written: {error.strerror}. Give another folder.") from None
+        raise ConfigError(f"--out {folder}: cannot be written: {error.strerror}. Give another folder.") from None

@@ -159,7 +159,7 @@ def _check_enough(num_examples: int, large: int) -> None:
 
 
 def _probed_part(model: nn.Module, config: CoLMSection, num_examples: int) -> tuple[Architecture | None, list[str]]:
-    """Return what the estimators would read, None where they can not, and why."""
+    """Return what the estimators would read, None where they cannot, and why."""
     try:
         architecture = find_architecture(model, config.probe.layer)
     except ProbeError as error:

@@ -162,7 +162,7 @@ def _add_recipe(
     if config.selector in ("random", "full"):
         return
     if signal is not None and not facts.can(config.probe.estimator):
-        compared.notes.append(f"The recipe's own choice by {config.probe.estimator!r} can not be compared here.")
+        compared.notes.append(f"The recipe's own choice by {config.probe.estimator!r} cannot be compared here.")
         return
     masked = config.probe.estimator in ("exact", "spsa")
     settings = SelectionSettings(

@@ -44,7 +44,7 @@ class Checkpoint:
         step: optimizer steps that it holds.
         world_size: ranks that wrote it.
         facts: what `save` was given to write into the manifest.
-        passed_over: newer ones that can not be used, each with its reason.
+        passed_over: newer ones that cannot be used, each with its reason.
     """
 
     path: Path

@@ -112,13 +112,13 @@ def checkpoint_tensors(found: Checkpoint, buffers: Collection[str], dtype: torch
         Name and tensor, each with storage of its own.
 
     Raises:
-        CheckpointError: if the files can not be read, or one of the tensors is not there.
+        CheckpointError: if the files cannot be read, or one of the tensors is not there.
     """
     trained = found.facts["trained"]
     try:
         state = _partitioned_state(found.path) if found.facts["stage"] == 3 else _module_state(found.path)
     except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{found.path}: its weights can not be read: {error}. Take another checkpoint.") from None
+        raise CheckpointError(f"{found.path}: its weights cannot be read: {error}. Take another checkpoint.") from None
     names = [*trained, *buffers]
     missing = [name for name in names if name not in state]
     if missing:

@@ -102,7 +102,7 @@ def check_keys(config: Mapping[str, Any], problems: Problems) -> None:
 
 
 def check_monitors(config: Mapping[str, Any], problems: Problems) -> None:
-    """Record monitors that are switched on and can not work: wrong keys, packages that are not installed.
+    """Record monitors that are switched on and cannot work: wrong keys, packages that are not installed.
 
     Args:
         config: the DeepSpeed configuration.
@@ -128,7 +128,7 @@ def check_monitors(config: Mapping[str, Any], problems: Problems) -> None:
 
 
 def check_auto(config: Mapping[str, Any], problems: Problems) -> None:
-    """Record every "auto" that `resolve_auto` can not replace, whatever the model.
+    """Record every "auto" that `resolve_auto` cannot replace, whatever the model.
 
     Args:
         config: the DeepSpeed configuration without `"auto"` batch sizes.
@@ -164,7 +164,7 @@ def resolve_auto(
         A copy of the configuration.
 
     Raises:
-        ConfigError: listing every "auto" that can not be replaced and what to write there.
+        ConfigError: listing every "auto" that cannot be replaced and what to write there.
     """
     problems = Problems(where)
     values = _values(config, hidden_size, dtype, problems)
@@ -202,7 +202,7 @@ def _is_note(key: str) -> bool:
 def _values(
     config: Mapping[str, Any], hidden_size: int | None, dtype: torch.dtype, problems: Problems
 ) -> dict[str, Any]:
-    """Dotted key -> value of every "auto" that is to be replaced; those that can not be are recorded."""
+    """Dotted key -> value of every "auto" that is to be replaced; those that cannot be are recorded."""
     known = _replacements(config, hidden_size, dtype)
     values = {}
     for key in _auto_keys(config):
@@ -215,7 +215,7 @@ def _values(
             )
         elif key not in _DEEPSPEEDS_OWN_AUTO and (key == section or section in _LITERAL_SECTIONS or key in _CHOICES):
             advice = _ADVICE.get(key, "Write the value, or remove the key for DeepSpeed's default")
-            problems.add(key, "auto", "can not be worked out", f"{advice}.")
+            problems.add(key, "auto", "cannot be worked out", f"{advice}.")
     return values
 
 

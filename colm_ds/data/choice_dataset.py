@@ -137,7 +137,7 @@ def load_choices(
         seed: seed of that draw.
 
     Raises:
-        DataError: for files that can not be read, bad records (up to 20 of a place, each with its line) or no example
+        DataError: for files that cannot be read, bad records (up to 20 of a place, each with its line) or no example
             left.
         ConfigError: for a `max_length` below 2 or a `limit` below 1.
     """

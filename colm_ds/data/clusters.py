@@ -172,7 +172,7 @@ def cluster_together(features: Tensor, size: int, num: int | Sequence[int], seed
         exchange: the ranks.
 
     Raises:
-        ConfigError: on every rank, if the main one can not cluster.
+        ConfigError: on every rank, if the main one cannot cluster.
         DivergenceError: on every rank, if a feature is not finite.
     """
     labels = torch.full((size,), -1, dtype=torch.int64)

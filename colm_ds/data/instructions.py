@@ -158,7 +158,7 @@ def load_instructions(
         The dataset, in the order of the files and records.
 
     Raises:
-        DataError: for files that can not be read, bad records (up to 20 of a file, each with its line) or no example
+        DataError: for files that cannot be read, bad records (up to 20 of a file, each with its line) or no example
             left.
         ConfigError: for a `max_length` or `limit` below 1, or a tokenizer without an eos token.
     """

@@ -163,7 +163,7 @@ def _parse_object(where: str, text: str) -> dict[str, Any]:
             f"{where}: not JSON: {error.msg} at column {error.colno}. Write one complete JSON object per line."
         ) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: JSON that can not be read: {error}") from error
+        raise DataError(f"{where}: JSON that cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise DataError(f'{where}: a JSON {_kind(value)}, not an object. Write {{"key": value, ...}}.')
     return value
@@ -181,7 +181,7 @@ def _read_array(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             fix = "It looks like one object per line: name the file .jsonl."
         raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}. {fix}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: JSON that can not be read: {error}") from error
+        raise DataError(f"{path}: JSON that cannot be read: {error}") from error
     if not isinstance(items, list):
         raise DataError(f"{path}: a JSON {_kind(items)}, not an array. Write [{{...}}, {{...}}], or use .jsonl.")
     for number, item in enumerate(items, start=1):

@@ -37,7 +37,7 @@ def read_place(place: PathLike, split: str = "validation") -> Iterator[tuple[str
         split: of a hub name that has none.
 
     Raises:
-        DataError: for files that can not be read, or a hub name that can not be loaded.
+        DataError: for files that cannot be read, or a hub name that cannot be loaded.
     """
     if str(place).startswith(HUB):
         yield from _read_hub(str(place), split)
@@ -70,7 +70,7 @@ def _read_hub(place: str, default_split: str) -> Iterator[tuple[str, dict[str, A
     except Exception as error:  # the library raises what its loaders raise
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise DataError(
-            f"{place}: can not be loaded: {reason} Write hub:NAME:CONFIG:SPLIT, or give a file of your own."
+            f"{place}: cannot be loaded: {reason} Write hub:NAME:CONFIG:SPLIT, or give a file of your own."
         ) from None
     for number, row in enumerate(rows, start=1):
         yield f"{place}[item {number}]", dict(row)

@@ -104,7 +104,7 @@ def store_arrays(
     """Write a cache entry: whole or not at all, whoever else writes the same one meanwhile.
 
     A valid entry of the same key is kept, because others may have it mapped; a damaged one is replaced. A disk that is
-    full or can not be written costs the cache (which is logged), not the run.
+    full or cannot be written costs the cache (which is logged), not the run.
 
     Args:
         cache_dir: folder of all entries, made if missing.

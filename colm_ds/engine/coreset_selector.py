@@ -140,8 +140,8 @@ class CoresetSelector:
             dataset: what is trained on, if it is at hand: `tokens` standardises embeddings by the ids that occur in it.
 
         Raises:
-            ProbeError: if the selector needs a signal that the probe can not read from this model.
-            ConfigError: if the configuration can not work or a listed small source is not in the dataset.
+            ProbeError: if the selector needs a signal that the probe cannot read from this model.
+            ConfigError: if the configuration cannot work or a listed small source is not in the dataset.
         """
         model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         device = device if device is not None else next(model.parameters()).device
@@ -220,7 +220,7 @@ class CoresetSelector:
             meter: times the phases probe, exchange and select.
 
         Raises:
-            DataError: on every rank, if the examples of any can not be read.
+            DataError: on every rank, if the examples of any cannot be read.
             SelectionError: on every rank, if there are fewer examples than b.
         """
         if not isinstance(batch, LargeBatch):

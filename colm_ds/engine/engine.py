@@ -69,7 +69,7 @@ def initialize(
 
     Raises:
         ConfigError: listing every problem of the configuration.
-        ProbeError: if the selector needs a signal that can not be read from this model.
+        ProbeError: if the selector needs a signal that cannot be read from this model.
         DataError: if a record lacks what training needs.
     """
     config = config if config is not None else getattr(args, "deepspeed_config", None)

@@ -123,7 +123,7 @@ def read_tasks(options: Options, backend: Backend) -> tuple[list[Asked], list[st
 
     Raises:
         ConfigError: for a set that is not known, or was named and has no data, or if none has.
-        DataError: for data that can not be read.
+        DataError: for data that cannot be read.
     """
     if options.limit is not None and options.limit < 1:
         raise ConfigError(f"--limit {options.limit}: must be at least 1.")

@@ -113,7 +113,7 @@ def load(source: ModelSource) -> tuple[Any, Any]:
     """Model in eval mode and tokenizer, on the CPU.
 
     Raises:
-        ConfigError: if the model or tokenizer can not be loaded.
+        ConfigError: if the model or tokenizer cannot be loaded.
         CheckpointError: if the adapter does not fit the model.
     """
     from transformers import set_seed
@@ -134,7 +134,7 @@ def load_its_tokenizer(source: ModelSource) -> Any:
     """The tokenizer alone.
 
     Raises:
-        ConfigError: if it can not be loaded.
+        ConfigError: if it cannot be loaded.
     """
     return load_tokenizer(source.base, source.tokenizer)
 
@@ -150,7 +150,7 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
         held = {name for name in peft.load_peft_weights(str(adapter), device="cpu") if ".lora_" in name}
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:
         reason = str(error).strip().split("\n")[0][:300]
-        raise CheckpointError(f"{adapter}: can not be put on {model.config.model_type}: {reason} {advice}") from None
+        raise CheckpointError(f"{adapter}: cannot be put on {model.config.model_type}: {reason} {advice}") from None
     left_over = sorted(held - peft.get_peft_model_state_dict(adapted).keys())  # PEFT says nothing about these
     if left_over:
         name = f"{left_over[0]} and {len(left_over) - 1} more"
@@ -232,7 +232,7 @@ def _model_of_run(folder: Path) -> _RunModel | None:
         model = ModelConfig.model_validate(values.get("model"))
     except ValueError as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{folder / 'config.json'}: its recipe's model can not be read: {reason}.") from None
+        raise ConfigError(f"{folder / 'config.json'}: its recipe's model cannot be read: {reason}.") from None
     return _RunModel(model, values.get("tokenizer"), values.get("seed"))
 
 

@@ -34,7 +34,7 @@ class EvaluationFolder:
             overwrite: remove what is there.
 
         Raises:
-            ConfigError: listing what differs, or if the folder can not be written.
+            ConfigError: listing what differs, or if the folder cannot be written.
         """
         try:
             if overwrite:
@@ -52,7 +52,7 @@ class EvaluationFolder:
                 )
             self.write_json("settings.json", {"model": model, "tasks": {**earlier, **tasks}})
         except OSError as error:
-            raise ConfigError(f"--out {self.path}: can not be written: {error.strerror}.") from None
+            raise ConfigError(f"--out {self.path}: cannot be written: {error.strerror}.") from None
 
     def collect(self, name: str) -> dict[int, Row]:
         """Put a set's parts together into one file in the order of its questions, and return its rows; rank 0 only.
@@ -104,7 +104,7 @@ class EvaluationFolder:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{self.path / name}: can not be read: {error}. Remove the file or the folder.") from None
+            raise ConfigError(f"{self.path / name}: cannot be read: {error}. Remove the file or the folder.") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{self.path / name}: is not a JSON object. Remove the file or the folder.")
         return values
@@ -124,7 +124,7 @@ def append(part: TextIO, rows: Iterable[Row]) -> None:
         part.writelines(map(_line, rows))
         part.flush()
     except OSError as error:
-        raise DataError(f"{part.name}: can not be written: {error.strerror}. Start again once it can.") from None
+        raise DataError(f"{part.name}: cannot be written: {error.strerror}. Start again once it can.") from None
 
 
 def read_rows(file: Path) -> list[Row]:

@@ -39,7 +39,7 @@ class Exported:
         step: optimizer steps behind the weights; None if the run does not say.
         dtype: of the weights.
         num_tensors: trained tensors that were taken.
-        passed_over: newer checkpoints that can not be used, each with its reason.
+        passed_over: newer checkpoints that cannot be used, each with its reason.
     """
 
     folder: Path
@@ -82,8 +82,8 @@ def export_run(
         dtype: "float32", "bfloat16" or "float16"; default: the recipe's.
 
     Raises:
-        ConfigError: if this is no run, or the base model, the tokenizer or the folder to write can not be used.
-        CheckpointError: if there are no whole weights, they do not fit the base model, or can not be written.
+        ConfigError: if this is no run, or the base model, the tokenizer or the folder to write cannot be used.
+        CheckpointError: if there are no whole weights, they do not fit the base model, or cannot be written.
     """
     run = Path(run)
     recipe = _read_recipe(run)
@@ -242,7 +242,7 @@ def _base_config(model: ModelConfig) -> dict[str, Any]:
 
 def _not_loaded(model: ModelConfig, reason: str) -> str:
     first = reason.strip().split("\n")[0]
-    return f"base model {model.name_or_path}: can not be loaded: {first} If it has moved, give its folder with --model."
+    return f"base model {model.name_or_path}: cannot be loaded: {first} If it has moved, give its folder with --model."
 
 
 def _skeleton(model: ModelConfig, lora: LoraConfig | None, tokenizer: Any) -> Any:
@@ -298,7 +298,7 @@ def _final_model(folder: Path, dtype: str) -> tuple[Any, int]:
 
 
 def _final_broken(folder: Path, reason: str) -> str:
-    return f"{folder}: can not be read: {reason}. Choose a checkpoint of the run with --checkpoint."
+    return f"{folder}: cannot be read: {reason}. Choose a checkpoint of the run with --checkpoint."
 
 
 def _final_adapter(folder: Path, names: Iterable[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -392,7 +392,7 @@ def _merge(model: Any, dtype: torch.dtype) -> nn.Module:
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     for name, layer in layers:
         if any(len(owners[id(parameter)]) > 1 for parameter in layer.get_base_layer().parameters()):
-            raise ConfigError(f"{name}: its weight is tied to another's, so LoRA can not be merged. Leave --merge out.")
+            raise ConfigError(f"{name}: its weight is tied to another's, so LoRA cannot be merged. Leave --merge out.")
     for _, layer in layers:
         layer.float()
         layer.merge()

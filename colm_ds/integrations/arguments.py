@@ -101,7 +101,7 @@ def read_section(given: Given) -> dict[str, Any]:
         given: a `CoLMConfig`, keys and values, JSON text, or a YAML or JSON file that holds them or a `colm` block.
 
     Raises:
-        ConfigError: if it can not be read.
+        ConfigError: if it cannot be read.
     """
     if isinstance(given, CoLMArguments):
         if given.colm is None:

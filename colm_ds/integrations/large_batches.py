@@ -126,7 +126,7 @@ class ExampleCollator:
         return [self._example(index, record) for index, record in numbered]
 
     def check(self, index: int, record: Any) -> None:
-        """Raise if what the collator makes of a record can not be trained on.
+        """Raise if what the collator makes of a record cannot be trained on.
 
         Raises:
             ConfigError: if it gives more than text.

@@ -1,4 +1,4 @@
-"""What a `transformers.Trainer` can not combine with selection; every problem is found before training."""
+"""What a `transformers.Trainer` cannot combine with selection; every problem is found before training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _REORDERING = {"group_by_length": "sorts by length", "batch_rebalance": "cuts ba
 
 
 def check_arguments(trainer: Any, loss_owner: type, problems: Problems) -> None:
-    """Record arguments of a trainer that selection can not work with.
+    """Record arguments of a trainer that selection cannot work with.
 
     Args:
         trainer: after its `__init__`.
@@ -47,7 +47,7 @@ def check_arguments(trainer: Any, loss_owner: type, problems: Problems) -> None:
 
 
 def check_sizes(trainer: Any, config: CoLMSection, problems: Problems) -> None:
-    """Record sizes that do not fit together, and a model that can not be probed."""
+    """Record sizes that do not fit together, and a model that cannot be probed."""
     args, world_size, large = trainer.args, trainer.args.world_size, config.large_batch_size
     parts = args.gradient_accumulation_steps * world_size
     if large % parts:
@@ -91,7 +91,7 @@ def _check_loss(trainer: Any, loss_owner: type, problems: Problems) -> None:
         if getattr(args, "loss_type", "nll") != "nll":
             problems.add("loss_type", args.loss_type, "no loss of one example", 'Write "nll".')
         if getattr(trainer, "aux_loss_enabled", False):
-            problems.messages.append("router_aux_loss_coef: a loss of a whole batch can not be weighted. Write 0.")
+            problems.messages.append("router_aux_loss_coef: a loss of a whole batch cannot be weighted. Write 0.")
     elif loss_owner.__module__ != "transformers.trainer":
         problems.messages.append(
             f"{loss_owner.__name__}.compute_loss: would be passed over, as CoLM weighs the losses of examples itself. "

@@ -77,7 +77,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
             kwargs: the Trainer's.
 
         Raises:
-            ConfigError: listing everything that can not work.
+            ConfigError: listing everything that cannot work.
         """
         super().__init__(*args, **kwargs)
         self.data_collator: Any

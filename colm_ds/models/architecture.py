@@ -86,7 +86,7 @@ def find_architecture(model: nn.Module, layer: str = "v_proj") -> Architecture:
         layer: one of `LAYERS`.
 
     Raises:
-        ProbeError: if the family is unknown or a part is missing or of a kind that the probe can not handle.
+        ProbeError: if the family is unknown or a part is missing or of a kind that the probe cannot handle.
     """
     base: Any = _unwrap(model)
     config = getattr(base, "config", None)

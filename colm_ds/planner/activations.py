@@ -278,7 +278,7 @@ def build_dataless(spec: ModelSpec, num_layers: int, vocabulary: int, mode: Fake
     """A model of some layers without data.
 
     Raises:
-        ConfigError: if its configuration can not be built or LoRA does not fit it.
+        ConfigError: if its configuration cannot be built or LoRA does not fit it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -291,7 +291,7 @@ def build_dataless(spec: ModelSpec, num_layers: int, vocabulary: int, mode: Fake
         try:
             model: Any = AutoModelForCausalLM.from_config(config, dtype=spec.dtype, attn_implementation=attention)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"model: can not be built from its configuration: {error}") from None
+            raise ConfigError(f"model: cannot be built from its configuration: {error}") from None
         if spec.lora is not None:
             model = add_lora(model, spec.lora)
     if spec.checkpointing:

@@ -101,7 +101,7 @@ def gpu_dropout() -> Iterator[None]:
 
 @contextmanager
 def no_packing() -> Iterator[None]:
-    """Let transformers know that rows are whole examples, which it can not see in tensors without data.
+    """Let transformers know that rows are whole examples, which it cannot see in tensors without data.
 
     It would make a mask, and with a mask attention expands keys and values of grouped queries.
     """

@@ -252,7 +252,7 @@ class _Reader:
         if values.shape[:-1].numel() != rows * length:
             raise ProbeError(
                 f"{self.name}: sees {tuple(values.shape[:-1])} tokens of a micro-batch of {rows} x {length}, so its "
-                "gradients can not be told apart by example (an expert of a mixture?). Leave the measurement out."
+                "gradients cannot be told apart by example (an expert of a mixture?). Leave the measurement out."
             )
         return values.reshape(rows, length, values.shape[-1])
 

@@ -69,7 +69,7 @@ def why_not_replay(architecture: Architecture) -> str | None:
     config: Any = architecture.model.config
     for name in ("attention_dropout", "attention_probs_dropout_prob"):
         if float(getattr(config, name, 0.0) or 0.0) > 0:
-            return f"{name} is {getattr(config, name)}: attention dropout can not be drawn again"
+            return f"{name} is {getattr(config, name)}: attention dropout cannot be drawn again"
     inside = {module for layer in layers for module in layer.modules()}
     outside = [module for module in architecture.model.modules() if module not in inside]
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in outside):
@@ -269,7 +269,7 @@ def choose_replay(
         device: where the states would be kept.
 
     Raises:
-        ConfigError: if replay is asked for and can not be.
+        ConfigError: if replay is asked for and cannot be.
     """
     if config.replay == "off":
         return None, None

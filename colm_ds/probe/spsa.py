@@ -107,7 +107,7 @@ class SpsaEstimator:
         self._rows = VectorRows()
         self._parts: Tensor | None = None
         with precise_tail(architecture, dtype):
-            pass  # what it can not handle is an error now, on every rank, and not in the first step
+            pass  # what it cannot handle is an error now, on every rank, and not in the first step
 
     def begin(self, step: int, probed: Tensor, num_local: int, parts: Tensor | None = None) -> None:
         """See `Estimator.begin`; the step's directions are drawn when the first examples come."""

@@ -140,7 +140,7 @@ def precise_tail(architecture: Architecture, dtype: torch.dtype = torch.float32)
     would be noise (DESIGN, section 3); one with TF32 matrix products nearly so, hence full float32 products.
 
     Raises:
-        ProbeError: if a module with weights, or the attention, is of a kind that can not be run so.
+        ProbeError: if a module with weights, or the attention, is of a kind that cannot be run so.
     """
     attention = str(getattr(getattr(architecture.model, "config", None), "_attn_implementation", ""))
     if "flash" in attention:
@@ -209,7 +209,7 @@ def _precise_forward(name: str, module: nn.Module, dtype: torch.dtype) -> Forwar
     if "RMSNorm" in type(module).__name__:
         return _precise_rms_norm(module, dtype)
     raise ProbeError(
-        f"{name or type(module).__name__} ({type(module).__name__}) can not be run in {dtype}, which `spsa` needs. "
+        f"{name or type(module).__name__} ({type(module).__name__}) cannot be run in {dtype}, which `spsa` needs. "
         'Use "estimator": "exact" or "sketch".'
     )
 

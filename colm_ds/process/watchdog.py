@@ -15,7 +15,7 @@ from colm_ds.process.exit_codes import ExitCode
 class Watchdog:
     """Knows what this rank is at, and since when.
 
-    A collective in which a rank does not take part blocks the others in C++ code, so an exception can not reach them;
+    A collective in which a rank does not take part blocks the others in C++ code, so an exception cannot reach them;
     the thread prints one message and ends the process, whereupon the launcher ends the other ranks.
     """
 

@@ -29,7 +29,7 @@ def load_tokenizer(model: ModelConfig, place: str | None = None) -> Any:
         place: folder or hub name of the tokenizer; default: the model's own.
 
     Raises:
-        ConfigError: if it can not be loaded.
+        ConfigError: if it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -39,7 +39,7 @@ def load_tokenizer(model: ModelConfig, place: str | None = None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, **gguf)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ConfigError(
-            f"tokenizer {path!r} can not be loaded: {_first_line(error)} "
+            f"tokenizer {path!r} cannot be loaded: {_first_line(error)} "
             "Name a folder with tokenizer.json or tokenizer.model, or a hub name."
         ) from None
     if tokenizer.eos_token_id is None:
@@ -57,7 +57,7 @@ def load_model(model: ModelConfig, lora: LoraConfig | None, tokenizer: Any) -> n
         tokenizer: its length is the vocabulary's, where the configuration says none.
 
     Raises:
-        ConfigError: if the model can not be loaded or LoRA can not be applied.
+        ConfigError: if the model cannot be loaded or LoRA cannot be applied.
     """
     loaded = _base_model(model, tokenizer)
     if lora is not None:

@@ -44,7 +44,7 @@ def matched_weights(
     What a pick adds beyond the pool's mean is d_s = c_s - t_s g: c_s its signal, t_s its part in the divisor (1 in a
     mean over examples, its labelled tokens in a mean over tokens), g the pool's sum of signals over its sum of parts.
     Minimises |sum_s w_s d_s / k|^2 + lambda |w - 1|^2 under sum w = k and 0 <= w <= `max_weight`, lambda being `ridge`
-    times the mean diagonal of the Gram matrix of d_s / k. As the mean is fixed, the weights can not shrink the gradient
+    times the mean diagonal of the Gram matrix of d_s / k. As the mean is fixed, the weights cannot shrink the gradient
     as raw least squares does.
 
     Args:
@@ -178,7 +178,7 @@ def _bounded(line: _Line, push: float) -> tuple[_Line, Tensor]:
     """argmin of w^T H w / 2 - push sum w over 0 <= w <= upper, and the line that it is on.
 
     Block principal pivoting: moves every weight that is on the wrong side at once; after three rounds without progress
-    only the last one, which can not cycle (Judice and Pires 1992).
+    only the last one, which cannot cycle (Judice and Pires 1992).
 
     Args:
         line: where to begin.

@@ -59,7 +59,7 @@ def run_sweep(grid: Grid, say: Callable[[str], None] = print) -> dict[str, Any]:
         What `results.json` holds: rows, failures, seconds.
 
     Raises:
-        ConfigError: if what the arms need can not be prepared.
+        ConfigError: if what the arms need cannot be prepared.
     """
     started = time.monotonic()
     for path, command in grid.prepare.items():

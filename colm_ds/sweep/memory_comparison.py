@@ -85,7 +85,7 @@ def plan_arms(recipe: BaseRecipe, num_ranks: int, sizes: Sequence[int] | None = 
         sizes: large batch sizes of the picture of memory against batch size; default: r/2, r and 2r.
 
     Raises:
-        ConfigError: if the recipe does not select, or a size can not be had.
+        ConfigError: if the recipe does not select, or a size cannot be had.
     """
     large, micro = recipe.colm.large_batch_size, recipe.micro_batch_size
     coreset = recipe.colm.coreset_size

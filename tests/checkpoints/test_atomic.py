@@ -30,7 +30,7 @@ def save_steps(folder: str, steps: list[int], keep_last: int | None = None) -> l
 
 
 def save_with_a_failing_write(folder: str, failing_rank: int, kind: str) -> tuple[str, list[str], int, list[str]]:
-    """In a rank: two checkpoints, the second of which one rank can not write, and a third; message, folder, step."""
+    """In a rank: two checkpoints, the second of which one rank cannot write, and a third; message, folder, step."""
     import torch.distributed as dist
 
     engine = start(CASE)

@@ -84,7 +84,7 @@ def test_split_lines_like_a_binary_file(size: int) -> None:
         (b"", ["no records in the file"]),
         (b" \n\n", ["no records in the file"]),
         (b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}\n", [":1: "]),
-        (b'{"a": ' + b"1" * 10_000 + b"}\n", [":1: JSON that can not be read"]),
+        (b'{"a": ' + b"1" * 10_000 + b"}\n", [":1: JSON that cannot be read"]),
     ],
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])

@@ -233,7 +233,7 @@ def test_places_of_data(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(read_place("hub:a/b")) == [("hub:a/b[item 1]", {"a": 1})]
     assert list(read_place("hub:a/b:main:test")) == [("hub:a/b:main:test[item 1]", {"a": 1})]
     assert calls == [("a/b", None, "validation"), ("a/b", "main", "test")]
-    with pytest.raises(DataError, match="hub:missing: can not be loaded: Couldn't find it"):
+    with pytest.raises(DataError, match="hub:missing: cannot be loaded: Couldn't find it"):
         list(read_place("hub:missing"))
 
 

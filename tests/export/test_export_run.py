@@ -290,7 +290,7 @@ def test_final_adapter_without_all_of_its_weights(lora_run: tuple[Path, dict[str
     with pytest.raises(CheckpointError, match="1 tensors are missing"):
         export_run(run)
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(CheckpointError, match=r"can not be read.*--checkpoint"):
+    with pytest.raises(CheckpointError, match=r"cannot be read.*--checkpoint"):
         export_run(run)
     assert export_run(run, tag="step_3").num_tensors == len(tensors)
 

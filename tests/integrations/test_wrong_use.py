@@ -1,4 +1,4 @@
-"""What can not work is one clear error before training."""
+"""What cannot work is one clear error before training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def without_source() -> list[Record]:
 
 
 def fails(tmp_path: Path, colm: Any = SIZES, **arguments: Any) -> str:
-    """The message of a trainer that can not be made."""
+    """The message of a trainer that cannot be made."""
     with pytest.raises(ConfigError) as raised:
         make_trainer(str(tmp_path), colm, 2, **arguments)
     return str(raised.value)

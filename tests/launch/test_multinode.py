@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "finetune" / "recipes" / "demo.yaml"
 PORT = str(worker_port(18))
 
-# Stands for ssh: every host is this machine, without the caller's variables. "gone" can not be reached.
+# Stands for ssh: every host is this machine, without the caller's variables. "gone" cannot be reached.
 FAKE_SSH = """#!/usr/bin/env bash
 while [[ "$1" == -* ]]; do case "$1" in -o | -p | -l) shift 2 ;; *) shift ;; esac; done
 host="$1"

@@ -219,7 +219,7 @@ class _Experts(nn.Module):
 
 
 def test_what_can_not_be_sketched_is_named() -> None:
-    with pytest.raises(ProbeError, match=r"expert: sees .* can not be told apart by example"):
+    with pytest.raises(ProbeError, match=r"expert: sees .* cannot be told apart by example"):
         GradientSketch(_Experts(), 0).rows(make_micro_batch(make_examples()))
     model = tiny_model("llama")
     model.requires_grad_(False)

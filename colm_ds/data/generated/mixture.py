@@ -187,7 +187,7 @@ def write_mixture(folder: PathLike, seed: int = 0, scale: float = 1.0) -> dict[s
         Training examples of each source.
 
     Raises:
-        ConfigError: for a `scale` that can not be met.
+        ConfigError: for a `scale` that cannot be met.
     """
     folder = Path(folder)
     train, heldout = generate_records(seed, scale)

@@ -53,7 +53,7 @@ def train_sentencepiece(texts: Iterator[str], vocabulary_size: int) -> bytes:
         )
     except RuntimeError as error:
         raise DataError(
-            f"a vocabulary of {vocabulary_size} can not be trained on this text: {error}. Choose a smaller one."
+            f"a vocabulary of {vocabulary_size} cannot be trained on this text: {error}. Choose a smaller one."
         ) from None
     return model.getvalue()
 
@@ -84,7 +84,7 @@ def load_sentencepiece(path: Path) -> Any:
         _check_protobuf()
         backend = PreTrainedTokenizerFast.convert_to_native_format(vocab_file=str(path))["tokenizer_object"]
     except OSError as error:
-        raise ConfigError(f"{path}: can not be read: {error.strerror}. Name a SentencePiece .model file.") from None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}. Name a SentencePiece .model file.") from None
     except (RuntimeError, ValueError, KeyError) as error:
         raise ConfigError(f"{path}: not a SentencePiece model that can be read: {error}.") from None
     ids = {"unk_token": processor.unk_id(), "bos_token": processor.bos_id()}

@@ -92,8 +92,8 @@ def prepare(
         say: takes a line of progress at a time.
 
     Raises:
-        ConfigError: if the folder holds something else, or the tokenizer can not be used.
-        DataError: for files that can not be read, too many bad lines, unknown sources, or files that changed.
+        ConfigError: if the folder holds something else, or the tokenizer cannot be used.
+        DataError: for files that cannot be read, too many bad lines, unknown sources, or files that changed.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the work
     files = find_files([Path(file) for file in wanted.files])
@@ -205,7 +205,7 @@ def _given_tokenizer(place: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"tokenizer {place!r} can not be loaded: {reason} Name a folder or a .model file.") from None
+        raise ConfigError(f"tokenizer {place!r} cannot be loaded: {reason} Name a folder or a .model file.") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"tokenizer {place!r} has no eos token, which marks the end of a document.")
     return tokenizer

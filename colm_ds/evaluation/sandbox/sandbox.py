@@ -277,7 +277,7 @@ def run_programs(
         minimum: weakest level of `LEVELS` to run with; None for "landlock".
 
     Returns:
-        A result for each program, in order; a program can not make this function raise.
+        A result for each program, in order; a program cannot make this function raise.
 
     Raises:
         ConfigError: if the machine does not offer `minimum`, or an argument is wrong.

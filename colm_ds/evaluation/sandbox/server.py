@@ -290,7 +290,7 @@ def watch(pid: int, texts: dict[int, bytearray], err: int, wall_s: float, limit:
             isolated, start = True, time.monotonic()
             deadline = start + wall_s
         if not ready or not waiting:
-            # Not reaped yet, so that its number and its group's can not be another's when the group is killed.
+            # Not reaped yet, so that its number and its group's cannot be another's when the group is killed.
             ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         if time.monotonic() >= deadline and not ended and not reason:
             reason = "timeout"

@@ -30,7 +30,7 @@ class ClusteredTask:
         """Check what can be checked before training.
 
         Raises:
-            ConfigError: for more clusters than examples, or a proxy that can not be found or has other tokens.
+            ConfigError: for more clusters than examples, or a proxy that cannot be found or has other tokens.
         """
         self._task = task
         self._config = clusters

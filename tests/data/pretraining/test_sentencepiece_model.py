@@ -113,7 +113,7 @@ def test_models_of_others_give_the_ids_of_sentencepiece(name: str, shared_data: 
 
 
 def test_what_is_no_model_is_one_message(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.model: can not be read: No such file"):
+    with pytest.raises(ConfigError, match=r"none\.model: cannot be read: No such file"):
         load_sentencepiece(tmp_path / "none.model")
     (tmp_path / "other.model").write_text("not a model")
     with pytest.raises(ConfigError, match=r"other\.model: not a SentencePiece model"):
@@ -150,5 +150,5 @@ def test_protobuf_is_asked_for_where_it_is_missing(trained: Path, monkeypatch: p
 
 
 def test_too_large_a_vocabulary_is_one_message(texts: list[str]) -> None:
-    with pytest.raises(DataError, match="a vocabulary of 60000 can not be trained"):
+    with pytest.raises(DataError, match="a vocabulary of 60000 cannot be trained"):
         train_sentencepiece(iter(texts[:5]), 60000)

@@ -350,7 +350,7 @@ def test_a_tokenizer_of_ones_own(text: Path, store: TokenStore, tmp_path: Path) 
             part["checksum"] for part in store.manifest["parts"]
         ]
     nothing = SETTINGS | {"tokenizer": str(tmp_path / "nothing.model")}
-    with pytest.raises(CoLMError, match="can not be read"):
+    with pytest.raises(CoLMError, match="cannot be read"):
         prepare(Preparation([text], tmp_path / "u", **nothing), say=quiet)
 
 

@@ -81,7 +81,7 @@ HOSTILE = [
             "os.mkdir('/var/tmp/colm_hostile')", "open('@REPO@/colm_hostile', 'w')"),
     refused("deletes and renames outside", "os.remove('@CANARY@/secret.txt')", "os.rmdir('@CANARY@')",
             "os.rename('@CANARY@/secret.txt', '@CANARY@/colm_hostile')", "os.truncate('@CANARY@/secret.txt', 0)"),
-    refused("changes what it can not read", "os.chmod('@CANARY@/secret.txt', 0) or 1", "os.utime('@CANARY@') or 1",
+    refused("changes what it cannot read", "os.chmod('@CANARY@/secret.txt', 0) or 1", "os.utime('@CANARY@') or 1",
             "os.chown('@CANARY@/secret.txt', 0, 0) or 1"),
     refused("links to the outside", "os.symlink('@CANARY@/secret.txt', 'link')", "open('link').read()",
             "os.link('@CANARY@/secret.txt', 'hard')", "os.mkfifo('pipe') or 1", "os.mknod('node') or 1"),
