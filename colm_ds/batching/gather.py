@@ -114,7 +114,7 @@ def _rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     sizes = {key: len(values) if hasattr(values, "__len__") else None for key, values in columns.items()}
     if "input_ids" not in columns or any(size != sizes["input_ids"] for size in sizes.values()):
         shown = ", ".join(f"{key}: {size}" for key, size in sizes.items())
-        raise DataError(f"a batch with {shown} rows. Give input_ids and as many rows of everything else.")
+        raise DataError(f"a batch with {shown} rows. Give input_ids and the same number of rows for every other key.")
     return [{key: values[row] for key, values in columns.items()} for row in range(len(columns["input_ids"]))]
 
 
@@ -133,9 +133,11 @@ def _example(record: Any, place: int, names: Sequence[str], source_key: str | No
             ids, labels = ids[keep], labels[keep]
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
-        raise DataError(f"example {place}: {reason}. Give input_ids, labels and attention_mask as long rows.") from None
+        raise DataError(
+            f"example {place}: {reason}. Give input_ids, labels and attention_mask of equal length."
+        ) from None
     if len(ids) != len(labels):
-        raise DataError(f"example {place}: {len(ids)} tokens and {len(labels)} labels. Give as many.")
+        raise DataError(f"example {place}: {len(ids)} tokens and {len(labels)} labels. Give one label per token.")
     has_source = source_key is not None and record.get(source_key) is not None
     source = source_id(record[source_key], names) if has_source else 0
     return Example(ids, labels, source, int(record.get("index", -1)))

@@ -65,7 +65,7 @@ def known_counts(
     names = [str(name) for name in given or ["all"]]
     if config.small_sources in ("auto", "below_mean") and looks_at_sources(config):
         raise ConfigError(
-            "CoresetSelector: names of sources, and no number of examples by which to tell the small ones. Give "
+            "CoresetSelector: names of sources without numbers of examples, which tell the small ones. Give "
             'source_counts as a mapping, or list the small ones as "small_sources".'
         )
     return dict.fromkeys(names, 0)

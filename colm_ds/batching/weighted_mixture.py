@@ -32,7 +32,7 @@ def checked_weights(weights: Mapping[str, float], known: Sequence[str]) -> dict[
     """
     for name, weight in weights.items():
         if name not in known:
-            raise ConfigError(f"data.weights: no source {name!r}. There are: {', '.join(map(repr, known))}.")
+            raise ConfigError(f"data.weights: no source {name!r}. Its sources: {', '.join(map(repr, known))}.")
         if not weight > 0:
             raise ConfigError(f"data.weights.{name} = {weight}: must be above 0. Leave the source out instead.")
     return {name: float(weights[name]) for name in known if name in weights}
@@ -62,7 +62,7 @@ class WeightedSampler:
         if min(sizes, default=0) < 1 or not 1 <= large_batch_size <= sum(sizes):
             raise SelectionError(
                 f"large_batch_size = {large_batch_size}: the sources have {list(sizes)} examples. Every source needs "
-                "one, and all together as many as a large batch."
+                "at least one, and together they must fill a large batch."
             )
         self.large_batch_size = large_batch_size
         self.steps_per_epoch = sum(sizes) // large_batch_size

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=30,
         metavar="K",
-        help="large batches that are drawn from them, at least (default: 30); more make the standard errors smaller",
+        help="minimum number of large batches drawn from them (default: 30); more give smaller standard errors",
     )
     parser.add_argument(
         "--at",
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         metavar="FOLDER",
-        help="folder for check.json and check.svg (default: the recipe's output_dir with _check behind it)",
+        help="folder for check.json and check.svg (default: the recipe's output_dir with _check appended)",
     )
     parser.add_argument(
         "--max-tokens",

@@ -136,7 +136,7 @@ def checked_section(recipe: BaseRecipe) -> CoLMSection:
     if config.coreset_size == config.large_batch_size:
         raise ConfigError(
             f"colm.coreset_size = {config.coreset_size}: all of the large batch, so there is nothing to choose. Check "
-            "with the r that you think of, for example colm.selector=colm "
+            "with the r that you have in mind, for example colm.selector=colm "
             f"colm.large_batch_size={2 * config.large_batch_size}."
         )
     return config

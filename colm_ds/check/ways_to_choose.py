@@ -183,8 +183,8 @@ def _add_recipe(
         return
     if config.geometry == "adam":
         compared.notes.append(
-            f"{RECIPE!r} is measured with geometry: plain: Adam's has a history of the steps before, which there is "
-            "none of in a check."
+            f"{RECIPE!r} is measured with geometry: plain: Adam's needs the history of earlier steps, which a "
+            "check does not have."
         )
     if config.probe.sample != 1.0 or config.probe.token_sample != 1.0:
         compared.notes.append(f"{RECIPE!r} is measured with probe.sample and probe.token_sample at 1.")

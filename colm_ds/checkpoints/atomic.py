@@ -148,7 +148,7 @@ def find(folder: Path, tag: str | None = None, *, repair: bool = False) -> Check
     raise CheckpointError(
         f"{folder}: none of its checkpoints can be loaded.\n  "
         + "\n  ".join(passed_over)
-        + "\n  Start anew with overwrite=true or in another folder, or bring back a copy of one."
+        + "\n  Start a new run with overwrite=true or in another folder, or restore a copy of one."
     )
 
 
@@ -165,7 +165,7 @@ def why_not_whole(path: Path) -> str | None:
     if not (path / _manifest_name(0)).exists():
         return (
             "holds no state of colm_ds: it is not complete, or a plain DeepSpeed engine saved it "
-            "(engine.deepspeed_engine.load_checkpoint goes on from such weights)"
+            "(engine.deepspeed_engine.load_checkpoint continues from such weights)"
         )
     try:
         first = json.loads((path / _manifest_name(0)).read_text(encoding="utf-8"))

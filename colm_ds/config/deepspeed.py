@@ -215,7 +215,7 @@ def _values(
             )
         elif key not in _DEEPSPEEDS_OWN_AUTO and (key == section or section in _LITERAL_SECTIONS or key in _CHOICES):
             advice = _ADVICE.get(key, "Write the value, or remove the key for DeepSpeed's default")
-            problems.add(key, "auto", "cannot be worked out", f"{advice}.")
+            problems.add(key, "auto", "cannot be resolved", f"{advice}.")
     return values
 
 

@@ -244,7 +244,7 @@ def _check_tokens(colm: CoLMSection, problems: Problems) -> None:
     if colm.replay in ("on", "offload"):
         problems.add("colm.replay", colm.replay, why, 'Remove it, or write "auto".')
     if colm.geometry != "plain":
-        problems.add("colm.geometry", colm.geometry, "features have no history of Adam's", 'Write "plain".')
+        problems.add("colm.geometry", colm.geometry, "features have no Adam history", 'Write "plain".')
 
 
 def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems) -> None:

@@ -158,7 +158,7 @@ def load_choices(
     arrays, num_dropped = _tokenise(questions, tokenizer, max_length)
     if not len(arrays["golds"]):
         raise DataError(
-            f"{', '.join(map(str, places))}: no example left: the candidates of all {len(questions)} are longer than "
+            f"{', '.join(map(str, places))}: no examples left: the candidates of all {len(questions)} are longer than "
             f"max_length = {max_length} tokens. Choose a larger one."
         )
     if cache_dir is not None:

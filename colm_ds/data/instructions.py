@@ -189,7 +189,7 @@ def load_instructions(
     arrays, num_dropped, lost = _tokenise(records, source_names, tokenizer, max_length)
     if not len(arrays["source_ids"]):
         raise DataError(
-            f"{', '.join(map(str, places))}: no example left: all {len(records)} prompts fill "
+            f"{', '.join(map(str, places))}: no examples left: all {len(records)} prompts fill "
             f"max_length = {max_length} tokens. Choose a larger one."
         )
     facts = {"source_names": source_names, "num_dropped": num_dropped, "lost": lost}

@@ -113,7 +113,7 @@ def leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
             return with_special[:start]
     raise ConfigError(
         f"the tokenizer encodes {probe!r} as {with_special} with and {plain} without special tokens: which of them "
-        "come first cannot be told. Use a tokenizer that adds special tokens around the text only."
+        "come first is ambiguous. Use a tokenizer that adds special tokens around the text only."
     )
 
 

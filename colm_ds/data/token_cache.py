@@ -126,7 +126,7 @@ def store_arrays(
                 return
             _remove(cache_dir / key)
     except OSError as error:
-        _log.warning("the tokens could not be cached in %s (%s); going on without", cache_dir, error)
+        _log.warning("the tokens could not be cached in %s (%s); continuing without a cache", cache_dir, error)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -56,19 +56,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", help="folder for answers and results (default: RUN/evaluation, or runs/evaluation/MODEL)")
     add(
-        "--limit", type=int, help="questions of each set at most, drawn by --seed; for perplexity chunks of each source"
+        "--limit",
+        type=int,
+        help="maximum questions of each set, drawn with --seed; for perplexity chunks of a source",
     )
-    add("--seed", type=int, default=0, help="of the draw (default: 0)")
-    add("--overwrite", action="store_true", help="remove answers that are there instead of going on from them")
+    add("--seed", type=int, default=0, help="seed of the draw (default: 0)")
+    add("--overwrite", action="store_true", help="discard existing answers instead of resuming from them")
     add("--dtype", choices=sorted(DTYPES), help="precision (default: float32 on a CPU, bfloat16 on a GPU)")
     add("--gguf-file", help="GGUF file in the base model's folder")
     add("--base", help="base model of an adapter, if it is not where the adapter says")
     add("--tokenizer", help="tokenizer folder or hub name (default: the model's)")
-    add("--max-new-tokens", type=int, default=512, help="of an answer to a math question in each pass (default: 512)")
-    add("--max-tokens", type=int, default=16384, help="padded tokens of a batch at most: the lever on memory")
-    add("--max-examples", type=int, default=64, help="sequences of a batch at most (default: 64)")
+    add("--max-new-tokens", type=int, default=512, help="maximum tokens of a math answer in each pass (default: 512)")
+    add("--max-tokens", type=int, default=16384, help="maximum padded tokens of a batch: the lever on memory")
+    add("--max-examples", type=int, default=64, help="maximum sequences of a batch (default: 64)")
     add("--chunk-tokens", type=int, help="tokens of a chunk for perplexity (default: the run's, else 1024)")
-    add("--workers", type=int, default=2, help="programs that run at a time on each rank (default: 2)")
+    add("--workers", type=int, default=2, help="programs that run at the same time on each rank (default: 2)")
     add(
         "--isolation",
         metavar="LEVEL",

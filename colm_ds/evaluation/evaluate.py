@@ -142,7 +142,7 @@ def read_tasks(options: Options, backend: Backend) -> tuple[list[Asked], list[st
         else:
             questions = task.read(read_place(place), backend)
         if not questions:
-            raise DataError(f"{place}: no question of {name} in it. Give another place with --data {name}=PLACE.")
+            raise DataError(f"{place}: no questions of {name} in it. Give another place with --data {name}=PLACE.")
         indices = subset([task.group(question) for question in questions], options.limit, options.seed)
         chosen = [questions[index] for index in indices]
         settings = {
@@ -159,9 +159,7 @@ def read_tasks(options: Options, backend: Backend) -> tuple[list[Asked], list[st
 
 
 def _no_data(name: str, task: EvaluationTask, places: DataPlaces) -> str:
-    where = (
-        f"in {places.folder} there is none of {', '.join(task.subpaths)}" if places.folder else "no folder was given"
-    )
+    where = f"in {places.folder} none of {', '.join(task.subpaths)} exists" if places.folder else "no folder was given"
     return f"{name}: no data: {where}. Write --data {name}=FILE or --data {name}=hub:NAME:CONFIG:SPLIT."
 
 
@@ -238,7 +236,7 @@ def _ask(
     open_places = (exchange.broadcast(known) == 0).nonzero().flatten().tolist()
     num_before = len(each.indices) - len(open_places)
     if num_before:
-        say(f"{task.name}: going on after {num_before} of {len(each.indices)} questions")
+        say(f"{task.name}: resuming after {num_before} of {len(each.indices)} questions")
     if not open_places:
         return num_before
     sizes = torch.tensor([task.size(each.questions[place]) for place in open_places])

@@ -86,7 +86,7 @@ def find_model(
             return ModelSource(_plain(str(folder / MODEL), None, dtype), None, tokenizer, run=folder)
         else:
             raise ConfigError(
-                f"{name}: a run without adapter/ or model/: it has not come to its end. "
+                f"{name}: the run has not finished: it has no adapter/ or model/. "
                 f"Write a checkpoint's weights with: colm-ds export {name}"
             )
     elif (folder / "adapter_config.json").is_file():
@@ -150,7 +150,7 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
         held = {name for name in peft.load_peft_weights(str(adapter), device="cpu") if ".lora_" in name}
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:
         reason = str(error).strip().split("\n")[0][:300]
-        raise CheckpointError(f"{adapter}: cannot be put on {model.config.model_type}: {reason} {advice}") from None
+        raise CheckpointError(f"{adapter}: cannot be applied to {model.config.model_type}: {reason} {advice}") from None
     left_over = sorted(held - peft.get_peft_model_state_dict(adapted).keys())  # PEFT says nothing about these
     if left_over:
         name = f"{left_over[0]} and {len(left_over) - 1} more"

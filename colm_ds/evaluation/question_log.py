@@ -47,7 +47,7 @@ class EvaluationFolder:
                 differences += compare(earlier.get(name, values), values, name)
             if differences:
                 raise ConfigError(
-                    "\n  ".join([f"{self.path}: holds answers to something else:", *differences])
+                    "\n  ".join([f"{self.path}: holds answers of another evaluation:", *differences])
                     + "\nGive another folder with --out, or --overwrite to remove what is there."
                 )
             self.write_json("settings.json", {"model": model, "tasks": {**earlier, **tasks}})
@@ -124,7 +124,7 @@ def append(part: TextIO, rows: Iterable[Row]) -> None:
         part.writelines(map(_line, rows))
         part.flush()
     except OSError as error:
-        raise DataError(f"{part.name}: cannot be written: {error.strerror}. Start again once it can.") from None
+        raise DataError(f"{part.name}: cannot be written: {error.strerror}. Make it writable and run again.") from None
 
 
 def read_rows(file: Path) -> list[Row]:

@@ -94,7 +94,7 @@ def export_run(
     name = f"{kind}_{source.path.name}" if source.found else kind
     target = Path(out) if out is not None else run / "export" / name
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target}: is there already. Choose another folder with --out, or remove this one.")
+        raise ConfigError(f"{target}: exists already. Choose another folder with --out, or remove this one.")
     base = _base_as_it_is_now(recipe.model, model, dtype)
     loaded_tokenizer = _load_tokenizer(base, tokenizer or _tokenizer_of_run(run) or recipe.tokenizer_place)
     if kind == MODEL and source.found is None:
@@ -122,7 +122,7 @@ def export_run(
         write_model_card(partial, run, kind=kind, step=source.step, base=base, dtype=base.dtype)
         os.replace(partial, target)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{target}: could not be written: {error}. Nothing is left there.") from None
+        raise CheckpointError(f"{target}: could not be written: {error}. No files are left there.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     passed_over = source.found.passed_over if source.found else ()
@@ -192,7 +192,7 @@ def _find_source(run: Path, tag: str | None, final: str) -> _Source:
         raise CheckpointError(f"{folder / tag}: no such checkpoint. There are: {', '.join(names) or 'none'}.")
     found = atomic.find(folder, tag)
     if found is None:
-        state = f"finished, but its {final}/ is not there" if finished else "not finished"
+        state = f"finished, but its {final}/ is missing" if finished else "not finished"
         raise CheckpointError(
             f"{run}: nothing to export. The run is {state}, and checkpoints/ holds no checkpoint. "
             "Let it finish, or train with save_every=N."

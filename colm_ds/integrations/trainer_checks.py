@@ -33,7 +33,7 @@ def check_arguments(trainer: Any, loss_owner: type, problems: Problems) -> None:
     _check_loss(trainer, loss_owner, problems)
     for key in ("auto_find_batch_size", "torch_compile", "use_liger_kernel", "save_on_each_node"):
         if getattr(args, key, False):
-            problems.add(key, True, "does not go together with selection", "Remove it.")
+            problems.add(key, True, "does not work with selection", "Remove it.")
     settings = args.accelerator_config
     for key in ("split_batches", "dispatch_batches"):
         if getattr(settings, key, None):
@@ -89,12 +89,12 @@ def _check_loss(trainer: Any, loss_owner: type, problems: Problems) -> None:
         problems.messages.append(f"compute_loss_func: CoLM weighs the losses of examples by itself. {fix}")
     if is_trl(loss_owner):
         if getattr(args, "loss_type", "nll") != "nll":
-            problems.add("loss_type", args.loss_type, "no loss of one example", 'Write "nll".')
+            problems.add("loss_type", args.loss_type, "has no loss per example", 'Write "nll".')
         if getattr(trainer, "aux_loss_enabled", False):
-            problems.messages.append("router_aux_loss_coef: a loss of a whole batch cannot be weighted. Write 0.")
+            problems.messages.append("router_aux_loss_coef: a loss of the whole batch has no weights. Write 0.")
     elif loss_owner.__module__ != "transformers.trainer":
         problems.messages.append(
-            f"{loss_owner.__name__}.compute_loss: would be passed over, as CoLM weighs the losses of examples itself. "
+            f"{loss_owner.__name__}.compute_loss: would be ignored, as CoLM weighs the losses of examples itself. "
             "Use transformers.Trainer or trl.SFTTrainer, or put what it adds into a class in front of CoLMMixin."
         )
 

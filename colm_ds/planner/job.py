@@ -288,7 +288,7 @@ def _vocabulary_size(recipe: BaseRecipe) -> int:
     try:
         return len(load_tokenizer(recipe.model, recipe.prepare.tokenizer))
     except ConfigError as error:
-        raise ConfigError(f"{error} Or say model.config.vocab_size, and the plan needs no tokenizer.") from None
+        raise ConfigError(f"{error} Or set model.config.vocab_size: the plan then needs no tokenizer.") from None
 
 
 def known_model(name: str) -> dict[str, Any] | None:

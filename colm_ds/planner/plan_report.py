@@ -159,7 +159,7 @@ def format_plan(report: dict[str, Any]) -> str:
     lines.append(
         f"The loss in chunks, always on, saves {report['chunked_loss_saves_gib']:.2f} GiB of the backward pass."
     )
-    lines += ["", "What else would change, one at a time (GiB saved at the largest peak):"]
+    lines += ["", "Other changes, one at a time (GiB saved at the largest peak):"]
     changes = [
         [
             change["override"],

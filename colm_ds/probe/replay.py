@@ -69,7 +69,7 @@ def why_not_replay(architecture: Architecture) -> str | None:
     config: Any = architecture.model.config
     for name in ("attention_dropout", "attention_probs_dropout_prob"):
         if float(getattr(config, name, 0.0) or 0.0) > 0:
-            return f"{name} is {getattr(config, name)}: attention dropout cannot be drawn again"
+            return f"{name} is {getattr(config, name)}: attention dropout cannot be repeated"
     inside = {module for layer in layers for module in layer.modules()}
     outside = [module for module in architecture.model.modules() if module not in inside]
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in outside):
@@ -276,7 +276,7 @@ def choose_replay(
     offload = config.replay == "offload"
     reason = why_not_replay(architecture)
     if config.probe.dtype != "auto":
-        reason = "the probe computes in another type than training (colm.probe.dtype)"
+        reason = "the probe computes in another dtype than training (colm.probe.dtype)"
     if reason is None and not offload:
         size = next(architecture.last_layer.parameters()).element_size()
         needed = (len(architecture.layers) - 1) * num_tokens * architecture.hidden_size * size

@@ -54,7 +54,7 @@ class Watchdog:
     def _end(self, phase: str) -> None:
         print(
             f"rank {self._rank}: {phase} has lasted more than {self._timeout_s:g} s. Another rank is gone or stuck, or "
-            "this takes longer than expected: then raise colm.phase_timeout_s. Restarting goes on from the last "
+            "this takes longer than expected: then raise colm.phase_timeout_s. Restarting resumes from the last "
             "checkpoint.",
             file=sys.stderr,
             flush=True,

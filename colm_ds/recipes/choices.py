@@ -28,7 +28,7 @@ class ChoiceDataConfig(Section):
     def check(self, problems: Problems) -> None:
         """Add what does not fit together."""
         if (self.folder is None) == (self.train is None):
-            problems.add("data.folder", self.folder, "give either data.folder or data.train", "One says where data is.")
+            problems.add("data.folder", self.folder, "give either data.folder or data.train", "Exactly one is needed.")
         if self.folder is not None and self.heldout is not None:
             problems.add("data.heldout", self.heldout, "data.folder holds the validation set", "Name data.train too.")
 
@@ -38,8 +38,8 @@ class ClusterConfig(Section):
 
     num: int | tuple[int, int] = Field(5, description="clusters, or [least, most]: the number with the best silhouette")
     warmup_steps: int = Field(20, ge=0, description="plain steps on b examples before the first clustering")
-    refreshes: int = Field(4, ge=0, description="how often the clusters are made anew, evenly over the other steps")
-    refresh_steps: list[int] | None = Field(None, description="instead: after which steps they are made anew")
+    refreshes: int = Field(4, ge=0, description="how often the clusters are recomputed, evenly over the other steps")
+    refresh_steps: list[int] | None = Field(None, description="instead: the steps after which they are recomputed")
     features_from: str = Field(
         "model",
         description="model: the one in training; or the folder of a run, adapter or model: a proxy fine-tuned before, "

@@ -122,7 +122,7 @@ def check_loaded(path: str, model: nn.Module, report: Mapping[str, Any]) -> None
     """
     problems = Problems(f"model {path}")
     kinds = {
-        "missing_keys": "are missing in its files, so that random numbers would stand there",
+        "missing_keys": "are missing in its files and would be random",
         "unexpected_keys": "in its files have no place in the model",
         "mismatched_keys": "have another shape in its files",
         "error_msgs": "could not be loaded",
@@ -130,11 +130,11 @@ def check_loaded(path: str, model: nn.Module, report: Mapping[str, Any]) -> None
     for kind, what in kinds.items():
         keys = [key if isinstance(key, str) else str(key[0]) for key in report.get(kind) or ()]
         if keys:
-            advice = "Name a folder whose tensors are called as this architecture calls them"
+            advice = "Name a folder whose tensors have this architecture's names"
             problems.messages.append(f"{len(keys)} tensors {what}: {_named(keys)}. {advice}.")
     broken = [name for name, tensor in model.named_parameters() if not bool(torch.isfinite(tensor).all())]
     if broken:
-        advice = "Fetch the model again, or take an earlier checkpoint of it"
+        advice = "Download the model again, or take an earlier checkpoint of it"
         problems.messages.append(f"{len(broken)} tensors hold numbers that are not finite: {_named(broken)}. {advice}.")
     problems.raise_if_any()
 

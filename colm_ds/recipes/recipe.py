@@ -39,7 +39,7 @@ class BaseRecipe(Section):
 
     name: str = Field("run", description="name in reports")
     output_dir: str = Field(description="folder that the run is written to; relative to the working folder")
-    overwrite: bool = Field(False, description="start anew, replacing a run that is already there, finished or not")
+    overwrite: bool = Field(False, description="start a new run, replacing one in output_dir, finished or not")
     steps: int = Field(0, ge=0, description="optimizer steps; or 'N epochs': see epochs")
     epochs: float | None = Field(
         None, gt=0, description="instead of steps: how often the large batches go through the data (rows looked at)"
@@ -58,10 +58,10 @@ class BaseRecipe(Section):
     keep_last: int = Field(2, ge=1, description="how many checkpoints stay; 2 leave one if the newest turns out broken")
     resume: str = Field(
         "auto",
-        description="auto: go on from the newest whole checkpoint in output_dir; never; or the path of a checkpoint",
+        description="auto: resume from the newest whole checkpoint in output_dir; never; or the path of a checkpoint",
     )
     monitor: list[Literal["tensorboard", "wandb", "csv"]] = Field(
-        [], description="also write numbers there while training, into output_dir/monitor; a resumed run goes on in it"
+        [], description="also write numbers there while training, into output_dir/monitor; a resumed run continues it"
     )
     verbose: bool = Field(False, description="show DeepSpeed's own log messages")
 
@@ -114,7 +114,7 @@ class BaseRecipe(Section):
         if self.epochs is None and self.steps == 0:
             problems.add("steps", self.steps, "neither steps nor epochs", "For example 200, or 3 epochs.")
         if (model.name_or_path is None) == (model.config is None):
-            problems.add("model", model.name_or_path, "give either name_or_path or config", "One says what to load.")
+            problems.add("model", model.name_or_path, "give either name_or_path or config", "Exactly one is needed.")
         if model.config is not None and "model_type" not in model.config:
             problems.add("model.config", model.config, "has no model_type", "For example model_type: llama.")
         if model.config is not None and (self.tokenizer_place or model.name_or_path) is None:
@@ -139,7 +139,7 @@ class Recipe(BaseRecipe):
             self.clusters.check(self.steps, self.colm, problems)
         if data.heldout is not None and data.holdout_per_source:
             key = "data.holdout_per_source"
-            problems.add(key, data.holdout_per_source, "there is a held-out file", "Remove one of both.")
+            problems.add(key, data.holdout_per_source, "there is a held-out file", "Remove one of the two.")
         heldout = data.heldout is not None or data.holdout_per_source > 0
         if not heldout and (evaluation.every or evaluation.exact_match):
             key = "every" if evaluation.every else "exact_match"
@@ -257,7 +257,7 @@ def read_values(path: Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: extends = {other!r}: not a path. Name one recipe file, relative to this one.")
     place = path.parent / Path(other).expanduser()
     if place.resolve() in (*_above, path.resolve()):
-        raise ConfigError(f"{path}: extends = {other!r}: that recipe extends this one. Take one of both out.")
+        raise ConfigError(f"{path}: extends = {other!r}: that recipe extends this one. Remove one of the two.")
     inherited = read_values(place, (*_above, path.resolve()))
     kind, found = kind_of_recipe({**inherited, **loaded}), Problems("")
     _resolve_paths(kind, inherited, place.parent, found)  # what is missing is said when the whole recipe is checked
@@ -353,5 +353,5 @@ def _find(value: Any, key: str, folder: Path, problems: Problems, must_exist: bo
         if candidate.exists():
             return str(candidate)
     if must_exist:
-        problems.add(key, value, "no such file or folder", f"It is looked for here and in {folder}.")
+        problems.add(key, value, "no such file or folder", f"Looked for in the working folder and in {folder}.")
     return value

@@ -120,7 +120,7 @@ class PrepareConfig(Section):
     sample_mb: float = Field(32.0, gt=0, description="megabytes of text that it is trained on, by the weights")
     holdout: float = Field(0.01, ge=0, lt=1, description="share of every source's documents to hold out")
     skip_other_sources: bool = Field(False, description="leave out documents of sources without a weight")
-    max_bad_fraction: float = Field(1e-4, ge=0, le=1, description="share of bad lines to put up with")
+    max_bad_fraction: float = Field(1e-4, ge=0, le=1, description="share of bad lines to tolerate")
     seed: int = Field(0, ge=0, description="decides which documents are held out and sampled")
 
 

@@ -33,12 +33,12 @@ class Grid(Section):
     out: str = Field(description="folder of the tables; relative to the working folder")
     runs: str | None = Field(None, description="folder of the runs, which grids may share; default: out")
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="seeds of every arm")
-    baseline: str = Field(description="the arm that the others are held against")
+    baseline: str = Field(description="the arm that the others are compared with")
     controls: list[str] = Field(
-        [], description="further arms that all are held against, in a table of paired differences of their own"
+        [], description="further arms that all are compared with, in a table of paired differences of their own"
     )
     prepare: dict[str, str] = Field(
-        {}, description="before the arms, in order: what must be there, and the Python command that makes it"
+        {}, description="before the arms, in order: a path that must exist, and the Python command that makes it"
     )
     common: list[str] = Field([], description="key=value changes to the recipe for all arms")
     arms: dict[str, list[str]] = Field(min_length=1, description="key=value changes to the recipe, by arm")
@@ -100,11 +100,11 @@ def load_grid(path: str | Path, changes: Sequence[str] = (), seeds: Sequence[int
         problems.add("controls", name, "not an arm", f"Choose of {', '.join(map(repr, grid.arms))}.")
     recipe = next((place for place in (Path(grid.recipe), path.parent / grid.recipe) if place.exists()), None)
     if recipe is None:
-        problems.add("recipe", grid.recipe, "no such file", f"It is looked for here and in {path.parent}.")
+        problems.add("recipe", grid.recipe, "no such file", f"Looked for in the working folder and in {path.parent}.")
     for change in [change for change in changes if "=" not in change]:
         problems.add("change", change, "not of the form key=value", "For example steps=20.")
     if grid.launch.device_groups and grid.launch.parallel > 1:
-        problems.add("launch.parallel", grid.launch.parallel, "there are device groups", "Remove one of both.")
+        problems.add("launch.parallel", grid.launch.parallel, "there are device groups", "Remove one of the two.")
     problems.raise_if_any()
     updates = {"recipe": str(recipe), "common": [*grid.common, *changes], "seeds": list(seeds) or grid.seeds}
     return grid.model_copy(update=updates)

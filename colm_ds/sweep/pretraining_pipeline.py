@@ -25,7 +25,7 @@ class PartFailedError(CoLMError):
     """
 
     def __init__(self, what: str, code: int) -> None:
-        super().__init__(f"{what} ended with exit code {code}. The same command goes on from what is done.")
+        super().__init__(f"{what} ended with exit code {code}. The same command resumes from what is done.")
         self.code = code
 
 
@@ -69,7 +69,7 @@ def run_all(
     if is_finished(out) and not recipe.overwrite:
         check_finished(recipe)
         _check_store(recipe, out)
-        _say(f"{out}: is trained already")
+        _say(f"{out}: already trained")
     else:
         _say(f"training, {num_ranks} rank{'s' * (num_ranks > 1)}")
         _call("training", [*launcher, "pretrain/train.py", *arguments])
@@ -100,7 +100,7 @@ def _prepare(recipe: PretrainingRecipe, arguments: Sequence[str], data: Sequence
         _say(f"preparing {store}")
         _call("preparation", [sys.executable, "pretrain/prepare.py", *arguments, "--data", *places])
     elif (store / MANIFEST).exists():
-        _say(f"{store}: is prepared already")
+        _say(f"{store}: already prepared")
     else:
         raise ConfigError(
             f"data.store = {store}: not prepared, and no data was named. Name files in the Pile's format: "
@@ -133,9 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", help="YAML file, for example pretrain/recipes/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     parser.add_argument("--data", nargs="+", default=[], metavar="PLACE", help=".jsonl, .jsonl.gz, .jsonl.zst, folders")
-    parser.add_argument("--megabytes", type=float, default=4.0, help="of text, where the recipe's is generated (4)")
+    parser.add_argument("--megabytes", type=float, default=4.0, help="megabytes of generated text (4)")
     parser.add_argument("--questions", metavar="FOLDER", help="with WiC, COPA and SQuAD (default: perplexity only)")
-    parser.add_argument("--ranks", type=int, help="that train and evaluate (default: one per GPU, two without any)")
+    parser.add_argument("--ranks", type=int, help="ranks of a run (default: one per GPU, two without any)")
     parser.add_argument("--port", type=int, default=29650, help="port of the launcher (29650)")
     options = parser.parse_intermixed_args(arguments)
     try:
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("pretrain: stopped; the same command goes on", file=sys.stderr)
+        print("pretrain: stopped; the same command resumes", file=sys.stderr)
         return 3
     _say(f"done; open {page}")
     return 0

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "changes", nargs="*", default=[], metavar="key=value", help="changes to the recipe for all arms"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="instead of the grid's, for example 0 1")
-    parser.add_argument("--list", action="store_true", help="show the runs and whether they are finished, and end")
+    parser.add_argument("--list", action="store_true", help="list the runs and whether they are finished, then exit")
     parser.set_defaults(run=run)
 
 

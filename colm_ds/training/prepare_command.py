@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", nargs="+", required=True, metavar="PLACE", help=".jsonl, .jsonl.gz, .jsonl.zst, folders"
     )
     parser.add_argument(
-        "--processes", type=int, default=os.cpu_count() or 1, help="that tokenise (default: one per core)"
+        "--processes", type=int, default=os.cpu_count() or 1, help="processes that tokenise (default: one per core)"
     )
     parser.add_argument("--overwrite", action="store_true", help="remove what another preparation left in the folder")
     parser.set_defaults(run=run)
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         store = prepare(wanted, options.processes, overwrite=options.overwrite, say=_say)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command resumes", file=sys.stderr)
         return ExitCode.STOPPED
     print(format_table(store, data.chunk_tokens, data.weights))
     return ExitCode.DONE

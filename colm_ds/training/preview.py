@@ -77,7 +77,7 @@ def describe_sources(recipe: Recipe | ChoiceRecipe, train: Data, heldout: Data |
     )
     steps = with_steps(recipe, train).steps
     passes = steps * recipe.colm.large_batch_size / len(train)
-    lines.append(f"steps: {steps:,}, in which {passes:.2f} passes over the data are looked at")
+    lines.append(f"steps: {steps:,}, in which {passes:.2f} passes over the data are inspected")
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in train.num_dropped.items() if count) or "none"
     lines.append(f"dropped: {dropped}; held out: {0 if heldout is None else len(heldout):,} examples")
     if recipe.clusters is not None:

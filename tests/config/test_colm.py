@@ -227,7 +227,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     (config({"gradient_cliping": 0.5}), "gradient_cliping: unknown key. Did you mean 'gradient_clipping'?"),
     (
         config({"steps_per_print": "auto"}),
-        "steps_per_print = 'auto': cannot be worked out. Write the value, or remove the key for DeepSpeed's default.",
+        "steps_per_print = 'auto': cannot be resolved. Write the value, or remove the key for DeepSpeed's default.",
     ),
 ]
 

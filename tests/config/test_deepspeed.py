@@ -248,35 +248,34 @@ def test_defaults_are_not_shared() -> None:
     [
         (
             {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}}},
-            "scheduler.params.total_num_steps = 'auto': cannot be worked out. "
+            "scheduler.params.total_num_steps = 'auto': cannot be resolved. "
             "The length of the run is not known here: write the number of optimizer steps.",
         ),
         (
             {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}}},
-            "scheduler.params.warmup_max_lr = 'auto': cannot be worked out. "
+            "scheduler.params.warmup_max_lr = 'auto': cannot be resolved. "
             "There is no optimizer.params.lr to take it from: write the peak learning rate.",
         ),
         (
             {"optimizer": {"type": "SGD", "params": {"lr": "auto"}}},
-            "optimizer.params.lr = 'auto': cannot be worked out. Write the value, or remove",
+            "optimizer.params.lr = 'auto': cannot be resolved. Write the value, or remove",
         ),
         (
             {"optimizer": {"type": "AdamW", "params": {"lr": 1.0, "torch_adam": "auto"}}},
-            "optimizer.params.torch_adam = 'auto': cannot be worked out. Write the value, or remove",
+            "optimizer.params.torch_adam = 'auto': cannot be resolved. Write the value, or remove",
         ),
-        ({"optimizer": {"type": "auto"}}, "optimizer.type = 'auto': cannot be worked out. Write \"AdamW\"."),
+        ({"optimizer": {"type": "auto"}}, "optimizer.type = 'auto': cannot be resolved. Write \"AdamW\"."),
         (
             {"zero_optimization": {"stage": "auto"}},
-            "zero_optimization.stage = 'auto': cannot be worked out. Write 0, 1, 2 or 3.",
+            "zero_optimization.stage = 'auto': cannot be resolved. Write 0, 1, 2 or 3.",
         ),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "auto"}}},
-            "zero_optimization.offload_optimizer.device = 'auto': cannot be worked out. "
-            'Write "cpu", "nvme" or "none".',
+            'zero_optimization.offload_optimizer.device = \'auto\': cannot be resolved. Write "cpu", "nvme" or "none".',
         ),
-        ({"prescale_gradients": "auto"}, "prescale_gradients = 'auto': cannot be worked out. Write the value, or"),
-        ({"data_types": {"grad_accum_dtype": "auto"}}, "data_types.grad_accum_dtype = 'auto': cannot be worked out."),
-        ({"torch_autocast": {"enabled": "auto"}}, "torch_autocast.enabled = 'auto': cannot be worked out."),
+        ({"prescale_gradients": "auto"}, "prescale_gradients = 'auto': cannot be resolved. Write the value, or"),
+        ({"data_types": {"grad_accum_dtype": "auto"}}, "data_types.grad_accum_dtype = 'auto': cannot be resolved."),
+        ({"torch_autocast": {"enabled": "auto"}}, "torch_autocast.enabled = 'auto': cannot be resolved."),
         ({"bf16": "auto"}, "bf16 = 'auto': not a section of keys and values."),
     ],
     ids=lambda value: None if isinstance(value, dict) else value.split(" = ")[0],

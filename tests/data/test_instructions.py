@@ -71,7 +71,7 @@ def test_truncation_drops_and_counts(write_jsonl: Writer, tokenizer: PreTrainedT
     assert dataset.source_counts() == {"a": 1, "b": 2, "c": 2, "long": 0}
     assert dataset.lengths.max() == prompt_length + 2
     assert dataset.num_label_tokens.tolist() == [2, 2, 2, 2, 1]
-    with pytest.raises(DataError, match=r"no example left: all 6 prompts fill max_length = 20 tokens"):
+    with pytest.raises(DataError, match=r"no examples left: all 6 prompts fill max_length = 20 tokens"):
         load_instructions(path, tokenizer, 20)
 
 

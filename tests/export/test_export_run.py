@@ -253,7 +253,7 @@ def test_nothing_to_export(unfinished: Path, tmp_path: Path) -> None:
         export_run(unfinished)
     (unfinished / "summary.json").write_text('{"status": "finished"}')
     shutil.rmtree(unfinished / "checkpoints")
-    with pytest.raises(CheckpointError, match="finished, but its adapter/ is not there"):
+    with pytest.raises(CheckpointError, match="finished, but its adapter/ is missing"):
         export_run(unfinished)
     with pytest.raises(ConfigError, match="no such folder"):
         export_run(tmp_path / "nothing")
@@ -317,7 +317,7 @@ def test_what_can_not_be_asked_for(lora_run: tuple[Path, dict[str, Tensor]], tmp
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         export_run(lora_run[0], out=taken)
     assert (taken / "thesis.txt").read_text() == "mine"
     full, _ = write_run(tmp_path, case_of(0, False), pool)

@@ -111,7 +111,7 @@ def test_mistakes_are_named() -> None:
     model = tiny_model("llama")
     with pytest.raises(ConfigError, match="the sources of the dataset are not known"):
         colm_ds.CoresetSelector(model, SIZES)
-    with pytest.raises(ConfigError, match="no number of examples by which to tell"):
+    with pytest.raises(ConfigError, match="names of sources without numbers of examples"):
         colm_ds.CoresetSelector(model, SIZES, ["a", "b", "c"])
 
 

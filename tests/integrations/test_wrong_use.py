@@ -103,7 +103,7 @@ def test_loss_of_another_trainer(tmp_path: Path) -> None:
         pass
 
     args = TrainingArguments(str(tmp_path), per_device_train_batch_size=12, use_cpu=True, report_to=[])
-    with pytest.raises(ConfigError, match=r"Own.compute_loss: would be passed over"):
+    with pytest.raises(ConfigError, match=r"Own.compute_loss: would be ignored"):
         Both(tiny_model("llama"), args, pad, records(SOURCES), colm=SIZES)
 
 

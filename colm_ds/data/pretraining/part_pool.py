@@ -51,8 +51,8 @@ def map_parts(work: Callable[[Item], Result], items: Iterable[Item], num_process
                     yield future.result()
         except BrokenProcessPool:
             raise DataError(
-                "a process ended abruptly, as when memory runs out. The same command goes on from what is done; "
-                "with fewer --processes it takes less memory."
+                "a process ended abruptly, as when memory runs out. The same command resumes from the finished parts; "
+                "fewer --processes take less memory."
             ) from None
         finally:
             for future in pending:

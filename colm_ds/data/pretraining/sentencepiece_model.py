@@ -86,7 +86,7 @@ def load_sentencepiece(path: Path) -> Any:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}. Name a SentencePiece .model file.") from None
     except (RuntimeError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path}: not a SentencePiece model that can be read: {error}.") from None
+        raise ConfigError(f"{path}: not a readable SentencePiece model: {error}.") from None
     ids = {"unk_token": processor.unk_id(), "bos_token": processor.bos_id()}
     ids |= {"eos_token": processor.eos_id(), "pad_token": processor.pad_id()}
     special = {name: processor.id_to_piece(piece) for name, piece in ids.items() if piece >= 0}

@@ -106,7 +106,7 @@ def prepare(
         store = TokenStore(wanted.folder)
         if problem := store.why_not_whole():
             raise DataError(f"{problem}. Prepare it again with --overwrite.")
-        say(f"{wanted.folder}: is finished already")
+        say(f"{wanted.folder}: already finished")
         return store
     _tokenise(wanted, files, found, num_processes, say)
     _finish(wanted, found)
@@ -128,8 +128,8 @@ def _claim(wanted: Preparation, files: Sequence[Path], overwrite: bool) -> None:
         ]
         if differences:
             raise ConfigError(
-                f"{folder}: was prepared otherwise.\n  " + "\n  ".join(differences) + "\n  "
-                "Choose another folder (data.store), or prepare it anew with --overwrite."
+                f"{folder}: was prepared with other settings.\n  " + "\n  ".join(differences) + "\n  "
+                "Choose another folder (data.store), or prepare it again with --overwrite."
             )
         for left in folder.rglob(".*.[0-9]*"):
             left.unlink(missing_ok=True)  # of a run that was killed
@@ -218,7 +218,7 @@ def _tokenise(
     names = {(part["file"], part["number"]): (_name(n), part["digest"]) for n, part in enumerate(found.parts)}
     missing = {key: names[key] for key in names if read_part(parts, names[key][0], verify=True) is None}
     if len(missing) < len(names):
-        say(f"{len(names) - len(missing)} of {len(names)} parts are there already")
+        say(f"{len(names) - len(missing)} of {len(names)} parts exist already")
     _given_tokenizer(str(wanted.folder / TOKENIZER))  # loaded once, before the processes start
     only = frozenset(file for file, _ in missing)
     with _progress("tokenise", total_bytes([files[number] for number in sorted(only)])) as on_read:

@@ -219,7 +219,7 @@ def test_the_command_line_prints_the_table(text: Path, store: TokenStore, tmp_pa
     table = capsys.readouterr().out
     assert table.strip() == format_table(store, 64, SHARES).strip()
     assert main(arguments) == 0
-    assert "finished already" in capsys.readouterr().err
+    assert "already finished" in capsys.readouterr().err
     assert main([*arguments, "prepare.holdout=0.3"]) == 2
     assert "holdout: 0.2 there, 0.3 here" in capsys.readouterr().err
 
