@@ -19,7 +19,7 @@ class MaskConfig(Section):
 
 
 class ProbeConfig(Section):
-    """How the signal of every example is estimated."""
+    """Estimate of the signal of every example."""
 
     estimator: Literal["spsa", "exact", "sketch", "projection", "tokens"] = Field(
         "spsa",
@@ -29,12 +29,12 @@ class ProbeConfig(Section):
     layer: Literal["v_proj", "qkv", "fc"] = Field(
         "v_proj", description="of the last layer: its V projection, all of Q, K and V, or the MLP's output projection"
     )
-    epsilon: float = Field(1e-3, gt=0, description="spsa: size of the step to both sides")
+    epsilon: float = Field(1e-3, gt=0, description="spsa: size of the step in both directions")
     num_probes: Literal["auto"] | int = Field(
         "auto", description="K: directions or sketches; auto: 1, sketch and projection 256"
     )
     direction_rank: Literal["full"] | Annotated[int, Field(ge=1)] = Field(
-        "full", description="spsa: rank of the random step as a matrix (low-rank MeZO); full: every entry on its own"
+        "full", description="spsa: rank of the random step as a matrix (low-rank MeZO); full: every entry independently"
     )
     refresh: Literal["step", "run"] = Field("step", description="new directions every step, or one set for the run")
     sample: float = Field(1.0, gt=0, le=1, description="share of the examples outside small sources that is probed")
@@ -46,7 +46,7 @@ class ProbeConfig(Section):
     )
     dtype: Literal["auto", "bfloat16"] = Field("auto", description="trunk's compute; auto: as the model trains")
     precision: Literal["auto", "float32", "float64"] = Field(
-        "auto", description="spsa's last layer and head; float64 (auto on a CPU) chooses alike on any number of ranks"
+        "auto", description="spsa's last layer and head; float64 (auto on a CPU): same choice on any number of ranks"
     )
     max_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="padded tokens of one micro-batch of the probe; auto: 2048 on a CPU (its caches), else 8192"
@@ -54,7 +54,7 @@ class ProbeConfig(Section):
 
     @property
     def passes_model(self) -> bool:
-        """Whether gradients are found out by a pass of the model."""
+        """Return whether estimating gradients takes a pass of the model."""
         return self.estimator != "tokens"
 
     @property
@@ -65,25 +65,25 @@ class ProbeConfig(Section):
         return self.num_probes
 
     def resolved_max_tokens(self, device_type: str) -> int:
-        """Padded tokens of a micro-batch of the probe; larger ones leave a CPU's caches (benchmarks/README.md)."""
+        """Return the padded tokens of a probe micro-batch; larger ones leave a CPU's caches (benchmarks/README.md)."""
         if self.max_tokens == "auto":
             return 2048 if device_type == "cpu" else 8192
         return self.max_tokens
 
 
 class ScheduleConfig(Section):
-    """In which steps the selector runs; the others train on a random b of r."""
+    """Steps in which the selector runs; the others train on a random b of r."""
 
     start_step: int = Field(0, ge=0, description="plain steps before the first selection")
     every: int = Field(1, ge=1, description="select in every n-th step from then on")
 
     def selects(self, step: int) -> bool:
-        """Whether the selector runs in a 1-based step."""
+        """Return whether the selector runs in a 1-based step."""
         return step > self.start_step and (step - self.start_step - 1) % self.every == 0
 
 
 class MemoryConfig(Section):
-    """What is recorded about memory beside the peaks of every step."""
+    """Memory records beyond the peaks of every step."""
 
     count_steps: list[int] = Field(
         default_factory=list,
@@ -182,7 +182,7 @@ class CoLMSection(Section):
     preset: Literal["paper"] | None = Field(
         None, description="paper: every key that decides about the choice is the paper's, unless it is written here"
     )
-    large_batch_size: int = Field(ge=1, description="r: examples looked at in every step")
+    large_batch_size: int = Field(ge=1, description="r: examples inspected in every step")
     coreset_size: int | None = Field(None, ge=1, description="b: examples trained on; default: train_batch_size")
     selector: str = Field(
         "colm",
@@ -204,8 +204,8 @@ class CoLMSection(Section):
     )
     quotas: Literal["carry", "independent"] = Field(
         "carry",
-        description="how exact shares of the big sources become whole picks: what a step rounds off is carried on to "
-        "the next, or every step by itself (the paper's)",
+        description="how exact shares of the big sources become whole picks: the rounding of a step is carried over to "
+        "the next, or each step stands alone (the paper's)",
     )
     geometry: Literal["adam", "plain"] = Field(
         "adam",
@@ -220,7 +220,7 @@ class CoLMSection(Section):
     )
     loss_normalization: Literal["example", "token"] = Field("example", description="mean over examples or tokens")
     micro_batch_tokens: int | None = Field(
-        None, ge=1, description="padded tokens of one training micro-batch at most, beside its number of examples"
+        None, ge=1, description="maximum padded tokens of one training micro-batch, beside its number of examples"
     )
     mask: MaskConfig = MaskConfig()
     probe: ProbeConfig = ProbeConfig()
@@ -249,7 +249,7 @@ class CoLMSection(Section):
 
     @property
     def probes_model(self) -> bool:
-        """Whether the selector's signal takes a pass of the model over the large batch."""
+        """Return whether the selector's signal takes a pass of the model over the large batch."""
         signal = signal_of(self.selector)
         return signal is not None and (signal != "gradient" or self.probe.passes_model)
 
@@ -261,5 +261,5 @@ class CoLMSection(Section):
     @field_validator("replay", mode="before")
     @classmethod
     def _yaml_switch(cls, value: Any) -> Any:
-        """YAML reads a bare on or off as a truth value."""
+        """Read a bare on or off, which YAML makes a truth value, as text."""
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value

@@ -1,4 +1,4 @@
-"""What DeepSpeed leaves unchecked in its configuration: top-level keys that it does not know, and "auto" values."""
+"""Check what DeepSpeed itself leaves unchecked in its configuration: unknown top-level keys and "auto" values."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ KNOWN_KEYS = frozenset(
         *("comms_logger", "flops_profiler", "autotuning"),
     }
 )
-"""Top-level keys that DeepSpeed 0.19.8 reads (it ignores all others without a word), and ours."""
+"""Top-level keys that DeepSpeed 0.19.8 reads (it silently ignores all others), and ours."""
 
 REMOVED_KEYS = frozenset(
     {
@@ -62,7 +62,7 @@ _LITERAL_SECTIONS = (
 )
 _DEEPSPEEDS_OWN_AUTO = ("data_types.keep_in_fp32_modules",)
 
-# Where DeepSpeed's default would quietly be something else than was asked for.
+# Keys whose DeepSpeed default may differ silently from what was asked for.
 _CHOICES = {
     "zero_optimization.stage": "Write 0, 1, 2 or 3",
     "zero_optimization.offload_optimizer": 'Write {"device": "cpu"}, or remove it',
@@ -117,8 +117,8 @@ def check_monitors(config: Mapping[str, Any], problems: Problems) -> None:
         try:
             get_monitor_config({name: section})
         except (TypeError, ValidationError) as error:
-            found = error.errors() if isinstance(error, ValidationError) else [{"loc": (), "msg": str(error)}]
-            for item in found:
+            details = error.errors() if isinstance(error, ValidationError) else [{"loc": (), "msg": str(error)}]
+            for item in details:
                 key = ".".join(str(part) for part in (name, *item["loc"]))
                 problems.messages.append(f'{key}: {item["msg"]}. Write {{"enabled": true}} or remove the section.')
             continue
@@ -180,11 +180,7 @@ def resolve_auto(
 
 
 def model_facts(model: nn.Module) -> tuple[int | None, torch.dtype]:
-    """Hidden size (None if its configuration has none) and dtype of the weights of a model, bare or in a `PeftModel`.
-
-    Args:
-        model: what is to be trained.
-    """
+    """Return a model's hidden size (None if its configuration has none) and its dtype, also of a `PeftModel`."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
@@ -202,7 +198,7 @@ def _is_note(key: str) -> bool:
 def _values(
     config: Mapping[str, Any], hidden_size: int | None, dtype: torch.dtype, problems: Problems
 ) -> dict[str, Any]:
-    """Dotted key -> value of every "auto" that is to be replaced; those that cannot be are recorded."""
+    """Map the dotted key of every "auto" to its replacement; record those that have none."""
     known = _replacements(config, hidden_size, dtype)
     values = {}
     for key in _auto_keys(config):
@@ -220,7 +216,7 @@ def _values(
 
 
 def _replacements(config: Mapping[str, Any], hidden_size: int | None, dtype: torch.dtype) -> dict[str, Any]:
-    """Dotted key -> what "auto" stands for there, None where that needs what is not there."""
+    """Map dotted keys to the value that "auto" stands for, None where the model lacks what it needs."""
     optimizer = config.get("optimizer") or {}
     is_adam = str(optimizer.get("type")).lower() in ("adam", "adamw")
     adam = ADAM_DEFAULTS if is_adam else {}
@@ -243,7 +239,7 @@ def _replacements(config: Mapping[str, Any], hidden_size: int | None, dtype: tor
 
 
 def _auto_keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted keys with the value "auto", at any depth."""
+    """Yield dotted keys with the value "auto", at any depth."""
     for key, value in config.items():
         if _is_note(str(key)):
             continue

@@ -1,4 +1,4 @@
-"""Numbers of a configuration that fit together, and what DeepSpeed itself is given."""
+"""Make the numbers of a configuration fit together, and build the configuration that DeepSpeed itself is given."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def selection_config(config: CoLMSection | Mapping[str, Any], num_processes: int
     if values.get("variance_every"):
         what = "is measured in the step of colm_ds.initialize"
         raise ConfigError(f"colm.variance_every = {values['variance_every']}: {what}. Call gradient_variance instead.")
-    off = {"replay": "off"}  # nobody would train from the states
+    off = {"replay": "off"}  # nothing would train from the states
     section = config.model_copy(update=off) if isinstance(config, CoLMSection) else values | off
     try:
         return resolve_config({"colm": section}, num_processes).colm
@@ -233,7 +233,7 @@ def _check_mask_and_probe(colm: CoLMSection, problems: Problems) -> None:
 
 
 def _check_tokens(colm: CoLMSection, problems: Problems) -> None:
-    """Record keys that say how a model is probed, where none is."""
+    """Record keys about probing a model where no model is probed."""
     why = "the estimator 'tokens' passes nothing through the model"
     for key in ("layer", "num_probes", "refresh", "sample", "token_sample", "dtype", "precision", "max_tokens"):
         value = getattr(colm.probe, key)

@@ -43,7 +43,7 @@ def validate_section(kind: type[Section], values: Any, prefix: str, problems: Pr
 
 
 def _is_union_branch(part: Any, kind: type[Section]) -> bool:
-    """Whether a part of an error's location names an alternative of a union and not a key."""
+    """Return whether a part of an error's location names an alternative of a union and not a key."""
     return isinstance(part, str) and (part in ("int", "constrained-int", "float", "str", "bool") or "[" in part)
 
 
@@ -52,10 +52,10 @@ def _section_at(kind: type[Section], names: list[str]) -> type[Section] | None:
         field = kind.model_fields.get(name)
         inner = field.annotation if field else None
         candidates = [inner, *getattr(inner, "__args__", ())]
-        found = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
-        if found is None:
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+        if section is None:
             return None
-        kind = found
+        kind = section
     return kind
 
 

@@ -157,7 +157,7 @@ def test_small_sources(listed: Any, sources: tuple[str, ...], ids: list[int]) ->
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({}, 'colm = None: missing. Add "colm": {"large_batch_size": ..., "coreset_size": ...}.'),
     ({"colm": [128, 64]}, 'colm = [128, 64]: not a section of keys and values. Add "colm": {'),
-    ({"colm": {"coreset_size": 4}}, "colm.large_batch_size: missing. It is: r: examples looked at in every step."),
+    ({"colm": {"coreset_size": 4}}, "colm.large_batch_size: missing. It is: r: examples inspected in every step."),
     (config(corset_size=3), "colm.corset_size: unknown key. Did you mean 'coreset_size'?"),
     (config(zebra=3), "colm.zebra: unknown key. Known keys: coreset_size, geometry, large_batch_size, "),
     (config(mask={"sise": 3}), "colm.mask.sise: unknown key. Did you mean 'size'?"),
