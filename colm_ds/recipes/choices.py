@@ -12,7 +12,7 @@ from colm_ds.errors import Problems
 
 
 class ChoiceDataConfig(Section):
-    """Which classification task is trained, and where its examples are."""
+    """Classification task to train on, and the place of its examples."""
 
     task: Literal["sst2", "cb", "multirc", "wic", "copa", "rte", "boolq"] = Field(
         description="sst2, cb, multirc, wic, copa, rte, boolq: says how a record becomes a question with candidates"
@@ -20,7 +20,7 @@ class ChoiceDataConfig(Section):
     folder: str | None = Field(None, description="holds TASK/train.jsonl and TASK/validation.jsonl (.json, .gz, .zst)")
     train: str | list[str] | None = Field(None, description="instead: file, folder or hub:NAME:CONFIG:SPLIT, or a list")
     heldout: str | list[str] | None = Field(None, description="instead: what loss and accuracy are measured on")
-    max_length: int = Field(512, ge=2, description="tokens of an example at most; longer prompts are cut on the left")
+    max_length: int = Field(512, ge=2, description="maximum tokens of an example; longer prompts are cut on the left")
     limit: int | None = Field(3000, ge=1, description="use at most this many examples, drawn at random (the paper's)")
     heldout_limit: int | None = Field(None, ge=1, description="measure on at most this many, drawn at random")
     cache_dir: str | None = Field("~/.cache/colm_ds/tokens", description="where tokens are kept; null: nowhere")
@@ -46,16 +46,16 @@ class ClusterConfig(Section):
         "whose clusters are made once, before the first step",
     )
     max_tokens: int | Literal["auto"] = Field(
-        "auto", description="padded tokens of a batch of the pass for features at most; auto: 16384, on a CPU 2048"
+        "auto", description="maximum padded tokens of a batch of the pass for features; auto: 16384, on a CPU 2048"
     )
 
     @property
     def uses_proxy(self) -> bool:
-        """Whether another model than the one in training gives the features."""
+        """Return whether a model other than the one in training gives the features."""
         return self.features_from != "model"
 
     def steps(self, steps: int) -> list[int]:
-        """After how many steps of a run of `steps` the clusters are made, ascending."""
+        """Return after how many steps of a run of `steps` the clusters are made, ascending."""
         if self.uses_proxy:
             return [0]
         rest = steps - self.warmup_steps

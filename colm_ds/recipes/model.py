@@ -49,7 +49,7 @@ def load_tokenizer(model: ModelConfig, place: str | None = None) -> Any:
 
 
 def load_model(model: ModelConfig, lora: LoraConfig | None, tokenizer: Any) -> nn.Module:
-    """Load a model, or build it with random weights that follow the global seed; add LoRA and recomputing to it.
+    """Load a model, or build it with random weights that follow the global seed; add LoRA and activation checkpointing.
 
     Args:
         model: where its weights or its configuration are.
@@ -69,7 +69,7 @@ def load_model(model: ModelConfig, lora: LoraConfig | None, tokenizer: Any) -> n
 
 
 def precision_sections(dtype: str) -> dict[str, Any]:
-    """DeepSpeed's sections that say in which precision to train."""
+    """Return DeepSpeed's sections for training in this precision."""
     return {"bf16": {"enabled": dtype == "bfloat16"}, "fp16": {"enabled": dtype == "float16"}}
 
 
@@ -186,7 +186,7 @@ def add_lora(model: Any, config: LoraConfig) -> nn.Module:
 
 
 def quiet_libraries() -> None:
-    """Loading bars and advice of libraries off; warnings and errors stay."""
+    """Switch off progress bars and advice of libraries; warnings and errors stay."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -32,7 +32,7 @@ from colm_ds.recipes.sections import (
 
 
 class BaseRecipe(Section):
-    """What defines a run, whatever it trains on; each kind of recipe adds its data."""
+    """Definition of a run, independent of its data; each kind of recipe adds its data."""
 
     data_paths: ClassVar[tuple[str, ...]] = ()
     """Keys of the `data` section that name files or folders."""
@@ -42,7 +42,7 @@ class BaseRecipe(Section):
     overwrite: bool = Field(False, description="start a new run, replacing one in output_dir, finished or not")
     steps: int = Field(0, ge=0, description="optimizer steps; or 'N epochs': see epochs")
     epochs: float | None = Field(
-        None, gt=0, description="instead of steps: how often the large batches go through the data (rows looked at)"
+        None, gt=0, description="instead of steps: how often the large batches go through the data (rows inspected)"
     )
     seed: int = Field(0, ge=0, description="seeds weights, data order and every choice")
     micro_batch_size: int = Field(4, ge=1, description="examples per device and backward pass: the lever on memory")
@@ -55,7 +55,7 @@ class BaseRecipe(Section):
     deepspeed: str | dict[str, Any] = Field(description="DeepSpeed configuration: JSON file or mapping")
     evaluation: HeldoutConfig = HeldoutConfig()
     save_every: int = Field(0, ge=0, description="checkpoint every n steps and after the last; 0: only when stopped")
-    keep_last: int = Field(2, ge=1, description="how many checkpoints stay; 2 leave one if the newest turns out broken")
+    keep_last: int = Field(2, ge=1, description="checkpoints to keep; 2 leave one if the newest turns out broken")
     resume: str = Field(
         "auto",
         description="auto: resume from the newest whole checkpoint in output_dir; never; or the path of a checkpoint",
@@ -86,10 +86,10 @@ class BaseRecipe(Section):
         """Take `steps: 3 epochs` for `epochs: 3`."""
         if not isinstance(values, dict) or values.get("epochs") is not None:
             return values
-        found = re.fullmatch(r"\s*([0-9.eE+-]+)\s*epochs?\s*", str(values.get("steps")))
-        if found is None:
+        match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*epochs?\s*", str(values.get("steps")))
+        if match is None:
             return values
-        return {**{key: value for key, value in values.items() if key != "steps"}, "epochs": found[1]}
+        return {**{key: value for key, value in values.items() if key != "steps"}, "epochs": match[1]}
 
     def with_steps(self, steps_per_epoch: int) -> Self:
         """Return the recipe with its number of steps, which `epochs` leaves open until the data is read.
@@ -102,11 +102,11 @@ class BaseRecipe(Section):
         """
         if self.epochs is None:
             return self
-        found = self.model_copy(update={"steps": max(1, round(self.epochs * steps_per_epoch))})
+        recipe = self.model_copy(update={"steps": max(1, round(self.epochs * steps_per_epoch))})
         problems = Problems(self.name)
-        found.check(problems)
+        recipe.check(problems)
         problems.raise_if_any()
-        return found
+        return recipe
 
     def check(self, problems: Problems) -> None:
         """Add what does not fit together."""
@@ -193,7 +193,7 @@ RECIPES: dict[str, type[BaseRecipe]] = {
 
 
 def kind_of_recipe(values: Mapping[str, Any]) -> type[BaseRecipe]:
-    """The kind that a recipe's key `task` names.
+    """Return the kind of recipe that the key `task` names.
 
     Raises:
         ConfigError: if there is no such kind.
@@ -205,12 +205,12 @@ def kind_of_recipe(values: Mapping[str, Any]) -> type[BaseRecipe]:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, needs_files: bool = True) -> BaseRecipe:
-    """Read and check a recipe; its key `task` says of which kind, its key `extends` names one that it changes.
+    """Read and check a recipe; the key `task` gives its kind, `extends` names a recipe to inherit from.
 
     Args:
         path: the YAML file.
         overrides: `key=value` with dots for nested keys, for example `colm.coreset_size=8`; values are YAML.
-        needs_files: whether data and packages named in it must be there.
+        needs_files: whether data and packages named in it must exist.
 
     Raises:
         ConfigError: listing every problem found: a file that is missing or not YAML, unknown keys, wrong values,
@@ -235,11 +235,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, needs_files:
 def read_values(path: Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return the keys and values of a recipe file, those of the recipe that it extends included.
 
-    `extends: OTHER.yaml` takes over all of the other recipe; a key that is written here, a section too, replaces the
-    other's whole. Paths of the other are those that it means itself.
+    `extends: OTHER.yaml` inherits all of the other recipe; a key or section written here replaces the other's entirely.
+    Paths of the other recipe are relative to that one.
 
     Raises:
-        ConfigError: if a file is missing, is not YAML or no mapping, or recipes extend each other in a circle.
+        ConfigError: if a file is missing, is not YAML or no mapping, or recipes extend each other in a cycle.
     """
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -259,14 +259,14 @@ def read_values(path: Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if place.resolve() in (*_above, path.resolve()):
         raise ConfigError(f"{path}: extends = {other!r}: that recipe extends this one. Remove one of the two.")
     inherited = read_values(place, (*_above, path.resolve()))
-    kind, found = kind_of_recipe({**inherited, **loaded}), Problems("")
-    _resolve_paths(kind, inherited, place.parent, found)  # what is missing is said when the whole recipe is checked
-    _resolve(inherited, "deepspeed", place.parent, found, must_exist=True)
+    kind, ignored = kind_of_recipe({**inherited, **loaded}), Problems("")
+    _resolve_paths(kind, inherited, place.parent, ignored)  # missing files are reported with the whole recipe
+    _resolve(inherited, "deepspeed", place.parent, ignored, must_exist=True)
     return {**inherited, **loaded}
 
 
 def describe_keys(kind: type[Section] = Recipe, prefix: str = "") -> list[str]:
-    """One line per key of a recipe: name, default, what it does."""
+    """Return one line per key of a recipe: name, default, description."""
     lines = []
     for name, field in kind.model_fields.items():
         inner = [field.annotation, *getattr(field.annotation, "__args__", ())]
@@ -280,7 +280,7 @@ def describe_keys(kind: type[Section] = Recipe, prefix: str = "") -> list[str]:
 
 
 def _what_is_wrong(error: Exception) -> str:
-    """A parser's complaint on one line, with the line where it arose."""
+    """Return a parser's error message on one line, with its line number."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     return f"line {mark.line + 1}: {problem}" if mark and problem else str(error)
 
@@ -309,7 +309,7 @@ def _override(values: dict[str, Any], override: str, problems: Problems) -> None
 
 
 def _number(text: str) -> str | float:
-    """YAML 1.1 reads 2e-5 as a text; a recipe means the number."""
+    """Convert a text such as 2e-5, which YAML 1.1 does not read as a number, to the number."""
     try:
         return float(text)
     except ValueError:

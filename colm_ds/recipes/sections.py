@@ -34,7 +34,7 @@ class ModelConfig(Section):
     @field_validator("dtype")
     @classmethod
     def _decide(cls, dtype: str) -> str:
-        """Put the machine's own in the place of `auto`, so that a run's config.json says what it was."""
+        """Replace `auto` by the machine's precision, so that a run's config.json records it."""
         return native_dtype() if dtype == "auto" else dtype
 
 
@@ -63,7 +63,7 @@ class DataConfig(Section):
     train: str | list[str] = Field(description="file, folder, hub:NAME:CONFIG:SPLIT or list: .json, .jsonl, .gz, .zst")
     heldout: str | list[str] | None = Field(None, description="held-out file, folder or hub:NAME:CONFIG:SPLIT")
     holdout_per_source: int = Field(0, ge=0, description="without a held-out file: examples of each source to hold out")
-    max_length: int = Field(512, ge=2, description="tokens of an example at most; longer ones are truncated")
+    max_length: int = Field(512, ge=2, description="maximum tokens of an example; longer ones are truncated")
     source_key: str | None = Field("source", description="key that names a record's source; null: one source")
     limit: int | None = Field(None, ge=1, description="use at most this many examples, drawn at random")
     cache_dir: str | None = Field("~/.cache/colm_ds/tokens", description="where tokens are kept; null: nowhere")
@@ -87,17 +87,17 @@ class LrScheduleConfig(Section):
 
 
 class HeldoutConfig(Section):
-    """Held-out loss: how often it is measured, and in batches of which size."""
+    """Held-out loss: interval between measurements, and batch size."""
 
     every: int = Field(0, ge=0, description="held-out loss every n steps; 0: at the start and the end only")
-    max_tokens: int = Field(16384, ge=1, description="padded tokens of one evaluation batch at most")
+    max_tokens: int = Field(16384, ge=1, description="maximum padded tokens of one evaluation batch")
 
 
 class EvaluationConfig(HeldoutConfig):
     """Held-out loss of a run on instruction data, and exact match."""
 
     exact_match: bool = Field(False, description="greedy answers compared with the gold ones, at the end")
-    max_new_tokens: int = Field(64, ge=1, description="tokens of an answer at most")
+    max_new_tokens: int = Field(64, ge=1, description="maximum tokens of an answer")
 
 
 class ChunkDataConfig(Section):
@@ -111,13 +111,13 @@ class ChunkDataConfig(Section):
 
 
 class PrepareConfig(Section):
-    """Settings of pretrain/prepare.py: the tokenizer, held-out documents, lines to put up with."""
+    """Settings of pretrain/prepare.py: the tokenizer, held-out documents, tolerated bad lines."""
 
     tokenizer: str | None = Field(
         None, description="SentencePiece .model, Hugging Face folder or hub name; default: train one on the mixture"
     )
-    vocabulary_size: int = Field(32000, ge=300, description="of a tokenizer that is trained (with byte fallback)")
-    sample_mb: float = Field(32.0, gt=0, description="megabytes of text that it is trained on, by the weights")
+    vocabulary_size: int = Field(32000, ge=300, description="size of a newly trained tokenizer (with byte fallback)")
+    sample_mb: float = Field(32.0, gt=0, description="megabytes of text to train the tokenizer on, by the weights")
     holdout: float = Field(0.01, ge=0, lt=1, description="share of every source's documents to hold out")
     skip_other_sources: bool = Field(False, description="leave out documents of sources without a weight")
     max_bad_fraction: float = Field(1e-4, ge=0, le=1, description="share of bad lines to tolerate")
@@ -127,4 +127,4 @@ class PrepareConfig(Section):
 class PerplexityConfig(HeldoutConfig):
     """Held-out loss of a run on chunks of text."""
 
-    chunks_per_source: int | None = Field(None, ge=1, description="held-out chunks of each source at most; null: all")
+    chunks_per_source: int | None = Field(None, ge=1, description="maximum held-out chunks of each source; null: all")
