@@ -1,1 +1,1 @@
-"""Between ranks: exchanging signals and tokens with tensor collectives, sharing out the coreset."""
+"""Exchange signals, tokens and the coreset between ranks with tensor collectives."""

@@ -1,4 +1,4 @@
-"""Stopping together: what fails on one rank is said once and ends all of them, before anybody waits for anybody."""
+"""Fail on all ranks together: report the error once and exit everywhere instead of hanging in a collective."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Result = TypeVar("Result")
 
 
 def together(work: Callable[[], Result], device: torch.device | None = None) -> Result:
-    """Do something that may raise a `CoLMError` on any rank; all ranks call it together.
+    """Run work that may raise a `CoLMError` on any rank; all ranks call it together.
 
     If it raises anywhere, the lowest rank that failed prints its message and all exit with `ExitCode.BAD_INPUT`.
 
     Args:
-        work: what to do; no collectives in it.
+        work: a function without collectives.
         device: where the backend's collectives want their tensors.
     """
     result: Result | None = None
@@ -42,17 +42,17 @@ def together(work: Callable[[], Result], device: torch.device | None = None) -> 
     if int(failed) == rank:
         print(message, file=sys.stderr, flush=True)
     if dist.is_initialized():
-        dist.barrier()  # the message is out before the launcher sees the first exit
+        dist.barrier()  # print the message before the launcher sees the first exit
         dist.destroy_process_group()
     sys.exit(ExitCode.BAD_INPUT)
 
 
 def broadcast_text(text: str, source: int) -> str:
-    """One rank's text on all ranks, as a tensor of bytes; all ranks call it together.
+    """Send one rank's text to all ranks as a tensor of bytes; all ranks call it together.
 
     Args:
-        text: what the source has to say; the others' is not looked at.
-        source: the rank that speaks.
+        text: the text; ignored on ranks other than `source`.
+        source: the rank whose text is sent.
     """
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     said = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
@@ -65,7 +65,7 @@ def broadcast_text(text: str, source: int) -> str:
 
 
 def first_failure(message: str | None) -> str | None:
-    """What the lowest rank that failed has to say, on all ranks; None if none failed. All ranks call it together."""
+    """Return the message of the lowest rank that failed, None if none did; all ranks call it together."""
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     world_size = dist.get_world_size()
     lowest = torch.tensor(world_size if message is None else dist.get_rank(), device=device)
@@ -84,11 +84,11 @@ _STARTED_BY = (
     },
     {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"},
 )
-"""What mpirun and srun call a process's place; without a MASTER_ADDR it is a single process inside a job."""
+"""Names that mpirun and srun give to a process's rank; without MASTER_ADDR it is a single process inside a job."""
 
 
 def single_process_environment() -> None:
-    """Take the place that mpirun or srun gave this process; where no launcher started it, let it be the only rank."""
+    """Take the rank that mpirun or srun gave this process; without a launcher, make it the only rank."""
     if "RANK" in os.environ:
         return
     for names in _STARTED_BY:

@@ -73,7 +73,7 @@ class DeviceExchange:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """See `Exchange.sum`."""
-        return _into(tensor, self._inner.sum(to_device(tensor, self._device)))
+        return _copy_into(tensor, self._inner.sum(to_device(tensor, self._device)))
 
     def gather_rows(self, rows: Tensor, positions: Tensor, num_rows: int) -> Tensor:
         """See `Exchange.gather_rows`."""
@@ -83,20 +83,20 @@ class DeviceExchange:
     def broadcast(self, tensor: Tensor) -> Tensor:
         """See `Exchange.broadcast`."""
         sent = self._inner.broadcast(to_device(tensor, self._device))
-        return tensor if self.is_main else _into(tensor, sent)
+        return tensor if self.is_main else _copy_into(tensor, sent)
 
     def counting(self, kind: str) -> AbstractContextManager[ByteCount]:
         """See `Exchange.counting`."""
         return self._inner.counting(kind)
 
 
-def _into(tensor: Tensor, found: Tensor) -> Tensor:
-    """Return `tensor` with the values of `found`, which may be itself."""
-    return tensor if found is tensor else tensor.copy_(found)
+def _copy_into(tensor: Tensor, source: Tensor) -> Tensor:
+    """Return `tensor` with the values of `source`, which may be the same tensor."""
+    return tensor if source is tensor else tensor.copy_(source)
 
 
 def make_exchange(device: torch.device, group: dist.ProcessGroup | None = None) -> Exchange:
-    """The exchange for this process: none where it is alone, through the device where the backend wants that."""
+    """Return the exchange of this process: none if it is alone, through the device if the backend requires that."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return SINGLE_PROCESS
     exchange = ProcessGroupExchange(group)
