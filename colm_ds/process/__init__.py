@@ -1,1 +1,1 @@
-"""How a process ends: exit codes, requests to stop, last words, the watchdog."""
+"""End a process: exit codes, requests to stop, final messages, the watchdog."""

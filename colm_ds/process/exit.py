@@ -1,4 +1,4 @@
-"""A rank that has to end says why, once for all ranks; those that lose it end without another message."""
+"""Exit a rank with one message for all ranks; ranks that lose it exit without another message."""
 
 from __future__ import annotations
 
@@ -16,15 +16,10 @@ _SAID, _CODE = "colm_ds/last_words", "colm_ds/exit_code"
 
 
 def end_all(message: str, code: int) -> NoReturn:
-    """Print a message unless another rank has had its say already, and exit; the others lose this rank and end too.
-
-    Args:
-        message: why.
-        code: exit code of this process.
-    """
+    """Print a message, unless another rank already printed one, and exit with `code`; the other ranks then exit too."""
     store = _store()
     first = True
-    with contextlib.suppress(RuntimeError):  # the store is gone with the rank that kept it, which had its say
+    with contextlib.suppress(RuntimeError):  # the store went with the rank that hosted it, which printed its message
         first = store is None or store.add(_SAID, 1) == 1
         if store is not None and first:
             store.set(_CODE, str(int(code)))
@@ -34,9 +29,9 @@ def end_all(message: str, code: int) -> NoReturn:
 
 
 def said_code() -> int | None:
-    """Return the exit code of the rank that ended with a message, asked by one that lost it; None if none did.
+    """Return the exit code of the rank that exited with a message, for a rank that lost it; None if none did.
 
-    None also if that was rank 0, which keeps what the ranks know of each other.
+    None also if that was rank 0, which hosts the store that the ranks share.
     """
     store = _store()
     with contextlib.suppress(RuntimeError, ValueError):
@@ -46,16 +41,16 @@ def said_code() -> int | None:
 
 
 def leave(code: int | str | None) -> NoReturn:
-    """End this process as `sys.exit` does, but without taking the interpreter apart.
+    """End this process as `sys.exit` does, but without shutting the interpreter down.
 
-    DeepSpeed keeps its groups on the parameters, so gloo's threads outlive `destroy_process_group`. One of them that
-    lets go of the last collective's tensors while the interpreter is taken apart is ended by it when it asks for the
-    interpreter's lock, which C++ takes for a fault: the process aborts after everything was written (torch 2.13).
+    DeepSpeed keeps its groups on the parameters, so gloo's threads outlive `destroy_process_group`. If one frees the
+    last collective's tensors during interpreter shutdown, it is terminated when it asks for the GIL, which C++ treats
+    as a fault: the process aborts after everything was written (torch 2.13).
 
     Args:
         code: as `sys.exit` takes it: None for 0, a text to print for 1.
     """
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
+    threading._shutdown()  # type: ignore[attr-defined]  # wait for threads that are not daemons
     atexit._run_exitfuncs()
     if isinstance(code, str):
         print(code, file=sys.stderr)

@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What the exit code of a process of ours says; 1 is anything that was not foreseen."""
+    """Exit codes of colm_ds; 1 is any unexpected error."""
 
     DONE = 0
     FAILED = 1

@@ -1,4 +1,4 @@
-"""Stopping at the end of a step when asked to, and not staying behind when the launcher is gone."""
+"""Stop at the end of a step when asked to, and when the launcher is gone."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Whether SIGTERM, SIGINT or SIGUSR1 came, or the launcher went away; the ranks agree on it after every step.
+    """Request to stop: SIGTERM, SIGINT, SIGUSR1 or the end of the launcher; the ranks agree on it after every step.
 
     Attributes:
         reason: why this rank wants to stop; empty if it does not.
     """
 
     def __init__(self) -> None:
-        """Start watching the launcher; signals end the process as ever until `listen`."""
+        """Start watching the launcher; until `listen`, signals end the process as usual."""
         self.reason = ""
         self._listening = False
         self._launcher = _launcher()
@@ -37,7 +37,7 @@ class StopRequest:
             threading.Thread(target=self._watch_launcher, name="colm_ds launcher watch", daemon=True).start()
 
     def listen(self) -> None:
-        """From here on signals are noted (main thread only); further ones change nothing.
+        """Record signals from here on (main thread only); further ones change nothing.
 
         Before that there is nothing to save, and a handler in Python would not run while ranks wait for each other.
         """
@@ -46,10 +46,10 @@ class StopRequest:
         self._listening = True
 
     def agreed(self, device: torch.device) -> bool:
-        """Whether any rank wants to stop; all ranks call it together.
+        """Return whether any rank wants to stop; all ranks call it together.
 
         Args:
-            device: where the backend's collectives want their tensors.
+            device: where the backend's collectives expect their tensors.
         """
         wanted = torch.tensor(float(bool(self.reason)), device=device)
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -74,7 +74,7 @@ class StopRequest:
 
 
 def _launcher() -> int | None:
-    """Process id of DeepSpeed's launcher if it started this process."""
+    """Return the process id of DeepSpeed's launcher if it started this process."""
     parent = os.getppid()
     try:
         return parent if _LAUNCHER in Path(f"/proc/{parent}/cmdline").read_bytes() else None
@@ -83,7 +83,7 @@ def _launcher() -> int | None:
 
 
 def _parent(process: int) -> int | None:
-    """Process id of a process's parent; None if it is gone."""
+    """Return the process id of a process's parent; None if it is gone."""
     try:
         status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -93,5 +93,5 @@ def _parent(process: int) -> int | None:
 
 def _signal_when_parent_dies() -> None:
     """Ask Linux for a SIGTERM when the launcher ends, however it ends."""
-    with suppress(OSError, AttributeError):  # not Linux: the watching thread remains
+    with suppress(OSError, AttributeError):  # not Linux: only the watching thread is left
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

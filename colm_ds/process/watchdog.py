@@ -1,4 +1,4 @@
-"""A thread that ends this rank when one phase of a step lasts too long: others are gone, or wait for each other."""
+"""A thread that ends this rank when one phase of a step lasts too long: other ranks are gone or deadlocked."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from colm_ds.process.exit_codes import ExitCode
 
 
 class Watchdog:
-    """Knows what this rank is at, and since when.
+    """Track which phase this rank is in, and since when.
 
     A collective in which a rank does not take part blocks the others in C++ code, so an exception cannot reach them;
-    the thread prints one message and ends the process, whereupon the launcher ends the other ranks.
+    the thread prints one message and ends the process, and the launcher then ends the other ranks.
     """
 
     def __init__(self, timeout_s: float, rank: int) -> None:
         """Prepare; the thread starts with the first phase.
 
         Args:
-            timeout_s: longest time in one phase; 0: for ever.
+            timeout_s: maximum time in one phase; 0: no limit.
             rank: this rank, for the message.
         """
         self._timeout_s = timeout_s
