@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written aside, read back, renamed; loading takes the newest that is whole.
+"""Atomic checkpoints: written aside, read back, then renamed; loading takes the newest one that is whole.
 
 A folder of checkpoints holds `step_12/` and `latest`. A checkpoint has DeepSpeed's files, `colm.pt` (what is the same
 on every rank), `colm_rank_00000.pt` (a rank's own), and `manifest_00000.json` with size and CRC-32 of the files that
@@ -37,13 +37,13 @@ _BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The checkpoint to go on from.
+    """The checkpoint to resume from.
 
     Attributes:
         path: its folder.
         step: optimizer steps that it holds.
         world_size: ranks that wrote it.
-        facts: what `save` was given to write into the manifest.
+        facts: JSON values that `save` wrote into the manifest.
         passed_over: newer ones that cannot be used, each with its reason.
     """
 
@@ -66,7 +66,7 @@ def save(
     keep_last: int | None = None,
     exclude_frozen: bool = False,
 ) -> Path:
-    """Write one checkpoint; all ranks call it together. Where it fails, what was there before is untouched.
+    """Write one checkpoint; all ranks call it together. If it fails, earlier checkpoints are untouched.
 
     Args:
         engine: the DeepSpeed engine.
@@ -118,12 +118,12 @@ def save(
 
 
 def find(folder: Path, tag: str | None = None, *, repair: bool = False) -> Checkpoint | None:
-    """The newest checkpoint of a folder that is whole, every file read and compared with its manifest.
+    """Return the newest whole checkpoint of a folder, with every file read and compared with its manifest.
 
     Args:
         folder: folder of the run's checkpoints.
         tag: take this one and no other.
-        repair: put back what a killed replacement left aside; only for the run that owns the folder.
+        repair: restore what a killed replacement moved aside; only for the run that owns the folder.
 
     Returns:
         None if the folder holds no checkpoint.
@@ -153,13 +153,13 @@ def find(folder: Path, tag: str | None = None, *, repair: bool = False) -> Check
 
 
 def describe(path: Path, passed_over: Sequence[str] = ()) -> Checkpoint:
-    """A whole checkpoint's facts from its manifest."""
+    """Read the facts of a whole checkpoint from its manifest."""
     first = json.loads((path / _manifest_name(0)).read_text(encoding="utf-8"))
     return Checkpoint(path, first["step"], first["world_size"], first["facts"], tuple(passed_over))
 
 
 def why_not_whole(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None if they are all as they were written."""
+    """Return how a checkpoint's files differ from what was written; None if they do not."""
     if not path.is_dir():
         return "no such checkpoint"
     if not (path / _manifest_name(0)).exists():
@@ -173,9 +173,9 @@ def why_not_whole(path: Path) -> str | None:
         for rank in range(1, first["world_size"]):
             files |= json.loads((path / _manifest_name(rank)).read_text(encoding="utf-8"))["files"]
         for name, (size, checksum) in files.items():
-            found = (path / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes, not {size}"
+            num_bytes = (path / name).stat().st_size
+            if num_bytes != size:
+                return f"{name} has {num_bytes} bytes, not {size}"
             if _checksum(path / name) != checksum:
                 return f"{name} is not what was written (CRC-32)"
         names = {SHARED, *(_own_name(rank) for rank in range(first["world_size"]))}
@@ -186,30 +186,30 @@ def why_not_whole(path: Path) -> str | None:
     return None
 
 
-def read_state(found: Checkpoint, rank: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """What `save` was given: the shared state, and this rank's own (None for a rank that was not there)."""
-    shared = torch.load(found.path / SHARED, map_location="cpu", weights_only=False)
-    if rank >= found.world_size:
+def read_state(checkpoint: Checkpoint, rank: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return the state given to `save`: the shared one, and this rank's own (None for a rank that did not exist)."""
+    shared = torch.load(checkpoint.path / SHARED, map_location="cpu", weights_only=False)
+    if rank >= checkpoint.world_size:
         return shared, None
-    return shared, torch.load(found.path / _own_name(rank), map_location="cpu", weights_only=False)
+    return shared, torch.load(checkpoint.path / _own_name(rank), map_location="cpu", weights_only=False)
 
 
-def load(engine: Any, found: Checkpoint, **options: Any) -> None:
+def load(engine: Any, checkpoint: Checkpoint, **options: Any) -> None:
     """Restore a DeepSpeed engine; all ranks call it together. Other numbers of ranks go through the universal format.
 
     Args:
         engine: the DeepSpeed engine.
-        found: from `find`, the same on every rank.
+        checkpoint: from `find`, the same on every rank.
         options: further arguments of DeepSpeed's `load_checkpoint`.
     """
-    folder, tag = found.path.parent, found.path.name
-    resharded = found.world_size != dist.get_world_size() and engine.zero_optimization_stage() > 0
+    folder, tag = checkpoint.path.parent, checkpoint.path.name
+    resharded = checkpoint.world_size != dist.get_world_size() and engine.zero_optimization_stage() > 0
     if resharded:
         failures: list[str] = []
         if dist.get_rank() == 0:
             with _noting(failures):
-                _make_universal(found.path, folder / f"{_UNIVERSAL}{tag}")
-        _agree(found.path, failures, what="converted for another number of ranks")
+                _make_universal(checkpoint.path, folder / f"{_UNIVERSAL}{tag}")
+        _agree(checkpoint.path, failures, what="converted for another number of ranks")
         tag = f"{_UNIVERSAL}{tag}"
     engine._config.load_universal_checkpoint = resharded
     try:
@@ -217,7 +217,7 @@ def load(engine: Any, found: Checkpoint, **options: Any) -> None:
     finally:
         engine._config.load_universal_checkpoint = False
     if path is None:
-        raise CheckpointError(f"{found.path}: DeepSpeed found nothing to load there.")
+        raise CheckpointError(f"{checkpoint.path}: DeepSpeed found nothing to load there.")
     if resharded:
         dist.barrier()
         if dist.get_rank() == 0:
@@ -225,7 +225,7 @@ def load(engine: Any, found: Checkpoint, **options: Any) -> None:
 
 
 def _written(partial: Path) -> list[Path]:
-    """Files of a checkpoint in an order that all ranks share: not the manifests, which some rank may be writing now."""
+    """List a checkpoint's files in an order that all ranks share, without manifests, which may still be written."""
     return sorted(path for path in partial.rglob("*") if path.is_file() and "manifest_" not in path.name)
 
 
@@ -239,7 +239,7 @@ def _manifest_name(rank: int) -> str:
 
 @contextmanager
 def _noting(failures: list[str]) -> Iterator[None]:
-    """Note what goes wrong in the block instead of leaving the other ranks waiting."""
+    """Record errors of the block instead of leaving the other ranks waiting."""
     try:
         yield
     except (OSError, RuntimeError, ValueError, zipfile.BadZipFile, subprocess.SubprocessError) as error:
@@ -248,7 +248,7 @@ def _noting(failures: list[str]) -> Iterator[None]:
 
 @contextmanager
 def _writes_noted(engine: Any, failures: list[str]) -> Iterator[None]:
-    """Let DeepSpeed's writes fail without an exception: it has barriers behind them that the other ranks wait in."""
+    """Let DeepSpeed's writes fail without an exception: the other ranks wait in barriers behind them."""
     writer = engine.checkpoint_engine
     write: Callable[..., Any] = writer.save
 
@@ -266,7 +266,7 @@ def _writes_noted(engine: Any, failures: list[str]) -> Iterator[None]:
 
 
 def _agree(target: Path, failures: list[str], partial: Path | None = None, what: str = "saved") -> None:
-    """Raise on every rank what went wrong on any; the remains are removed."""
+    """Raise on every rank the error of any; remove what was written."""
     failure = first_failure(failures[0] if failures else None)
     if failure is None:
         return
@@ -285,7 +285,7 @@ def _free_mib(folder: Path) -> str:
 
 
 def _read_back(path: Path) -> tuple[int, int]:
-    """Size and CRC-32 of a file that is on the disk; a torch file's parts are compared with the sums inside it."""
+    """Return size and CRC-32 of a file as it is on disk; compare a torch file's parts with the checksums inside it."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
     if path.suffix == ".pt" and zipfile.is_zipfile(path):
@@ -327,7 +327,7 @@ def _clean(folder: Path) -> None:
 
 
 def _rescue(folder: Path) -> None:
-    """Put back what was moved aside for a replacement that did not arrive."""
+    """Restore what was moved aside for a replacement that was never finished."""
     for old in folder.glob(f"{_TRASH}*"):
         name = old.name.removeprefix(_TRASH)
         if not (folder / name).exists() and why_not_whole(old) is None:
@@ -335,7 +335,7 @@ def _rescue(folder: Path) -> None:
 
 
 def _by_age(folder: Path) -> list[Path]:
-    """Checkpoints of a folder, the one with the most steps first."""
+    """List the checkpoints of a folder, the one with the most steps first."""
     if not folder.is_dir():
         return []
     paths = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
@@ -359,7 +359,7 @@ def _prune(folder: Path, keep_last: int) -> None:
 
 
 def _make_universal(source: Path, target: Path) -> None:
-    """DeepSpeed's universal format, from which any number of ranks can load."""
+    """Convert to DeepSpeed's universal format, from which any number of ranks can load."""
     shutil.rmtree(target, ignore_errors=True)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(source), "--output_folder", str(target)]

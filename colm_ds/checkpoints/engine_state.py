@@ -1,4 +1,4 @@
-"""An engine's state into a checkpoint and back, so that a resumed run goes on as if it had never stopped."""
+"""Save an engine's state and restore it, so that a resumed run continues as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def save_engine(engine: Any, folder: Path, tag: str, client_state: Mapping[str, 
     )
 
 
-def load_engine(engine: Any, found: atomic.Checkpoint, **options: Any) -> dict[str, Any]:
+def load_engine(engine: Any, checkpoint: atomic.Checkpoint, **options: Any) -> dict[str, Any]:
     """Restore a `CoLMEngine` and return the client state; see `CoLMEngine.resume`."""
-    ours, theirs = _facts(engine), found.facts
+    ours, theirs = _facts(engine), checkpoint.facts
     for key in ours:
         if ours[key] != theirs.get(key):
             raise CheckpointError(
-                f"{found.path}: {_difference(key, theirs.get(key), ours[key])}. "
+                f"{checkpoint.path}: {_difference(key, theirs.get(key), ours[key])}. "
                 "Resume with the model, LoRA and ZeRO stage that it was saved with."
             )
     if _has_frozen(engine):
         options = {"load_module_strict": False, **options}
-    atomic.load(engine.deepspeed_engine, found, **options)
-    shared, own = atomic.read_state(found, dist.get_rank())
+    atomic.load(engine.deepspeed_engine, checkpoint, **options)
+    shared, own = atomic.read_state(checkpoint, dist.get_rank())
     client_state: dict[str, Any] = shared.pop("client_state")
     engine.load_state_dict(shared)
     if own is not None:
@@ -51,31 +51,31 @@ def load_engine(engine: Any, found: atomic.Checkpoint, **options: Any) -> dict[s
 
 
 def find_on_all_ranks(folder: Path, tag: str | None = None) -> atomic.Checkpoint | None:
-    """Return the checkpoint to load, looked for by rank 0 for all; all ranks call it together.
+    """Return the checkpoint to load, which rank 0 searches for; all ranks call it together.
 
     Raises:
         CheckpointError: on every rank, if there are checkpoints but none that can be loaded.
     """
-    found, error = None, None
+    checkpoint, error = None, None
     if dist.get_rank() == 0:
         try:
-            found = atomic.find(folder, tag, repair=True)
+            checkpoint = atomic.find(folder, tag, repair=True)
         except CheckpointError as failed:
             error = str(failed)
-    return on_all_ranks(found, error)
+    return on_all_ranks(checkpoint, error)
 
 
-def on_all_ranks(found: atomic.Checkpoint | None, error: str | None = None) -> atomic.Checkpoint | None:
-    """Return on every rank what rank 0 found; all ranks call it together.
+def on_all_ranks(checkpoint: atomic.Checkpoint | None, error: str | None = None) -> atomic.Checkpoint | None:
+    """Return rank 0's checkpoint on every rank; all ranks call it together.
 
     Args:
-        found: rank 0's; the others' is not looked at.
-        error: rank 0's reason to fail.
+        checkpoint: rank 0's; ignored on other ranks.
+        error: rank 0's error message, if it failed.
 
     Raises:
-        CheckpointError: on every rank, if rank 0 has a reason to fail.
+        CheckpointError: on every rank, if rank 0 has an error.
     """
-    answer: dict[str, Any] = {"path": str(found.path), "passed_over": found.passed_over} if found else {}
+    answer: dict[str, Any] = {"path": str(checkpoint.path), "passed_over": checkpoint.passed_over} if checkpoint else {}
     answer = json.loads(broadcast_text(json.dumps(answer if error is None else {"error": error}), 0))
     if "error" in answer:
         raise CheckpointError(answer["error"])
@@ -83,7 +83,7 @@ def on_all_ranks(found: atomic.Checkpoint | None, error: str | None = None) -> a
 
 
 def _facts(engine: Any) -> dict[str, Any]:
-    """What a checkpoint must agree on with the engine that loads it."""
+    """Return the facts that a checkpoint and the engine that loads it must share."""
     trained = {
         name: list(getattr(parameter, "ds_shape", parameter.shape))
         for name, parameter in engine.deepspeed_engine.module.named_parameters()
@@ -97,7 +97,7 @@ def _has_frozen(engine: Any) -> bool:
 
 
 def _difference(key: str, saved: Any, own: Any) -> str:
-    """How a fact of a checkpoint differs from the engine's."""
+    """Describe how a fact of a checkpoint differs from the engine's."""
     if not isinstance(own, dict) or not isinstance(saved, dict):
         return f"was saved with {key} {saved}, this engine has {own}"
     for name in sorted({*own, *saved}):

@@ -1,4 +1,4 @@
-"""Trained weights out of an engine or a checkpoint of any ZeRO stage, and into Hugging Face format."""
+"""Read trained weights from an engine or a checkpoint of any ZeRO stage, and write them in Hugging Face format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from colm_ds.run_folder.contents import ADAPTER, MODEL
 
 
 def gathered_state(model: Any, is_main: bool, *, trained_only: bool) -> dict[str, Tensor]:
-    """Weights by name on the CPU, on rank 0; gathered one parameter at a time under ZeRO-3.
+    """Return weights by name on the CPU of rank 0, gathered one parameter at a time under ZeRO-3.
 
     Args:
         model: the module of a DeepSpeed engine; all ranks call this together.
@@ -81,7 +81,7 @@ def save_model(model: Any, folder: Path, state: dict[str, Tensor] | None = None)
 
     Args:
         model: a `PreTrainedModel`.
-        folder: where to; made.
+        folder: destination; created.
         state: weights by name, if the model itself does not hold them.
     """
     from transformers import GenerationConfig
@@ -98,32 +98,34 @@ def save_model(model: Any, folder: Path, state: dict[str, Tensor] | None = None)
         generation.to_json_file(folder / "generation_config.json")
 
 
-def checkpoint_tensors(found: Checkpoint, buffers: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Trained weights of a checkpoint, one at a time on the CPU; needs no process group and no GPU.
+def checkpoint_tensors(
+    checkpoint: Checkpoint, buffers: Collection[str], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the trained weights of a checkpoint one at a time on the CPU; needs no process group and no GPU.
 
     At stages 0 to 2 they are the weights that the model ran with; at stage 3 the optimizer's, in float32.
 
     Args:
-        found: a whole checkpoint.
-        buffers: names of buffers to give as well.
+        checkpoint: a whole checkpoint.
+        buffers: names of buffers to yield as well.
         dtype: of floating-point tensors.
 
     Yields:
-        Name and tensor, each with storage of its own.
+        Name and tensor, which shares no storage with others.
 
     Raises:
-        CheckpointError: if the files cannot be read, or one of the tensors is not there.
+        CheckpointError: if the files cannot be read, or one of the tensors is missing.
     """
-    trained = found.facts["trained"]
+    path, trained = checkpoint.path, checkpoint.facts["trained"]
     try:
-        state = _partitioned_state(found.path) if found.facts["stage"] == 3 else _module_state(found.path)
+        state = _partitioned_state(path) if checkpoint.facts["stage"] == 3 else _module_state(path)
     except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{found.path}: its weights cannot be read: {error}. Take another checkpoint.") from None
+        raise CheckpointError(f"{path}: its weights cannot be read: {error}. Take another checkpoint.") from None
     names = [*trained, *buffers]
     missing = [name for name in names if name not in state]
     if missing:
         raise CheckpointError(
-            f"{found.path}: {len(missing)} of {len(names)} trained tensors are not in it, the first is {missing[0]}. "
+            f"{path}: {len(missing)} of {len(names)} trained tensors are not in it, the first is {missing[0]}. "
             "Take another checkpoint."
         )
     for name in names:
@@ -132,14 +134,14 @@ def checkpoint_tensors(found: Checkpoint, buffers: Collection[str], dtype: torch
 
 
 def _module_state(folder: Path) -> dict[str, Any]:
-    """Stages 0 to 2: rank 0 wrote the whole model."""
+    """Read stages 0 to 2, where rank 0 wrote the whole model."""
     file = folder / "mp_rank_00_model_states.pt"
     state: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
     return dict(state)
 
 
 def _partitioned_state(folder: Path) -> dict[str, Any]:
-    """Stage 3: every rank wrote its part; what is returned puts a weight together when `contiguous()` is called."""
+    """Read stage 3, where every rank wrote its part; `contiguous()` on a returned weight assembles it."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # its progress bars
@@ -151,7 +153,7 @@ def _partitioned_state(folder: Path) -> dict[str, Any]:
 
 
 def with_tied(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names of tied weights that `named_parameters` gives once only, pointing to the same tensor."""
+    """Add the names of tied weights, which `named_parameters` yields only once, pointing to the same tensor."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
