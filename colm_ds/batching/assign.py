@@ -1,4 +1,4 @@
-"""Which rank holds, probes and trains which example, in which micro-batches: the same answer on every rank."""
+"""Assign examples to ranks and micro-batches for probing and training; every rank gets the same answer."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ IMBALANCE = 0.05
 """Examples stay home while no rank has more than this share of a rank's mean tokens above the least loaded one."""
 
 Batches = list[list[int]]
-"""Micro-batches as lists of positions; an empty one is a place holder that every rank needs for its collectives."""
+"""Micro-batches as lists of positions; an empty one is a placeholder that every rank needs for its collectives."""
 
 
 def home_ranks(lengths: Tensor, world_size: int, probed: Tensor | None = None) -> Tensor:
-    """Share the large batch among ranks so that counts differ by one at most and tokens little.
+    """Share the large batch among ranks so that counts differ by at most one and tokens by little.
 
-    Longest first, dealt out forwards and backwards in turn; the probed examples before the others, so that each rank
-    has as much to probe.
+    Longest first, dealt out forwards and backwards in turn; the probed examples before the others, so that ranks
+    have equal work to probe.
 
     Args:
         lengths: tokens of every example, `[r]`.
@@ -41,7 +41,7 @@ def home_ranks(lengths: Tensor, world_size: int, probed: Tensor | None = None) -
 
 
 def training_ranks(positions: Sequence[int], lengths: Tensor, home: Tensor, world_size: int) -> dict[int, int]:
-    """Rank that trains on each chosen example: its home, unless moving it evens out the ranks' tokens.
+    """Return the rank that trains on each chosen example: its home, unless moving it evens out the ranks' tokens.
 
     While the most loaded rank is ahead of the least loaded one, the example whose length is nearest to half of the
     difference moves; ties go to the lowest position.
@@ -83,14 +83,14 @@ def micro_batches(
     max_tokens: int | None = None,
     equal_counts: bool = True,
 ) -> list[Batches]:
-    """Micro-batches of every rank, longest examples first, with as little padding as pays (`length_sorted_batches`).
+    """Cut every rank's examples into micro-batches, longest first, with little padding (`length_sorted_batches`).
 
     Args:
         by_rank: positions of each rank.
         lengths: tokens of every example, `[r]`.
-        max_examples: examples per micro-batch at most.
-        max_tokens: padded tokens per micro-batch at most.
-        equal_counts: give every rank the same number, first by cutting some in two, then by empty ones.
+        max_examples: maximum examples per micro-batch.
+        max_tokens: maximum padded tokens per micro-batch.
+        equal_counts: give every rank the same number, first by splitting some, then by adding empty ones.
 
     Returns:
         For every rank its micro-batches.
@@ -113,13 +113,13 @@ def _split_to(batches: Batches, count: int, lengths: Tensor) -> Batches:
         cuts = [(*_best_cut(batch, lengths), number) for number, batch in enumerate(batches) if len(batch) > 1]
         if not cuts:
             break
-        _, cut, number = max(cuts, key=lambda found: (found[0], -found[2]))
+        _, cut, number = max(cuts, key=lambda cut: (cut[0], -cut[2]))
         batches[number : number + 1] = [batches[number][:cut], batches[number][cut:]]
     return batches + [[] for _ in range(count - len(batches))]
 
 
 def _best_cut(batch: list[int], lengths: Tensor) -> tuple[int, int]:
-    """Padded tokens saved by the best cut of a micro-batch sorted by length, and where; the middle among equals."""
+    """Return the padded tokens saved by the best cut of a micro-batch sorted by length, and where, middle on ties."""
     sizes = [int(lengths[position]) for position in batch]
     middle = (len(batch) + 1) // 2
     saved = {cut: (len(batch) - cut) * (sizes[0] - sizes[cut]) for cut in range(1, len(batch))}

@@ -1,4 +1,4 @@
-"""Which sequences go through the model for the candidates of a classification example."""
+"""Choose the sequences to pass through the model for the candidates of a classification example."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 
 def computed_rows(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
-    """Candidates whose sequence, less its last token, begins no other one: all others find their predictions there.
+    """Return the candidates whose sequence, less its last token, is no prefix of another; the others share its row.
 
-    Nothing is predicted from a last token, and what is predicted behind a token depends on those up to it alone. So
-    candidates of one token share the pass through their prompt.
+    Nothing is predicted from a last token, and each prediction depends only on the tokens before it. So candidates of
+    one token share the pass through their prompt.
 
     Args:
         sequences: tokens of the prompt with every candidate, each at least two.
 
     Returns:
-        The candidates whose sequence is computed, in order, and for every candidate the place of its row among these.
+        The candidates whose sequence is computed, in order, and for every candidate the index of its row among these.
     """
     fronts = [list(sequence[:-1]) for sequence in sequences]
     owner = []

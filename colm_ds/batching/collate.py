@@ -15,7 +15,7 @@ IGNORE_INDEX = -100
 
 
 MICRO_BATCH_TOKENS = 128
-"""What one more micro-batch costs, in padded tokens that take as long: a new one starts where it saves more."""
+"""Cost of one more micro-batch, in padded tokens that take as long: a new one starts where it saves more."""
 
 
 def length_sorted_batches(
@@ -29,8 +29,8 @@ def length_sorted_batches(
 
     Args:
         lengths: tokens of every example, `[n]`.
-        max_examples: most examples in a group.
-        max_tokens: most tokens in a group, padding included: examples times the longest.
+        max_examples: maximum examples in a group.
+        max_tokens: maximum tokens in a group, padding included: examples times the longest.
 
     Returns:
         Groups of positions in `lengths`; every position is in exactly one.
@@ -69,7 +69,7 @@ def length_sorted_batches(
 def pad_batch(examples: Sequence[Example], pad_token_id: int, multiple_of: int = 1) -> dict[str, Tensor]:
     """Pad examples on the right to a common length.
 
-    There is no attention mask: with causal attention nothing in front of the padding sees it.
+    There is no attention mask: with causal attention no token before the padding attends to it.
 
     Args:
         examples: examples of the micro-batch, `[n]`, at least one.
@@ -98,7 +98,7 @@ def pad_batch(examples: Sequence[Example], pad_token_id: int, multiple_of: int =
 
 
 def padding_fraction(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
-    """Share of padding among the tokens computed when every group is padded to its longest example.
+    """Return the share of padding among the tokens computed when every group is padded to its longest example.
 
     Args:
         lengths: tokens of every example, `[n]`.

@@ -1,4 +1,4 @@
-"""A large batch put together from what each rank passes: records or a padded batch, in any training loop."""
+"""Gather a large batch from what each rank passes, records or a padded batch, in any training loop."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ NUM_SHOWN = 8
 
 
 def read_examples(examples: Any, source_names: Sequence[str], source_key: str | None = "source") -> list[Example]:
-    """Unpadded examples from a list of records or from a collated batch.
+    """Read unpadded examples from a list of records or from a collated batch.
 
     Args:
         examples: a list of `Example`s or of mappings with `input_ids`, and `labels` (default: `input_ids`),
             `attention_mask` (default: no padding), the source (not needed where there is only one) and `index`
-            (default: the place in the large batch); or one mapping of these with a row for every example.
+            (default: the position in the large batch); or one mapping of these with a row for every example.
         source_names: names of the sources, by id.
-        source_key: key of a record's source: its name, or its id; None: not looked at, the first source.
+        source_key: key of a record's source: its name or id; None: all belong to the first source.
 
     Raises:
-        DataError: naming the example, if something is missing or does not fit together.
+        DataError: naming the example, if something is missing or inconsistent.
     """
     records: Sequence[Any] = _rows(examples) if isinstance(examples, Mapping) else examples
     return [
@@ -38,10 +38,10 @@ def read_examples(examples: Any, source_names: Sequence[str], source_key: str | 
 
 
 def gather_large_batch(read: Callable[[], list[Example]], step: int, rank: int, exchange: Exchange) -> LargeBatch:
-    """The large batch that the ranks' examples make, in the order of the ranks; all ranks call it together.
+    """Gather the ranks' examples into one large batch, in the order of the ranks; all ranks call it together.
 
     Args:
-        read: gives this rank's examples; may raise a `DataError`. An `index` below 0 becomes the position.
+        read: returns this rank's examples; may raise a `DataError`. An `index` below 0 becomes the position.
         step: 1-based step.
         rank: this rank.
         exchange: the ranks.
@@ -94,7 +94,7 @@ def gather_large_batch(read: Callable[[], list[Example]], step: int, rank: int, 
 
 
 def source_id(value: Any, names: Sequence[str]) -> int:
-    """Id of a source given by name, or by a number that is its name or else its id.
+    """Return the id of a source given by name, or by a number that is its name or else its id.
 
     Raises:
         DataError: if there is no such source.
@@ -109,7 +109,7 @@ def source_id(value: Any, names: Sequence[str]) -> int:
 
 
 def _rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Records of a collated batch."""
+    """Split a collated batch into records."""
     columns = {key: values for key, values in batch.items() if values is not None}
     sizes = {key: len(values) if hasattr(values, "__len__") else None for key, values in columns.items()}
     if "input_ids" not in columns or any(size != sizes["input_ids"] for size in sizes.values()):
@@ -144,7 +144,7 @@ def _example(record: Any, place: int, names: Sequence[str], source_key: str | No
 
 
 def _row(values: Any) -> Tensor:
-    """Token ids on the CPU, int64 `[length]`."""
+    """Return token ids on the CPU, int64 `[length]`."""
     row = torch.as_tensor(values, dtype=torch.int64).cpu()
     if row.dim() != 1:
         raise ValueError(f"shape {list(row.shape)} instead of one dimension")

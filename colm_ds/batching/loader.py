@@ -22,11 +22,11 @@ _Arrays = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int, int, Candidat
 
 
 class LargeBatchLoader:
-    """Endless large batches; what a step holds follows from (seed, step) alone.
+    """Endless large batches; the content of a step depends on (seed, step) alone.
 
     Attributes:
         dataset: the examples.
-        next_step: 1-based step of the next large batch; set it to go on elsewhere.
+        next_step: 1-based step of the next large batch; set it to continue elsewhere.
         num_workers: as given.
     """
 
@@ -70,7 +70,7 @@ class LargeBatchLoader:
             yield batch
 
     def _ahead(self) -> Iterator[LargeBatch]:
-        """Batches made by worker processes, two each in advance; arrays travel, not tensors (no file handle each)."""
+        """Yield batches of worker processes, two each in advance; arrays, as tensors need a file handle each."""
         loader: DataLoader[Any] = DataLoader(
             _Steps(self),
             batch_size=None,
@@ -78,13 +78,13 @@ class LargeBatchLoader:
             num_workers=self.num_workers,
             prefetch_factor=2,
             collate_fn=_same,
-            generator=torch.Generator(),  # or it would draw the workers' seed from the global state
+            generator=torch.Generator(),  # otherwise the workers' seed is drawn from the global state
         )
         for packed in loader:
             yield packed.unpack(self._candidates)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step that comes next, and the sources that `set_sources` was given, if it was."""
+        """Return the next step, and the sources given to `set_sources`, if any."""
         sources = None
         if isinstance(self.dataset, WithSources):
             ids = torch.from_numpy(self.dataset.source_ids.copy())
@@ -109,15 +109,15 @@ class LargeBatchLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Large batches in one pass over the dataset."""
+        """Number of large batches in one pass over the dataset."""
         return self._sampler.steps_per_epoch
 
     def epoch(self, step: int) -> int:
-        """0-based pass over the dataset in a 1-based step."""
+        """Return the 0-based epoch of a 1-based step."""
         return self._sampler.epoch(step)
 
     def facts(self, step: int) -> LargeBatch:
-        """The large batch of a 1-based step without any of its examples."""
+        """Return the large batch of a 1-based step without any of its examples."""
         indices = self._sampler.indices(step)
         lengths = torch.from_numpy(self.dataset.lengths[indices].astype(np.int64))
         sources = self.dataset.source_ids[indices]
@@ -133,14 +133,14 @@ class LargeBatchLoader:
         )
 
     def batch(self, step: int) -> LargeBatch:
-        """The large batch of a 1-based step: facts of all examples, tokens of this rank's."""
+        """Return the large batch of a 1-based step: facts of all examples, tokens of this rank's."""
         facts = self.facts(step)
         mine = (facts.home == self._rank).nonzero().flatten().tolist()
         return replace(facts, examples={position: self.dataset[int(facts.indices[position])] for position in mine})
 
 
 def make_sampler(dataset: SourcedDataset, large_batch_size: int, seed: int) -> Sampler:
-    """Return what draws a dataset's large batches: its own sampler, or the natural mixture.
+    """Return the sampler of a dataset's large batches: its own, or the natural mixture.
 
     Raises:
         SelectionError: if the dataset has fewer than r examples.
@@ -159,7 +159,7 @@ class _Packed:
     Attributes:
         step: 1-based step.
         facts: `_FACTS` by name.
-        examples: by position; candidates of all examples are taken from the table again, which every process has.
+        examples: by position; candidates are looked up in the table again, which every process has.
     """
 
     step: int
@@ -259,7 +259,7 @@ class RecordDataset:
 
 
 def source_counts(dataset: SourcedDataset) -> dict[str, int]:
-    """Examples by source name, in the order of the source ids; where a dataset draws by other shares, by those."""
+    """Return examples by source name, in the order of the source ids; by drawn shares where a dataset has its own."""
     if (mixture := getattr(dataset, "mixture_counts", None)) is not None:
         return dict(mixture)
     counts = np.bincount(dataset.source_ids, minlength=len(dataset.source_names))
@@ -267,7 +267,7 @@ def source_counts(dataset: SourcedDataset) -> dict[str, int]:
 
 
 def _source_name(value: Any, index: int) -> str | int:
-    """A source's name or number; numbers may come as tensors."""
+    """Return a source's name or number, which may be a tensor."""
     value = value.item() if hasattr(value, "item") else value
     if not isinstance(value, (str, int)):
         raise DataError(f"example {index}: source {value!r}. Give a name or a whole number.")
@@ -279,7 +279,7 @@ def _tokens(record: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     labels = record.get("labels") if hasattr(record, "get") else record["labels"]
     labels = ids if labels is None else torch.as_tensor(labels, dtype=torch.int64)
     mask = record.get("attention_mask") if hasattr(record, "get") else None
-    if mask is not None:  # padding that a tokenizer added is taken off again
+    if mask is not None:  # remove padding that a tokenizer added
         keep = torch.as_tensor(mask, dtype=torch.bool)
         ids, labels = ids[keep], labels[keep]
     return ids, labels

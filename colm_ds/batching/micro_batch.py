@@ -1,4 +1,4 @@
-"""A micro-batch on its way to the device: token ids and the places with a loss, found before the copy."""
+"""Micro-batches: token ids and labelled positions, computed on the CPU before the copy to the device."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from colm_ds.selection.transfer import to_device
 from colm_ds.types import Example
 
 PLACE_HOLDER = Example(torch.zeros(2, dtype=torch.int64), torch.tensor([IGNORE_INDEX, 0]), 0, -1)
-"""What a rank computes, with weight 0, while others have one more micro-batch."""
+"""Placeholder that a rank computes with weight 0 while others have one more micro-batch."""
 
 
 @dataclass(frozen=True)
 class CandidateGroups:
-    """Which rows and labels of a micro-batch of classification examples belong together.
+    """Assignment of rows and labels to classification examples and their candidates in a micro-batch.
 
     Attributes:
         owners: example of every row.
-        places: place of every row among those of its example.
-        most_rows: of one example.
+        places: index of every row within its example.
+        most_rows: maximum rows of one example.
         candidate_of: candidate of every labelled position, int64 `[num_labels]`.
         sizes: labelled tokens of every candidate, float32 `[num_candidates]`.
         example_of: example of every candidate, int64 `[num_candidates]`.
-        place_of: its place among the example's, int64 `[num_candidates]`.
-        golds: place of the right one, int64 `[batch]`.
-        most: candidates of one example.
-        firsts: place among the labels of the first token of every example's first candidate, int64 `[batch]`.
+        place_of: its index within the example, int64 `[num_candidates]`.
+        golds: index of the gold candidate, int64 `[batch]`.
+        most: maximum candidates of one example.
+        firsts: index among the labels of the first token of every example's first candidate, int64 `[batch]`.
         distinct: rows and positions with a label, each once, int64 `[2, num_places]`.
     """
 
@@ -73,7 +73,7 @@ class MicroBatch:
     groups: CandidateGroups | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        """A copy on the device; pinned and without waiting where the device is a GPU."""
+        """Return a copy on the device; for a GPU through pinned memory, without synchronising."""
         groups = None if self.groups is None else _moved(self.groups, device)
         return replace(_moved(self, device), groups=groups)
 
@@ -85,18 +85,18 @@ class MicroBatch:
         return self.groups.distinct[0], self.groups.distinct[1]
 
     def by_row(self, values: Sequence[int]) -> list[int]:
-        """What is known of the examples for every row; as it is for a place holder, which has none."""
+        """Repeat values of examples for each of their rows; unchanged for a placeholder, which has none."""
         return list(values) if self.groups is None else [values[owner] for owner in self.groups.owners]
 
     @property
     def example_lengths(self) -> list[int]:
-        """Length of every example in a tensor that `by_example` made, or of every row."""
+        """Return the length of every example in a tensor from `by_example`, or of every row."""
         if self.groups is None or self.groups.most_rows == 1:
             return list(self.lengths)
         return [self.groups.most_rows * self.input_ids.shape[1]] * len(self.counts)
 
     def by_example(self, values: Tensor) -> Tensor:
-        """Put the rows of an example one after the other: `[rows, length, ...]` to `[batch, tokens, ...]`."""
+        """Concatenate the rows of each example: `[rows, length, ...]` to `[batch, tokens, ...]`."""
         groups = self.groups
         if groups is None or groups.most_rows == 1:
             return values
@@ -106,7 +106,7 @@ class MicroBatch:
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
-    """A dataclass with its tensors on the device."""
+    """Return a copy of a dataclass with its tensors on the device."""
     tensors = {name.name: getattr(batch, name.name) for name in fields(batch)}
     tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
     if device.type == "cuda":
@@ -115,7 +115,7 @@ def _moved(batch: Any, device: torch.device) -> Any:
 
 
 def make_micro_batch(examples: Sequence[Example]) -> MicroBatch:
-    """Pad examples and find their labelled positions, on the CPU; a place holder where there are none."""
+    """Pad examples and find their labelled positions, on the CPU; a placeholder if there are no examples."""
     if examples and examples[0].candidates is not None:
         return _with_candidates(examples)
     padded = pad_batch(list(examples) or [PLACE_HOLDER], pad_token_id=0)
@@ -130,12 +130,12 @@ def with_fewer_labels(batch: MicroBatch, share: float, offsets: Tensor) -> Micro
     """Keep a share of every example's labels, spread evenly over it: the mean of their losses stands for that of all.
 
     An example with n labels is cut into m = ceil(share n) parts of equal length and keeps one label of each, the first
-    at the example's offset, so that every label is as likely as any other.
+    at the example's offset, so that all labels are equally likely.
 
     Args:
         batch: ordinary examples, on the CPU.
         share: in (0, 1].
-        offsets: where in a part, of every example, float32 `[batch]` in [0, 1).
+        offsets: position within a part, for every example, float32 `[batch]` in [0, 1).
 
     Raises:
         DataError: for classification examples, whose candidates are compared as wholes.

@@ -1,4 +1,4 @@
-"""Which examples make the large batch of a step, from the seed and the step alone."""
+"""Draw the examples of a step's large batch from the seed and the step alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IndexArray = npt.NDArray[np.int64]
 
 
 def seeded_permutation(num_examples: int, seed: int, *purpose: int | str) -> IndexArray:
-    """Random order of examples for one purpose; same arguments, same order, on every machine.
+    """Return a random order of examples for one purpose; same arguments, same order, on every machine.
 
     Sorts raw PCG64 words, whose stream numpy keeps the same between versions (its `permutation` it does not).
 
@@ -31,7 +31,7 @@ def seeded_permutation(num_examples: int, seed: int, *purpose: int | str) -> Ind
 
 
 class Sampler(Protocol):
-    """What a step holds, from the step alone.
+    """Source of a step's examples, from the step alone.
 
     Attributes:
         steps_per_epoch: large batches in one pass over the data.
@@ -40,11 +40,11 @@ class Sampler(Protocol):
     steps_per_epoch: int
 
     def epoch(self, step: int) -> int:
-        """0-based epoch of a 1-based step."""
+        """Return the 0-based epoch of a 1-based step."""
         ...
 
     def indices(self, step: int) -> IndexArray:
-        """Dataset indices of the large batch of a 1-based step, int64 `[r]`, the caller's own copy."""
+        """Return the dataset indices of the large batch of a 1-based step, int64 `[r]`, the caller's own copy."""
         ...
 
 
@@ -78,7 +78,7 @@ class MixtureSampler:
         self._last: tuple[int, IndexArray] | None = None
 
     def epoch(self, step: int) -> int:
-        """0-based epoch of a 1-based step.
+        """Return the 0-based epoch of a 1-based step.
 
         Raises:
             SelectionError: if `step` is below 1.
@@ -88,7 +88,7 @@ class MixtureSampler:
         return (int(step) - 1) // self.steps_per_epoch
 
     def indices(self, step: int) -> IndexArray:
-        """Dataset indices of the large batch of a 1-based step.
+        """Return the dataset indices of the large batch of a 1-based step.
 
         Returns:
             r distinct indices, int64 `[r]`, the caller's own copy.

@@ -1,4 +1,4 @@
-"""Tokens of examples that are trained on another rank than the one that holds them."""
+"""Move examples' tokens from the rank that holds them to the rank that trains on them."""
 
 from __future__ import annotations
 

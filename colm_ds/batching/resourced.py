@@ -1,4 +1,4 @@
-"""A dataset whose examples are divided into other sources than its own."""
+"""A dataset with different sources than its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from colm_ds.types import Example, SourcedDataset
 
 
 class WithSources:
-    """A `SourcedDataset` with the examples of another one.
+    """A `SourcedDataset` over the examples of another one, with different sources.
 
     Args:
         dataset: the examples.

@@ -1,4 +1,4 @@
-"""What is known of the sources before training: their names, how many examples each has, which are small."""
+"""Sources before training: their names, their numbers of examples, and which are small."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from colm_ds.types import SourcedDataset
 
 
 def small_source_ids(config: CoLMSection, source_counts: Mapping[str, int]) -> list[int]:
-    """Ids of the sources whose examples are all kept.
+    """Return the ids of the sources whose examples are all kept.
 
     Args:
         config: `small_sources` in it is `auto` or `below_mean`, `none`, or a list of names or ids.
@@ -26,7 +26,7 @@ def small_source_ids(config: CoLMSection, source_counts: Mapping[str, int]) -> l
         return []
     if config.small_sources in ("auto", "below_mean"):
         return [names.index(name) for name in split_sources(source_counts)[0]]
-    # A number names the source that is called so in the data; where no source is called so, it is an id.
+    # A number is a source's name if the data has one of that name, otherwise its id.
     ids = [names.index(str(source)) if str(source) in names else source for source in config.small_sources]
     unknown = [source for source in ids if not isinstance(source, int) or not 0 <= source < len(names)]
     if unknown:
@@ -37,14 +37,14 @@ def small_source_ids(config: CoLMSection, source_counts: Mapping[str, int]) -> l
 
 
 def looks_at_sources(config: CoLMSection) -> bool:
-    """Whether the choice depends on which source an example comes from."""
+    """Return whether the choice depends on an example's source."""
     return sees_sources(config.selector) and (config.per_source or config.small_sources != "none")
 
 
 def known_counts(
     config: CoLMSection, given: Mapping[str, int] | Sequence[str] | SourcedDataset | None
 ) -> dict[str, int]:
-    """Examples of every source, by name in the order of the ids.
+    """Return the number of examples of every source, by name in the order of the ids.
 
     Args:
         config: says whether they are needed.

@@ -1,4 +1,4 @@
-"""Large batches in which every source has a given share, whatever the data has of it."""
+"""Draw large batches in which every source has a given share, independent of its share of the data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def counts_by_weight(weights: Sequence[float], total: int) -> list[int]:
 
 
 def checked_weights(weights: Mapping[str, float], known: Sequence[str]) -> dict[str, float]:
-    """Weights in the order of the known sources.
+    """Return the weights in the order of the known sources.
 
     Raises:
         ConfigError: for a source that is not known or a weight that is not above 0.
@@ -39,10 +39,10 @@ def checked_weights(weights: Mapping[str, float], known: Sequence[str]) -> dict[
 
 
 class WeightedSampler:
-    """Draws the r examples of each large batch by the sources' shares; a step gives its batch, there is no state.
+    """Draws the r examples of each large batch by the sources' shares; stateless, as a step determines its batch.
 
     Steps come in rounds as long as the data: in a round every source has its share exactly, in a random order. Each
-    source has a stream of its own, one epoch after the other, each in a new order; the rounds take from the streams in
+    source has its own stream, one epoch after another, each in a new order; the rounds take from the streams in
     turn. So a source with less data than its share is seen more often, and one with more is seen in part.
 
     Args:
@@ -71,13 +71,13 @@ class WeightedSampler:
         self._last: tuple[int, IndexArray, IndexArray] | None = None
 
     def epoch(self, step: int) -> int:
-        """0-based round of a 1-based step."""
+        """Return the 0-based round of a 1-based step."""
         if step < 1:
             raise SelectionError(f"step = {step}: steps count from 1.")
         return (int(step) - 1) // self.steps_per_epoch
 
     def indices(self, step: int) -> IndexArray:
-        """Dataset indices of the large batch of a 1-based step, int64 `[r]`.
+        """Return the dataset indices of the large batch of a 1-based step, int64 `[r]`.
 
         They are distinct unless a source begins an epoch in this step or has fewer examples than its share of r.
         """
@@ -86,7 +86,7 @@ class WeightedSampler:
         return indices[start : start + self.large_batch_size].copy()
 
     def epochs(self, step: int) -> list[float]:
-        """How often each source's data has been gone through when a 1-based step is done, `[num_sources]`."""
+        """Return the passes over each source's data up to the end of a 1-based step, `[num_sources]`."""
         number = self.epoch(step)
         _, sources = self._round(number)
         stop = ((step - 1) % self.steps_per_epoch + 1) * self.large_batch_size
@@ -96,7 +96,7 @@ class WeightedSampler:
         ]
 
     def _round(self, number: int) -> tuple[IndexArray, IndexArray]:
-        """Dataset indices and sources of a round in their order."""
+        """Return the dataset indices and sources of a round in order."""
         if self._last is None or self._last[0] != number:
             order = seeded_permutation(sum(self.counts), self._seed, "mixture", number)
             sources = np.repeat(np.arange(len(self.counts)), self.counts)[order]
@@ -107,7 +107,7 @@ class WeightedSampler:
         return self._last[1], self._last[2]
 
     def _stream(self, source: int, start: int, count: int) -> IndexArray:
-        """Examples of a source from a place of its stream on."""
+        """Return `count` examples of a source, from index `start` of its stream."""
         size = self._sizes[source]
         first, last = start // size, max(start, start + count - 1) // size
         orders = [seeded_permutation(size, self._seed, "source", source, epoch) for epoch in range(first, last + 1)]
