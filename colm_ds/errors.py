@@ -32,7 +32,7 @@ class SelectionError(CoLMError):
 
 
 class DivergenceError(CoLMError):
-    """Training that cannot go on: the gradient is not finite step after step."""
+    """Training that cannot continue: the gradient is not finite step after step."""
 
 
 class DeviceMemoryError(CoLMError):
@@ -43,7 +43,7 @@ class DeviceMemoryError(CoLMError):
         micro_batch: its size in words, or None.
         step: 1-based step.
         rank: where it happened.
-        reason: PyTorch's own words.
+        reason: PyTorch's own message.
         snapshot: file of the allocator's snapshot, or None.
         large_batch: the step's large batch as that rank saw it, or None.
     """
@@ -131,7 +131,7 @@ class Problems:
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:
-    """Advice for a misspelled key: the nearest known one, or all of them."""
+    """Advise on a misspelled key: name the nearest known one, or all of them."""
     names = sorted(known)
     last = key.rsplit(".", 1)[-1]
     close = difflib.get_close_matches(last, names, n=1)
