@@ -241,7 +241,7 @@ class Trial:
         """The newest checkpoint is whole, and not older than the last save."""
         from colm_ds.checkpoints import atomic
         from colm_ds.errors import CheckpointError
-        from colm_ds.run_folder.write import read_metrics
+        from colm_ds.run_folder.read import read_metrics
 
         logged = max((entry["step"] for entry in read_metrics(folder / "metrics.jsonl")), default=0)
         try:
@@ -349,7 +349,7 @@ def finished(folder: Path) -> bool:
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
     """Metrics of a run without what changes from run to run."""
-    from colm_ds.run_folder.write import read_metrics
+    from colm_ds.run_folder.read import read_metrics
 
     changing = ("time_s", "memory_gib", "memory_parts_gib")
     entries = read_metrics(folder / "metrics.jsonl")

@@ -14,6 +14,7 @@ from colm_ds.planner.job import Job
 from colm_ds.planner.selection_state import replay_bytes, selection_bytes
 from colm_ds.planner.step_cost import TimePlan, step_cost
 from colm_ds.planner.zero_states import States, model_states
+from colm_ds.probe.tokens import WIDTH
 from colm_ds.selection import signal_of
 
 
@@ -126,6 +127,9 @@ class Planner:
         return tracer.probe(rows, estimator, probe.resolved_num_probes, tail_dtype, probe.layer)
 
     def _selection(self, job: Job) -> tuple[int, int, int]:
+        if signal_of(job.colm.selector) == "gradient" and not job.colm.probes_model:
+            on_device = job.spec.device_type == "cpu"  # token vectors are in host memory
+            return (4 * WIDTH * int(job.spec.config.vocab_size) if on_device else 0), 0, 0
         if not job.probes:
             return 0, 0, 0
         architecture = self.tracer(job.spec).architecture(job.colm.probe.layer)

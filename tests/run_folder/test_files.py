@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
 
+from colm_ds.run_folder.contents import BEST_MODEL, CHECKPOINTS, LOCK, METRICS, SUMMARY
 from colm_ds.run_folder.files import read_object, replacing, write_object, write_whole
 from colm_ds.run_folder.follow import MetricsTail
 from colm_ds.run_folder.read import parse_entry, read_metrics
@@ -14,9 +16,8 @@ from colm_ds.run_folder.read import parse_entry, read_metrics
 def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "settings.json"
     write_object(path, {"a": "é"})
-    with pytest.raises(RuntimeError), replacing(path) as file:
-        file.write("half")
-        raise RuntimeError
+    with pytest.raises(TypeError), replacing(path) as file:
+        file.writelines(["half", 2])
     assert read_object(path) == {"a": "é"}
     assert [each.name for each in tmp_path.iterdir()] == ["settings.json"]
     write_whole(path, b"\x00\xff")
@@ -70,3 +71,13 @@ def test_all_readers_of_metrics_agree(tmp_path: Path) -> None:
     followed, replaced = MetricsTail(path).read()
     assert not replaced
     assert sorted(followed, key=lambda entry: entry["step"]) == entries
+
+
+def test_only_this_room_knows_the_names_of_a_runs_files(repo_root: Path) -> None:
+    names = {METRICS, SUMMARY, LOCK, CHECKPOINTS, BEST_MODEL}
+    spelled = []
+    for path in (repo_root / "colm_ds").rglob("*.py"):
+        if path.parent.name != "run_folder":
+            constants = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
+            spelled += [f"{path.name}:{node.lineno}" for node in constants if node.value in names]
+    assert spelled == []
