@@ -219,3 +219,27 @@ def test_table_from_cache_and_by_rows(ranks: Ranks, tmp_path: Any) -> None:
     assert all(found["same"] is None for found in seen[1:])
     assert all(found["occurs"] for found in seen)
     assert len({found["rows"] for found in seen}) == 1
+
+
+def choices(case: Case) -> list[tuple[list[int], list[float]]]:
+    """In a rank: what a few steps chose, with its weights."""
+    engine = start(case)
+    seen = [step(engine) for _ in range(STEPS)]
+    engine.destroy()
+    return [(each.chosen, each.weights) for each in seen]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("selector", ["colm", "balanced"])
+def test_the_choice_is_bitwise_the_same_at_1_2_and_4_ranks_and_every_stage(selector: str) -> None:
+    """Whatever the step did to the weights in the meantime: signals are those of the first ones."""
+    made = []
+    for world_size in (1, 2, 4):
+        with Ranks(world_size) as pool:
+            for stage in (0, 1, 2, 3):
+                case = Case(f"everywhere {selector}", colm={**TOKENS, "selector": selector}, stage=stage)
+                made += pool.run(choices, case)
+    assert len(made) == 4 * (1 + 2 + 4)
+    assert len(made[0]) == STEPS
+    assert all(each == made[0] for each in made)
