@@ -24,7 +24,6 @@ NEEDED = (
     "numpy",
     "pydantic",
     "pyyaml",
-    "tqdm",
     "pytest",
     "pytest-timeout",
 )

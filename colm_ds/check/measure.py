@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from colm_ds.batching.loader import source_counts
 from colm_ds.batching.sources import small_source_ids
@@ -28,6 +27,7 @@ from colm_ds.probe.gradient_sketch import (
     MAX_TOKENS,
 )
 from colm_ds.probe.tokens import example_features, vectors_of_model, vocabulary_size
+from colm_ds.process.progress import Progress
 from colm_ds.recipes.model import load_model, load_tokenizer
 from colm_ds.recipes.recipe import BaseRecipe
 from colm_ds.selection import SINGLE_PROCESS, Signals
@@ -258,7 +258,7 @@ def _errors(
 ) -> list[CoresetError]:
     """Return the error of every way to choose; the signals of a batch are made once for all that share them."""
     coresets: list[list[Coreset]] = [[] for _ in ways]
-    with tqdm(total=len(batches.examples), unit="batch", desc="choosing", disable=not progress) as bar:
+    with Progress("choosing", len(batches.examples), "batches", shown=progress) as bar:
         for number, examples in enumerate(batches.examples):
             made: list[tuple[ProbeConfig, Signals]] = []
             for place, way in enumerate(ways):
@@ -269,5 +269,5 @@ def _errors(
                         signals = facts.signals(way.probe, examples, number + 1, seed)
                         made.append((way.probe, signals))
                 coresets[place].append(way.choose(facts, batches, number, size, signals))
-            bar.update()
+            bar.advance()
     return [coreset_error(gram, batches, chosen) for chosen in coresets]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from colm_ds.batching.assign import micro_batches
 from colm_ds.batching.loader import LargeBatchLoader
@@ -23,6 +22,7 @@ from colm_ds.probe.gradient_sketch import (
     is_fresh_adapter,
     trained_linears,
 )
+from colm_ds.process.progress import Progress
 from colm_ds.types import Example, SourcedDataset
 
 LEAST_EXAMPLES, LARGE_BATCHES = 256, 4
@@ -176,12 +176,12 @@ def _sketch_all(sketch: GradientSketch, sample: DrawnSample, max_tokens: int, pr
     count = len(sample.examples)
     (plan,) = micro_batches([list(range(count))], sample.padded_lengths, max_tokens=max_tokens)
     table, exact = torch.zeros(count, sketch.width), torch.zeros(count, sketch.num_exact)
-    with tqdm(total=count, unit="example", desc="gradients", disable=not progress) as bar:
+    with Progress("gradients", count, "examples", shown=progress) as bar:
         for places in plan:
             micro = make_micro_batch([sample.examples[place] for place in places]).to(sketch.device)
             rows, whole = sketch.with_exact(micro)
             table[places], exact[places] = rows.float().cpu(), whole.float().cpu()
-            bar.update(len(places))
+            bar.advance(len(places))
     return table, exact
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from colm_ds.probe.tokens import counted_tokens, digest, mean_of_tokens, mean_vectors, no_vector, unknown_token
+from colm_ds.process.progress import Progress
 from colm_ds.selection import Exchange
 from colm_ds.types import NumberedExamples, SourcedDataset
 
@@ -101,17 +101,21 @@ def mean_table(
 def _computed(dataset: SourcedDataset, vectors: Tensor, exchange: Exchange, rank: int) -> np.ndarray | None:
     world, total, width = exchange.num_processes, len(dataset), vectors.shape[1]
     table = _scratch((total, width)) if exchange.is_main else None
-    starts = range(0, total, _ROWS_AT_ONCE * world)
-    for start in tqdm(starts, "looking up tokens", disable=rank != 0 or total < _SHOW_FROM, unit="block"):
-        places = np.arange(start, min(total, start + _ROWS_AT_ONCE * world))
-        mine = places[rank::world]
-        tokens = [counted_tokens(dataset[int(place)]) for place in mine]
-        unknown = [unknown_token(each, len(vectors)) for each in tokens]
-        bad = next(((int(place), token) for place, token in zip(mine, unknown, strict=True) if token is not None), None)
-        _raise_if_bad(bad, len(vectors), exchange, rank)
-        rows = exchange.gather_rows(mean_of_tokens(tokens, vectors), torch.from_numpy(mine - start), len(places))
-        if table is not None:
-            table[start : start + len(places)] = rows.numpy()
+    rows_at_once = _ROWS_AT_ONCE * world
+    with Progress("looking up tokens", total, "examples", shown=rank == 0 and total >= _SHOW_FROM) as bar:
+        for start in range(0, total, rows_at_once):
+            places = np.arange(start, min(total, start + rows_at_once))
+            mine = places[rank::world]
+            tokens = [counted_tokens(dataset[int(place)]) for place in mine]
+            unknown = [unknown_token(each, len(vectors)) for each in tokens]
+            bad = next(
+                ((int(place), token) for place, token in zip(mine, unknown, strict=True) if token is not None), None
+            )
+            _raise_if_bad(bad, len(vectors), exchange, rank)
+            rows = exchange.gather_rows(mean_of_tokens(tokens, vectors), torch.from_numpy(mine - start), len(places))
+            if table is not None:
+                table[start : start + len(places)] = rows.numpy()
+            bar.advance(len(places))
     return table
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from colm_ds.batching.assign import home_ranks
 from colm_ds.data.choices import WRITERS
@@ -24,6 +23,7 @@ from colm_ds.evaluation.question_log import EvaluationFolder, append
 from colm_ds.evaluation.results import IN_DOMAIN, OUT_OF_DOMAIN, averages, markdown
 from colm_ds.evaluation.squad import SquadTask
 from colm_ds.evaluation.task import EvaluationTask, Row
+from colm_ds.process.progress import Progress
 from colm_ds.selection import SINGLE_PROCESS, Exchange
 
 SCORING_VERSION = 1
@@ -243,15 +243,14 @@ def _ask(
     home = home_ranks(sizes, exchange.num_processes).tolist()
     mine = [place for place, owner in zip(open_places, home, strict=True) if owner == rank]
     label = task.name if exchange.num_processes == 1 else f"{task.name}, rank 0 of {exchange.num_processes}"
-    bar = tqdm(total=len(mine), desc=label, unit="question", disable=not progress or rank != 0, smoothing=0.1)
+    bar = Progress(label, len(mine), "questions", shown=progress and rank == 0)
     num_right = 0
     with bar, folder.open_part(task.name, rank) as part:
         for batch in task.answer(backend, [each.questions[place] for place in mine]):
             append(part, [{"index": each.indices[mine[at]], **row} for at, row in batch])
             num_right += sum(bool(row.get("correct")) for _, row in batch)
-            bar.update(len(batch))
-            if bar.n and any("correct" in row for _, row in batch):
-                bar.set_postfix_str(f"accuracy {num_right / bar.n:.1%}")
+            scored = any("correct" in row for _, row in batch)
+            bar.advance(len(batch), f"accuracy {num_right / (bar.done + len(batch)):.1%}" if scored else "")
     return num_before
 
 

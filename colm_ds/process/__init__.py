@@ -1,1 +1,1 @@
-"""End a process: exit codes, requests to stop, final messages, the watchdog."""
+"""End a process: exit codes, requests to stop, final messages, the watchdog. And show its progress."""

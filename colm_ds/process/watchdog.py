@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from colm_ds.process.exit_codes import ExitCode
+from colm_ds.process.progress import close_bars
 
 
 class Watchdog:
@@ -52,6 +53,7 @@ class Watchdog:
                 self._end(phase[0])
 
     def _end(self, phase: str) -> None:
+        close_bars()
         print(
             f"rank {self._rank}: {phase} has lasted more than {self._timeout_s:g} s. Another rank is gone or stuck, or "
             "this takes longer than expected: then raise colm.phase_timeout_s. Restarting resumes from the last "

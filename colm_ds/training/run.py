@@ -18,7 +18,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
 
 from colm_ds.batching.loader import source_counts
 from colm_ds.checkpoints.atomic import Checkpoint
@@ -36,6 +35,7 @@ from colm_ds.models.architecture import find_architecture
 from colm_ds.planner.advice import planned_advice
 from colm_ds.process.exit import end_all, said_code
 from colm_ds.process.exit_codes import ExitCode
+from colm_ds.process.progress import Progress
 from colm_ds.process.stop_request import StopRequest
 from colm_ds.recipes.model import load_model, load_tokenizer, precision_sections, quiet_libraries
 from colm_ds.recipes.recipe import BaseRecipe, load_recipe
@@ -209,7 +209,7 @@ class TrainingRun:
         if self.first_step == 1:
             self._log({"step": 0, **self._heldout(True)})
         done = self.first_step - 1
-        with tqdm(total=recipe.steps, initial=done, disable=self.rank != 0, unit="step", desc=recipe.name) as bar:
+        with Progress(recipe.name, recipe.steps, "steps", done=done, shown=self.rank == 0) as bar:
             for step in range(self.first_step, recipe.steps + 1):
                 facts = self.task.begin_step(self.in_training, step)
                 try:
@@ -217,23 +217,25 @@ class TrainingRun:
                 except DeviceMemoryError as error:
                     raise error.with_advice(planned_advice(self.engine, error)) from error
                 except (DivergenceError, SelectionError) as error:
+                    bar.close()
                     return self._diverged(error)
                 if step == recipe.steps:
                     try:
                         self._write_weights()
                     except DivergenceError as error:
                         self._record(stats, step, facts, measures=False)
+                        bar.close()
                         return self._diverged(error)
                 self._record(stats, step, facts)
                 rate = stats.examples_trained / stats.time_s["total"]
                 loss = "-" if stats.loss is None else f"{stats.loss:.3f}"
-                bar.set_postfix_str(f"loss {loss}, {rate:.1f} examples/s, {stats.memory_gib['peak']:.2f} GiB")
-                bar.update()
+                bar.advance(note=f"loss {loss}, {rate:.1f} examples/s, {stats.memory_gib['peak']:.2f} GiB")
                 with self.engine.watchdog.watching(f"agreeing after step {step} whether to stop"):
                     stopping = self.stop.agreed(self.device) and step < recipe.steps
                 if stopping or (recipe.save_every and (step % recipe.save_every == 0 or step == recipe.steps)):
                     saved = self._save()
                 if stopping:
+                    bar.close()
                     return self._stopped(step, "without a checkpoint" if not saved else f"after step {step}", saved)
         try:
             with self.engine.watchdog.watching("the end of the run"):
@@ -258,13 +260,12 @@ class TrainingRun:
             raise
         self._log({**stats.as_dict(), **facts, **heldout})
         if self.folder and stats.skipped:
-            tqdm.write(
-                f"step {step}: the gradient is not finite, nothing was changed ({self.engine.skipped.total} so far)"
-            )
+            so_far = f"{self.engine.skipped.total} so far"
+            print(f"step {step}: the gradient is not finite, nothing was changed ({so_far})", file=sys.stderr)
         if self.folder:
             for example in stats.coreset["nonfinite_examples"]:
                 what = f"the {example['what']} of example {example['index']} ({example['source']}) is not finite"
-                tqdm.write(f"step {step}: {what}; it is left out")
+                print(f"step {step}: {what}; it is left out", file=sys.stderr)
 
     def _save(self) -> bool:
         """A checkpoint; where it can not be written training goes on, and says so."""
@@ -281,7 +282,7 @@ class TrainingRun:
             self.engine.save_checkpoint(folder, client_state=client_state, keep_last=self.recipe.keep_last)
         except CheckpointError as error:
             if self.folder:
-                tqdm.write(f"CheckpointError: {error}", file=sys.stderr)
+                print(f"CheckpointError: {error}", file=sys.stderr)
             return False
         return True
 

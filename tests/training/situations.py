@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -57,9 +56,7 @@ class Place:
         return f"exit code {done.returncode}: {self.said(done.stderr)}"
 
     def said(self, text: str) -> str:
-        lines = [line.strip() for line in text.replace("\r", "\n").split("\n")]
-        lines = [re.sub(r"^.*step/s[^]]*\]", "", line) for line in lines]  # a message may follow a progress bar
-        kept = [line for line in lines if line and "step/s" not in line and "real_accelerator" not in line]
+        kept = [line.strip() for line in text.split("\n") if line and "real_accelerator" not in line]
         first = next((n for n, line in enumerate(kept) if any(word in line for word in _TELLING)), 0)
         shown = " ".join(kept[first : first + 4]).replace(str(self.folder), "DIR").replace("|", "\\|")
         return shown[:300]

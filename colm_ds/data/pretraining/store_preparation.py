@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from colm_ds.data.jsonl import find_files
 from colm_ds.data.pretraining.part_pool import map_parts
@@ -42,6 +41,7 @@ from colm_ds.data.pretraining.token_store import (
 from colm_ds.data.prompt import leading_special_ids
 from colm_ds.data.token_cache import describe_tokenizer
 from colm_ds.errors import ConfigError, DataError
+from colm_ds.process.progress import Progress
 from colm_ds.run_folder.files import write_whole
 
 FORMAT_VERSION = 1
@@ -320,12 +320,12 @@ def _name(number: int) -> str:
 
 @contextmanager
 def _progress(what: str, num_bytes: int) -> Iterator[Callable[[int, int], object]]:
-    """A bar over the bytes of the files, with rate and remaining time."""
-    with tqdm(total=num_bytes, desc=what, unit="B", unit_scale=True, unit_divisor=1000) as bar:
+    """Show how many bytes of the files are read."""
+    with Progress(what, num_bytes, "bytes") as bar:
         read: dict[int, int] = {}
 
         def on_read(file: int, place: int) -> None:
-            bar.update(place - read.get(file, 0))
+            bar.advance(place - read.get(file, 0))
             read[file] = place
 
         yield on_read
