@@ -7,10 +7,10 @@ from typing import Any
 
 from colm_ds.check.ways_to_choose import WayToChoose
 from colm_ds.errors import CoLMError
-from colm_ds.planner.job import Job, job_of_recipe
+from colm_ds.planner.job import Job, job_of_data
 from colm_ds.planner.plan import Planner
 from colm_ds.planner.step_cost import step_cost
-from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe
+from colm_ds.recipes.recipe import BaseRecipe
 from colm_ds.selection.price import step_forwards
 from colm_ds.types import SourcedDataset
 
@@ -71,10 +71,7 @@ def break_even(price: float, size: int, large: int) -> float:
 
 def _job(recipe: BaseRecipe, data: SourcedDataset, on_gpu: bool) -> Job | None:
     """Return the recipe's run as the planner sees it, None where it does not know the model."""
-    share = 1.0 if isinstance(recipe, ChoiceRecipe) else float(data.num_label_tokens.sum() / data.lengths.sum())
     try:
-        return job_of_recipe(
-            recipe, 1, mean_length=float(data.lengths.mean()), label_share=min(1.0, share), on_gpu=on_gpu
-        )
+        return job_of_data(recipe, data, 1, on_gpu=on_gpu)
     except CoLMError:
         return None

@@ -7,6 +7,8 @@ model in a fraction of a second, for every family, attention, LoRA and way of ch
 from __future__ import annotations
 
 import copy
+import math
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -127,9 +129,11 @@ class Tracer:
 
     Attributes:
         spec: the model.
+        until: `time.perf_counter()` after which no further pass begins: a TimeoutError instead.
     """
 
     spec: ModelSpec
+    until: float = math.inf
     _models: dict[tuple[int, int], nn.Module] = field(default_factory=dict)
     _training: dict[tuple[Rows, bool, bool, bool], TrainingActivations] = field(default_factory=dict)
     _probes: dict[tuple[Any, ...], int] = field(default_factory=dict)
@@ -216,6 +220,7 @@ class Tracer:
         return TrainingActivations(extend("forward"), extend("kept"), extend("backward"))
 
     def _train(self, layers: int, rows: Rows, replay: bool, whole_logits: bool) -> TrainingActivations:
+        self._check_time()
         vocabulary = self._vocabulary(rows) if self.spec.lora is not None and not whole_logits else None
         model = self._model(layers, vocabulary)
         head = None if whole_logits else find_loss_head(model)
@@ -229,11 +234,13 @@ class Tracer:
             with live:
                 loss = example_loss_sums(model, head, batch).sum()
                 forward, kept = live.peak, live.live
+                self._check_time()
                 live.restart()
                 loss.backward()
         return TrainingActivations(forward, kept, live.peak)
 
     def _probe(self, rows: Rows, estimator: str, num_probes: int, tail_dtype: torch.dtype, layer: str) -> int:
+        self._check_time()
         model = self._model(min(_FEW, self.num_layers), self._vocabulary(rows))
         architecture = find_architecture(model, layer)
         live, batch = LiveBytes(), self._micro_batch(rows)
@@ -253,6 +260,11 @@ class Tracer:
         if key not in self._models:
             self._models[key] = build_dataless(self.spec, *key, self._mode)
         return self._models[key]
+
+    def _check_time(self) -> None:
+        """Between passes: what PyTorch asks a tensor within one must not raise, or the process aborts."""
+        if time.perf_counter() > self.until:
+            raise TimeoutError("planning takes longer than it may")
 
     def _vocabulary(self, rows: Rows) -> int:
         """The smallest vocabulary with which a frozen head needs the memory of the whole one."""

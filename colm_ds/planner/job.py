@@ -22,7 +22,7 @@ from colm_ds.planner.zero_states import ZeroSettings, zero_settings
 from colm_ds.recipes.model import DTYPES, load_tokenizer
 from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe, PretrainingRecipe, Recipe
 from colm_ds.recipes.sections import LoraConfig
-from colm_ds.types import LargeBatch
+from colm_ds.types import LargeBatch, SourcedDataset
 
 LENGTH_KEY, CHUNK_KEY = "data.max_length", "data.chunk_tokens"
 """What sets the length of examples in a recipe, and of a pretraining recipe's."""
@@ -117,6 +117,7 @@ def job_of_recipe(
     label_share: float = 1.0,
     candidate_tokens: int | None = None,
     on_gpu: bool = True,
+    configuration: Any = None,
 ) -> Job:
     """What a recipe's run needs planning for.
 
@@ -127,6 +128,7 @@ def job_of_recipe(
         label_share: share of the tokens that have labels.
         candidate_tokens: for classification, tokens of every candidate; default: `CANDIDATE_TOKENS`.
         on_gpu: plan for GPUs, or for this CPU.
+        configuration: the model's Hugging Face configuration, where it is loaded.
 
     Raises:
         ConfigError: if the model's configuration is not at hand, or the recipe's numbers do not fit together.
@@ -138,7 +140,7 @@ def job_of_recipe(
         world_size,
     )
     spec = ModelSpec(
-        config=model_configuration(recipe),
+        config=model_configuration(recipe) if configuration is None else configuration,
         dtype=DTYPES[recipe.model.dtype],
         attention=recipe.model.attention,
         lora=recipe.lora,
@@ -162,6 +164,32 @@ def job_of_recipe(
     if isinstance(recipe, PretrainingRecipe) and most is not None and length > most:
         raise ConfigError(f"{key} = {length}: more than the model's max_position_embeddings = {most}.")
     return replace(job, mean_length=min(mean_length or job.padded_length, job.padded_length))
+
+
+def job_of_data(
+    recipe: BaseRecipe, data: SourcedDataset, world_size: int, *, on_gpu: bool, configuration: Any = None
+) -> Job:
+    """Return what a recipe's run needs planning for, with mean length and share of labels as in its data.
+
+    Args:
+        recipe: the recipe.
+        data: its training examples.
+        world_size: W.
+        on_gpu: plan for GPUs, or for this CPU.
+        configuration: the model's Hugging Face configuration, where it is loaded.
+
+    Raises:
+        ConfigError: as `job_of_recipe`.
+    """
+    share = 1.0 if isinstance(recipe, ChoiceRecipe) else float(data.num_label_tokens.sum() / data.lengths.sum())
+    return job_of_recipe(
+        recipe,
+        world_size,
+        mean_length=float(data.lengths.mean()),
+        label_share=min(1.0, share),
+        on_gpu=on_gpu,
+        configuration=configuration,
+    )
 
 
 def _length(recipe: BaseRecipe) -> tuple[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -51,8 +52,13 @@ class MemoryPlan:
 
 @dataclass
 class Planner:
-    """Plans jobs; shapes of one model are run once for all of them."""
+    """Plans jobs; shapes of one model are run once for all of them.
 
+    Attributes:
+        limit_s: seconds from the first look at a model after which `memory` raises a TimeoutError.
+    """
+
+    limit_s: float = math.inf
     _tracers: dict[tuple[object, ...], Tracer] = field(default_factory=dict)
 
     def tracer(self, spec: ModelSpec) -> Tracer:
@@ -60,7 +66,7 @@ class Planner:
         lora = None if spec.lora is None else spec.lora.model_dump_json()
         key = id(spec.config), spec.dtype, spec.attention, lora, spec.checkpointing, spec.device_type
         if key not in self._tracers:
-            self._tracers[key] = Tracer(spec)
+            self._tracers[key] = Tracer(spec, time.perf_counter() + self.limit_s)
         return self._tracers[key]
 
     def memory(self, job: Job, *, whole_logits: bool = False) -> MemoryPlan:

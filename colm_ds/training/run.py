@@ -65,6 +65,7 @@ from colm_ds.training.start_or_resume import (
     may_restart,
     where_to_start,
 )
+from colm_ds.training.start_summary import Start, start_summary
 from colm_ds.training.tasks import InTraining, TrainingTask, load_task, with_steps
 from colm_ds.types import StepStats
 
@@ -177,7 +178,7 @@ class TrainingRun:
         self.lock = together(lambda: RunLock(recipe.output_dir) if self.rank == 0 else None, device)
         if self.lock is not None:
             atexit.register(self.lock.release)  # a folder that was made for it alone goes again
-        start = together(lambda: where_to_start(recipe) if self.rank == 0 else None, device)
+        self.resumed = together(lambda: where_to_start(recipe) if self.rank == 0 else None, device)
         self.tokenizer = together(lambda: load_tokenizer(recipe.model, recipe.tokenizer_place), device)
         self.task = self._load_task()
         self.recipe = recipe = together(lambda: with_steps(recipe, self.task.train), device)
@@ -187,7 +188,7 @@ class TrainingRun:
         self.model = together(self._checked_model, device)
         self.engine = self._make_engine()
         self.in_training = InTraining(self.engine, self.tokenizer, device, self.exchange, self.rank)
-        self.first_step = together(lambda: self._resume(start), device)
+        self.first_step = together(lambda: self._resume(self.resumed), device)
         self.folder = together(self._make_folder, device)
         self.engine.monitor.open()
         self.last_heldout: dict[str, Any] | None = None
@@ -201,7 +202,10 @@ class TrainingRun:
         recipe, started = self.recipe, time.perf_counter()
         self.stop.listen()
         if self.folder:
-            self.folder.write_config(self._describe())
+            described = self._describe()
+            self.folder.write_config(described)
+            start = Start(recipe, described, self.task.train, self.model.config, self.device.type, self.resumed)
+            print("\n".join(start_summary(start)), file=sys.stderr, flush=True)
             for line in self.task.losses_of_data():
                 print(f"{recipe.name}: {line}", file=sys.stderr)
         if self.stop.agreed(self.device):
@@ -374,7 +378,6 @@ class TrainingRun:
         if start:
             for reason in start.passed_over:
                 print(f"not used: {reason}", file=sys.stderr)
-            print(f"{self.recipe.name}: going on after step {start.step}, from {found.path}", file=sys.stderr)
         return self.engine.step_count + 1
 
     def _make_folder(self) -> RunFolder | None:

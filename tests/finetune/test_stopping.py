@@ -105,7 +105,7 @@ def test_a_signal_to_a_rank(number: signal.Signals, folder: Path, tmp_path: Path
         return
     again = Started(folder, tmp_path, steps=STEPS)
     again.wait_for_step(done + 1)
-    assert f"going on after step {done}" in again.log.read_text()
+    assert f"resumed after step {done}" in again.log.read_text()
     again.family()[1][0].send_signal(signal.SIGTERM)
     assert again.finish() == 3
     steps = [entry["step"] for entry in metrics(tmp_path) if "loss" in entry]

@@ -64,7 +64,7 @@ def test_killed_in_the_middle(prepared: Prepared, whole: Path, tmp_path: Path) -
     assert max(row["step"] for row in read_metrics(run)) in (3, 4, 5)
     again = call(*launcher(2), *arguments)
     assert again.returncode == 0, again.stderr
-    assert "going on after step " in again.stderr
+    assert "resumed after step " in again.stderr
     assert curve(run) == curve(whole)
     assert (run / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
     assert (run / "best_model" / "best.json").read_text() == (whole / "best_model" / "best.json").read_text()
@@ -117,7 +117,7 @@ def test_another_store_is_refused(prepared: Prepared, whole: Path, tmp_path: Pat
     moved = shutil.copytree(prepared.store, tmp_path / "moved")
     again = train(1, *arguments, f"data.store={moved}")
     assert again.returncode == 0, again.stderr
-    assert "going on after step 6" in again.stderr
+    assert "resumed after step 6" in again.stderr
 
 
 @pytest.mark.slow

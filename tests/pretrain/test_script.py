@@ -63,7 +63,7 @@ def test_everything_in_one_go_and_again(script: Path) -> None:
     again = start(script, *TINY, "steps=4", **settings)
     assert again.returncode == 0, again.stderr
     assert "already finished" in again.stderr  # the store
-    assert "going on after step 2" in again.stderr
+    assert "resumed after step 2" in again.stderr
     assert [row["step"] for row in read_metrics(run)] == [0, 1, 2, 3, 4]
     for text in (again.stdout, (run / "report.html").read_text(), (run / "evaluation" / "results.md").read_text()):
         for source in ("parliament", "code", "comments", "abstracts", "articles"):

@@ -1,11 +1,14 @@
 """`finetune/train.py` whose end goes wrong: python tests/training/ending_badly.py WHAT RANK RECIPE [key=value ...]
 
-`evaluation`: measuring the held-out loss after the last step raises on a rank; `gradients`: none is ever finite.
+`evaluation`: measuring the held-out loss after the last step raises on a rank; `gradients`: none is ever finite;
+`stop`: SIGTERM comes in the second step.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import signal
 import sys
 from typing import Any
 
@@ -28,6 +31,8 @@ if __name__ == "__main__":
         if what == "gradients" and self.step_count == 0:
             parameter = [one for one in self.module.parameters() if one.requires_grad][-1]
             parameter.register_hook(lambda gradient: gradient * math.inf)
+        if what == "stop" and self.step_count == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         return train(self, *batch)
 
     InstructionTask.heldout = heldout  # type: ignore[method-assign]

@@ -1,0 +1,166 @@
+"""What a run is about to do, in at most ten lines: said once on rank 0 before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from colm_ds.checkpoints.atomic import Checkpoint
+from colm_ds.memory.meter import GIB
+from colm_ds.planner.job import Job, job_of_data
+from colm_ds.planner.plan import Planner
+from colm_ds.planner.step_cost import step_cost
+from colm_ds.recipes.recipe import BaseRecipe
+from colm_ds.selection import signal_of
+from colm_ds.types import SourcedDataset
+
+_PLANNING_S = 1.0
+"""A plan that takes longer is not waited for."""
+
+_LONGEST_LINE = 108
+"""Characters of what is said of the data."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run that is about to begin.
+
+    Attributes:
+        recipe: with its number of steps.
+        described: what its `config.json` says.
+        data: the training examples.
+        model_config: the model's Hugging Face configuration.
+        device_type: where it trains, `cpu` or `cuda`.
+        resumed: the checkpoint that it resumes from, if it does.
+    """
+
+    recipe: BaseRecipe
+    described: Mapping[str, Any]
+    data: SourcedDataset
+    model_config: Any
+    device_type: str
+    resumed: Checkpoint | None
+
+
+def start_summary(start: Start) -> list[str]:
+    """Return at most ten lines about a run; what cannot be found out is left out, whatever the reason."""
+    planner, job = Planner(limit_s=_PLANNING_S), None
+    with suppress(Exception):
+        job = _job(start)
+    lines = {
+        "model": lambda: _model(start),
+        "trained": lambda: _trained(start),
+        "data": lambda: _data(start.described["sources"], start.described["small_sources"]),
+        "batch": lambda: _batch(start),
+        "selector": lambda: _selector(start, lambda: _price(job, planner)),
+        "memory": lambda: _memory(job, planner),
+        "ranks": lambda: _ranks(start),
+        "steps": lambda: _steps(start),
+        "output": lambda: f"{start.recipe.output_dir}",
+    }
+    shown = [_title(start)]
+    for label, find in lines.items():
+        with suppress(Exception):
+            shown.append(f"  {label:<8}  {find()}")
+    return shown
+
+
+def _title(start: Start) -> str:
+    if start.resumed is None:
+        return f"{start.recipe.name}: starts"
+    return f"{start.recipe.name}: resumed after step {start.resumed.step}, from {start.resumed.path}"
+
+
+def _model(start: Start) -> str:
+    place = start.recipe.model.name_or_path
+    size = _count(start.described["num_parameters"])
+    return f"{start.model_config.model_type}, {size} parameters, {'random weights' if place is None else place}"
+
+
+def _trained(start: Start) -> str:
+    total, trained = start.described["num_parameters"], start.described["num_trainable"]
+    lora = start.recipe.lora
+    share = "all" if trained == total else f"{trained / total:.2%}"
+    return f"{_count(trained)} parameters ({share})" + ("" if lora is None else f", LoRA of rank {lora.rank}")
+
+
+def _data(sources: Mapping[str, int], small: Sequence[str]) -> str:
+    """Return the number of examples and as many of the largest sources as fit, the others counted."""
+    ordered = sorted(sources, key=lambda name: -sources[name])
+    text = f"{sum(sources.values()):,} examples: "
+    for num_shown in range(len(ordered), -1, -1):
+        parts = [f"{name} {sources[name]:,}{'*' if name in small else ''}" for name in ordered[:num_shown]]
+        if rest := ordered[num_shown:]:
+            kept = len(set(small) & set(rest))
+            parts.append(
+                f"{len(rest)} sources with {sum(sources[name] for name in rest):,}" + f" ({kept}*)" * bool(kept)
+            )
+        line = text + ", ".join(parts) + "; * small, kept whole" * bool(small)
+        if len(line) <= _LONGEST_LINE:
+            break
+    return line
+
+
+def _batch(start: Start) -> str:
+    section, micro = start.described["colm"], start.recipe.micro_batch_size
+    looked_at, trained = section["large_batch_size"], section["coreset_size"]
+    return f"r = {looked_at} looked at, b = {trained} trained on, micro-batches of {micro} on a rank"
+
+
+def _selector(start: Start, find_price: Callable[[], float]) -> str:
+    section = start.described["colm"]
+    name = section["selector"]
+    if name == "full":
+        return "full: plain training on all r"
+    text = f"{name} with {section['probe']['estimator']}" if signal_of(name) == "gradient" else name
+    with suppress(Exception):
+        text += f": a step at {find_price():.2f} times the price of plain training on b"
+    return text
+
+
+def _job(start: Start) -> Job:
+    job = job_of_data(
+        start.recipe,
+        start.data,
+        start.described["world_size"],
+        on_gpu=start.device_type == "cuda",
+        configuration=start.model_config,
+    )
+    return job.with_colm(replay="off") if start.described["why_not_replay"] else job
+
+
+def _price(job: Job | None, planner: Planner) -> float:
+    """Return what a step costs over one of plain training on b, in matrix products, on average over the schedule."""
+    assert job is not None
+    parameters = planner.tracer(job.spec).parameters
+    plain = step_cost(job.with_colm(selector="random"), parameters, None).forwards
+    price = step_cost(job, parameters, None).forwards / plain
+    return 1.0 + (price - 1.0) / job.colm.schedule.every
+
+
+def _memory(job: Job | None, planner: Planner) -> str:
+    assert job is not None
+    plan = planner.memory(job)
+    host = f", {plan.host / GIB:.2f} GiB in host memory" if plan.host else ""
+    where = f"largest in {plan.peak_phase}, for examples of {job.length} tokens"
+    return f"{plan.peak / GIB:.2f} GiB planned on a rank{host} ({where})"
+
+
+def _ranks(start: Start) -> str:
+    stage = (start.described["deepspeed"].get("zero_optimization") or {}).get("stage", 0)
+    return f"{start.described['world_size']} on {start.device_type}, ZeRO-{stage}, {start.recipe.model.dtype}"
+
+
+def _steps(start: Start) -> str:
+    looked_at = start.recipe.steps * start.described["colm"]["large_batch_size"] / len(start.data)
+    weighted = getattr(getattr(start.recipe, "data", None), "weights", None)  # passes differ by source
+    return f"{start.recipe.steps:,}" + ("" if weighted else f", {looked_at:.2f} epochs looked at")
+
+
+def _count(number: float) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:g}"
