@@ -1,4 +1,4 @@
-"""Instruction data with sources: reading, prompts, tokens, batches and the large batches of a run."""
+"""Training data with sources: reading, prompts, tokens, clusters and held-out parts."""
 
 from colm_ds.batching.collate import length_sorted_batches, pad_batch, padding_fraction
 from colm_ds.batching.mixture import MixtureSampler

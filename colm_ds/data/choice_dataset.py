@@ -24,8 +24,8 @@ from colm_ds.data.token_cache import cache_key, describe_tokenizer, load_arrays,
 from colm_ds.errors import ConfigError, DataError, Problems
 from colm_ds.types import CandidateTable, Example
 
-FORMAT_VERSION = 1  # of the cache; raise it whenever the same questions would give other tokens
-MAX_PROBLEMS = 20  # shown of one place
+FORMAT_VERSION = 1  # of the cache; raise it whenever the same questions would give different tokens
+MAX_PROBLEMS = 20  # shown for one place
 _CHUNK_QUESTIONS = 4096  # tokenised at once
 _DTYPES = {"tokens": "int32", "lengths": "int32", "starts": "int32", "num_candidates": "int32", "golds": "int32"}
 
@@ -38,9 +38,9 @@ class ChoiceDataset:
         lengths: tokens of each, int32 `[num_candidates]`.
         starts: where in each the candidate begins, int32 `[num_candidates]`.
         num_candidates: of each example, int32 `[num_examples]`.
-        golds: place of the right candidate, int32 `[num_examples]`.
+        golds: index of the gold candidate, int32 `[num_examples]`.
         num_dropped: examples left out, by reason.
-        max_length: what prompts were cut to.
+        max_length: length that prompts were cut to.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class ChoiceDataset:
         self.num_at_max_length = 0 if max_length is None else int((widest == max_length).sum())
 
     def digest(self) -> str:
-        """Return a digest of all examples in their order: tokens, candidates, right ones."""
-        found = hashlib.blake2b(digest_size=16)
+        """Return a digest of all examples in their order: tokens, candidates, gold ones."""
+        digest = hashlib.blake2b(digest_size=16)
         for array in (self.tokens, self._offsets, self._starts, self._num_candidates, self.candidates.golds.numpy()):
-            found.update(np.ascontiguousarray(array).data)
-        return found.hexdigest()
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -102,7 +102,7 @@ class ChoiceDataset:
         return (self[index] for index in range(len(self)))
 
     def _rows_of(self, index: int) -> tuple[int, int, int]:
-        """Sequences computed for an example, tokens of the longest and of all of them."""
+        """Return the sequences computed for an example, the tokens of the longest, and of all of them."""
         numbers = range(self._firsts[index], self._firsts[index + 1])
         sequences = [self.tokens[self._offsets[number] : self._offsets[number + 1]].tolist() for number in numbers]
         sizes = [len(sequences[kept]) - 1 for kept in computed_rows(sequences)[0]]
@@ -123,16 +123,16 @@ def load_choices(
     """Read, check and tokenise the questions of a classification task.
 
     A prompt that does not fit is cut on the left, as evaluation cuts it; an example whose candidate alone does not fit
-    is dropped and counted in `num_dropped`; `num_at_max_length` counts those that reach it, most of them cut.
+    is dropped and counted in `num_dropped`; `num_at_max_length` counts those that reach the limit, most of them cut.
 
     Args:
         task: one of `WRITERS`.
         paths: a file, a folder, `hub:NAME[:CONFIG[:SPLIT]]` or a list of these.
         tokenizer: any Hugging Face tokenizer; a fast one encodes on all cores.
-        max_length: most tokens of a prompt with a candidate.
-        split: of a hub name that has none.
-        cache_dir: folder to keep the tokens in, found again by the questions as they are written out, the tokenizer
-            and `max_length`; None: nothing is kept.
+        max_length: maximum tokens of a prompt with a candidate.
+        split: default split of a hub name.
+        cache_dir: folder to cache the tokens in, keyed by the questions as written, the tokenizer and `max_length`;
+            None: no cache.
         limit: read at most this many examples, drawn at random from all of the records.
         seed: seed of that draw.
 
@@ -167,7 +167,7 @@ def load_choices(
 
 
 def _is_consistent(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> bool:
-    """Whether a cache entry that could be read also makes sense."""
+    """Return whether a readable cache entry is consistent."""
     lengths, starts, counts, golds = (arrays[name] for name in ("lengths", "starts", "num_candidates", "golds"))
     if "num_dropped" not in facts or not 0 < len(golds) == len(counts) or counts.sum() != len(lengths):
         return False
@@ -205,7 +205,7 @@ def _tokenise(
 
 
 def _read_checked(task: str, place: Path | str, split: str) -> list[ChoiceQuestion]:
-    """Questions of all records of a place; up to 20 problems in one DataError."""
+    """Read the questions of all records of a place; report up to 20 problems in one DataError."""
     problems = Problems(str(place))
     questions = []
     for where, record in read_place(place, split):

@@ -17,12 +17,12 @@ YES_NO = (("entailment", 0), ("not_entailment", 1), ("0", 0), ("1", 1), (0, 0), 
 
 @dataclass(frozen=True)
 class ChoiceQuestion:
-    """A prompt and what may follow it.
+    """A prompt and its candidate continuations.
 
     Attributes:
-        prompt: ends without a space.
+        prompt: without a space at the end.
         candidates: each with the space that separates it from the prompt.
-        gold: place of the right one.
+        gold: index of the correct one.
     """
 
     prompt: str
@@ -31,14 +31,14 @@ class ChoiceQuestion:
 
 
 def write_sst2(where: str, record: Mapping[str, Any]) -> ChoiceQuestion:
-    """`{sentence} It was` terrible or great."""
+    """Write `{sentence} It was`, followed by terrible or great."""
     prompt = f"{text_of(where, record, 'sentence').strip()} It was"
     labels = {0: 0, 1: 1, "0": 0, "1": 1, "negative": 0, "positive": 1}
     return ChoiceQuestion(prompt, (" terrible", " great"), label_of(where, record, labels))
 
 
 def write_cb(where: str, record: Mapping[str, Any]) -> ChoiceQuestion:
-    """Whether the premise lets one infer the hypothesis: Yes, No or Maybe."""
+    """Ask whether the premise implies the hypothesis: Yes, No or Maybe."""
     premise, hypothesis = text_of(where, record, "premise"), text_of(where, record, "hypothesis")
     prompt = f'Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n'
     labels = {"entailment": 0, "contradiction": 1, "neutral": 2, 0: 0, 1: 1, 2: 2}
@@ -46,7 +46,7 @@ def write_cb(where: str, record: Mapping[str, Any]) -> ChoiceQuestion:
 
 
 def write_multirc(where: str, record: Mapping[str, Any]) -> ChoiceQuestion:
-    """Whether an answer to a question on a paragraph is correct: No or Yes."""
+    """Ask whether an answer to a question on a paragraph is correct: No or Yes."""
     paragraph, question = text_of(where, record, "paragraph"), text_of(where, record, "question")
     answer = text_of(where, record, "answer")
     prompt = f'{paragraph}\nQuestion: {question}\nI found this answer "{answer}". Is that correct? Yes or No?\n'
@@ -54,7 +54,7 @@ def write_multirc(where: str, record: Mapping[str, Any]) -> ChoiceQuestion:
 
 
 def write_wic(where: str, record: Mapping[str, Any]) -> ChoiceQuestion:
-    """Whether a word means the same in two sentences: No or Yes."""
+    """Ask whether a word means the same in two sentences: No or Yes."""
     word = text_of(where, record, "word")
     first, second = text_of(where, record, "sentence1"), text_of(where, record, "sentence2")
     prompt = f'Does the word "{word}" have the same meaning in these two sentences? Yes, No?\n{first}\n{second}\n'
@@ -62,7 +62,7 @@ def write_wic(where: str, record: Mapping[str, Any]) -> ChoiceQuestion:
 
 
 def write_copa(where: str, record: Mapping[str, Any]) -> ChoiceQuestion:
-    """The premise without its full stop, so or because, and one of two choices."""
+    """Write the premise without its full stop, so or because, and one of two choices."""
     joins = {"effect": " so", "cause": " because"}
     kind = text_of(where, record, "question")
     if kind not in joins:
@@ -73,14 +73,14 @@ def write_copa(where: str, record: Mapping[str, Any]) -> ChoiceQuestion:
 
 
 def write_rte(where: str, record: Mapping[str, Any]) -> ChoiceQuestion:
-    """Whether the hypothesis follows: Yes or No (MeZO's prompt; TASKS.md names none)."""
+    """Ask whether the hypothesis follows: Yes or No (MeZO's prompt; TASKS.md names none)."""
     premise, hypothesis = text_of(where, record, "premise"), text_of(where, record, "hypothesis")
     prompt = f'{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n'
     return ChoiceQuestion(prompt, ("Yes", "No"), label_of(where, record, dict(YES_NO)))
 
 
 def write_boolq(where: str, record: Mapping[str, Any]) -> ChoiceQuestion:
-    """A question on a passage: No or Yes (MeZO's prompt; TASKS.md names none)."""
+    """Ask a question on a passage: No or Yes (MeZO's prompt; TASKS.md names none)."""
     question = text_of(where, record, "question").strip()
     question = question[:1].upper() + question[1:] + ("" if question.endswith("?") else "?")
     prompt = f"{text_of(where, record, 'passage')} {question}\n"
@@ -89,7 +89,7 @@ def write_boolq(where: str, record: Mapping[str, Any]) -> ChoiceQuestion:
 
 
 def _lower_first(choice: str) -> str:
-    """A choice that goes on in a sentence: its first letter small, unless its first word is "I"."""
+    """Return a choice that continues a sentence: its first letter lower-case, unless its first word is "I"."""
     choice = choice.strip()
     first = choice.split(" ")[0].split("'")[0]
     return choice if first == "I" else choice[:1].lower() + choice[1:]
@@ -104,4 +104,4 @@ WRITERS = {
     "rte": write_rte,
     "boolq": write_boolq,
 }
-"""How a record of each set becomes a question."""
+"""Function that writes a record of each set as a question."""

@@ -20,7 +20,7 @@ from colm_ds.selection import Exchange
 from colm_ds.types import CandidateTable, Example, SourcedDataset
 
 _GATHERED = 1 << 14
-"""Examples whose features travel in one collective."""
+"""Examples whose features are sent in one collective."""
 
 _STARTS = 4
 """Starts of k-means; the best is kept."""
@@ -49,7 +49,7 @@ class Clusters:
 
 
 def prompt_of(example: Example) -> Tensor:
-    """Tokens before the first one that is trained; all of them where nothing comes before."""
+    """Return the tokens before the first trained one; all tokens if there are none."""
     first = 1 + int((example.labels[1:] != IGNORE_INDEX).nonzero()[0])
     return example.input_ids[:first] if first > 1 else example.input_ids
 
@@ -65,36 +65,36 @@ def hidden_features(
     rank: int,
     max_tokens: int,
 ) -> Tensor:
-    """Last hidden state, after the final norm, of every example's last prompt token; all ranks call it together.
+    """Return the last hidden state, after the final norm, of every prompt's last token; all ranks call it together.
 
-    Every rank computes a share of the micro-batches. These are the same at any number of ranks, and so are the features
-    of the same weights, bit by bit.
+    Every rank computes a share of the micro-batches. They, and so the features of the same weights, are bitwise the
+    same for any number of ranks.
 
     Args:
         forward: engine or model to call.
         model: the module to put into eval mode meanwhile.
-        head: what the hidden states enter (`find_loss_head`).
+        head: module that takes the hidden states (`find_loss_head`).
         dataset: the examples.
         device: where the model runs.
         exchange: the ranks.
         rank: this rank.
-        max_tokens: padded tokens of a micro-batch at most.
+        max_tokens: maximum padded tokens of a micro-batch.
 
     Returns:
-        float32 `[n, hidden]` on the CPU; on other ranks than the main one `[0, hidden]`.
+        float32 `[n, hidden]` on the CPU of the main rank; `[0, hidden]` on the others.
     """
     table: CandidateTable | None = getattr(dataset, "candidates", None)
     lengths = dataset.lengths.tolist() if table is None else table.widths.tolist()
     groups = length_sorted_batches(lengths, max_tokens=max_tokens)
-    found: list[Tensor] = []
+    features: list[Tensor] = []
     indices: list[int] = []
     with eval_mode(model), torch.no_grad():
-        for start in range(0, len(groups), exchange.num_processes):  # as many forwards on every rank
+        for start in range(0, len(groups), exchange.num_processes):  # the same number of forwards on every rank
             group = groups[start + rank] if start + rank < len(groups) else []
             prompts = [prompt_of(dataset[index]) for index in group] or [torch.zeros(1, dtype=torch.int64)]
-            found.append(_last_states(forward, head, prompts, device)[: len(group)].cpu())
+            features.append(_last_states(forward, head, prompts, device)[: len(group)].cpu())
             indices += group
-    rows, places = torch.cat(found), torch.tensor(indices, dtype=torch.int64)
+    rows, places = torch.cat(features), torch.tensor(indices, dtype=torch.int64)
     parts = []
     for start in range(0, len(dataset), _GATHERED):
         stop = min(start + _GATHERED, len(dataset))
@@ -113,11 +113,11 @@ def _last_states(forward: Any, head: nn.Module, prompts: Sequence[Tensor], devic
 
 
 def cluster_features(features: npt.NDArray[np.float32], num: int | Sequence[int], seed: int) -> Clusters:
-    """k-means with 4 starts; the same arguments give the same clusters.
+    """Run k-means with 4 starts; the same arguments give the same clusters.
 
     Args:
         features: `[n, hidden]`.
-        num: number of clusters, or the least and the most, of which the one with the largest mean silhouette is taken.
+        num: number of clusters, or minimum and maximum, between which the largest mean silhouette decides.
         seed: of the starts, and of the examples whose silhouettes are computed.
 
     Raises:
@@ -137,7 +137,7 @@ def cluster_features(features: npt.NDArray[np.float32], num: int | Sequence[int]
     state = derive_seed(seed, "k-means") % (1 << 32)
     best: npt.NDArray[np.int64] | None = None
     silhouettes: dict[int, float] = {}
-    with threadpool_limits(1):  # threads add up in an order of their own
+    with threadpool_limits(1):  # threads sum in an order that is not fixed
         for number in numbers:
             labels = _by_size(KMeans(number, n_init=_STARTS, random_state=state).fit(values).labels_)
             if len(numbers) > 1:
@@ -153,7 +153,7 @@ def cluster_features(features: npt.NDArray[np.float32], num: int | Sequence[int]
 
 
 def _by_size(labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Clusters numbered from the largest on, the one with the first example first among equals."""
+    """Number clusters from the largest down; ties go to the one with the first example."""
     names, firsts, counts = np.unique(labels, return_index=True, return_counts=True)
     order = np.lexsort((firsts, -counts))
     number = np.empty(int(names.max()) + 1, dtype=np.int64)
@@ -162,7 +162,7 @@ def _by_size(labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 
 
 def cluster_together(features: Tensor, size: int, num: int | Sequence[int], seed: int, exchange: Exchange) -> Clusters:
-    """Clusters that the main rank makes, on all ranks; all ranks call it together.
+    """Cluster on the main rank and return the clusters on all ranks; all ranks call it together.
 
     Args:
         features: from `hidden_features`.

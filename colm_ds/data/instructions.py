@@ -25,11 +25,11 @@ from colm_ds.types import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 2  # of the cache; raise it whenever the same files would give other tokens
-SPLIT = "train"  # of a hub name that has none
+FORMAT_VERSION = 2  # of the cache; raise it whenever the same files would give different tokens
+SPLIT = "train"  # default split of a hub name
 ONE_SOURCE = "all"  # name of the source of records that name none
-MAX_PROBLEMS = 20  # shown of one file
-_CHUNK_EXAMPLES = 4096  # tokenised at once: enough for all threads, little memory
+MAX_PROBLEMS = 20  # shown for one file
+_CHUNK_EXAMPLES = 4096  # tokenised at once: enough for all threads at little memory
 _DTYPES = {"tokens": "int32", "offsets": "int64", "prompt_lengths": "int32", "source_ids": "int32"}
 
 
@@ -46,9 +46,9 @@ class InstructionDataset:
         source_ids: source id of each example, int32 `[num_examples]`.
         source_names: name of each source id, sorted.
         num_dropped: examples left out, by reason.
-        cache: folder and name of what is kept of these examples on disk; None: nothing is.
-        lost: by source name, how many of all records read were left out ("dropped") or lost the end of their response
-            ("cut") as `max_length` was reached; sources without any are not in it.
+        cache: folder and name of these examples' cache entry; None: not cached.
+        lost: by source name, records left out ("dropped") or with a truncated response ("cut") at `max_length`;
+            sources without any are absent.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class InstructionDataset:
         return (self[index] for index in range(len(self)))
 
     def subset(self, indices: Sequence[int] | npt.NDArray[np.integer[Any]]) -> InstructionDataset:
-        """The examples at `indices`, in that order, with the same source ids and names; the tokens are shared.
+        """Return the examples at `indices`, in that order, with the same source ids and names; the tokens are shared.
 
         `Example.index` counts within the subset.
         """
@@ -116,14 +116,14 @@ class InstructionDataset:
 
     def digest(self) -> str:
         """Return a digest of all examples in their order: tokens, prompts and sources."""
-        found = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b(digest_size=16)
         for array in (self.tokens, self.starts, self.lengths, self.prompt_lengths, self.source_ids):
-            found.update(np.ascontiguousarray(array).data)
-        found.update(json.dumps(list(self.source_names)).encode())
-        return found.hexdigest()
+            digest.update(np.ascontiguousarray(array).data)
+        digest.update(json.dumps(list(self.source_names)).encode())
+        return digest.hexdigest()
 
     def source_counts(self) -> dict[str, int]:
-        """Examples of each source by name, in the order of the ids; 0 for a source of which none is left."""
+        """Return the examples of each source by name, in the order of the ids; 0 for a source without any left."""
         counts = np.bincount(self.source_ids, minlength=len(self.source_names))
         return {name: int(count) for name, count in zip(self.source_names, counts, strict=True)}
 
@@ -140,17 +140,17 @@ def load_instructions(
 ) -> InstructionDataset:
     """Read, check and tokenise instruction data `{"source", "instruction", "output"}`.
 
-    Examples of which truncation leaves no labelled token are dropped and counted in `num_dropped`; duplicates are kept;
-    further keys are ignored, except an Alpaca `input` with text in it, without which the instruction is not whole.
+    Examples in which truncation leaves no labelled token are dropped and counted in `num_dropped`; duplicates are kept;
+    further keys are ignored, except an Alpaca `input` with text, without which the instruction is incomplete.
 
     Args:
         paths: a file, a folder, `hub:NAME[:CONFIG[:SPLIT]]` (split: train) or a list of these (`.json`, `.jsonl`,
             `.jsonl.gz`, `.jsonl.zst`).
         tokenizer: any Hugging Face tokenizer with an eos token; a fast one encodes on all cores.
-        max_length: most tokens of an example; longer ones are truncated on the right.
+        max_length: maximum tokens of an example; longer ones are truncated on the right.
         source_key: key that names the source of a record; None: all are of one source.
-        cache_dir: folder to keep the tokens in, found again by the content of the files, the tokenizer and the
-            arguments here; None: nothing is kept.
+        cache_dir: folder to cache the tokens in, keyed by the content of the files, the tokenizer and the arguments;
+            None: no cache.
         limit: read at most this many examples, drawn at random from all of the records.
         seed: seed of that draw.
 
@@ -218,7 +218,7 @@ def _from_arrays(
 
 
 def _is_consistent(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> bool:
-    """Whether a cache entry that could be read also makes sense."""
+    """Return whether a readable cache entry is consistent."""
     offsets, prompt_lengths, source_ids = arrays["offsets"], arrays["prompt_lengths"], arrays["source_ids"]
     if not {"source_names", "num_dropped", "lost"} <= facts.keys() or not 0 < len(source_ids) == len(prompt_lengths):
         return False
@@ -264,14 +264,14 @@ def _tokenise(
 
 
 def _read_checked(place: Path | str, source_key: str | None) -> list[tuple[str, str, str]]:
-    """(source, instruction, output) of every record of a place; up to 20 problems in one DataError."""
+    """Read (source, instruction, output) of every record of a place; report up to 20 problems in one DataError."""
     problems = Problems(str(place))
     records: list[tuple[str, str, str]] = []
     try:
         for where, record in read_place(place, SPLIT):
-            found = find_problems(record, source_key)
-            problems.messages += [f"{where}: {problem}" for problem in found]
-            if not found:
+            wrong = find_problems(record, source_key)
+            problems.messages += [f"{where}: {problem}" for problem in wrong]
+            if not wrong:
                 records.append(
                     (record[source_key] if source_key else ONE_SOURCE, record["instruction"], record["output"])
                 )
@@ -288,22 +288,22 @@ def _read_checked(place: Path | str, source_key: str | None) -> list[tuple[str, 
 
 
 def find_problems(record: dict[str, Any], source_key: str | None = "source") -> list[str]:
-    """What is wrong with one record of instruction data, and what to write instead; nothing if it is good."""
-    found = []
+    """List the problems of one record of instruction data, each with its fix; empty if it is valid."""
+    problems = []
     for key in filter(None, (source_key, "instruction", "output")):
         value = record.get(key)
         if key not in record:
             fix = "Add it, or name the right key in source_key" if key == source_key else "Add it"
-            found.append(f"no key {key!r}. {fix}; the record has {', '.join(map(repr, record)) or 'no keys'}.")
+            problems.append(f"no key {key!r}. {fix}; the record has {', '.join(map(repr, record)) or 'no keys'}.")
         elif not isinstance(value, str):
-            found.append(f"{key!r} is of type {type(value).__name__}, not text. Write a string.")
+            problems.append(f"{key!r} is of type {type(value).__name__}, not text. Write a string.")
         elif not value.strip():
-            found.append(f"example with an empty {key}. Write one or remove the record.")
+            problems.append(f"example with an empty {key}. Write one or remove the record.")
         elif not _is_unicode(value):
-            found.append(f"{key!r} holds half of a surrogate pair (\\ud800 to \\udfff). Write whole characters.")
+            problems.append(f"{key!r} holds half of a surrogate pair (\\ud800 to \\udfff). Write whole characters.")
     if isinstance(record.get("input"), str) and record["input"].strip():
-        found.append("key 'input' would be ignored. Append its text to 'instruction'.")
-    return found
+        problems.append("key 'input' would be ignored. Append its text to 'instruction'.")
+    return problems
 
 
 def _is_unicode(text: str) -> bool:

@@ -14,7 +14,7 @@ from colm_ds.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 _CHUNK_BYTES = 1 << 20
-_ZSTD_WINDOW_BYTES = 1 << 31  # files compressed with `zstd --long=31` need it; small files do not pay for it
+_ZSTD_WINDOW_BYTES = 1 << 31  # needed by files compressed with `zstd --long=31`; costs nothing for small files
 
 PathLike = str | Path
 
@@ -120,11 +120,11 @@ def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def raw_lines(path: Path, on_read: Callable[[int], object] | None = None) -> Iterator[bytes]:
-    """Lines of a `.jsonl` file, decompressed and not looked at; they end at `\\n` only.
+    """Yield the lines of a `.jsonl` file, decompressed but not parsed; they end at `\\n` only.
 
     Args:
         path: the file.
-        on_read: told how many bytes of the file have been read so far.
+        on_read: called with the bytes of the file read so far.
 
     Raises:
         DataError: if compressed data is broken or cut off.
@@ -142,11 +142,11 @@ def raw_lines(path: Path, on_read: Callable[[int], object] | None = None) -> Ite
 
 
 def parse_line(line: bytes, where: str, first: bool = False) -> dict[str, Any]:
-    """The JSON object of one line.
+    """Parse the JSON object of one line.
 
     Args:
         line: its bytes.
-        where: what to call it in messages.
+        where: name of the line in messages.
         first: whether it opens the file, where a byte order mark is allowed.
 
     Raises:
@@ -246,7 +246,7 @@ def _read_chunks(path: Path, on_read: Callable[[int], object] | None = None) -> 
 
 
 def _unzstd(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Decompress frame by frame: the library's own stream reader takes a cut-off frame for the end of the file."""
+    """Decompress frame by frame: the library's own stream reader mistakes a truncated frame for the end of the file."""
     try:
         import zstandard
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The prompts of training and evaluation as tokens: instructions, and texts with a continuation."""
+"""Tokenise prompts of training and evaluation: instructions, and texts with a continuation."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ PROMPT_TEMPLATE = (
 
 
 def format_prompt(instruction: str) -> str:
-    """Text of the prompt for one instruction; the response follows directly after it."""
+    """Return the text of the prompt for one instruction; the response follows directly after it."""
     return PROMPT_TEMPLATE.format(instruction=instruction)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str) -> list[int]:
-    """Token ids of the prompt of one instruction, the same in training and in evaluation.
+    """Encode the prompt of one instruction, the same in training and in evaluation.
 
     Args:
-        tokenizer: any Hugging Face tokenizer. Its bos is there once if it adds one by itself; an eos it would add
-            after the prompt is left out.
-        instruction: the instruction as it stands in the data.
+        tokenizer: any Hugging Face tokenizer. Its bos is included once if it adds one by itself; an eos that
+            it would add after the prompt is left out.
+        instruction: the instruction as written in the data.
 
     Returns:
         Token ids, `[prompt_length]`.
@@ -39,13 +39,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str) -> list[
 def encode_example(
     tokenizer: PreTrainedTokenizerBase, instruction: str, output: str, max_length: int
 ) -> tuple[list[int], int]:
-    """Token ids of one example: prompt, response and eos, truncated on the right.
+    """Encode one example: prompt, response and eos, truncated on the right.
 
     Args:
         tokenizer: any Hugging Face tokenizer with an eos token.
         instruction: the instruction.
         output: the response.
-        max_length: most tokens to keep, at least 1.
+        max_length: maximum tokens to keep, at least 1.
 
     Returns:
         `(input_ids, prompt_length)`: token ids, at most `max_length`, and how many of them belong to the prompt; an
@@ -60,7 +60,7 @@ def encode_example(
 def encode_examples(
     tokenizer: PreTrainedTokenizerBase, instructions: Sequence[str], outputs: Sequence[str], max_length: int
 ) -> list[tuple[list[int], int]]:
-    """Token ids of many examples; the same as `encode_example` of each, encoded in parallel by fast tokenizers.
+    """Encode many examples; the same as `encode_example` of each, but encoded in parallel by fast tokenizers.
 
     Prompt and response are tokenised separately, so that the prompt has the ids that evaluation gives it. Text that
     looks like a special token ("</s>") is encoded as text.
@@ -69,7 +69,7 @@ def encode_examples(
         tokenizer: any Hugging Face tokenizer with an eos token.
         instructions: the instructions, `[n]`.
         outputs: the responses, `[n]`.
-        max_length: most tokens to keep of each, at least 1.
+        max_length: maximum tokens to keep of each, at least 1.
 
     Returns:
         `(input_ids, prompt_length)` of each, `[n]`.
@@ -98,9 +98,9 @@ def check_encoding(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
 
 
 def leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that a tokenizer puts before a text by itself: `[bos]` or nothing.
+    """Return the special tokens that a tokenizer puts before a text by itself: `[bos]` or nothing.
 
-    Found by trying, because tokenizers differ in what they add and in what they say about it.
+    Determined by a trial, as tokenizers differ in what they add and in what they report about it.
 
     Raises:
         ConfigError: if the tokenizer changes a text's tokens when it adds special ones.
@@ -118,7 +118,7 @@ def leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text alone, without special tokens; the list is encoded in parallel by fast tokenizers."""
+    """Encode each text alone, without special tokens; the list is encoded in parallel by fast tokenizers."""
     if not texts:
         return []
     encoded = tokenizer(
@@ -146,12 +146,12 @@ class Continuation:
 
 
 def encode_text(tokenizer: Any, text: str, leading: Sequence[int] | None = None) -> list[int]:
-    """Token ids of a text, with the special tokens that the tokenizer puts in front; as `encode_prompt` encodes.
+    """Encode a text, with the special tokens that the tokenizer puts in front, as `encode_prompt` does.
 
     Args:
         tokenizer: any Hugging Face tokenizer.
-        text: what looks like a special token in it is encoded as text.
-        leading: `leading_special_ids` of the tokenizer, if they are known.
+        text: the text; what looks like a special token is encoded as text.
+        leading: `leading_special_ids` of the tokenizer, if known.
     """
     front = leading_special_ids(tokenizer) if leading is None else leading
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
@@ -161,7 +161,7 @@ def encode_text(tokenizer: Any, text: str, leading: Sequence[int] | None = None)
 def encode_pair(
     tokenizer: Any, prompt: str, candidate: str, leading: Sequence[int] | None = None, positions: int | None = None
 ) -> Continuation:
-    """Tokens of one prompt and candidate; see `encode_pairs`."""
+    """Encode one prompt and candidate; see `encode_pairs`."""
     return encode_pairs(tokenizer, [(prompt, candidate)], leading, positions)[0]
 
 
@@ -171,25 +171,25 @@ def encode_pairs(
     leading: Sequence[int] | None = None,
     positions: int | None = None,
 ) -> list[Continuation]:
-    """Tokens of prompts with candidates, each encoded together; a candidate's are those beyond the prompt's number.
+    """Encode prompts with candidates, each pair together; a candidate's tokens are those beyond the prompt's number.
 
-    So a candidate's first token is the one that the model was trained on, with its leading space; as lm-eval does it.
+    So a candidate's first token is the one that the model was trained on, with its leading space; as in lm-eval.
     Fast tokenizers encode in parallel.
 
     Args:
         tokenizer: any Hugging Face tokenizer.
         pairs: prompts, ending without a space, and candidates, beginning with one where words are separated by it.
         leading: `leading_special_ids` of the tokenizer, if they are known.
-        positions: longest sequence; what is longer is cut on the left, as far as a token of the prompt remains.
+        positions: maximum length; longer sequences are cut on the left, but keep a token of the prompt.
     """
     front = list(leading_special_ids(tokenizer) if leading is None else leading)
     prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))  # candidates share them
     sizes = dict(zip(prompts, map(len, _encode(tokenizer, prompts)), strict=True))
     wholes = _encode(tokenizer, [prompt + candidate for prompt, candidate in pairs])
-    found = []
+    continuations = []
     for (prompt, _), whole in zip(pairs, wholes, strict=True):
         ids = [*front, *whole]
         start = max(1, min(len(front) + sizes[prompt], len(ids) - 1))  # a token to score, and one to predict it from
         cut = 0 if positions is None else min(max(0, len(ids) - 1 - positions), start - 1)
-        found.append(Continuation(tuple(ids[cut:]), start - cut))
-    return found
+        continuations.append(Continuation(tuple(ids[cut:]), start - cut))
+    return continuations

@@ -1,4 +1,4 @@
-"""Records from a file, a folder or the Hugging Face hub, and the values in them, whose errors name the record."""
+"""Read records from a file, a folder or the Hugging Face hub, and their values; errors name the record."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def find_places(paths: PathLike | Sequence[PathLike]) -> list[Path | str]:
 
 
 def read_place(place: PathLike, split: str = "validation") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Records of one place with the name of each for messages.
+    """Yield the records of one place, each with its name for messages.
 
     Args:
         place: a file, a folder of files, or `hub:NAME[:CONFIG[:SPLIT]]`.
-        split: of a hub name that has none.
+        split: default split of a hub name.
 
     Raises:
         DataError: for files that cannot be read, or a hub name that cannot be loaded.
@@ -47,17 +47,17 @@ def read_place(place: PathLike, split: str = "validation") -> Iterator[tuple[str
 
 
 def describe_places(places: Sequence[Path | str], split: str = "validation") -> list[list[Any]]:
-    """What the content of places from `find_places` is, for the key of a cache; a hub's rows are read for it."""
-    found = []
+    """Describe the content of places from `find_places` for the key of a cache; a hub's rows are read for it."""
+    contents: list[list[Any]] = []
     for place in places:
         if isinstance(place, Path):
-            found += describe_files([place])
+            contents += describe_files([place])
             continue
         digest = hashlib.sha256()
         for _, record in read_place(place, split):
             digest.update(json.dumps(record, sort_keys=True, default=str).encode("utf-8", "surrogatepass") + b"\n")
-        found.append([place, digest.hexdigest()])
-    return found
+        contents.append([place, digest.hexdigest()])
+    return contents
 
 
 def _read_hub(place: str, default_split: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -67,7 +67,7 @@ def _read_hub(place: str, default_split: str) -> Iterator[tuple[str, dict[str, A
     config, _, split = rest.partition(":")
     try:
         rows = datasets.load_dataset(name, config or None, split=split or default_split)
-    except Exception as error:  # the library raises what its loaders raise
+    except Exception as error:  # the library raises whatever its loaders raise
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise DataError(
             f"{place}: cannot be loaded: {reason} Write hub:NAME:CONFIG:SPLIT, or give a file of your own."
@@ -77,10 +77,10 @@ def _read_hub(place: str, default_split: str) -> Iterator[tuple[str, dict[str, A
 
 
 def text_of(where: str, record: Mapping[str, Any], *keys: str) -> str:
-    """The text under the first of some keys that a record has.
+    """Return the text under the first of some keys that a record has.
 
     Raises:
-        DataError: if it has none of them, or something else than text or a number is there.
+        DataError: if it has none of them, or the value is neither text nor a number.
     """
     for key in keys:
         if record.get(key) is not None:
@@ -93,10 +93,10 @@ def text_of(where: str, record: Mapping[str, Any], *keys: str) -> str:
 
 
 def label_of(where: str, record: Mapping[str, Any], labels: Mapping[Any, int], key: str = "label") -> int:
-    """Place of the right candidate, from a label that may be a number, true or false, or a word.
+    """Return the index of the gold candidate, from a label that may be a number, true or false, or a word.
 
     Raises:
-        DataError: if there is none, or one that is not known.
+        DataError: if it is missing or unknown.
     """
     value = record.get(key)
     if not isinstance(value, (str, int)) or value not in labels:

@@ -1,4 +1,4 @@
-"""Arrays on disk under a key that tells what they were made from; half-written or damaged entries are never used."""
+"""Cache arrays on disk under a key of what they were made from; half-written or damaged entries are never used."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _log = logging.getLogger(__name__)
 
 
 def cache_key(facts: Mapping[str, Any]) -> str:
-    """Name of the cache entry made from these facts: 24 hex digits of the hash of their JSON."""
+    """Return the name of the cache entry made from these facts: 24 hex digits of the hash of their JSON."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def describe_files(files: Sequence[Path]) -> list[list[Any]]:
-    """Name, size in bytes and content hash of each file: what a key must depend on.
+    """Return name, size in bytes and content hash of each file: what a key must depend on.
 
     Times and folders are left out: a copied or touched file with the same content is the same data.
     """
@@ -45,7 +45,7 @@ def _hash_file(file: Path) -> str:
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of all of a tokenizer that decides which ids a text gets, wherever it was loaded from."""
+    """Return a hash of everything in a tokenizer that affects ids, wherever it was loaded from."""
     facts: dict[str, Any] = {
         "class": type(tokenizer).__name__,
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
@@ -55,7 +55,7 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         serialised = json.loads(backend.to_str())
-        # truncation and padding are leftovers of the last call, not part of what the tokenizer is
+        # truncation and padding are left over from the last call, not part of the tokenizer
         facts["backend"] = {key: value for key, value in serialised.items() if key not in ("truncation", "padding")}
     else:
         facts["vocabulary"] = tokenizer.get_vocab()
@@ -71,7 +71,7 @@ def load_arrays(
         cache_dir: folder of all entries.
         key: name of the entry.
         dtypes: the expected one-dimensional arrays and their dtypes.
-        is_valid: whether arrays and facts that could be read also make sense.
+        is_valid: whether readable arrays and facts are consistent.
 
     Returns:
         The arrays, memory-mapped read-only, and the facts stored with them; None if there is no such entry or it is
@@ -101,16 +101,16 @@ def load_arrays(
 def store_arrays(
     cache_dir: Path, key: str, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any], is_valid: Check
 ) -> None:
-    """Write a cache entry: whole or not at all, whoever else writes the same one meanwhile.
+    """Write a cache entry atomically, even if others write the same one meanwhile.
 
-    A valid entry of the same key is kept, because others may have it mapped; a damaged one is replaced. A disk that is
-    full or cannot be written costs the cache (which is logged), not the run.
+    A valid entry of the same key is kept, because others may have it mapped; a damaged one is replaced. A full or
+    read-only disk loses the cache entry (which is logged), not the run.
 
     Args:
         cache_dir: folder of all entries, made if missing.
         key: name of the entry.
         arrays: one-dimensional arrays by name.
-        facts: what else to store, JSON-able.
+        facts: further JSON values to store.
         is_valid: as for `load_arrays`.
     """
     temporary = cache_dir / f".{key}.{uuid.uuid4().hex}"
@@ -132,7 +132,7 @@ def store_arrays(
 
 
 def _rename(source: Path, target: Path) -> bool:
-    """Rename a folder; False if the target is there already."""
+    """Rename a folder; return False if the target exists."""
     try:
         os.rename(source, target)
     except OSError:
@@ -143,7 +143,7 @@ def _rename(source: Path, target: Path) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Take a damaged entry out of the way in one step, then delete it."""
+    """Rename a damaged entry in one step, then delete it."""
     gone = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         os.rename(folder, gone)

@@ -104,7 +104,7 @@ def test_truncation_limit_and_cache(
     assert int(changed.candidates.golds[0]) == 2
     dropped = load_choices("copa", write_jsonl([*COPA, {**COPA[0], "choice1": "x" * 90}]), tokenizer, 60)
     assert (len(dropped), dropped.num_dropped) == (1, {"candidate_longer_than_max_length": 1})
-    with pytest.raises(DataError, match="no example left"):
+    with pytest.raises(DataError, match="no examples left"):
         load_choices("copa", path, tokenizer, 10)
 
 

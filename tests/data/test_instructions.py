@@ -79,7 +79,7 @@ def test_example_with_one_labelled_token_is_kept(write_jsonl: Writer, tokenizer:
     prompt_length = encode_example(tokenizer, RECORDS[0]["instruction"], "2", 1000)[1]
     path = write_jsonl(RECORDS[:1])
     assert load_instructions(path, tokenizer, prompt_length + 1).num_label_tokens.tolist() == [1]
-    with pytest.raises(DataError, match="no example left"):
+    with pytest.raises(DataError, match="no examples left"):
         load_instructions(path, tokenizer, prompt_length)
 
 

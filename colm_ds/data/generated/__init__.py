@@ -1,1 +1,1 @@
-"""A mixture of six sources that the project makes itself."""
+"""Generated data: a mixture of six sources, and text in the Pile's format."""

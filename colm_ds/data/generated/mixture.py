@@ -34,7 +34,7 @@ class GeneratedTask:
     Attributes:
         name: source name.
         num_train: training examples at scale 1.
-        choices: how many values each part of an item has; an item is one value for each part.
+        choices: number of values of each part of an item; an item has one value for each part.
         write: instruction, steps and answer of an item.
     """
 
@@ -90,7 +90,7 @@ TASKS = (
 
 
 def generate_records(seed: int = 0, scale: float = 1.0) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Training and held-out records of all tasks; no instruction occurs twice, nor on both sides.
+    """Generate training and held-out records of all tasks; no instruction occurs twice, nor on both sides.
 
     Args:
         seed: seed of the draw.
@@ -118,7 +118,7 @@ def generate_records(seed: int = 0, scale: float = 1.0) -> tuple[list[dict[str, 
 
 
 def _draw(task: GeneratedTask, count: int, rng: random.Random, scale: float) -> list[Item]:
-    """Distinct items of a task in random order."""
+    """Draw distinct items of a task in random order."""
     size = 1
     for choices in task.choices:
         size *= choices
@@ -187,12 +187,12 @@ def write_mixture(folder: PathLike, seed: int = 0, scale: float = 1.0) -> dict[s
         Training examples of each source.
 
     Raises:
-        ConfigError: for a `scale` that cannot be met.
+        ConfigError: for a `scale` that is not positive or too large.
     """
     folder = Path(folder)
     train, heldout = generate_records(seed, scale)
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as name:  # renamed file by file: ranks may write at the same time
+    with tempfile.TemporaryDirectory(dir=folder) as name:  # renamed one by one: ranks may write at the same time
         temporary = Path(name)
         for records, target in ((train, "train.jsonl"), (heldout, "heldout.jsonl")):
             lines = "".join(json.dumps(record) + "\n" for record in records)
@@ -207,7 +207,7 @@ def write_mixture(folder: PathLike, seed: int = 0, scale: float = 1.0) -> dict[s
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line of `write_mixture`."""
+    """Run `write_mixture` from the command line."""
     parser = argparse.ArgumentParser(prog="python -m colm_ds.data.generated", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw (0)")

@@ -33,7 +33,7 @@ _SYLLABLES = (
     "ten",
 )
 _POOL = 1500
-"""Different sentences of a kind."""
+"""Number of different sentences of a kind."""
 
 SHARES = {
     "generated/parliament": 2.8,
@@ -50,7 +50,7 @@ def _words(rng: random.Random, count: int, low: int, high: int) -> list[str]:
 
 
 def _pick(rng: random.Random, words: Sequence[str]) -> str:
-    """A word by about Zipf's law."""
+    """Draw a word by about Zipf's law."""
     return words[int(len(words) ** rng.random()) - 1]
 
 
@@ -92,7 +92,7 @@ _KINDS: dict[str, tuple[Callable[[random.Random, Sequence[str]], str], str, tupl
 
 
 def documents_of(source: str, seed: int = 0) -> Iterator[str]:
-    """Endless documents of one source; same arguments, same documents."""
+    """Yield documents of one source without end; same arguments, same documents."""
     write, joint, (fewest, most) = _KINDS[source]
     rng = random.Random(f"{seed} {source}")
     words = _words(rng, 400, 1, 4)
@@ -131,10 +131,10 @@ def write_text(folder: str | Path, megabytes: float = 2.0, seed: int = 0, files_
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line of `write_text`."""
+    """Run `write_text` from the command line."""
     parser = argparse.ArgumentParser(prog="python -m colm_ds.data.generated.text", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder to write")
-    parser.add_argument("--megabytes", type=float, default=2.0, help="of text (2)")
+    parser.add_argument("--megabytes", type=float, default=2.0, help="megabytes of text (2)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the text (0)")
     options = parser.parse_args(arguments)
     for source, size in write_text(options.folder, options.megabytes, options.seed).items():

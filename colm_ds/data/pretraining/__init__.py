@@ -1,1 +1,1 @@
-"""The token store of pretraining: from files of documents to chunks of tokens."""
+"""Pretraining data: prepare a token store from files of documents, and read it in chunks."""

@@ -20,7 +20,7 @@ class ChunkDataset:
     Every token but the first of a chunk is predicted.
 
     Attributes:
-        mixture_counts: chunks by source as the sampler sees them: all there are, or by weight as many altogether.
+        mixture_counts: chunks by source as the sampler sees them: all, or the same total shared by weight.
         sizes: chunks of each source, `[num_sources]`.
     """
 
@@ -36,10 +36,10 @@ class ChunkDataset:
 
         Args:
             store: the tokens.
-            split: `train`, in whole chunks; or `heldout`, where the rest of a source is a shorter one.
+            split: `train`, in whole chunks; or `heldout`, where the rest of a source is a shorter chunk.
             chunk_tokens: tokens of a chunk, at least 2.
             weights: shares of the sources in the mixture; sources without one are left out. None: natural proportions.
-            limit: chunks of each source at most, spread at random over it; always the same ones.
+            limit: maximum chunks of each source, drawn at random but always the same.
 
         Raises:
             ConfigError: for weights of unknown sources, or if a source to train on has no whole chunk.
@@ -79,7 +79,7 @@ class ChunkDataset:
         return Example(ids, ids.clone(), source=source, index=index)
 
     def sampler(self, large_batch_size: int, seed: int) -> Sampler:
-        """Draws large batches from the mixture."""
+        """Return a sampler of large batches from the mixture."""
         if self.weights is None:
             return MixtureSampler(len(self), large_batch_size, seed)
         return WeightedSampler(self._starts.tolist(), self.sizes, list(self.weights.values()), large_batch_size, seed)

@@ -1,4 +1,4 @@
-"""Parts of files through processes: few at a time in memory, results as they come."""
+"""Process parts of files in parallel: few at a time in memory, results in order of completion."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def map_parts(work: Callable[[Item], Result], items: Iterable[Item], num_processes: int) -> Iterator[Result]:
-    """Do the same with every item; results come in any order.
+    """Map a function over items in parallel; results come in any order.
 
-    The processes end with this one, however it ends.
+    The processes end when this one does, however it ends.
 
     Args:
         work: a module-level function, perhaps with some arguments bound.
-        items: read as they are wanted: at most two for each process are held at a time.
-        num_processes: how many; 1 works in this process.
+        items: read on demand, with at most two per process in memory.
+        num_processes: number of processes; 1 works in this process.
 
     Raises:
         DataError: if a process was killed.
@@ -60,6 +60,6 @@ def map_parts(work: Callable[[Item], Result], items: Iterable[Item], num_process
 
 
 def _end_with_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears of it and says what happens
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives it and reports
     with contextlib.suppress(OSError, AttributeError):  # Linux only
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The Pile's format: documents with their source, files cut into parts that are worked on alone, held-out documents."""
+"""The Pile's format: documents with their source, files cut into independent parts, held-out documents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from colm_ds.data.jsonl import parse_line, raw_lines
 from colm_ds.errors import DataError
 
 PART_BYTES = 8 << 20
-"""Decompressed bytes of a part; what a process holds at a time is a small multiple."""
+"""Decompressed bytes of a part; a process holds a small multiple at a time."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Part:
     """Consecutive lines of one file; where parts begin depends on the file alone.
 
     Attributes:
-        file: which of the files, counted from 0.
-        number: which part of the file, counted from 0.
+        file: 0-based index of the file.
+        number: 0-based index of the part in the file.
         path: the file.
-        first_line: number of the first line, counted from 1.
+        first_line: 1-based number of the first line.
         lines: the lines, undecoded.
     """
 
@@ -39,12 +39,12 @@ class Part:
         return self.file, self.number
 
     def digest(self) -> str:
-        """Hash of the lines."""
-        found = hashlib.blake2b(digest_size=16)
+        """Return a hash of the lines."""
+        digest = hashlib.blake2b(digest_size=16)
         for line in self.lines:
-            found.update(line)
-            found.update(b"\n")
-        return found.hexdigest()
+            digest.update(line)
+            digest.update(b"\n")
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Document:
 
     Attributes:
         source: name of its source.
-        text: what it says.
-        num_bytes: of the text in UTF-8.
+        text: its text.
+        num_bytes: bytes of the text in UTF-8.
         place: 0 to below 1, from a hash of seed and text: equal texts have equal places.
     """
 
@@ -96,11 +96,11 @@ def read_parts(
 
 
 def documents(part: Part, seed: int) -> Iterator[Document | BadLine]:
-    """The documents of a part; blank lines are passed over.
+    """Yield the documents of a part; blank lines are skipped.
 
     Args:
         part: the lines.
-        seed: of the documents' places.
+        seed: seed of the documents' places.
     """
     for offset, line in enumerate(part.lines):
         if not line.strip():
@@ -119,7 +119,7 @@ def documents(part: Part, seed: int) -> Iterator[Document | BadLine]:
 
 
 def source_and_text(record: dict[str, Any], where: str) -> tuple[str, str]:
-    """Source and text of a record `{"text", "meta": {"pile_set_name"}}`; `source` names the source as well.
+    """Return the source and text of a record `{"text", "meta": {"pile_set_name"}}`; `source` names the source as well.
 
     Raises:
         DataError: if one is missing.
@@ -132,7 +132,7 @@ def source_and_text(record: dict[str, Any], where: str) -> tuple[str, str]:
 
 
 def source_of(record: Mapping[str, Any], where: str) -> str:
-    """Source of a record: `meta.pile_set_name`, or `source`.
+    """Return the source of a record: `meta.pile_set_name`, or `source`.
 
     Raises:
         DataError: if there is neither.
@@ -145,7 +145,7 @@ def source_of(record: Mapping[str, Any], where: str) -> str:
 
 
 def total_bytes(files: Sequence[Path]) -> int:
-    """Bytes of files as they lie on the disk."""
+    """Return the bytes of files as stored on disk."""
     return sum(file.stat().st_size for file in files)
 
 

@@ -1,4 +1,4 @@
-"""A first look at all documents: parts, sources, bad lines, and a sample for the tokenizer."""
+"""Scan all documents for parts, sources, bad lines, and a sample for the tokenizer."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from colm_ds.data.pretraining.pile import BadLine, Part, documents, read_parts
 from colm_ds.errors import DataError
 
 NUM_SHOWN = 10
-"""Bad lines that are shown one by one."""
+"""Bad lines that are listed one by one."""
 
 _SAMPLE_CHARACTERS = 100_000
-"""Of one document in the sample at most."""
+"""Maximum characters of one document in the sample."""
 
 Sampled = tuple[float, str, int]
 
 
 class Sample:
-    """The documents with the lowest places, up to a number of bytes: the same in whatever order they are offered."""
+    """The documents with the lowest places, up to a number of bytes: independent of their order."""
 
     def __init__(self, num_bytes: float) -> None:
         self._wanted = num_bytes
@@ -33,11 +33,11 @@ class Sample:
 
     @property
     def limit(self) -> float:
-        """Documents from this place on are not wanted any more."""
+        """Place from which on documents are no longer sampled."""
         return -self._heap[0][0] if self._bytes >= self._wanted and self._heap else 1.0
 
     def offer(self, place: float, text: str, num_bytes: int) -> None:
-        """Take a document unless it is not wanted or there already."""
+        """Add a document unless it is beyond the limit or already in the sample."""
         if place > self.limit or place in self._places:
             return
         heapq.heappush(self._heap, (-place, text, num_bytes))
@@ -49,20 +49,20 @@ class Sample:
             self._places.remove(-removed[0])
 
     def texts(self) -> list[str]:
-        """The texts by place."""
+        """Return the texts in order of place."""
         return [text for _, text, _ in sorted(self._heap, key=lambda item: -item[0])]
 
 
 @dataclass
 class Scan:
-    """What is in the files.
+    """Contents of the files.
 
     Attributes:
         parts: file, number, digest and decompressed bytes of every part, in order.
         sources: documents, held-out documents and text bytes by source.
-        num_lines: lines with something on them.
-        num_bad: lines among them without a document.
-        bad: messages of the first ones.
+        num_lines: lines that are not blank.
+        num_bad: those without a valid document.
+        bad: messages of the first bad lines.
     """
 
     parts: list[dict[str, Any]] = field(default_factory=list)
@@ -74,12 +74,12 @@ class Scan:
 
 @dataclass(frozen=True)
 class ScanSettings:
-    """What a scan of a part needs to know.
+    """Settings of a scan.
 
     Attributes:
-        seed: of the documents' places.
+        seed: seed of the documents' places.
         holdout: places below it are held out.
-        keys: source to the sample it goes to; None samples all sources together; empty takes no sample.
+        keys: sample of each source; None samples all sources together; empty takes no sample.
     """
 
     seed: int
@@ -88,10 +88,10 @@ class ScanSettings:
 
 
 def scan_part(settings: ScanSettings, item: tuple[Part, Mapping[str, float]]) -> dict[str, Any]:
-    """Look at one part.
+    """Scan one part.
 
     Args:
-        settings: how.
+        settings: settings of the scan.
         item: the part, and the limits of the samples so far; documents beyond are not returned.
     """
     part, limits = item
@@ -99,21 +99,21 @@ def scan_part(settings: ScanSettings, item: tuple[Part, Mapping[str, float]]) ->
     sampled: list[tuple[str, float, str, int]] = []
     bad: list[str] = []
     num_lines = 0
-    for found in documents(part, settings.seed):
+    for document in documents(part, settings.seed):
         num_lines += 1
-        if isinstance(found, BadLine):
-            bad.append(found.message)
+        if isinstance(document, BadLine):
+            bad.append(document.message)
             continue
-        counts = sources.setdefault(found.source, {"documents": 0, "heldout_documents": 0, "text_bytes": 0})
+        counts = sources.setdefault(document.source, {"documents": 0, "heldout_documents": 0, "text_bytes": 0})
         counts["documents"] += 1
-        counts["text_bytes"] += found.num_bytes
-        if found.place < settings.holdout:
+        counts["text_bytes"] += document.num_bytes
+        if document.place < settings.holdout:
             counts["heldout_documents"] += 1
             continue
-        key = "" if settings.keys is None else settings.keys.get(found.source)
-        if key is not None and found.place <= limits[key]:
-            text = found.text[:_SAMPLE_CHARACTERS]
-            sampled.append((key, found.place, text, len(text.encode())))
+        key = "" if settings.keys is None else settings.keys.get(document.source)
+        if key is not None and document.place <= limits[key]:
+            text = document.text[:_SAMPLE_CHARACTERS]
+            sampled.append((key, document.place, text, len(text.encode())))
     facts = {"file": part.file, "number": part.number, "digest": part.digest()}
     return {
         "part": {**facts, "bytes": sum(map(len, part.lines)) + len(part.lines)},
@@ -133,18 +133,18 @@ def scan(
     part_bytes: int,
     on_read: Callable[[int, int], object],
 ) -> tuple[Scan, list[str]]:
-    """Look at all files.
+    """Scan all files.
 
     Args:
-        files: to read.
-        settings: of every part.
+        files: files to read.
+        settings: settings of the scan.
         budgets: bytes to sample by key.
-        num_processes: how many work on it.
+        num_processes: number of processes.
         part_bytes: see `read_parts`.
-        on_read: told file and bytes of it read so far.
+        on_read: called with a file's index and the bytes of it read so far.
 
     Returns:
-        What was found, and the sampled texts.
+        The contents, and the sampled texts.
     """
     samples = {key: Sample(budget) for key, budget in budgets.items()}
     results = []
@@ -156,45 +156,45 @@ def scan(
             samples[key].offer(place, text, num_bytes)
         results.append(result)
     results.sort(key=lambda result: (result["part"]["file"], result["part"]["number"]))
-    found = Scan()
+    contents = Scan()
     for result in results:
-        found.parts.append(result["part"])
-        found.num_lines += result["num_lines"]
-        found.num_bad += result["num_bad"]
-        found.bad = (found.bad + result["bad"])[:NUM_SHOWN]
+        contents.parts.append(result["part"])
+        contents.num_lines += result["num_lines"]
+        contents.num_bad += result["num_bad"]
+        contents.bad = (contents.bad + result["bad"])[:NUM_SHOWN]
         for source, counts in result["sources"].items():
-            total = found.sources.setdefault(source, dict.fromkeys(counts, 0))
+            total = contents.sources.setdefault(source, dict.fromkeys(counts, 0))
             for name, count in counts.items():
                 total[name] += count
-    found.sources = dict(sorted(found.sources.items()))
-    return found, [text for key in sorted(samples) for text in samples[key].texts()]
+    contents.sources = dict(sorted(contents.sources.items()))
+    return contents, [text for key in sorted(samples) for text in samples[key].texts()]
 
 
 def all_parts(
     files: Sequence[Path], part_bytes: int, on_read: Callable[[int, int], object], only: frozenset[int] | None = None
 ) -> Iterator[Part]:
-    """Parts of files one after the other; `only` names the files to read."""
+    """Yield the parts of files one after another; `only` names the files to read."""
     for number, path in enumerate(files):
         if only is None or number in only:
             yield from read_parts(number, path, part_bytes, partial(on_read, number))
 
 
-def check_sources(found: Scan, wanted: Sequence[str] | None, skip_others: bool) -> None:
+def check_sources(contents: Scan, wanted: Sequence[str] | None, skip_others: bool) -> None:
     """Compare the sources of a mixture with those in the files.
 
     Raises:
-        DataError: listing what was found.
+        DataError: listing the sources in the files.
     """
     listed = "\n  ".join(
         f"{name}: {counts['documents']:,} documents, {counts['text_bytes'] / 1e6:,.1f} MB"
-        for name, counts in found.sources.items()
+        for name, counts in contents.sources.items()
     )
-    if not found.sources:
+    if not contents.sources:
         raise DataError("the files hold no documents.")
     if wanted is None:
         return
-    missing = [name for name in wanted if name not in found.sources]
-    unknown = [name for name in found.sources if name not in wanted]
+    missing = [name for name in wanted if name not in contents.sources]
+    unknown = [name for name in contents.sources if name not in wanted]
     if missing:
         raise DataError(f"sources of data.weights that are not in the files: {missing}. Found:\n  {listed}")
     if unknown and not skip_others:
@@ -204,20 +204,21 @@ def check_sources(found: Scan, wanted: Sequence[str] | None, skip_others: bool) 
         )
 
 
-def check_bad_lines(found: Scan, most: float) -> None:
+def check_bad_lines(contents: Scan, most: float) -> None:
     """Raise a DataError if more than a share of the lines is bad."""
-    if found.num_bad > most * found.num_lines:
-        share = f"{found.num_bad / found.num_lines:.3%}, prepare.max_bad_fraction = {most}"
-        shown = "\n  ".join(found.bad)
+    if contents.num_bad > most * contents.num_lines:
+        share = f"{contents.num_bad / contents.num_lines:.3%}, prepare.max_bad_fraction = {most}"
+        shown = "\n  ".join(contents.bad)
         raise DataError(
-            f"{found.num_bad:,} of {found.num_lines:,} lines are bad ({share}).\n  {shown}\nRepair them, or allow more."
+            f"{contents.num_bad:,} of {contents.num_lines:,} lines are bad ({share}).\n  {shown}\n"
+            "Repair them, or allow more."
         )
 
 
-def check_heldout(found: Scan, sources: Sequence[str], holdout: float) -> None:
+def check_heldout(contents: Scan, sources: Sequence[str], holdout: float) -> None:
     """Raise a DataError for sources of which nothing, or everything, is held out."""
     for name in sources:
-        counts = found.sources[name]
+        counts = contents.sources[name]
         if counts["heldout_documents"] == counts["documents"]:
             raise DataError(f"{name}: all of its {counts['documents']} documents are held out. Lower prepare.holdout.")
         if holdout > 0 and not counts["heldout_documents"]:

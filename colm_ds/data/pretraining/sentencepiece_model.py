@@ -16,7 +16,7 @@ _PROBE = ("Hello  world", " a\n\tb = 1234;\r\n", "naïve 中文 🙂 x²", "", "
 
 
 def train_sentencepiece(texts: Iterator[str], vocabulary_size: int) -> bytes:
-    """Train a byte-pair model as Llama's: byte fallback, single digits, text taken as it is, `<unk> <s> </s> <pad>`.
+    """Train a byte-pair model as Llama's: byte fallback, single digits, text unnormalised, `<unk> <s> </s> <pad>`.
 
     The same texts in the same order give the same bytes.
 
@@ -103,10 +103,10 @@ def load_sentencepiece(path: Path) -> Any:
 
 
 def _check_protobuf() -> None:
-    """Raise a ConfigError where the installed protobuf cannot read a model; transformers would ask for tiktoken."""
+    """Raise a ConfigError if the installed protobuf cannot read a model; transformers would ask for tiktoken."""
     try:
         importlib.import_module("sentencepiece.sentencepiece_model_pb2")
-    except Exception as error:  # missing, or protobuf's own error of versions
+    except Exception as error:  # missing, or protobuf's own version error
         raise ConfigError(
             f"reading SentencePiece .model files: {error} Run pip install --upgrade protobuf sentencepiece."
         ) from None

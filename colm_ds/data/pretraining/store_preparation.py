@@ -1,4 +1,4 @@
-"""From files in the Pile's format to a token store: scanned, a tokenizer, tokenised part by part, a manifest."""
+"""Prepare a token store from files in the Pile's format: scan, train a tokenizer, tokenise, write a manifest."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ _BATCH_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is to be prepared.
+    """Definition of a store to prepare.
 
     Attributes:
         files: in the Pile's format, `.jsonl`, `.jsonl.gz` or `.jsonl.zst`; files and folders.
-        folder: of the store.
+        folder: folder of the store.
         tokenizer: SentencePiece `.model`, Hugging Face folder or hub name; None trains one.
-        vocabulary_size: of a tokenizer that is trained.
+        vocabulary_size: size of a newly trained tokenizer.
         weights: shares of the sources; None takes all sources in their natural proportions.
         skip_others: leave out documents of sources without a weight.
         holdout: share of every source's documents to hold out.
-        max_bad_fraction: share of bad lines that is put up with.
-        sample_mb: megabytes of text that a tokenizer is trained on.
+        max_bad_fraction: share of bad lines to tolerate.
+        sample_mb: megabytes of text to train a tokenizer on.
         seed: decides which documents are held out and sampled.
         part_bytes: see `read_parts`.
     """
@@ -83,16 +83,16 @@ class Preparation:
 def prepare(
     wanted: Preparation, num_processes: int = 1, *, overwrite: bool = False, say: Callable[[str], None] = print
 ) -> TokenStore:
-    """Prepare a store, or go on with one that was begun; what comes out does not depend on either.
+    """Prepare a store, or resume an unfinished preparation; the result is the same.
 
     Args:
-        wanted: what to prepare.
-        num_processes: how many tokenise; memory grows with it, not with the files.
+        wanted: the store to prepare.
+        num_processes: processes that tokenise; memory grows with it, not with the files.
         overwrite: remove what another preparation left in the folder.
-        say: takes a line of progress at a time.
+        say: called with each line of progress.
 
     Raises:
-        ConfigError: if the folder holds something else, or the tokenizer cannot be used.
+        ConfigError: if the folder holds other files, or the tokenizer cannot be used.
         DataError: for files that cannot be read, too many bad lines, unknown sources, or files that changed.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the work
@@ -100,21 +100,21 @@ def prepare(
     if arrays := [file for file in files if file.name.endswith(".json")]:
         raise DataError(f"{arrays[0]}: an array in one file. Write one document a line, in a .jsonl file.")
     _claim(wanted, files, overwrite)
-    found = _scanned(wanted, files, num_processes, say)
-    check_sources(found, None if wanted.weights is None else list(wanted.weights), wanted.skip_others)
+    contents = _scan_or_resume(wanted, files, num_processes, say)
+    check_sources(contents, None if wanted.weights is None else list(wanted.weights), wanted.skip_others)
     if (wanted.folder / MANIFEST).exists():
         store = TokenStore(wanted.folder)
         if problem := store.why_not_whole():
             raise DataError(f"{problem}. Prepare it again with --overwrite.")
         say(f"{wanted.folder}: already finished")
         return store
-    _tokenise(wanted, files, found, num_processes, say)
-    _finish(wanted, found)
+    _tokenise(wanted, files, contents, num_processes, say)
+    _finish(wanted, contents)
     return TokenStore(wanted.folder)
 
 
 def _claim(wanted: Preparation, files: Sequence[Path], overwrite: bool) -> None:
-    """Make the folder this preparation's own."""
+    """Take over the folder for this preparation, or refuse it."""
     settings = _settings(wanted, files)
     folder, path = wanted.folder, wanted.folder / _SETTINGS
     if overwrite and path.exists():
@@ -135,13 +135,13 @@ def _claim(wanted: Preparation, files: Sequence[Path], overwrite: bool) -> None:
             left.unlink(missing_ok=True)  # of a run that was killed
         return
     if folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"{folder}: holds other things. Choose an empty or new folder.")
+        raise ConfigError(f"{folder}: holds other files. Choose an empty or new folder.")
     (folder / PARTS).mkdir(parents=True)
     write_whole(path, (json.dumps(settings, indent=1) + "\n").encode())
 
 
 def _settings(wanted: Preparation, files: Sequence[Path]) -> dict[str, Any]:
-    """Everything that decides what the store holds, as JSON."""
+    """Return every setting that decides what the store holds, as JSON."""
     given = asdict(wanted)
     del given["files"], given["folder"]
     if wanted.tokenizer is not None:
@@ -152,8 +152,8 @@ def _settings(wanted: Preparation, files: Sequence[Path]) -> dict[str, Any]:
     return json.loads(json.dumps({"version": FORMAT_VERSION, **given, "files": inputs}))
 
 
-def _scanned(wanted: Preparation, files: Sequence[Path], num_processes: int, say: Callable[[str], None]) -> Scan:
-    """Scan the files and get the tokenizer; what a scan before found, if it was finished."""
+def _scan_or_resume(wanted: Preparation, files: Sequence[Path], num_processes: int, say: Callable[[str], None]) -> Scan:
+    """Scan the files and get the tokenizer, or read the result of an earlier, finished scan."""
     path = wanted.folder / _SCAN
     if path.exists():
         return Scan(**json.loads(path.read_text(encoding="utf-8")))
@@ -167,14 +167,14 @@ def _scanned(wanted: Preparation, files: Sequence[Path], num_processes: int, say
         keys, budgets = {}, {}
     settings = ScanSettings(wanted.seed, wanted.holdout, keys)
     with _progress("scan", total_bytes(files)) as on_read:
-        found, texts = scan(files, settings, budgets, num_processes, wanted.part_bytes, on_read)
-    for message in found.bad:
+        contents, texts = scan(files, settings, budgets, num_processes, wanted.part_bytes, on_read)
+    for message in contents.bad:
         say(f"bad line: {message}")
-    if found.num_bad:
-        say(f"{found.num_bad:,} bad lines of {found.num_lines:,}")
-    check_sources(found, None if wanted.weights is None else list(wanted.weights), wanted.skip_others)
-    check_bad_lines(found, wanted.max_bad_fraction)
-    check_heldout(found, _used(wanted, found), wanted.holdout)
+    if contents.num_bad:
+        say(f"{contents.num_bad:,} bad lines of {contents.num_lines:,}")
+    check_sources(contents, None if wanted.weights is None else list(wanted.weights), wanted.skip_others)
+    check_bad_lines(contents, wanted.max_bad_fraction)
+    check_heldout(contents, _used(wanted, contents), wanted.holdout)
     folder = wanted.folder / TOKENIZER
     tokenizer = None if wanted.tokenizer is None else _given_tokenizer(wanted.tokenizer)
     shutil.rmtree(folder, ignore_errors=True)
@@ -185,18 +185,18 @@ def _scanned(wanted: Preparation, files: Sequence[Path], num_processes: int, say
         write_whole(folder / "sentencepiece.model", train_sentencepiece(iter(texts), wanted.vocabulary_size))
         tokenizer = load_sentencepiece(folder / "sentencepiece.model")
     tokenizer.save_pretrained(str(folder))
-    write_whole(path, (json.dumps(asdict(found), ensure_ascii=False) + "\n").encode())
-    return found
+    write_whole(path, (json.dumps(asdict(contents), ensure_ascii=False) + "\n").encode())
+    return contents
 
 
-def _used(wanted: Preparation, found: Scan) -> list[str]:
-    """Sources that go into the store."""
-    return [name for name in found.sources if wanted.weights is None or name in wanted.weights]
+def _used(wanted: Preparation, contents: Scan) -> list[str]:
+    """Return the sources that go into the store."""
+    return [name for name in contents.sources if wanted.weights is None or name in wanted.weights]
 
 
 @lru_cache(maxsize=4)
 def _given_tokenizer(place: str) -> Any:
-    """A tokenizer from a `.model` file, a folder or the hub."""
+    """Load a tokenizer from a `.model` file, a folder or the hub."""
     from transformers import AutoTokenizer
 
     if place.endswith(".model"):
@@ -212,10 +212,10 @@ def _given_tokenizer(place: str) -> Any:
 
 
 def _tokenise(
-    wanted: Preparation, files: Sequence[Path], found: Scan, num_processes: int, say: Callable[[str], None]
+    wanted: Preparation, files: Sequence[Path], contents: Scan, num_processes: int, say: Callable[[str], None]
 ) -> None:
     parts = wanted.folder / PARTS
-    names = {(part["file"], part["number"]): (_name(n), part["digest"]) for n, part in enumerate(found.parts)}
+    names = {(part["file"], part["number"]): (_name(n), part["digest"]) for n, part in enumerate(contents.parts)}
     missing = {key: names[key] for key in names if read_part(parts, names[key][0], verify=True) is None}
     if len(missing) < len(names):
         say(f"{len(names) - len(missing)} of {len(names)} parts exist already")
@@ -227,7 +227,7 @@ def _tokenise(
             for part in all_parts(files, wanted.part_bytes, on_read, only)
             if part.key in missing
         )
-        work = partial(tokenise_part, wanted, frozenset(_used(wanted, found)))
+        work = partial(tokenise_part, wanted, frozenset(_used(wanted, contents)))
         done = sum(1 for _ in map_parts(work, items, num_processes))
     if done < len(missing):
         raise DataError(f"{wanted.folder}: files have become shorter since they were scanned. Use --overwrite.")
@@ -237,9 +237,9 @@ def tokenise_part(wanted: Preparation, sources: frozenset[str], item: tuple[Part
     """Write the tokens of one part.
 
     Args:
-        wanted: how.
-        sources: whose documents to keep.
-        item: the part, its name and the digest that it had when scanned.
+        wanted: the store to prepare.
+        sources: sources whose documents to keep.
+        item: the part, its name, and its digest from the scan.
     """
     part, name, digest = item
     if part.digest() != digest:
@@ -259,7 +259,7 @@ def tokenise_part(wanted: Preparation, sources: frozenset[str], item: tuple[Part
             count = counts.setdefault(key, [0, 0])
             count[0] += 1
             count[1] += document.num_bytes
-    joined = {key: np.concatenate(found) for key, found in tokens.items()}
+    joined = {key: np.concatenate(pieces) for key, pieces in tokens.items()}
     facts = [
         {
             "split": split,
@@ -273,7 +273,7 @@ def tokenise_part(wanted: Preparation, sources: frozenset[str], item: tuple[Part
 
 
 def _batches(kept: Iterator[Any]) -> Iterator[list[Any]]:
-    """Documents for one call of the tokenizer."""
+    """Yield the documents for one call of the tokenizer at a time."""
     batch: list[Any] = []
     size = 0
     for document in kept:
@@ -286,13 +286,13 @@ def _batches(kept: Iterator[Any]) -> Iterator[list[Any]]:
         yield batch
 
 
-def _finish(wanted: Preparation, found: Scan) -> None:
-    """Write the manifest: from here on it is a store."""
+def _finish(wanted: Preparation, contents: Scan) -> None:
+    """Write the manifest, which completes the store."""
     tokenizer = _given_tokenizer(str(wanted.folder / TOKENIZER))
     zero = {"documents": 0, "text_bytes": 0, "tokens": 0}
-    sources = {name: {TRAIN: dict(zero), HELDOUT: dict(zero)} for name in _used(wanted, found)}
+    sources = {name: {TRAIN: dict(zero), HELDOUT: dict(zero)} for name in _used(wanted, contents)}
     parts = []
-    for number in range(len(found.parts)):
+    for number in range(len(contents.parts)):
         meta = read_part(wanted.folder / PARTS, _name(number))
         assert meta is not None
         parts.append({"name": _name(number), **{key: meta[key] for key in ("bytes", "checksum", "segments")}})
@@ -307,8 +307,8 @@ def _finish(wanted: Preparation, found: Scan) -> None:
         "vocabulary_size": len(tokenizer),
         "tokenizer": describe_tokenizer(tokenizer),
         "sources": sources,
-        "left_out": {name: counts for name, counts in found.sources.items() if name not in sources},
-        "bad_lines": {"count": found.num_bad, "of": found.num_lines, "first": found.bad},
+        "left_out": {name: counts for name, counts in contents.sources.items() if name not in sources},
+        "bad_lines": {"count": contents.num_bad, "of": contents.num_lines, "first": contents.bad},
         "parts": parts,
     }
     write_whole(wanted.folder / MANIFEST, (json.dumps(manifest, ensure_ascii=False) + "\n").encode())

@@ -1,4 +1,4 @@
-"""What a token store holds, source by source: the table of a mixture."""
+"""Tabulate a token store: documents, tokens and chunks of each source."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from colm_ds.selection import split_sources
 
 
 def table_rows(store: TokenStore, chunk_tokens: int, weights: Mapping[str, float] | None) -> list[dict[str, Any]]:
-    """Documents, tokens and chunks by source, and each one's share of the mixture's chunks.
+    """Count documents, tokens and chunks by source, and each source's share of the mixture's chunks.
 
     Args:
         store: a finished store.
@@ -44,7 +44,7 @@ def table_rows(store: TokenStore, chunk_tokens: int, weights: Mapping[str, float
 
 
 def format_table(store: TokenStore, chunk_tokens: int, weights: Mapping[str, float] | None) -> str:
-    """`table_rows` as Markdown, with totals and what was left out."""
+    """Format `table_rows` as Markdown, with totals and what was left out."""
     rows = table_rows(store, chunk_tokens, weights)
     head = [
         "source",

@@ -1,4 +1,4 @@
-"""Tokens of documents on disk, by source, read as chunks: parts written whole or not at all, and a manifest of them."""
+"""Store documents' tokens on disk by source, to be read as chunks: parts written atomically, and a manifest."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ Segments = Mapping[tuple[str, str], npt.ArrayLike]
 
 
 def token_dtype(vocabulary_size: int) -> str:
-    """Type that holds every token id: uint16 up to 65,536 of them, else uint32; little-endian."""
+    """Return the smallest type that holds every token id: uint16 up to 65,536 of them, else uint32; little-endian."""
     return "<u2" if vocabulary_size <= 1 << 16 else "<u4"
 
 
 def write_part(folder: Path, name: str, segments: Segments, dtype: str, facts: Mapping[str, Any]) -> None:
-    """Write the tokens of one part: `NAME.bin`, and `NAME.json` last, which makes it count.
+    """Write the tokens of one part: `NAME.bin`, and, last, `NAME.json`, which makes it valid.
 
     Args:
-        folder: of the parts.
-        name: of this one.
+        folder: folder of the parts.
+        name: name of this part.
         segments: tokens by split and source, documents one after the other, each with its end-of-sequence token.
         dtype: from `token_dtype`.
-        facts: what else the JSON file says.
+        facts: further values of the JSON file.
     """
     keys = sorted(segments)
     arrays = {key: np.asarray(segments[key], dtype=dtype) for key in keys}
@@ -49,12 +49,12 @@ def write_part(folder: Path, name: str, segments: Segments, dtype: str, facts: M
 
 
 def read_part(folder: Path, name: str, *, verify: bool = False) -> dict[str, Any] | None:
-    """What the JSON file of a part says; None if the part is not there whole.
+    """Read the JSON file of a part; None if the part is not complete.
 
     Args:
-        folder: of the parts.
-        name: of the part.
-        verify: read the tokens and compare their checksum too.
+        folder: folder of the parts.
+        name: name of the part.
+        verify: also read the tokens and compare their checksum.
     """
     try:
         meta = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
@@ -69,7 +69,7 @@ def read_part(folder: Path, name: str, *, verify: bool = False) -> dict[str, Any
 
 
 def checksum(data: bytes) -> str:
-    """Hash of a part's tokens."""
+    """Return a hash of a part's tokens."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
@@ -77,8 +77,8 @@ class TokenStore:
     """A finished store, memory-mapped.
 
     Attributes:
-        folder: where it is.
-        manifest: what `manifest.json` says.
+        folder: its folder.
+        manifest: content of `manifest.json`.
         source_names: names of the sources, sorted.
     """
 
@@ -105,8 +105,8 @@ class TokenStore:
             path = self._path(part["name"])
             size = path.stat().st_size if path.exists() else -1
             if size != part["bytes"]:
-                found = "is missing" if size < 0 else f"has {size} bytes, not {part['bytes']}"
-                raise DataError(f"{path}: {found}. Prepare the data again.")
+                state = "is missing" if size < 0 else f"has {size} bytes, not {part['bytes']}"
+                raise DataError(f"{path}: {state}. Prepare the data again.")
         self._maps: dict[int, npt.NDArray[np.unsignedinteger[Any]]] = {}
 
     @cached_property
@@ -121,27 +121,27 @@ class TokenStore:
                 rows.setdefault(key, []).append((totals.get(key, 0), number, place))
                 totals[key] = totals.get(key, 0) + segment["tokens"]
                 place += segment["tokens"]
-        return {key: np.array([*found, (totals[key], -1, -1)], dtype=np.int64) for key, found in rows.items()}
+        return {key: np.array([*segments, (totals[key], -1, -1)], dtype=np.int64) for key, segments in rows.items()}
 
     @cached_property
     def digest(self) -> str:
-        """Hash of all that training reads: sizes and checksums of the parts, their segments, token type and tokenizer.
+        """Return a hash of all that training reads: parts' sizes and checksums, their segments, dtype and tokenizer.
 
-        Stores of the same content have the same one, wherever they lie and however their files are called.
+        Stores with the same content have the same hash, whatever their folders and files are called.
         """
         facts = {key: self.manifest[key] for key in ("dtype", "tokenizer", "parts")}
         return checksum(json.dumps(facts, sort_keys=True).encode())
 
     def num_tokens(self, split: str, source: str) -> int:
-        """Tokens of a source, end-of-sequence tokens included."""
-        found = self._segments.get((split, source))
-        return 0 if found is None else int(found[-1, 0])
+        """Return the tokens of a source, end-of-sequence tokens included."""
+        segments = self._segments.get((split, source))
+        return 0 if segments is None else int(segments[-1, 0])
 
     def read(self, split: str, source: str, start: int, num_tokens: int) -> npt.NDArray[np.int64]:
-        """Tokens of a source from a place on, int64 `[num_tokens]`; over the ends of documents and parts.
+        """Read tokens of a source from `start` on, int64 `[num_tokens]`, across the ends of documents and parts.
 
         Raises:
-            IndexError: if there are not so many.
+            IndexError: if there are fewer.
         """
         if not 0 <= start <= self.num_tokens(split, source) - num_tokens:
             raise IndexError(f"tokens {start} to {start + num_tokens} of {source}: {self.num_tokens(split, source)}")
@@ -157,7 +157,7 @@ class TokenStore:
         return np.concatenate(pieces).astype(np.int64)
 
     def why_not_whole(self) -> str | None:
-        """Read everything and compare it with the manifest; what is wrong, None if nothing is."""
+        """Read everything and compare it with the manifest; return what is wrong, or None."""
         for part in self.manifest["parts"]:
             if checksum(self._path(part["name"]).read_bytes()) != part["checksum"]:
                 return f"{self._path(part['name'])}: is not what was written (checksum)"

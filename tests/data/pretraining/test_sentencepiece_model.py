@@ -116,7 +116,7 @@ def test_what_is_no_model_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.model: cannot be read: No such file"):
         load_sentencepiece(tmp_path / "none.model")
     (tmp_path / "other.model").write_text("not a model")
-    with pytest.raises(ConfigError, match=r"other\.model: not a SentencePiece model"):
+    with pytest.raises(ConfigError, match=r"other\.model: not a readable SentencePiece model"):
         load_sentencepiece(tmp_path / "other.model")
 
 

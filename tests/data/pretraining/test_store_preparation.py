@@ -314,7 +314,7 @@ def test_files_that_change_meanwhile_are_noticed(tmp_path: Path, monkeypatch: py
     path.write_text(path.read_text().replace("some words", "nice words"))
     with pytest.raises(DataError, match="has changed since it was scanned"):
         prepare(wanted, say=quiet)
-    with pytest.raises(ConfigError, match="was prepared otherwise"):
+    with pytest.raises(ConfigError, match="was prepared with other settings"):
         prepare(Preparation([path], tmp_path / "s", vocabulary_size=310, holdout=0.1), say=quiet)
     assert len(prepare(wanted, overwrite=True, say=quiet).source_names) == 1
 
