@@ -1,4 +1,4 @@
-"""Choosing a coreset of a large batch: sources and quotas, Adam geometry, masks, medoids, weights. Needs torch only."""
+"""Choose a coreset of a large batch: sources and quotas, Adam geometry, masks, medoids, weights. Needs torch only."""
 
 from colm_ds.selection.coreset import SelectionSettings, Signals, select_coreset
 from colm_ds.selection.exchange import SINGLE_PROCESS, ByteCount, Exchange, SingleProcess

@@ -18,7 +18,7 @@ _VARIES = 1e-6
 """Least singular value relative to the largest: below it a direction holds the round-off of float32 signals."""
 
 _DECIDED = 1e-9
-"""Inclusion probabilities this close to 0 or 1 are."""
+"""Inclusion probabilities this close to 0 or 1 count as 0 or 1."""
 
 
 def principal_components(signals: Tensor, count: int = NUM_COMPONENTS) -> Tensor:
@@ -42,10 +42,10 @@ def balanced_draw(features: Tensor, count: int, generator: torch.Generator) -> T
 
     Flight: as long as there are more undecided examples than constraints, their probabilities move along a direction
     in which no constraint changes, to one end or the other with odds that keep the mean, until one of them is 0 or 1.
-    Landing: the last constraint is dropped, and so on; the number drawn is dropped last, so that it is exact.
+    Landing: constraints are dropped one by one from the last; the number drawn is dropped last, so that it is exact.
 
     Args:
-        features: what is balanced, `[n, q]`.
+        features: values to balance, `[n, q]`.
         count: picks, 0 <= count <= n.
         generator: private CPU generator.
 
@@ -78,7 +78,7 @@ def balanced_draw(features: Tensor, count: int, generator: torch.Generator) -> T
 def _unseen_direction(held: Tensor) -> Tensor:
     """Return a direction of m probabilities that changes none of fewer than m constraints `[m, c]`; float64 `[m]`.
 
-    Its first entry that is not nearly 0 is positive, so that round-off in the features does not turn it around.
+    Its first entry that is not nearly 0 is positive, so that round-off in the features does not flip it.
     """
     direction = torch.linalg.svd(held.T, full_matrices=True)[2][-1]
     first = direction[(direction.abs() > 1e-3).nonzero()[0]]
@@ -86,7 +86,7 @@ def _unseen_direction(held: Tensor) -> Tensor:
 
 
 def _moved(probability: Tensor, direction: Tensor, generator: torch.Generator) -> Tensor:
-    """Move probabilities as far as they go one way or the other, with the odds that keep their mean."""
+    """Move probabilities as far as possible in one direction or the other, with the odds that keep their mean."""
     far = torch.full_like(probability, torch.inf)
     rises, falls = direction > 1e-12, direction < -1e-12
     to_one, to_zero = (1.0 - probability) / direction, -probability / direction

@@ -15,7 +15,7 @@ from colm_ds.types import NUM_NAMED, Coreset, LargeBatch
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """Places of the `count` largest scores, ascending int64; ties to the lowest place.
+    """Return the indices of the `count` largest scores, ascending int64; ties to the lowest index.
 
     Args:
         scores: `[n]`.
@@ -25,7 +25,7 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
 
 def middle(scores: Tensor, count: int) -> Tensor:
-    """Places of the `count` scores around the median in sorted order, ascending int64; ties to the lowest place.
+    """Return the indices of the `count` scores around the median, ascending int64; ties to the lowest index.
 
     Args:
         scores: `[n]`.
@@ -37,10 +37,10 @@ def middle(scores: Tensor, count: int) -> Tensor:
 
 
 class _Scored(StatelessSelector):
-    """Base of selectors that look at one number per example; sources play no part."""
+    """Base of selectors that score every example by one number; sources play no part."""
 
     def select(self, batch: LargeBatch, signals: Signals | None, exchange: Exchange) -> Coreset:
-        """The b examples that `_places` names among those looked at whose number is finite."""
+        """Select the b examples that `_places` returns among the scored ones with a finite number."""
         scores, finite = self._scores(batch, signals)
         looked_at = finite if signals is None or signals.unprobed is None else finite & ~signals.unprobed.cpu()
         usable = looked_at.nonzero().flatten()

@@ -1,4 +1,4 @@
-"""One whole selection: from the signals of a large batch to its coreset (CoLM, algorithm 1)."""
+"""Select the coreset of a large batch from its signals (CoLM, algorithm 1)."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from colm_ds.types import NUM_NAMED, Coreset
 
 @dataclass(frozen=True)
 class SelectionSettings:
-    """How medoids are chosen.
+    """Settings of the selection.
 
     Attributes:
-        geometry: `adam` (the paper's) scales gradients by a history of selected ones, `plain` leaves them.
+        geometry: `adam` (the paper's) scales gradients by a history of selected ones, `plain` leaves them unscaled.
         metric: distance between examples: `l1` (the paper's), `euclidean` or `cosine`.
         weights: loss weights of medoids: `uniform` (the paper's), `cluster` or `matched`.
         per_source: one pool per big source, or one joint pool.
         small_share: part of b that kept small sources may fill; None: see `sources.most_kept`.
-        carries: whether quotas take up what those of earlier steps were short of.
-        mask_size: h, coordinates in which gradients are compared; None compares all of them.
+        carries: whether quotas carry over the rounding of earlier steps.
+        mask_size: h, number of coordinates in which gradients are compared; None: all.
         mask_criterion: `grad` (the paper's), `weight`, `weight_grad` or `random`.
         picks: `medoids` (the paper's), or `balanced` draws, whose weights are 1.
         seed: seeds the random order of small-source examples that exceed b, random masks and balanced draws.
@@ -67,21 +67,21 @@ class SelectionSettings:
 
 @dataclass(frozen=True)
 class Signals:
-    """What the probe found out about the examples that this process probed.
+    """Results of the probe for the examples that this process probed.
 
     Exactly one of `gradients` and `vectors` describes the examples; with `gradients`, `vectors` may hold a short
     form of the same signal (the SPSA coefficients), used for matched weights and coherence.
 
     Attributes:
         positions: position in the large batch of every row, int64 `[n]`, on the CPU.
-        finite: whether every example of the large batch has a finite signal, bool `[r]`; True where not probed. It is
-            where the signals are.
+        finite: whether every example of the large batch has a finite signal, bool `[r]`; True where not probed; on the
+            device of the signals.
         gradients: per-example gradients, compared in Adam geometry under a mask.
         vectors: short signals, float32 `[n, K]`; compared as they are where there are no gradients.
         parameters: value of every probed parameter, float32 `[d]`, for the weight criteria of the mask.
-        parts: what every example counts in the divisor of the step's mean, float `[r]` on the CPU: its labelled tokens
-            in a mean over tokens, by which its signal was multiplied then; None: 1.
-        unprobed: examples outside small sources that were left out of the probe, and so of the choice, bool `[r]`.
+        parts: weight of every example in the divisor of the step's mean, float `[r]` on the CPU: its labelled tokens
+            in a mean over tokens, by which its signal was multiplied; None: 1.
+        unprobed: examples outside small sources that were excluded from the probe, and so from the choice, bool `[r]`.
     """
 
     positions: Tensor
@@ -108,21 +108,21 @@ def select_coreset(
     """Choose `size` of the r examples: all of small sources, medoids of the others.
 
     With an exchange over several processes all of them call this together, each with the gradients of its own
-    examples; what travels are one `[d]` sum per pool, the masked columns `[n, h]` of the pool, the picks of all pools,
+    examples; they exchange one `[d]` sum per pool, the masked columns `[n, h]` of the pool, the picks of all pools,
     and the two `[d]` sums of the history. `history` is updated with the selected examples of the pools.
 
-    A device is waited for once: features are made there as if every signal were finite, and come to the CPU together
-    with the flags that say so; where one is not, they are made again without it.
+    The device is synchronised once: features are computed there as if every signal were finite, and copied to the CPU
+    together with the finite flags; if one is not finite, they are computed again without it.
 
     Args:
         sources: source id of every example, int64 `[r]`.
         signals: this process's signals; rows are needed for every example outside small sources.
         size: b.
         small: ids of small sources; empty to keep nothing by source.
-        settings: how medoids are chosen.
+        settings: settings of the selection.
         history: Adam geometry for `signals.gradients`; None compares plain gradients.
-        step: 1-based step, seeds what is random.
-        carry: what quotas begin with, by source id, if `settings.carries`; see `sources.carried_quotas`.
+        step: 1-based step, part of every seed.
+        carry: carry-over that quotas start from, by source id, if `settings.carries`; see `sources.carried_quotas`.
         exchange: the other processes.
 
     Returns:
@@ -136,7 +136,7 @@ def select_coreset(
         raise SelectionError(
             f"select_coreset: {len(signals.finite)} finite flags for {len(sources)} examples. Give one for each."
         )
-    known = _finite_at_hand(signals)
+    known = _known_finite(signals)
     finite = torch.ones(len(sources), dtype=torch.bool) if known is None else known
     while True:
         generator = private_generator(settings.seed, "selection", step)
@@ -153,10 +153,10 @@ def select_coreset(
         )
         reader = _PoolReader(signals, settings, history, len(finite), generator, exchange)
         features = [reader.features(pool) for pool in shares.pools]
-        found, choices = _choose(signals, finite, shares.pools, features, settings, step, exchange)
+        flags, choices = _choose(signals, finite, shares.pools, features, settings, step, exchange)
         if choices is not None:
             break
-        finite = found
+        finite = flags
     chosen = torch.cat([shares.kept, *(choice.positions for choice in choices)])
     if history is not None and signals.gradients is not None and shares.pools:
         selected = chosen[len(shares.kept) :]
@@ -173,8 +173,8 @@ def select_coreset(
     )
 
 
-def _finite_at_hand(signals: Signals) -> Tensor | None:
-    """Return which examples are finite where that is known without waiting for a device, else None."""
+def _known_finite(signals: Signals) -> Tensor | None:
+    """Return which examples are finite if that is known without synchronising a device, else None."""
     return signals.finite if signals.finite.device.type == "cpu" else None
 
 
@@ -196,22 +196,23 @@ def _choose(
     step: int,
     exchange: Exchange,
 ) -> tuple[Tensor, list[_Choice] | None]:
-    """Pick the medoids of every pool on the main process's CPU, from one copy, and tell the others by one broadcast.
+    """Pick the medoids of every pool on the main process's CPU, from one copy, and broadcast the choice.
 
     Args:
-        signals: whose flags say which examples are finite.
-        supposed: what the pools were made from, bool `[r]`.
-        pools: where to pick.
-        features: for each pool what is compared `[n, h]` and what weights match `[n, K]`, on the signals' device.
-        settings: how medoids are chosen.
-        step: seeds balanced draws.
+        signals: signals whose flags say which examples are finite.
+        supposed: flags that the pools were made from, bool `[r]`.
+        pools: pools to pick from.
+        features: for each pool the features to compare `[n, h]` and those to match by weights `[n, K]`, on the signals'
+            device.
+        settings: settings of the selection.
+        step: 1-based step, seeds balanced draws.
         exchange: the other processes.
 
     Returns:
-        Which examples are finite, and the choice in each pool; None instead where the pools were made from other flags.
+        Which examples are finite, and the choice in each pool, or None if the pools were made from other flags.
     """
     widths = [2 * pool.quota + 1 for pool in pools]
-    outcome = torch.zeros(1 + sum(widths), dtype=torch.float64)  # whether the flags were as supposed, then each pool's
+    outcome = torch.zeros(1 + sum(widths), dtype=torch.float64)  # whether the flags hold, then each pool's
     finite = supposed
     if exchange.is_main:
         finite, *tensors = to_cpu([signals.finite, *(tensor for pair in features for tensor in pair)])
@@ -255,7 +256,7 @@ def _medoids(pool: Pool, compared: Tensor, raw: Tensor, parts: Tensor | None, se
 
 
 class _PoolReader:
-    """Turns signals into features of one pool after the other."""
+    """Turn signals into features, one pool after another."""
 
     def __init__(
         self,
@@ -277,12 +278,12 @@ class _PoolReader:
         self._row_of[signals.positions] = torch.arange(len(signals.positions))
 
     def rows_of(self, positions: Tensor) -> Tensor:
-        """Rows of this process among the positions, int64, on the signals' device."""
+        """Return the rows of this process among the positions, int64, on the signals' device."""
         rows = self._row_of[positions]
         return to_device(rows[rows >= 0], self._signals.finite.device)
 
     def features(self, pool: Pool) -> tuple[Tensor, Tensor]:
-        """Return what examples are compared by and what matched weights match, each with a row per example."""
+        """Return the features to compare and those to match by weights, each with a row per example."""
         signals = self._signals
         rows = self.rows_of(pool.positions)
         if signals.gradients is None:
@@ -301,9 +302,9 @@ class _PoolReader:
         return features, raw
 
     def _only_signs_count(self) -> bool:
-        """With one direction and no history yet every |u_ij| is 1 but for eps: what differs is the sign of c_i.
+        """Return whether only the signs of c_i differ: with one direction and no history every |u_ij| is 1 up to eps.
 
-        The l1 distance of the signs is the limit eps -> 0, without the round-off that would choose among equals.
+        The l1 distance of the signs is the limit eps -> 0, without the round-off that would break ties.
         """
         vectors, history = self._signals.vectors, self._history
         return vectors is not None and vectors.shape[1] == 1 and history is not None and history.count == 0
@@ -328,7 +329,7 @@ class _PoolReader:
         return self._exchange.broadcast(index)
 
     def _gather(self, rows: Tensor, pool: Pool) -> Tensor:
-        """One row for every position of the pool, in its order, from whichever process has it."""
+        """Gather one row for every position of the pool, in its order, from the process that has it."""
         mine = self._row_of[pool.positions] >= 0
         if self._exchange.num_processes > 1:
             return self._exchange.gather_rows(rows, to_device(mine.nonzero().flatten(), rows.device), len(mine))
@@ -339,7 +340,7 @@ class _PoolReader:
 
 
 def _coherence(vectors: Tensor) -> Tensor:
-    """|mean g| / mean |g|, float64 `[1]`; 0 where all are zero."""
+    """Return |mean g| / mean |g|, float64 `[1]`; 0 if all are zero."""
     lengths = vectors.double().norm(dim=1).mean()
     mean = vectors.double().mean(dim=0).norm()
     return (mean / lengths if float(lengths) > 0 else torch.zeros_like(mean)).reshape(1)

@@ -1,4 +1,4 @@
-"""What a selection needs of the other ranks, and the exchange of a single process."""
+"""Collectives that a selection needs between ranks, and the exchange of a single process."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class ByteCount:
     """Payload of the collectives of one block.
 
     Attributes:
-        kind: what they were for, such as "signals".
-        num_bytes: carried so far.
+        kind: their purpose, such as "signals".
+        num_bytes: bytes carried so far.
     """
 
     kind: str
@@ -31,52 +31,52 @@ class Exchange(Protocol):
 
     Attributes:
         is_main: whether this process chooses (rank 0).
-        num_processes: W, how many there are.
+        num_processes: W.
     """
 
     is_main: bool
     num_processes: int
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over processes, in place; returns the tensor."""
+        """Sum over processes, in place; return the tensor."""
         ...
 
     def gather_rows(self, rows: Tensor, positions: Tensor, num_rows: int) -> Tensor:
-        """Every process's rows `[n, w]`, placed at their `positions` `[n]` of a `[num_rows, w]` result of zeros."""
+        """Place every process's rows `[n, w]` at their `positions` `[n]` in a `[num_rows, w]` tensor of zeros."""
         ...
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """The main process's value, in place; returns the tensor."""
+        """Broadcast the main process's value, in place; return the tensor."""
         ...
 
     def counting(self, kind: str) -> AbstractContextManager[ByteCount]:
-        """Count the bytes that the collectives of a block carry; of blocks within each other the innermost counts."""
+        """Count the bytes that the collectives of a block carry; for nested blocks the innermost counts."""
         ...
 
 
 class SingleProcess:
-    """The exchange where one process holds every example of the large batch."""
+    """Exchange of a single process that holds every example of the large batch."""
 
     is_main = True
     num_processes = 1
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The tensor itself."""
+        """Return the tensor itself."""
         return tensor
 
     def gather_rows(self, rows: Tensor, positions: Tensor, num_rows: int) -> Tensor:
-        """The rows placed at their positions; `[num_rows, w]`."""
+        """Return the rows placed at their positions; `[num_rows, w]`."""
         gathered = rows.new_zeros(num_rows, *rows.shape[1:])
         gathered[positions] = rows
         return gathered
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """The tensor itself."""
+        """Return the tensor itself."""
         return tensor
 
     @contextmanager
     def counting(self, kind: str) -> Iterator[ByteCount]:
-        """Nothing is carried."""
+        """Count nothing: no bytes are carried."""
         yield ByteCount(kind)
 
 
@@ -87,16 +87,16 @@ SINGLE_PROCESS: Exchange = SingleProcess()
 def broadcast_coreset(
     coreset: Coreset | None, size: int, num_sources: int, exchange: Exchange, *, coherence: bool = True
 ) -> Coreset | None:
-    """Rank 0's coreset on every rank, or None if it has none.
+    """Broadcast rank 0's coreset to every rank, or None if it has none.
 
-    It travels as one int32 tensor: 8 bytes for each of its examples and for each source, and a header.
+    It is sent as one int32 tensor: 8 bytes for each of its examples and for each source, and a header.
 
     Args:
-        coreset: the choice; None on other ranks than 0, and there if it could not choose.
+        coreset: the choice; None on ranks other than 0, and on rank 0 if it could not choose.
         size: b, at least the size of the coreset.
         num_sources: c; carry is known by source id.
         exchange: the ranks.
-        coherence: whether that is told as well, 8 bytes more for each source and for the joint pool, -1.
+        coherence: whether to send the coherence as well, 8 bytes more for each source and for the joint pool, -1.
     """
     if exchange.num_processes == 1:
         return coreset

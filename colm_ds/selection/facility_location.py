@@ -12,10 +12,10 @@ from colm_ds.errors import SelectionError
 METRICS = ("l1", "euclidean", "cosine")
 
 TIE_TOLERANCE = 1e-12
-"""Similarities this close, relative to the largest one, are equal, and gains n times as close (float64 round-off)."""
+"""Similarities this close, relative to the largest, count as equal, and gains n times as close (float64 round-off)."""
 
 _ELEMENTS_AT_ONCE = 1 << 21
-"""Elements of the features, or of the similarity, that are worked on at a time (16 MB in float64)."""
+"""Elements of the features, or of the similarity, processed at a time (16 MB in float64)."""
 
 _ROWS_AT_ONCE = 1024
 """Rows of one block of distances."""
@@ -25,7 +25,7 @@ _CANCELLED = 1e-3
 
 
 def pairwise_similarity(features: Tensor, metric: str = "l1") -> Tensor:
-    """Similarity of every pair of examples: C - distance with C the largest distance, or the cosine.
+    """Compute the similarity of every pair of examples: C - distance with C the largest distance, or the cosine.
 
     Args:
         features: one row per example, `[n, h]`.
@@ -61,9 +61,7 @@ def _add_pairs(total: Tensor, wide: Tensor, metric: str) -> None:
         if metric == "cosine":
             block = rows @ others.T
             square = block[:, : len(rows)]
-            block[:, : len(rows)] = (
-                square + square.T
-            ) / 2.0  # products of rows a and b differ from b and a in round-off
+            block[:, : len(rows)] = (square + square.T) / 2.0  # products a b and b a differ by round-off
         elif metric == "euclidean":
             block = _squared_distances(rows, others)
         elif wide.shape[1] == 1:
@@ -76,9 +74,9 @@ def _add_pairs(total: Tensor, wide: Tensor, metric: str) -> None:
 
 
 def _squared_distances(rows: Tensor, others: Tensor) -> Tensor:
-    """Squared euclidean distances by a matrix product; float64 `[len(rows), len(others)]`.
+    """Compute squared euclidean distances by a matrix product; float64 `[len(rows), len(others)]`.
 
-    |a|^2 + |b|^2 - 2 a b loses the small ones to cancellation: those are taken from the differences.
+    |a|^2 + |b|^2 - 2 a b loses small distances to cancellation: those are computed from differences.
     """
     centre = others.mean(dim=0)
     rows, others = rows - centre, others - centre
@@ -99,9 +97,9 @@ class Medoids:
 
     Attributes:
         indices: picked rows in pick order, int64 `[k]`.
-        gains: what each pick added to F, float64 `[k]`, non-increasing after the first.
+        gains: increase of F by each pick, float64 `[k]`, non-increasing after the first.
         objective: F of the picked set.
-        cluster_sizes: examples whose most similar pick each is, int64 `[k]`; at least 1, adding up to n.
+        cluster_sizes: number of examples that are most similar to each pick, int64 `[k]`; at least 1, adding up to n.
     """
 
     indices: Tensor
@@ -113,13 +111,13 @@ class Medoids:
 def facility_location(similarity: Tensor, k: int, demand: Tensor | None = None) -> Medoids:
     """Pick `k` medoids greedily; ties go to the lowest index.
 
-    The gains of all candidates are kept up to date: after a pick only the rows that it serves better than the earlier
-    picks are read again, so the whole run reads about n * n * log(k) similarities instead of k * n * n.
+    The gains of all candidates are updated after every pick, from only the rows that it serves better than earlier
+    picks, so the whole run reads about n * n * log(k) similarities instead of k * n * n.
 
     Args:
         similarity: `[n, n]`, from `pairwise_similarity`.
         k: picks, 0 <= k <= n.
-        demand: how many examples each row stands for, `[n]`; default 1.
+        demand: number of examples that each row stands for, `[n]`; default 1.
 
     Returns:
         The medoids; within a factor 1 - 1/e of the best objective where similarities are not negative.
@@ -163,7 +161,7 @@ def facility_location(similarity: Tensor, k: int, demand: Tensor | None = None) 
             cluster[better] = pick
         gain[chosen] = -torch.inf
     picked = torch.tensor(indices, device=device)
-    cluster[picked] = torch.arange(k, device=device)  # a medoid stands for itself, also beside an equal one
+    cluster[picked] = torch.arange(k, device=device)  # a medoid stands for itself, even beside an equal one
     objective = float(_column_sums(best[:, None], demand))
     sizes = torch.bincount(cluster, demand, minlength=k).round().long()
     return Medoids(picked, torch.tensor(gains, dtype=torch.float64), objective, sizes)
@@ -174,7 +172,7 @@ def _first_of_the_best(gain: Tensor, tolerance: float) -> int:
 
 
 def _gains_over(similarity: Tensor, best: Tensor, demand: Tensor | None) -> Tensor:
-    """What every candidate would add to `best`, float64 `[n]`."""
+    """Return the gain of every candidate over `best`, float64 `[n]`."""
     n = similarity.shape[1]
     total = torch.zeros(n, dtype=torch.float64, device=similarity.device)
     rows = max(1, _ELEMENTS_AT_ONCE // max(n, 1))
@@ -188,7 +186,7 @@ def _gains_over(similarity: Tensor, best: Tensor, demand: Tensor | None) -> Tens
 def _lower_gains(
     gain: Tensor, similarity: Tensor, rows: Tensor, old: Tensor, new: Tensor, demand: Tensor | None
 ) -> None:
-    """Take out of the gains what `rows` lose as their best similarity rises from `old` to `new`.
+    """Lower the gains by what `rows` lose as their best similarity rises from `old` to `new`.
 
     relu(s - old) - relu(s - new) is s clamped to [old, new], less old: float32 values that the float64 sum keeps exact.
     """

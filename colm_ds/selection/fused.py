@@ -1,4 +1,4 @@
-"""Sums of Adam-normalised rank-one gradients without the [n, w] matrix: one kernel, made by torch.compile, on GPUs."""
+"""Sums of Adam-normalised rank-one gradients without the [n, w] matrix: one kernel from torch.compile, on GPUs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 COORDINATES = 1 << 22
-"""Coordinates of one call: what exists at a time is a few vectors of this length."""
+"""Coordinates of one call, which holds a few vectors of this length."""
 
 
 def can_fuse(device: torch.device) -> bool:
-    """Whether the kernel can be compiled for a device: a GPU with Triton at hand."""
+    """Return whether the kernel can be compiled for a device: a GPU with Triton installed."""
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
@@ -27,7 +27,7 @@ def normalised_sum(coefficients: Tensor, direction: Tensor, m: Tensor, v: Tensor
         m: first moment, float32 `[w]`.
         v: second moment, float32 `[w]`.
         factors: of g and m in mhat, of g^2 and v in vhat, and eps, float32 `[5]` (see `history.moment_factors`). A
-            tensor, as numbers would be compiled in, anew in every step.
+            tensor, as numbers would be compiled in and recompiled in every step.
     """
     gradient = coefficients[:, None] * direction[None, :]
     root = (gradient * gradient * factors[2] + (v * factors[3])[None, :]).sqrt() + factors[4]
@@ -36,5 +36,5 @@ def normalised_sum(coefficients: Tensor, direction: Tensor, m: Tensor, v: Tensor
 
 @lru_cache(maxsize=1)
 def compiled_sum() -> Callable[..., Tensor]:
-    """`normalised_sum` as one kernel; compiled at its first call, for sizes that may vary."""
+    """Return `normalised_sum` as one kernel, compiled at its first call for varying sizes."""
     return torch.compile(normalised_sum, dynamic=True)

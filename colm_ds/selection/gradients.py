@@ -1,4 +1,4 @@
-"""Per-example gradients that are read in chunks, so that the [r, d] matrix need not exist."""
+"""Per-example gradients read in chunks, so that the [r, d] matrix need not exist."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Gradients(Protocol):
     num_coordinates: int
 
     def chunk(self, rows: Tensor, start: int, stop: int) -> Tensor:
-        """Coordinates start to stop of the given rows, float32 `[len(rows), stop - start]`; may be overwritten."""
+        """Return coordinates start to stop of some rows, float32 `[len(rows), stop - start]`; may be overwritten."""
         ...
 
     def columns(self, rows: Tensor, index: Tensor) -> Tensor:
-        """The given rows at the given coordinates, float32 `[len(rows), len(index)]`."""
+        """Return the given rows at the given coordinates, float32 `[len(rows), len(index)]`."""
         ...
 
 
@@ -32,11 +32,11 @@ class DirectionSource(Protocol):
     num_coordinates: int
 
     def chunk(self, start: int, stop: int) -> Tensor:
-        """Coordinates start to stop of every direction, float32 `[K, stop - start]`."""
+        """Return coordinates start to stop of every direction, float32 `[K, stop - start]`."""
         ...
 
     def columns(self, index: Tensor) -> Tensor:
-        """Every direction at the given coordinates, float32 `[K, len(index)]`."""
+        """Return every direction at the given coordinates, float32 `[K, len(index)]`."""
         ...
 
 
@@ -61,14 +61,14 @@ class LowRankGradients:
         return self._combine(rows, self._directions.columns(index))
 
     def direction(self, start: int, stop: int) -> Tensor:
-        """Coordinates start to stop of the only direction, float32 `[stop - start]`."""
+        """Return coordinates start to stop of the only direction, float32 `[stop - start]`."""
         return self._directions.chunk(start, stop)[0]
 
     def _combine(self, rows: Tensor, directions: Tensor) -> Tensor:
         coefficients = self.coefficients[rows]
         num_probes = coefficients.shape[1]
         if num_probes == 1:
-            return coefficients * directions  # an outer product: no matrix multiplication to start up
+            return coefficients * directions  # an outer product: avoids launching a matrix multiplication
         return (coefficients / num_probes) @ directions
 
 
@@ -89,6 +89,6 @@ class DenseGradients:
 
 
 def finite_rows(matrix: Tensor) -> Tensor:
-    """Which rows hold finite numbers only, bool `[n]`; reads a few rows at a time."""
+    """Return which rows hold finite numbers only, bool `[n]`; reads a few rows at a time."""
     parts = [torch.isfinite(part).all(dim=1) for part in matrix.split(max(1, (1 << 22) // max(matrix.shape[1], 1)))]
     return torch.cat(parts) if parts else torch.ones(0, dtype=torch.bool, device=matrix.device)

@@ -19,7 +19,7 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}
 
 
 def normalise(gradients: Tensor, m: Tensor, v: Tensor, count: int, betas: tuple[float, float], eps: float) -> Tensor:
-    """Adam-normalise gradients against a history; overwrites and returns `gradients`.
+    """Return the adam-normalise gradients against a history; overwrites and returns `gradients`.
 
     u = mhat / (sqrt(vhat) + eps) with mhat = (beta1 m + (1 - beta1) g) / (1 - beta1^t), vhat likewise from g^2 and
     t = count + 1.
@@ -28,7 +28,7 @@ def normalise(gradients: Tensor, m: Tensor, v: Tensor, count: int, betas: tuple[
         gradients: `[n, w]`.
         m: first moment at these coordinates, `[w]`.
         v: second moment at these coordinates, `[w]`.
-        count: updates that the history has had.
+        count: updates of the history so far.
         betas: beta1 and beta2 of the optimizer.
         eps: eps of the optimizer.
     """
@@ -39,7 +39,7 @@ def normalise(gradients: Tensor, m: Tensor, v: Tensor, count: int, betas: tuple[
 
 
 def moment_factors(count: int, betas: tuple[float, float], eps: float) -> tuple[float, float, float, float, float]:
-    """Factors of g and m in mhat, of g^2 and v in vhat, and eps, after `count` updates."""
+    """Return the factors of g and m in mhat, of g^2 and v in vhat, and eps, after `count` updates."""
     beta1, beta2 = betas
     first, second = 1.0 - beta1 ** (count + 1), 1.0 - beta2 ** (count + 1)
     return (1.0 - beta1) / first, beta1 / first, (1.0 - beta2) / second, beta2 / second, eps
@@ -72,7 +72,7 @@ class AdamHistory:
         self.eps = eps
 
     def normalise(self, gradients: Tensor, where: slice | Tensor) -> Tensor:
-        """u_i from g_i at some coordinates, `[n, w]`; overwrites and returns `gradients`."""
+        """Normalise g_i at some coordinates to u_i, `[n, w]`; overwrite and return `gradients`."""
         return normalise(gradients, self.m[where], self.v[where], self.count, self.betas, self.eps)
 
     def factors(self) -> tuple[float, float, float, float, float]:
@@ -80,7 +80,7 @@ class AdamHistory:
         return moment_factors(self.count, self.betas, self.eps)
 
     def update(self, gradients: Gradients, rows: Tensor, total: int, exchange: Exchange) -> None:
-        """Take in the selected rows of all processes; nothing happens if there are none.
+        """Update the moments with the selected rows of all processes; do nothing if there are none.
 
         Args:
             gradients: this process's gradients.
@@ -109,7 +109,7 @@ class AdamHistory:
         self.count += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments and count."""
+        """Return the moments and their count."""
         return {"m": self.m, "v": self.v, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -131,7 +131,7 @@ class AdamHistory:
 def mean_gradient(
     gradients: Gradients, rows: Tensor, total: int, exchange: Exchange, history: AdamHistory | None = None
 ) -> Tensor:
-    """Mean over the rows of all processes, Adam-normalised first where there is a history; float64 `[d]`.
+    """Compute the mean over the rows of all processes, Adam-normalised first if there is a history; float64 `[d]`.
 
     Float64 sums of float32 numbers hardly depend on the order, so every world size finds the same largest coordinates,
     also in the first step, when |u| is 1 up to eps and coordinates differ by round-off.
@@ -155,18 +155,18 @@ def mean_gradient(
 
 
 def gradients_of_rank_one(gradients: Gradients) -> TypeGuard[LowRankGradients]:
-    """Whether every gradient is a number times the one direction that all share."""
+    """Return whether every gradient is a multiple of one shared direction."""
     return isinstance(gradients, LowRankGradients) and gradients.coefficients.shape[1] == 1
 
 
 def fused_sum(gradients: LowRankGradients, rows: Tensor, history: AdamHistory, kernel: Callable[..., Tensor]) -> Tensor:
-    """Sum of the normalised rows of rank-one gradients, by a kernel that never forms them; float64 `[d]`.
+    """Sum the normalised rows of rank-one gradients by a kernel that never forms them; float64 `[d]`.
 
     Args:
-        gradients: with one direction.
-        rows: int64 `[n]`.
+        gradients: gradients with one direction.
+        rows: rows to sum, int64 `[n]`.
         history: normalises the rows.
-        kernel: `normalised_sum` or what was compiled from it.
+        kernel: `normalised_sum`, compiled or not.
     """
     d, device = gradients.num_coordinates, rows.device
     result = torch.empty(d, dtype=torch.float64, device=device)

@@ -12,7 +12,7 @@ CRITERIA = ("grad", "weight", "weight_grad", "random")
 
 
 def top_coordinates(score: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest scores, ascending; ties go to the lowest index.
+    """Return the indices of the `count` largest scores, ascending; ties go to the lowest index.
 
     Args:
         score: `[d]`.
@@ -32,7 +32,7 @@ def top_coordinates(score: Tensor, count: int) -> Tensor:
 
 
 def _top_by_sorting(score: Tensor, count: int) -> Tensor:
-    """As `top_coordinates`, without waiting for a device: a GPU sorts fast, and need not say how many are equal."""
+    """Do the same as `top_coordinates` without synchronising: a GPU sorts fast, and ties need no count."""
     return score.sort(descending=True, stable=True).indices[:count].sort().values
 
 
@@ -44,7 +44,7 @@ def mask_coordinates(
     parameters: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Coordinates of one pool's mask.
+    """Choose the coordinates of one pool's mask.
 
     Args:
         criterion: `grad` (largest |mean u|, the paper's), `weight` (largest |parameter|), `weight_grad` (largest

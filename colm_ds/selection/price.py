@@ -1,4 +1,4 @@
-"""What a step costs as pure numbers: DESIGN's cost model, in forwards of one example."""
+"""Cost of a step in forwards of one example, by DESIGN's cost model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selectors by name. A new one is a class and a line here."""
+"""Selectors by name; a new one needs a class and a line here."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ SELECTORS: dict[str, Callable[[SelectorContext], Selector]] = {
 
 
 def make_selector(name: str, context: SelectorContext) -> Selector:
-    """The selector of that name.
+    """Make the selector of that name.
 
     Raises:
-        SelectionError: if there is none.
+        SelectionError: if the name is unknown.
     """
     if name not in SELECTORS:
         raise SelectionError(f"selector {name!r} is unknown. Choose one of {', '.join(SELECTORS)}.")
@@ -50,10 +50,10 @@ def make_selector(name: str, context: SelectorContext) -> Selector:
 
 
 def signal_of(name: str) -> str | None:
-    """What the selector of that name needs to be found out; None if nothing, or if there is no such selector."""
+    """Return the signal that the selector of that name needs; None if it needs none or does not exist."""
     return getattr(SELECTORS.get(name), "signal", None)
 
 
 def sees_sources(name: str) -> bool:
-    """Whether the choice of the selector of that name depends on which source an example comes from."""
+    """Return whether the choice of the selector of that name depends on examples' sources."""
     return bool(getattr(SELECTORS.get(name), "sees_sources", True))

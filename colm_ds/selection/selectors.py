@@ -1,4 +1,4 @@
-"""What a selector is; CoLM's, and those that need no signal."""
+"""The interface of selectors, CoLM's selector, and those that need no signal."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from colm_ds.types import Coreset, LargeBatch
 
 @dataclass(frozen=True)
 class SelectorContext:
-    """What every selector is made from.
+    """Arguments that every selector is made from.
 
     Attributes:
         size: b.
         small: ids of small sources.
-        settings: how medoids are chosen; `seed` seeds every random choice.
+        settings: settings of the selection; `seed` seeds every random choice.
         betas: beta1 and beta2 of the optimizer in use.
         eps: eps of the optimizer in use.
     """
@@ -38,25 +38,25 @@ class SelectorContext:
 
 
 class Selector(Protocol):
-    """Chooses a coreset of every large batch.
+    """Choose a coreset of every large batch.
 
     Attributes:
-        signal: what the probe has to find out before `select`: "gradient", one of `probe.scores.SCORES`, or None.
-        keeps_small: whether all examples of small sources are kept, so that theirs need not be found out.
+        signal: result of the probe that `select` needs: "gradient", one of `probe.scores.SCORES`, or None.
+        keeps_small: whether all examples of small sources are kept, so that they need no probe.
 
-    A selector with a true `can_choose_ahead` looks at nothing but the facts of a large batch and the signals, and
-    remembers nothing: where no pass of the model is needed its choice is made before the examples are read.
+    A selector with a true `can_choose_ahead` depends only on the facts of a large batch and the signals, and has no
+    state: if it needs no pass of the model, it chooses before the examples are read.
     """
 
     signal: str | None
     keeps_small: bool
 
     def select(self, batch: LargeBatch, signals: Signals | None, exchange: Exchange) -> Coreset:
-        """The coreset of one large batch."""
+        """Select the coreset of one large batch."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What later choices depend on."""
+        """Return the state that later choices depend on."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -94,7 +94,7 @@ class CoLMSelector:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, once there is one."""
+        """Return the history, once there is one."""
         return self._history.state_dict() if self._history else dict(self._saved or {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -122,10 +122,10 @@ class BalancedSelector(CoLMSelector):
 
 
 class StatelessSelector:
-    """Base of selectors that remember nothing; by itself it looks at no signal and keeps nothing by source.
+    """Base of selectors without state; by default it uses no signal and keeps nothing by source.
 
     Attributes:
-        context: what it was made from.
+        context: arguments that it was made from.
     """
 
     signal: str | None = None
@@ -137,11 +137,11 @@ class StatelessSelector:
         self.context = context
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: there is no state."""
+        """Return an empty state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
+        """Do nothing: there is no state."""
 
 
 class RandomSelector(StatelessSelector):
@@ -150,7 +150,7 @@ class RandomSelector(StatelessSelector):
     can_choose_ahead = True
 
     def select(self, batch: LargeBatch, signals: Signals | None, exchange: Exchange) -> Coreset:
-        """b positions drawn from (seed, step), ascending."""
+        """Draw b positions from (seed, step), ascending."""
         generator = private_generator(self.context.settings.seed, "random", batch.step)
         return _uniform(torch.randperm(batch.size, generator=generator)[: self.context.size].sort().values)
 
@@ -162,7 +162,7 @@ class KeepRandomSelector(StatelessSelector):
     can_choose_ahead = True
 
     def select(self, batch: LargeBatch, signals: Signals | None, exchange: Exchange) -> Coreset:
-        """Kept examples, then each pool's random picks, drawn from (seed, step)."""
+        """Select kept examples, then each pool's random picks, drawn from (seed, step)."""
         context = self.context
         generator = private_generator(context.settings.seed, "keep_random", batch.step)
         shares = share_out(
@@ -186,7 +186,7 @@ class FullSelector(StatelessSelector):
     """Plain training on r: every example of the large batch."""
 
     def select(self, batch: LargeBatch, signals: Signals | None, exchange: Exchange) -> Coreset:
-        """All positions."""
+        """Return all positions."""
         return _uniform(torch.arange(batch.size))
 
 

@@ -1,4 +1,4 @@
-"""Which examples are kept by source and how many picks each pool of the others gets (CoLM, section 4.1)."""
+"""Keep examples by source and share picks among the pools of the others (CoLM, section 4.1)."""
 
 from __future__ import annotations
 
@@ -75,16 +75,16 @@ def coreset_quotas(counts: Sequence[int], total: int) -> list[int]:
 def carried_quotas(
     counts: Mapping[int, int], total: int, carry: Mapping[int, float]
 ) -> tuple[dict[int, int], dict[int, float]]:
-    """Share `total` picks among sources in proportion, with what earlier steps were short of or ahead by.
+    """Share `total` picks among sources in proportion, carrying over what earlier steps rounded off.
 
-    A quota alone is off by up to a pick, the same way in every step: at 8 of 16 a source of 8% would hardly ever be
-    picked. Here each source has its exact share plus its carry, rounded to whole picks (largest remainder, ties to the
-    lower id) within what the batch has; what that leaves over is the next step's carry.
+    A quota alone is off by up to a pick, in the same direction in every step: at 8 of 16 a source of 8% would hardly
+    ever be picked. Here each source has its exact share plus its carry, rounded to whole picks (largest remainder, ties
+    to the lower id) within what the batch has; the remainder is the next step's carry.
 
     Args:
         counts: examples of each source in the large batch, by id.
         total: picks to hand out, at most `sum(counts)`.
-        carry: exact shares less picks so far, by id; a source that is not in it has none.
+        carry: exact shares less picks so far, by id; 0 for a source that is missing.
 
     Returns:
         Picks by source, adding up to `total`, and the new carry, which keeps that of absent sources.
@@ -99,7 +99,7 @@ def carried_quotas(
     wanted = {source: total * counts[source] / available + carry.get(source, 0.0) for source in ids}
     quotas = {source: min(max(math.floor(wanted[source] + _ROUND_OFF), 0), counts[source]) for source in ids}
     while (missing := total - sum(quotas.values())) != 0:
-        # Short by the most first, or, to take some back, ahead by the most first.
+        # The largest deficit first, or, to take picks back, the largest surplus first.
         sign = 1 if missing > 0 else -1
         free = [source for source in ids if 0 <= quotas[source] + sign <= counts[source]]
         order = sorted(free, key=lambda source: (-sign * (wanted[source] - quotas[source]), source))
@@ -109,7 +109,7 @@ def carried_quotas(
 
 
 _ROUND_OFF = 1e-9
-"""A share this close below a whole number is that number."""
+"""A share this close below a whole number counts as that number."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Pool:
     Attributes:
         source: source id, or `JOINT_POOL`.
         positions: positions in the large batch, ascending, int64 `[n]`.
-        quota: picks, at most n.
+        quota: number of picks, at most n.
     """
 
     source: int
@@ -129,13 +129,13 @@ class Pool:
 
 @dataclass(frozen=True)
 class Shares:
-    """How the b places of a coreset are handed out before any signal is compared.
+    """Division of the b places of a coreset before any signal is compared.
 
     Attributes:
         kept: positions of kept small-source examples, ascending, int64 `[num_kept]`.
         pools: pools of the other examples; empty pools and pools without picks are left out.
         num_dropped_small: small-source examples for which b had no room.
-        carry: what the next step's quotas begin with, by source id; as given where quotas do not carry.
+        carry: carry-over for the next step's quotas, by source id; unchanged if quotas do not carry over.
     """
 
     kept: Tensor
@@ -157,8 +157,8 @@ def share_out(
 ) -> Shares:
     """Keep the examples of small sources and give every pool of the others its quota (CoLM, section 4.1).
 
-    If more small-source examples than may be kept are in the batch, as many as may be are, spread over the small
-    sources in proportion, within a source in random order; the others of them are absent from the batch.
+    If the batch holds more small-source examples than may be kept, the maximum is kept, spread over the small sources
+    in proportion, within a source in random order; the rest are treated as absent from the batch.
 
     Args:
         sources: source id of every example, int64 `[r]`.
@@ -168,7 +168,7 @@ def share_out(
         per_source: one pool per big source, or one joint pool.
         small_share: see `most_kept`.
         carry: quotas are `carried_quotas` from it; None: those of a step by itself, `coreset_quotas`.
-        generator: private CPU generator for the random order; needed only if small sources exceed what may be kept.
+        generator: private CPU generator for the random order; needed only if small sources exceed the maximum.
 
     Returns:
         The shares; kept plus quotas add up to min(size, number of selectable examples).
@@ -208,8 +208,8 @@ def most_kept(num_small: int, size: int, batch_size: int, small_share: float | N
         num_small: examples of small sources in the large batch.
         size: b.
         batch_size: r.
-        small_share: part of b that they may fill; None: with r above 2 b as many as would be met among 2 b examples,
-            as the more of a large batch is looked at, the more of the coreset the small sources would fill.
+        small_share: part of b that they may fill; None: with r above 2 b as many as 2 b examples would hold, since
+            small sources would otherwise fill more of the coreset the larger r is.
     """
     if small_share is not None:
         return min(num_small, size, math.floor(small_share * size + 1e-9))

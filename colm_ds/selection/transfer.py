@@ -1,4 +1,4 @@
-"""Tensors between CPU and device with as few waits as can be: none on the way there, one for everything back."""
+"""Copy tensors between CPU and device with few synchronisations: none to the device, one for everything back."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device without waiting for it; itself where it is there."""
+    """Return a tensor on a device without synchronising; the tensor itself if it is there already."""
     return tensor.to(device, non_blocking=True)
 
 
 def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors on the CPU, those of a GPU by one copy: a single wait. What is on the CPU is returned as it is.
+    """Return tensors on the CPU, those of a GPU by one copy and synchronisation. CPU tensors are returned as they are.
 
     Args:
         tensors: of any shapes and types; the same object twice is copied once.
@@ -27,25 +27,25 @@ def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the bytes of tensors of one device one after the other, uint8 `[n]`."""
+    """Return the concatenated bytes of tensors of one device, uint8 `[n]`."""
     return torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in _widest_first(tensors)])
 
 
 def unpack(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Return what `pack` put together.
+    """Return the tensors that `pack` concatenated.
 
     Args:
         packed: uint8 `[n]`.
         like: tensors of the shapes and types that were packed, in their order.
     """
-    found, start = {}, 0
+    tensors, start = {}, 0
     for tensor in _widest_first(like):
         size = tensor.numel() * tensor.element_size()
-        found[id(tensor)] = packed[start : start + size].view(tensor.dtype).view(tensor.shape)
+        tensors[id(tensor)] = packed[start : start + size].view(tensor.dtype).view(tensor.shape)
         start += size
-    return [found[id(tensor)] for tensor in like]
+    return [tensors[id(tensor)] for tensor in like]
 
 
 def _widest_first(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Sort by size of the type, so that every part begins where its type may."""
+    """Sort by size of the dtype, so that every part is aligned."""
     return sorted(tensors, key=lambda tensor: -tensor.element_size())

@@ -11,13 +11,13 @@ MAX_POOL = {"l1": 8192, "cosine": 8192, "euclidean": 4096}
 """Examples compared in one matrix (512 MiB of similarities, 128 MiB); larger pools take two rounds."""
 
 PART = {"l1": 8192, "cosine": 8192, "euclidean": 2048}
-"""Examples of a part in the first round, at most. Many small parts are fast: their matrices stay in caches."""
+"""Maximum examples of a part in the first round. Many small parts are fast: their matrices stay in caches."""
 
 OVERSAMPLING = 1.5
-"""Picks of the first round in all, relative to those asked for: what the second round can choose from."""
+"""Total picks of the first round, relative to those asked for: candidates of the second round."""
 
 FEW = 256
-"""Up to so many picks every part makes all of them, so that no cluster is missed by all parts alike."""
+"""Up to this many picks, every part makes all of them, so that no cluster is missed by all parts."""
 
 
 def pick_medoids(features: Tensor, k: int, metric: str, max_pool: int | None = None) -> Medoids:
@@ -27,7 +27,7 @@ def pick_medoids(features: Tensor, k: int, metric: str, max_pool: int | None = N
         features: one row per example, `[n, h]`.
         k: picks, 0 <= k <= n.
         metric: see `pairwise_similarity`.
-        max_pool: largest pool that is done in one round, and part of a larger one; default: by the metric.
+        max_pool: largest pool for one round, and largest part of a bigger pool; default: by the metric.
     """
     if len(features) <= (max_pool or MAX_POOL[metric]):
         return facility_location(pairwise_similarity(features, metric), k)
@@ -35,13 +35,13 @@ def pick_medoids(features: Tensor, k: int, metric: str, max_pool: int | None = N
 
 
 def two_round_medoids(features: Tensor, k: int, metric: str, num_parts: int) -> Medoids:
-    """Greedy picks in every part, then greedy picks among them, each standing for its cluster (GreeDi).
+    """Return the greedy picks in every part, then greedy picks among them, each standing for its cluster (GreeDi).
 
     Args:
         features: one row per example, `[n, h]`.
         k: picks, 0 <= k <= n.
         metric: see `pairwise_similarity`.
-        num_parts: parts of the first round; rows are dealt out in turn.
+        num_parts: parts of the first round; rows are assigned in turn.
 
     Returns:
         The medoids. Gains and objective are those of the second round, over the first round's clusters; that round
@@ -51,10 +51,10 @@ def two_round_medoids(features: Tensor, k: int, metric: str, num_parts: int) -> 
     for part in range(num_parts):
         rows = torch.arange(part, len(features), num_parts, device=features.device)
         picks = min(len(rows), k, max(FEW, -(-int(OVERSAMPLING * k) // num_parts)))
-        found = facility_location(pairwise_similarity(features[rows], metric), picks)
-        candidates.append(rows[found.indices])
-        demands.append(found.cluster_sizes)
+        medoids = facility_location(pairwise_similarity(features[rows], metric), picks)
+        candidates.append(rows[medoids.indices])
+        demands.append(medoids.cluster_sizes)
     rows, order = torch.cat(candidates).sort()  # ties go to the lowest index here too
     demand = torch.cat(demands)[order]
-    found = facility_location(pairwise_similarity(features[rows], metric), k, demand)
-    return Medoids(rows[found.indices], found.gains, found.objective, found.cluster_sizes)
+    medoids = facility_location(pairwise_similarity(features[rows], metric), k, demand)
+    return Medoids(rows[medoids.indices], medoids.gains, medoids.objective, medoids.cluster_sizes)

@@ -13,14 +13,14 @@ RIDGE = 0.1
 """Pull of matched weights towards 1, as a multiple of the mean diagonal of the Gram matrix."""
 
 MAX_WEIGHT = 4.0
-"""Largest matched weight: one example counts as four at most."""
+"""Maximum matched weight: one example counts as at most four."""
 
 FEW = 2
-"""Pools with so many picks or fewer are weighted alike: there is nothing to match with."""
+"""Pools with at most this many picks are weighted alike: there is nothing to match with."""
 
 
 def cluster_weights(cluster_sizes: Tensor) -> Tensor:
-    """Weights in proportion to the examples each medoid stands for, normalised to mean 1.
+    """Return weights in proportion to the examples that each medoid stands for, normalised to mean 1.
 
     Args:
         cluster_sizes: int64 `[k]`, each at least 1.
@@ -39,9 +39,9 @@ def matched_weights(
     ridge: float = RIDGE,
     max_weight: float = MAX_WEIGHT,
 ) -> Tensor:
-    """Weights under which the picks' mean signal comes nearest to the pool's.
+    """Return weights that bring the picks' mean signal closest to the pool's.
 
-    What a pick adds beyond the pool's mean is d_s = c_s - t_s g: c_s its signal, t_s its part in the divisor (1 in a
+    A pick deviates from the pool's mean by d_s = c_s - t_s g: c_s its signal, t_s its part in the divisor (1 in a
     mean over examples, its labelled tokens in a mean over tokens), g the pool's sum of signals over its sum of parts.
     Minimises |sum_s w_s d_s / k|^2 + lambda |w - 1|^2 under sum w = k and 0 <= w <= `max_weight`, lambda being `ridge`
     times the mean diagonal of the Gram matrix of d_s / k. As the mean is fixed, the weights cannot shrink the gradient
@@ -55,7 +55,7 @@ def matched_weights(
         max_weight: at least 1.
 
     Returns:
-        float32 `[k]`, mean 1; all ones for `FEW` picks, and where no pick differs from the mean.
+        float32 `[k]`, mean 1; all ones for up to `FEW` picks, or if no pick differs from the mean.
 
     Raises:
         SelectionError: if the shapes do not fit.
@@ -71,7 +71,7 @@ def matched_weights(
     penalty = ridge * float(beyond.square().sum()) / k
     if penalty <= 0.0:
         return torch.ones(k, device=picks.device)
-    # Divided by the penalty, so that the tolerances below mean the same for signals of any size.
+    # Divide by the penalty, so that the tolerances below mean the same for signals of any scale.
     return mean_one(_on_the_simplex(_Hessian(beyond / penalty**0.5), max_weight))
 
 
@@ -79,7 +79,7 @@ class _Hessian:
     """H = I + F F^T, positive definite `[k, k]`; it is never formed where F `[k, K]` has fewer columns than rows.
 
     Attributes:
-        device: where F is.
+        device: device of F.
     """
 
     def __init__(self, factor: Tensor) -> None:
@@ -92,7 +92,7 @@ class _Hessian:
         return len(self._factor)
 
     def times(self, vector: Tensor) -> Tensor:
-        """H v, float64 `[k]`."""
+        """Return H v, float64 `[k]`."""
         if self._whole is not None:
             return self._whole @ vector
         return vector + self._factor @ (self._factor.T @ vector)
@@ -107,13 +107,13 @@ class _Hessian:
         return right - factor @ torch.linalg.solve(small, factor.T @ right)  # Woodbury
 
     def largest_row_sum(self) -> float:
-        """A bound on the largest sum of absolute values in a row."""
+        """Return an upper bound on the largest sum of absolute values in a row."""
         size = self._factor.abs()
         return 1.0 + float((size @ (size.T @ self._ones)).max())
 
 
 def mean_one(weights: Tensor) -> Tensor:
-    """Scale weights to mean 1, float32; all ones where they add up to nothing."""
+    """Scale weights to mean 1, float32; all ones if they sum to 0."""
     total = weights.sum()
     if len(weights) == 0 or not float(total) > 0.0:
         return torch.ones_like(weights, dtype=torch.float32)
@@ -121,7 +121,7 @@ def mean_one(weights: Tensor) -> Tensor:
 
 
 def _on_the_simplex(hessian: _Hessian, upper: float) -> Tensor:
-    """argmin of w^T H w / 2 - sum w over 0 <= w <= upper with sum w = k, for H positive definite; float64 `[k]`.
+    """Minimise w^T H w / 2 - sum w over 0 <= w <= upper with sum w = k, for H positive definite; float64 `[k]`.
 
     Moving the equation into the objective by its multiplier leaves a problem with bounds only, whose sum falls as the
     multiplier rises, and linearly as long as the same weights are at a bound: Newton's method inside a bracket ends
@@ -146,17 +146,17 @@ def _on_the_simplex(hessian: _Hessian, upper: float) -> Tensor:
 
 
 _MOST_STEPS = 200
-"""Of Newton's method; it takes about ten. Bisection alone would have halved the bracket to nothing."""
+"""Maximum steps of Newton's method, which takes about ten; bisection alone would have converged by then."""
 
 
 class _Line:
-    """Weights as the push rises while the same ones are at a bound: those between go up in a straight line.
+    """Weights as the push rises while the same ones stay at a bound: the others rise linearly.
 
     Attributes:
         hessian: H.
         state: -1 at 0, 0 between, 1 at `upper`, int64 `[k]`.
         upper: the bound.
-        rise: what the sum gains for each unit of push.
+        rise: increase of the sum per unit of push.
     """
 
     def __init__(self, hessian: _Hessian, state: Tensor, upper: float) -> None:
@@ -168,20 +168,20 @@ class _Line:
         self.rise = float(self._slope.sum())
 
     def at(self, push: float) -> Tensor:
-        """Weights that are best with the others where they are, float64 `[k]`."""
+        """Return the optimal weights while the others stay at their bounds, float64 `[k]`."""
         solution = self._bounds.clone()
         solution[self._inside] = push * self._slope - self._offset
         return solution
 
 
 def _bounded(line: _Line, push: float) -> tuple[_Line, Tensor]:
-    """argmin of w^T H w / 2 - push sum w over 0 <= w <= upper, and the line that it is on.
+    """Minimise w^T H w / 2 - push sum w over 0 <= w <= upper; return the line and the minimum on it.
 
-    Block principal pivoting: moves every weight that is on the wrong side at once; after three rounds without progress
+    Block principal pivoting: moves every weight on the wrong side at once; after three rounds without progress
     only the last one, which cannot cycle (Judice and Pires 1992).
 
     Args:
-        line: where to begin.
+        line: line to start from.
         push: the linear term.
     """
     fewest, patience = len(line.state) + 1, 3
