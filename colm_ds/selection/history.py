@@ -19,7 +19,7 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}
 
 
 def normalise(gradients: Tensor, m: Tensor, v: Tensor, count: int, betas: tuple[float, float], eps: float) -> Tensor:
-    """Return the adam-normalise gradients against a history; overwrites and returns `gradients`.
+    """Normalise gradients as Adam does, against a history; overwrite and return `gradients`.
 
     u = mhat / (sqrt(vhat) + eps) with mhat = (beta1 m + (1 - beta1) g) / (1 - beta1^t), vhat likewise from g^2 and
     t = count + 1.

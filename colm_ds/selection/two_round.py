@@ -35,7 +35,7 @@ def pick_medoids(features: Tensor, k: int, metric: str, max_pool: int | None = N
 
 
 def two_round_medoids(features: Tensor, k: int, metric: str, num_parts: int) -> Medoids:
-    """Return the greedy picks in every part, then greedy picks among them, each standing for its cluster (GreeDi).
+    """Pick greedily in every part, then among those picks, each standing for its cluster (GreeDi).
 
     Args:
         features: one row per example, `[n, h]`.

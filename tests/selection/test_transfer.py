@@ -56,7 +56,7 @@ def test_flags_that_come_late_change_nothing(
     matrices[1][broken] = torch.nan
     settings_ = SelectionSettings(**settings)  # type: ignore[arg-type]
     wanted = choose(matrices, settings_, SINGLE_PROCESS)
-    monkeypatch.setattr(coreset_module, "_finite_at_hand", lambda signals: None)  # as on a GPU
+    monkeypatch.setattr(coreset_module, "_known_finite", lambda signals: None)  # as on a GPU
     monkeypatch.setattr(mask, "top_coordinates", mask._top_by_sorting)
     if num_ranks == 1:
         runs = [choose(matrices, settings_, SINGLE_PROCESS)]
