@@ -1,4 +1,4 @@
-"""Where memory goes: measured per phase of a step, and planned before a run."""
+"""Measured memory: peaks per phase of a step, and their parts."""
 
 from colm_ds.memory.hooks import MemoryHooks
 from colm_ds.memory.meter import Meter

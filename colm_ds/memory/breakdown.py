@@ -1,4 +1,4 @@
-"""What a peak consists of: the tensors that are held, by what they are for, and what a phase adds to them."""
+"""Divide a peak into its parts: the tensors held, by purpose, and those that a phase adds."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ PARTS = (
 )
 """Parts of a peak, in the order in which they are shown; communication: DeepSpeed's buckets of gradients."""
 
-_DEPTH = 4  # how deep an optimizer's containers are looked through
+_DEPTH = 4  # maximum depth to which an optimizer's containers are searched
 
 
 def storage_bytes(tensors: Any, device: torch.device | None = None, known: set[int] | None = None) -> int:
-    """Bytes of the storages behind some tensors, each once.
+    """Sum the bytes of the storages behind some tensors, each once.
 
     Args:
         tensors: iterable of tensors.
-        device: count this type of device's only.
-        known: storages that are counted elsewhere; those of the tensors are added.
+        device: count only this type of device.
+        known: storages counted elsewhere; those of the tensors are added to it.
     """
     known = set() if known is None else known
     total = 0
@@ -46,17 +46,17 @@ def storage_bytes(tensors: Any, device: torch.device | None = None, known: set[i
 
 
 def held_bytes(model: nn.Module, optimizer: Any, device: torch.device) -> dict[str, int]:
-    """Bytes that training keeps on a device: weights, gradients, optimizer (states, float32 copies), communication.
+    """Return the bytes kept on a device: weights, gradients, optimizer (states, float32 copies), communication.
 
     Args:
         model: its parameters and buffers, under ZeRO-3 this rank's share.
-        optimizer: a torch optimizer, or DeepSpeed's around one: tensors that it keeps are told apart by their names.
+        optimizer: a torch optimizer, or DeepSpeed's around one: its tensors are distinguished by name.
         device: tensors elsewhere (offload) are not counted.
     """
     known: set[int] = set()
     parameters = list(model.parameters())
     shares = [parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor")]
-    found = {
+    held = {
         "weights": storage_bytes([*parameters, *model.buffers(), *shares], device, known),
         "gradients": storage_bytes([p.grad for p in parameters if p.grad is not None], device, known),
     }
@@ -67,9 +67,9 @@ def held_bytes(model: nn.Module, optimizer: Any, device: torch.device) -> dict[s
         ("optimizer", ("fp32", "state", "hp_", "master")),
     ):
         tensors = [tensor for name, tensor in named if any(word in name.lower() for word in words)]
-        found[part] = found.get(part, 0) + storage_bytes(tensors, device, known)
-    found["rest"] = storage_bytes([tensor for _, tensor in named], device, known)
-    return found
+        held[part] = held.get(part, 0) + storage_bytes(tensors, device, known)
+    held["rest"] = storage_bytes([tensor for _, tensor in named], device, known)
+    return held
 
 
 def peak_parts(
@@ -77,12 +77,11 @@ def peak_parts(
 ) -> dict[str, int]:
     """Divide a peak into `PARTS`; they add up to it.
 
-    What a phase adds to what was held at its start goes to the probe in the phases of the choice, and to activations
-    in training; `rest` is what is none of the known parts: the batch, the optimizer's temporaries, and on a
-    CPU the process itself.
+    Bytes that a phase adds count as the probe's in the phases of the choice, and as activations in training; `rest` is
+    everything else: the batch, the optimizer's temporaries, and on a CPU the process itself.
 
     Args:
-        peak_phase: where it was reached.
+        peak_phase: phase of the peak.
         peak: its bytes.
         phase_held: bytes that were held when the phase began.
         held: from `held_bytes`.
@@ -91,7 +90,7 @@ def peak_parts(
     """
     is_choice = peak_phase in ("probe", "exchange", "select")
     kind = "probe" if is_choice else "activations" if peak_phase in ("train", "forward", "backward") else "rest"
-    added = max(0, peak - phase_held) - (replay if is_choice else 0)  # the store fills up while the probe runs
+    added = max(0, peak - phase_held) - (replay if is_choice else 0)  # the store fills while the probe runs
     parts = dict.fromkeys(PARTS, 0)
     parts |= {name: held.get(name, 0) for name in ("weights", "gradients", "optimizer", "communication")}
     parts |= {"replay": replay, "selection": selection}
@@ -101,7 +100,7 @@ def peak_parts(
 
 
 def tensors_of(holder: Any, name: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that an optimizer, or an object of ours, keeps in attributes and containers, with their dotted names."""
+    """Yield the tensors in attributes and containers of an optimizer or an object of ours, with their dotted names."""
     if isinstance(holder, Tensor):
         yield name, holder
         if holder.grad is not None:

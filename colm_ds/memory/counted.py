@@ -1,4 +1,4 @@
-"""Peak of tensor allocations on a CPU, counted by PyTorch's profiler: what an allocator's statistics are on a GPU."""
+"""Count tensor allocations on a CPU by PyTorch's profiler: what an allocator's statistics are on a GPU."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _MARK = "colm_ds phase "
 
 @dataclass(frozen=True)
 class Allocations:
-    """What a call allocated, in bytes, relative to what was there before it.
+    """Allocations of a call, in bytes, relative to the memory before it.
 
     Attributes:
         peak: highest running sum.
-        held: sum at its end: what the call left behind (negative if it freed more than it allocated).
-        largest: the largest single one.
+        held: sum at its end (negative if the call freed more than it allocated).
+        largest: the largest single allocation.
     """
 
     peak: int
@@ -31,7 +31,7 @@ class Allocations:
 
 
 def counted_allocations(function: Callable[[], Any]) -> Allocations:
-    """Run a function and count its CPU tensor allocations; what it returns is freed before the count ends.
+    """Run a function and count its CPU tensor allocations; its result is freed before the count ends.
 
     Costs far more time than the function itself: for benchmarks and tests, never for a training step.
     """
@@ -45,10 +45,10 @@ def counted_allocations(function: Callable[[], Any]) -> Allocations:
 
 
 class CountedPhases:
-    """Counts the CPU tensor allocations of a block and of the phases marked in it; several times slower than the block.
+    """Count the CPU tensor allocations of a block and of the phases marked in it; several times slower than the block.
 
     Attributes:
-        peaks: by phase and as `total`, highest running sum in bytes, relative to what there was before the block.
+        peaks: by phase and as `total`, highest running sum in bytes, relative to the memory before the block.
     """
 
     def __init__(self) -> None:
@@ -56,13 +56,13 @@ class CountedPhases:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count in this block; `peaks` is there after it."""
+        """Count in this block; `peaks` is available after it."""
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             yield
         events = _trace(profiled)
         marks = [event for event in events if event.get("name", "").startswith(_MARK) and "dur" in event]
         running = 0
-        changes = []  # time, sum after it
+        changes = []  # time, running sum
         for event in _memory_events(events):
             running += event["args"]["Bytes"]
             changes.append((event["ts"], running))
@@ -76,7 +76,7 @@ class CountedPhases:
 
     @contextmanager
     def mark(self, name: str) -> Iterator[None]:
-        """Let the block count as (a part of) a phase."""
+        """Count the block as (a part of) a phase."""
         with record_function(_MARK + name):
             yield
 
@@ -89,6 +89,6 @@ def _trace(profiled: profile) -> list[dict[str, Any]]:
 
 
 def _memory_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Allocations and releases in their order."""
-    found = [event for event in events if event.get("name") == "[memory]"]
-    return sorted(found, key=lambda event: event["args"]["Ev Idx"])
+    """Return allocations and releases in order."""
+    events = [event for event in events if event.get("name") == "[memory]"]
+    return sorted(events, key=lambda event: event["args"]["Ev Idx"])

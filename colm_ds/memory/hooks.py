@@ -1,4 +1,4 @@
-"""The meter for any training loop: peaks of forward, backward and step of a plain torch module or an engine."""
+"""Measure memory in any training loop: peaks of forward, backward and step of a torch module or an engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class MemoryHooks:
 
     A phase lasts until the next begins: `forward` from the module's forward to its end, `backward` from the first
     gradient of its outputs until the optimizer (or the next forward), `step` within the optimizer; between them is
-    `other`, and blocks under `phase(name)` go by their name. Hooks cost microseconds and do not wait for a GPU.
+    `other`, and blocks under `phase(name)` have that name. Hooks cost microseconds and do not synchronise a GPU.
 
     Example:
         >>> with MemoryHooks(model, optimizer) as memory:
@@ -28,7 +28,7 @@ class MemoryHooks:
         >>> memory.peak_gib  # {"other": ..., "forward": ..., "backward": ..., "step": ...}
 
     Attributes:
-        peak_bytes: by phase, the largest so far; see `PeakCounter.kind` for what is counted.
+        peak_bytes: by phase, the maximum so far; see `PeakCounter.kind` for what is counted.
     """
 
     def __init__(
@@ -38,12 +38,12 @@ class MemoryHooks:
         *,
         device: torch.device | None = None,
     ) -> None:
-        """Prepare; hooks are on the module inside the `with` block only.
+        """Prepare; hooks are active inside the `with` block only.
 
         Args:
-            module: what is called in the loop: a module, or one wrapped by DDP, FSDP or DeepSpeed.
+            module: the module that the loop calls, bare or wrapped by DDP, FSDP or DeepSpeed.
             optimizer: a torch optimizer; without one the backward phase lasts until the next forward.
-            device: whose memory counts; default: that of the module's parameters.
+            device: device to measure; default: that of the module's parameters.
         """
         self._module = module
         self._optimizer = optimizer
@@ -63,7 +63,7 @@ class MemoryHooks:
         return {name: peak / GIB for name, peak in self.peak_bytes.items()}
 
     def __enter__(self) -> MemoryHooks:
-        """Put the hooks on."""
+        """Add the hooks."""
         self._handles = [
             self._module.register_forward_pre_hook(lambda *_: self._begin("forward")),
             self._module.register_forward_hook(self._after_forward),
@@ -78,7 +78,7 @@ class MemoryHooks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         self._begin(OTHER)
         for handle in self._handles:
             handle.remove()
@@ -86,7 +86,7 @@ class MemoryHooks:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Let the block count as a phase of this name; phases of the module inside it keep their own."""
+        """Count the block as a phase of this name; phases of the module inside it keep their own."""
         self._begin(name)
         try:
             yield
@@ -113,7 +113,7 @@ class MemoryHooks:
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:
-    """All tensors of a module's output: a tensor, or tuples, lists and mappings of them."""
+    """Yield all tensors of a module's output: a tensor, or tuples, lists and mappings of them."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):

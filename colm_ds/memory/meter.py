@@ -1,7 +1,7 @@
-"""Seconds and peak memory of each phase of a step, without ever waiting for a GPU.
+"""Measure seconds and peak memory of each phase of a step, without synchronising a GPU.
 
-Peaks are the allocator's on a GPU and the kernel's resettable one of the process on a CPU; seconds are those between
-two CUDA events, or of the host's clock.
+Peaks are the allocator's on a GPU, and the kernel's resettable peak of the process on a CPU; seconds are measured
+between two CUDA events, or by the host's clock.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def resident_peak_bytes() -> int:
-    """Largest resident memory of this process since the last reset (since its start where resets do not work)."""
+    """Return the peak resident memory of this process since the last reset (since its start if resets do not work)."""
     try:
         for line in _STATUS.read_text().split("\n"):
             if line.startswith("VmHWM:"):
@@ -34,7 +34,7 @@ def resident_peak_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process now (its peak where the kernel does not say)."""
+    """Return the resident memory of this process now (its peak if the kernel does not report it)."""
     try:
         return int(_RESIDENT_PAGES.read_text().split()[1]) * resource.getpagesize()
     except OSError:
@@ -42,7 +42,7 @@ def resident_bytes() -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that this process could still use: of the GPU, or of the machine."""
+    """Return the memory that this process could still use: of the GPU, or of the machine."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     for line in Path("/proc/meminfo").read_text().split("\n"):
@@ -52,7 +52,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def reset_resident_peak() -> bool:
-    """Let the kernel count the resident peak anew; False where it does not offer that."""
+    """Reset the kernel's count of the resident peak; return False if the kernel cannot."""
     try:
         _CLEAR.write_text("5")
     except OSError:
@@ -61,7 +61,7 @@ def reset_resident_peak() -> bool:
 
 
 class PeakCounter:
-    """The memory counter that is always on: it costs microseconds and never waits for a GPU.
+    """The memory counter that is always on: it costs microseconds and never synchronises a GPU.
 
     Attributes:
         kind: what is counted: `allocated` by PyTorch on a GPU, `resident` memory of the process on a CPU.
@@ -80,31 +80,31 @@ class PeakCounter:
             reset_resident_peak()
 
     def peak(self) -> int:
-        """Largest bytes since the last reset."""
+        """Return the maximum bytes since the last reset."""
         if self.kind == "allocated":
             return int(torch.cuda.max_memory_allocated(self._device))
         return resident_peak_bytes()
 
     def now(self) -> int:
-        """Bytes now."""
+        """Return the bytes now."""
         return int(torch.cuda.memory_allocated(self._device)) if self.kind == "allocated" else resident_bytes()
 
 
 @dataclass
 class _Open:
-    """A phase that is running."""
+    """A running phase."""
 
     name: str
     peak: int = 0
 
 
 class Meter:
-    """Measures the phases of one step on this rank; they may repeat (seconds add up) and hold other phases.
+    """Measure the phases of one step on this rank; they may repeat (seconds add up) and contain other phases.
 
     Attributes:
         peak_bytes: by phase, see `PeakCounter.kind`.
-        held_bytes: by phase: what there was at its first start.
-        failed_in: innermost phase that an exception left, if one did.
+        held_bytes: by phase, bytes in use at its first start.
+        failed_in: innermost phase that an exception left, if any.
     """
 
     def __init__(
@@ -116,9 +116,9 @@ class Meter:
         """Start with nothing measured.
 
         Args:
-            device: whose memory counts.
-            around: makes a context in which a phase of the given name runs.
-            mark: makes a context in which a phase or a part of the given name runs.
+            device: device to measure.
+            around: makes a context around each phase, by name.
+            mark: makes a context around each phase and part, by name.
         """
         self._device = device
         self._around = around or nullcontext
@@ -133,9 +133,9 @@ class Meter:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds by phase; what a phase holds counts in both.
+        """Seconds by phase; a nested phase counts in both.
 
-        On a GPU this waits for the end of the last phase: read it after the step's own read, when that is past.
+        On a GPU this synchronises with the end of the last phase: read it after the step's own synchronisation.
         """
         for name, start, stop in self._events:
             stop.synchronize()
@@ -151,7 +151,7 @@ class Meter:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Measure the block as part of the phase that it is in, under a name of its own."""
+        """Measure the block as part of the phase that it is in, under its own name."""
         with self._counting(name):
             start, event = time.perf_counter(), self._event()
             try:

@@ -1,4 +1,4 @@
-"""Memory of an engine's steps: peaks by phase, what the largest consists of, counted allocations, snapshots."""
+"""Record the memory of an engine's steps: peaks by phase, parts of the largest, counted allocations, snapshots."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ PEAKS = (*PHASES, "peak")
 _WITHIN = {"exchange": "probe", "select": "probe", "forward": "train", "backward": "train"}
 """Phases whose addition counts from the start of an earlier one."""
 
-_SETTLED = 2  # steps after which an engine holds what it will go on holding
-_MAX_ENTRIES = 200_000  # of the allocator's history: tens of steps, some ten MB
+_SETTLED = 2  # steps after which the memory held by an engine no longer grows
+_MAX_ENTRIES = 200_000  # of the allocator's history: tens of steps, tens of MB
 
 
 class MemoryRecorder:
-    """Measures every step of an engine on one rank.
+    """Measure every step of an engine on one rank.
 
     Attributes:
-        kind: of the peaks: `allocated` on a GPU, `resident` on a CPU.
+        kind: kind of the peaks: `allocated` on a GPU, `resident` on a CPU.
         folder: where snapshots are written.
-        meter: of the running step, or the last one.
+        meter: meter of the running step, or of the last one.
         save: phase `save` of the checkpoint since the last step, if there was one.
     """
 
     def __init__(self, config: MemoryConfig, device: torch.device, rank: int) -> None:
-        """Start recording the allocator's history where a snapshot is asked for."""
+        """Start recording the allocator's history if a snapshot is requested."""
         self._config = config
         self._device = device
         self._rank = rank
@@ -69,8 +69,8 @@ class MemoryRecorder:
         Args:
             number: 1-based step.
             around: see `Meter`.
-            model: what is trained.
-            optimizer: what trains it.
+            model: the model in training.
+            optimizer: its optimizer.
         """
         self._counted = None
         self._steps += 1
@@ -95,7 +95,7 @@ class MemoryRecorder:
             yield
 
     def write_snapshot(self, what: str) -> Path | None:
-        """PyTorch's allocator snapshot as a file for https://pytorch.org/memory_viz; None where none is recorded."""
+        """Write PyTorch's allocator snapshot for https://pytorch.org/memory_viz; None if none is recorded."""
         if not self._is_recording:
             return None
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ class MemoryRecorder:
         return path
 
     def note_selected(self, kept: list[Tensor], replay: Any) -> None:
-        """Note what the selection keeps; before the step's training.
+        """Record what the selection keeps, before the step's training.
 
         Args:
             kept: tensors that selector and estimator keep.
@@ -115,14 +115,14 @@ class MemoryRecorder:
         self._replay_probed = self._replay_trained = replay.bytes_on(self._device) if replay is not None else 0
 
     def note_trained(self, model: nn.Module, optimizer: Any, replay: Any) -> None:
-        """Note what training holds; before the optimizer's step, while there are gradients."""
+        """Record what training holds, before the optimizer's step, while gradients exist."""
         if self._steps <= _SETTLED:
             self._held = held_bytes(model, optimizer, self._device)
         if replay is not None:
             self._replay_trained = replay.bytes_on(self._device)
 
     def stats(self) -> dict[str, Any]:
-        """Values of `StepStats` for the step that was measured last: memory_gib, memory_parts_gib, counted_gib."""
+        """Return the values of `StepStats` for the step measured last: memory_gib, memory_parts_gib, counted_gib."""
         meter = self.meter
         peaks = {**dict.fromkeys(PHASES, 0), **meter.peak_bytes, **(self.save.peak_bytes if self.save else {})}
         inner = {name: peak for name, peak in meter.peak_bytes.items() if name != "train"}
@@ -146,6 +146,6 @@ class MemoryRecorder:
         }
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of every phase; 0 for those that did not run."""
+        """Return the seconds of every phase; 0 for those that did not run."""
         save = self.save.seconds if self.save else {}
         return {**dict.fromkeys(PHASES, 0.0), **self.meter.seconds, **save}
