@@ -1,1 +1,1 @@
-"""Families of models: their parts, replaced forwards, and losses without logits."""
+"""Model families: their parts, patched forwards, and losses without full logits."""

@@ -1,4 +1,4 @@
-"""Finds the last decoder layer, what is probed of it, the final norm and the head of a Hugging Face causal LM."""
+"""Find the last decoder layer, the matrices probed in it, the final norm and the head of a Hugging Face causal LM."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from colm_ds.errors import ProbeError
 from colm_ds.models.families import FAMILIES, Family
 
 LAYERS = ("v_proj", "qkv", "fc")
-"""What of the last layer can be probed: V, all of Q, K and V, or the MLP's output projection."""
+"""Parts of the last layer that can be probed: V, all of Q, K and V, or the MLP's output projection."""
 
 
 @dataclass(frozen=True)
 class ProbeTarget:
-    """A linear map whose gradient belongs to the signal: rows `start` to `stop` of a module's output.
+    """A linear map whose gradient is part of the signal: rows `start` to `stop` of a module's output.
 
     Attributes:
         name: the module's name in the model.
@@ -53,7 +53,7 @@ class Architecture:
         layers: decoder layers in order.
         norm: final norm.
         head: maps hidden states to logits.
-        targets: where the signal is read; its gradient is theirs, flattened, one after the other.
+        targets: where the signal is read; its gradient is theirs, flattened and concatenated.
         hidden_size: width of the hidden states.
         vocabulary_size: rows of the head.
     """
@@ -119,7 +119,7 @@ def find_architecture(model: nn.Module, layer: str = "v_proj") -> Architecture:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """The Hugging Face model inside a `PeftModel`; other models as they are."""
+    """Return the Hugging Face model inside a `PeftModel`; other models as they are."""
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
 
@@ -151,8 +151,8 @@ def _find_target(
     head_size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     start = total - config.num_key_value_heads * head_size if family.fused and layer == "v_proj" else 0
     module = _lora_b(projection, name) if is_adapted else projection
-    found = next((known for known, candidate in model.named_modules() if candidate is module), name)
-    return ProbeTarget(found, module, start, total, int(module.in_features))
+    full_name = next((known for known, candidate in model.named_modules() if candidate is module), name)
+    return ProbeTarget(full_name, module, start, total, int(module.in_features))
 
 
 def _lora_b(projection: Any, name: str) -> Any:

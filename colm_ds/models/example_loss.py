@@ -1,4 +1,4 @@
-"""Losses of labelled tokens and of examples, with a graph: logits at labelled positions only, a chunk at a time."""
+"""Compute losses of labelled tokens and of examples with a graph: logits at labelled positions only, in chunks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from colm_ds.models.token_loss import sums_by_row, token_losses
 
 
 def find_loss_head(model: nn.Module) -> nn.Module | None:
-    """The head whose forward may be replaced by the loss, or None for models that do more with their logits.
+    """Return the head whose forward may be replaced by the loss, or None for models that process their logits further.
 
     Args:
         model: a Hugging Face causal LM, bare or in a `PeftModel`.
@@ -28,17 +28,17 @@ def find_loss_head(model: nn.Module) -> nn.Module | None:
 
 
 def example_loss_sums(forward: Callable[..., Any], head: nn.Module | None, batch: MicroBatch) -> Tensor:
-    """Sum of every example's token losses in nats, float32 `[batch]`, with a graph; see `loss_sums`."""
+    """Sum every example's token losses in nats, float32 `[batch]`, with a graph; see `loss_sums`."""
     return loss_sums(label_losses(forward, head, batch), batch)
 
 
 def label_losses(forward: Callable[..., Any], head: nn.Module | None, batch: MicroBatch) -> Tensor:
-    """Loss of every label in nats, float32 `[num_labels]`, with a graph for the backward pass.
+    """Compute the loss of every label in nats, float32 `[num_labels]`, with a graph for the backward pass.
 
     Args:
         forward: the engine or model to call.
         head: from `find_loss_head`: computes the loss in place of the logits, inside the module's own call, so that
-            ZeRO-3 has its weight at hand. None takes the model's logits.
+            ZeRO-3 has gathered its weight. None takes the model's logits.
         batch: the micro-batch, on the device.
     """
     if head is None:
@@ -61,13 +61,13 @@ def _same(logits: Tensor) -> Tensor:
 
 
 def loss_sums(losses: Tensor, batch: MicroBatch) -> Tensor:
-    """What divided by `batch.counts` is the loss of every example, `[batch]`.
+    """Sum losses so that, divided by `batch.counts`, they are the loss of every example, `[batch]`.
 
     An ordinary example's is the sum over its labelled tokens; a classification example's the cross-entropy over its
     candidates of the mean log-probability of each one's tokens (TASKS.md), whose count is 1.
 
     Args:
-        losses: of every label in nats, `[num_labels]`.
+        losses: losses of every label in nats, `[num_labels]`.
         batch: the micro-batch.
     """
     if batch.groups is None:
@@ -76,7 +76,7 @@ def loss_sums(losses: Tensor, batch: MicroBatch) -> Tensor:
 
 
 def candidate_scores(losses: Tensor, groups: CandidateGroups) -> Tensor:
-    """Mean log-probability of every candidate's tokens, `[batch, c]`; -inf where an example has fewer candidates."""
+    """Return the mean log-probability of every candidate's tokens, `[batch, c]`; -inf for missing candidates."""
     means = -sums_by_row(losses, groups.candidate_of, len(groups.sizes)) / groups.sizes
     scores = torch.full((len(groups.golds), groups.most), -torch.inf, dtype=losses.dtype, device=losses.device)
     return scores.index_put((groups.example_of, groups.place_of), means)

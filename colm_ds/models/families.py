@@ -1,6 +1,6 @@
-"""Model-family facts in one place: where the last layer's parts are, what LoRA adapts, what padding is filled with.
+"""Model-family facts in one place: parts of the last layer, modules that LoRA adapts, the pad token.
 
-Precision is a matter of the machine, not of the family: all are published in 16 bits and train in bfloat16 on GPUs, in
+Precision depends on the machine, not on the family: all are published in 16 bits and train in bfloat16 on GPUs, in
 float32 on CPUs, as `model.dtype` of each recipe says.
 """
 
@@ -53,7 +53,7 @@ FAMILIES: dict[str, Family] = {
 def set_pad_token(tokenizer: Any) -> None:
     """Give a tokenizer without a pad token its eos token to pad with; no token is added, no embedding resized.
 
-    Phi-2 and Llama-3 come without one. Which it is changes nothing: batches are right-padded, attention is causal and
+    Phi-2 and Llama-3 come without one. The choice changes nothing: batches are right-padded, attention is causal and
     padding has no labels; an example's own eos keeps its label.
     """
     if tokenizer.pad_token_id is None:

@@ -1,4 +1,4 @@
-"""Replacing a module's forward for a moment; its own hooks stay in place (ZeRO-3 gathers weights in them)."""
+"""Replace a module's forward temporarily; its hooks stay in place (ZeRO-3 gathers weights in them)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Forward = Callable[..., Any]
 
 @contextmanager
 def patched_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
-    """Run the block with other forward functions on some modules; restored also when the block raises."""
+    """Run the block with other forward functions on some modules; restored even if the block raises."""
     saved = {module: module.__dict__.get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
@@ -29,7 +29,7 @@ def patched_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Run the block in eval mode (dropout and activation checkpointing off), every module's own mode restored after."""
+    """Run the block in eval mode (dropout and activation checkpointing off), then restore every module's own mode."""
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:

@@ -1,4 +1,4 @@
-"""Cross-entropy at labelled positions only, never more than a chunk of logits at a time."""
+"""Compute the cross-entropy at labelled positions only, with at most one chunk of logits at a time."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _CHUNK_LOGITS = 1 << 23
 
 
 def token_losses(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocabulary_size: int) -> Tensor:
-    """Cross-entropy of every position in nats, float32 `[n]`.
+    """Compute the cross-entropy of every position in nats, float32 `[n]`.
 
-    With more than one chunk under autograd the logits of a chunk are computed again in the backward pass.
+    With more than one chunk under autograd each chunk's logits are recomputed in the backward pass.
 
     Args:
         head: maps `[n, hidden]` to logits `[n, vocabulary]`.
@@ -43,7 +43,7 @@ def token_losses(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tens
 
 
 def in_chunks(function: Callable[[Tensor], Tensor], hidden: Tensor, vocabulary_size: int) -> Tensor:
-    """Apply a function that passes through logits to a chunk of positions at a time, without gradients.
+    """Apply a function that computes logits to one chunk of positions at a time, without gradients.
 
     Args:
         function: maps `[n, hidden]` to one number for each row, `[n]`.
@@ -56,5 +56,5 @@ def in_chunks(function: Callable[[Tensor], Tensor], hidden: Tensor, vocabulary_s
 
 
 def sums_by_row(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """Sum of the values of every row, `[num_rows]`."""
+    """Sum the values of every row, `[num_rows]`."""
     return torch.zeros(num_rows, dtype=values.dtype, device=values.device).index_add(0, rows, values)
