@@ -1,1 +1,1 @@
-"""Reading the signal: per-example gradients of the last V projection, estimated by `spsa`, `exact` or `sketch`."""
+"""Probe the model: estimate the signal of every example by `spsa`, `exact`, `sketch`, `projection` or `tokens`."""

@@ -11,14 +11,14 @@ from colm_ds.randomness import private_generator
 from colm_ds.selection.transfer import to_device
 
 _BLOCK = 1 << 14
-"""Coordinates drawn from one generator: what is regenerated when a part of a direction is read."""
+"""Coordinates drawn from one generator: the unit regenerated when a part of a direction is read."""
 
 _CACHE_BYTES = 32 << 20
-"""Directions up to this size are kept for the step; larger sets are drawn again wherever they are read."""
+"""Directions up to this size are kept for the step; larger sets are drawn again at every read."""
 
 
 class Directions:
-    """K standard normal directions z of length d, drawn in blocks so that no more than a part need exist.
+    """K standard normal directions z of length d, drawn in blocks, so that only a part need exist at a time.
 
     Attributes:
         num_coordinates: d.
@@ -28,14 +28,14 @@ class Directions:
     def __init__(
         self, seed: int, epoch: int, num_probes: int, num_coordinates: int, device: torch.device | str = "cpu"
     ) -> None:
-        """Directions of one refresh.
+        """Prepare the directions of one refresh.
 
         Args:
             seed: seed of the run.
             epoch: the step for `refresh: step`, 0 for `refresh: run`.
             num_probes: K.
             num_coordinates: d.
-            device: where they are drawn; each type of device has numbers of its own.
+            device: where they are drawn; each type of device gives different numbers.
         """
         self.num_coordinates = num_coordinates
         self.num_probes = num_probes
@@ -47,13 +47,13 @@ class Directions:
             self._cache = torch.cat([block for _, block in self._blocks(0, num_coordinates)], dim=1)
 
     def direction(self, probe: int) -> Tensor:
-        """Direction number `probe`, float32 `[d]`."""
+        """Return direction number `probe`, float32 `[d]`."""
         if self._cache is not None:
             return self._cache[probe]
         return torch.cat([self._draw(block, probe) for block in range(self._num_blocks())])
 
     def chunk(self, start: int, stop: int) -> Tensor:
-        """Coordinates start to stop of every direction, float32 `[K, stop - start]`."""
+        """Return coordinates start to stop of every direction, float32 `[K, stop - start]`."""
         if self._cache is not None:
             return self._cache[:, start:stop]
         parts = [
@@ -62,7 +62,7 @@ class Directions:
         return torch.cat(parts, dim=1)
 
     def columns(self, index: Tensor) -> Tensor:
-        """Every direction at ascending coordinates, float32 `[K, len(index)]`."""
+        """Return every direction at ascending coordinates, float32 `[K, len(index)]`."""
         if self._cache is not None:
             return self._cache[:, index]
         parts = []
@@ -108,14 +108,14 @@ class LowRankDirections:
         rank: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Directions of one refresh.
+        """Prepare the directions of one refresh.
 
         Args:
             seed: seed of the run.
             epoch: the step for `refresh: step`, 0 for `refresh: run`.
             num_probes: K.
             shapes: rows and columns of every probed matrix, whose entries make the d coordinates.
-            rank: of z in each matrix, at most.
+            rank: maximum rank of z in each matrix.
             device: where they are drawn.
         """
         self.num_coordinates = sum(rows * columns for rows, columns in shapes)
@@ -129,15 +129,15 @@ class LowRankDirections:
             self._matrices.append((left / rank**0.5, right))
 
     def direction(self, probe: int) -> Tensor:
-        """Direction number `probe`, float32 `[d]`."""
+        """Return direction number `probe`, float32 `[d]`."""
         return torch.cat([(left[probe] @ right[probe]).flatten() for left, right in self._matrices])
 
     def chunk(self, start: int, stop: int) -> Tensor:
-        """Coordinates start to stop of every direction, float32 `[K, stop - start]`."""
+        """Return coordinates start to stop of every direction, float32 `[K, stop - start]`."""
         return self.columns(torch.arange(start, stop, device=self._device))
 
     def columns(self, index: Tensor) -> Tensor:
-        """Every direction at ascending coordinates, float32 `[K, len(index)]`."""
+        """Return every direction at ascending coordinates, float32 `[K, len(index)]`."""
         parts, offset = [], 0
         for left, right in self._matrices:
             width = right.shape[2]
@@ -150,7 +150,7 @@ class LowRankDirections:
 
 
 def sign_vectors(seed: int, purpose: str, epoch: int, count: int, size: int, device: torch.device) -> Tensor:
-    """`count` vectors of random signs, float32 `[count, size]`, drawn on the CPU: the same on every device."""
+    """Draw `count` vectors of random signs, float32 `[count, size]`, on the CPU: the same for every device."""
     generator = private_generator(seed, purpose, epoch)
     signs = torch.randint(0, 2, (count, size), generator=generator, dtype=torch.int8) * 2 - 1
     return to_device(signs, device).float()

@@ -1,4 +1,4 @@
-"""What every estimator of the signal does in a step: observe micro-batches, hand out signals, learn from the choice."""
+"""Interface of the estimators: observe a step's micro-batches, return signals, learn from the choice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from colm_ds.types import Coreset
 
 
 class Observer(Protocol):
-    """Takes in the micro-batches of a probe."""
+    """Observer of the micro-batches of a probe."""
 
     def observe(self, tail: TailInput, positions: Tensor, lengths: Sequence[int]) -> None:
         """See `Estimator.observe`."""
@@ -23,10 +23,10 @@ class Observer(Protocol):
 
 
 class Estimator(Observer, Protocol):
-    """Estimates per-example gradients of the probed matrices.
+    """Estimator of per-example gradients of the probed matrices.
 
     Attributes:
-        is_local: whether every rank's signals stay with it, so that all ranks select together.
+        is_local: whether signals stay on their rank, so that all ranks select together.
     """
 
     is_local: bool
@@ -37,9 +37,9 @@ class Estimator(Observer, Protocol):
         Args:
             step: 1-based optimizer step.
             probed: positions that any rank probes, ascending, int64 `[n]` on the CPU.
-            num_local: how many of them this rank probes.
-            parts: what the gradient of every example's mean loss is multiplied by to be what the step adds up: its
-                labelled tokens where the step is a mean over tokens, float32 `[r]` on the CPU; None: 1.
+            num_local: number of them that this rank probes.
+            parts: factor from the gradient of every example's mean loss to its term in the step's sum: its labelled
+                tokens if the step is a mean over tokens, float32 `[r]` on the CPU; None: 1.
         """
         ...
 
@@ -47,23 +47,23 @@ class Estimator(Observer, Protocol):
         """Probe one micro-batch, under no_grad.
 
         Args:
-            tail: what enters the last layer.
+            tail: input of the last layer.
             positions: position in the large batch of every row, int64 `[batch]` on the CPU; rows beyond them are
-                forgotten (the place holder of a rank that has nothing left to probe while others do).
+                ignored (the placeholder of a rank that has nothing left to probe while others do).
             lengths: tokens of every row.
         """
         ...
 
     def signals(self, batch_size: int, exchange: Exchange) -> Signals:
-        """The step's signals, exchanged as far as the estimator needs; called by all ranks together."""
+        """Return the step's signals, exchanged as far as the estimator needs; all ranks call it together."""
         ...
 
     def update(self, coreset: Coreset, exchange: Exchange) -> None:
-        """Learn from the selected examples of this step, if the estimator does; called by all ranks together."""
+        """Learn from the selected examples of this step, if the estimator does; all ranks call it together."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What later steps depend on, the same on every rank."""
+        """Return the state that later steps depend on, the same on every rank."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -72,13 +72,13 @@ class Estimator(Observer, Protocol):
 
 
 def multiplied(rows: Tensor, parts: Tensor | None, positions: Tensor, power: int = 1) -> Tensor:
-    """Return rows times the parts of their examples.
+    """Multiply rows by the parts of their examples.
 
     Args:
         rows: `[n, w]`.
         parts: see `Estimator.begin`, `[r]` on the CPU; None: 1.
-        positions: of the rows, int64 `[n]` on the CPU.
-        power: of the parts.
+        positions: positions of the rows, int64 `[n]` on the CPU.
+        power: exponent of the parts.
     """
     if parts is None:
         return rows
@@ -86,7 +86,7 @@ def multiplied(rows: Tensor, parts: Tensor | None, positions: Tensor, power: int
 
 
 class VectorRows:
-    """Short signals of the probed examples, collected on every rank and put together on all."""
+    """Short signals of the probed examples, collected on every rank and gathered on all."""
 
     def __init__(self) -> None:
         self._probed = torch.empty(0, dtype=torch.int64)
@@ -94,16 +94,16 @@ class VectorRows:
         self._positions: list[Tensor] = []
 
     def begin(self, probed: Tensor) -> None:
-        """Forget the last step."""
+        """Discard the last step."""
         self._probed, self._rows, self._positions = probed, [], []
 
     def add(self, positions: Tensor, vectors: Tensor) -> None:
-        """Take in one micro-batch's vectors, float32 `[batch, K]`."""
+        """Add one micro-batch's vectors, float32 `[batch, K]`."""
         self._positions.append(positions)
         self._rows.append(vectors)
 
     def gather(self, batch_size: int, width: int, device: torch.device, exchange: Exchange) -> Signals:
-        """Signals whose vectors are those of every probed example, on all ranks."""
+        """Gather the signals of every probed example on all ranks."""
         local = torch.cat(self._rows) if self._rows else torch.zeros(0, width, device=device)
         positions = torch.cat(self._positions) if self._positions else self._probed[:0]
         vectors = exchange.gather_rows(local, to_device(positions, device), batch_size)

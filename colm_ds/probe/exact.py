@@ -50,14 +50,14 @@ class ExactEstimator:
         self._positions.append(positions)
 
     def signals(self, batch_size: int, exchange: Exchange) -> Signals:
-        """See `Estimator.signals`; only which examples are finite travels here."""
+        """See `Estimator.signals`; only the finite flags are exchanged here."""
         matrix, positions = self.local_gradients()
         broken = torch.zeros(batch_size, device=self._device)
         broken[to_device(positions, self._device)] = (~finite_rows(matrix)).float()
         return Signals(positions, exchange.sum(broken) == 0, gradients=DenseGradients(matrix))
 
     def local_gradients(self) -> tuple[Tensor, Tensor]:
-        """This rank's gradients `[n, d]` and their positions `[n]`, these on the CPU."""
+        """Return this rank's gradients `[n, d]` and their positions `[n]`, the latter on the CPU."""
         matrix = self._matrix
         if matrix is None:
             matrix = torch.zeros(0, self._architecture.num_coordinates, device=self._device)
@@ -65,12 +65,12 @@ class ExactEstimator:
         return matrix, positions
 
     def update(self, coreset: Coreset, exchange: Exchange) -> None:
-        """Nothing to learn; the gradients' memory is given back."""
+        """Free the gradients' memory; there is nothing to learn."""
         self._matrix = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the selector keeps the history."""
+        """Return an empty state: the selector keeps the history."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
+        """Do nothing: there is no state."""

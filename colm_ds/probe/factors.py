@@ -1,4 +1,4 @@
-"""The two factors of the probed matrices' exact gradients, from one backward pass through the tail only."""
+"""Compute the two factors of the probed matrices' exact gradients by one backward pass through the tail only."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from colm_ds.probe.tail import TailInput, tail_losses
 
 
 def gradient_factors(architecture: Architecture, tail: TailInput) -> list[tuple[Tensor, Tensor]]:
-    """delta and x of every token: the gradient of L_i is the sum over its tokens of delta_t x_t^T.
+    """Return delta and x of every token: the gradient of L_i is the sum over its tokens of delta_t x_t^T.
 
     Runs the last layer and the head forward and backward once; no other layer is differentiated and no parameter
     receives a gradient.
 
     Args:
         architecture: the model's parts.
-        tail: what enters the last layer.
+        tail: input of the last layer.
 
     Returns:
         For each target delta `[batch, length, out]`, the gradient of the example's own loss at the projection's output,
-        zero at padding; x `[batch, length, in]`, the projection's input; the rows of a classification example are one
-        after the other along the length. Both in the model's compute dtype, but delta
-        of an fp16 model in float32.
+        zero at padding; x `[batch, length, in]`, the projection's input; the rows of a classification example are
+        concatenated along the length. Both in the model's compute dtype, except delta of an fp16 model, in float32.
     """
     seen: list[tuple[Tensor, Tensor]] = [(tail.hidden, tail.hidden)] * len(architecture.targets)
 
@@ -63,11 +62,11 @@ def gradient_factors(architecture: Architecture, tail: TailInput) -> list[tuple[
 
 
 def example_gradients(factors: list[tuple[Tensor, Tensor]], row: int, length: int) -> Tensor:
-    """The gradient of one example, all targets one after the other, float32 `[d]`.
+    """Return the gradient of one example, all targets concatenated, float32 `[d]`.
 
     Args:
         factors: from `gradient_factors`.
-        row: the example's place in the micro-batch.
+        row: the example's index in the micro-batch.
         length: its tokens (`MicroBatch.example_lengths`).
     """
     parts = [(delta[row, :length].T.float() @ inputs[row, :length].float()).flatten() for delta, inputs in factors]
@@ -75,7 +74,7 @@ def example_gradients(factors: list[tuple[Tensor, Tensor]], row: int, length: in
 
 
 def _by_token(values: Tensor, batch: MicroBatch) -> Tensor:
-    """`[batch, length, w]` from what the MLP sees, the labelled positions alone."""
+    """Expand values of the labelled positions, which alone reach the MLP, to `[batch, length, w]`."""
     if values.dim() == 3:
         return values
     return values.new_zeros(*batch.input_ids.shape, values.shape[-1]).index_put(batch.places, values)

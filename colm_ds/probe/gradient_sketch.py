@@ -1,4 +1,4 @@
-"""Per-example gradients of every trained linear module, seen through a Kronecker sketch of a few numbers a module.
+"""Per-example gradients of every trained linear module, reduced by a Kronecker sketch to a few numbers a module.
 
 For a module with input x `[T, in]` and gradient delta `[T, out]` at its output, an example's weight gradient is
 sum_t delta_t x_t^T. Its sketch is (delta P)^T (x Q), `side` x `side` numbers, with P `[out, side]` and Q `[in, side]`
@@ -25,10 +25,10 @@ from colm_ds.randomness import private_generator
 from colm_ds.selection.transfer import to_device
 
 SIDE, LEAST_SIDE = 48, 12
-"""Rows and columns of a module's sketch: by default, and at least."""
+"""Rows and columns of a module's sketch: default and minimum."""
 
 TABLE_BYTES = 1 << 30
-"""Most that the sketches of all examples may take together."""
+"""Maximum bytes of the sketches of all examples together."""
 
 MAX_TOKENS = 1024
 """Padded tokens of one pass: the graph of the whole model is kept, without activation checkpointing."""
@@ -39,8 +39,8 @@ class LinearModule:
     """A linear module whose weight is trained.
 
     Attributes:
-        name: in the model.
-        module: it.
+        name: its name in the model.
+        module: the module.
         in_features: width of its input.
         out_features: width of its output.
     """
@@ -51,25 +51,25 @@ class LinearModule:
     out_features: int
 
     def size(self, side: int) -> int:
-        """Return how many numbers a sketch of this side has."""
+        """Return the number of entries of a sketch of this side."""
         return min(self.in_features, side) * min(self.out_features, side)
 
 
 def trained_linears(model: nn.Module) -> list[LinearModule]:
-    """Return the trained linear modules of a model, in its order, without its output head.
+    """Return the trained linear modules of a model in order, without its output head.
 
     These are `nn.Linear` and transformers' `Conv1D`; under LoRA the adapters' own. Where every `lora_B` is zero, as in
     a fresh adapter, the gradients of `lora_A` are zero, and they are left out.
 
     Args:
-        model: any, also in a `PeftModel`.
+        model: any model, also in a `PeftModel`.
 
     Raises:
-        ProbeError: if there is none.
+        ProbeError: if there are none.
     """
     in_head = {id(module) for module in _head_modules(model)}
     fresh = is_fresh_adapter(model)
-    found = []
+    linears = []
     for name, module in model.named_modules():
         sizes = _sizes(module)
         weight = getattr(module, "weight", None)
@@ -77,13 +77,13 @@ def trained_linears(model: nn.Module) -> list[LinearModule]:
             continue
         if fresh and ".lora_A." in name:
             continue
-        found.append(LinearModule(name, module, *sizes))
-    if not found:
+        linears.append(LinearModule(name, module, *sizes))
+    if not linears:
         raise ProbeError(
             f"{type(model).__name__}: no linear module beside the output head has a trained weight, so there are no "
             "gradients to sketch. Train at least one, or leave out variance_every."
         )
-    return found
+    return linears
 
 
 def is_fresh_adapter(model: nn.Module) -> bool:
@@ -114,9 +114,9 @@ class GradientSketch:
     Attributes:
         linears: the modules, in the order of their numbers.
         side: rows and columns of a module's sketch.
-        width: numbers of an example.
-        num_exact: entries of the matrices whose whole gradients are given as well.
-        device: where the model is.
+        width: entries of an example's sketch.
+        num_exact: entries of the matrices whose full gradients are returned as well.
+        device: device of the model.
     """
 
     def __init__(
@@ -125,17 +125,17 @@ class GradientSketch:
         """Draw P and Q of every module.
 
         Args:
-            model: what a forward goes through, bare or in a `PeftModel`; not cut up by ZeRO-3.
-            seed: of P and Q, which depend on it, `name` and the module's place alone.
+            model: the model that a forward calls, bare or in a `PeftModel`; not partitioned by ZeRO-3.
+            seed: seed of P and Q, which depend on it, `name` and the module's index alone.
             side: see the class.
-            exact: matrices whose whole gradients `with_exact` gives as well.
-            name: tells sketches of the same seed apart.
+            exact: matrices whose full gradients `with_exact` returns as well.
+            name: distinguishes sketches of the same seed.
 
         Raises:
-            ProbeError: if no linear module is trained, or the weights are cut up.
+            ProbeError: if no linear module is trained, or the weights are partitioned.
         """
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-            raise ProbeError("gradient sketch: ZeRO-3 cuts the weights up. Measure at stage 0, 1 or 2.")
+            raise ProbeError("gradient sketch: ZeRO-3 partitions the weights. Measure at stage 0, 1 or 2.")
         self.linears = trained_linears(model)
         self.side = side
         self.width = sum(linear.size(side) for linear in self.linears)
@@ -163,12 +163,12 @@ class GradientSketch:
             `[examples, width]` on the device, float32 (float64 of a model in float64).
 
         Raises:
-            ProbeError: if a module sees something else than all tokens of the micro-batch, as an expert does.
+            ProbeError: if a module does not see all tokens of the micro-batch, as an expert does not.
         """
         return self.with_exact(micro)[0]
 
     def with_exact(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Return `rows`, and the whole gradients of the matrices of `exact`, one after the other, `[examples, d]`."""
+        """Return `rows`, and the full gradients of the matrices of `exact`, concatenated, `[examples, d]`."""
         num_examples = len(micro.counts)
         sketches = torch.zeros(num_examples, self.width, dtype=self._dtype, device=self.device)
         exact = torch.zeros(num_examples, self.num_exact, dtype=self._dtype, device=self.device)
@@ -211,13 +211,13 @@ class GradientSketch:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Takes in what a module sees and adds (delta P)^T (x Q) of every example to a part of a table.
+    """Add (delta P)^T (x Q) of every example at one module to a part of a table.
 
     Attributes:
-        name: of the module, for messages.
+        name: name of the module, for messages.
         micro: the micro-batch.
         owners: example of every row, int64 `[rows]`; None: rows are examples.
-        part: where the numbers go, `[examples, numbers]`.
+        part: destination, `[examples, numbers]`.
         left: P; None: the identity.
         right: Q; None: the identity.
         start: first column of the module's output that is read.
@@ -262,13 +262,13 @@ def _through(values: Tensor, projection: Tensor | None) -> Tensor:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity, whose backward pass shows the gradient to a reader; the anchor makes that pass reach every tap."""
+    """Identity whose backward pass gives the gradient to a reader; the anchor makes that pass reach every tap."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, anchor: Tensor, reader: _Reader, seen: Tensor) -> Tensor:
         ctx.reader = reader
         ctx.save_for_backward(seen)
-        return output.clone()  # not a view: what follows may change it in place
+        return output.clone()  # not a view: later operations may change it in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -279,7 +279,7 @@ class _Tap(torch.autograd.Function):
 
 @contextmanager
 def _tapped(module: nn.Module, reader: _Reader, anchor: Tensor) -> Iterator[None]:
-    """Let a reader see the inputs and output gradients of every call of a module; its hook goes with the block."""
+    """Let a reader see the inputs and output gradients of every call of a module; remove the hook afterwards."""
 
     def hook(called: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         tapped: Tensor = _apply(output, anchor, reader, reader.seen(inputs[0]))
@@ -306,7 +306,7 @@ def _head_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
-    """Return in and out features of a linear module; None for other modules."""
+    """Return the input and output features of a linear module; None for other modules."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     weight = getattr(module, "weight", None)

@@ -1,4 +1,4 @@
-"""The probed weights, read while their modules run: under ZeRO-3 they are whole only then."""
+"""Read the probed weights while their modules run: under ZeRO-3 they are gathered only then."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def reading_parameters(targets: Sequence[ProbeTarget]) -> Iterator[Callable[[], 
     """Keep a copy of the targets' weights from their first forward in the block.
 
     Yields:
-        A function that gives them, flattened and one after the other, float32 `[d]`; to be called after the block.
+        A function that returns them, flattened and concatenated, float32 `[d]`; call it after the block.
     """
     weights: dict[int, Tensor] = {}
 
@@ -31,9 +31,9 @@ def reading_parameters(targets: Sequence[ProbeTarget]) -> Iterator[Callable[[], 
 
     with ExitStack() as hooks:
         for place, target in enumerate(targets):
-            # Before the forward, after ZeRO-3's own hook has gathered the weight; after the forward it is gone again.
+            # Before the forward, after ZeRO-3's own hook has gathered the weight; after the forward it is released.
             hooks.callback(target.module.register_forward_pre_hook(hook(place, target)).remove)
         yield lambda: torch.cat([weights[place] for place in range(len(targets))])
         for place, target in enumerate(targets):
-            if place not in weights:  # this rank probed nothing; outside ZeRO-3 the weights are at hand
+            if place not in weights:  # this rank probed nothing; outside ZeRO-3 the weights are available
                 read(place, target)

@@ -1,4 +1,4 @@
-"""`projection`: exact gradients, Adam-normalised entry by entry, seen through K random directions (CoLM, section 5)."""
+"""`projection`: exact gradients, Adam-normalised entry by entry, projected on K random directions (CoLM, section 5)."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _WIDTH = 1 << 14
 
 
 def project(gradients: DenseGradients, directions: Directions, history: AdamHistory | None) -> Tensor:
-    """z_k . u_i / sqrt(K) for u_i = g_i, Adam-normalised where there is a history; float32 `[n, K]`.
+    """Compute z_k . u_i / sqrt(K) for u_i = g_i, Adam-normalised if there is a history; float32 `[n, K]`.
 
     Distances between projections are those between the u_i up to a relative error of about 1 / sqrt(K).
 
     Args:
         gradients: `[n, d]`.
         directions: z, standard normal.
-        history: of the selected examples' gradients.
+        history: history of the selected examples' gradients.
     """
     rows = torch.arange(len(gradients.matrix), device=gradients.matrix.device)
     vectors = torch.zeros(len(rows), directions.num_probes, device=gradients.matrix.device)
@@ -42,7 +42,7 @@ def project(gradients: DenseGradients, directions: Directions, history: AdamHist
 
 
 class ProjectionEstimator:
-    """K numbers per example travel; every rank keeps its examples' gradients until the choice is made."""
+    """K numbers per example are exchanged; every rank keeps its examples' gradients until the choice is made."""
 
     is_local = False
 
@@ -85,7 +85,7 @@ class ProjectionEstimator:
         return self._rows.gather(batch_size, self._num_probes, self._device, exchange)
 
     def update(self, coreset: Coreset, exchange: Exchange) -> None:
-        """Take the selected medoids' gradients into the history, summed over ranks."""
+        """Add the selected medoids' gradients to the history, summed over ranks."""
         medoids = coreset.positions[coreset.num_kept :]
         if self._history is not None:
             matrix, positions = self._exact.local_gradients()
@@ -94,7 +94,7 @@ class ProjectionEstimator:
         self._exact.update(coreset, exchange)
 
     def state_dict(self) -> dict[str, Any]:
-        """The history."""
+        """Return the history."""
         return self._history.state_dict() if self._history else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ def make_estimator(
     adam: bool,
     signal: str = "gradient",
 ) -> Estimator:
-    """The estimator that the `"probe"` section asks for, or the one of a baseline's score.
+    """Make the estimator of the `"probe"` section, or that of a baseline's score.
 
     Args:
         config: the section.
@@ -36,7 +36,7 @@ def make_estimator(
         betas: beta1 and beta2 of the optimizer in use.
         eps: eps of the optimizer in use.
         adam: whether gradients are compared in Adam's geometry; `spsa` and `exact` leave that to the selector.
-        signal: what the selector wants: "gradient", or one of `SCORES`.
+        signal: signal that the selector needs: "gradient", or one of `SCORES`.
     """
     if signal != "gradient":
         return ScoreEstimator(architecture, device, signal)

@@ -1,8 +1,8 @@
 """Forward replay: the probe's pass is the checkpointed first forward of the examples that are then selected.
 
-With activation checkpointing, training runs every layer forward twice: once to get through, once more in the backward
-pass. The probe has been through already. It leaves the hidden states between the layers, training starts from them, and
-only the recomputation is left: b forwards less, with the same gradients (DESIGN, section 3).
+With activation checkpointing, training runs every layer forward twice: in the forward pass, and once more in the
+backward pass. The probe has already run the forward pass: it keeps the hidden states between the layers, training
+starts from them, and only the recomputation is left: b forwards less, with the same gradients (DESIGN, section 3).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Run = Callable[[Tensor], Any]
 
 
 class _Replayed(torch.autograd.Function):
-    """Forward: the stored output. Backward: run the layer on its input and go back through it."""
+    """Forward: the stored output. Backward: run the layer on its input and differentiate it."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, attach: Tensor, output: Tensor, run: Run) -> Tensor:
@@ -47,12 +47,12 @@ class _Replayed(torch.autograd.Function):
 
 
 _Row = tuple[int, int]
-"""A position in the large batch, and which of its example's rows."""
+"""A position in the large batch, and the index of a row of its example."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a row was in the probe's pass."""
+    """Place of a row in the probe's pass."""
 
     micro_batch: int
     row: int
@@ -60,7 +60,7 @@ class _Place:
 
 
 def why_not_replay(architecture: Architecture) -> str | None:
-    """What keeps this model's forwards from being replayed; None if nothing does."""
+    """Return the reason why this model's forwards cannot be replayed; None if they can."""
     layers = list(architecture.layers)
     if not all(getattr(layer, "gradient_checkpointing", False) for layer in layers):
         return "activation checkpointing is off, so no forward is computed twice"
@@ -81,7 +81,7 @@ class ReplayStore:
     """Hidden states at the layer boundaries of one step's examples, on this rank.
 
     Attributes:
-        num_bytes: size of what is stored now.
+        num_bytes: bytes stored now.
     """
 
     def __init__(self, architecture: Architecture, *, offload: bool = False, seed: int = 0) -> None:
@@ -90,9 +90,9 @@ class ReplayStore:
         Args:
             architecture: its parts.
             offload: keep the states in host memory (pinned where there is a GPU).
-            seed: seed of the run; dropout masks of replayed layers follow from it.
+            seed: seed of the run, which determines dropout masks of replayed layers.
         """
-        self._layers = list(architecture.layers)[:-1]  # the last layer runs as usual: nothing was stored behind it
+        self._layers = list(architecture.layers)[:-1]  # the last layer runs as usual: its output was not stored
         self._last = architecture.last_layer
         self._offload = offload
         self._seed = seed
@@ -100,7 +100,7 @@ class ReplayStore:
         self._states: list[list[Tensor]] = []  # by micro-batch of the probe, by layer
         self._shapes: list[tuple[int, int]] = []
         self._places: dict[_Row, _Place] = {}
-        self._rows: list[dict[int, int]] = []  # by micro-batch: where a row is after the others were dropped
+        self._rows: list[dict[int, int]] = []  # by micro-batch: index of a row after the others were dropped
         self._attach: Tensor | None = None
         modules = [module for layer in self._layers for module in layer.modules()]
         dropouts = [module for module in modules if isinstance(module, nn.Dropout) and module.p > 0]
@@ -108,16 +108,16 @@ class ReplayStore:
 
     @property
     def num_bytes(self) -> int:
-        """Size of what is stored now."""
+        """Bytes stored now."""
         return sum(state.numel() * state.element_size() for states in self._states for state in states)
 
     def bytes_on(self, device: torch.device) -> int:
-        """Size of what is stored now on a type of device."""
+        """Return the bytes stored now on a type of device."""
         states = [state for states in self._states for state in states if state.device.type == device.type]
         return sum(state.numel() * state.element_size() for state in states)
 
     def begin(self, step: int) -> None:
-        """Forget the last step."""
+        """Discard the last step."""
         self._step = step
         self._states, self._shapes, self._places, self._rows = [], [], {}, []
 
@@ -148,11 +148,11 @@ class ReplayStore:
             yield
         self._states.append(states)
         self._rows.append({row: row for row in range(len(positions))})
-        for row, (key, length) in enumerate(zip(_keys(positions), lengths, strict=False)):  # none of a place holder
+        for row, (key, length) in enumerate(zip(_keys(positions), lengths, strict=False)):  # none for a placeholder
             self._places[key] = _Place(number, row, length)
 
     def keep(self, positions: Sequence[int]) -> None:
-        """Free the memory of all other examples; offloaded states have arrived, as the choice was waited for."""
+        """Free the memory of all other examples; offloaded states have arrived, as the choice synchronised."""
         wanted = set(positions)
         self._places = {key: place for key, place in self._places.items() if key[0] in wanted}
         for number, states in enumerate(self._states):
@@ -163,12 +163,12 @@ class ReplayStore:
                 states[:] = [state[index] for state in states]
 
     def has(self, positions: Sequence[int]) -> bool:
-        """Whether a micro-batch of these positions can be replayed here."""
+        """Return whether a micro-batch of these positions can be replayed here."""
         return len(positions) > 0 and all((position, 0) in self._places for position in positions)
 
     @contextmanager
     def replaying(self, positions: Sequence[int]) -> Iterator[None]:
-        """Let the forward and backward of one micro-batch of these positions start from the stored states.
+        """Start the forward and backward of one micro-batch of these positions from the stored states.
 
         Args:
             positions: position in the large batch of every row of the training micro-batch.
@@ -200,7 +200,7 @@ class ReplayStore:
         return replay
 
     def _assemble(self, number: int, positions: Sequence[int], like: Tensor) -> Tensor:
-        """The stored output of one layer for a training micro-batch, zero at padding, `[batch, length, hidden]`."""
+        """Assemble one layer's stored output for a training micro-batch, zero at padding, `[batch, length, hidden]`."""
         output = like.new_zeros(like.shape)
         for row, key in enumerate(_keys(positions)):
             place = self._places[key]
@@ -216,7 +216,7 @@ class ReplayStore:
         return host.copy_(hidden, non_blocking=True)
 
     def _mask(self, micro_batch: int, module: nn.Dropout, like: Tensor) -> Tensor:
-        """Dropout mask of a whole micro-batch of the probe, scaled; from seed, step, micro-batch and module alone."""
+        """Draw the scaled dropout mask of a probe micro-batch, from seed, step, micro-batch and module alone."""
         number, probability = self._dropouts[module]
         rows, length = self._shapes[micro_batch] if micro_batch < len(self._shapes) else like.shape[:2]
         generator = private_generator(self._seed, "dropout", self._step, micro_batch, number, device=like.device)
@@ -224,7 +224,7 @@ class ReplayStore:
         return (drawn >= probability).to(like.dtype) / (1.0 - probability)
 
     def _mask_of(self, positions: Sequence[int], module: nn.Dropout, like: Tensor) -> Tensor:
-        """The same masks for the rows of a training micro-batch, one elsewhere."""
+        """Return the same masks for the rows of a training micro-batch; ones elsewhere."""
         mask = torch.ones_like(like)
         keys = _keys(positions)
         for micro_batch in sorted({self._places[key].micro_batch for key in keys}):
@@ -237,7 +237,7 @@ class ReplayStore:
 
 
 def _keys(positions: Sequence[int]) -> list[_Row]:
-    """Names of the rows of a micro-batch from the position of each."""
+    """Return keys of a micro-batch's rows from the position of each."""
     seen: dict[int, int] = {}
     keys = []
     for position in positions:
@@ -260,16 +260,16 @@ def _restore(module: nn.Module, name: str, value: Any) -> None:
 def choose_replay(
     config: CoLMSection, architecture: Architecture, num_tokens: float, device: torch.device
 ) -> tuple[ReplayStore | None, str | None]:
-    """The store for forward replay, or none; then why `replay: auto` came to nothing, if it did.
+    """Return the store for forward replay, or None and the reason why `replay: auto` is off, if it is.
 
     Args:
         config: the `"colm"` section.
         architecture: parts of the model.
-        num_tokens: of a rank's share of a large batch, about.
-        device: where the states would be kept.
+        num_tokens: approximate tokens of a rank's share of a large batch.
+        device: device for the states.
 
     Raises:
-        ConfigError: if replay is asked for and cannot be.
+        ConfigError: if replay is requested but impossible.
     """
     if config.replay == "off":
         return None, None

@@ -1,4 +1,4 @@
-"""What the baselines look at: one number per example, or its last hidden state, from the same pass as the probe."""
+"""Signals of the baselines: one number per example, or its last hidden state, from the same pass as the probe."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SCORES = ("loss", "confidence", "gradient_norm", "hidden")
 
 
 def confidences(architecture: Architecture, tail: TailInput) -> Tensor:
-    """Mean over labelled positions of the likeliest token's probability, float32 `[batch]`; the likeliest candidate's.
+    """Return the mean probability of the likeliest tokens, or that of the likeliest candidate, float32 `[batch]`.
 
     Args:
         architecture: the model's parts.
-        tail: what enters the last layer.
+        tail: input of the last layer.
     """
     batch, head = tail.batch, architecture.head
     if batch.groups is not None:
@@ -40,18 +40,18 @@ def confidences(architecture: Architecture, tail: TailInput) -> Tensor:
 
     hidden = labelled_hidden(architecture, tail)
     with patched_forwards({head: largest_probability}):
-        found = head(hidden)
-    return sums_by_row(found, batch.rows, len(batch.counts)) / batch.counts.clamp_min(1.0)
+        largest = head(hidden)
+    return sums_by_row(largest, batch.rows, len(batch.counts)) / batch.counts.clamp_min(1.0)
 
 
 def gradient_norms(architecture: Architecture, tail: TailInput) -> Tensor:
-    """Norm of each example's gradient of the probed matrices, float32 `[batch]`, from its token factors.
+    """Return the norm of each example's gradient of the probed matrices, float32 `[batch]`, from its token factors.
 
     |sum_t delta_t x_t^T|^2 = sum_ts (delta_t . delta_s)(x_t . x_s), so no gradient is formed.
 
     Args:
         architecture: the model's parts.
-        tail: what enters the last layer.
+        tail: input of the last layer.
     """
     squares = torch.zeros_like(tail.batch.counts)
     for delta, inputs in gradient_factors(architecture, tail):
@@ -62,21 +62,21 @@ def gradient_norms(architecture: Architecture, tail: TailInput) -> Tensor:
 
 
 def last_hidden(architecture: Architecture, tail: TailInput) -> Tensor:
-    """Final hidden state where the last token is predicted, after the norm, float32 `[batch, hidden]`.
+    """Return the final hidden state, after the norm, that predicts the last token, float32 `[batch, hidden]`.
 
-    Of a classification example it is the one at the end of the prompt.
+    For a classification example it is that at the end of the prompt.
 
     Args:
         architecture: the model's parts.
-        tail: what enters the last layer.
+        tail: input of the last layer.
     """
     batch = tail.batch
     hidden = labelled_hidden(architecture, tail).float()
     if batch.groups is not None:
         return hidden[batch.groups.firsts]
-    last = batch.counts.long().cumsum(0) - 1  # labelled positions come row by row
-    found = hidden[last.clamp_min(0)]
-    return torch.where(batch.counts[:, None] > 0, found, torch.zeros_like(found))
+    last = batch.counts.long().cumsum(0) - 1  # labelled positions are ordered by row
+    states = hidden[last.clamp_min(0)]
+    return torch.where(batch.counts[:, None] > 0, states, torch.zeros_like(states))
 
 
 class ScoreEstimator:
@@ -92,27 +92,27 @@ class ScoreEstimator:
         self._rows = VectorRows()
 
     def begin(self, step: int, probed: Tensor, num_local: int, parts: Tensor | None = None) -> None:
-        """See `Estimator.begin`; a score is of an example alone, whatever the step adds up."""
+        """See `Estimator.begin`; a score depends on its example alone, so `parts` are ignored."""
         self._rows.begin(probed)
 
     def observe(self, tail: TailInput, positions: Tensor, lengths: Sequence[int]) -> None:
         """See `Estimator.observe`."""
-        found = self._score(tail)
-        self._rows.add(positions, found.reshape(len(found), -1)[: len(positions)])
+        scores = self._score(tail)
+        self._rows.add(positions, scores.reshape(len(scores), -1)[: len(positions)])
 
     def signals(self, batch_size: int, exchange: Exchange) -> Signals:
         """See `Estimator.signals`."""
         return self._rows.gather(batch_size, self._width, self._device, exchange)
 
     def update(self, coreset: Coreset, exchange: Exchange) -> None:
-        """Nothing to learn."""
+        """Do nothing: there is nothing to learn."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep."""
+        """Return an empty state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
+        """Do nothing: there is no state."""
 
     def _score(self, tail: TailInput) -> Tensor:
         if self._kind == "gradient_norm":

@@ -1,4 +1,4 @@
-"""`sketch`: the exact gradient seen through K numbers a_k^T G_i b_k, without ever forming it (DESIGN, section 2.3)."""
+"""`sketch`: the exact gradient reduced to K numbers a_k^T G_i b_k, without ever forming it (DESIGN, section 2.3)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from colm_ds.selection import Exchange, Signals
 from colm_ds.types import Coreset
 
 _FLOOR = 1e-4
-"""Least second moment of a row or column, relative to the mean one: a scale differs from another by 100 at most."""
+"""Minimum second moment of a row or column, relative to the mean one: scales differ by a factor of at most 100."""
 
 
 def sketch_vectors(delta: Tensor, inputs: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """c_ik = sum over tokens of (delta_t . a_k)(x_t . b_k) / sqrt(K), which is a_k^T G_i b_k / sqrt(K).
+    """Compute c_ik = sum over tokens of (delta_t . a_k)(x_t . b_k) / sqrt(K) = a_k^T G_i b_k / sqrt(K).
 
     Args:
         delta: `[batch, length, out]`.
@@ -38,7 +38,7 @@ def sketch_vectors(delta: Tensor, inputs: Tensor, rows: Tensor, columns: Tensor)
 
 
 def second_moments(delta: Tensor, inputs: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Means over columns and over rows of G_i^2, estimated through the same signs without forming G_i.
+    """Estimate means over columns and over rows of G_i^2 by the same signs, without forming G_i.
 
     For random signs b the square of (G_i b)_o has the mean sum_j G_ioj^2; the mean over K vectors is unbiased, with a
     relative standard error of at most sqrt(2 / K) per example.
@@ -76,11 +76,11 @@ class FactoredHistory:
         self._beta2 = beta2
 
     def scales(self) -> tuple[Tensor, Tensor]:
-        """Inverse square roots for delta `[out]` and x `[in]`, each relative to its mean; ones before any update."""
+        """Return inverse square roots for delta `[out]` and x `[in]`, relative to their means; ones before any update."""
         return _inverse_root(self.row), _inverse_root(self.column)
 
     def update(self, row_mean: Tensor, column_mean: Tensor) -> None:
-        """Take in the means over this step's selected examples."""
+        """Update with the means over this step's selected examples."""
         self.row.mul_(self._beta2).add_(row_mean, alpha=1.0 - self._beta2)
         self.column.mul_(self._beta2).add_(column_mean, alpha=1.0 - self._beta2)
         self.count += 1
@@ -92,7 +92,7 @@ def _inverse_root(moment: Tensor) -> Tensor:
 
 
 class SketchEstimator:
-    """K numbers per example: r x K floats travel, no mask is needed, the second moment is kept as two vectors."""
+    """K numbers per example: r x K floats are exchanged, without a mask; the second moment is kept as two vectors."""
 
     is_local = False
 
@@ -142,7 +142,7 @@ class SketchEstimator:
             vectors.append(sketch_vectors(delta, inputs, rows * row_scale, columns * column_scale))
             if self._adam:
                 moments += second_moments(delta, inputs, rows, columns)
-        # Matrices have signs of their own: the sum of their sketches is a sketch of all together.
+        # Each matrix has its own signs, so the sum of their sketches is a sketch of all together.
         self._rows.add(positions, multiplied(torch.stack(vectors).sum(dim=0), self._parts, positions))
         if self._adam:
             squares = multiplied(torch.cat(moments, dim=1), self._parts, positions, power=2)
@@ -153,7 +153,7 @@ class SketchEstimator:
         return self._rows.gather(batch_size, self._num_probes, self._device, exchange)
 
     def update(self, coreset: Coreset, exchange: Exchange) -> None:
-        """Take the selected medoids' second moments into the history, summed over ranks."""
+        """Add the selected medoids' second moments to the history, summed over ranks."""
         medoids = coreset.positions[coreset.num_kept :].tolist()
         if medoids and self._adam:
             sizes = [len(part) for history in self._histories for part in (history.row, history.column)]
@@ -167,7 +167,7 @@ class SketchEstimator:
         self._moments = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The factored histories, those of several matrices one after the other."""
+        """Return the factored histories, concatenated over matrices."""
         return {
             "row": torch.cat([history.row for history in self._histories]),
             "column": torch.cat([history.column for history in self._histories]),
@@ -178,7 +178,7 @@ class SketchEstimator:
         """Restore the factored histories.
 
         Raises:
-            ProbeError: if it is of another shape.
+            ProbeError: if their shapes differ.
         """
         sizes = [
             [len(history.row) for history in self._histories],
@@ -195,7 +195,7 @@ class SketchEstimator:
             history.count = int(state["count"])
 
     def _draw(self, place: int, epoch: int, target: ProbeTarget) -> tuple[Tensor, Tensor]:
-        """a and b of one matrix."""
+        """Draw a and b of one matrix."""
         suffix, count = str(place) if place else "", self._num_probes
         rows = sign_vectors(self._seed, f"rows{suffix}", epoch, count, target.out_features, self._device)
         columns = sign_vectors(self._seed, f"columns{suffix}", epoch, count, target.in_features, self._device)

@@ -21,7 +21,7 @@ from colm_ds.types import Coreset
 
 @contextmanager
 def shifted_output(target: ProbeTarget, direction: Tensor, epsilon: float) -> Iterator[None]:
-    """Let the target compute as if `epsilon` times `direction` were added to its weight, which stays untouched.
+    """Make the target compute as if `epsilon` times `direction` were added to its weight, which stays untouched.
 
     Args:
         target: the probed linear map.
@@ -51,14 +51,14 @@ def spsa_coefficients(
     epsilon: float,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """c_ik = (L_i(theta + eps z_k) - L_i(theta - eps z_k)) / (2 eps), float32 `[batch, K]`.
+    """Compute c_ik = (L_i(theta + eps z_k) - L_i(theta - eps z_k)) / (2 eps), float32 `[batch, K]`.
 
     Args:
         architecture: the model's parts.
-        tail: what enters the last layer.
+        tail: input of the last layer.
         directions: z.
         epsilon: eps.
-        dtype: float32 or float64, in which the last layer, norm and head compute.
+        dtype: float32 or float64, the dtype in which the last layer, norm and head compute.
     """
     sizes = [target.num_coordinates for target in architecture.targets]
     tail = tail.cast(dtype)
@@ -78,7 +78,7 @@ def spsa_coefficients(
 
 
 class SpsaEstimator:
-    """K finite differences per example; r x K floats travel and the ranks' examples are selected from together."""
+    """K finite differences per example; r x K floats are exchanged, and the choice is among all ranks' examples."""
 
     is_local = False
 
@@ -107,10 +107,10 @@ class SpsaEstimator:
         self._rows = VectorRows()
         self._parts: Tensor | None = None
         with precise_tail(architecture, dtype):
-            pass  # what it cannot handle is an error now, on every rank, and not in the first step
+            pass  # raise now, on every rank, what would fail in the first step
 
     def begin(self, step: int, probed: Tensor, num_local: int, parts: Tensor | None = None) -> None:
-        """See `Estimator.begin`; the step's directions are drawn when the first examples come."""
+        """See `Estimator.begin`; the step's directions are drawn with the first examples."""
         self._rows.begin(probed)
         self._parts = parts
         epoch = step if self._every_step else 0
@@ -129,14 +129,14 @@ class SpsaEstimator:
         return replace(signals, gradients=LowRankGradients(signals.vectors, self._directions_now()))
 
     def update(self, coreset: Coreset, exchange: Exchange) -> None:
-        """Nothing to learn: the selector keeps the history."""
+        """Do nothing: the selector keeps the history."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: directions follow from seed and step."""
+        """Return an empty state: directions follow from seed and step."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
+        """Do nothing: there is no state."""
 
     def _directions_now(self) -> Directions | LowRankDirections:
         if self._directions is None:

@@ -24,13 +24,13 @@ _CAST_ELEMENTS = 1 << 22
 
 @dataclass(frozen=True)
 class TailInput:
-    """What enters the last layer for one micro-batch.
+    """Input of the last layer for one micro-batch.
 
     Attributes:
         hidden: hidden states, `[batch, length, hidden]`.
         args: further positional arguments of the layer.
         kwargs: its keyword arguments (mask, rotary embeddings, positions).
-        batch: the micro-batch, with the places that have a loss.
+        batch: the micro-batch, with its labelled positions.
     """
 
     hidden: Tensor
@@ -39,20 +39,20 @@ class TailInput:
     batch: MicroBatch
 
     def cast(self, dtype: torch.dtype) -> TailInput:
-        """The same with every floating tensor in a type."""
+        """Return the same with every floating-point tensor cast to a dtype."""
         return TailInput(_cast(self.hidden, dtype), _cast(self.args, dtype), _cast(self.kwargs, dtype), self.batch)
 
 
 def run_trunk(
     model: nn.Module, architecture: Architecture, batch: MicroBatch, dtype: torch.dtype | None = None
 ) -> TailInput:
-    """One no-grad pass through every layer but the last; the norm and the head are skipped.
+    """Run one no-grad pass through every layer but the last; skip the norm and the head.
 
     Args:
-        model: what to call: the module of the DeepSpeed engine, or the model itself.
+        model: the module to call: that of the DeepSpeed engine, or the model itself.
         architecture: its parts.
         batch: the micro-batch, on the device.
-        dtype: compute in this type instead of the model's own (autocast); what is captured has the model's.
+        dtype: compute in this dtype instead of the model's own (autocast); the captured states have the model's.
     """
     captured: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
@@ -89,14 +89,14 @@ def _first_position(hidden: Tensor) -> Tensor:
 
 
 def labelled_hidden(architecture: Architecture, tail: TailInput) -> Tensor:
-    """Hidden states after the final norm at labelled positions, `[num_labels, hidden]`.
+    """Return the hidden states after the final norm at labelled positions, `[num_labels, hidden]`.
 
-    Runs the last layer's attention on all positions; its MLP and the norm on labelled ones, as nothing behind the
+    Runs the last layer's attention on all positions, its MLP and the norm on labelled ones, as nothing after the
     attention mixes positions. Hooks on the layer's modules apply.
 
     Args:
         architecture: the model's parts.
-        tail: what enters the last layer.
+        tail: input of the last layer.
     """
     batch = tail.batch
     mlp = architecture.last_layer.mlp
@@ -114,12 +114,12 @@ def labelled_hidden(architecture: Architecture, tail: TailInput) -> Tensor:
 
 
 def tail_losses(architecture: Architecture, tail: TailInput) -> Tensor:
-    """Loss of every example in nats, float32 `[batch]`; see `labelled_hidden` and `loss_sums`."""
+    """Return the loss of every example in nats, float32 `[batch]`; see `labelled_hidden` and `loss_sums`."""
     return loss_sums(label_losses(architecture, tail), tail.batch) / tail.batch.counts.clamp_min(1.0)
 
 
 def label_losses(architecture: Architecture, tail: TailInput) -> Tensor:
-    """Loss of every label in nats, float32 `[num_labels]`."""
+    """Return the loss of every label in nats, float32 `[num_labels]`."""
     head, targets = architecture.head, tail.batch.targets
     plain_head: Callable[[Tensor], Tensor] = head.forward
 
@@ -134,13 +134,13 @@ def label_losses(architecture: Architecture, tail: TailInput) -> Tensor:
 
 @contextmanager
 def precise_tail(architecture: Architecture, dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """Let the last layer, norm and head compute in float32 or float64 whatever the type of their weights.
+    """Make the last layer, norm and head compute in float32 or float64, whatever the dtype of their weights.
 
     Weights are cast a part at a time inside the modules' forwards and stay as they are. A finite difference in bf16
     would be noise (DESIGN, section 3); one with TF32 matrix products nearly so, hence full float32 products.
 
     Raises:
-        ProbeError: if a module with weights, or the attention, is of a kind that cannot be run so.
+        ProbeError: if a module with weights, or the attention, cannot run in that dtype.
     """
     attention = str(getattr(getattr(architecture.model, "config", None), "_attn_implementation", ""))
     if "flash" in attention:
@@ -157,7 +157,7 @@ def precise_tail(architecture: Architecture, dtype: torch.dtype = torch.float32)
             forward = _precise_forward(name, module, dtype)
             if forward is not None:
                 forwards[module] = forward
-    for module in casting:  # LoRA layers would round their input to the adapter's type
+    for module in casting:  # LoRA layers would round their input to the adapter's dtype
         module.cast_input_dtype_enabled = False
     try:
         device_type = str(architecture.head.weight.device.type)
@@ -170,11 +170,11 @@ def precise_tail(architecture: Architecture, dtype: torch.dtype = torch.float32)
 
 @contextmanager
 def _full_products() -> Iterator[None]:
-    """Matrix products of float32 in float32, also where the user allows TF32; the settings are restored after."""
+    """Compute float32 matrix products in float32 even if the user allows TF32; then restore the settings."""
     backends = [backend.matmul for backend in (torch.backends.cuda, torch.backends.mkldnn)]
     settings = [getattr(backend, "fp32_precision", None) for backend in backends]  # since torch 2.9
     precision = None
-    with suppress(RuntimeError):  # torch refuses the older interface where the newer one is in use
+    with suppress(RuntimeError):  # torch refuses the older interface if the newer one is in use
         precision = torch.get_float32_matmul_precision()
     try:
         if precision is not None:
@@ -192,7 +192,7 @@ def _full_products() -> Iterator[None]:
 
 
 def _precise_forward(name: str, module: nn.Module, dtype: torch.dtype) -> Forward | None:
-    """A forward in a higher type for a module with weights of its own in a lower one, None where its own serves."""
+    """Return a forward in a higher dtype for a module with weights in a lower one; None if its own forward will do."""
     weights = [parameter for parameter in module.parameters(recurse=False) if parameter.dtype != dtype]
     if not weights:
         return None
@@ -216,7 +216,7 @@ def _precise_forward(name: str, module: nn.Module, dtype: torch.dtype) -> Forwar
 
 def _precise_rms_norm(module: nn.Module, dtype: torch.dtype) -> Forward | None:
     if dtype == torch.float32:
-        return None  # the module's own computes in float32 and multiplies in the input's type
+        return None  # the module's own forward computes in float32 and multiplies in the input's dtype
     epsilon = float(module.variance_epsilon)  # type: ignore[arg-type]
 
     def forward(hidden: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ def _precise_linear(module: nn.Linear, dtype: torch.dtype) -> Forward:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating tensors of a nested structure in a type, all else as it is."""
+    """Cast the floating-point tensors of a nested structure; leave everything else as it is."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, (tuple, list)):

@@ -1,7 +1,7 @@
-"""`tokens`: what an example's labels are, looked up in the model's input embeddings; no pass of the model at all.
+"""`tokens`: an example's labels, looked up in the model's input embeddings, without any pass of the model.
 
 phi_i = T_i^(-p) x mean over the labelled tokens of a vector for each token id, T_i their number. With one pool and
-matched weights its medoids stand for a large batch as well as those of the exact gradient do.
+matched weights its medoids represent a large batch as well as those of the exact gradient.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from colm_ds.selection import Exchange, Signals
 from colm_ds.types import Coreset, Example
 
 WIDTH = 256
-"""Numbers of a token's vector: embeddings are seen through as many random directions (benchmarks/token_signal.py)."""
+"""Numbers of a token's vector: embeddings are projected on as many random directions (benchmarks/token_signal.py)."""
 
 _ROWS_AT_ONCE = 8192
 
@@ -33,12 +33,12 @@ def token_vectors(embedding: Tensor, seed: int, width: int = WIDTH, occurs: Tens
 
     Args:
         embedding: `[vocabulary, hidden]` of any float type, on the CPU. A coordinate that never changes becomes 0.
-        seed: of the projection.
-        width: numbers of a vector.
-        occurs: which ids mean and deviation are taken over, bool `[vocabulary]`; None, or none of them: all.
+        seed: seed of the projection.
+        width: entries of a vector.
+        occurs: ids over which mean and deviation are taken, bool `[vocabulary]`; None, or none of them: all.
 
     Returns:
-        float32 `[vocabulary, width]`, computed in float64 and rounded to what float16 holds, as checkpoints keep it.
+        float32 `[vocabulary, width]`, computed in float64 and rounded to float16, as checkpoints store it.
     """
     hidden = embedding.shape[1]
     counted = embedding if occurs is None or not bool(occurs.any()) else embedding[occurs]
@@ -61,7 +61,7 @@ def random_vectors(vocabulary_size: int, seed: int, width: int = WIDTH) -> Tenso
 def counted_tokens(example: Example) -> Tensor:
     """Return the token ids that an example's features are made of, int64 `[n]`.
 
-    Those with a label; of a classification example the prompt and the right candidate.
+    These are the labels; for a classification example, the prompt and the gold candidate.
     """
     if example.candidates is None:
         labels = example.labels[1:]
@@ -73,7 +73,7 @@ def counted_tokens(example: Example) -> Tensor:
 def mean_vectors(examples: Iterable[Example], vectors: Tensor) -> Tensor:
     """Return the mean vector of each example's counted tokens, float16 `[n, width]`.
 
-    A row depends on nothing but its example, so it is the same whoever computes it beside which others.
+    A row depends on its example alone, whoever computes it and in whichever batch.
 
     Raises:
         ProbeError: if a token id has no vector.
@@ -114,7 +114,7 @@ def features(means: Tensor, num_label_tokens: Tensor, length_power: float) -> Te
 
     Args:
         means: from `mean_vectors`, `[n, width]`.
-        num_label_tokens: T of each example; 1 of a classification example, int64 `[n]`.
+        num_label_tokens: T of each example, 1 for classification, int64 `[n]`.
         length_power: p.
     """
     return (means.double() * num_label_tokens.double().pow(-length_power)[:, None]).float()
@@ -124,7 +124,7 @@ def example_features(examples: Sequence[Example], vectors: Tensor, length_power:
     """Return phi of some examples, float32 `[n, width]`.
 
     Args:
-        examples: ordinary ones or classification, whose T is 1.
+        examples: ordinary ones, or classification, whose T is 1.
         vectors: from `token_vectors`.
         length_power: p.
 
@@ -138,13 +138,13 @@ def example_features(examples: Sequence[Example], vectors: Tensor, length_power:
 def vectors_of_model(model: nn.Module, seed: int, exchange: Exchange, occurs: Tensor | None = None) -> Tensor:
     """Return the token vectors of a model's input embeddings as they are now, the same on every rank.
 
-    All ranks call it together: under ZeRO-3 the weight is put together, and rank 0's vectors are those of all.
+    All ranks call it together: under ZeRO-3 the weight is gathered, and all take rank 0's vectors.
 
     Args:
-        model: any with input embeddings; where there are none the vectors are random.
-        seed: of projection or vectors.
+        model: any model; without input embeddings the vectors are random.
+        seed: seed of projection or vectors.
         exchange: the ranks.
-        occurs: which ids occur in the data, bool `[vocabulary]`; see `token_vectors`.
+        occurs: ids that occur in the data, bool `[vocabulary]`; see `token_vectors`.
     """
     weight = _embedding_weight(model)
     if weight is None:
@@ -172,7 +172,7 @@ def vocabulary_size(model: nn.Module) -> int:
 
 
 class TokensEstimator:
-    """Looks signals up in token vectors that are kept as they were at the start; r x 256 floats travel.
+    """Look signals up in token vectors, fixed at the start of the run; r x 256 floats are exchanged.
 
     Attributes:
         is_local: False, see `Estimator`.
@@ -182,7 +182,7 @@ class TokensEstimator:
     is_local = False
 
     def __init__(self, vectors: Tensor, length_power: float) -> None:
-        """Keep the vectors; signals stay on the CPU, so that no device is waited for.
+        """Keep the vectors; signals stay on the CPU, so that no device is synchronised.
 
         Args:
             vectors: float32 `[vocabulary, width]` on the CPU, from `vectors_of_model`.
@@ -199,41 +199,41 @@ class TokensEstimator:
         self._parts = parts
 
     def look_up(self, examples: Mapping[int, Example]) -> None:
-        """Take in this rank's examples, by position."""
+        """Look up this rank's examples, by position."""
         if not examples:
             return
         positions = torch.tensor(sorted(examples), dtype=torch.int64)
-        found = example_features([examples[place] for place in positions.tolist()], self.vectors, self._length_power)
-        self._rows.add(positions, multiplied(found, self._parts, positions))
+        rows = example_features([examples[place] for place in positions.tolist()], self.vectors, self._length_power)
+        self._rows.add(positions, multiplied(rows, self._parts, positions))
 
     def signals(self, batch_size: int, exchange: Exchange) -> Signals:
         """See `Estimator.signals`: all ranks get all features."""
         return self._rows.gather(batch_size, self.vectors.shape[1], self.vectors.device, exchange)
 
     def signals_of(self, means: Tensor, num_label_tokens: Tensor, probed: Tensor, parts: Tensor | None) -> Signals:
-        """Return the signals of a large batch whose mean vectors are known; remembers nothing.
+        """Return the signals of a large batch whose mean vectors are known, without keeping state.
 
         Args:
-            means: of every example, from `mean_vectors`, `[r, width]`.
+            means: mean vectors of every example, from `mean_vectors`, `[r, width]`.
             num_label_tokens: T of every example, int64 `[r]`.
             probed: positions whose signal is needed, ascending int64 `[n]`.
             parts: see `Estimator.begin`.
         """
-        found = multiplied(features(means, num_label_tokens, self._length_power), parts, torch.arange(len(means)))
-        return Signals(probed, torch.isfinite(found).all(dim=1), vectors=found[probed])
+        rows = multiplied(features(means, num_label_tokens, self._length_power), parts, torch.arange(len(means)))
+        return Signals(probed, torch.isfinite(rows).all(dim=1), vectors=rows[probed])
 
     def update(self, coreset: Coreset, exchange: Exchange) -> None:
-        """Nothing to learn."""
+        """Do nothing: there is nothing to learn."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the vectors and their digest: embeddings may be trained, and a resumed run goes by the first ones."""
+        """Return the vectors and their digest: embeddings may be trained, but a resumed run keeps the first ones."""
         return {"vectors": self.vectors.half(), "digest": digest(self.vectors)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go by the vectors of the run that is resumed.
+        """Take over the vectors of the resumed run.
 
         Raises:
-            ProbeError: if they are not what their digest says, or of another vocabulary.
+            ProbeError: if they do not match their digest or the vocabulary.
         """
         vectors = state["vectors"].float()
         if digest(vectors) != state["digest"]:
@@ -261,7 +261,7 @@ def _embedding_weight(model: nn.Module) -> Tensor | None:
 
 
 def _whole(weight: Tensor) -> Any:
-    """Put a weight that ZeRO-3 has cut up together for the block."""
+    """Gather a weight that ZeRO-3 has partitioned, for the block."""
     if not hasattr(weight, "ds_id"):
         return nullcontext()
     import deepspeed

@@ -1,4 +1,4 @@
-"""How far the coreset's mean gradient is from the large batch's, and a random subset's would be (CoLM, Fig. 3b)."""
+"""Measure the error of the coreset's mean gradient, and that of a random subset's (CoLM, Fig. 3b)."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ def worth_of(kappa: float, size: int, large: int) -> float:
 
 
 class GradientVariance:
-    """Takes in the gradients of all examples of a large batch, or sketches of them; keeps three sums of them.
+    """Accumulate the gradients of all examples of a large batch, or sketches of them, in three sums.
 
     With g the gradients, r and b the sizes: the coreset's error is |sum over S of w_i g_i / b - mean over M of g_i|^2,
-    and what b of the r at random have on average is (1 - b / r) / b times the variance of the g_i, sum |g_i - mean|^2 /
-    (r - 1). Both are given relative to |mean over M of g_i|^2. In a mean over tokens T_i g_i over the sum of T_i takes
-    the place of g_i, in the coreset over the sum of w_i T_i, and the average error of random ones is that of this ratio
-    to first order. Examples whose gradient is not finite are left out of all of it.
+    that of b random ones is on average (1 - b / r) / b times the variance of the g_i, sum |g_i - mean|^2 /
+    (r - 1). Both are given relative to |mean over M of g_i|^2. In a mean over tokens T_i g_i over the sum of T_i replaces
+    g_i, in the coreset over the sum of w_i T_i, and the mean error of random ones is that of this ratio to first order.
+    Examples whose gradient is not finite are left out throughout.
     """
 
     def __init__(self, coreset: Coreset, size: int, width: int, device: torch.device, parts: Tensor | None) -> None:
-        """Begin with nothing seen.
+        """Start with empty sums.
 
         Args:
             coreset: chosen positions and weights.
             size: r.
-            width: numbers of a gradient.
-            device: of the gradients.
+            width: entries of a gradient.
+            device: device of the gradients.
             parts: T, labelled tokens of every example, `[r]` on the CPU, in a mean over tokens; None: over examples.
         """
-        facts = torch.zeros(3, size, dtype=torch.float64)  # weight in the coreset, whether there, part in the divisor
+        facts = torch.zeros(3, size, dtype=torch.float64)  # weight in the coreset, whether in it, part in the divisor
         facts[0, coreset.positions] = coreset.weights.double()
         facts[1, coreset.positions] = 1.0
         facts[2] = 1.0 if parts is None else parts.double()
@@ -53,10 +53,10 @@ class GradientVariance:
         self._scalars = torch.zeros(6, dtype=torch.float64, device=device)
 
     def observe(self, gradients: Tensor, positions: Tensor) -> None:
-        """Take in gradients of some examples.
+        """Add the gradients of some examples.
 
         Args:
-            gradients: of their mean losses, `[n, width]`.
+            gradients: gradients of their mean losses, `[n, width]`.
             positions: int64 `[n]`, on the CPU.
         """
         finite = torch.isfinite(gradients).all(dim=1)
@@ -67,11 +67,11 @@ class GradientVariance:
         self._scalars += torch.stack([scalar.double() for scalar in scalars])
 
     def result(self, exchange: Exchange) -> dict[str, float] | None:
-        """Return `coreset` and `random`, and what follows from them where b < r; all ranks call it together.
+        """Return the relative errors, and ratios of them if b < r; all ranks call it together.
 
         Returns:
-            `coreset` and `random`, relative squared errors; `kappa`, the one over the other; `worth`, how many random
-            examples have the coreset's error. None where there is nothing to compare.
+            `coreset` and `random`, relative squared errors; `kappa`, their ratio; `worth`, the number of random
+            examples with the coreset's error. None if there is nothing to compare.
         """
         coreset, total, weighted = exchange.sum(self._sums)
         squares, parts_squared, parts, coreset_parts, count, chosen = exchange.sum(self._scalars).tolist()
@@ -86,8 +86,8 @@ class GradientVariance:
         spread = squares - 2.0 * float(mean @ weighted) + parts_squared * scale
         variance = max(0.0, spread) / (r - 1) / (parts / r) ** 2
         random = (1.0 - b / r) / b * variance
-        found = {"coreset": error / scale, "random": random / scale}
+        errors = {"coreset": error / scale, "random": random / scale}
         if b < r and random > 0.0:
             kappa = error / random
-            found |= {"kappa": kappa, "worth": worth_of(kappa, b, r)}
-        return found
+            errors |= {"kappa": kappa, "worth": worth_of(kappa, b, r)}
+        return errors
