@@ -1,4 +1,4 @@
-"""The engine: a DeepSpeed engine whose step selects a coreset between collecting and accumulating."""
+"""A DeepSpeed engine whose step selects a coreset before it accumulates gradients."""
 
 from colm_ds.engine.coreset_selector import CoresetSelector
 from colm_ds.engine.engine import CoLMEngine, initialize

@@ -1,4 +1,4 @@
-"""Forward and backward over a coreset's micro-batches: the gradient that one optimizer step takes."""
+"""Run forward and backward over a coreset's micro-batches, for the gradient of one optimizer step."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from colm_ds.types import Coreset, Example, LargeBatch
 
 @dataclass(frozen=True)
 class Placement:
-    """Who trains which examples of a coreset, in which micro-batches.
+    """Assignment of a coreset's examples to ranks and micro-batches.
 
     Attributes:
-        examples: what this rank needs, by position in the large batch.
-        plans: by rank the micro-batches as lists of positions.
+        examples: examples that this rank needs, by position in the large batch.
+        plans: micro-batches of each rank, as lists of positions.
         padding_fraction: share of padding among the tokens computed, over all ranks.
         largest_tokens: padded tokens of the largest micro-batch.
     """
@@ -40,13 +40,13 @@ class Placement:
 
 @dataclass(frozen=True)
 class Accumulated:
-    """What the passes over a coreset gave on this rank; nothing here has been waited for.
+    """Results of the passes over a coreset on this rank, still on the device and not synchronised.
 
     Attributes:
         totals: weighted sum of the finite losses, and the number of examples whose loss is not finite, float64 `[2]`.
-        finite: whether each example's loss is, bool `[n]`.
+        finite: whether each example's loss is finite, bool `[n]`.
         sums: each example's summed token losses, 0 where not finite, float32 `[n]`.
-        positions: of those examples in the large batch.
+        positions: positions of those examples in the large batch.
     """
 
     totals: Tensor
@@ -65,16 +65,16 @@ def place(
     max_examples: int,
     max_tokens: int | None,
 ) -> Placement:
-    """Spread chosen examples over the ranks and move the tokens of those that do not stay; all ranks together.
+    """Spread chosen examples over the ranks and move their tokens; all ranks call it together.
 
     Args:
         batch: the large batch as this rank sees it.
-        positions: the chosen ones.
-        replay: the probe's hidden states, where training starts from them: then every example stays where they are.
+        positions: chosen positions.
+        replay: the probe's hidden states, if training starts from them; every example then stays on their rank.
         exchange: the ranks.
         rank: this rank.
-        max_examples: of a micro-batch.
-        max_tokens: of a micro-batch, padding included.
+        max_examples: maximum examples of a micro-batch.
+        max_tokens: maximum tokens of a micro-batch, padding included.
     """
     world_size = exchange.num_processes
     if replay is None:
@@ -102,17 +102,17 @@ def accumulate(
     device: torch.device,
     part: Callable[[str], AbstractContextManager[None]] | None = None,
 ) -> Accumulated:
-    """Forward and backward of this rank's micro-batches, without waiting for the device in between.
+    """Run forward and backward of this rank's micro-batches, without synchronising the device in between.
 
     Args:
-        engine: the DeepSpeed engine, whose gradients are added to.
+        engine: the DeepSpeed engine that accumulates the gradients.
         head: from `find_loss_head`.
         placement: from `place`.
         scale: factor of each example's summed token losses, float32 `[r]`; the step's loss is the sum over ranks.
         replay: as for `place`.
         rank: this rank.
-        device: where the model is.
-        part: makes the contexts in which `forward` and `backward` run; they do not wait for the device.
+        device: device of the model.
+        part: makes the contexts of `forward` and `backward`, which do not synchronise the device.
     """
     world_size = len(placement.plans)
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -122,7 +122,7 @@ def accumulate(
         scales = torch.zeros(len(micro.counts))
         scales[: len(mine)] = scale[mine]
         scales = to_device(scales, device)
-        # A place holder is replayed too: under ZeRO-3 all ranks gather the same layers in the same order.
+        # A placeholder is replayed too: under ZeRO-3 all ranks gather the same layers in the same order.
         replayed = replay is not None and (not mine or replay.has(mine))
         with replay.replaying(micro.by_row(mine)) if replay is not None and replayed else nullcontext():
             with of_micro_batch(micro), part("forward") if part else nullcontext():
@@ -141,7 +141,7 @@ def accumulate(
 
 @dataclass(frozen=True)
 class Totals:
-    """Numbers of a step over all ranks: the loss, and how many examples had one that is not finite."""
+    """Numbers of a step over all ranks: the loss, and the examples whose loss is not finite."""
 
     loss: float
     num_broken: int
@@ -150,12 +150,12 @@ class Totals:
 def read_step(
     accumulated: Accumulated, batch: LargeBatch, grad_norm: Tensor | float | None, exchange: Exchange
 ) -> tuple[Totals, Tensor, float | None]:
-    """Read the step's numbers from the device, by its one wait; all ranks call it together.
+    """Read the step's numbers from the device, its only synchronisation; all ranks call it together.
 
     Args:
-        accumulated: what the passes gave on this rank.
+        accumulated: results of the passes on this rank.
         batch: the large batch.
-        grad_norm: DeepSpeed's, a number or a tensor that is still on the device.
+        grad_norm: DeepSpeed's gradient norm, a number or a tensor on the device.
         exchange: the ranks.
 
     Returns:
@@ -166,21 +166,21 @@ def read_step(
     losses = torch.zeros(batch.size, dtype=torch.float64, device=device)
     counts = to_device(batch.num_label_tokens[positions], device)
     losses[to_device(positions, device)] = accumulated.sums.double() / counts
-    found = exchange.sum(torch.cat([accumulated.totals, losses]))
+    sums = exchange.sum(torch.cat([accumulated.totals, losses]))
     if isinstance(grad_norm, Tensor):
-        found, norm = to_cpu([found, grad_norm])
+        sums, norm = to_cpu([sums, grad_norm])
         grad_norm = float(norm)
     else:
-        (found,) = to_cpu([found])
-    return Totals(float(found[0]), int(found[1])), found[2:], None if grad_norm is None else float(grad_norm)
+        (sums,) = to_cpu([sums])
+    return Totals(float(sums[0]), int(sums[1])), sums[2:], None if grad_norm is None else float(grad_norm)
 
 
 def loss_scale(batch: LargeBatch, coreset: Coreset, normalization: str, without: Sequence[int] = ()) -> Tensor:
-    """Factor of each example's summed token losses, float32 `[r]`: 0 for all that are not trained on.
+    """Return the factor of each example's summed token losses, float32 `[r]`; 0 for those not trained on.
 
     Args:
         batch: the large batch.
-        coreset: what was chosen of it.
+        coreset: the chosen examples.
         normalization: `example` (mean over examples of their mean token loss) or `token` (mean over tokens, each
             weighted as its example).
         without: positions to leave out as if they had not been chosen.
@@ -198,7 +198,7 @@ def loss_scale(batch: LargeBatch, coreset: Coreset, normalization: str, without:
 
 
 def broken_positions(accumulated: Accumulated, batch: LargeBatch, exchange: Exchange) -> list[int]:
-    """Positions of examples whose loss is not finite, of all ranks; all ranks call it together."""
+    """Return the positions of examples whose loss is not finite on any rank; all ranks call it together."""
     broken = torch.zeros(batch.size, device=accumulated.finite.device)
     mine = to_device(torch.tensor(accumulated.positions, dtype=torch.int64), broken.device)
     broken[mine[~accumulated.finite]] = 1.0
@@ -206,5 +206,5 @@ def broken_positions(accumulated: Accumulated, batch: LargeBatch, exchange: Exch
 
 
 def _padded_tokens(positions: Sequence[int], batch: LargeBatch) -> int:
-    """Tokens that a micro-batch computes."""
+    """Return the tokens that a micro-batch computes."""
     return int(batch.row_counts[list(positions)].sum()) * int(batch.widths[list(positions)].max())

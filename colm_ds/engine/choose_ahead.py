@@ -1,6 +1,6 @@
-"""Coresets chosen before their examples are read, where the choice needs no pass of the model.
+"""Choose coresets before their examples are read, if the choice needs no pass of the model.
 
-Rank 0 chooses in a thread while the step before trains; positions and weights travel, and every rank reads only what it
+Rank 0 chooses in a thread during the previous step and broadcasts positions and weights; every rank reads only what it
 will train on.
 """
 
@@ -25,7 +25,7 @@ Choose = Callable[[LargeBatch], Coreset]
 
 @dataclass(frozen=True)
 class _Plan:
-    """A step before anything of it travels.
+    """A planned step, before it is broadcast.
 
     Attributes:
         facts: the large batch without its examples.
@@ -37,10 +37,10 @@ class _Plan:
 
 
 class ChooseAhead:
-    """Iterates over large batches that are chosen already; all ranks take the next one together.
+    """Iterate over large batches with chosen coresets; all ranks take the next one together.
 
-    When a batch is handed out, the next one's choice is known everywhere and its examples are being read, and the one
-    after that is being chosen.
+    When a batch is returned, all ranks know the next choice and read its examples, while the one after that is being
+    chosen.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class ChooseAhead:
         """Choose for the steps of a loader.
 
         Args:
-            loader: gives facts and examples; its `next_step` is kept up to date.
-            choose: the coreset of a large batch without examples; called on rank 0, in a thread.
+            loader: provides facts and examples; its `next_step` is updated.
+            choose: returns the coreset of a large batch without examples; called on rank 0, in a thread.
             exchange: the ranks.
             rank: this rank.
             size: b.
-            carry: what the quotas so far were short of, by source id.
-            reads_all: whether all examples of a 1-based step are needed, as where a gradient's variance is measured.
+            carry: carry-over of the quotas so far, by source id.
+            reads_all: whether all examples of a 1-based step are needed, as for measuring a gradient's variance.
         """
         self._loader = loader
         self._choose = choose
@@ -77,7 +77,7 @@ class ChooseAhead:
         """Yield the batches from `next_step` on.
 
         Raises:
-            CoLMError: what choosing raised, on rank 0; a SelectionError that says so on the others.
+            CoLMError: the error of choosing on rank 0; a SelectionError on the others.
         """
         step = self._loader.next_step
         readers = max(1, self._loader.num_workers)
@@ -100,7 +100,7 @@ class ChooseAhead:
         return _Plan(facts, coreset)
 
     def _announce(self, plan: Future[_Plan], reading: ThreadPoolExecutor) -> Callable[[], LargeBatch]:
-        """Tell all ranks the choice, and begin to read; returns what waits for the batch."""
+        """Broadcast the choice and start reading; return a function that waits for the batch."""
         made: _Plan | None = None
         failure: Exception | None = None
         try:
@@ -145,7 +145,7 @@ class ChooseAhead:
 
 
 class _Threads(ThreadPoolExecutor):
-    """A pool whose unfinished work nobody waits for."""
+    """A thread pool whose exit does not wait for unfinished work."""
 
     def __exit__(self, *_: object) -> None:
         self.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""From a large batch to its coreset: probe, exchange, select. One implementation for the engine and any other loop."""
+"""Probe a large batch, exchange signals and select its coreset, for the engine and any other training loop."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ class Selection:
 
     Attributes:
         batch: the large batch as this rank sees it.
-        coreset: what to train on, the same on every rank.
+        coreset: examples to train on, the same on every rank.
         ran: whether the configured selector ran; False in a plain step of the schedule.
         probed: positions that any rank passed through the model for their signal, ascending int64 `[n]`.
-        replay: what the probe left for training to start from, valid until the next call; None if nothing.
+        replay: hidden states of the probe for training to start from, valid until the next call, or None.
         num_bytes: payload of the collectives: signals (what the estimator sends) and selection (masked columns, sums,
             and the choice itself).
     """
@@ -83,7 +83,7 @@ class Selection:
 
     @property
     def weights(self) -> Tensor:
-        """Loss weight of each, float32 `[b]`."""
+        """Loss weights of the chosen examples, float32 `[b]`."""
         return self.coreset.weights
 
     @property
@@ -93,16 +93,16 @@ class Selection:
 
 
 class CoresetSelector:
-    """Chooses the coreset of every large batch; all ranks call it together.
+    """Select the coreset of every large batch; all ranks call it together.
 
     Attributes:
         small: ids of the small sources.
         source_names: names of all sources, by id.
         step_count: step of the last large batch.
-        carry: what the quotas up to then were short of, by source id.
+        carry: carry-over of the quotas up to then, by source id.
         selector: the selector in use.
         plain: the selector of the schedule's plain steps, a random b of r.
-        why_not_replay: why `replay: auto` came to nothing, if it did.
+        why_not_replay: why `replay: auto` is off, if it is.
     """
 
     def __init__(
@@ -124,20 +124,20 @@ class CoresetSelector:
         """Prepare for a model and a dataset.
 
         Args:
-            model: the module that a forward goes through; wrapped by DDP, DeepSpeed or PEFT or bare.
+            model: the module that a forward calls, bare or wrapped by DDP, DeepSpeed or PEFT.
             config: the `"colm"` section: keys and values, or a `CoLMSection` with `coreset_size` filled in.
             source_counts: examples of every source in the dataset, in the order of their ids, or the dataset; names are
-                enough where `small_sources` is not `auto`, and None where the selection does not look at sources.
-            optimizer: what trains the model: its betas and eps go over those given here.
-            device: where the model runs; default: where its parameters are.
+                enough if `small_sources` is not `auto`, and None if the selection ignores sources.
+            optimizer: the model's optimizer; its betas and eps override those given here.
+            device: device of the model; default: that of its parameters.
             exchange: the ranks that share the large batch; default: the process group, if there is one.
             betas: beta1 and beta2 of the optimizer.
             eps: eps of the optimizer.
             equal_counts: give every rank the same number of probe forwards (ZeRO-3 gathers weights in each); default:
-                if the model's parameters are cut up by ZeRO-3.
+                if ZeRO-3 partitions the model's parameters.
             rank: this rank; default: that in the process group.
             mean_length: mean tokens of an example, from which the memory of a replay is estimated.
-            dataset: what is trained on, if it is at hand: `tokens` standardises embeddings by the ids that occur in it.
+            dataset: the training data, if available: `tokens` standardises embeddings by the ids that occur in it.
 
         Raises:
             ProbeError: if the selector needs a signal that the probe cannot read from this model.
@@ -217,7 +217,7 @@ class CoresetSelector:
             batch: this rank's examples, a list of records or a padded batch (see `batching.gather.read_examples`): a
                 position in the large batch then counts through the ranks' examples in the order of the ranks, and the
                 step is the one after the last. Or the large batch as this rank sees it.
-            meter: times the phases probe, exchange and select.
+            meter: measures the phases probe, exchange and select.
 
         Raises:
             DataError: on every rank, if the examples of any cannot be read.
@@ -256,19 +256,19 @@ class CoresetSelector:
             coreset = self._select(batch, signals, self._estimator)
             self._estimator.update(coreset, self._exchange)
         counted = {count.kind: count.num_bytes for count in (signal_bytes, selection_bytes)}
-        if not self._config.probes_model:  # nothing was passed, and how features agree says nothing of gradients
+        if not self._config.probes_model:  # no pass was made, and agreement of features says nothing about gradients
             probed, coreset = probed[:0], replace(coreset, coherence={})
         return Selection(batch, coreset, ran, probed, replay, counted)
 
     @property
     def chooses_ahead(self) -> bool:
-        """Whether the choice follows from the data alone, so that it can be made before a step."""
+        """True if the choice depends on the data alone, so that it can be made before a step."""
         return not self._config.probes_model and getattr(self.selector, "can_choose_ahead", False)
 
     def chooser(self, dataset: SourcedDataset) -> Callable[[LargeBatch], Coreset]:
-        """Return what chooses the coreset of a large batch of a dataset without its examples, on rank 0.
+        """Return a function that chooses the coreset of a large batch on rank 0 without reading its examples.
 
-        All ranks call this together, where `chooses_ahead`; what it returns remembers nothing between its calls.
+        All ranks call this together, if `chooses_ahead`; the function has no state.
 
         Raises:
             ProbeError: on every rank, if a token id of the dataset has no vector.
@@ -282,15 +282,15 @@ class CoresetSelector:
             if not ran or estimator is None or means is None:
                 return (selector if ran else plain).select(batch, None, SINGLE_PROCESS)
             parts = batch.num_label_tokens.float() if self._config.loss_normalization == "token" else None
-            found = means(batch.indices.tolist())
-            signals = estimator.signals_of(found, batch.num_label_tokens, self._to_probe(batch), parts)
+            vectors = means(batch.indices.tolist())
+            signals = estimator.signals_of(vectors, batch.num_label_tokens, self._to_probe(batch), parts)
             coreset = selector.select(batch, replace(signals, parts=parts), SINGLE_PROCESS)
-            return replace(coreset, coherence={})  # how features agree says nothing of gradients
+            return replace(coreset, coherence={})  # agreement of features says nothing about gradients
 
         return choose
 
     def _means(self, dataset: SourcedDataset, vectors: Tensor) -> Callable[[Sequence[int]], Tensor]:
-        """Return what gives the mean vectors of a dataset's examples, made once for the same examples and vectors."""
+        """Return a function for the mean vectors of a dataset's examples, cached for the same examples and vectors."""
         examples = dataset.dataset if isinstance(dataset, WithSources) else dataset
         if self._known_means is None or self._known_means[0] is not examples or self._known_means[1] is not vectors:
             table = mean_table(examples, vectors, self._exchange, self._rank, getattr(examples, "cache", None))
@@ -304,7 +304,7 @@ class CoresetSelector:
         step. All ranks call it together.
 
         Raises:
-            ProbeError: if no linear module is trained, or ZeRO-3 cuts the weights up.
+            ProbeError: if no linear module is trained, or ZeRO-3 partitions the weights.
         """
         batch = selection.batch
         by_token = self._config.loss_normalization == "token"
@@ -321,10 +321,10 @@ class CoresetSelector:
         return measured.result(self._exchange)
 
     def share(self, selection: Selection) -> tuple[list[int], Tensor]:
-        """Return what this rank trains of a coreset, where each rank trains its own examples.
+        """Return this rank's part of a coreset, for loops in which each rank trains on its own examples.
 
         Returns:
-            Places among the examples that this rank passed, and a factor for the mean token loss of each, float32: the
+            Indices among the examples that this rank passed, and a factor for the mean token loss of each, float32: the
             gradient of the sum of the products, averaged over ranks as DDP and DeepSpeed do, is that of the step.
         """
         batch, coreset = selection.batch, selection.coreset
@@ -334,7 +334,7 @@ class CoresetSelector:
         return [position - first for position in chosen], (scale * batch.num_label_tokens)[chosen].to(self._device)
 
     def set_sources(self, counts: Mapping[str, int]) -> None:
-        """Go on with other sources, by name and number of examples; the histories stay as they are."""
+        """Continue with other sources, by name and number of examples; the histories are kept."""
         self.source_names, self.small = list(counts), small_source_ids(self._config, counts)
         self.carry = {}
         state = self.selector.state_dict()
@@ -342,11 +342,11 @@ class CoresetSelector:
         self.selector.load_state_dict(state)
 
     def kept_tensors(self) -> list[Tensor]:
-        """What selector and estimator keep from step to step: histories and directions."""
+        """Return the tensors that selector and estimator keep between steps: histories and directions."""
         return [tensor for keeper in (self.selector, self._estimator) for _, tensor in tensors_of(keeper)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Last step, history of the selector and of the estimator; on rank 0 it is complete."""
+        """Return the last step and the histories of selector and estimator; complete on rank 0."""
         estimator = self._estimator.state_dict() if self._estimator else {}
         state = {"step": self.step_count, "carry": dict(self.carry)}
         return {**state, "selector": self.selector.state_dict(), "estimator": estimator}
@@ -380,7 +380,7 @@ class CoresetSelector:
         return told
 
     def _to_probe(self, batch: LargeBatch) -> Tensor:
-        """Return the positions whose signal is needed in this step: none of small sources, ascending int64 `[n]`."""
+        """Return the positions whose signal is needed in this step: none from small sources, ascending int64 `[n]`."""
         config = self._config
         kept, size = self._kept_anyway(batch), config.coreset_size or 0
         picks = size - most_kept(int(kept.sum()), size, batch.size, self._context.settings.small_share)
@@ -424,14 +424,14 @@ class CoresetSelector:
         return weights()
 
     def _token_offsets(self, batch: LargeBatch) -> Tensor | None:
-        """Where in every example the sampled labels begin, float32 `[r]`; None: all labels are looked at."""
+        """Draw where in every example the sampled labels begin, float32 `[r]`; None: all labels are used."""
         if self._config.probe.token_sample == 1.0 or self.selector.signal != "gradient":
             return None
         generator = private_generator(self._config.seed, "tokens", batch.step)
         return torch.rand(batch.size, generator=generator)
 
     def _unprobed(self, batch: LargeBatch, probed: Tensor) -> Tensor | None:
-        """Return which examples outside small sources a sub-sampling probe leaves out, bool `[r]`."""
+        """Return which examples outside small sources a subsampling probe leaves out, bool `[r]`."""
         if self._config.probe.sample == 1.0 or len(probed) == 0:
             return None
         unprobed = ~self._kept_anyway(batch)
@@ -439,12 +439,12 @@ class CoresetSelector:
         return unprobed
 
     def _kept_anyway(self, batch: LargeBatch) -> Tensor:
-        """Examples that the selector keeps without looking at them, bool `[r]`."""
+        """Return which examples the selector keeps without a signal, bool `[r]`."""
         small = self.small if self.selector.keeps_small else []
         return torch.isin(batch.sources, torch.tensor(small, dtype=torch.int64))
 
     def _plan(self, batch: LargeBatch, wanted: Tensor, max_tokens: int | None = None) -> Sequence[Sequence[int]]:
-        """This rank's micro-batches of the wanted examples, of so many padded tokens or as the probe's."""
+        """Plan this rank's micro-batches of the wanted examples, by default with the probe's padded tokens."""
         world = self._exchange.num_processes
         by_rank = [((batch.home == rank) & wanted).nonzero().flatten().tolist() for rank in range(world)]
         max_tokens = max_tokens or self._config.probe.resolved_max_tokens(self._device.type)
@@ -473,7 +473,7 @@ class CoresetSelector:
 
     @contextmanager
     def _reading_weights(self) -> Iterator[Callable[[], Tensor | None]]:
-        """Keep a copy of the probed weights if the mask needs them; yields what gives it after the block."""
+        """Copy the probed weights if the mask needs them; yield a function that returns them after the block."""
         if self._architecture is None or self._config.mask.criterion not in ("weight", "weight_grad"):
             yield lambda: None
             return

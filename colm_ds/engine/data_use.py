@@ -1,4 +1,4 @@
-"""How much of a dataset a run has looked at and trained on so far."""
+"""Count the part of a dataset that a run has inspected and trained on so far."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class DataUse:
-    """Counts rows looked at, rows trained on, and how many different ones those were; the same on every rank.
+    """Counts of rows inspected, rows trained on, and distinct rows trained on; the same on every rank.
 
     Attributes:
         seen: examples of large batches so far.
@@ -19,7 +19,7 @@ class DataUse:
     """
 
     def __init__(self, num_examples: int) -> None:
-        """Start at none of a dataset's examples."""
+        """Start with none of a dataset's examples."""
         self.seen = 0
         self.trained = 0
         self._used = np.zeros(num_examples, dtype=bool)

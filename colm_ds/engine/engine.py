@@ -1,4 +1,4 @@
-"""The engine: a DeepSpeed engine whose optimizer step looks at r examples and trains on the b that represent them."""
+"""The engine: a DeepSpeed engine whose optimizer step inspects r examples and trains on the b that represent them."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def initialize(
     dist_init_required: bool | None = None,
     config: Config | None = None,
 ) -> tuple[CoLMEngine, Any, LargeBatchLoader, Any]:
-    """`deepspeed.initialize` for training on coresets; same arguments, and a `"colm"` section in the configuration.
+    """Initialize like `deepspeed.initialize`, for training on coresets, with a `"colm"` section in the configuration.
 
     Args:
         args: parsed arguments; `deepspeed_config` in it is used if `config` is not given.
         model: a Hugging Face causal LM, bare or in a `PeftModel`.
         optimizer: a torch optimizer or a function of parameters, instead of the configuration's.
-        model_parameters: what to train; default: all parameters that require a gradient.
+        model_parameters: parameters to train; default: all that require a gradient.
         training_data: a `SourcedDataset`, or a map-style dataset of records with `input_ids`, `labels`, `source`.
         lr_scheduler: a function of the optimizer, instead of the configuration's.
         dist_init_required: as in DeepSpeed.
@@ -70,7 +70,7 @@ def initialize(
     Raises:
         ConfigError: listing every problem of the configuration.
         ProbeError: if the selector needs a signal that cannot be read from this model.
-        DataError: if a record lacks what training needs.
+        DataError: if a record lacks a key that training needs.
     """
     config = config if config is not None else getattr(args, "deepspeed_config", None)
     if config is None or model is None or training_data is None:
@@ -105,7 +105,7 @@ def prepare_deepspeed() -> None:
 
 
 class CoLMEngine:
-    """Wraps a DeepSpeed engine; what it does not define is the DeepSpeed engine's.
+    """Wrapper of a DeepSpeed engine; other attributes are the DeepSpeed engine's.
 
     Attributes:
         deepspeed_engine: the wrapped engine.
@@ -114,11 +114,11 @@ class CoLMEngine:
         coreset_selector: probes and selects.
         step_count: optimizer steps so far.
         num_samples: examples trained on so far, over all ranks.
-        data_use: how much of the dataset was looked at and trained on.
+        data_use: part of the dataset inspected and trained on.
         loss_head: from `find_loss_head`.
         skipped: counts steps that changed nothing because their gradient was not finite.
         watchdog: ends this rank if a phase lasts longer than `colm.phase_timeout_s`.
-        monitor: TensorBoard, W&B, Comet and CSV, where the configuration switches them on.
+        monitor: TensorBoard, W&B, Comet and CSV, if the configuration enables them.
         memory: measures every step.
     """
 
@@ -164,28 +164,28 @@ class CoLMEngine:
         self._batches: Iterator[LargeBatch] = self._read()
 
     def __getattr__(self, name: str) -> Any:
-        if "deepspeed_engine" not in self.__dict__:  # asked before __init__, as copy and pickle do
+        if "deepspeed_engine" not in self.__dict__:  # accessed before __init__, as copy and pickle do
             raise AttributeError(name)
         return getattr(self.deepspeed_engine, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """A forward of the model, as on a DeepSpeed engine."""
+        """Run a forward of the model, as on a DeepSpeed engine."""
         return self.deepspeed_engine(*args, **kwargs)
 
     def train_batch(self, batch: LargeBatch | None = None) -> StepStats:
-        """One optimizer step on the coreset of a large batch.
+        """Take one optimizer step on the coreset of a large batch.
 
         Args:
             batch: this rank's view of the large batch; default: the loader's next.
 
         Raises:
             SelectionError: if no example of the batch has a finite signal.
-            DeviceMemoryError: if memory runs out: where, and what would help.
-            DivergenceError: if the gradient was not finite in `colm.max_skipped_steps` steps in a row before.
+            DeviceMemoryError: if memory runs out, with the phase and advice.
+            DivergenceError: if the gradient was not finite in the last `colm.max_skipped_steps` steps.
         """
         self.skipped.check(self.step_count)
         self.monitor.open()
-        with self.watchdog.watching(f"step {self.step_count + 1}"):  # what lies between its phases
+        with self.watchdog.watching(f"step {self.step_count + 1}"):  # covers the time between its phases
             start = time.perf_counter()
             with self.watchdog.watching(f"reading the batch of step {self.step_count + 1}"):
                 batch = batch if batch is not None else next(self._batches)
@@ -217,7 +217,7 @@ class CoLMEngine:
         return selection
 
     def _gradient_variance(self, selection: Selection) -> dict[str, float] | None:
-        """Measure it in the steps that do."""
+        """Measure the variance in the steps that are due."""
         every, step = self.config.colm.variance_every, selection.batch.step
         if not every or step % every:
             return None
@@ -225,10 +225,10 @@ class CoLMEngine:
             return self.coreset_selector.gradient_variance(selection)
 
     def _update(self, selection: Selection, meter: Meter) -> _Update:
-        """Place the coreset, accumulate its gradient, take the optimizer's step, and read what came of it.
+        """Place the coreset, accumulate its gradient, take the optimizer's step, and read its results.
 
-        A loss that is not finite spoils the sum of all gradients. The optimizer then skips, and the others are passed
-        through again.
+        A loss that is not finite spoils the sum of all gradients. The optimizer then skips, and the other examples are
+        passed through again.
         """
         inner, batch, positions = self.deepspeed_engine, selection.batch, selection.positions.tolist()
         broken: list[int] = []
@@ -280,7 +280,7 @@ class CoLMEngine:
         lr: float,
         time_s: dict[str, float],
     ) -> StepStats:
-        """Count the step and tell the monitors of it."""
+        """Count the step and report it to the monitors."""
         batch, placement = selection.batch, update.placement
         self.step_count += 1
         self.skipped.note(update.skipped)
@@ -319,12 +319,12 @@ class CoLMEngine:
         return stats
 
     def set_sources(self, names: Sequence[str], ids: Any) -> None:
-        """Divide the dataset into other sources from the next batch on; checkpoints remember them.
+        """Divide the dataset into other sources from the next batch on; checkpoints store them.
 
-        All ranks call it with the same. Histories of the selection stay.
+        All ranks call it with the same arguments. Histories of the selection are kept.
 
         Args:
-            names: of the sources.
+            names: names of the sources.
             ids: source id of every example of the dataset, `[n]`.
         """
         self._choose_by(names, ids)
@@ -332,9 +332,9 @@ class CoLMEngine:
         self._batches = self._read()
 
     def _read(self) -> Iterator[LargeBatch]:
-        """Yield large batches from the loader's next step on, chosen ahead where no pass of the model is needed.
+        """Yield large batches from the loader's next step on, chosen ahead if no pass of the model is needed.
 
-        What was read and chosen before is forgotten with the iterator that it was for.
+        Batches read and chosen ahead by an earlier iterator are discarded with it.
         """
         if not self.coreset_selector.chooses_ahead:
             yield from self.loader
@@ -356,11 +356,11 @@ class CoLMEngine:
         self.coreset_selector.set_sources(dict(zip(names, counts, strict=True)))
 
     def train_batch_size(self) -> int:
-        """b, the examples trained on in a step."""
+        """Return b, the examples trained on in a step."""
         return self.config.coreset_size
 
     def state_dict(self) -> dict[str, Any]:
-        """Return counts, data position and selection history: all that is ours; complete on rank 0."""
+        """Return counts, data position and selection history, without DeepSpeed's state; complete on rank 0."""
         return {
             "step_count": self.step_count,
             "num_samples": self.num_samples,
@@ -376,7 +376,7 @@ class CoLMEngine:
         self.skipped.load_state_dict(state["skipped"])
         if "data_use" in state:
             self.data_use.load_state_dict(state["data_use"])
-        else:  # version 0.1.0 did not note which rows it trained on
+        else:  # version 0.1.0 did not record which rows it trained on
             self.data_use.seen = self.step_count * self.config.colm.large_batch_size
             self.data_use.trained = self.num_samples
         if state["sources"]:
@@ -395,11 +395,11 @@ class CoLMEngine:
     ) -> bool:
         """Write model, optimizer, scheduler, selector history, data position, counts and every rank's random state.
 
-        The checkpoint is written aside, read back and only then put in its place: see `colm_ds.checkpoints.atomic`.
+        The checkpoint is written aside, read back and only then renamed: see `colm_ds.checkpoints.atomic`.
 
         Args:
             save_dir: folder of the run's checkpoints.
-            tag: name of this one; default: by step.
+            tag: name of the checkpoint; default: by step.
             client_state: the caller's own state, returned by `load_checkpoint`; rank 0's is kept.
             keep_last: delete all but this many of the newest checkpoints.
 
@@ -413,28 +413,28 @@ class CoLMEngine:
     def load_checkpoint(
         self, load_dir: str, tag: str | None = None, **kwargs: Any
     ) -> tuple[str | None, dict[str, Any]]:
-        """Restore everything that `save_checkpoint` wrote, also when the number of ranks is another.
+        """Restore everything that `save_checkpoint` wrote, also with another number of ranks.
 
         Args:
             load_dir: folder of the run's checkpoints.
-            tag: which one; default: the newest that is whole (see `checkpoints.atomic.find`).
+            tag: name of the checkpoint; default: the newest whole one (see `checkpoints.atomic.find`).
             kwargs: further arguments of DeepSpeed's `load_checkpoint`.
 
         Returns:
-            The path that was loaded and the client state; None and an empty one if there is no checkpoint.
+            The loaded path and the client state; None and an empty state if there is no checkpoint.
 
         Raises:
-            CheckpointError: if there is none that is whole, or it does not fit the model.
+            CheckpointError: if no checkpoint is whole, or it does not fit the model.
         """
         with self.watchdog.watching(f"finding a checkpoint in {load_dir}"):
-            found = find_on_all_ranks(Path(load_dir), tag)
-        if found is None:
+            checkpoint = find_on_all_ranks(Path(load_dir), tag)
+        if checkpoint is None:
             self.monitor.resume(self.num_samples)
             return None, {}
-        return str(found.path), self.resume(found, **kwargs)
+        return str(checkpoint.path), self.resume(checkpoint, **kwargs)
 
     def resume(self, checkpoint: Checkpoint, **kwargs: Any) -> dict[str, Any]:
-        """Restore everything from a checkpoint that was found whole, without checking its bytes again.
+        """Restore everything from a checkpoint known to be whole, without checking its bytes again.
 
         Args:
             checkpoint: from `find_on_all_ranks`, the same on every rank.
@@ -455,16 +455,16 @@ class CoLMEngine:
 
 @dataclass(frozen=True)
 class _Update:
-    """What came of training on one coreset.
+    """Results of training on one coreset.
 
     Attributes:
-        placement: who trained which examples.
+        placement: assignment of examples to ranks.
         token_bytes: payload of moving their tokens.
         loss: weighted mean loss of the coreset, in nats; None if no example has a finite one.
         losses: mean token loss of every example that was trained on, by position, float64 `[r]`.
-        grad_norm: before clipping; None where DeepSpeed does not give it.
-        skipped: whether the gradient was not finite, so that nothing was changed.
-        broken: positions left out as their loss was not finite.
+        grad_norm: gradient norm before clipping; None if DeepSpeed does not provide it.
+        skipped: whether the gradient was not finite, so that nothing changed.
+        broken: positions left out because their loss was not finite.
     """
 
     placement: Placement
@@ -477,7 +477,7 @@ class _Update:
 
 
 def _prefer_torch_adam(config: dict[str, Any]) -> None:
-    """On a CPU let torch's Adam serve, with offload too: DeepSpeed's own compiles an extension (35 s) at first use."""
+    """Use torch's Adam on a CPU, also for offload: DeepSpeed's own compiles an extension (35 s) at first use."""
     if torch.cuda.is_available():
         return
     section = config.get("optimizer") or {}

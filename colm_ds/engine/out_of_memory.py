@@ -1,4 +1,4 @@
-"""When a device's memory runs out in a step: where it was, and what helps there."""
+"""Report where a device's memory ran out in a step, and what helps there."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ ADVICE = {
     **dict.fromkeys(("train", "forward", "backward"), _TRAINING),
     **dict.fromkeys(("step", "save"), _STEPPING),
 }
-"""What helps in a phase, whatever the model; `colm-ds plan RECIPE` says how much."""
+"""Advice for each phase, whatever the model; `colm-ds plan RECIPE` gives numbers."""
 
 
 def memory_error(
     error: torch.OutOfMemoryError, batch: LargeBatch, memory: MemoryRecorder, rank: int
 ) -> DeviceMemoryError:
-    """Return what to tell the user.
+    """Return the error to show to the user.
 
     Args:
-        error: PyTorch's.
+        error: PyTorch's error.
         batch: the step's large batch.
-        memory: measured the step.
+        memory: recorder of the step.
         rank: this rank.
     """
     snapshot = memory.write_snapshot("out_of_memory")
@@ -61,7 +61,7 @@ def memory_error(
 
 @contextmanager
 def of_micro_batch(batch: MicroBatch) -> Iterator[None]:
-    """Let an `OutOfMemoryError` that leaves the block know its micro-batch, in words."""
+    """Attach a description of the micro-batch to an `OutOfMemoryError` that leaves the block."""
     try:
         yield
     except torch.OutOfMemoryError as error:

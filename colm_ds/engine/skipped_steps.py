@@ -1,4 +1,4 @@
-"""Numerical faults: steps whose gradient is not finite change nothing, are counted, and end a run if they persist."""
+"""Skip and count steps whose gradient is not finite, and end a run if they persist."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from colm_ds.errors import DivergenceError
 
 
 def guard_plain_optimizer(engine: Any) -> None:
-    """Give stage 0 in float32 what DeepSpeed has elsewhere: the gradient's norm, and no step where it is not finite.
+    """Give stage 0 in float32 what DeepSpeed has elsewhere: the gradient's norm, and no step if it is not finite.
 
-    DeepSpeed then calls the optimizer as it is. Here its `step` first takes the norm and clips; where that is not a
-    finite number the step is skipped and `overflow` set, which DeepSpeed heeds (its learning-rate schedule waits too).
+    There DeepSpeed calls the optimizer directly. Here its `step` first computes the norm and clips; if the norm is not
+    finite, the step is skipped and `overflow` set, which DeepSpeed respects (its learning-rate schedule waits too).
 
     Args:
-        engine: the DeepSpeed engine; nothing happens if its optimizer is one of DeepSpeed's wrappers.
+        engine: the DeepSpeed engine; unchanged if its optimizer is one of DeepSpeed's wrappers.
     """
     if engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled():
         return
@@ -38,18 +38,18 @@ def guard_plain_optimizer(engine: Any) -> None:
 
 
 class SkippedSteps:
-    """Counts steps that were skipped because their gradient was not finite.
+    """Counts of steps that were skipped because their gradient was not finite.
 
     Attributes:
-        total: since the start.
-        in_a_row: up to the last step.
+        total: skipped since the start.
+        in_a_row: consecutive ones up to the last step.
     """
 
     def __init__(self, limit: int) -> None:
-        """Start at none.
+        """Start at zero.
 
         Args:
-            limit: this many in a row are too many; 0: never.
+            limit: maximum in a row, at which `check` raises; 0: no limit.
         """
         self._limit = limit
         self.total = 0

@@ -1,6 +1,6 @@
-"""What the estimator `tokens` knows of a dataset before training: which ids occur, every example's mean vector.
+"""Scan a dataset for the estimator `tokens` before training: ids that occur, every example's mean vector.
 
-All ranks read a share of the examples each, so this takes a W-th of the time that one would need.
+Each of the W ranks reads its share of the examples.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from colm_ds.selection import Exchange
 from colm_ds.types import NumberedExamples, SourcedDataset
 
 MOST_COUNTED = 1 << 14
-"""Examples, evenly spaced, by which mean and deviation of the embeddings' coordinates are taken."""
+"""Examples, evenly spaced, from which mean and deviation of the embeddings' coordinates are computed."""
 
 MOST_TOKENS = 1 << 31
-"""Labelled tokens up to which a table is made; of a larger dataset the r examples of a step are read instead."""
+"""Labelled tokens up to which a table is made; for a larger dataset the r examples of each step are read instead."""
 
 _ROWS_AT_ONCE = 4096
 _SHOW_FROM = 100_000
@@ -33,13 +33,13 @@ def occurring_ids(dataset: NumberedExamples, size: int, exchange: Exchange, rank
     """Return which token ids occur among the counted tokens, bool `[size]`; all ranks call it together.
 
     Args:
-        dataset: the examples, of which `MOST_COUNTED` are read at most.
+        dataset: the examples, of which at most `MOST_COUNTED` are read.
         size: ids that the model knows.
         exchange: the ranks.
         rank: this rank.
 
     Raises:
-        ProbeError: on every rank, if an example that any rank read has another id.
+        ProbeError: on every rank, if an example that any rank read has an unknown id.
     """
     number = min(len(dataset), MOST_COUNTED)
     places = np.linspace(0, len(dataset) - 1, number).round().astype(np.int64)[rank :: exchange.num_processes]
@@ -59,17 +59,17 @@ def occurring_ids(dataset: NumberedExamples, size: int, exchange: Exchange, rank
 def mean_table(
     dataset: SourcedDataset, vectors: Tensor, exchange: Exchange, rank: int, cache: tuple[Path, str] | None = None
 ) -> Tensor | None:
-    """Return the mean vector of every example, float16 `[N, width]` in a file of its own; all ranks call it together.
+    """Return the mean vector of every example, float16 `[N, width]` in a separate file; all ranks call it together.
 
     Args:
         dataset: the examples.
         vectors: from `vectors_of_model`.
         exchange: the ranks.
         rank: this rank.
-        cache: folder and name of the dataset's tokens there, if they are kept: the table is kept beside them.
+        cache: folder and key of the dataset's cached tokens, if any; the table is cached beside them.
 
     Returns:
-        The table on rank 0, memory-mapped; None on the others, and everywhere where the dataset has more than
+        The table on rank 0, memory-mapped; None on the others, and on all if the dataset has more than
         `MOST_TOKENS` labelled tokens.
 
     Raises:
@@ -80,7 +80,7 @@ def mean_table(
     if cache is None:
         table = _computed(dataset, vectors, exchange, rank)
         return None if table is None else torch.from_numpy(table)
-    from colm_ds.data.token_cache import cache_key, load_arrays, store_arrays  # only who has a cache needs this room
+    from colm_ds.data.token_cache import cache_key, load_arrays, store_arrays  # only needed with a cache
 
     key = cache_key({"table": 1, "tokens": cache[1], "vectors": digest(vectors)})
     shape = (len(dataset), vectors.shape[1])
@@ -88,10 +88,10 @@ def mean_table(
     def fits(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> bool:
         return len(arrays["means"]) == shape[0] * shape[1]
 
-    found = load_arrays(cache[0], key, {"means": "float16"}, fits) if exchange.is_main else None
-    known = torch.tensor(0 if found is None else 1)
+    cached = load_arrays(cache[0], key, {"means": "float16"}, fits) if exchange.is_main else None
+    known = torch.tensor(0 if cached is None else 1)
     if bool(exchange.broadcast(known)):
-        return None if found is None else torch.from_numpy(np.array(found[0]["means"], copy=False)).view(shape)
+        return None if cached is None else torch.from_numpy(np.array(cached[0]["means"], copy=False)).view(shape)
     table = _computed(dataset, vectors, exchange, rank)
     if table is not None:
         store_arrays(cache[0], key, {"means": table.ravel()}, {}, fits)
@@ -120,7 +120,7 @@ def _computed(dataset: SourcedDataset, vectors: Tensor, exchange: Exchange, rank
 
 
 def _scratch(shape: tuple[int, int]) -> np.ndarray:
-    """Return an array in a file without a name, which goes when the process does."""
+    """Return an array in an unnamed file, which is deleted when the process ends."""
     with tempfile.TemporaryFile() as file:
         file.truncate(max(1, 2 * shape[0] * shape[1]))
         return np.memmap(file, dtype=np.float16, mode="r+", shape=shape)
@@ -128,16 +128,16 @@ def _scratch(shape: tuple[int, int]) -> np.ndarray:
 
 def _raise_if_bad(bad: tuple[int, int] | None, size: int, exchange: Exchange, rank: int) -> None:
     """Raise on every rank the error of the lowest rank that has one."""
-    found = torch.zeros(exchange.num_processes, 2, dtype=torch.int64)
+    unknown = torch.zeros(exchange.num_processes, 2, dtype=torch.int64)
     if bad is not None:
-        found[rank] = torch.tensor([bad[0] + 1, bad[1]])
-    rows = [row for row in exchange.sum(found).tolist() if row[0] > 0]
+        unknown[rank] = torch.tensor([bad[0] + 1, bad[1]])
+    rows = [row for row in exchange.sum(unknown).tolist() if row[0] > 0]
     if rows:
         raise no_vector(rows[0][0] - 1, rows[0][1], size)
 
 
 def means_of(dataset: SourcedDataset, vectors: Tensor, table: Tensor | None) -> Callable[[Sequence[int]], Tensor]:
-    """Return what gives the mean vectors of some examples, float16 `[n, width]`: the table, or the examples read."""
+    """Return a function for examples' mean vectors, float16 `[n, width]`, from the table or from examples as read."""
     if table is not None:
         return lambda indices: table[torch.as_tensor(indices, dtype=torch.int64)]
     return lambda indices: mean_vectors([dataset[int(index)] for index in indices], vectors)
