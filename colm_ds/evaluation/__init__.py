@@ -1,1 +1,1 @@
-"""Held-out loss per source and exact-match answers."""
+"""Evaluate models: held-out loss, multiple choice, math, SQuAD, perplexity and exact match."""

@@ -1,4 +1,4 @@
-"""What evaluation asks of a model: continue prompts, score candidates, lose nats on texts."""
+"""Model backend used by evaluation: generation, candidate scoring, per-text loss."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from colm_ds.types import Example
 
 
 class Backend(Protocol):
-    """The interface behind which a model answers; results come batch by batch, each with its place in the request.
+    """Interface of a model backend; results come batch by batch, each with its index in the request.
 
     Attributes:
-        name: noted beside the answers; those of another backend are not continued.
-        tokenizer: of the model.
+        name: recorded with the answers; an evaluation is not resumed with another backend.
+        tokenizer: the model's tokenizer.
     """
 
     name: str
@@ -32,15 +32,15 @@ class Backend(Protocol):
     def generate(
         self, prompts: Sequence[str], *, max_new_tokens: int, stop_strings: Sequence[str]
     ) -> Iterator[list[tuple[int, Generation]]]:
-        """Greedy continuations of texts."""
+        """Yield greedy continuations of texts."""
         ...
 
     def score(self, questions: Sequence[tuple[str, Sequence[str]]]) -> Iterator[list[tuple[int, list[Likelihood]]]]:
-        """Log-probabilities of the candidates of (prompt, candidates); a candidate brings its leading space."""
+        """Yield log-probabilities of the candidates of (prompt, candidates); candidates include their leading space."""
         ...
 
     def text_losses(self, texts: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, float]]]:
-        """Summed loss in nats of token ids, of all tokens but the first."""
+        """Yield the summed loss in nats of each text's token ids, of all tokens but the first."""
         ...
 
 
@@ -49,11 +49,11 @@ class TransformersBackend:
 
     Args:
         model: a causal LM, bare or in a `PeftModel`; put into eval mode.
-        tokenizer: of the model.
-        device: where the model lies.
-        max_tokens: padded tokens of a batch at most, generated ones included; the lever on memory.
-        max_examples: sequences of a batch at most.
-        share_prompt: compute what candidates of a question share once, through the key-value cache.
+        tokenizer: the model's tokenizer.
+        device: device of the model.
+        max_tokens: maximum padded tokens of a batch, generated ones included; the lever on memory.
+        max_examples: maximum sequences of a batch.
+        share_prompt: compute the tokens that a question's candidates share once, through the key-value cache.
     """
 
     name = "transformers"
@@ -80,7 +80,7 @@ class TransformersBackend:
     def generate(
         self, prompts: Sequence[str], *, max_new_tokens: int, stop_strings: Sequence[str]
     ) -> Iterator[list[tuple[int, Generation]]]:
-        """See `Backend.generate`. A prompt for which the model has too few positions is cut on the left.
+        """See `Backend.generate`. Prompts too long for the model's positions are cut on the left.
 
         Raises:
             ConfigError: if the model has no positions left for prompts.
@@ -143,6 +143,6 @@ def _example(ids: Sequence[int]) -> Example:
 
 
 def _keeps_cache(model: Any) -> bool:
-    """Whether rows of the model's cache can be taken and repeated: not for models with a recurrent state."""
+    """Return whether rows of the model's cache can be selected and repeated: not for models with a recurrent state."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return not getattr(base, "_is_stateful", False)

@@ -18,7 +18,7 @@ class CandidateTask:
     """A set whose answer is the candidate with the highest mean token log-probability; the first one at a tie.
 
     Attributes:
-        write: makes a question of a record, whose name for messages comes first.
+        write: turns a record, preceded by its name for messages, into a question.
     """
 
     name: str

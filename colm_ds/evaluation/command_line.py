@@ -1,4 +1,4 @@
-"""`colm-ds evaluate`: an evaluation from its command line, on every rank that a launcher starts or alone."""
+"""`colm-ds evaluate`: run an evaluation from the command line, on every rank of a launcher or alone."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from colm_ds.run_folder.environment import describe_environment
 DEFAULT_CHUNK_TOKENS = 1024
 
 RANK_WAITS = timedelta(days=2)
-"""A rank with quick questions waits this long for the others."""
+"""Time that a rank with quick questions waits for the others."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what to score, on which questions, and how."""
+    """Add the arguments: what to score, on which questions, and how."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"sets: {', '.join(TASK_NAMES)}\n" + "\n".join(
         f"{group}: {', '.join(names)}" for group, names in GROUPS.items()
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LEVEL",
         help="weakest isolation of model-written programs to accept: landlock (default) or namespaces",
     )
-    add("--backend", help=argparse.SUPPRESS)  # removed; `_options` says so
+    add("--backend", help=argparse.SUPPRESS)  # removed; `_options` raises
     parser.set_defaults(run=run)
 
 
@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _join_ranks() -> torch.device:
-    """The process group, if a launcher started several ranks, and this rank's device."""
+    """Join the process group, if a launcher started several ranks; return this rank's device."""
     single_process_environment()
     local_rank, world_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ["WORLD_SIZE"])
     if torch.cuda.is_available():
@@ -152,7 +152,7 @@ def _options(parsed: argparse.Namespace, source: ModelSource) -> Options:
         )
     words = _default_tasks(source) if parsed.tasks is None else parsed.tasks
     tasks = tuple(word.strip() for word in words.split(",") if word.strip())
-    task_names(tasks)  # complain before a model is loaded
+    task_names(tasks)  # raise before a model is loaded
     return Options(
         tasks=tasks,
         places=parse_places(parsed.data, TASK_NAMES),
@@ -167,13 +167,13 @@ def _options(parsed: argparse.Namespace, source: ModelSource) -> Options:
 
 
 def _default_tasks(source: ModelSource) -> str:
-    """Return the group to ask where `--tasks` is left out; its help says which."""
+    """Return the default of `--tasks`, as described in its help."""
     recipe = {} if source.run is None else read_recipe(source.run)
     return "pretrain" if recipe.get("task") == "pretraining" else "math"
 
 
 def _try_sandbox(minimum: str | None) -> None:
-    """Run a program of one line as the answers to math questions will be.
+    """Run a one-line program as the answers to math questions will be run.
 
     Raises:
         ConfigError: if this machine cannot isolate programs.
@@ -191,7 +191,7 @@ def _try_sandbox(minimum: str | None) -> None:
 
 
 def _with_its_store(options: Options, source: ModelSource, may_choose_length: bool) -> Options:
-    """For a pretraining run: perplexity in chunks of its length, and of its own store unless a place is given."""
+    """Set perplexity for a pretraining run: chunks of its length, and its own store unless a place is given."""
     data = None if source.run is None else read_recipe(source.run).get("data")
     if not isinstance(data, dict) or not isinstance(store := data.get("store"), str):
         return options

@@ -1,4 +1,4 @@
-"""An evaluation: share the questions over ranks, ask, count, write the tables. `colm-ds evaluate` calls it."""
+"""Evaluate: share the questions among ranks, ask, count, write the tables. `colm-ds evaluate` calls it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from colm_ds.process.progress import Progress
 from colm_ds.selection import SINGLE_PROCESS, Exchange
 
 SCORING_VERSION = 1
-"""Raise it whenever the same model and questions would give other answers or scores."""
+"""Version; raise it whenever the same model and questions would give different answers or scores."""
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "math": IN_DOMAIN + OUT_OF_DOMAIN,
@@ -35,7 +35,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "pretrain": ("wic", "copa", "squad", "perplexity"),
     "all": (*IN_DOMAIN, *OUT_OF_DOMAIN, *WRITERS, "squad"),
 }
-"""What a word after `--tasks` may stand for; sets of a group that have no data are left out."""
+"""Groups of sets for `--tasks`; sets of a group without data are left out."""
 
 MATH_SET = "MATH"
 """The word after `--tasks` for the set `math` alone; "math" is all six."""
@@ -45,18 +45,18 @@ TASK_NAMES = (*GROUPS["all"], "perplexity")
 
 @dataclass(frozen=True)
 class Options:
-    """How to evaluate.
+    """Options of an evaluation.
 
     Attributes:
         tasks: names of sets and groups.
-        places: where the sets' data is.
-        limit: questions of each set at most (chunks of each source for perplexity), drawn by `seed`.
-        seed: of that draw.
-        max_new_tokens: of an answer to a math question, in each pass.
-        chunk_tokens: of a chunk of text for perplexity.
-        workers: programs that run at a time on each rank.
-        minimum: the weakest isolation of programs that is accepted; None: the sandbox's own rule.
-        overwrite: remove answers that are there.
+        places: places of the sets' data.
+        limit: maximum questions of each set (chunks of each source for perplexity), drawn by `seed`.
+        seed: seed of that draw.
+        max_new_tokens: maximum tokens of a math answer, in each pass.
+        chunk_tokens: tokens of a chunk of text for perplexity.
+        workers: programs that run at the same time on each rank.
+        minimum: the weakest isolation of programs to accept; None: the sandbox's default.
+        overwrite: discard existing answers.
     """
 
     tasks: tuple[str, ...]
@@ -76,9 +76,9 @@ class Asked:
 
     Attributes:
         task: the set.
-        questions: those to ask, `[n]`.
-        indices: their places in the whole set, `[n]`.
-        settings: what identifies questions and answers.
+        questions: questions to ask, `[n]`.
+        indices: their indices in the whole set, `[n]`.
+        settings: settings that identify questions and answers.
     """
 
     task: EvaluationTask
@@ -88,7 +88,7 @@ class Asked:
 
 
 def task_names(words: Sequence[str]) -> tuple[list[str], set[str]]:
-    """Sets that words name, in order and once each, and those of them that were named singly.
+    """Return the sets that words name, in order and without repeats, and those named individually.
 
     Raises:
         ConfigError: for a word that is neither a set nor a group.
@@ -103,7 +103,7 @@ def task_names(words: Sequence[str]) -> tuple[list[str], set[str]]:
 
 
 def make_task(name: str, options: Options) -> EvaluationTask:
-    """The set of a name."""
+    """Make the set of a name."""
     if name in WRITERS:
         return CandidateTask(name, WRITERS[name])
     if name == "squad":
@@ -115,14 +115,14 @@ def make_task(name: str, options: Options) -> EvaluationTask:
 
 
 def read_tasks(options: Options, backend: Backend) -> tuple[list[Asked], list[str]]:
-    """The sets with their questions, and the names of those that a group has and the data does not.
+    """Read the sets with their questions, and return the names of a group's sets without data.
 
     Args:
-        options: what to ask.
-        backend: its tokenizer cuts texts into chunks.
+        options: options of the evaluation.
+        backend: backend whose tokenizer cuts texts into chunks.
 
     Raises:
-        ConfigError: for a set that is not known, or was named and has no data, or if none has.
+        ConfigError: for an unknown set, a set that was named but has no data, or if no set has data.
         DataError: for data that cannot be read.
     """
     if options.limit is not None and options.limit < 1:
@@ -177,23 +177,23 @@ def evaluate(
     say: Callable[[str], None] | None = None,
     progress: bool = False,
 ) -> dict[str, Any] | None:
-    """Ask all sets, going on from the answers that the folder holds; all ranks call it together.
+    """Ask all sets, resuming from the answers in the folder; all ranks call it together.
 
     Args:
-        backend: the model, whole on every rank.
-        options: what to ask.
-        folder: where answers and results go.
-        title: of the tables.
-        model: what identifies the model.
+        backend: the model, complete on every rank.
+        options: options of the evaluation.
+        folder: folder for answers and results.
+        title: title of the tables.
+        model: facts that identify the model.
         facts: further entries of `results.json`, such as the environment.
         exchange: the ranks.
         rank: this rank.
-        device: where the backend's collectives want their tensors.
-        say: gets messages for the user, on rank 0.
-        progress: show a bar, on rank 0.
+        device: where the process group's collectives expect their tensors.
+        say: called with messages for the user, on rank 0.
+        progress: show a progress bar, on rank 0.
 
     Returns:
-        What `results.json` holds, on rank 0; None on the others.
+        Content of `results.json` on rank 0; None on the others.
     """
     asked, left_out = together(lambda: read_tasks(options, backend), device)
     identity = {**model, "backend": backend.name}
@@ -230,7 +230,7 @@ def _ask(
     say: Callable[[str], None],
     progress: bool,
 ) -> int:
-    """Ask this rank's share of the questions that have no answer; how many have one already."""
+    """Ask this rank's share of the unanswered questions; return how many had an answer already."""
     task = each.task
     known = torch.tensor([float(index in done) for index in each.indices])
     open_places = (exchange.broadcast(known) == 0).nonzero().flatten().tolist()
@@ -255,7 +255,7 @@ def _ask(
 
 
 def _all_rows(each: Asked, folder: EvaluationFolder) -> list[Row]:
-    """Rows of all questions of a set, in their order."""
+    """Return the rows of all questions of a set, in order."""
     rows = folder.collect(each.task.name)
     missing = [index for index in each.indices if index not in rows]
     if missing:
@@ -269,11 +269,11 @@ def _all_rows(each: Asked, folder: EvaluationFolder) -> list[Row]:
 def _write_results(
     each: Asked, rows: Sequence[Row], timing: dict[str, Any], folder: EvaluationFolder, head: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Put a set's numbers beside those of the others, and write the tables."""
+    """Add a set's numbers to those of the others, and write the tables."""
     earlier = folder.results()
     tasks: dict[str, Any] = dict(earlier.get("tasks", {}))
     before = tasks.get(each.task.name, {})
-    if timing["taken_over"] == len(rows) and "seconds" in before:  # nothing was asked
+    if timing["taken_over"] == len(rows) and "seconds" in before:  # no question was asked
         timing = {key: before[key] for key in ("seconds", "taken_over") if key in before}
     tasks[each.task.name] = {**each.task.summarise(rows), **timing}
     ordered = {name: tasks[name] for name in TASK_NAMES if name in tasks}
@@ -285,7 +285,7 @@ def _write_results(
 
 
 def print_results(results: Mapping[str, Any] | None, folder: EvaluationFolder) -> None:
-    """Show the tables, and where they are."""
+    """Print the tables, and where they were written."""
     if results is not None:
         print(markdown(results))
         print(f"written to {folder.path / 'results.json'} and results.md")

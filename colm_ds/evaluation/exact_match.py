@@ -1,4 +1,4 @@
-"""Exact match of greedy answers, per source: what follows the last "The answer is" in output and gold."""
+"""Exact match of greedy answers, per source, by the text after the last "The answer is" in output and gold."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ TRIGGER = "The answer is"
 
 
 def final_answer(text: str) -> str:
-    """The text after the last "The answer is" up to the end of its line, without a final full stop; else all of it."""
+    """Return the text after the last "The answer is" to the end of its line, without a full stop; else all the text."""
     answer = text.rpartition(TRIGGER)[2] if TRIGGER in text else text
     return answer.strip().split("\n")[0].strip().removesuffix(".").strip(" :")
 
 
 def load_questions(paths: str | Sequence[str], source_key: str | None = "source") -> list[tuple[str, str, str]]:
-    """(source, instruction, gold answer) of every record; the answer is its `answer` or the end of its `output`."""
+    """Load (source, instruction, gold answer) of every record: its `answer`, or the end of its `output`."""
     questions = []
     for place in find_places(paths):
         for _, record in read_place(place):
@@ -48,18 +48,18 @@ def exact_match(
     max_tokens: int,
     synced: bool = False,
 ) -> dict[str, Any]:
-    """Share of questions whose greedy answer equals the gold one; all ranks call it together.
+    """Return the share of questions whose greedy answer equals the gold one; all ranks call it together.
 
     Args:
-        model: has `generate`.
-        tokenizer: of the model.
+        model: model with a `generate` method.
+        tokenizer: the model's tokenizer.
         questions: (source, instruction, gold answer).
         device: where the model runs.
         exchange: the ranks.
         rank: this rank.
-        max_new_tokens: tokens of an answer at most.
-        max_tokens: padded tokens of a batch at most, answers included.
-        synced: keep the ranks' forwards in step (ZeRO-3).
+        max_new_tokens: maximum tokens of an answer.
+        max_tokens: maximum padded tokens of a batch, answers included.
+        synced: keep the ranks' forwards in lockstep (ZeRO-3).
 
     Returns:
         `overall`, `per_source` by name, `num_questions`.

@@ -19,12 +19,12 @@ Reason = Literal["eos", "stop", "length"]
 
 @dataclass(frozen=True)
 class Generation:
-    """What a model wrote after one prompt.
+    """A model's continuation of one prompt.
 
     Attributes:
-        text: without special tokens, cut before the first stop string.
-        reason: what ended it: an end-of-sequence token, a stop string or the number of tokens.
-        num_tokens: tokens generated, the one that ended it included.
+        text: its text without special tokens, cut before the first stop string.
+        reason: why it ended: an end-of-sequence token, a stop string or the maximum number of tokens.
+        num_tokens: tokens generated, including the last one.
         prompt_truncated: whether the prompt was cut on the left to fit the model.
     """
 
@@ -35,36 +35,36 @@ class Generation:
 
 
 class StopStrings:
-    """Finds stop strings in what a tokenizer's tokens say.
+    """Find stop strings in decoded tokens.
 
     Args:
-        tokenizer: turns token ids into text.
-        strings: what ends a generation; empty: nothing does.
+        tokenizer: decodes token ids.
+        strings: strings that end a generation; may be empty.
     """
 
     def __init__(self, tokenizer: Any, strings: Sequence[str]) -> None:
         self._tokenizer = tokenizer
         self._strings = [string for string in strings if string]
-        # A token gives one byte at least, so these many of the last ones hold every stop string they end.
+        # A token holds at least one byte, so this many last tokens contain every stop string that ends in them.
         self._tail = max((len(string.encode()) for string in self._strings), default=0) + TAIL_TOKENS
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, without special tokens."""
+        """Decode token ids to text, without special tokens."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     def first(self, text: str) -> int | None:
-        """Where the first stop string begins, or None."""
+        """Return the index at which the first stop string begins, or None."""
         return min((place for place in map(text.find, self._strings) if place >= 0), default=None)
 
     def reached(self, ids: Sequence[int]) -> bool:
-        """Whether the tokens so far hold a stop string that the last token completed."""
+        """Return whether the last token completed a stop string."""
         if not self._strings or self.first(self.decode(ids[-self._tail :])) is None:
             return False
         return self.first(self.decode(ids)) is not None
 
     def cut(self, ids: Sequence[int]) -> str:
-        """Text before the first stop string."""
+        """Return the text before the first stop string."""
         text = self.decode(ids)
         return text[: self.first(text)]
 
@@ -81,20 +81,20 @@ def greedy(
 ) -> list[Generation]:
     """Continue every prompt of one batch with its most probable tokens.
 
-    The prompts are padded on the left. After each token the sequences that ended leave the batch and the cache, so the
-    steps that follow cost only what is still running.
+    The prompts are padded on the left. After each token the sequences that ended leave the batch and the cache, so
+    later steps cost only the sequences that still run.
 
     Args:
         model: a Hugging Face causal LM in eval mode, bare or in a `PeftModel`.
-        tokenizer: of the model; used to decode.
-        prompts: token ids, each at least one.
-        max_new_tokens: tokens of a continuation at most.
-        stop_strings: a continuation ends where one of these is complete.
-        device: where the model runs.
+        tokenizer: the model's tokenizer, for decoding.
+        prompts: token ids of each, at least one.
+        max_new_tokens: maximum tokens of a continuation.
+        stop_strings: strings that end a continuation once complete.
+        device: device of the model.
         eos_ids: tokens that end a continuation.
 
     Returns:
-        One continuation for every prompt, in their order.
+        One continuation for every prompt, in order.
 
     Raises:
         ConfigError: if the model's logits are not finite, or it keeps no key-value cache.
@@ -143,11 +143,11 @@ def greedy(
 
 
 def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask of prompts of different lengths, padded on the left.
+    """Return token ids and attention mask of prompts of different lengths, padded on the left.
 
     Args:
         prompts: token ids of each, `[n]`.
-        device: where to put the tensors.
+        device: device of the tensors.
 
     Returns:
         int64 `[n, width]` each; the mask is 0 at the padding, whose token id is 0.
@@ -166,11 +166,11 @@ def select_rows(cache: Any, rows: Tensor) -> None:
     """Keep or repeat rows of a key-value cache, in place.
 
     Args:
-        cache: what the model returned as `past_key_values`.
+        cache: the model's `past_key_values`.
         rows: int64 `[n]`.
 
     Raises:
-        ConfigError: if the model keeps none, or another kind.
+        ConfigError: if the model has no such cache.
     """
     if cache is None or not hasattr(cache, "batch_select_indices"):
         raise ConfigError(
@@ -181,16 +181,16 @@ def select_rows(cache: Any, rows: Tensor) -> None:
 
 
 def end_of_sequence_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end a text: the tokenizer's and those of the model's generation configuration."""
-    found: set[int] = set()
+    """Return the tokens that end a text: the tokenizer's and those of the model's generation configuration."""
+    ids: set[int] = set()
     for value in (tokenizer.eos_token_id, getattr(getattr(model, "generation_config", None), "eos_token_id", None)):
         values = value if isinstance(value, (list, tuple)) else [value]
-        found.update(int(token) for token in values if token is not None)
-    return frozenset(found)
+        ids.update(int(token) for token in values if token is not None)
+    return frozenset(ids)
 
 
 def most_positions(model: Any) -> int | None:
-    """Tokens that a model can look at, or None if its configuration does not say."""
+    """Return the maximum number of tokens of a model, or None if its configuration does not say."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     limit = getattr(config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None

@@ -26,7 +26,7 @@ def heldout_loss(
     rank: int,
     max_tokens: int,
 ) -> dict[str, Any]:
-    """Loss of every source on held-out examples, in nats per labelled token; all ranks call it together.
+    """Compute the loss of every source on held-out examples, in nats per labelled token; all ranks call it together.
 
     Args:
         forward: engine or model to call.
@@ -36,12 +36,12 @@ def heldout_loss(
         device: where the model runs.
         exchange: the ranks.
         rank: this rank.
-        max_tokens: padded tokens of a batch at most.
+        max_tokens: maximum padded tokens of a batch.
 
     Returns:
         `overall` (over all labelled tokens), `macro` (mean over sources), `per_source` by name; sources without a
-        held-out example are left out. Of classification examples, whose loss counts as one token's, also `accuracy`:
-        the share whose right candidate has the highest mean log-probability, the first one at a tie.
+        held-out example are left out. For classification examples, whose loss counts as one token's, also `accuracy`:
+        the share whose gold candidate has the highest mean log-probability; ties go to the first one.
     """
     candidates: CandidateTable | None = getattr(dataset, "candidates", None)
     lengths = torch.as_tensor(dataset.lengths, dtype=torch.int64) if candidates is None else candidates.padded_lengths
@@ -76,7 +76,7 @@ def heldout_loss(
 
 
 def first_largest(scores: Tensor) -> Tensor:
-    """Place of the largest of each row of `[n, c]`, the first one at a tie, int64 `[n]`."""
+    """Return the index of the largest value in each row of `[n, c]`, the first one on ties, int64 `[n]`."""
     places = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
     largest = scores == scores.amax(dim=1, keepdim=True)
     return torch.where(largest, places, scores.shape[1]).amin(dim=1)

@@ -1,4 +1,4 @@
-"""Log-probabilities of candidate continuations; what candidates of a question share is computed once."""
+"""Compute log-probabilities of candidate continuations; tokens that a question's candidates share pass once."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from colm_ds.models.token_loss import token_losses
 
 @dataclass(frozen=True)
 class Likelihood:
-    """How probable a candidate is after its prompt.
+    """Log-probability of a candidate after its prompt.
 
     Attributes:
         log_probability: sum over the candidate's tokens, in nats.
-        num_tokens: the candidate's tokens.
+        num_tokens: number of the candidate's tokens.
     """
 
     log_probability: float
@@ -29,12 +29,12 @@ class Likelihood:
 
     @property
     def mean(self) -> float:
-        """Log-probability for each token: the score of TASKS.md."""
+        """Mean log-probability per token: the score of TASKS.md."""
         return self.log_probability / self.num_tokens
 
 
 def shared_length(candidates: Sequence[Continuation]) -> int:
-    """Tokens in front that all candidates of a question share and that no score needs the prediction of.
+    """Return the number of leading tokens that all candidates share and whose predictions no score needs.
 
     The last token before a candidate is left to the candidates' own pass, which predicts their first token from it.
     """
@@ -49,10 +49,10 @@ def shared_length(candidates: Sequence[Continuation]) -> int:
 def score_candidates(
     model: Any, questions: Sequence[Sequence[Continuation]], *, device: torch.device, share_prompt: bool = True
 ) -> list[list[Likelihood]]:
-    """Log-probability of every candidate of every question of one batch.
+    """Compute the log-probability of every candidate of every question of one batch.
 
-    With `share_prompt` the tokens that a question's candidates share go through the model once, and its key-value cache
-    is repeated for the candidates; without it every candidate goes through whole.
+    With `share_prompt` the tokens that a question's candidates share pass through the model once, and the key-value
+    cache is repeated for the candidates; without it every candidate passes in full.
 
     Args:
         model: a Hugging Face causal LM in eval mode, bare or in a `PeftModel`.
@@ -61,7 +61,7 @@ def score_candidates(
         share_prompt: for models that keep a key-value cache.
 
     Returns:
-        As `questions`.
+        Likelihoods in the structure of `questions`.
     """
     shared = [shared_length(candidates) if share_prompt else 0 for candidates in questions]
     owner = [number for number, candidates in enumerate(questions) for _ in candidates]
@@ -85,7 +85,7 @@ def score_candidates(
 def _shared_cache(
     model: Any, questions: Sequence[Sequence[Continuation]], shared: Sequence[int], device: torch.device
 ) -> tuple[Any, Tensor]:
-    """Key-value cache and mask of the shared tokens, one row for each question."""
+    """Return key-value cache and mask of the shared tokens, one row for each question."""
     fronts = [candidates[0].ids[:length] for candidates, length in zip(questions, shared, strict=True)]
     ids, mask = left_padded(fronts, device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -94,7 +94,7 @@ def _shared_cache(
 
 
 def _tail_sums(model: Any, flat: Sequence[Continuation], shared: Sequence[int], cache: Any, mask: Tensor) -> Tensor:
-    """Sum of the log-probabilities of each candidate's tokens, float64 `[n]` on the CPU."""
+    """Sum the log-probabilities of each candidate's tokens, float64 `[n]` on the CPU."""
     device = mask.device
     tails = [candidate.ids[length:] for candidate, length in zip(flat, shared, strict=True)]
     width = max(map(len, tails)) - 1  # nothing is predicted from the last token

@@ -1,4 +1,4 @@
-"""The six math sets: a program first, words where that gives no answer (MAmmoTH's protocol)."""
+"""The six math sets: a program first, then words if it gives no answer (MAmmoTH's protocol)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from colm_ds.evaluation.task import Answered, Row
 PROGRAM_SUFFIX = " Let's write a program."
 
 QUESTIONS_AT_ONCE = 256
-"""Questions whose programs are all asked for before the words of those without an answer: what a kill can cost."""
+"""Questions in one round of programs, then words; the most that a kill can lose."""
 
 
 @dataclass(frozen=True)
 class MathQuestion:
-    """A question and its gold answer, as the data has it."""
+    """A question and its gold answer, as in the data."""
 
     question: str
     gold: str
@@ -35,9 +35,9 @@ class MathTask:
     """One math set.
 
     Attributes:
-        workers: programs that run at a time.
-        minimum: the weakest isolation that is accepted; None: the sandbox's own rule.
-        settings: `max_new_tokens`, of each pass.
+        workers: programs that run at the same time.
+        minimum: the weakest isolation to accept; None: the sandbox's default.
+        settings: `max_new_tokens` of each pass.
     """
 
     name: str
@@ -69,7 +69,7 @@ class MathTask:
             yield from self._answer_some(backend, questions, order[start : start + QUESTIONS_AT_ONCE])
 
     def summarise(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Accuracy; how many answers came from a program, from words of either pass, and how programs ended."""
+        """Return the accuracy, the answers from programs and from words of either pass, and how programs ended."""
         statuses: dict[str, int] = {}
         for row in rows:
             if row["program_status"] is not None:
@@ -83,7 +83,7 @@ class MathTask:
         }
 
     def _answer_some(self, backend: Backend, questions: Sequence[MathQuestion], places: Sequence[int]) -> Answered:
-        """Both passes over some questions."""
+        """Run both passes over some questions."""
         without: list[tuple[int, Row]] = []
         prompts = [format_prompt(questions[place].question + PROGRAM_SUFFIX) for place in places]
         for batch in self._generate(backend, prompts):
@@ -110,7 +110,7 @@ class MathTask:
         )
 
     def _program_rows(self, written: Sequence[tuple[int, MathQuestion, Generation]]) -> list[tuple[int, Row]]:
-        """Rows of a batch of the first pass; its programs run side by side."""
+        """Return the rows of a batch of the first pass; its programs run in parallel."""
         programs = [answers.program_of(generation.text) for _, _, generation in written]
         to_run = [program for program in programs if program is not None]
         results = sandbox.run_programs(to_run, workers=self.workers, minimum=self.minimum) if to_run else []
@@ -145,13 +145,13 @@ class MathTask:
 
 
 def read_question(where: str, record: Mapping[str, Any]) -> MathQuestion:
-    """The question of a record: `question` and `answer`, or what the sets have on the hub.
+    """Read the question of a record: `question` and `answer`, or the sets' form on the hub.
 
-    There GSM8K's answer is a solution with the number behind "####", MATH's stands in a box in its solution, and SVAMP
-    keeps the story and the question apart.
+    There GSM8K's answer is a solution with the number after "####", MATH's is boxed in its solution, and SVAMP keeps
+    story and question in separate keys.
 
     Raises:
-        DataError: if one of both is missing.
+        DataError: if either is missing.
     """
     if "question" not in record and "Body" in record:
         question = f"{text_of(where, record, 'Body').rstrip()} {text_of(where, record, 'Question').strip()}"

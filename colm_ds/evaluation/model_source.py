@@ -1,4 +1,4 @@
-"""The model to evaluate: a base model, a run's result, an adapter or a merged model."""
+"""Find and load the model to evaluate: a base model, a run's result, an adapter or a merged model."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from.
+    """Files of a model.
 
     Attributes:
         base: the model, without adapter.
-        adapter: folder of a LoRA adapter on it.
+        adapter: folder of a LoRA adapter for it.
         tokenizer: folder or hub name.
-        seed: of the base's random weights, where its recipe builds it from a configuration.
-        run: folder of the run that it comes from.
+        seed: seed of the base's random weights, if its recipe builds it from a configuration.
+        run: folder of the run that it is from.
     """
 
     base: ModelConfig
@@ -43,12 +43,12 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class _RunModel:
-    """The base model of a run, as its recipe has it.
+    """The base model of a run, as defined by its recipe.
 
     Attributes:
         model: the recipe's section.
         tokenizer: folder or hub name; None: the model's.
-        seed: of random weights.
+        seed: seed of random weights.
     """
 
     model: ModelConfig
@@ -64,17 +64,17 @@ def find_model(
     tokenizer: str | None = None,
     dtype: str = "float32",
 ) -> ModelSource:
-    """What a name on the command line stands for; nothing is loaded.
+    """Find the model that a name on the command line stands for, without loading it.
 
     Args:
         name: a run's folder (its `model/` or `adapter/` is taken), an adapter's, a model's, package:NAME or a hub name.
         gguf_file: GGUF file in the (base) model's folder.
         base: base model of an adapter, if it is not where the adapter or its run says.
-        tokenizer: if it is not the model's.
+        tokenizer: tokenizer, if not the model's.
         dtype: precision of weights and computation.
 
     Raises:
-        ConfigError: if the name stands for nothing that can be evaluated.
+        ConfigError: if there is no such model.
     """
     folder = Path(name).expanduser()
     trained = _model_of_run(folder)
@@ -110,7 +110,7 @@ def find_model(
 
 
 def load(source: ModelSource) -> tuple[Any, Any]:
-    """Model in eval mode and tokenizer, on the CPU.
+    """Load the model in eval mode, on the CPU, and the tokenizer.
 
     Raises:
         ConfigError: if the model or tokenizer cannot be loaded.
@@ -131,7 +131,7 @@ def load(source: ModelSource) -> tuple[Any, Any]:
 
 
 def load_its_tokenizer(source: ModelSource) -> Any:
-    """The tokenizer alone.
+    """Load the tokenizer alone.
 
     Raises:
         ConfigError: if it cannot be loaded.
@@ -151,7 +151,7 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:
         reason = str(error).strip().split("\n")[0][:300]
         raise CheckpointError(f"{adapter}: cannot be applied to {model.config.model_type}: {reason} {advice}") from None
-    left_over = sorted(held - peft.get_peft_model_state_dict(adapted).keys())  # PEFT says nothing about these
+    left_over = sorted(held - peft.get_peft_model_state_dict(adapted).keys())  # PEFT ignores these silently
     if left_over:
         name = f"{left_over[0]} and {len(left_over) - 1} more"
         raise CheckpointError(f"{adapter}: {model.config.model_type} has no place for {name}. {advice}")
@@ -159,13 +159,13 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
 
 
 def describe(source: ModelSource, model: Any = None) -> dict[str, Any]:
-    """What identifies a model, so that its answers are not mixed with another's.
+    """Return facts that identify a model, so that its answers are not mixed with another's.
 
-    Weight files count by size and samples of their content, not whole: 64 blocks of 64 KiB of each.
+    Weight files are identified by size and samples of their content: 64 blocks of 64 KiB of each.
 
     Args:
         source: from `find_model`.
-        model: the loaded one; a hub name's revision is taken from it.
+        model: the loaded model, for the revision of a hub name.
     """
     base = source.base
     values: dict[str, Any] = {"base": base.name_or_path, "gguf_file": base.gguf_file, "dtype": base.dtype}
@@ -182,11 +182,11 @@ def describe(source: ModelSource, model: Any = None) -> dict[str, Any]:
 
 
 def weights_fingerprint(folder: Path, gguf_file: str | None = None) -> str:
-    """A short name of the weights in a folder: names, sizes and samples of the content of its files.
+    """Return a short hash of the weights in a folder: names, sizes and samples of the content of its files.
 
     Args:
-        folder: holds the files.
-        gguf_file: the one that counts, if it is a GGUF folder.
+        folder: folder of the files.
+        gguf_file: the only file to read, in a GGUF folder.
     """
     digest = hashlib.blake2b(digest_size=8)
     for file in sorted(folder.iterdir()):
@@ -224,7 +224,7 @@ def read_recipe(folder: Path) -> dict[str, Any]:
 
 
 def _model_of_run(folder: Path) -> _RunModel | None:
-    """Read the sections of a run's recipe that say how to load its base model; None where there is no run."""
+    """Read the sections of a run's recipe that define its base model; None if there is no run."""
     values = read_recipe(folder)
     if not values:
         return None

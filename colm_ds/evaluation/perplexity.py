@@ -25,7 +25,7 @@ DOCUMENTS_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class TextChunk:
-    """Tokens of one source, perhaps of several documents.
+    """Tokens of one source, possibly of several documents.
 
     Attributes:
         source: name of the source.
@@ -44,7 +44,7 @@ class PerplexityTask:
     pretraining; the first token of a chunk is not predicted.
 
     Attributes:
-        settings: `chunk_tokens`, tokens of a chunk at most.
+        settings: `chunk_tokens`, maximum tokens of a chunk.
     """
 
     name: str = "perplexity"
@@ -56,7 +56,7 @@ class PerplexityTask:
         return list(chunks(records, backend.tokenizer, self.settings["chunk_tokens"]))
 
     def read_store(self, folder: str, backend: Backend) -> list[TextChunk]:
-        """The held-out chunks of a token store.
+        """Read the held-out chunks of a token store.
 
         Raises:
             ConfigError: if it was made with another tokenizer than the model's.
@@ -89,12 +89,12 @@ class PerplexityTask:
             ]
 
     def summarise(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Loss and perplexity per source, over all tokens, and `macro`, the mean of the sources' losses."""
+        """Return loss and perplexity per source and over all tokens, and `macro`, the mean of the sources' losses."""
         by_source: dict[str, list[Row]] = {}
         for row in rows:
             by_source.setdefault(row["source"], []).append(row)
         per_source = {source: _weighted(by_source[source]) for source in sorted(by_source)}
-        macro = math.fsum(found["loss"] for found in per_source.values()) / len(per_source) if per_source else None
+        macro = math.fsum(numbers["loss"] for numbers in per_source.values()) / len(per_source) if per_source else None
         return {**_weighted(rows), "macro_loss": macro, "per_source": per_source}
 
 
@@ -107,7 +107,7 @@ def _weighted(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def is_store(place: str) -> bool:
-    """Whether a place is the folder of a finished token store."""
+    """Return whether a place is the folder of a finished token store."""
     return (Path(place) / MANIFEST).is_file()
 
 
@@ -116,8 +116,8 @@ def chunks(records: Records, tokenizer: Any, chunk_tokens: int) -> Iterator[Text
 
     Args:
         records: `{"text", "meta": {"pile_set_name"}}`; `source` names the source as well.
-        tokenizer: with an end-of-sequence token.
-        chunk_tokens: tokens of a chunk at most; the rest of a source is a shorter one.
+        tokenizer: tokenizer with an end-of-sequence token.
+        chunk_tokens: maximum tokens of a chunk; the rest of a source is a shorter one.
 
     Raises:
         DataError: for a record without text or source.

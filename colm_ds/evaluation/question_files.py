@@ -1,4 +1,4 @@
-"""Where evaluation sets lie, and a fixed part of their questions."""
+"""Locate evaluation sets, and draw a fixed part of their questions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from colm_ds.errors import ConfigError, nearest_key
 
 @dataclass(frozen=True)
 class DataPlaces:
-    """Where evaluation sets are looked for.
+    """Places of evaluation sets.
 
     Attributes:
-        folder: holds the sets, as shared/data does; None: none was given.
-        named: place of single sets by name: a file, a folder or `hub:NAME[:CONFIG[:SPLIT]]`.
+        folder: folder with the sets, like shared/data; None if not given.
+        named: places of single sets by name: a file, a folder or `hub:NAME[:CONFIG[:SPLIT]]`.
     """
 
     folder: str | None = None
@@ -28,14 +28,14 @@ class DataPlaces:
 
 
 def parse_places(values: Sequence[str], known: Iterable[str]) -> DataPlaces:
-    """Read what `--data` was given: one folder at most, and `NAME=PLACE` for single sets.
+    """Parse the values of `--data`: at most one folder, and `NAME=PLACE` for single sets.
 
     Args:
         values: the words after `--data`.
         known: names of the sets.
 
     Raises:
-        ConfigError: for a second folder, a folder that is missing or a set that nobody knows.
+        ConfigError: for a second folder, a missing folder or an unknown set.
     """
     folder, named, names = None, {}, list(known)
     for value in values:
@@ -54,12 +54,12 @@ def parse_places(values: Sequence[str], known: Iterable[str]) -> DataPlaces:
 
 
 def find_set(name: str, subpaths: Sequence[str], places: DataPlaces) -> str | None:
-    """Place of a set's records, or None where there is none.
+    """Return the place of a set's records, or None if there is none.
 
     Args:
-        name: of the set.
-        subpaths: where it may lie in the folder, without suffix.
-        places: where to look.
+        name: name of the set.
+        subpaths: possible paths in the folder, without suffix.
+        places: places to search.
     """
     if name in places.named:
         return places.named[name]
@@ -76,12 +76,12 @@ def find_set(name: str, subpaths: Sequence[str], places: DataPlaces) -> str | No
 
 
 def subset(groups: Sequence[str], limit: int | None, seed: int) -> list[int]:
-    """Places of a fixed part of the questions, in their order.
+    """Return the indices of a fixed part of the questions, in order.
 
     Args:
         groups: group of every question, `[n]`.
-        limit: questions of each group at most; None: all.
-        seed: of the draw; those of a limit are among those of a larger one.
+        limit: maximum questions of each group; None: all.
+        seed: seed of the draw; a larger limit adds questions to those of a smaller one.
     """
     by_group: dict[str, list[int]] = {}
     for place, group in enumerate(groups):
@@ -94,7 +94,7 @@ def subset(groups: Sequence[str], limit: int | None, seed: int) -> list[int]:
 
 
 def fingerprint(questions: Iterable[Any]) -> str:
-    """A short name of the questions' content."""
+    """Return a short hash of the questions' content."""
     digest = hashlib.blake2b(digest_size=8)
     for question in questions:
         digest.update(repr(question).encode("utf-8", "surrogatepass") + b"\n")
@@ -102,7 +102,7 @@ def fingerprint(questions: Iterable[Any]) -> str:
 
 
 def package_folder(name: str) -> str:
-    """Folder of an installed Python package, which is not imported.
+    """Return the folder of an installed Python package without importing it.
 
     Raises:
         ConfigError: if it is not installed.

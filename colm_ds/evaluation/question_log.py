@@ -1,4 +1,4 @@
-"""One JSON line for every answered question, written as answers come; an evaluation that was killed goes on from it."""
+"""Write one JSON line for every answered question at once, so that a killed evaluation can be resumed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from colm_ds.run_folder.files import replacing, write_whole
 class EvaluationFolder:
     """The files of an evaluation: `settings.json`, `NAME.jsonl` of each set, `results.json` and `results.md`.
 
-    While a set is asked every rank appends to a part of its own, `NAME.part-RANK.jsonl`; rank 0 puts the parts together
-    at the end, or when the evaluation starts again. All ranks must see the folder.
+    While a set is asked, every rank appends to its own part, `NAME.part-RANK.jsonl`; rank 0 merges the parts at the
+    end, or when the evaluation is resumed. All ranks must see the folder.
 
     Args:
         path: the folder.
@@ -26,15 +26,15 @@ class EvaluationFolder:
         self.path = Path(path)
 
     def start(self, model: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]], *, overwrite: bool) -> None:
-        """Make the folder, or check that what is there answers the same questions with the same model; rank 0 only.
+        """Create the folder, or check that its answers are to the same questions by the same model; rank 0 only.
 
         Args:
-            model: what identifies the model and how it computes.
-            tasks: what identifies the questions and answers of each set that will be asked.
-            overwrite: remove what is there.
+            model: facts that identify the model and how it computes.
+            tasks: facts that identify the questions and answers of each set to ask.
+            overwrite: discard existing answers.
 
         Raises:
-            ConfigError: listing what differs, or if the folder cannot be written.
+            ConfigError: listing the differences, or if the folder cannot be written.
         """
         try:
             if overwrite:
@@ -55,12 +55,9 @@ class EvaluationFolder:
             raise ConfigError(f"--out {self.path}: cannot be written: {error.strerror}.") from None
 
     def collect(self, name: str) -> dict[int, Row]:
-        """Put a set's parts together into one file in the order of its questions, and return its rows; rank 0 only.
+        """Merge a set's parts into one file in the order of its questions, and return its rows; rank 0 only.
 
-        A line that a kill cut off is left out.
-
-        Args:
-            name: of the set.
+        A line truncated by a kill is left out.
         """
         whole = self.path / f"{name}.jsonl"
         parts = sorted(self.path.glob(f"{name}.part-*.jsonl"))
@@ -75,15 +72,15 @@ class EvaluationFolder:
         return rows
 
     def open_part(self, name: str, rank: int) -> TextIO:
-        """A rank's part of a set, to append to with `append`."""
+        """Open a rank's part of a set, to append to with `append`."""
         return (self.path / f"{name}.part-{rank}.jsonl").open("a", encoding="utf-8")
 
     def results(self) -> dict[str, Any]:
-        """What `results.json` holds; empty if there is none."""
+        """Read `results.json`; empty if there is none."""
         return self._read_json("results.json")
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a JSON file in one go."""
+        """Write a JSON file atomically."""
         self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
@@ -91,7 +88,7 @@ class EvaluationFolder:
         write_whole(self.path / name, text)
 
     def _remove(self) -> None:
-        """Remove the files of an evaluation, and nothing else that may lie in the folder."""
+        """Remove the files of an evaluation, and nothing else in the folder."""
         names = list(self._read_json("settings.json").get("tasks", {}))
         files = [self.path / f"{name}.jsonl" for name in names]
         files += [part for name in names for part in self.path.glob(f"{name}.part-*.jsonl")]
@@ -111,11 +108,11 @@ class EvaluationFolder:
 
 
 def append(part: TextIO, rows: Iterable[Row]) -> None:
-    """Write rows to a part; they are in the file when the call returns.
+    """Append rows to a part; they are in the file when the call returns.
 
     Args:
         part: from `EvaluationFolder.open_part`.
-        rows: each with `index`.
+        rows: rows with `index`.
 
     Raises:
         DataError: if the disk is full or broken.
@@ -128,7 +125,7 @@ def append(part: TextIO, rows: Iterable[Row]) -> None:
 
 
 def read_rows(file: Path) -> list[Row]:
-    """Whole rows of a file; none if it is missing."""
+    """Read the whole rows of a file; none if it is missing."""
     rows: list[Row] = []
     if file.exists():
         with file.open(encoding="utf-8", errors="replace", newline="\n") as lines:
@@ -143,7 +140,7 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def compare(earlier: Mapping[str, Any], now: Mapping[str, Any], where: str) -> list[str]:
-    """One line for each value that differs."""
+    """Return one line for each value that differs."""
     earlier, now = json.loads(json.dumps(earlier)), json.loads(json.dumps(now))
     return [
         f"{where}.{key}: {earlier.get(key)!r} there, {now.get(key)!r} here"

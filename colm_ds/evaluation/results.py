@@ -1,4 +1,4 @@
-"""Numbers of an evaluation: accuracy with its interval, averages as in the paper's tables, Markdown."""
+"""Summarise an evaluation: accuracy with its interval, averages as in the paper's tables, Markdown."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ AVERAGES: dict[str, tuple[tuple[str, str], ...]] = {
 
 
 def wilson_interval(num_correct: int, num_asked: int) -> tuple[float, float]:
-    """95% interval of a share by Wilson's score, which holds for few questions and near 0 and 1.
+    """Return the 95% interval of a share by Wilson's score, which holds for few questions and near 0 and 1.
 
     Args:
         num_correct: k.
-        num_asked: n; with none the share can be anything.
+        num_asked: n; if 0, the interval is 0 to 1.
 
     Returns:
-        Lowest and highest share, between 0 and 1.
+        Minimum and maximum share, between 0 and 1.
     """
     if num_asked == 0:
         return 0.0, 1.0
@@ -44,7 +44,7 @@ def wilson_interval(num_correct: int, num_asked: int) -> tuple[float, float]:
 
 
 def accuracy_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Questions, share of right ones and its interval, from rows with `correct`."""
+    """Return the number of questions, the share of correct ones and its interval, from rows with `correct`."""
     num_correct = sum(bool(row["correct"]) for row in rows)
     return {
         "n": len(rows),
@@ -55,25 +55,25 @@ def accuracy_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def averages(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The means of `AVERAGES` for which every set has its number.
+    """Return the means of `AVERAGES` for which every set has its number.
 
     Args:
         tasks: numbers of each set by its name.
     """
-    found = {}
+    means = {}
     for name, parts in AVERAGES.items():
         values = [tasks.get(task, {}).get(key) for task, key in parts]
         numbers = [value for value in values if isinstance(value, (int, float))]
         if len(numbers) == len(parts):
-            found[name] = sum(numbers) / len(numbers)
-    return found
+            means[name] = sum(numbers) / len(numbers)
+    return means
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The tables of an evaluation: sets, averages, perplexity.
+    """Return the tables of an evaluation: sets, averages, perplexity.
 
     Args:
-        results: what `results.json` holds: `title`, `tasks` and `averages`.
+        results: content of `results.json`: `title`, `tasks` and `averages`.
     """
     tasks: Mapping[str, Mapping[str, Any]] = results["tasks"]
     parts = [f"# {results['title']}"]
@@ -100,9 +100,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     for numbers in tasks.values():
         if "per_source" in numbers:
             lines = [["source", "chunks", "tokens", "nats per token", "perplexity"], ["---", *["---:"] * 4]]
-            for source, found in [*numbers["per_source"].items(), ("all, by tokens", numbers)]:
-                counts = [str(found["n"]), str(found["num_tokens"])]
-                lines.append([source, *counts, f"{found['loss']:.4f}", f"{found['perplexity']:.3f}"])
+            for source, row in [*numbers["per_source"].items(), ("all, by tokens", numbers)]:
+                counts = [str(row["n"]), str(row["num_tokens"])]
+                lines.append([source, *counts, f"{row['loss']:.4f}", f"{row['perplexity']:.3f}"])
             parts.append(_table(lines))
     if results.get("left_out"):
         parts.append(f"No data for {', '.join(results['left_out'])}: left out.")
@@ -110,7 +110,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share between 0 and 1 in percent, one digit after the point."""
+    """Format a share between 0 and 1 in percent, with one decimal."""
     return "" if share is None else f"{100 * share:.1f}"
 
 

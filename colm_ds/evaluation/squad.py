@@ -20,17 +20,17 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise(answer: str) -> str:
-    """SQuAD's form of an answer: small letters, no punctuation, no articles, single spaces."""
+    """Normalise an answer as SQuAD does: lower case, no punctuation, no articles, single spaces."""
     return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_PUNCTUATION)).split())
 
 
 def exact(predicted: str, references: Sequence[str]) -> bool:
-    """Whether an answer equals one of the references in SQuAD's form."""
+    """Return whether an answer equals one of the references in SQuAD's form."""
     return any(normalise(predicted) == normalise(reference) for reference in references)
 
 
 def f1(predicted: str, references: Sequence[str]) -> float:
-    """Best F1 of an answer's words against a reference's, between 0 and 1; 0 where there is no reference."""
+    """Return the best F1 of an answer's words against a reference's, between 0 and 1; 0 without references."""
     return max(
         (_f1(normalise(predicted).split(), normalise(reference).split()) for reference in references), default=0.0
     )
@@ -49,7 +49,7 @@ class SquadQuestion:
 
     Attributes:
         prompt: ends with "Answer:".
-        references: what counts as right, at least one.
+        references: correct answers, at least one.
     """
 
     prompt: str
@@ -103,7 +103,7 @@ class SquadTask:
 
 
 def write_question(where: str, record: Mapping[str, Any]) -> SquadQuestion:
-    """The question of a record in SQuAD's form, or with `all_answers`, a list of texts.
+    """Write the question of a record in SQuAD's form, or with `all_answers`, a list of texts.
 
     Raises:
         DataError: if something is missing.
@@ -118,12 +118,12 @@ def write_question(where: str, record: Mapping[str, Any]) -> SquadQuestion:
 
 
 def _texts(answers: Any) -> list[str]:
-    """Texts in one of the forms that answers come in: a text, a list of these, or objects with "text"."""
+    """Return the texts of answers in any of their forms: a text, a list of these, or objects with "text"."""
     if isinstance(answers, str):
         return [answers]
     if isinstance(answers, Mapping):
         return _texts(answers.get("text"))
     if isinstance(answers, Sequence):
-        found = [text for answer in answers for text in _texts(answer)]
-        return list(dict.fromkeys(found))
+        texts = [text for answer in answers for text in _texts(answer)]
+        return list(dict.fromkeys(texts))
     return []

@@ -1,4 +1,4 @@
-"""What an evaluation set is to the code that runs it."""
+"""Interface of evaluation sets."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from colm_ds.data.records import Records
 from colm_ds.evaluation.backend import Backend
 
 Row = dict[str, Any]
-"""What is kept of one question: `correct` or what else its set is about; `index` is added when it is written."""
+"""Result of one question: `correct`, or another result of its set; `index` is added when it is written."""
 
 Answered = Iterator[list[tuple[int, Row]]]
-"""Rows as they come, each with its question's place among those asked."""
+"""Rows as they arrive, each with its question's index among those asked."""
 
 
 class EvaluationTask(Protocol):
     """One evaluation set.
 
     Attributes:
-        name: of the set.
-        settings: what else than model and questions decides the answers.
+        name: name of the set.
+        settings: settings, besides model and questions, that affect the answers.
     """
 
     name: str
@@ -28,29 +28,29 @@ class EvaluationTask(Protocol):
 
     @property
     def subpaths(self) -> tuple[str, ...]:
-        """Where it may lie in a data folder, without suffix."""
+        """Possible paths in a data folder, without suffix."""
         ...
 
     def read(self, records: Records, backend: Backend) -> list[Any]:
-        """The questions.
+        """Read the questions.
 
         Raises:
-            DataError: naming file and line of a record that is none.
+            DataError: naming file and line of an invalid record.
         """
         ...
 
     def size(self, question: Any) -> int:
-        """Length of a question, for sharing them among ranks."""
+        """Return the length of a question, for sharing questions among ranks."""
         ...
 
     def group(self, question: Any) -> str:
-        """Questions are drawn from each group for `--limit`: the source of a text, else all alike."""
+        """Return the group from which `--limit` draws: the source of a text, else the same for all."""
         ...
 
     def answer(self, backend: Backend, questions: Sequence[Any]) -> Answered:
-        """Ask the questions; a row is complete when it comes."""
+        """Ask the questions; a row is complete when it is yielded."""
         ...
 
     def summarise(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Numbers of the set, `n` among them."""
+        """Return the numbers of the set, including `n`."""
         ...

@@ -1,1 +1,1 @@
-"""Answers to math questions: extracted from words and LaTeX, and compared."""
+"""Extract answers to math questions from words and LaTeX, and compare them."""

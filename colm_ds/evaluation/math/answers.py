@@ -1,8 +1,8 @@
-"""From a model's text to its answer, and from two answers to right or wrong: the rules of the MAmmoTH protocol.
+"""Extract the answer from a model's text and compare answers, by the rules of the MAmmoTH protocol.
 
-Pure functions of text; none raises, whatever the text is. Three forms that the protocol's rules do not foresee are
-read as well: numbers with an exponent, as Python prints them (`1e-05`), months and weekdays in NumGLUE (three gold
-answers of 1,042), and "The answer is:" with a colon in MATH.
+Pure functions of text; none raises on any text. Three forms that the protocol's rules do not cover are read as well:
+numbers with an exponent, as Python prints them (`1e-05`), months and weekdays in NumGLUE (three gold answers of 1,042),
+and "The answer is:" with a colon in MATH.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _FENCE = re.compile(r"^[^\S\n]*```[^\n]*$", re.MULTILINE)
 
 
 def extract(task: str, text: str) -> str:
-    r"""The answer in a model's text.
+    r"""Extract the answer in a model's text.
 
     gsm8k, svamp, mathematics, simuleq: if a trigger ("####", "The answer is") occurs more than once, only the text
     before the first blank line counts. Of what follows the last trigger, and then the last "=", without commas: the
@@ -44,7 +44,7 @@ def extract(task: str, text: str) -> str:
 
     Args:
         task: one of `TASKS`.
-        text: what the model wrote, or `from_printed` of what its program printed.
+        text: the model's text, or `from_printed` of its program's output.
 
     Returns:
         The answer; empty if there is none.
@@ -60,27 +60,24 @@ def extract(task: str, text: str) -> str:
         text = _BLANK_LINE.split(text, maxsplit=1)[0]
     pieces = _ANY_TRIGGER.split(text)
     triggered, text = len(pieces) > 1, pieces[-1]
-    found = _LETTER.findall(text) if task == "numglue" else []
-    if not found:
+    matches = _LETTER.findall(text) if task == "numglue" else []
+    if not matches:
         after = _WITH_EXPONENT.sub(_written_out, text.rpartition("=")[2].replace(",", ""))
-        found = [_plain_number(number.removesuffix(".").removesuffix("/")) for number in _NUMBER.findall(after)]
-    if not found and task == "numglue":
-        found = _DAY_OR_MONTH.findall(text)
-    return found[0 if triggered else -1] if found else ""
+        matches = [_plain_number(number.removesuffix(".").removesuffix("/")) for number in _NUMBER.findall(after)]
+    if not matches and task == "numglue":
+        matches = _DAY_OR_MONTH.findall(text)
+    return matches[0 if triggered else -1] if matches else ""
 
 
 def is_correct(task: str, predicted: str, gold: str) -> bool:
-    """Whether an extracted answer is the gold one; both are brought to the same form first.
+    """Return whether an extracted answer matches the gold one, after both are normalised.
 
-    Equal as strings; for math also where both are numbers that agree (`equal_values`).
+    They match as equal strings; for math also as numbers that agree (`equal_values`).
 
     Args:
         task: one of `TASKS`.
-        predicted: what `extract` gave; an empty one is never right.
+        predicted: result of `extract`; an empty one is never correct.
         gold: the data set's answer, in its own form.
-
-    Returns:
-        Whether they agree.
 
     Raises:
         ConfigError: for an unknown task.
@@ -92,11 +89,11 @@ def is_correct(task: str, predicted: str, gold: str) -> bool:
 
 
 def normal_answer(task: str, answer: str) -> str:
-    """An answer in the form in which answers are compared: as if it had followed a trigger.
+    """Normalise an answer for comparison, as if it had followed a trigger.
 
     Args:
         task: one of `TASKS`.
-        answer: a gold answer, or an extracted one, which stays as it is.
+        answer: a gold answer, or an extracted one, which is left unchanged.
 
     Returns:
         The normal form. An answer in which the rules find nothing is only stripped.
@@ -111,16 +108,16 @@ def normal_answer(task: str, answer: str) -> str:
 
 
 def program_of(text: str) -> str | None:
-    """The program in a model's output, None if it wrote none: text with a `print(` before any "### Instruction".
+    """Return the program in a model's output, or None: text with a `print(` before any "### Instruction".
 
-    Code fences are stripped: where the call of print stands in a fenced block, only fenced blocks up to that one are
-    the program, since what stands around them is not Python.
+    Code fences are stripped: if the call of print is in a fenced block, the program is the fenced blocks up to that
+    one, since the text around them is not Python.
 
     Args:
-        text: what the model wrote.
+        text: the model's text.
 
     Returns:
-        Python source, or what the model takes for it.
+        Python source, valid or not.
     """
     text = text.partition("### Instruction")[0]
     if "print(" not in text:
@@ -131,11 +128,11 @@ def program_of(text: str) -> str | None:
         if "print(" in block:
             return "\n".join(piece.strip("\n") for piece in inside[: number + 1]) + "\n"
     program = "\n".join(piece.strip("\n") for piece in pieces if piece.strip()) + "\n"
-    return program if "print(" in program else None  # the call may have stood in the line of a fence
+    return program if "print(" in program else None  # the call may have been in the line of a fence
 
 
 def from_printed(printed: str) -> str:
-    """The answer text of a program: "The answer is " and what it printed."""
+    """Return the answer text of a program: "The answer is " and its output."""
     return f"{TRIGGERS[1]} {printed.strip()}"
 
 
@@ -162,7 +159,7 @@ def _normal_math(answer: str) -> str:
 
 
 def _plain_number(text: str) -> str:
-    """A decimal number without zeros that say nothing, whole numbers as integers; a fraction stays as it is."""
+    """Write a decimal number without redundant zeros, whole numbers as integers; leave fractions unchanged."""
     number = _DECIMAL.fullmatch(text)
     if not number:
         return text
@@ -172,7 +169,7 @@ def _plain_number(text: str) -> str:
 
 
 def _written_out(match: re.Match[str]) -> str:
-    """`1.5e-05` as `0.000015`."""
+    """Write `1.5e-05` as `0.000015`."""
     sign, whole, part, exponent = match[1], match[2], match[3] or "", int(match[4])
     digits = "0" * -exponent + whole + part + "0" * exponent
     point = max(0, -exponent) + len(whole) + exponent

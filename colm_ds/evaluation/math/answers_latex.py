@@ -1,4 +1,4 @@
-r"""One form for LaTeX answers that mean the same (MATH), and the comparison of such answers as numbers."""
+r"""Normalise LaTeX answers that mean the same (MATH), and compare them as numbers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FRACTION = re.compile(rf"(-?)\\frac\{{(-?{_PLAIN})\}}\{{(-?{_PLAIN})\}}", re.AS
 
 
 def normal_latex(text: str) -> str:
-    r"""The normal form of a LaTeX answer; answers with the same form count as equal.
+    r"""Return the normal form of a LaTeX answer; answers with the same form count as equal.
 
     Without spaces, `\left` and `\right`, `\!` and other spacing, degree, dollar and percent signs, units at the right
     (`5\text{ cm}`), a final full stop and a short left side (`x=5`); `\tfrac`, `\dfrac` and `\cfrac` become `\frac`,
@@ -34,7 +34,7 @@ def normal_latex(text: str) -> str:
     Returns:
         The normal form; the normal form of a normal form is itself, unless removals nest deeper than ten times.
     """
-    for _ in range(10):  # a removal may bring together the parts of the next one
+    for _ in range(10):  # a removal may join the parts of the next one
         before, text = text, _normal_step(text)
         if text == before:
             break
@@ -57,7 +57,7 @@ def _normal_step(text: str) -> str:
 
 
 def _braced_fractions(text: str) -> str:
-    r"""`\frac12`, `\frac{1}2` and `\frac1{2}` with braces around both arguments."""
+    r"""Put braces around both arguments of `\frac12`, `\frac{1}2` and `\frac1{2}`."""
     pieces = text.split("\\frac")
     done = pieces[-1]
     for piece in reversed(pieces[:-1]):
@@ -79,7 +79,7 @@ def _braced_fractions(text: str) -> str:
 
 
 def closing_brace(text: str) -> int | None:
-    """Index of the brace that closes the one at the start of `text`; None if nothing does."""
+    """Return the index of the brace that closes the one at the start of `text`, or None."""
     depth = 0
     for brace in re.finditer(r"[{}]", text):
         depth += 1 if brace[0] == "{" else -1
@@ -89,9 +89,9 @@ def closing_brace(text: str) -> int | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the last `\boxed{...}`, or to the end of its line if nothing closes it; None if there is none."""
-    _, found, rest = text.rpartition("\\boxed")
-    if not found:
+    r"""Return the content of the last `\boxed{...}`, up to the end of its line if it is not closed, or None."""
+    _, boxed, rest = text.rpartition("\\boxed")
+    if not boxed:
         return None
     rest = rest.lstrip()
     if not rest.startswith("{"):
@@ -101,17 +101,17 @@ def last_boxed(text: str) -> str | None:
 
 
 def equal_values(predicted: str, gold: str) -> bool:
-    r"""Whether two answers in normal form are numbers that agree: `12`, `1,250.5`, `1e-05`, `\frac{3}{4}`.
+    r"""Return whether two answers in normal form are numbers that agree: `12`, `1,250.5`, `1e-05`, `\frac{3}{4}`.
 
-    A whole gold answer must equal the rounded prediction; any other may be missed by 4% of itself. A prediction written
-    as a fraction is not rounded: it is exact as it stands.
+    A whole gold answer must equal the rounded prediction; for any other the tolerance is 4%. A prediction written as a
+    fraction is exact and not rounded.
 
     Args:
         predicted: normal form of the prediction.
         gold: normal form of the gold answer.
 
     Returns:
-        False also where one of them is no number.
+        False also if one of them is not a number.
     """
     value, target = _value(predicted), _value(gold)
     if value is None or target is None:

@@ -1,1 +1,1 @@
-"""Running programs that a model wrote."""
+"""Run programs that a model wrote."""

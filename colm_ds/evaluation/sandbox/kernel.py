@@ -1,7 +1,7 @@
 """The kernel's means of isolation through ctypes: namespaces, seccomp, Landlock, capabilities.
 
-The sandbox's server loads this file by its path into an interpreter without site-packages, so it needs nothing but
-the standard library. Every function acts on the calling process and raises `OSError` where the kernel refuses.
+The sandbox's server loads this file by its path into an interpreter without site-packages, so it needs only
+the standard library. Every function acts on the calling process and raises `OSError` if the kernel refuses.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 32, 4096, 16384, 1 << 18
 _MNT_DETACH = 2
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 
-# Numbers on x86_64 and aarch64 (None: not there) of the calls that a program may make. What is not listed fails with
-# EPERM: no process or thread can be started, no other program executed, no socket opened, nobody else signalled,
-# traced, limited or renamed, and no owner, mode or time of a file changed.
+# Numbers on x86_64 and aarch64 (None: does not exist) of the calls that a program may make. Others fail with EPERM: no
+# process or thread can be started, no other program executed, no socket opened, no other process signalled, traced,
+# limited or renamed, and no owner, mode or time of a file changed.
 _CALLS: dict[str, tuple[int | None, int | None]] = {
     "read": (0, 63), "write": (1, 64), "open": (2, None), "close": (3, 57), "stat": (4, None), "fstat": (5, 80),
     "lstat": (6, None), "poll": (7, None), "lseek": (8, 62), "mmap": (9, 222), "mprotect": (10, 226),
@@ -97,7 +97,7 @@ def die_with_parent() -> None:
 
 
 def drop_root() -> None:
-    """Become the user nobody for good, where the caller is root; do nothing for other users."""
+    """Become the user nobody permanently if the caller is root; do nothing for other users."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -116,12 +116,12 @@ def _mount(source: str, target: str, kind: str | None, flags: int, options: str 
 
 
 def enter_namespaces() -> None:
-    """Move into fresh user, mount, network, IPC and UTS namespaces whose root is an empty folder that holds `WORK`.
+    """Move into fresh user, mount, network, IPC and UTS namespaces whose root folder holds only `WORK`.
 
     Neither the machine's files nor its network can be reached from there. The new user has no rights outside.
     """
     user, group = os.geteuid(), os.getegid()
-    # After a change of user the process's own files in /proc belong to root; being dumpable gives them back.
+    # After a change of user the process's own files in /proc belong to root; being dumpable returns them.
     _prctl("prctl(DUMPABLE)", _PR_SET_DUMPABLE, 1)
     unshare(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS)
     for name, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {user} 1"), ("gid_map", f"{NOBODY} {group} 1")):
@@ -140,7 +140,7 @@ def enter_namespaces() -> None:
 
 
 def enter_program_namespaces(files_mib: int) -> None:
-    """Fresh mount and process namespaces for one program, with an empty `WORK` of `files_mib` MiB.
+    """Enter fresh mount and process namespaces for one program, with an empty `WORK` of `files_mib` MiB.
 
     The process forked next is process 1 of its namespace: when it ends, the kernel kills all that it started.
     """
@@ -149,13 +149,13 @@ def enter_program_namespaces(files_mib: int) -> None:
 
 
 def drop_capabilities() -> None:
-    """Give up every capability, and with no_new_privs the chance to gain any."""
+    """Drop every capability, and with no_new_privs the possibility to gain any."""
     _prctl("prctl(NO_NEW_PRIVS)", _PR_SET_NO_NEW_PRIVS, 1)
     _check(_libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)), "capset")
 
 
 def landlock_abi() -> int:
-    """Version of Landlock that the kernel offers; 0 for none."""
+    """Return the version of Landlock that the kernel offers; 0 for none."""
     return max(0, _libc.syscall(ctypes.c_long(_LANDLOCK_CREATE), None, ctypes.c_long(0), ctypes.c_long(1)))
 
 
@@ -185,7 +185,7 @@ def restrict_files(folder: str) -> None:
 
 
 def filter_calls() -> None:
-    """Leave only the system calls of a single-threaded calculation (seccomp); the others fail with EPERM.
+    """Allow only the system calls of a single-threaded calculation (seccomp); others fail with EPERM.
 
     Raises:
         OSError: if the machine is neither x86_64 nor aarch64, or the kernel has no seccomp filters.
@@ -198,7 +198,7 @@ def filter_calls() -> None:
 
 
 def _filter_program(column: int, pid: int) -> bytes:
-    """Classic BPF: load the machine, then the call's number, and compare it with the allowed ones."""
+    """Return the classic BPF program: load the machine and the call's number, and compare it with the allowed ones."""
     load, equal, ret = 0x20, 0x15, 0x06  # LD|W|ABS, JMP|JEQ|K, RET|K
     allow, refuse, not_a_terminal = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOTTY
     arch = next(arch for index, arch in _MACHINES.values() if index == column)

@@ -1,4 +1,4 @@
-"""Runs programs that a model wrote, isolated from the machine; see docs/SANDBOX.md for what each level stops."""
+"""Run programs that a model wrote, isolated from the machine; see docs/SANDBOX.md for what each level stops."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _REMOVED_LEVEL = "rlimits"
 _SERVER = Path(__file__).with_name("server.py")
 _START = "import sys, runpy; del sys.path[0]; runpy.run_path(sys.argv[1], run_name='__main__')"
 _START_S = 120.0  # a cold numpy on a busy machine
-_GRACE_S = 40.0  # beyond a program's wall time, until its server is given up
+_GRACE_S = 40.0  # beyond a program's wall time, before its server is given up
 
 
 class SandboxError(CoLMError):
@@ -41,15 +41,15 @@ class SandboxError(CoLMError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use; it may never start a process or a thread.
+    """Limits of one program, which may never start a process or a thread.
 
     Attributes:
-        wall_s: seconds by the clock.
-        cpu_s: seconds of CPU time, whole.
+        wall_s: seconds of wall time.
+        cpu_s: whole seconds of CPU time.
         memory_mib: address space beyond the interpreter's own.
         files_mib: size of a file; with namespaces also of all files of its folder together.
-        output_kib: of what it prints, on each of stdout and stderr.
-        open_files: descriptors open at a time.
+        output_kib: output on each of stdout and stderr.
+        open_files: open descriptors.
     """
 
     wall_s: float = 5.0
@@ -67,14 +67,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class ProgramResult:
-    """What became of one program.
+    """Result of one program.
 
     Attributes:
         status: "ok"; "error" (an exception or an exit status), "timeout", "memory" (MemoryError), "output" (printed too
             much), "killed" (by a signal, such as a crash), "refused" (could not be isolated, so it was not run).
         printed: its stdout, up to the limit, whatever the status.
-        seconds: by the clock.
-        message: why, in a line; empty for "ok".
+        seconds: seconds of wall time.
+        message: reason in one line; empty for "ok".
     """
 
     status: str
@@ -85,12 +85,12 @@ class ProgramResult:
 
 @dataclass(frozen=True)
 class Isolation:
-    """What keeps programs apart from this machine; each means is "" where it works, else the reason why it does not.
+    """Means of isolating programs from this machine; each is "" if it works, else the reason why it does not.
 
     Attributes:
         namespaces: own user, mount, process, network, IPC and UTS namespaces with an empty root folder.
         seccomp: filter of system calls.
-        landlock: files outside the temporary folder denied.
+        landlock: denial of files outside the temporary folder.
         landlock_abi: version of Landlock, 0 for none.
         changes_user: whether programs run as nobody, since the evaluation runs as root.
     """
@@ -103,13 +103,13 @@ class Isolation:
 
     @property
     def level(self) -> str | None:
-        """The level of `LEVELS` that this amounts to, None for neither; both need the filter of system calls."""
+        """Level of `LEVELS` that these means reach, None for neither; both need the filter of system calls."""
         if self.seccomp or (self.namespaces and self.landlock):
             return None
         return "landlock" if self.namespaces else "namespaces"
 
     def describe(self) -> dict[str, Any]:
-        """For result files: level, what is used, why the rest is not, kernel and Python."""
+        """Return the entries for result files: level, means in use, why others are not, kernel and Python."""
         means = {"namespaces": self.namespaces, "seccomp": self.seccomp, "landlock": self.landlock}
         return {
             "level": self.level,
@@ -123,10 +123,10 @@ class Isolation:
 
 
 class _Server:
-    """One fork server and the way to talk to it; used by one thread, which also starts it."""
+    """One fork server and its connection; used by one thread, which also starts it."""
 
     def __init__(self, limits: Limits, isolation: Isolation | None) -> None:
-        """Start the server; without `isolation` it reports what the machine offers and ends."""
+        """Start the server; without `isolation` it reports what the machine offers and exits."""
         self.wall_s = limits.wall_s
         means = (
             {} if isolation is None else {n: not getattr(isolation, n) for n in ("namespaces", "seccomp", "landlock")}
@@ -150,7 +150,7 @@ class _Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd="/",
-            env={"PYTHONHASHSEED": "0"},  # sets come out in the same order at every run; cleared before any program
+            env={"PYTHONHASHSEED": "0"},  # gives sets the same order in every run; cleared before any program
             start_new_session=True,
             bufsize=0,
         )
@@ -161,7 +161,7 @@ class _Server:
             raise SandboxError(f"the sandbox's server does not start: {said or problem}") from problem
 
     def _read(self, deadline: float) -> dict[str, Any]:
-        """The next frame; raises `SandboxError` when it does not come."""
+        """Return the next frame; raise `SandboxError` if none arrives."""
         size, content, head = 4, b"", True
         assert self.process.stdout is not None
         while True:
@@ -178,7 +178,7 @@ class _Server:
                 (size,), content, head = struct.unpack(">I", content), b"", False
 
     def run(self, source: str) -> ProgramResult:
-        """One program's result; raises `SandboxError` if the server is lost."""
+        """Return one program's result; raise `SandboxError` if the server is lost."""
         assert self.process.stdin is not None
         body = json.dumps({"source": source}).encode()
         frame = memoryview(struct.pack(">I", len(body)) + body)
@@ -190,7 +190,7 @@ class _Server:
         return ProgramResult(**self._read(time.monotonic() + self.wall_s + _GRACE_S))
 
     def _stop(self) -> bytes:
-        """End the server with all its children and remove its folder; what it wrote to stderr."""
+        """End the server with all its children and remove its folder; return its stderr."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
@@ -205,7 +205,7 @@ class _Server:
 
 
 def select_one(descriptor: int, seconds: float) -> bool:
-    """Whether a descriptor has something to read within `seconds`."""
+    """Return whether a descriptor becomes readable within `seconds`."""
     poller = select.poll()  # select() would fail for a descriptor above 1,023
     poller.register(descriptor, select.POLLIN)
     return bool(poller.poll(seconds * 1000))
@@ -213,7 +213,7 @@ def select_one(descriptor: int, seconds: float) -> bool:
 
 @functools.cache
 def detect() -> Isolation:
-    """Try which means of isolation work on this machine, each in a process of its own; about half a second, once.
+    """Try which means of isolation work on this machine, each in its own process; takes about half a second, once.
 
     Raises:
         SandboxError: if the isolated interpreter does not start at all.
@@ -228,7 +228,7 @@ def check_level(minimum: str | None) -> str:
     """Return the weakest level to accept, one of `LEVELS`; None asks for "landlock".
 
     Raises:
-        ConfigError: for a word that is no level, or that of the removed one.
+        ConfigError: for a word that is not a level, or the removed level.
     """
     if minimum == _REMOVED_LEVEL:
         raise ConfigError(
@@ -241,13 +241,13 @@ def check_level(minimum: str | None) -> str:
 
 
 def require_isolation(minimum: str | None = None) -> Isolation:
-    """Return this machine's isolation if it is at least as strong as asked for.
+    """Return this machine's isolation if it is at least as strong as required.
 
     Args:
         minimum: see `check_level`.
 
     Raises:
-        ConfigError: if it is weaker, or `minimum` is no level.
+        ConfigError: if it is weaker, or `minimum` is not a level.
         SandboxError: if the isolated interpreter does not start.
     """
     needed, isolation = check_level(minimum), detect()
@@ -265,15 +265,15 @@ def require_isolation(minimum: str | None = None) -> Isolation:
 def run_programs(
     programs: Sequence[str], *, limits: Limits = Limits(), workers: int = 2, minimum: str | None = None
 ) -> list[ProgramResult]:
-    """Run programs that nobody has read, each in a fresh process and folder, with the strongest isolation there is.
+    """Run unreviewed programs, each in a fresh process and folder, with the strongest isolation available.
 
     Starting the workers takes a fraction of a second: give many programs at a time. Results do not depend on `workers`
-    unless a program comes near its limits of time.
+    unless a program comes close to its time limits.
 
     Args:
         programs: Python sources.
-        limits: of each program.
-        workers: programs that run at a time.
+        limits: limits of each program.
+        workers: programs that run at the same time.
         minimum: weakest level of `LEVELS` to run with; None for "landlock".
 
     Returns:
@@ -292,7 +292,7 @@ def run_programs(
 
 
 def run_isolated(programs: Sequence[str], limits: Limits, workers: int, isolation: Isolation) -> list[ProgramResult]:
-    """`run_programs` at a given isolation, which may be less than the machine offers; arguments as there."""
+    """Run programs at a given isolation, which may be less than the machine offers; see `run_programs`."""
     results: list[ProgramResult | None] = [None] * len(programs)
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for index in range(len(programs)):
@@ -309,7 +309,7 @@ def run_isolated(programs: Sequence[str], limits: Limits, workers: int, isolatio
                 server = server or _Server(limits, isolation)
                 try:
                     result = server.run(programs[index])
-                    if result.status == "refused":  # not the program's doing: once more, with a new server
+                    if result.status == "refused":  # not caused by the program: try once more with a new server
                         server.close()
                         server = _Server(limits, isolation)
                         result = server.run(programs[index])
@@ -326,7 +326,7 @@ def run_isolated(programs: Sequence[str], limits: Limits, workers: int, isolatio
         try:
             for done in [pool.submit(work) for _ in range(min(workers, len(programs)))]:
                 done.result()
-        except BaseException:  # Ctrl-C, or a server that does not start: the others need not go on
+        except BaseException:  # Ctrl-C, or a server that does not start: the others may stop
             with contextlib.suppress(queue.Empty):
                 while True:
                     waiting.get_nowait()

@@ -1,8 +1,8 @@
-"""The sandbox's fork server: runs alone in an isolated interpreter, each program in a fork of its own.
+"""The sandbox's fork server: runs alone in an isolated interpreter, each program in its own fork.
 
 `sandbox.py` starts this file without site-packages and with an empty environment; nothing imports it. Frames on
-stdin and stdout are four bytes of length and a JSON text. The modules that a program may import are loaded before the
-way to the file system is closed, so that a program needs no file at all.
+stdin and stdout are four bytes of length and a JSON text. The modules that a program may import are loaded before
+access to the file system is closed, so that a program needs no file at all.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODULES = (
     "random", "string", "re", "datetime", "calendar", "time", "operator", "bisect", "heapq", "json", "copy", "typing",
     "dataclasses", "enum", "numbers", "textwrap", "array", "sys", "warnings", "__future__", "builtins", "abc",
 )  # fmt: skip
-# Loaded too, since the modules above and the interpreter come back for them later.
+# Loaded too, since the modules above and the interpreter import them later.
 LATER = (
     "numpy.linalg", "numpy.fft", "numpy.polynomial", "numpy.random", "numpy.ma", "numpy.lib.stride_tricks",
     "collections.abc", "_strptime", "traceback", "encodings.latin_1", "encodings.ascii", "encodings.idna",
@@ -38,11 +38,11 @@ LATER = (
 )  # fmt: skip
 OUT_OF_MEMORY = 97  # exit status of a program that ended with MemoryError
 ISOLATED = b"\x06"  # what a child writes to stderr first, as soon as it is isolated and before it runs anything
-SET_UP_S = 15.0  # for that, on a busy machine; a program's own time starts then
+SET_UP_S = 15.0  # maximum time for that on a busy machine; the program's own time starts afterwards
 
 
 def read_frame(stream: BinaryIO) -> Any:
-    """The next frame's content; None at the end of the stream."""
+    """Read the next frame's content; None at the end of the stream."""
     head = stream.read(4)
     if len(head) < 4:
         return None
@@ -57,7 +57,7 @@ def write_frame(stream: BinaryIO, content: Any) -> None:
 
 
 def load_modules(numpy_parent: str) -> None:
-    """Import what programs may use. numpy's folder is on the path only meanwhile: its neighbours stay out of reach."""
+    """Import what programs may use. numpy's folder is on the path only meanwhile, to hide its other content."""
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
     sys.path.append(numpy_parent)
@@ -73,7 +73,7 @@ def load_modules(numpy_parent: str) -> None:
 
 
 def limited_import(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`__import__` that gives a program the modules loaded for it only. A convenience, not a wall: the kernel is."""
+    """Return an `__import__` for the preloaded modules only: a convenience, as the kernel is what isolates."""
     known = {name.partition(".")[0] for name in (*MODULES, *LATER)}
 
     def import_module(
@@ -88,13 +88,13 @@ def limited_import(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def text_writer(descriptor: int) -> io.TextIOWrapper:
-    """A text stream that can print any string, also half a surrogate pair."""
+    """Return a text stream that can print any string, also half a surrogate pair."""
     raw = io.BufferedWriter(io.FileIO(descriptor, "w"))
     return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=descriptor == 2)
 
 
 def set_limits(settings: Mapping[str, Any], base_bytes: int) -> None:
-    """Limits of the calling process, soft and hard. No process or thread can be started (limit 0)."""
+    """Set soft and hard limits of the calling process. No process or thread can be started (limit 0)."""
     cpu = settings["cpu_s"]
     values = {
         "CPU": (cpu, cpu),
@@ -116,7 +116,7 @@ def set_limits(settings: Mapping[str, Any], base_bytes: int) -> None:
 
 
 def run_source(source: str) -> int:
-    """Run a program as `__main__`; its exit status. What went wrong is written to stderr, in one line."""
+    """Run a program as `__main__`; return its exit status, and write an error to stderr in one line."""
     message, status = "", 0
     try:
         exec(compile(source, "<program>", "exec"), {"__name__": "__main__", "__builtins__": builtins})
@@ -138,7 +138,7 @@ def run_source(source: str) -> int:
 
 
 class Server:
-    """State of the server: what the machine offers, and what is used of it."""
+    """State of the server: what the machine offers, and which part of it is used."""
 
     def __init__(self, settings: dict[str, Any], kernel: Any) -> None:
         self.settings = settings
@@ -148,9 +148,9 @@ class Server:
             self.base_bytes = int(file.read().split()[0]) * resource.getpagesize()
 
     def prepare(self) -> None:
-        """What is done once: leave root's rights and, where used, the machine's namespaces."""
+        """Set up once: drop root's rights and, if used, leave the machine's namespaces."""
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")  # should memory run out, the kernel ends a program and not the evaluation
+            file.write("1000")  # if memory runs out, the kernel kills a program and not the evaluation
         if self.settings["base"] and os.geteuid() == 0:
             os.chown(self.settings["base"], self.kernel.NOBODY, self.kernel.NOBODY)
         self.kernel.drop_root()
@@ -158,7 +158,7 @@ class Server:
             self.kernel.enter_namespaces()
 
     def isolate(self, folder: str) -> None:
-        """What is done in the program's own process, from the outermost wall to the innermost."""
+        """Isolate the program's own process, from the outermost wall to the innermost."""
         used = self.settings
         os.chdir(folder)
         self.kernel.drop_capabilities()
@@ -169,7 +169,7 @@ class Server:
             self.kernel.filter_calls()
 
     def child(self, source: str, folder: str, out: int, err: int) -> None:
-        """The program's process; does not return."""
+        """Run in the program's process; does not return."""
         status = 1
         try:
             os.setsid()
@@ -178,13 +178,13 @@ class Server:
                 os.dup2(descriptor, target)
             os.closerange(3, max(256, out, err, self.null) + 256)
             sys.stdin = io.TextIOWrapper(io.FileIO(0), encoding="utf-8")
-            # The second names keep the streams open when a program puts something else in their place.
+            # The second names keep the streams open if a program replaces the first.
             sys.stdout = sys.__stdout__ = text_writer(1)  # type: ignore[misc]
             sys.stderr = sys.__stderr__ = text_writer(2)  # type: ignore[misc]
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
             self.isolate(folder)
-            # The same program prints the same at every run. Its own interpreter: nobody else's random state.
+            # The same program prints the same in every run. In its own interpreter the seed affects nothing else.
             sys.modules["random"].seed(0)
             sys.modules["numpy.random"].seed(0)
             builtins.__import__ = limited_import(builtins.__import__)
@@ -197,7 +197,7 @@ class Server:
             os._exit(status)
 
     def monitor(self, source: str) -> dict[str, Any]:
-        """Start one program, read its output within the limits, and end it with all that it started."""
+        """Start one program, read its output within the limits, and kill it with all that it started."""
         used = self.settings
         if used["namespaces"]:
             self.kernel.enter_program_namespaces(used["files_mib"])
@@ -225,11 +225,11 @@ class Server:
         return {"status": status, "printed": printed, "seconds": round(seconds, 4), "message": message[:500]}
 
     def run(self, source: str) -> dict[str, Any]:
-        """One program in a monitor process of its own, whose namespaces go with it."""
+        """Run one program in its own monitor process, whose namespaces end with it."""
         return self.in_fork(lambda: self.monitor(source))
 
     def in_fork(self, work: Callable[[], Any]) -> Any:
-        """Result of `work` in a forked process, through a pipe; its failure is reported as a refused program."""
+        """Run `work` in a forked process and return its result through a pipe; a failure is a refused program."""
         read, write = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -251,7 +251,7 @@ class Server:
 
 
 def refused(why: str) -> dict[str, Any]:
-    """Result of a program that was not run."""
+    """Return the result of a program that was not run."""
     return {"status": "refused", "printed": "", "seconds": 0.0, "message": f"not run: {why}"[:500]}
 
 
@@ -260,21 +260,21 @@ def watch(pid: int, texts: dict[int, bytearray], err: int, wall_s: float, limit:
 
     Args:
         pid: the child, leader of its process group.
-        texts: by descriptor to read from, what has been read; filled here.
-        err: which of them is its stderr, where it says that it is isolated.
+        texts: output by descriptor to read from; filled here.
+        err: descriptor of its stderr, where it reports that it is isolated.
         wall_s: seconds from then until it is killed.
-        limit: bytes of one stream at most.
+        limit: maximum bytes of one stream.
 
     Returns:
         Why it was killed ("timeout", "output" or "" if it ended by itself), its wait status, its seconds of CPU time
-        and by the clock.
+        and of wall time.
     """
     start, reason, ended, isolated = time.monotonic(), "", False, False
     deadline = start + SET_UP_S
     waiting = list(texts)
     while not reason:
         left = deadline - time.monotonic()
-        # A child that has ended may have left a last part in the pipe: stop when nothing is there to read.
+        # A child that ended may have left output in the pipe: stop when there is nothing to read.
         pause = 0.0 if ended else max(0.0, min(left, 0.02 if waiting else 0.001))
         ready = select.select(waiting, [], [], pause)[0]
         if ended and not ready:
@@ -290,7 +290,7 @@ def watch(pid: int, texts: dict[int, bytearray], err: int, wall_s: float, limit:
             isolated, start = True, time.monotonic()
             deadline = start + wall_s
         if not ready or not waiting:
-            # Not reaped yet, so that its number and its group's cannot be another's when the group is killed.
+            # Not reaped yet, so that its id and its group's cannot be reused before the group is killed.
             ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         if time.monotonic() >= deadline and not ended and not reason:
             reason = "timeout"
@@ -303,7 +303,7 @@ def watch(pid: int, texts: dict[int, bytearray], err: int, wall_s: float, limit:
 
 
 def describe_end(reason: str, code: int, used_cpu: bool, said: str) -> tuple[str, str]:
-    """Status and message from why a program was killed, its wait status, its use of CPU time and its last words."""
+    """Return status and message, from why a program was killed, its wait status, its CPU time and its last output."""
     if reason == "timeout":
         return "timeout", "wall time used up"
     if reason == "output":
@@ -329,7 +329,7 @@ PROBES = {
 
 
 def probe(server: Server) -> dict[str, str]:
-    """For each means of isolation "" if it works here, else why not; each is tried alone, in a process of its own."""
+    """Return "" for each means of isolation that works here, else why not; each is tried in its own process."""
     report = {}
     for name, source in PROBES.items():
 
@@ -345,7 +345,7 @@ def probe(server: Server) -> dict[str, str]:
 
 
 def load_kernel() -> Any:
-    """The module beside this file, without the package around it."""
+    """Load the module beside this file, without the package around it."""
     location = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernel.py")
     spec = importlib.util.spec_from_file_location("sandbox_kernel", location)
     if spec is None or spec.loader is None:
@@ -356,7 +356,7 @@ def load_kernel() -> Any:
 
 
 def main(settings: dict[str, Any]) -> None:
-    """Serve the programs that come in on stdin until it ends, or report what the machine offers."""
+    """Serve programs from stdin until it ends, or report what the machine offers."""
     kernel = load_kernel()
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     load_modules(settings["numpy_parent"])
