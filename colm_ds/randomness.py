@@ -10,18 +10,18 @@ import torch
 
 
 def derive_seed(seed: int, *parts: int | str) -> int:
-    """A 63-bit seed for one purpose, for example `derive_seed(0, "direction", step, probe)`."""
+    """Return a 63-bit seed for one purpose, for example `derive_seed(0, "direction", step, probe)`."""
     digest = hashlib.blake2b(repr((seed, *parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def private_generator(seed: int, *parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator of its own for one purpose on one device; same arguments, same numbers."""
+    """Return a generator of its own for one purpose on one device; same arguments, same numbers."""
     return torch.Generator(device=device).manual_seed(derive_seed(seed, *parts))
 
 
 def random_state() -> dict[str, Any]:
-    """State of this process's global generators: Python's, numpy's, torch's, and that of its GPU."""
+    """Return the state of this process's global generators: Python's, numpy's, torch's, and that of its GPU."""
     import numpy as np
 
     state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}

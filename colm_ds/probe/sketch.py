@@ -76,7 +76,7 @@ class FactoredHistory:
         self._beta2 = beta2
 
     def scales(self) -> tuple[Tensor, Tensor]:
-        """Return inverse square roots for delta `[out]` and x `[in]`, relative to their means; ones before any update."""
+        """Return inverse roots for delta `[out]` and x `[in]`, relative to their means; ones before any update."""
         return _inverse_root(self.row), _inverse_root(self.column)
 
     def update(self, row_mean: Tensor, column_mean: Tensor) -> None:

@@ -25,10 +25,10 @@ class GradientVariance:
     """Accumulate the gradients of all examples of a large batch, or sketches of them, in three sums.
 
     With g the gradients, r and b the sizes: the coreset's error is |sum over S of w_i g_i / b - mean over M of g_i|^2,
-    that of b random ones is on average (1 - b / r) / b times the variance of the g_i, sum |g_i - mean|^2 /
-    (r - 1). Both are given relative to |mean over M of g_i|^2. In a mean over tokens T_i g_i over the sum of T_i replaces
-    g_i, in the coreset over the sum of w_i T_i, and the mean error of random ones is that of this ratio to first order.
-    Examples whose gradient is not finite are left out throughout.
+    that of b random ones is on average (1 - b / r) / b times the variance of the g_i, sum |g_i - mean|^2 / (r - 1).
+    Both are relative to |mean over M of g_i|^2. In a mean over tokens T_i g_i over the sum of T_i replaces g_i, in the
+    coreset over the sum of w_i T_i, and the mean error of random ones is that of this ratio to first order. Examples
+    whose gradient is not finite are left out throughout.
     """
 
     def __init__(self, coreset: Coreset, size: int, width: int, device: torch.device, parts: Tensor | None) -> None:

@@ -88,5 +88,5 @@ class ClusterConfig(Section):
             problems.add("clusters.refresh_steps", self.refresh_steps, why, "Leave these out.")
 
     def first_selection(self) -> int:
-        """Plain steps before the first selection."""
+        """Return plain steps before the first selection."""
         return 0 if self.uses_proxy else self.warmup_steps

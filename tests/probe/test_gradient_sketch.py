@@ -228,7 +228,7 @@ def test_what_can_not_be_sketched_is_named() -> None:
         GradientSketch(model, 0)
     cut = tiny_model("llama")
     cut.model.norm.weight.ds_id = 1
-    with pytest.raises(ProbeError, match="ZeRO-3 cuts the weights up"):
+    with pytest.raises(ProbeError, match="ZeRO-3 partitions the weights"):
         GradientSketch(cut, 0)
 
 
