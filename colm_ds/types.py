@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Candidates:
-    """How the tokens of a classification example are divided: a prompt with each candidate, one after the other.
+    """Division of the tokens of a classification example: a prompt with each candidate, one after the other.
 
     Its loss is the cross-entropy over the candidates of the mean log-probability of each one's labelled tokens.
 
@@ -47,7 +47,7 @@ class Example:
 
 @dataclass(frozen=True)
 class CandidateTable:
-    """What is known without their tokens of the candidates of n classification examples.
+    """Candidates of n classification examples, as far as they are known without their tokens.
 
     Attributes:
         lengths: tokens of every prompt with candidate, 0 where an example has fewer, int64 `[n, c]`.
@@ -215,7 +215,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one optimizer step did; one object of `metrics.jsonl`.
+    """Numbers of one optimizer step; an entry of metrics.jsonl, each declared in `run_folder.metrics`.
 
     Attributes:
         step: 1-based optimizer step.
@@ -244,7 +244,7 @@ class StepStats:
             rest.
         counted_gib: in the steps of `memory.count_steps` on a CPU: peaks of counted tensor allocations by phase and as
             total, weights and states included; None in others.
-        coreset: see `coreset_facts.describe_coreset`.
+        coreset: see `engine.step_stats.describe_coreset`.
     """
 
     step: int

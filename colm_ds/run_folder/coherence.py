@@ -22,7 +22,7 @@ def agreement(coherence: float, floor: float) -> str:
         return "examples of one source agree well, and medoids stand for them"
     if place > 0.1:
         return "examples of one source agree in part, and medoids may do better than random picks"
-    return "examples of one source are close to unrelated, and medoids can not stand for them"
+    return "examples of one source are close to unrelated, and medoids cannot stand for them"
 
 
 def coherence_summary(entries: Sequence[Mapping[str, Any]], small: Collection[str]) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def coherence_summary(entries: Sequence[Mapping[str, Any]], small: Collection[st
                 floors.setdefault(name, []).append(1.0 / math.sqrt(n))
     if not values:
         return {}
-    per_source, unrelated = ({name: _mean(found) for name, found in each.items()} for each in (values, floors))
+    per_source, unrelated = ({name: _mean(numbers) for name, numbers in each.items()} for each in (values, floors))
     mean, floor = _mean(list(per_source.values())), _mean(list(unrelated.values()))
     verdict = f"coherence {mean:.2f}, where unrelated gradients would give {floor:.2f}: {agreement(mean, floor)}"
     return {"per_source": per_source, "unrelated": unrelated, "verdict": verdict}

@@ -1,4 +1,4 @@
-"""Where a run came from: command, versions, machine, revision."""
+"""Describe where a run came from: command, versions, machine, revision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "numpy")
 
 
 def describe_environment() -> dict[str, Any]:
-    """Command, date, versions, machine and git revision."""
+    """Return command, date, versions, machine and git revision."""
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -14,7 +14,7 @@ from colm_ds.run_folder.contents import LOCK
 
 
 class RunLock:
-    """Holds an output folder until `release` or the end of the process."""
+    """Hold an output folder until `release` or the end of the process."""
 
     def __init__(self, folder: str | Path) -> None:
         """Take the lock, making the folder if it is missing.
@@ -23,7 +23,7 @@ class RunLock:
             folder: of the run.
 
         Raises:
-            ConfigError: if another process holds it, or the folder can not be written.
+            ConfigError: if another process holds it, or the folder cannot be written.
         """
         self._path = Path(folder) / LOCK
         self._is_new = not self._path.parent.exists()
@@ -31,7 +31,7 @@ class RunLock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[str] | None = self._path.open("a+", encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"output_dir = {folder}: can not be written: {error.strerror}.") from None
+            raise ConfigError(f"output_dir = {folder}: cannot be written: {error.strerror}.") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -41,7 +41,7 @@ class RunLock:
             raise ConfigError(
                 f"output_dir = {folder}: {holder} is writing a run there. Wait for it, or choose another output_dir."
             ) from None
-        except OSError:  # a file system without locks: as before there were any
+        except OSError:  # a file system without locks: nothing can be held
             return
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

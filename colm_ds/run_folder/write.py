@@ -42,7 +42,7 @@ class RunFolder:
             elif metrics.exists():
                 if not overwrite:
                     raise ConfigError(
-                        f"output_dir = {path}: holds a run already. Choose another, or overwrite=true to replace it."
+                        f"output_dir = {path}: holds a run already. Choose another, or overwrite=true to start over."
                     )
                 remove_own(self.path)
             elif own := own_entries(self.path):

@@ -1,4 +1,4 @@
-"""Whether a run starts anew or goes on, and from which checkpoint."""
+"""Decide whether to start a new run or resume one, and from which checkpoint."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _MAY_CHANGE = {
 
 
 def where_to_start(recipe: BaseRecipe) -> atomic.Checkpoint | None:
-    """The checkpoint that a run goes on from; None starts it anew. Reads files only, on one rank.
+    """Return the checkpoint to resume from; None: start a new run. Reads files only, on one rank.
 
     Args:
         recipe: what is to be run.
 
     Raises:
-        ConfigError: if there is a run that neither goes on nor may be replaced, or that another recipe made.
+        ConfigError: if a run exists that can neither be resumed nor replaced, or that another recipe made.
         CheckpointError: if there are checkpoints but none that can be loaded.
     """
     if recipe.overwrite:
@@ -47,31 +47,31 @@ def where_to_start(recipe: BaseRecipe) -> atomic.Checkpoint | None:
     folder = Path(recipe.output_dir)
     if recipe.resume not in ("auto", "never"):
         path = Path(recipe.resume)
-        found = atomic.find(path.parent, path.name)
+        checkpoint = atomic.find(path.parent, path.name)
         _check_same(recipe, path.parent.parent / CONFIG)
-        return found
+        return checkpoint
     if not (folder / METRICS).exists():
         if own := own_entries(folder):
             raise no_run_of(own)
         return None
     if is_finished(folder):
         raise ConfigError(
-            f"output_dir = {recipe.output_dir}: holds a finished run. Choose another, or overwrite=true to start anew."
+            f"output_dir = {recipe.output_dir}: holds a finished run. Choose another, or overwrite=true to start over."
         )
     if recipe.resume == "never":
         return None  # `RunFolder` refuses to replace what is there
     _check_same(recipe, folder / CONFIG)
-    found = atomic.find(folder / CHECKPOINTS, repair=True)
-    if found is None and status_of(folder) == NOT_EVALUATED:
+    checkpoint = atomic.find(folder / CHECKPOINTS, repair=True)
+    if checkpoint is None and status_of(folder) == NOT_EVALUATED:
         raise ConfigError(
             f"output_dir = {recipe.output_dir}: holds trained weights whose evaluation failed. Measure them with "
-            "finetune/evaluate.py, choose another output_dir, or overwrite=true to start anew."
+            "finetune/evaluate.py, choose another output_dir, or overwrite=true to start over."
         )
-    return found
+    return checkpoint
 
 
 def may_restart(recipe: BaseRecipe) -> bool:
-    """Whether an unfinished run without a checkpoint may be replaced: this recipe's own, killed before its first."""
+    """Return whether an unfinished run without a checkpoint may be replaced: this recipe's own, killed before one."""
     return recipe.resume == "auto" and not recipe.overwrite
 
 
@@ -86,7 +86,7 @@ def _check_same(recipe: BaseRecipe, config: Path) -> None:
         raise ConfigError(
             f"{config.parent}: holds an unfinished run of another recipe.\n  "
             + "\n  ".join(differences)
-            + "\n  Put that back to go on, choose another output_dir, or overwrite=true to start anew."
+            + "\n  Put that back to resume, choose another output_dir, or overwrite=true to start over."
         )
 
 
@@ -102,7 +102,7 @@ def check_finished(recipe: BaseRecipe) -> None:
         raise ConfigError(
             f"{folder}: holds a finished run of another recipe.\n  "
             + "\n  ".join(differences)
-            + "\n  Put that back, choose another output_dir, or overwrite=true to start anew."
+            + "\n  Put that back, choose another output_dir, or overwrite=true to start over."
         )
 
 
@@ -124,8 +124,8 @@ def check_same_settings(
     config = Path(checkpoint).parents[1] / CONFIG
     if "recipe" not in before and not read_object(config).get("recipe"):
         raise ConfigError(
-            f"{config}: missing or broken, so that nobody knows by which recipe {checkpoint} was made. Put it back, "
-            "choose another output_dir, or overwrite=true to start anew."
+            f"{config}: missing or broken, so the recipe of {checkpoint} is unknown. Put it back, "
+            "choose another output_dir, or overwrite=true to start over."
         )
     if "recipe" in before:
         constant = recipe.lr_schedule.kind == "constant" and recipe.lr_schedule.warmup_fraction == 0
@@ -142,7 +142,7 @@ def check_same_settings(
         raise ConfigError(
             f"{checkpoint}: was made with other settings.\n  "
             + "\n  ".join(differences)
-            + "\n  Put that back to go on, choose another output_dir, or overwrite=true to start anew."
+            + "\n  Put that back to resume, choose another output_dir, or overwrite=true to start over."
         )
 
 
@@ -169,7 +169,7 @@ _DEEPSPEED_MAY_CHANGE = {
 def check_same_data(
     checkpoint: str, before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]
 ) -> None:
-    """Compare the data of a run that goes on, see `TrainingTask.identity`, with what its checkpoint says.
+    """Compare the data of a resumed run, see `TrainingTask.identity`, with what its checkpoint says.
 
     Args:
         checkpoint: its path.
@@ -179,15 +179,15 @@ def check_same_data(
     Raises:
         ConfigError: if the content is another.
     """
-    for key, found in now.items():
+    for key, data in now.items():
         known = before.get(key)
-        if known is not None and known["digest"] != found["digest"]:
+        if known is not None and known["digest"] != data["digest"]:
             raise ConfigError(
-                f"{key} = {found['place']}: not what the run was trained on.\n"
+                f"{key} = {data['place']}: not what the run was trained on.\n"
                 f"  {checkpoint}: {known['place']} with digest {known['digest']}\n"
-                f"  now: {found['place']} with digest {found['digest']}\n"
+                f"  now: {data['place']} with digest {data['digest']}\n"
                 "  Name the data that it was trained on (prepared again from the same files and settings it is the "
-                "same), choose another output_dir, or overwrite=true to start anew."
+                "same), choose another output_dir, or overwrite=true to start over."
             )
 
 
@@ -234,19 +234,19 @@ def _as_now(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def _known(kind: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys that a section has, and of its sections those that they have."""
-    found = {}
+    known = {}
     for key, value in values.items():
         if key in kind.model_fields:
             inner = kind.model_fields[key].annotation
             is_section = isinstance(inner, type) and issubclass(inner, Section) and isinstance(value, Mapping)
-            found[key] = _known(inner, value) if is_section else value  # type: ignore[arg-type]
-    return found
+            known[key] = _known(inner, value) if is_section else value  # type: ignore[arg-type]
+    return known
 
 
 def _compare(one: Any, other: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
     """Keys of nested mappings whose values differ."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         keys = [*one, *(key for key in other if key not in one)]
-        found = [_compare(one.get(key), other.get(key), f"{prefix}.{key}" if prefix else str(key)) for key in keys]
-        return [difference for part in found for difference in part]
+        parts = [_compare(one.get(key), other.get(key), f"{prefix}.{key}" if prefix else str(key)) for key in keys]
+        return [difference for part in parts for difference in part]
     return [] if one == other else [(prefix, one, other)]

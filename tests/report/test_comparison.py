@@ -154,7 +154,7 @@ def test_no_folder_of_this_machine(five: Comparison, tmp_path_factory: pytest.Te
             0.1,
             "agree well, and medoids stand for them; towards the end examples of one source are close to unrelated",
         ),
-        (0.15, 0.15, r"close to unrelated, and medoids can not stand for them\."),
+        (0.15, 0.15, r"close to unrelated, and medoids cannot stand for them\."),
     ],
 )
 def test_coherence_is_put_into_words(tmp_path: Path, start: float, end: float, expected: str) -> None:
