@@ -114,7 +114,7 @@ def test_a_checkpoint_knows_its_settings(tmp_path: Path) -> None:
     }
     checkpoint = str(tmp_path / "run" / "checkpoints" / "step_4")
     check_same_settings(checkpoint, before, recipe, deepspeed)
-    with pytest.raises(ConfigError, match="missing or broken, so that nobody knows"):
+    with pytest.raises(ConfigError, match="missing or broken, so the recipe of"):
         check_same_settings(checkpoint, {}, recipe, deepspeed)  # of an older version, without a config.json
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps({"recipe": {"steps": 3}}))
