@@ -299,7 +299,7 @@ COMMANDS: dict[str, Command] = {
     "watch": Command(
         "a run in the terminal while it trains: loss, rate, memory, coreset by source, time left",
         "Show a run from its metrics.jsonl, live until it ends, or a finished one. Needs the files only: "
-        "the folder may be mounted from elsewhere. Without a terminal it prints a line for everything new.",
+        "the folder may be mounted from elsewhere. Without a terminal it prints a line of what is new every 30 s.",
         _set_up_watch,
     ),
     "export": Command(

@@ -209,9 +209,8 @@ def open_console(stream: Any, **settings: Any) -> Any:
         def show_cursor(self, show: bool = True) -> bool:
             return False
 
-    return _Console(
-        file=stream, force_terminal=is_terminal(stream), soft_wrap=True, highlight=False, markup=False, **settings
-    )
+    fixed = {"file": stream, "force_terminal": is_terminal(stream), "highlight": False, "markup": False}
+    return _Console(**{"soft_wrap": True, **settings, **fixed})
 
 
 def duration(seconds: float) -> str:

@@ -2,91 +2,53 @@
 
 from __future__ import annotations
 
-import json
-import shutil
+import codecs
+import io
+import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any, TextIO
 
-import numpy as np
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Column, Table
+from rich.text import Text
 
 from colm_ds.errors import DataError
-from colm_ds.report.tables import MISSING, compact, fixed, percent, shorten, whole
+from colm_ds.process.progress import LINE_EVERY_S, duration, open_console
+from colm_ds.report.tables import MISSING, compact, percent, shorten, whole
+from colm_ds.run_folder.contents import CONFIG, METRICS, UNFINISHED
+from colm_ds.run_folder.files import read_object
 from colm_ds.run_folder.follow import MetricsTail
-from colm_ds.run_folder.read import lookup, number, numbers
+from colm_ds.run_folder.metrics import METRICS as DECLARED
+from colm_ds.run_folder.read import lookup, names, number, numbers, status_of
 
 _RECENT = 20  # steps that rates and the remaining time are taken from
+_QUIET_S = 60.0  # without news for this long, and ten steps: the run may be gone
+_WIDEST, _LABEL, _NUMBERS = 120, 10, 24  # characters
 _SPARKS = "▁▂▃▄▅▆▇█"
-_PLAIN_SPARKS = "_.:-=+*#"
-_LABEL = 10
-_QUIET_S = 60.0  # without a word for this long, and ten steps: the run may be gone
+_ASCII = dict(zip(f"{_SPARKS}·…{MISSING}", "_.:-=+*#-~-", strict=True))
 
 
-@dataclass
-class Progress:
-    """What is known of a run, kept small however long it is.
+class WatchedRun:
+    """What the files of a run say so far, kept small however long it is.
 
     Attributes:
         config: `config.json`, empty if it is not there.
         status: of `summary.json`; empty while the run has not ended.
-        step: last step.
-        last: its entry.
+        last: entry of the last step.
         losses: of every step.
         seconds: of every step.
         heldout: step and overall held-out loss of every evaluation.
         counts: examples trained on so far by source.
-        written: when metrics.jsonl last changed, seconds since 1970; None if it is not there.
+        watched: latest values of each metric that has a line of its own, by its title.
     """
-
-    config: dict[str, Any] = field(default_factory=dict)
-    status: str = ""
-    step: int = 0
-    last: dict[str, Any] = field(default_factory=dict)
-    losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    heldout: list[tuple[int, float]] = field(default_factory=list)
-    counts: dict[str, float] = field(default_factory=dict)
-    written: float | None = None
-
-    def add(self, entry: Mapping[str, Any]) -> None:
-        """Take in one entry of metrics.jsonl."""
-        step = int(entry["step"])
-        overall = number(lookup(entry, "heldout", "overall"))
-        if overall is not None:
-            self.heldout.append((step, overall))
-        if "loss" not in entry:
-            return
-        self.step, self.last = step, dict(entry)
-        self.losses.append(number(entry["loss"]) or float("nan"))
-        self.seconds.append(number(lookup(entry, "time_s", "total")) or float("nan"))
-        for name, count in numbers(lookup(entry, "coreset", "per_source")).items():
-            self.counts[name] = self.counts.get(name, 0.0) + count
-
-    @property
-    def num_steps(self) -> int | None:
-        """Steps of the whole run."""
-        found = number(lookup(self.config, "recipe", "steps"))
-        return int(found) if found is not None else None
-
-    @property
-    def step_s(self) -> float | None:
-        """Median seconds of the recent steps."""
-        known = [value for value in self.seconds[-_RECENT:] if value == value]
-        return float(np.median(known)) if known else None
-
-    @property
-    def remaining_s(self) -> float | None:
-        """Seconds of training that are left; evaluations are not counted."""
-        if self.num_steps is None or self.step_s is None or self.status:
-            return None
-        return max(0, self.num_steps - self.step) * self.step_s
-
-
-class Watcher:
-    """Follows the files of one run."""
 
     def __init__(self, folder: str | Path) -> None:
         """Start with nothing read.
@@ -97,28 +59,68 @@ class Watcher:
         self._folder = Path(folder)
         if not self._folder.is_dir():
             what = "is a file" if self._folder.exists() else "does not exist"
-            raise DataError(f"{folder}: {what}. Give the output folder of a run, which holds metrics.jsonl.")
-        self._tail = MetricsTail(self._folder / "metrics.jsonl")
-        self.progress = Progress()
+            raise DataError(f"{folder}: {what}. Give the output folder of a run, which holds {METRICS}.")
+        self._tail = MetricsTail(self._folder / METRICS)
+        self.config: dict[str, Any] = {}
+        self.status = ""
+        self._forget()
+
+    def _forget(self) -> None:
+        self.last: dict[str, Any] = {}
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self.heldout: list[tuple[int, float]] = []
+        self.counts: Counter[str] = Counter()
+        self.watched: dict[str, dict[str, float]] = {}
 
     def update(self) -> bool:
-        """Read what is new; whether anything was."""
-        entries, anew = self._tail.read()
-        if anew:
-            self.progress = Progress()
-        found = self.progress
-        if entries or not found.config:
-            found.config = _read(self._folder / "config.json")
+        """Read what is new; return whether anything was."""
+        entries, replaced = self._tail.read()
+        if replaced:
+            self._forget()
+        if entries or not self.config:
+            self.config = read_object(self._folder / CONFIG)
         for entry in entries:
-            found.add(entry)
-        status = str(_read(self._folder / "summary.json").get("status") or "").replace("unfinished", "")
-        changed = bool(entries) or status != found.status
-        found.status = status
+            self._add(entry)
+        before, self.status = self.status, status_of(self._folder).replace(UNFINISHED, "")
+        return bool(entries) or self.status != before
+
+    def _add(self, entry: dict[str, Any]) -> None:
+        overall = number(lookup(entry, "heldout", "overall"))
+        if overall is not None:
+            self.heldout.append((entry["step"], overall))
+        if "loss" in entry:
+            self.last = entry
+            self.losses.append(number(entry["loss"]) or math.nan)
+            self.seconds.append(number(lookup(entry, "time_s", "total")) or math.nan)
+            self.counts.update(numbers(lookup(entry, "coreset", "per_source")))
+            self.watched |= {each.title: found for each in DECLARED if each.watched and (found := each.values(entry))}
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run, 0 where nobody knows."""
+        return int(number(lookup(self.config, "recipe", "steps")) or 0)
+
+    @property
+    def step_s(self) -> float:
+        """Median seconds of the recent steps, 0 where nobody knows."""
+        return median([value for value in self.seconds[-_RECENT:] if value == value] or [0.0])
+
+    def where(self) -> str:
+        """Return the step and the time that is left for training; evaluations are not counted."""
+        step = self.last.get("step", 0)
+        text = f"step {step:,}" + (f" of {self.num_steps:,}" if self.num_steps else "")
+        left = self.step_s * (self.num_steps - step)
+        return f"{text} · {duration(left)} left" if left > 0 and not self.status else text
+
+    def state(self, now: float) -> str:
+        """Return the status, or of a run that has not ended whether there was news of late."""
         try:
-            found.written = (self._folder / "metrics.jsonl").stat().st_mtime
+            quiet = now - (self._folder / METRICS).stat().st_mtime
         except OSError:
-            found.written = None
-        return changed
+            quiet = 0.0
+        is_quiet = quiet > max(_QUIET_S, 10 * self.step_s)
+        return self.status or (f"no news for {duration(quiet)}" if is_quiet else "running")
 
 
 def watch(
@@ -128,8 +130,9 @@ def watch(
     every_s: float = 2.0,
     out: TextIO | None = None,
     sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Show a run until it ends: a view that is drawn anew in a terminal, else a line whenever there is something new.
+    """Show a run until it ends: a view that is drawn anew in a terminal, elsewhere a line of news every 30 s.
 
     Args:
         folder: output folder of the run.
@@ -137,196 +140,144 @@ def watch(
         every_s: seconds between looks at the files.
         out: where to; default: standard output.
         sleep: waits so many seconds.
+        clock: seconds, for tests.
 
     Raises:
         DataError: if there is no such folder, or with `once` nothing of a run in it.
     """
     out = out or sys.stdout
-    watcher = Watcher(folder)
-    plain = not _can_show(_SPARKS, out)
-    while True:
-        changed = watcher.update()
-        found = watcher.progress
-        width, height = shutil.get_terminal_size((100, 40))
-        if once:
-            if not found.config and not found.last and not found.heldout:
-                raise DataError(f"{folder}: no metrics.jsonl with a step in it. Give the output folder of a run.")
-            print("\n".join(view(found, width=width, plain=plain)), file=out)
-            return
-        if out.isatty():
-            lines = view(found, width=width, height=height - 1, plain=plain)
-            print("\x1b[H" + "".join(f"{text}\x1b[K\n" for text in lines), end="\x1b[J", file=out, flush=True)
-        elif changed:
-            print(line(found), file=out, flush=True)
-        if found.status:
-            return
-        sleep(every_s)
+    if isinstance(out, io.TextIOWrapper):
+        codecs.register_error("colm_ds.ascii", _in_ascii)
+        out.reconfigure(errors="colm_ds.ascii")
+    run, console = WatchedRun(folder), open_console(out, soft_wrap=False)
+    if once:
+        run.update()
+        if not run.config and not run.last and not run.heldout:
+            raise DataError(f"{folder}: no {METRICS} with a step in it. Give the output folder of a run.")
+        console.print(view(run, console.width))
+        return
+    live = Live(console=console, auto_refresh=False, vertical_overflow="crop")
+    has_news, said = False, -math.inf
+    with live if console.is_terminal else nullcontext():
+        while True:
+            has_news |= run.update()
+            if console.is_terminal:
+                live.update(view(run, console.width, console.height), refresh=True)
+            elif has_news and (run.status or clock() - said >= LINE_EVERY_S):
+                print(line(run), file=out, flush=True)
+                has_news, said = False, clock()
+            if run.status:
+                return
+            sleep(every_s)
 
 
-def line(found: Progress) -> str:
-    """The state of a run on one line."""
-    parts = [f"step {found.step}" + (f" of {found.num_steps}" if found.num_steps else "")]
-    if found.losses:
-        parts.append(f"loss {found.losses[-1]:.4f}")
-    if found.heldout:
-        parts.append(f"held-out {found.heldout[-1][1]:.4f}")
-    if found.step_s is not None:
-        parts.append(f"{compact(found.step_s)} s a step")
-    peak = number(lookup(found.last, "memory_gib", "peak"))
-    if peak is not None:
-        parts.append(f"{peak:.2f} GiB")
-    if found.remaining_s is not None:
-        parts.append(f"{duration(found.remaining_s)} left")
-    return ", ".join([*parts, *([found.status] if found.status else [])])
+def line(run: WatchedRun) -> str:
+    """Return the state of a run on one line."""
+    numbered = [f"{label} {text}" for label, text, _ in _rows(run, 0) if text] if run.last else []
+    return ", ".join([run.where(), *numbered, *([run.status] if run.status else [])])
 
 
-def view(
-    found: Progress, *, width: int = 100, height: int | None = None, plain: bool = False, now: float | None = None
-) -> list[str]:
-    """The lines of the whole view.
+def view(run: WatchedRun, width: int, height: int | None = None, now: float | None = None) -> Group:
+    """Return everything of a run, to be drawn by rich.
 
     Args:
-        found: what is known.
-        width: characters of a line at most.
+        run: the run.
+        width: of the screen, in characters.
         height: lines at most; sources that do not fit are counted.
-        plain: ASCII only.
-        now: seconds since 1970.
+        now: seconds since 1970; default: as the clock says.
     """
-    width = max(30, min(width, 120))
-    room = max(8, width - _LABEL - 32)
-    sparks = _PLAIN_SPARKS if plain else _SPARKS
-    lines = [_title(found, now if now is not None else time.time()), _bar_of_steps(found, width, plain), ""]
-    if not found.last:
-        lines.append("no step yet")
-    else:
-        lines += [_row(*row) for row in _rows(found, room, sparks)]
-        lines += ["", *_sources(found, width, plain, None if height is None else max(1, height - len(lines) - 3))]
-    shown = [text[:width].rstrip() for text in lines]
-    if plain:
-        shown = [text.replace("·", "-").replace("…", "~").replace(MISSING, "-") for text in shown]
-    return shown if height is None else shown[:height]
+    width = min(width, _WIDEST)
+    state = run.state(time.time() if now is None else now)
+    shown: list[Any] = [_text(f"{shorten(run.config.get('name') or 'run', 60)} · {state}", width), _steps(run, width)]
+    if not run.last:
+        return Group(*shown, Text(), Text("no step yet"))
+    rows = list(_rows(run, max(8, width - _LABEL - _NUMBERS)))
+    for label, text, rest in rows:
+        shown.append(_text(f"{label:<{_LABEL}}{text:<{_NUMBERS if text else 0}}{rest}", width))
+    shown.insert(2, Text())
+    return Group(*shown, *_sources(run, width, None if height is None else max(1, height - len(rows) - 7)))
 
 
-def sparkline(values: Sequence[float], width: int, sparks: str = _SPARKS) -> str:
-    """Values as a row of characters of different heights; means of equal stretches where there are more than fit."""
-    known = np.array([value for value in values if np.isfinite(value)])
-    if len(known) == 0:
-        return ""
-    means = np.array([part.mean() for part in np.array_split(known, min(width, len(known)))])
-    low, high = means.min(), means.max()
-    levels = np.zeros(len(means)) if high - low < 1e-12 * abs(high) else (means - low) / (high - low)
-    return "".join(sparks[round(float(level) * (len(sparks) - 1))] for level in levels)
+def sparkline(values: Sequence[float], width: int) -> str:
+    """Return values as characters of different heights; means of equal stretches where there are more than fit."""
+    known = [value for value in values if math.isfinite(value)]
+    count = min(width, len(known))
+    means = [fmean(known[at * len(known) // count : (at + 1) * len(known) // count]) for at in range(count)]
+    low, high = min(means, default=0.0), max(means, default=0.0)
+    scale = 0.0 if high - low <= 1e-12 * abs(high) else (len(_SPARKS) - 1) / (high - low)
+    return "".join(_SPARKS[round((mean - low) * scale)] for mean in means)
 
 
-def duration(seconds: float) -> str:
-    """Seconds as a time that one remembers: "45 s", "3 min 20 s", "5 h 12 min", "2 d 3 h"."""
-    left = round(seconds)
-    for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
-        if left >= size:
-            rest = left % size // part
-            return f"{left // size} {unit}" + (f" {rest} {smaller}" if rest else "")
-    return f"{left} s"
+def _steps(run: WatchedRun, width: int) -> Any:
+    if not run.num_steps:
+        return _text(run.where(), width)
+    step, room = run.last.get("step", 0), max(8, width - 47)
+    bar = Table.grid(padding=(0, 1))
+    text = _text(f"{percent(step / run.num_steps)} · {run.where()}", width - room - 1)
+    bar.add_row(ProgressBar(run.num_steps, step, width=room), text)
+    return bar
 
 
-def _title(found: Progress, now: float) -> str:
-    state = found.status or "running"
-    if not found.status and found.written is not None:
-        quiet = now - found.written
-        state = f"no news for {duration(quiet)}" if quiet > max(_QUIET_S, 10 * (found.step_s or 0.0)) else "running"
-    return f"{shorten(found.config.get('name') or 'run', 60)} · {state}"
+def _rows(run: WatchedRun, room: int) -> Iterator[tuple[str, str, str]]:
+    """Return label, numbers, and picture or further numbers of every row.
 
-
-def _bar_of_steps(found: Progress, width: int, plain: bool) -> str:
-    total = found.num_steps
-    text = f"step {found.step:,}" + (f" of {total:,}" if total else "")
-    if found.remaining_s is not None and found.last:
-        text += f" · {duration(found.remaining_s)} left"
-    if not total:
-        return text
-    return f"{_bar(found.step / total, max(8, width - 46), plain)} {percent(found.step / total)} · {text}"
-
-
-def _rows(found: Progress, room: int, sparks: str) -> list[tuple[str, str, str]]:
-    """Label, numbers and picture of every row."""
-    last = found.last
-    rows = [("loss", f"{found.losses[-1]:.4f}", sparkline(found.losses, room, sparks))]
-    if found.heldout:
-        step, value = found.heldout[-1]
-        rows.append(
-            ("held-out", f"{value:.4f} at step {step:,}", sparkline([v for _, v in found.heldout], room, sparks))
-        )
-    lr = number(last.get("lr"))
-    norm = number(last.get("grad_norm"))
+    Args:
+        run: the run, with a step.
+        room: characters of a picture.
+    """
+    last = run.last
+    yield "loss", f"{run.losses[-1]:.4f}", sparkline(run.losses, room)
+    if run.heldout:
+        step, loss = run.heldout[-1]
+        yield "held-out", f"{loss:.4f} at step {step:,}", sparkline([value for _, value in run.heldout], room)
+    lr, norm = number(last.get("lr")), number(last.get("grad_norm"))
     if lr is not None:
-        rows.append(("lr", f"{lr:.2e}" + (f", gradient {compact(norm)}" if norm is not None else ""), ""))
-    if found.step_s:
-        examples, tokens = number(last.get("examples_trained")) or 0.0, number(last.get("tokens")) or 0.0
-        rate = f"{compact(examples / found.step_s)} examples/s, {compact(tokens / found.step_s)} tokens/s"
-        rows.append(("rate", f"{compact(found.step_s)} s a step", rate))
-        times = {name: value for name, value in numbers(last.get("time_s")).items() if name not in ("total", "save")}
-        if times.get("backward"):
-            times.pop("train", None)  # forward and backward are its parts
-        total = number(lookup(last, "time_s", "total")) or sum(times.values())
-        shares = [f"{name} {percent(value / total)}" for name, value in times.items() if value >= 0.005 * total]
-        rows.append(("time", "", " · ".join(shares)))
-    memory = {name: value for name, value in numbers(last.get("memory_gib")).items() if value > 0}
-    peak = memory.pop("peak", None)
-    memory = {name: memory[name] for name in ("probe", "train", "step", "save") if name in memory}
-    if peak is not None:
-        parts = " · ".join(f"{name} {fixed(2)(value)}" for name, value in memory.items())
-        rows.append(("memory", f"{fixed(2)(peak)} GiB peak", parts))
-    return rows
+        yield "lr", f"{lr:.2e}" + (f", gradient {compact(norm)}" if norm is not None else ""), ""
+    if run.step_s:
+        examples, tokens = (number(last.get(name)) or 0.0 for name in ("examples_trained", "tokens"))
+        rate = f"{compact(examples / run.step_s)} examples/s, {compact(tokens / run.step_s)} tokens/s"
+        yield "rate", f"{compact(run.step_s)} s a step", rate
+        times = numbers(last.get("time_s"))
+        total = times.pop("total", 0.0) or sum(times.values())
+        hidden = {"save", "train"} if times.get("backward") else {"save"}  # forward and backward are parts of train
+        kept = {name: value / total for name, value in times.items() if name not in hidden and value >= 0.005 * total}
+        yield "time", "", " · ".join(f"{name} {percent(share)}" for name, share in kept.items())
+    memory = numbers(last.get("memory_gib"))
+    if "peak" in memory:
+        parts = [f"{name} {memory[name]:.2f}" for name in ("probe", "train", "step", "save") if memory.get(name)]
+        yield "memory", f"{memory['peak']:.2f} GiB peak", " · ".join(parts)
+    for title, values in run.watched.items():
+        yield "", "", " · ".join([title, *(f"{name} {compact(value)}".strip() for name, value in values.items())])
 
 
-def _row(label: str, text: str, picture: str) -> str:
-    return f"{label:<{_LABEL}}{text:<24}{picture}" if text else f"{label:<{_LABEL}}{picture}"
-
-
-def _sources(found: Progress, width: int, plain: bool, most: int | None) -> list[str]:
-    """Share of every source among the examples trained on, with its part of the last step."""
-    total = sum(found.counts.values())
+def _sources(run: WatchedRun, width: int, most: int | None) -> Iterator[Any]:
+    """Return the share of every source among the examples trained on, with its part of the last step."""
+    data, in_last = numbers(run.config.get("sources")), numbers(lookup(run.last, "coreset", "per_source"))
+    small = set(names(run.config.get("small_sources")))
+    total, ordered = sum(run.counts.values()), [name for name, _ in run.counts.most_common()]
     if not total:
-        return []
-    data = numbers(found.config.get("sources"))
-    listed = found.config.get("small_sources")
-    small = set(map(str, listed)) if isinstance(listed, list) else set()
-    in_last = numbers(lookup(found.last, "coreset", "per_source"))
-    ordered = sorted(found.counts, key=lambda name: -found.counts[name])
-    shown = ordered if most is None else ordered[:most]
-    name_width = min(28, max(len(name) for name in [*shown, "coreset"]))
-    lines = [f"{'coreset':<{name_width}} trained   data  last step"]
-    for name in shown:
-        share = found.counts[name] / total
-        known = data.get(name, 0.0) / sum(data.values()) if data else None
-        cells = f"{percent(share):>7} {MISSING if known is None else percent(known):>6}"
-        mark = "*" if name in small else " "
-        bar = _bar(share, max(4, width - name_width - 32), plain, empty=" ")
-        cells += f" {whole(in_last.get(name, 0)):>10}{mark} {bar}"
-        lines.append(f"{shorten(name, name_width):<{name_width}} {cells}")
-    if len(shown) < len(ordered):
-        lines.append(f"and {len(ordered) - len(shown)} more sources")
-    if small & set(shown):
-        lines.append("* small source: kept whole")
-    return lines
+        return
+    figures = [Column(justify="right", no_wrap=True) for _ in range(3)]
+    table = Table.grid(Column(no_wrap=True), *figures, Column(width=1), Column(ratio=1), padding=(0, 1), expand=True)
+    table.width = width
+    table.add_row("coreset", "trained", "data", "last step")
+    for name in ordered[:most]:
+        share = run.counts[name] / total
+        known = percent(data.get(name, 0.0) / sum(data.values())) if data else MISSING
+        cells = shorten(name, max(8, min(28, width - 33))), percent(share), known, whole(in_last.get(name, 0))
+        table.add_row(*map(Text, cells), "*" if name in small else "", ProgressBar(1.0, share))
+    yield from (Text(), table)
+    if most is not None and most < len(ordered):
+        yield Text(f"and {len(ordered) - most} more sources")
+    if small & set(ordered[:most]):
+        yield Text("* small source: kept whole")
 
 
-def _bar(share: float, width: int, plain: bool, empty: str | None = None) -> str:
-    full, blank = ("#", ".") if plain else ("█", "░")
-    filled = round(min(1.0, max(0.0, share)) * width)
-    return full * filled + (blank if empty is None else empty) * (width - filled)
+def _text(text: str, width: int) -> Text:
+    return Text(text[:width].rstrip(), no_wrap=True)
 
 
-def _can_show(text: str, out: TextIO) -> bool:
-    try:
-        text.encode(getattr(out, "encoding", None) or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """Replace what an encoding does not know."""
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(_ASCII.get(character, "?") for character in error.object[error.start : error.end]), error.end

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import pty
+import re
 import signal
 import subprocess
 import sys
-import threading
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from colm_ds.cli import main
-from colm_ds.report.watch import Watcher, duration, line, sparkline, view, watch
+from colm_ds.process.progress import open_console
+from colm_ds.report.watch import WatchedRun, line, sparkline, view, watch
 from colm_ds.run_folder.follow import MetricsTail
 from tests.report.run_folders import write_run
+from tests.terminal import in_terminal, screen
 
 
 def steps(tail: MetricsTail) -> list[int]:
@@ -56,67 +54,92 @@ def test_a_resumed_run_begins_anew(tmp_path: Path, last: int) -> None:
     assert [entry["step"] for entry in entries] == list(range(1, max(last, 3) + 1 + (last == 4)))
 
 
+def shown(run: WatchedRun, width: int = 100, height: int | None = None, now: float | None = None) -> list[str]:
+    out = io.StringIO()
+    open_console(out, soft_wrap=False, width=width).print(view(run, width, height, now))
+    return [line.rstrip() for line in out.getvalue().splitlines()]
+
+
 def test_view_of_a_running_run(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", "colm-spsa", num_steps=60, finished=False)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"recipe": {"steps": 120}}))
-    watcher = Watcher(folder)
-    assert watcher.update()
-    assert not watcher.update()
-    lines = view(watcher.progress, width=100)
+    run = WatchedRun(folder)
+    assert run.update()
+    assert not run.update()
+    lines = shown(run)
     text = "\n".join(lines)
     assert lines[0] == "colm-spsa · running"
     assert "50.0% · step 60 of 120 · 1 min" in lines[1]
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     for part in (f"{last['loss']:.4f}", "at step 60", "1.00e-03", "examples/s", "1.30 GiB peak", "probe 0.90", "▇"):
         assert part in text
+    assert "squared error of the gradient · coreset 0.0200 · random 0.0400" in text  # declared to be watched
     (row,) = [row for row in lines if row.startswith("dates")]
     trained, data = row.split()[1:3]
     assert (trained, data) == ("9.4%", "4.5%")
-    assert f"{last['coreset']['per_source']['dates']}*" in row
+    assert f"{last['coreset']['per_source']['dates']} *" in row
     assert max(map(len, lines)) <= 100
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')  # started over
+    assert run.update()
+    assert "step 1 of 120" in shown(run)[1]
+    assert not any("dates" in line for line in shown(run))
 
 
-@pytest.mark.parametrize(("width", "height"), [(30, 12), (80, 24), (200, 60)])
+@pytest.mark.parametrize(("width", "height"), [(30, 16), (80, 24), (200, 60)])
 def test_view_fits(tmp_path: Path, width: int, height: int) -> None:
     sources = {f"source with a very long name {number}": 10 for number in range(40)}
     folder = write_run(tmp_path / "run", "colm-spsa", num_steps=5, finished=False, sources=sources, small=())
-    watcher = Watcher(folder)
-    watcher.update()
-    lines = view(watcher.progress, width=width, height=height, plain=True)
+    run = WatchedRun(folder)
+    run.update()
+    lines = shown(run, width, height)
     assert len(lines) <= height
     assert max(map(len, lines)) <= width
-    "\n".join(lines).encode("ascii")
+
+
+def test_ascii_where_the_encoding_knows_no_more(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", "colm-spsa", num_steps=60, finished=False)
+    (folder / "config.json").write_text(json.dumps({"name": "Größe"}))
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    watch(folder, once=True, out=out)
+    out.seek(0)
+    text = out.read()
+    assert text.startswith("Gr??e - running\nstep 60\n")
+    assert re.search(r"^loss +\d\.\d+ +#[#*+=:._-]+_$", text, re.MULTILINE)
+    assert re.search(r"^sums +37\.5% +- ", text, re.MULTILINE)
 
 
 def test_one_that_says_nothing(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", num_steps=5, finished=False)
-    watcher = Watcher(folder)
-    watcher.update()
+    run = WatchedRun(folder)
+    run.update()
     written = (folder / "metrics.jsonl").stat().st_mtime
-    assert view(watcher.progress, now=written + 59)[0].endswith("running")
-    assert view(watcher.progress, now=written + 600)[0].endswith("no news for 10 min")
+    assert shown(run, now=written + 59)[0].endswith("running")
+    assert shown(run, now=written + 600)[0].endswith("no news for 10 min")
 
 
 def test_without_a_terminal(tmp_path: Path) -> None:
-    """A line for everything new, until the run ends."""
-    folder, whole = tmp_path / "run", write_run(tmp_path / "whole", num_steps=5)
+    """A line of what is new at once, then every 30 s, and at the end."""
+    folder, whole = tmp_path / "run", write_run(tmp_path / "whole", num_steps=50)
     folder.mkdir()
     out, lines = io.StringIO(), (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
+    now = 0.0
 
     def train(seconds: float) -> None:
+        nonlocal now
+        now += 10.0
         with (folder / "metrics.jsonl").open("a") as file:
-            file.writelines(lines[:3])
-            del lines[:3]
+            file.writelines(lines[:10])
+            del lines[:10]
         if not lines:
             (whole / "summary.json").rename(folder / "summary.json")
 
-    watch(folder, out=out, sleep=train)
-    first, second, *rest = out.getvalue().splitlines()
-    assert first.startswith("step 2, loss")
-    assert second.startswith("step 5, loss")
-    assert second.endswith("finished")
-    assert not rest
+    watch(folder, out=out, sleep=train, clock=lambda: now)
+    said = out.getvalue().splitlines()
+    assert not {"\r", "\x1b"} & set(out.getvalue())
+    assert [text.split(",")[0] for text in said] == ["step 9", "step 39", "step 50"]  # the first entry is of step 0
+    assert re.match(r"step 9, loss \d\.\d{4}, held-out \d\.\d{4} at step 0, lr .*, memory [\d.]+ GiB peak$", said[0])
+    assert said[-1].endswith(", finished")
 
 
 def test_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,45 +154,41 @@ def test_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert said in capsys.readouterr().err
 
 
-def drain(terminal: int) -> None:
-    with suppress(OSError):
-        while os.read(terminal, 4096):
-            pass
-
-
 def test_in_a_terminal_until_ctrl_c(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", num_steps=5, finished=False)
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:4]))
+    interrupted: list[bool] = []
+
+    def go_on(raw: str, process: subprocess.Popen[bytes]) -> None:
+        if "step 3" in raw and lines:
+            (folder / "metrics.jsonl").write_text("".join(lines))
+            lines.clear()
+        if "step 5" in raw and not interrupted:
+            interrupted.append(True)
+            process.send_signal(signal.SIGINT)
+
+    raw, code = in_terminal(
         [sys.executable, "-m", "colm_ds.cli", "watch", str(folder), "--every", "0.1"],
-        stdout=theirs,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where a shell runs tests with &
+        watch=go_on,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored where a shell uses &
     )
-    try:
-        shown, deadline = b"", time.monotonic() + 60
-        while b"\x1b[J" not in shown and time.monotonic() < deadline:
-            shown += os.read(ours, 4096)
-        assert "plain-64 · ".encode() in shown
-        process.send_signal(signal.SIGINT)
-        threading.Thread(target=drain, args=(ours,), daemon=True).start()  # a full terminal would block its last words
-        assert process.wait(timeout=30) == 0
-        assert process.stderr is not None
-        assert process.stderr.read() == b""
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)
-        os.close(theirs)
+    assert code == 0
+    assert "\x1b[?25l" not in raw
+    assert "Traceback" not in raw
+    last = screen(raw)
+    assert last[0].startswith("plain-64 · ")  # drawn over and over in the same place
+    assert "step 5" in last[1]
+    assert sum(line.startswith("loss") for line in last) == 1
 
 
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [(0.2, "0 s"), (59.6, "1 min"), (200, "3 min 20 s"), (3600, "1 h"), (18720, "5 h 12 min"), (183600, "2 d 3 h")],
-)
-def test_durations(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+def test_in_a_terminal_until_the_run_ends(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", num_steps=5)
+    command = [sys.executable, "-m", "colm_ds.cli", "watch", str(folder)]
+    raw, code = in_terminal(command, columns=80, rows=16, environment={"PYTHONIOENCODING": "ascii"})
+    assert code == 0
+    assert raw.isascii()
+    assert screen(raw, columns=80)[0] == "plain-64 - finished"
 
 
 def test_sparklines() -> None:
@@ -180,7 +199,7 @@ def test_sparklines() -> None:
 
 
 def test_line_of_nothing(tmp_path: Path) -> None:
-    watcher = Watcher(tmp_path)
-    watcher.update()
-    assert line(watcher.progress) == "step 0"
-    assert view(watcher.progress)[-1] == "no step yet"
+    run = WatchedRun(tmp_path)
+    run.update()
+    assert line(run) == "step 0"
+    assert shown(run)[-1] == "no step yet"
