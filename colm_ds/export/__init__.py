@@ -1,1 +1,1 @@
-"""A run as a model or adapter for other tools, with a model card."""
+"""Export a run as a model or adapter for other tools, with a model card."""

@@ -1,4 +1,4 @@
-"""The model card beside exported weights: what was trained on what, with which numbers, and how to load it."""
+"""Write the model card of exported weights: model, data, settings, results, and how to load them."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def write_model_card(
     """Write `README.md` beside weights, from the files of their run.
 
     Args:
-        folder: holds the weights.
+        folder: folder of the weights.
         run_folder: folder of the run.
         kind: "adapter", "model" or "merged".
         step: optimizer steps behind the weights, if they are not those of the run's end.
         base: the base model; default: the recipe's.
-        dtype: of the weights; default: the recipe's.
+        dtype: dtype of the weights; default: the recipe's.
 
     Raises:
         DataError: if the folder is not a run's.
@@ -74,21 +74,21 @@ def model_card(
     base: ModelConfig | None = None,
     dtype: str | None = None,
 ) -> str:
-    """A model card in Markdown with YAML front matter; what the run's files do not say is left out.
+    """Return a model card in Markdown with YAML front matter; facts missing from the run's files are left out.
 
     Args:
         config: the run's config.json.
         summary: its summary.json, if the weights are those of the run's end.
-        steps: objects of metrics.jsonl; those after `step` do not count.
-        heldout: held-out losses by step; those after `step` do not count.
+        steps: objects of metrics.jsonl; those after `step` are ignored.
+        heldout: held-out losses by step; those after `step` are ignored.
         kind: "adapter", "model" or "merged".
-        step: optimizer steps behind the weights; default: the last that is known.
+        step: optimizer steps behind the weights; default: the last known step.
         base: the base model; default: the recipe's.
-        dtype: of the weights; default: the recipe's.
+        dtype: dtype of the weights; default: the recipe's.
     """
     if step is not None:
         steps = [entry for entry in steps if entry["step"] <= step]
-    losses = {at: found for at, found in (heldout or {}).items() if step is None or at <= step}
+    losses = {at: loss for at, loss in (heldout or {}).items() if step is None or at <= step}
     run = Run(Path(), str(config.get("name", "run")), dict(config), list(steps), losses, dict(summary or {}))
     facts = run_facts(run, names(config.get("small_sources")))
     model = lookup(config, "recipe", "model")
@@ -211,7 +211,7 @@ def _table(rows: Iterable[Sequence[str]]) -> str:
 
 
 def _code(name: str) -> str:
-    """A name that is shown as it is, also in a table."""
+    """Format a name verbatim, also inside a table."""
     return f"`{clean(name).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
@@ -219,7 +219,7 @@ def _recipe_lines(run: Run, facts: Facts, dtype: str) -> list[str]:
     colm, recipe = run.config.get("colm"), run.config.get("recipe")
     pairs = [
         ("Selector", lookup(colm, "selector")),
-        ("Large batch r, examples looked at in a step", lookup(colm, "large_batch_size")),
+        ("Large batch r, examples inspected in a step", lookup(colm, "large_batch_size")),
         ("Coreset b, examples trained on in a step", lookup(colm, "coreset_size")),
     ]
     if lookup(colm, "selector") == "colm":
@@ -254,14 +254,14 @@ def _settings(values: Any) -> str:
 
 
 def _evaluated_at(run: Run) -> str:
-    """The step that held-out losses belong to, where it is not the run's end."""
+    """Name the step of the held-out losses, if it is not the end of the run."""
     evaluated = [at for at in run.heldout if at > 0]
     at_end = lookup(run.summary, "heldout") is not None or not evaluated
     return "" if at_end else f" after step {max(evaluated)}"
 
 
 def _numbers(run: Run, facts: Facts) -> str:
-    """Overall results and costs, each only if the run measured it."""
+    """Return overall results and costs, each only if the run measured it."""
     scalars = facts.scalars
     after, start = _evaluated_at(run), run.heldout.get(0, {})
     shown = [

@@ -30,15 +30,15 @@ _ADAPTER_FILE = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """Exported weights.
 
     Attributes:
-        folder: where it is.
+        folder: their folder.
         kind: "adapter", "model" or "merged".
-        source: folder that the weights were taken from.
+        source: folder of the original weights.
         step: optimizer steps behind the weights; None if the run does not say.
-        dtype: of the weights.
-        num_tensors: trained tensors that were taken.
+        dtype: dtype of the weights.
+        num_tensors: number of trained tensors.
         passed_over: newer checkpoints that cannot be used, each with its reason.
     """
 
@@ -53,11 +53,11 @@ class Exported:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where the weights come from: a checkpoint, or what training wrote at its end."""
+    """Source of the weights: a checkpoint, or the weights that training wrote at its end."""
 
     path: Path
     step: int | None
-    found: atomic.Checkpoint | None
+    checkpoint: atomic.Checkpoint | None
 
 
 def export_run(
@@ -70,19 +70,19 @@ def export_run(
     tokenizer: str | None = None,
     dtype: str | None = None,
 ) -> Exported:
-    """Write a run's weights for use without colm_ds; they are checked before and after, and appear whole or not at all.
+    """Write a run's weights for use without colm_ds; they are checked before and after, and written atomically.
 
     Args:
         run: folder of the run.
-        tag: name of a checkpoint; default: what training wrote at its end, else the newest checkpoint that is whole.
+        tag: name of a checkpoint; default: the weights written at the end of training, else the newest whole checkpoint.
         merge: for LoRA, write the whole model with the adapter added to its weights.
-        out: folder to write; default: `export/` in the run's folder, named after what is written.
+        out: folder to write; default: `export/` in the run's folder, named after its kind and checkpoint.
         model: folder or hub name of the base model, if it is not where the recipe says.
         tokenizer: the same for the tokenizer.
         dtype: "float32", "bfloat16" or "float16"; default: the recipe's.
 
     Raises:
-        ConfigError: if this is no run, or the base model, the tokenizer or the folder to write cannot be used.
+        ConfigError: if this is not a run, or the base model, the tokenizer or the folder to write cannot be used.
         CheckpointError: if there are no whole weights, they do not fit the base model, or cannot be written.
     """
     run = Path(run)
@@ -91,13 +91,13 @@ def export_run(
         raise ConfigError(f"{run}: --merge is for LoRA runs; this one trained all parameters. Leave --merge out.")
     kind = MODEL if recipe.lora is None else MERGED if merge else ADAPTER
     source = _find_source(run, tag, ADAPTER if recipe.lora else MODEL)
-    name = f"{kind}_{source.path.name}" if source.found else kind
+    name = f"{kind}_{source.path.name}" if source.checkpoint else kind
     target = Path(out) if out is not None else run / "export" / name
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target}: exists already. Choose another folder with --out, or remove this one.")
     base = _base_as_it_is_now(recipe.model, model, dtype)
     loaded_tokenizer = _load_tokenizer(base, tokenizer or _tokenizer_of_run(run) or recipe.tokenizer_place)
-    if kind == MODEL and source.found is None:
+    if kind == MODEL and source.checkpoint is None:
         trained, num_tensors = _final_model(source.path, base.dtype)
     else:
         if kind == MERGED:
@@ -125,7 +125,7 @@ def export_run(
         raise CheckpointError(f"{target}: could not be written: {error}. No files are left there.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    passed_over = source.found.passed_over if source.found else ()
+    passed_over = source.checkpoint.passed_over if source.checkpoint else ()
     return Exported(target, kind, source.path, source.step, base.dtype, num_tensors, passed_over)
 
 
@@ -136,10 +136,10 @@ def put_trained(model: Any, lora: LoraConfig | None, place: str | Path, dtype: s
         model: from `load_model`, with LoRA if the run has it.
         lora: the run's section.
         place: folder of the run, or of one of its checkpoints.
-        dtype: "float32", "bfloat16" or "float16": of the weights.
+        dtype: dtype of the weights: "float32", "bfloat16" or "float16".
 
     Returns:
-        The folder that the weights were taken from, and the optimizer steps behind them if the run says.
+        The folder of the weights, and the optimizer steps behind them if the run says.
 
     Raises:
         ConfigError: if there is no such folder.
@@ -154,7 +154,7 @@ def put_trained(model: Any, lora: LoraConfig | None, place: str | Path, dtype: s
     run, tag = (place.parent.parent, place.name) if place.parent.name == CHECKPOINTS else (place, None)
     kind = MODEL if lora is None else ADAPTER
     source = _find_source(run, tag, kind)
-    if kind == MODEL and source.found is None:
+    if kind == MODEL and source.checkpoint is None:
         final, _ = _final_model(source.path, dtype)
         wanted = {name: value.shape for name, value in model.named_parameters()}
         _compare_shapes(source.path, wanted, {name: list(value.shape) for name, value in final.named_parameters()})
@@ -167,7 +167,7 @@ def put_trained(model: Any, lora: LoraConfig | None, place: str | Path, dtype: s
 
 
 def _read_recipe(run: Path) -> BaseRecipe:
-    """The recipe that a run wrote down."""
+    """Read the recipe that a run recorded."""
     if not run.is_dir():
         raise ConfigError(f"{run}: no such folder. Give the output folder of a run, which holds config.json.")
     values = read_object(run / CONFIG).get("recipe")
@@ -181,7 +181,7 @@ def _read_recipe(run: Path) -> BaseRecipe:
 
 
 def _find_source(run: Path, tag: str | None, final: str) -> _Source:
-    """The weights to take; `final` is the name of the folder that training writes at its end."""
+    """Find the weights to export; `final` is the name of the folder that training writes at its end."""
     folder = run / CHECKPOINTS
     summary = read_object(run / SUMMARY)
     finished = summary.get("status") == FINISHED
@@ -190,20 +190,20 @@ def _find_source(run: Path, tag: str | None, final: str) -> _Source:
     if tag is not None and not (folder / tag).is_dir():
         names = sorted(path.name for path in folder.glob("*") if path.is_dir() and not path.name.startswith("."))
         raise CheckpointError(f"{folder / tag}: no such checkpoint. There are: {', '.join(names) or 'none'}.")
-    found = atomic.find(folder, tag)
-    if found is None:
+    checkpoint = atomic.find(folder, tag)
+    if checkpoint is None:
         state = f"finished, but its {final}/ is missing" if finished else "not finished"
         raise CheckpointError(
             f"{run}: nothing to export. The run is {state}, and checkpoints/ holds no checkpoint. "
             "Let it finish, or train with save_every=N."
         )
-    if not found.facts.get("trained") or "stage" not in found.facts:
-        raise CheckpointError(f"{found.path}: its manifest names no trained tensors. Take another checkpoint.")
-    return _Source(found.path, found.step, found)
+    if not checkpoint.facts.get("trained") or "stage" not in checkpoint.facts:
+        raise CheckpointError(f"{checkpoint.path}: its manifest names no trained tensors. Take another checkpoint.")
+    return _Source(checkpoint.path, checkpoint.step, checkpoint)
 
 
 def _base_as_it_is_now(model: ModelConfig, path: str | None, dtype: str | None) -> ModelConfig:
-    """Return a run's base model where it is now and in the precision asked for, with nothing that needs a GPU."""
+    """Return a run's base model at its current place and in the requested precision, without needing a GPU."""
     changes: dict[str, Any] = {"attention": "eager", "activation_checkpointing": False}
     if path is not None:
         gguf = model.gguf_file
@@ -228,7 +228,7 @@ def _load_tokenizer(model: ModelConfig, place: str | None) -> Any:
 
 
 def _base_config(model: ModelConfig) -> dict[str, Any]:
-    """Configuration of the base model, without its weights."""
+    """Load the configuration of the base model, without its weights."""
     from transformers import AutoConfig
 
     gguf = {"gguf_file": model.gguf_file} if model.gguf_file else {}
@@ -246,7 +246,7 @@ def _not_loaded(model: ModelConfig, reason: str) -> str:
 
 
 def _skeleton(model: ModelConfig, lora: LoraConfig | None, tokenizer: Any) -> Any:
-    """Build the model of a run with all names and shapes and no weights, so that none are read or made."""
+    """Build the model of a run with all names and shapes but without weights."""
     shape = model
     if model.config is None:
         values = {"config": _base_config(model), "name_or_path": None, "gguf_file": None}
@@ -269,7 +269,7 @@ def _take_generation_config(model: Any, path: str) -> None:
 
 
 def _base_with_lora(model: ModelConfig, lora: LoraConfig | None, seed: int, tokenizer: Any) -> Any:
-    """Load the base model with its weights and LoRA; random weights come out as in training, from the run's seed."""
+    """Load the base model with its weights and LoRA; random weights are as in training, from the run's seed."""
     from transformers import set_seed
 
     state = random_state()
@@ -283,7 +283,7 @@ def _base_with_lora(model: ModelConfig, lora: LoraConfig | None, seed: int, toke
 
 
 def _final_model(folder: Path, dtype: str) -> tuple[Any, int]:
-    """What full training wrote at its end."""
+    """Load the model that full training wrote at its end."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -302,7 +302,7 @@ def _final_broken(folder: Path, reason: str) -> str:
 
 
 def _final_adapter(folder: Path, names: Iterable[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """What LoRA training wrote at its end, by the model's names; a name the file lacks or adds is an error."""
+    """Yield the adapter that LoRA training wrote at its end, by the model's names; raise if names differ."""
     saved_as = {_saved_name(name): name for name in names}
     file = folder / _ADAPTER_FILE
     try:
@@ -315,20 +315,20 @@ def _final_adapter(folder: Path, names: Iterable[str], dtype: torch.dtype) -> It
 
 
 def _saved_name(name: str) -> str:
-    """PEFT's name in files for a parameter of its only adapter."""
+    """Return PEFT's name in files for a parameter of its only adapter."""
     return name.replace(".default", "")
 
 
 def _fill(model: Any, source: _Source, dtype: torch.dtype, kind: str) -> int:
-    """Put the trained weights into a model; every one must be there, fit, and hold finite numbers."""
+    """Copy the trained weights into a model; raise unless all are there, fit, and are finite."""
     shapes = {name: value.shape for name, value in model.named_parameters() if value.requires_grad}
     buffers: list[str] = []
     if kind == MODEL:
         persistent = model.state_dict().keys()
         buffers = [name for name, _ in model.named_buffers() if name in persistent]
-    if source.found is not None:
-        _compare_shapes(source.path, shapes, source.found.facts["trained"])
-        tensors = checkpoint_tensors(source.found, buffers, dtype)
+    if source.checkpoint is not None:
+        _compare_shapes(source.path, shapes, source.checkpoint.facts["trained"])
+        tensors = checkpoint_tensors(source.checkpoint, buffers, dtype)
     else:
         tensors = _final_adapter(source.path, shapes, dtype)
     state = {}
@@ -347,7 +347,7 @@ def _as_lists(shapes: Mapping[str, torch.Size], without: str) -> dict[str, list[
 
 
 def _compare_shapes(where: Path, wanted: Mapping[str, torch.Size], held: Mapping[str, list[int]]) -> None:
-    """Raise if the weights of a run are not those that the model wants."""
+    """Raise if the shapes of a run's weights are not those of the model."""
     _compare_names(where, set(wanted), set(held))
     wrong = [name for name in wanted if list(wanted[name]) != list(held[name])]
     if wrong:
@@ -368,7 +368,7 @@ def _compare_names(where: Path, wanted: set[str], held: set[str]) -> None:
 
 
 def _checked(where: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors; one that is empty or not finite is an error."""
+    """Yield the same tensors; raise if one is empty or not finite."""
     for name, value in tensors:
         if value.numel() == 0:
             raise CheckpointError(f"{where}: {name} is empty. Take another checkpoint.")
@@ -383,7 +383,7 @@ def _check_values(where: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def _merge(model: Any, dtype: torch.dtype) -> nn.Module:
-    """Add the adapter to the weights, one layer at a time in float32, and take LoRA out of the model."""
+    """Add the adapter to the weights, one layer at a time in float32, and remove LoRA from the model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     owners: dict[int, list[str]] = {}
@@ -402,7 +402,7 @@ def _merge(model: Any, dtype: torch.dtype) -> nn.Module:
 
 
 def _check_written(folder: Path, model: Any, kind: str) -> None:
-    """Read back the names and shapes of what was written, as the libraries that load it will."""
+    """Read back names and shapes of the written weights, as the libraries that load them will."""
     if kind == ADAPTER:
         wanted = {_saved_name(name): p.shape for name, p in model.named_parameters() if p.requires_grad}
         with safe_open(folder / _ADAPTER_FILE, framework="pt") as tensors:
@@ -416,7 +416,7 @@ def _check_written(folder: Path, model: Any, kind: str) -> None:
 
 
 def _raise_for_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Raise if transformers found that weights are missing, left over or of other shapes."""
+    """Raise if transformers reports weights that are missing, unexpected or of other shapes."""
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if report.get(key):
             raise CheckpointError(
