@@ -24,22 +24,22 @@ OWN_TO_THE_ENGINE = {
     "memory": "colm_ds.memory has hooks for any loop",
     "variance_every": "Call the coreset selector's gradient_variance in a callback",
 }
-"""Keys of the `"colm"` section that mean something to `colm_ds.initialize` only, and what does their work here."""
+"""Keys of the `"colm"` section that only `colm_ds.initialize` uses, and what replaces them here."""
 
 
 def _help(text: str) -> dict[str, str]:
-    """A field's metadata, as `HfArgumentParser` reads it."""
+    """Return a field's metadata, as `HfArgumentParser` reads it."""
     return {"help": text}
 
 
 @dataclass
 class CoLMConfig:
-    """How a trainer selects: the keys of the `"colm"` section, with its defaults. The seed is the TrainingArguments'.
+    """Selection of a trainer: the keys of the `"colm"` section, with its defaults. The seed is the TrainingArguments'.
 
-    Suits `HfArgumentParser((TrainingArguments, CoLMConfig))`; there `mask`, `probe` and `schedule` are JSON.
+    Works with `HfArgumentParser((TrainingArguments, CoLMConfig))`; there `mask`, `probe` and `schedule` are JSON.
     """
 
-    large_batch_size: int = field(default=0, metadata=_help("r: examples looked at in an optimizer step"))
+    large_batch_size: int = field(default=0, metadata=_help("r: examples inspected in an optimizer step"))
     coreset_size: int | None = field(default=None, metadata=_help("b; default: by the Trainer's batch size"))
     preset: str | None = field(default=None, metadata=_help("paper: keys left at their defaults are the paper's"))
     selector: str = field(default="colm", metadata=_help("colm, random, keep_random, full or another"))
@@ -47,7 +47,7 @@ class CoLMConfig:
     small_share: str = field(default="auto", metadata=_help("part of b that they may fill, 0 to 1; auto: as r = 2 b"))
     per_source: str = field(default="auto", metadata=_help("true: medoids per big source, false: of all together"))
     quotas: Literal["carry", "independent"] = field(
-        default="carry", metadata=_help("what quotas round off is carried on to the next step, or not (the paper's)")
+        default="carry", metadata=_help("carry the rounding of quotas over to the next step, or not (the paper's)")
     )
     geometry: Literal["auto", "adam", "plain"] = field(default="auto", metadata=_help("gradients as Adam scales them"))
     metric: Literal["auto", "l1", "euclidean", "cosine"] = field(
@@ -68,9 +68,9 @@ class CoLMConfig:
     )
 
     def section(self) -> dict[str, Any]:
-        """Keys and values of the `"colm"` section, without those left at None."""
+        """Return keys and values of the `"colm"` section, without those left at None."""
         values = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
-        if self.preset is not None:  # which fills in what is not written
+        if self.preset is not None:  # which fills in keys that are not given
             defaults = {each.name: each.default for each in dataclasses.fields(self)}
             values = {key: value for key, value in values.items() if value != defaults[key]}
             values.setdefault("small_sources", "auto")
@@ -95,7 +95,7 @@ Given = CoLMConfig | CoLMArguments | CoLMSection | Mapping[str, Any] | str | Pat
 
 
 def read_section(given: Given) -> dict[str, Any]:
-    """Keys and values of whatever a trainer was given as `colm`.
+    """Read keys and values from any value of a trainer's `colm` argument.
 
     Args:
         given: a `CoLMConfig`, keys and values, JSON text, or a YAML or JSON file that holds them or a `colm` block.
@@ -131,14 +131,14 @@ def pop_log(section: dict[str, Any]) -> str:
 def resolve_section(
     section: dict[str, Any], *, coreset_size: int, seed: int, num_processes: int, problems: Problems
 ) -> CoLMSection | None:
-    """Check the keys and fill in what follows from the TrainingArguments.
+    """Check the keys and fill in values that follow from the TrainingArguments.
 
     Args:
         section: from `read_section`, without `source_column` and `log`.
-        coreset_size: b as the TrainingArguments have it.
-        seed: of the TrainingArguments.
+        coreset_size: b according to the TrainingArguments.
+        seed: seed of the TrainingArguments.
         num_processes: W.
-        problems: collects what is wrong.
+        problems: collects problems.
 
     Returns:
         The section, or None if its keys could not be read.

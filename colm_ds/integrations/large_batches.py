@@ -1,4 +1,4 @@
-"""How a `transformers.Trainer` reads large batches: which rank reads what, and records made into examples."""
+"""Read large batches in a `transformers.Trainer`: share them among ranks, and turn records into examples."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from colm_ds.errors import ConfigError, DataError
 from colm_ds.types import Example
 
 TEXT_INPUTS = {"input_ids", "labels", "attention_mask", "token_type_ids"}
-"""What a data collator may give; anything else would not survive the selection."""
+"""Keys that a data collator may return; others would be lost in the selection."""
 
 
 class ShareSampler(Sampler[list[int]]):
-    """Dataset indices of every rank's parts of the large batches, as accelerate deals them out to the ranks in turn.
+    """Dataset indices of every rank's parts of the large batches, in the order in which accelerate assigns them.
 
     Rank k reads positions k r/W to (k+1) r/W - 1 of each large batch, in as many parts as there are micro-batches.
-    Every epoch has floor(n / r) large batches; what is left over is not seen in that epoch.
+    Every epoch has floor(n / r) large batches; the rest is not seen in that epoch.
     """
 
     drop_last = True
@@ -46,9 +46,9 @@ class ShareSampler(Sampler[list[int]]):
             large_batch_size: r, divisible by the parts of all ranks.
             num_parts: micro-batches of an optimizer step on each rank.
             world_size: W.
-            seed: of the order.
-            epoch: gives the 0-based epoch whenever one begins.
-            shuffle: False reads the dataset in its order.
+            seed: seed of the order.
+            epoch: returns the 0-based epoch when one begins.
+            shuffle: False reads the dataset in order.
         """
         self._mixture = MixtureSampler(num_examples, large_batch_size, seed)
         self._num_parts, self._world_size = num_parts, world_size
@@ -77,7 +77,7 @@ class NumberedDataset(Dataset[tuple[int, Any]]):
     """A dataset whose items come with their index.
 
     Attributes:
-        total_dataset_length: examples read in an epoch; accelerate takes what goes beyond whole batches for a last one.
+        total_dataset_length: examples read in an epoch; accelerate takes a remainder for an incomplete last batch.
     """
 
     def __init__(self, inner: Any, num_read: int) -> None:
@@ -92,45 +92,45 @@ class NumberedDataset(Dataset[tuple[int, Any]]):
 
 
 class WithoutSource:
-    """A data collator that never shows the source column to the one inside."""
+    """A data collator that hides the source column from its inner one."""
 
     def __init__(self, inner: Callable[[list[Any]], Any], source_column: str) -> None:
         self.inner = inner
         self.source_column = source_column
 
     def __call__(self, records: Sequence[Any]) -> Any:
-        """What the inner collator makes of the records."""
+        """Collate the records without their sources by the inner collator."""
         return self.inner([_without(record, self.source_column) for record in records])
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("inner", "source_column"):  # asked before __init__, as copy and pickle do
+        if name in ("inner", "source_column"):  # accessed before __init__, as copy and pickle do
             raise AttributeError(name)
         return getattr(self.inner, name)
 
 
 class ExampleCollator:
-    """Makes numbered records into examples, each through the Trainer's data collator and without its padding."""
+    """Turn numbered records into examples, each through the Trainer's data collator and without its padding."""
 
     def __init__(self, collator: Callable[[list[Any]], Any], source_ids: npt.NDArray[np.int64]) -> None:
-        """Collate with what the Trainer would.
+        """Collate as the Trainer would.
 
         Args:
-            collator: the Trainer's, unused columns and sources taken out before.
+            collator: the Trainer's, without unused columns and sources.
             source_ids: source of every example of the dataset.
         """
         self._collator = collator
         self._source_ids = source_ids
 
     def __call__(self, numbered: Sequence[tuple[int, Any]]) -> list[Example]:
-        """Examples of numbered records, in their order."""
+        """Return the examples of numbered records, in order."""
         return [self._example(index, record) for index, record in numbered]
 
     def check(self, index: int, record: Any) -> None:
-        """Raise if what the collator makes of a record cannot be trained on.
+        """Raise if a record cannot be trained on once collated.
 
         Raises:
-            ConfigError: if it gives more than text.
-            DataError: if it gives no token ids.
+            ConfigError: if the collator returns more than text.
+            DataError: if it returns no token ids.
         """
         collated = self._collator([record])
         others = sorted({str(key) for key in collated} - TEXT_INPUTS)
@@ -152,7 +152,7 @@ class ExampleCollator:
 
 
 class CollatedExamples:
-    """The examples of a dataset by number, as a collator makes them."""
+    """The examples of a dataset by index, made by a collator."""
 
     def __init__(self, dataset: Any, collator: ExampleCollator) -> None:
         self._dataset, self._collator = dataset, collator
@@ -165,15 +165,15 @@ class CollatedExamples:
 
 
 def dataset_sources(dataset: Any, column: str, given: Sequence[Any] | None) -> list[Any]:
-    """Source of every example of a dataset, read once.
+    """Return the source of every example of a dataset, read once.
 
     Args:
         dataset: a Hugging Face dataset, or any with `len` and integer indexing.
         column: key of the source in a record.
-        given: the sources, where the records do not have them (clusters, say).
+        given: the sources, if the records do not have them (clusters, for example).
 
     Raises:
-        ConfigError: if they are not known, or not as many as there are examples.
+        ConfigError: if they are unknown, or their number is not that of the examples.
     """
     if given is not None:
         if len(given) != len(dataset):
@@ -202,12 +202,12 @@ def dataset_sources(dataset: Any, column: str, given: Sequence[Any] | None) -> l
 
 
 def has_column(dataset: Any, column: str) -> bool:
-    """Whether the dataset's first record has a key."""
+    """Return whether the dataset's first record has a key."""
     return column in (dataset.column_names if hasattr(dataset, "column_names") else dataset[0])
 
 
 def number_sources(values: Sequence[str | int]) -> tuple[dict[str, int], npt.NDArray[np.int64]]:
-    """Examples by source name, numbers before names, and the source id of every example `[n]`; as `RecordDataset`."""
+    """Count examples by source name, numbers first, and return every example's source id `[n]`; as `RecordDataset`."""
     by_name = {str(value): value for value in values}
     names = sorted(by_name, key=lambda name: (isinstance(by_name[name], str), by_name[name]))
     number = {name: source for source, name in enumerate(names)}

@@ -1,4 +1,4 @@
-"""The micro-batches of a coreset in a `transformers.Trainer`: as many and as large on every rank as it expects."""
+"""Make a coreset's micro-batches for a `transformers.Trainer`, of the number and size that it expects on every rank."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ KEY = "colm"
 
 @dataclass(frozen=True)
 class Weighted:
-    """What a micro-batch needs beside the model's inputs.
+    """Data of a micro-batch beside the model's inputs.
 
     Attributes:
-        batch: the micro-batch, with the places that have a loss, on the CPU.
-        scales: factor of every example's summed token losses, float32 `[n]`; 0 for a place holder.
+        batch: the micro-batch, with its labelled positions, on the CPU.
+        scales: factor of every example's summed token losses, float32 `[n]`; 0 for a placeholder.
     """
 
     batch: MicroBatch
@@ -33,7 +33,7 @@ class Weighted:
 
 
 def equal_ranks(positions: Sequence[int], lengths: Tensor, home: Tensor, world_size: int) -> dict[int, int]:
-    """Rank that trains each chosen example, as many on every rank: what a rank has too many of leaves, shortest first.
+    """Return the rank that trains each chosen example, in equal numbers: surplus examples move, shortest first.
 
     Args:
         positions: chosen positions.
@@ -42,7 +42,7 @@ def equal_ranks(positions: Sequence[int], lengths: Tensor, home: Tensor, world_s
         world_size: W.
 
     Returns:
-        Rank by position; the ranks' counts differ by one at most.
+        Rank by position; the ranks' counts differ by at most one.
     """
     held: list[list[int]] = [[] for _ in range(world_size)]
     for position in sorted(positions, key=lambda position: (-int(lengths[position]), position)):
@@ -66,20 +66,20 @@ def coreset_micro_batches(
     max_examples: int,
     pad_token_id: int,
 ) -> list[dict[str, Any]]:
-    """This rank's micro-batches of a coreset, long examples first; all ranks call it together.
+    """Make this rank's micro-batches of a coreset, long examples first; all ranks call it together.
 
     Args:
         batch: the large batch as this rank sees it.
-        positions: the chosen ones, at most `num_batches * max_examples` for each rank.
+        positions: chosen positions, at most `num_batches * max_examples` for each rank.
         scale: from `loss_scale`, `[r]`.
-        exchange: the ranks; the tokens of examples that change their rank travel.
+        exchange: the ranks; it moves the tokens of examples that change rank.
         rank: this rank.
-        num_batches: how many micro-batches; those without examples hold a place holder of weight 0.
-        max_examples: of a micro-batch.
-        pad_token_id: fills up `input_ids`.
+        num_batches: number of micro-batches; those without examples hold a placeholder of weight 0.
+        max_examples: maximum examples of a micro-batch.
+        pad_token_id: token id to pad `input_ids` with.
 
     Returns:
-        The model's inputs of each (`input_ids`, `attention_mask`, `labels`, right-padded); under `KEY` a `Weighted`.
+        The model's inputs for each (`input_ids`, `attention_mask`, `labels`, right-padded); under `KEY` a `Weighted`.
     """
     ranks = equal_ranks(positions, batch.lengths, batch.home, exchange.num_processes)
     moves = [(p, int(batch.home[p]), ranks[p]) for p in sorted(positions) if ranks[p] != int(batch.home[p])]

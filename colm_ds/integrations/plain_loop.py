@@ -1,4 +1,4 @@
-"""What a plain PyTorch loop needs beside `CoresetSelector`: the loss of every example of a micro-batch."""
+"""Loss of every example of a micro-batch, for plain PyTorch loops with `CoresetSelector`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 
 
 def example_losses(model: Any, examples: Sequence[Any] | Mapping[str, Any]) -> Tensor:
-    """Mean token loss of every example in nats, float32 `[n]`, with a graph for the backward pass.
+    """Compute the mean token loss of every example in nats, float32 `[n]`, with a graph for the backward pass.
 
-    Logits are made at labelled positions only, a chunk at a time. Without examples the result is empty but has a graph
-    all the same, so that a rank of DDP that trains none can take part in the backward pass.
+    Logits are computed at labelled positions only, one chunk at a time. Without examples the result is empty but still
+    has a graph, so that a rank of DDP that trains none can take part in the backward pass.
 
     Args:
-        model: what to call: a causal LM, bare or in DDP, DeepSpeed or a `PeftModel`.
-        examples: as for `CoresetSelector`: a list of records or a padded batch; sources are not looked at.
+        model: a causal LM, bare or in DDP, DeepSpeed or a `PeftModel`.
+        examples: as for `CoresetSelector`: a list of records or a padded batch; sources are ignored.
     """
     inner: nn.Module = getattr(model, "module", model)
     read = read_examples(examples, ["all"], None)

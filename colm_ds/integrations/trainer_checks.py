@@ -1,4 +1,4 @@
-"""What a `transformers.Trainer` cannot combine with selection; every problem is found before training."""
+"""Check that a `transformers.Trainer` works with selection, and report all problems before training."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def check_arguments(trainer: Any, loss_owner: type, problems: Problems) -> None:
     """Record arguments of a trainer that selection cannot work with.
 
     Args:
-        trainer: after its `__init__`.
-        loss_owner: class whose `compute_loss` comes after the mixin's.
-        problems: collects what is wrong.
+        trainer: the trainer, after its `__init__`.
+        loss_owner: class whose `compute_loss` follows the mixin's.
+        problems: collects problems.
     """
     args = trainer.args
     strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
@@ -47,7 +47,7 @@ def check_arguments(trainer: Any, loss_owner: type, problems: Problems) -> None:
 
 
 def check_sizes(trainer: Any, config: CoLMSection, problems: Problems) -> None:
-    """Record sizes that do not fit together, and a model that cannot be probed."""
+    """Record sizes that contradict each other, and a model that cannot be probed."""
     args, world_size, large = trainer.args, trainer.args.world_size, config.large_batch_size
     parts = args.gradient_accumulation_steps * world_size
     if large % parts:
@@ -100,5 +100,5 @@ def _check_loss(trainer: Any, loss_owner: type, problems: Problems) -> None:
 
 
 def is_trl(loss_owner: type) -> bool:
-    """Whether this is TRL's `SFTTrainer`, whose `compute_loss` also keeps its metrics."""
+    """Return whether this is TRL's `SFTTrainer`, whose `compute_loss` also keeps its metrics."""
     return loss_owner.__module__.startswith("trl.") and loss_owner.__name__ == "SFTTrainer"

@@ -41,25 +41,25 @@ from colm_ds.types import Coreset, Example
 __all__ = ["CoLMArguments", "CoLMConfig", "CoLMMixin", "CoLMTrainer"]
 
 STATE_FILE = "colm_state.pt"
-"""Beside the Trainer's own files in a checkpoint."""
+"""File beside the Trainer's own in a checkpoint."""
 
 logger = logging.getLogger(__name__)
 
-# The mixin's calls of super() go to a Trainer; only a type checker needs to know.
+# The mixin's calls of super() go to a Trainer; only a type checker needs this base.
 _Base = Trainer if TYPE_CHECKING else object
 
 
 class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
-    """Put it in front of `Trainer` or a subclass: `class MyTrainer(CoLMMixin, Seq...Trainer)`.
+    """Mixin to put in front of `Trainer` or a subclass: `class MyTrainer(CoLMMixin, Seq...Trainer)`.
 
-    `per_device_train_batch_size` and `gradient_accumulation_steps` describe the coreset, what is trained on in an
-    optimizer step as ever; r is in `colm`. The gradient is the one of `colm_ds.initialize`.
+    `per_device_train_batch_size` and `gradient_accumulation_steps` describe the coreset, which is, as usual, what
+    an optimizer step trains on; r is in `colm`. The gradient is the one of `colm_ds.initialize`.
 
     Attributes:
-        loss_is_scaled_for_ga: tells the Trainer that the loss is a part of the whole step's already.
+        loss_is_scaled_for_ga: tells the Trainer that the loss is already a part of the whole step's.
         colm_config: the checked `"colm"` section.
         coreset_selector: from the first step of a `train` on.
-        last_selection: of the last step.
+        last_selection: selection of the last step.
     """
 
     loss_is_scaled_for_ga = True
@@ -67,13 +67,13 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
     def __init__(
         self, *args: Any, colm: Given | None = None, sources: Sequence[Any] | None = None, **kwargs: Any
     ) -> None:
-        """As the Trainer's.
+        """Initialize the Trainer, and check its arguments for selection.
 
         Args:
             args: the Trainer's.
             colm: a `CoLMConfig`, a `CoLMArguments`, keys and values, or a file with a `colm` block; default:
                 `args.colm`, or the `"colm"` section of the DeepSpeed configuration.
-            sources: source of every example of `train_dataset`, where it has no such column (clusters, say).
+            sources: source of every example of `train_dataset`, if it has no such column (clusters, for example).
             kwargs: the Trainer's.
 
         Raises:
@@ -91,13 +91,13 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
 
     def _find_section(self, given: Given | None) -> Given:
         deepspeed = getattr(getattr(self.args, "hf_deepspeed_config", None), "config", {})
-        found = given if given is not None else getattr(self.args, "colm", None) or deepspeed.get("colm")
-        if found is None:
+        section = given if given is not None else getattr(self.args, "colm", None) or deepspeed.get("colm")
+        if section is None:
             raise ConfigError(f"{type(self).__name__}: no colm. Give colm=CoLMConfig(large_batch_size=...).")
-        return found
+        return section
 
     def _check(self, section: dict[str, Any], sources: Sequence[Any] | None) -> CoLMSection:
-        """Check everything that training will need; whatever is wrong is said at once."""
+        """Check everything that training will need, and report all problems together."""
         args = self.args
         problems = Problems(f"the arguments of {type(self).__name__}")
         after = type(self).__mro__[type(self).__mro__.index(CoLMMixin) + 1 :]
@@ -111,7 +111,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
             problems=problems,
         )
         dataset = self.train_dataset
-        # A packed dataset has no sources and other sizes, and that it is packed is said already.
+        # A packed dataset has no sources and other sizes, and packing is already reported.
         packed = getattr(args, "packing", False) or getattr(args, "padding_free", False)
         if dataset is not None and not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
             problems.add(
@@ -125,7 +125,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         return config
 
     def _read_sources(self, config: CoLMSection, sources: Sequence[Any] | None, problems: Problems) -> None:
-        """Count the sources and look at one example."""
+        """Count the sources and check one example."""
         dataset = self.train_dataset
         column = self.data_collator.source_column
         given = sources is not None
@@ -143,10 +143,10 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
             problems.messages.append(str(error))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Loads this rank's share of each large batch, in as many parts as an optimizer step has micro-batches."""
+        """Load this rank's share of each large batch, in as many parts as an optimizer step has micro-batches."""
         args, config, dataset = self.args, self.colm_config, self.train_dataset
         if dataset is None:
-            return super().get_train_dataloader()  # which says what is wrong
+            return super().get_train_dataloader()  # which raises
         sampler = ShareSampler(
             len(dataset),
             config.large_batch_size,
@@ -173,7 +173,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """The micro-batches of one optimizer step: fetch r examples, select b."""
+        """Fetch r examples, select b, and return the micro-batches of one optimizer step."""
         selector = self.coreset_selector = self.coreset_selector or self._make_selector()
         rank, exchange = self.args.process_index, self._exchange
 
@@ -210,7 +210,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         return None if self.last_selection is None else self.last_selection.coreset
 
     def _make_selector(self) -> CoresetSelector:
-        """Return the selector of a `train`, restored where that resumes from a checkpoint."""
+        """Make the selector of a `train`, restored if that resumes from a checkpoint."""
         args = self.args
         self._exchange = make_exchange(args.device)
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
@@ -235,17 +235,17 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
     def _pad_token_id(self) -> int:
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         for holder in (tokenizer, getattr(self.model, "config", None)):
-            found = getattr(holder, "pad_token_id", None)
-            if isinstance(found, int):
-                return found
+            token_id = getattr(holder, "pad_token_id", None)
+            if isinstance(token_id, int):
+                return token_id
         return 0
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The part of a micro-batch in the step's loss, times W as gradients are averaged over ranks.
+        """Compute a micro-batch's part of the step's loss, times W as gradients are averaged over ranks.
 
-        Outside training on a coreset (evaluation, say) it is the Trainer's own.
+        Outside training on a coreset (in evaluation, for example) it is the Trainer's own.
         """
         weighted: Weighted | None = inputs.pop(KEY, None)
         if weighted is None:
@@ -258,10 +258,10 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
                 seen.append(model(**values))
                 return seen[-1]
 
-            # TRL's loss is not used, its metrics are: entropy, accuracy and tokens of the coreset.
+            # TRL's loss is unused, but not its metrics: entropy, accuracy and tokens of the coreset.
             super().compute_loss(watched, inputs, num_items_in_batch=num_items_in_batch)
             outputs = seen[0]
-            sums = -outputs.log_probs.sum(dim=1)  # 0 where there is no label
+            sums = -outputs.log_probs.sum(dim=1)  # 0 without a label
         else:
             sums = example_loss_sums(model, self._loss_head, weighted.batch.to(self.args.device))
         scales = weighted.scales.to(sums.device, non_blocking=True)
@@ -269,12 +269,12 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         return (loss, outputs) if return_outputs else loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; the history of the selection starts empty or from the checkpoint."""
+        """Train as the Trainer does; the history of the selection starts empty or from the checkpoint."""
         self.coreset_selector, self._colm_saved = None, None
         return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, with the means of the selection's statistics since the last entry of training."""
+        """Log as the Trainer does, with the means of the selection's statistics since the last training entry."""
         if "loss" in logs and self.coreset_selector is not None:
             logs.update(self._statistics.take())
         super().log(logs, *args, **kwargs)

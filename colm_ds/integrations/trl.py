@@ -1,4 +1,4 @@
-"""CoLM in TRL's `SFTTrainer` (extra `[trl]`); its metrics, completion-only loss and PEFT stay as they are."""
+"""CoLM in TRL's `SFTTrainer` (extra `[trl]`); its metrics, completion-only loss and PEFT work as usual."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ class CoLMSFTTrainer(CoLMMixin, SFTTrainer):
     """`trl.SFTTrainer` on coresets: `CoLMSFTTrainer(model, args, ..., colm=CoLMConfig(large_batch_size=128))`.
 
     The source column of the dataset survives TRL's tokenisation. An example is a row of the prepared dataset. TRL's own
-    packing joins rows of several sources and drops the column, so it is refused; rows that were packed source by source
-    beforehand, with a source column, are examples like any other.
+    packing joins rows of several sources and drops the column, so it is refused; rows packed by source beforehand, with
+    a source column, are examples like any other.
     """
