@@ -1,1 +1,1 @@
-"""Before a run: memory and time that a job will need, and what would change them."""
+"""Plan a job before it runs: its memory and time, and changes that would reduce them."""

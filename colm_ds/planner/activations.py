@@ -1,7 +1,7 @@
-"""Activation memory of a micro-batch, from the engine's own code run on tensors without data.
+"""Measure the activation memory of a micro-batch by running the engine's own code on tensors without data.
 
-Two and three layers are run and what a layer adds is multiplied: layers are alike, so the result is that of the whole
-model in a fraction of a second, for every family, attention, LoRA and way of checkpointing that the code knows.
+Two and three layers are run and the difference is extrapolated: layers are alike, so the result is that of the whole
+model in a fraction of a second, for every family, attention, LoRA and kind of checkpointing that the code supports.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from colm_ds.recipes.sections import LoraConfig
 _FEW = 2
 
 _LOGITS = 1 << 24
-"""More logits than the loss computes at a time: a smaller vocabulary that has as many needs no other memory."""
+"""More logits than the loss computes at a time: a smaller vocabulary with this many needs the same memory."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a model's memory depends on.
+    """Properties of a model that determine its memory.
 
     Attributes:
         config: Hugging Face configuration.
-        dtype: of weights and compute.
+        dtype: dtype of weights and compute.
         attention: implementation; flash attention keeps what sdpa keeps.
         lora: adapters, or None for full training.
         checkpointing: whether activations are recomputed in the backward pass.
-        device_type: `cuda` or `cpu`: dropout keeps other masks there.
+        device_type: `cuda` or `cpu`: dropout keeps different masks on each.
     """
 
     config: Any
@@ -62,12 +62,12 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Rows:
-    """A micro-batch: how many examples, how long, how many labelled tokens in all.
+    """Size of a micro-batch: examples, their length, labelled tokens in total.
 
     Attributes:
-        count: examples.
-        length: tokens of each, padding included; of a classification example with its longest candidate.
-        labels: labelled tokens of all.
+        count: number of examples.
+        length: tokens of each, padding included; for classification with the longest candidate.
+        labels: labelled tokens in total.
         candidates: for classification, tokens of each candidate of an example.
     """
 
@@ -83,7 +83,7 @@ class TrainingActivations:
 
     Attributes:
         forward: peak of the forward.
-        kept: what is there between forward and backward.
+        kept: bytes held between forward and backward.
         backward: peak of the backward.
     """
 
@@ -98,14 +98,14 @@ class Parameters:
 
     Attributes:
         total: all.
-        trained: those that get gradients.
-        largest: of one trained tensor.
-        layer: of one decoder layer.
-        head: of the matrix that makes the logits.
-        embedding: of the input embedding, which multiplies nothing; 0 where it is the head's.
+        trained: elements that get gradients.
+        largest: elements of the largest trained tensor.
+        layer: elements of one decoder layer.
+        head: elements of the matrix that makes the logits.
+        embedding: elements of the input embedding, which multiplies nothing; 0 if shared with the head.
         buffers: bytes of buffers.
-        mlp: of a decoder layer's MLP.
-        sizes: elements of a parameter, and how many parameters have so many.
+        mlp: elements of a decoder layer's MLP.
+        sizes: number of parameters by their elements.
     """
 
     total: int
@@ -119,13 +119,13 @@ class Parameters:
     sizes: tuple[tuple[int, int], ...] = ()
 
     def below(self, most: int) -> int:
-        """Elements in parameters of at most so many."""
+        """Return the elements in parameters of at most `most` elements."""
         return sum(size * count for size, count in self.sizes if size <= most)
 
 
 @dataclass
 class Tracer:
-    """Runs shapes of one model; results are remembered.
+    """Run shapes of one model; results are cached.
 
     Attributes:
         spec: the model.
@@ -145,7 +145,7 @@ class Tracer:
         return int(self.spec.config.num_hidden_layers)
 
     def architecture(self, layer: str) -> Architecture:
-        """The parts of the model of few layers; see `ProbeConfig.layer`."""
+        """Return the parts of the model of few layers; see `ProbeConfig.layer`."""
         return find_architecture(self._model(min(_FEW, self.num_layers)), layer)
 
     @cached_property
@@ -178,12 +178,12 @@ class Tracer:
     def training(
         self, rows: Rows, *, replay: bool = False, whole_logits: bool = False, stage3: bool = False
     ) -> TrainingActivations:
-        """Activations of one micro-batch.
+        """Return the activations of one micro-batch.
 
         Args:
             rows: the micro-batch.
-            replay: it starts from the probe's hidden states (needs checkpointing).
-            whole_logits: as if the loss were computed from all logits at once.
+            replay: whether it starts from the probe's hidden states (needs checkpointing).
+            whole_logits: compute the loss from all logits at once.
             stage3: under ZeRO-3, where frozen linear maps keep their inputs too.
         """
         key = rows, replay, whole_logits, stage3 and self.spec.lora is not None
@@ -193,14 +193,14 @@ class Tracer:
         return self._training[key]
 
     def probe(self, rows: Rows, estimator: str, num_probes: int, tail_dtype: torch.dtype, layer: str = "v_proj") -> int:
-        """Peak bytes of probing one micro-batch; the trunk keeps nothing, so it does not depend on the layers.
+        """Return the peak bytes of probing one micro-batch; the trunk keeps nothing, so layers do not matter.
 
         Args:
             rows: the micro-batch of the probe.
-            estimator: `spsa`, those that look at gradients (`exact`, `sketch`, `projection`), or `score`.
+            estimator: `spsa`, one that computes gradients (`exact`, `sketch`, `projection`), or `score`.
             num_probes: K.
-            tail_dtype: in which `spsa` runs the last layer and head.
-            layer: of the last layer, what is probed.
+            tail_dtype: dtype in which `spsa` runs the last layer and head.
+            layer: probed part of the last layer.
         """
         key = rows, estimator, num_probes, tail_dtype, layer
         if key not in self._probes:
@@ -267,9 +267,9 @@ class Tracer:
             raise TimeoutError("planning takes longer than it may")
 
     def _vocabulary(self, rows: Rows) -> int:
-        """The smallest vocabulary with which a frozen head needs the memory of the whole one."""
+        """Return the smallest vocabulary for which a frozen head needs the memory of the full one."""
         needed = max(2048, -(-_LOGITS // rows.labels))
-        return min(int(self.spec.config.vocab_size), 1 << (needed - 1).bit_length())  # few sizes: models are kept
+        return min(int(self.spec.config.vocab_size), 1 << (needed - 1).bit_length())  # few sizes, as models are cached
 
     def _micro_batch(self, rows: Rows) -> MicroBatch:
         if rows.candidates:
@@ -287,7 +287,7 @@ class Tracer:
 
 
 def build_dataless(spec: ModelSpec, num_layers: int, vocabulary: int, mode: FakeTensorMode) -> nn.Module:
-    """A model of some layers without data.
+    """Build a model of some layers without data.
 
     Raises:
         ConfigError: if its configuration cannot be built or LoRA does not fit it.
@@ -325,7 +325,7 @@ class _Directions:
 
 @contextmanager
 def _plain_layer(layer: nn.Module | None) -> Iterator[None]:
-    """Run the block with a layer that is not checkpointed, as the last one is under replay."""
+    """Run the block without checkpointing a layer, as the last one under replay."""
     if layer is None:
         yield
         return
@@ -338,7 +338,7 @@ def _plain_layer(layer: nn.Module | None) -> Iterator[None]:
 
 
 def _dataless(batch: Any, mode: FakeTensorMode) -> Any:
-    """A dataclass with its tensors without their data."""
+    """Return a dataclass with its tensors replaced by ones without data."""
     values = {name.name: getattr(batch, name.name) for name in fields(batch)}
     return replace(batch, **{name: mode.from_tensor(v) for name, v in values.items() if isinstance(v, Tensor)})
 
@@ -370,10 +370,10 @@ def _buffer_bytes(model: nn.Module) -> int:
 
 
 def even_rows(count: int, length: int, label_share: float = 1.0) -> Rows:
-    """Examples of one length, of which a share of the predicted tokens has labels."""
+    """Return examples of one length with labels at a share of the predicted tokens."""
     return Rows(count, length, max(1, round(count * (length - 1) * label_share)))
 
 
 def choice_rows(count: int, length: int, candidates: tuple[int, ...]) -> Rows:
-    """Classification examples of one length, whose labels are their candidates."""
+    """Return classification examples of one length, whose labels are their candidates."""
     return Rows(count, length, count * sum(candidates), candidates)

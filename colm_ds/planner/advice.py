@@ -1,4 +1,4 @@
-"""What the plan says when memory runs out: what takes it, and which changes would help most."""
+"""Advise from the plan when memory runs out: the largest parts, and the changes that would help most."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def planned_advice(engine: Any, error: DeviceMemoryError) -> list[str]:
 
     Args:
         engine: the `CoLMEngine` whose step failed.
-        error: what it raised.
+        error: the error that it raised.
     """
     try:
         return _advice(engine, error)
-    except Exception as failed:  # the plan must not hide what happened
+    except Exception as failed:  # a failing plan must not hide the original error
         return [f"(No advice: {type(failed).__name__}: {failed})"]
 
 

@@ -1,4 +1,4 @@
-"""Classification examples of a plan: tokens of the candidates of every task, and micro-batches of such examples."""
+"""Model classification examples in a plan: tokens of every task's candidates, and micro-batches of such examples."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ CANDIDATE_TOKENS: dict[str, tuple[int, ...]] = {
     "rte": (1, 1),
     "boolq": (1, 1),
 }
-"""Tokens of each candidate by task: words such as Yes are one, COPA has 12 at most with SmolLM2's tokenizer."""
+"""Tokens of each candidate by task: words such as Yes are one, COPA has at most 12 with SmolLM2's tokenizer."""
 
 
 def num_rows(candidates: tuple[int, ...]) -> int:
-    """Sequences that are computed for an example: those of one token share the prompt's (`computed_rows`).
+    """Return the sequences computed for an example: candidates of one token share the prompt's (`computed_rows`).
 
     Args:
-        candidates: tokens of each; they begin differently.
+        candidates: tokens of each; their first tokens differ.
     """
     if not candidates:
         return 1
@@ -33,12 +33,12 @@ def num_rows(candidates: tuple[int, ...]) -> int:
 
 
 def choice_micro_batch(count: int, length: int, candidates: tuple[int, ...]) -> MicroBatch:
-    """Examples of one length as training puts them together.
+    """Make a micro-batch of examples of one length as training would.
 
     Args:
-        count: examples.
+        count: number of examples.
         length: tokens of the prompt with its longest candidate.
-        candidates: tokens of each.
+        candidates: tokens of each candidate.
     """
     size = max(candidates)
     ids, labels = [], []

@@ -1,4 +1,4 @@
-"""A job to plan, from a recipe without weights or network, or from an engine that is running."""
+"""Make a job to plan, from a recipe without weights or network, or from a running engine."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from colm_ds.recipes.sections import LoraConfig
 from colm_ds.types import LargeBatch, SourcedDataset
 
 LENGTH_KEY, CHUNK_KEY = "data.max_length", "data.chunk_tokens"
-"""What sets the length of examples in a recipe, and of a pretraining recipe's."""
+"""Keys that set the length of examples in a recipe and in a pretraining recipe."""
 
 KNOWN_MODELS: dict[str, dict[str, Any]] = json.loads(
     Path(__file__).with_name("known_models.json").read_text(encoding="utf-8")
 )
-"""Published shapes by the name in `model.name_or_path`, without what no size depends on, such as pad tokens."""
+"""Published shapes by the name in `model.name_or_path`, without keys that affect no size, such as pad tokens."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run as far as memory and time depend on it.
+    """Properties of a run that determine memory and time.
 
     Attributes:
         spec: the model.
         zero: ZeRO, ranks, offload.
         colm: the `"colm"` section with `coreset_size` filled in.
         micro_batch: examples per rank and backward pass.
-        length: tokens of the longest examples, which decide about peaks.
-        mean_length: tokens computed for an example on average, for hidden states that are kept and for time.
+        length: tokens of the longest examples, which determine peaks.
+        mean_length: mean tokens computed for an example, for stored hidden states and for time.
         label_share: share of the tokens that have labels.
         steps: optimizer steps of the run.
         candidates: for classification, tokens of each candidate of an example; `length` is then that of the prompt
-            with the longest one, and `label_share` says nothing.
-        length_key: what sets `length` in a recipe.
+            with the longest one, and `label_share` is unused.
+        length_key: key that sets `length` in a recipe.
     """
 
     spec: ModelSpec
@@ -73,7 +73,7 @@ class Job:
         return self.num_rows * (self.length - 1) if self.candidates else self.length
 
     def rows(self, count: int) -> Rows:
-        """A micro-batch of the longest examples."""
+        """Return a micro-batch of the longest examples."""
         if self.candidates:
             return choice_rows(count, self.length, self.candidates)
         return even_rows(count, self.length, self.label_share)
@@ -85,27 +85,27 @@ class Job:
 
     @property
     def probes(self) -> bool:
-        """Whether the selector needs a pass over the large batch."""
+        """Return whether the selector needs a pass over the large batch."""
         return self.colm.probes_model
 
     @property
     def replays(self) -> bool:
-        """Whether training starts from the probe's hidden states."""
+        """Return whether training starts from the probe's hidden states."""
         can = self.probes and self.spec.checkpointing and int(self.spec.config.num_hidden_layers) > 1
         return can and self.colm.replay != "off" and self.colm.probe.dtype == "auto"
 
     def plain(self, size: int) -> Job:
-        """The same job trained plainly on batches of a size."""
+        """Return the same job trained plainly on batches of a size."""
         colm = self.colm.model_copy(update={"selector": "full", "large_batch_size": size, "coreset_size": size})
         return replace(self, colm=colm, micro_batch=min(self.micro_batch, math.ceil(size / self.zero.world_size)))
 
     def by_tokens(self) -> Job:
-        """The same job with b of 4 b chosen by token embeddings, without a pass of the model."""
+        """Return the same job with b of 4 b chosen by token embeddings, without a pass of the model."""
         section = {"large_batch_size": 4 * self.size, "coreset_size": self.size, "probe": {"estimator": "tokens"}}
         return replace(self, colm=CoLMSection.model_validate(section))
 
     def with_colm(self, **changes: object) -> Job:
-        """The same job with other keys of the `"colm"` section."""
+        """Return the same job with other keys of the `"colm"` section."""
         return replace(self, colm=self.colm.model_copy(update=changes))
 
 
@@ -119,19 +119,19 @@ def job_of_recipe(
     on_gpu: bool = True,
     configuration: Any = None,
 ) -> Job:
-    """What a recipe's run needs planning for.
+    """Make the job of a recipe's run.
 
     Args:
         recipe: the recipe.
         world_size: W.
-        mean_length: tokens computed for an example on average; default: all as long as the recipe allows.
+        mean_length: mean tokens computed for an example; default: the maximum that the recipe allows.
         label_share: share of the tokens that have labels.
         candidate_tokens: for classification, tokens of every candidate; default: `CANDIDATE_TOKENS`.
-        on_gpu: plan for GPUs, or for this CPU.
-        configuration: the model's Hugging Face configuration, where it is loaded.
+        on_gpu: plan for GPUs instead of this CPU.
+        configuration: the model's Hugging Face configuration, if already loaded.
 
     Raises:
-        ConfigError: if the model's configuration is not at hand, or the recipe's numbers do not fit together.
+        ConfigError: if the model's configuration is not available, or the recipe's numbers contradict each other.
     """
     candidates = _candidates(recipe, label_share, candidate_tokens)
     loaded, _ = load_config(recipe.deepspeed)
@@ -193,7 +193,7 @@ def job_of_data(
 
 
 def _length(recipe: BaseRecipe) -> tuple[str, int]:
-    """The key that says how long examples are at most, and its value."""
+    """Return the key of the maximum length of examples, and its value."""
     if isinstance(recipe, PretrainingRecipe):
         return CHUNK_KEY, recipe.data.chunk_tokens
     assert isinstance(recipe, (Recipe, ChoiceRecipe))
@@ -201,7 +201,7 @@ def _length(recipe: BaseRecipe) -> tuple[str, int]:
 
 
 def _candidates(recipe: BaseRecipe, label_share: float, tokens: int | None) -> tuple[int, ...]:
-    """Tokens of each candidate of a classification example; none for other data."""
+    """Return the tokens of each candidate of a classification example; none for other data."""
     if not isinstance(recipe, ChoiceRecipe):
         if tokens is not None:
             raise ConfigError(f"--candidate-tokens {tokens}: for task: choices only. Leave it out.")
@@ -217,23 +217,23 @@ def _candidates(recipe: BaseRecipe, label_share: float, tokens: int | None) -> t
 
 
 def job_of_engine(engine: Any, batch: LargeBatch) -> Job:
-    """What a running `CoLMEngine` needs planning for, with examples as those of a large batch.
+    """Make the job of a running `CoLMEngine`, with examples like those of a large batch.
 
     Args:
         engine: the engine.
-        batch: its longest example counts, and their mean length.
+        batch: large batch, for its longest example and mean length.
     """
     module, config = engine.deepspeed_engine.module, engine.config
     base = module.get_base_model() if hasattr(module, "get_base_model") else module
     adapters = getattr(module, "peft_config", {})
     lora = None
     if adapters:
-        found = next(iter(adapters.values()))
+        adapter = next(iter(adapters.values()))
         lora = LoraConfig(
-            rank=found.r,
-            alpha=found.lora_alpha,
-            dropout=found.lora_dropout,
-            targets=sorted(found.target_modules),
+            rank=adapter.r,
+            alpha=adapter.lora_alpha,
+            dropout=adapter.lora_dropout,
+            targets=sorted(adapter.target_modules),
         )
     device = engine.deepspeed_engine.device
     weight = next(parameter for parameter in base.parameters() if parameter.is_floating_point())
@@ -262,7 +262,7 @@ def job_of_engine(engine: Any, batch: LargeBatch) -> Job:
 
 
 def _candidate_tokens(batch: LargeBatch) -> tuple[int, ...]:
-    """Tokens of each candidate of the example with the most padded tokens, of those that this rank holds."""
+    """Return the tokens of each candidate of this rank's example with the most padded tokens."""
     mine = list(batch.examples)
     example = batch.examples[mine[int(batch.padded_lengths[mine].argmax())]]
     assert example.candidates is not None
@@ -271,10 +271,10 @@ def _candidate_tokens(batch: LargeBatch) -> tuple[int, ...]:
 
 
 def model_configuration(recipe: BaseRecipe) -> Any:
-    """The Hugging Face configuration of a recipe's model: its own, that of a folder, or a published one by name.
+    """Return the Hugging Face configuration of a recipe's model: its own, that of a folder, or a published one by name.
 
     Raises:
-        ConfigError: if none is at hand.
+        ConfigError: if none is available.
     """
     from transformers import AutoConfig
 
@@ -288,8 +288,8 @@ def model_configuration(recipe: BaseRecipe) -> Any:
         name = str(model.name_or_path)
         if (Path(name) / "config.json").is_file():
             return AutoConfig.from_pretrained(name, local_files_only=True)
-        found = known_model(name)
-        if found is None:
+        known = known_model(name)
+        if known is None:
             try:
                 return AutoConfig.from_pretrained(name, local_files_only=True)
             except (OSError, ValueError):
@@ -297,7 +297,7 @@ def model_configuration(recipe: BaseRecipe) -> Any:
                     f"model.name_or_path = {name!r}: no config.json there, and not among the known models "
                     f"({', '.join(KNOWN_MODELS)}). Give a folder with config.json, or model.config."
                 ) from None
-        values = found
+        values = known
     try:
         return AutoConfig.for_model(values.pop("model_type"), **values)
     except (ValueError, TypeError, KeyError) as error:
@@ -305,7 +305,7 @@ def model_configuration(recipe: BaseRecipe) -> Any:
 
 
 def _vocabulary_size(recipe: BaseRecipe) -> int:
-    """Tokens of the recipe's tokenizer: of a token store by its manifest, or as long as there is none by the recipe."""
+    """Return the size of the recipe's tokenizer: by the token store's manifest if it exists, else by the recipe."""
     if not isinstance(recipe, PretrainingRecipe) or recipe.tokenizer is not None:
         return len(load_tokenizer(recipe.model, recipe.tokenizer_place))
     manifest = Path(recipe.data.store) / MANIFEST
@@ -320,7 +320,7 @@ def _vocabulary_size(recipe: BaseRecipe) -> int:
 
 
 def known_model(name: str) -> dict[str, Any] | None:
-    """A published configuration by hub name or by the last part of a path, in any case; None if there is none."""
+    """Return a published configuration by hub name or last part of a path, ignoring case; None if unknown."""
     last = name.rstrip("/").split("/")[-1].split(":")[-1].lower()
     for key, values in KNOWN_MODELS.items():
         if last == key.split("/")[-1].split(":")[-1].lower():

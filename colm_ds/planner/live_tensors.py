@@ -1,4 +1,4 @@
-"""Tensors without data: a model of any size as shapes only, and the bytes that its tensors would occupy."""
+"""Run models of any size as shapes only, and count the bytes that their tensors would occupy."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def make_dataless(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | N
     """Replace a model's parameters and buffers (on the meta device) by tensors without data that count as on a CPU.
 
     Args:
-        model: changed in place; shared parameters stay shared.
-        mode: under which it will run.
-        dtype: of all floating parameters, as DeepSpeed casts them; None keeps each one's own.
+        model: the model, changed in place; shared parameters stay shared.
+        mode: mode under which it will run.
+        dtype: dtype of all floating-point parameters, as DeepSpeed casts them; None keeps their own.
     """
     made: dict[int, nn.Parameter] = {}
     with mode:
@@ -41,11 +41,11 @@ def make_dataless(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | N
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made while it is active and still in use, each storage once.
+    """Count the bytes of tensors created while it is active and still in use, each storage once.
 
     Attributes:
         live: bytes now.
-        peak: largest `live` since `restart`.
+        peak: maximum of `live` since `restart`.
     """
 
     def __init__(self) -> None:
@@ -60,8 +60,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run an operation and count what it made."""
-        if func is torch.ops.prim.device.default:  # two of three calls, and they make nothing
+        """Run an operation and count its results."""
+        if func is torch.ops.prim.device.default:  # two of three calls, which create nothing
             return args[0].fake_device
         before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
@@ -86,7 +86,7 @@ class LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def gpu_dropout() -> Iterator[None]:
-    """Let dropout keep its mask as a GPU's kernel does, a byte for each element, where shapes run as on a CPU."""
+    """Make dropout keep its mask as a GPU's kernel does, one byte per element, while shapes run as on a CPU."""
     own: Any = F.dropout
 
     def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -103,9 +103,9 @@ def gpu_dropout() -> Iterator[None]:
 
 @contextmanager
 def no_packing() -> Iterator[None]:
-    """Let transformers know that rows are whole examples, which it cannot see in tensors without data.
+    """Tell transformers that rows are whole examples, which it cannot see in tensors without data.
 
-    It would make a mask, and with a mask attention expands keys and values of grouped queries.
+    Otherwise it would make a mask, and with a mask attention expands keys and values of grouped queries.
     """
     from transformers import masking_utils
 
@@ -122,7 +122,7 @@ def no_packing() -> Iterator[None]:
 
 
 class _InputKept(torch.autograd.Function):
-    """A linear map that keeps its input for the backward pass also where its weight is frozen."""
+    """A linear map that keeps its input for the backward pass even if its weight is frozen."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -142,7 +142,7 @@ class _InputKept(torch.autograd.Function):
 
 @contextmanager
 def stage3_linear() -> Iterator[None]:
-    """Let linear maps keep what DeepSpeed's keep under ZeRO-3, whose weights are not there between passes."""
+    """Make linear maps keep what DeepSpeed's keep under ZeRO-3, whose weights are released between passes."""
     own: Any = F.linear
 
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:

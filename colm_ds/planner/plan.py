@@ -1,4 +1,4 @@
-"""What a step will need before it runs: peak of every phase by parts, what fits, what to switch, seconds per step."""
+"""Plan a step before it runs: peak of every phase by parts, largest micro-batch that fits, seconds per step."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class MemoryPlan:
     """Bytes on one rank's device.
 
     Attributes:
-        phases: by phase, by part (`PARTS`).
+        phases: bytes by phase and part (`PARTS`).
         host: bytes in host memory of this rank (offload).
-        saving_host: further ones while a checkpoint is written: its largest tensor on the way from a GPU to the disk.
+        saving_host: further bytes there while a checkpoint is written: its largest tensor from a GPU to disk.
     """
 
     phases: dict[str, dict[str, int]]
@@ -52,7 +52,7 @@ class MemoryPlan:
 
 @dataclass
 class Planner:
-    """Plans jobs; shapes of one model are run once for all of them.
+    """Planner of jobs; shapes of one model are run once for all of them.
 
     Attributes:
         limit_s: seconds from the first look at a model after which `memory` raises a TimeoutError.
@@ -62,7 +62,7 @@ class Planner:
     _tracers: dict[tuple[object, ...], Tracer] = field(default_factory=dict)
 
     def tracer(self, spec: ModelSpec) -> Tracer:
-        """Runs the shapes of a model."""
+        """Return the tracer of a model's shapes."""
         lora = None if spec.lora is None else spec.lora.model_dump_json()
         key = id(spec.config), spec.dtype, spec.attention, lora, spec.checkpointing, spec.device_type
         if key not in self._tracers:
@@ -70,11 +70,11 @@ class Planner:
         return self._tracers[key]
 
     def memory(self, job: Job, *, whole_logits: bool = False) -> MemoryPlan:
-        """Peak of every phase by parts.
+        """Return the peak of every phase by parts.
 
         Args:
             job: the job.
-            whole_logits: as if the loss were not computed in chunks.
+            whole_logits: do not compute the loss in chunks.
         """
         tracer = self.tracer(job.spec)
         states, width = self.states(job), job.spec.dtype.itemsize
@@ -102,15 +102,15 @@ class Planner:
         return MemoryPlan(whole, host, states.saving_host if job.spec.device_type == "cuda" else 0)
 
     def states(self, job: Job) -> States:
-        """Weights, gradients and optimizer states."""
+        """Return the bytes of weights, gradients and optimizer states."""
         return model_states(self.tracer(job.spec).parameters, job.zero, job.spec.dtype.itemsize)
 
     def time(self, job: Job, tflops: float | None) -> TimePlan:
-        """Cost of a step and of the run; `tflops` is what one device achieves."""
+        """Return the cost of a step and of the run; `tflops` is the speed that one device achieves."""
         return step_cost(job, self.tracer(job.spec).parameters, tflops)
 
     def largest_micro_batch(self, job: Job, budget: int) -> int:
-        """Examples of the largest micro-batch whose peak is within a budget of bytes; 0 if not one is."""
+        """Return the examples of the largest micro-batch whose peak is within a budget of bytes; 0 if none is."""
         most = math.ceil(job.size / job.zero.world_size)
 
         def fits(count: int) -> bool:
@@ -139,11 +139,11 @@ class Planner:
         if not job.probes:
             return 0, 0, 0
         architecture = self.tracer(job.spec).architecture(job.colm.probe.layer)
-        found = selection_bytes(job.colm, architecture, job.zero.world_size)
-        return found.kept, found.probing, found.selecting
+        selection = selection_bytes(job.colm, architecture, job.zero.world_size)
+        return selection.kept, selection.probing, selection.selecting
 
     def _replay(self, job: Job, width: int) -> tuple[int, int]:
-        """Hidden states of all probed examples, and of the chosen ones, on the device."""
+        """Return the bytes of hidden states of all probed examples, and of the chosen ones, on the device."""
         if not job.replays or job.colm.replay == "offload":
             return 0, 0
         layers, hidden = int(job.spec.config.num_hidden_layers), int(job.spec.config.hidden_size)
@@ -159,10 +159,10 @@ class Planner:
 def _backward(
     training: Mapping[str, int], states: States, active: TrainingActivations, checkpointing: bool
 ) -> dict[str, int]:
-    """The backward pass by parts, where it needs most: at the loss, in the layers, or at the end, when it reduces.
+    """Return the peak of the backward pass by parts: at the loss, in the layers, or at the end, when it reduces.
 
-    Stage 2 allocates its buckets with the first gradient, when the loss's own tensors are gone; then reduced gradients
-    come as activations go, or all of them at the end.
+    Stage 2 allocates its buckets with the first gradient, after the loss's own tensors are freed; then reduced
+    gradients are added as activations are freed, or all of them at the end.
     """
     always, late = training["communication"], states.backward_buckets - states.forward_buckets
     at_loss = {"activations": active.backward, "rest": states.gathered}
@@ -183,7 +183,7 @@ def _backward(
 
 
 def largest_that(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number from 1 to `most` that fits, 0 if none does; where one does not, larger ones do not."""
+    """Return the largest number from 1 to `most` that fits, 0 if none does; `fits` must be monotonic."""
     low, high = 0, 1
     while high <= most and fits(high):
         low, high = high, high * 2

@@ -1,4 +1,4 @@
-"""A plan as numbers and as text: what `colm-ds plan` prints."""
+"""Report a plan as numbers and as the text that `colm-ds plan` prints."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ BATCH_SIZES = (16, 32, 64, 128, 256)
 def plan_report(
     job: Job, *, gpu_memory_gib: float, reserve_gib: float = 2.0, tflops: float | None = None
 ) -> dict[str, Any]:
-    """Everything about a job that can be planned, ready for JSON.
+    """Return all planned numbers of a job, ready for JSON.
 
     Args:
         job: the job.
         gpu_memory_gib: memory of one device.
-        reserve_gib: of it what is not ours: context, communication buffers, fragmentation.
-        tflops: what one device achieves, in 10^12 operations a second; None leaves out seconds.
+        reserve_gib: part of it that is reserved: context, communication buffers, fragmentation.
+        tflops: speed of one device, in 10^12 operations per second; None leaves out seconds.
     """
     planner, budget = Planner(), int((gpu_memory_gib - reserve_gib) * GIB)
     parameters = planner.tracer(job.spec).parameters
@@ -78,18 +78,18 @@ def plan_report(
 def comparison(
     job: Job, batch_sizes: Sequence[int] = BATCH_SIZES, *, gpu_memory_gib: float, reserve_gib: float = 2.0
 ) -> dict[str, Any]:
-    """Peak memory against b (the paper's Fig. 2c) for plain b, CoLM b of r and plain r, with r / b as in the job.
+    """Compare peak memory by b (the paper's Fig. 2c) for plain b, CoLM b of r and plain r, with r / b as in the job.
 
-    Beside them b of 4 b chosen by token embeddings, if the job probes.
+    If the job probes, also for b of 4 b chosen by token embeddings.
 
-    Both protocols: as many accumulation steps as the job has, whatever b (micro-batches grow with b), and the job's
-    micro-batch whatever b (accumulation steps grow).
+    Two protocols: the job's number of accumulation steps for every b (micro-batches grow with b), and the job's
+    micro-batch for every b (accumulation steps grow).
 
     Args:
         job: the job.
         batch_sizes: values of b.
         gpu_memory_gib: memory of one device.
-        reserve_gib: of it what is not ours.
+        reserve_gib: part of it that is reserved.
     """
     planner, world, steps = Planner(), job.zero.world_size, accumulation_steps(job)
     ratio = job.colm.large_batch_size / job.size
@@ -121,17 +121,17 @@ def comparison(
 
 
 def accumulation_steps(job: Job) -> int:
-    """Micro-batches of a step on one rank."""
+    """Return the micro-batches of a step on one rank."""
     return math.ceil(job.size / (job.zero.world_size * job.micro_batch))
 
 
 def format_plan(report: dict[str, Any]) -> str:
-    """The plan for people."""
-    found = report["parameters"]
+    """Format the plan as text."""
+    sizes = report["parameters"]
     room = report["gpu_memory_gib"] - report["reserve_gib"]
     replay = ", replay" if report["replay"] else ""
     lines = [
-        f"{found['total'] / 1e9:.2f}e9 parameters, {found['trained'] / 1e6:.1f}e6 trained, {report['dtype']}, "
+        f"{sizes['total'] / 1e9:.2f}e9 parameters, {sizes['trained'] / 1e6:.1f}e6 trained, {report['dtype']}, "
         f"ZeRO-{report['stage']}, activation checkpointing {'on' if report['checkpointing'] else 'off'}{replay}",
         f"{report['num_gpus']} GPUs of {report['gpu_memory_gib']:g} GiB, of which {room:g} are planned with; "
         f"examples of {report['length']} tokens (mean {report['mean_length']:g}){_candidates_text(report)}",
@@ -178,12 +178,15 @@ def format_plan(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def format_comparison(found: dict[str, Any]) -> str:
-    """The comparison for people; * marks what does not fit."""
+def format_comparison(report: dict[str, Any]) -> str:
+    """Format a comparison as text; * marks what does not fit."""
     lines = []
     for name, head in (
-        ("equal_steps", f"{found['accumulation_steps']} accumulation steps whatever the batch (micro-batches grow)"),
-        ("equal_micro_batch", f"micro-batch {found['micro_batch']} whatever the batch (accumulation steps grow)"),
+        (
+            "equal_steps",
+            f"{report['accumulation_steps']} accumulation steps whatever the batch (micro-batches grow)",
+        ),
+        ("equal_micro_batch", f"micro-batch {report['micro_batch']} whatever the batch (accumulation steps grow)"),
     ):
         arms = {
             "plain_b_gib": "plain b",
@@ -191,15 +194,15 @@ def format_comparison(found: dict[str, Any]) -> str:
             "colm_gib": "CoLM b of r",
             "plain_r_gib": "plain r",
         }
-        arms = {key: title for key, title in arms.items() if all(key in row[name] for row in found["rows"])}
+        arms = {key: title for key, title in arms.items() if all(key in row[name] for row in report["rows"])}
         rows = [["b", "r", *arms.values(), "CoLM saves of plain r"]]
-        for row in found["rows"]:
+        for row in report["rows"]:
             values = row[name]
             saved = 1 - values["colm_gib"] / values["plain_r_gib"]
-            marked = [f"{values[key]:.2f}{'*' if values[key] > found['limit_gib'] else ''}" for key in arms]
+            marked = [f"{values[key]:.2f}{'*' if values[key] > report['limit_gib'] else ''}" for key in arms]
             rows.append([str(row["b"]), str(row["r"]), *marked, f"{100 * saved:.0f}%"])
         lines += [f"Peak GiB per GPU, {head}:", *_table(rows), ""]
-    return "\n".join([*lines, f"* more than {found['limit_gib']:g} GiB"])
+    return "\n".join([*lines, f"* more than {report['limit_gib']:g} GiB"])
 
 
 def _arm(planner: Planner, job: Job, budget: int, tflops: float | None) -> dict[str, Any]:
@@ -219,7 +222,7 @@ def _arm(planner: Planner, job: Job, budget: int, tflops: float | None) -> dict[
 
 
 def gib(plan: MemoryPlan) -> dict[str, dict[str, float]]:
-    """A plan's phases in GiB."""
+    """Return a plan's phases in GiB."""
     return {phase: {part: size / GIB for part, size in parts.items()} for phase, parts in plan.phases.items()}
 
 
@@ -237,7 +240,7 @@ def _stage_text(stage: dict[str, Any]) -> str:
 
 
 def _phase_tables(report: dict[str, Any]) -> list[str]:
-    """Phases by parts of the job itself: the arm with a choice, or the only one."""
+    """Format the phases by parts of the job itself: the arm with a choice, or the only one."""
     name = list(report["arms"])[min(1, len(report["arms"]) - 1)]
     arm = report["arms"][name]
     parts = [part for part in PARTS if any(phase[part] > 0 for phase in arm["phases_gib"].values())]

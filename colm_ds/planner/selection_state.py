@@ -1,4 +1,4 @@
-"""What the selection keeps and needs: histories, directions, gradients, masked columns, hidden states for replay."""
+"""Memory of the selection: histories, directions, gradients, masked columns, hidden states for replay."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from colm_ds.config.colm import CoLMSection
 from colm_ds.models.architecture import Architecture
 from colm_ds.selection import signal_of
 
-_CACHED_DIRECTIONS = 32 << 20  # colm_ds.probe.directions keeps no more
+_CACHED_DIRECTIONS = 32 << 20  # maximum kept by colm_ds.probe.directions
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class SelectionBytes:
     """Bytes on a rank.
 
     Attributes:
-        kept: from step to step.
-        probing: beside the micro-batch while the probe runs.
-        selecting: while the choice is made.
+        kept: bytes between steps.
+        probing: bytes beside the micro-batch during the probe.
+        selecting: bytes during the choice.
     """
 
     kept: int
@@ -28,11 +28,11 @@ class SelectionBytes:
 
 
 def selection_bytes(colm: CoLMSection, architecture: Architecture, world_size: int) -> SelectionBytes:
-    """Bytes of the configured selector.
+    """Return the bytes of the configured selector.
 
     Args:
         colm: the `"colm"` section.
-        architecture: with the probed matrices, d entries in all.
+        architecture: parts of the model; the probed matrices have d entries in total.
         world_size: W; rank 0 selects for all.
     """
     signal, probe, r = signal_of(colm.selector), colm.probe, colm.large_batch_size
@@ -40,7 +40,7 @@ def selection_bytes(colm: CoLMSection, architecture: Architecture, world_size: i
         return SelectionBytes(0, 0, 0)
     d, k, hidden_size = architecture.num_coordinates, probe.resolved_num_probes, architecture.hidden_size
     edges = sum(target.out_features + target.in_features for target in architecture.targets)
-    similarity = 3 * 8 * r * r  # float64, with what the distances need
+    similarity = 3 * 8 * r * r  # float64, with temporaries of the distances
     if signal != "gradient":
         width = hidden_size if signal == "hidden" else 1
         return SelectionBytes(0, 4 * r * width, 4 * r * width + similarity)
@@ -58,5 +58,5 @@ def selection_bytes(colm: CoLMSection, architecture: Architecture, world_size: i
 
 
 def replay_bytes(examples: int, length: int, num_layers: int, hidden_size: int, weight_bytes: int) -> int:
-    """Hidden states behind every layer but the last, of some examples of one length."""
+    """Return the bytes of hidden states after every layer but the last, of examples of one length."""
     return examples * length * (num_layers - 1) * hidden_size * weight_bytes

@@ -1,4 +1,4 @@
-"""What a step costs in matrix products: DESIGN's cost model, with the probe's tail counted for the model at hand."""
+"""Cost of a step in matrix products, by DESIGN's cost model, with the probe's tail counted for the given model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class TimePlan:
 
     Attributes:
         forwards: the step in forwards of one example.
-        flops: of the step, over all ranks.
-        step_s: seconds of a step; None where no speed was given.
-        run_h: hours of the run; None also where the number of steps depends on the data.
+        flops: operations of the step, over all ranks.
+        step_s: seconds of a step; None without a given speed.
+        run_h: hours of the run; also None if the number of steps depends on the data.
     """
 
     forwards: float
@@ -28,12 +28,12 @@ class TimePlan:
 
 
 def step_cost(job: Job, parameters: Parameters, tflops: float | None) -> TimePlan:
-    """Cost of a step and of the run.
+    """Return the cost of a step and of the run.
 
     Args:
         job: the job.
         parameters: the model's sizes.
-        tflops: what one device achieves, in 10^12 operations a second.
+        tflops: speed of one device, in 10^12 operations per second.
     """
     forward, of_probe = forward_flops(job, parameters), 0.0
     if job.probes:
@@ -54,23 +54,23 @@ def step_cost(job: Job, parameters: Parameters, tflops: float | None) -> TimePla
 
 
 def tail_passes(job: Job) -> int:
-    """How often the probe passes through the last layer and the head, a backward pass of activations counted as one."""
+    """Return the probe's passes through the last layer and the head; a backward pass of activations counts as one."""
     if signal_of(job.colm.selector) != "gradient":
         return 1
     return 2 * job.colm.probe.resolved_num_probes if job.colm.probe.estimator == "spsa" else 2
 
 
 def forward_flops(job: Job, parameters: Parameters) -> float:
-    """Operations of the forward of one example."""
+    """Return the operations of one example's forward."""
     body = parameters.total - parameters.embedding - parameters.head
     attention = _layer_attention(job) * int(job.spec.config.num_hidden_layers)
     return 2.0 * (body + parameters.head * _labelled(job)) * job.mean_length + attention
 
 
 def probed_tail_flops(job: Job, parameters: Parameters) -> float:
-    """Operations of one pass of the probe through an example's tail.
+    """Return the operations of one pass of the probe through an example's tail.
 
-    That is the last layer's attention at all positions, its MLP and the head at those whose loss is looked at.
+    That is the last layer's attention at all positions, its MLP and the head at those with a loss.
     """
     gradient = signal_of(job.colm.selector) == "gradient"
     looked_at = _labelled(job) * (job.colm.probe.token_sample if gradient else 1.0)
@@ -79,7 +79,7 @@ def probed_tail_flops(job: Job, parameters: Parameters) -> float:
 
 
 def _tail_flops(job: Job, parameters: Parameters) -> float:
-    """Operations of the last layer and the head in an ordinary forward of an example."""
+    """Return the operations of the last layer and the head in an ordinary forward of an example."""
     return 2.0 * (parameters.layer + parameters.head * _labelled(job)) * job.mean_length + _layer_attention(job)
 
 
@@ -88,5 +88,5 @@ def _labelled(job: Job) -> float:
 
 
 def _layer_attention(job: Job) -> float:
-    """Of the products of queries, keys and values in one layer: rows of one length; half, as attention is causal."""
+    """Return the operations of queries, keys and values in one layer, for rows of one length; half, as it is causal."""
     return 2.0 * job.mean_length**2 / job.num_rows * int(job.spec.config.hidden_size)

@@ -1,4 +1,4 @@
-"""What can be switched to need less memory, and what each switch saves."""
+"""Suggest changes that need less memory, with what each saves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Knob:
     """One change of a recipe.
 
     Attributes:
-        override: what to write, `key=value`.
+        override: the change, `key=value`.
         kind: changes of the same kind exclude each other.
         plan: memory with it.
         saved: bytes by which the peak falls; negative if it rises.
@@ -41,40 +41,40 @@ class Knob:
 
 
 def knobs(planner: Planner, job: Job, phase: str | None = None) -> list[Knob]:
-    """Every single change that a recipe allows, with the most saving first.
+    """Return every single change that a recipe allows, the largest saving first.
 
     Args:
-        planner: plans jobs.
-        job: what is to be changed.
-        phase: count what this phase's peak saves; default: the largest peak.
+        planner: planner of the changed jobs.
+        job: the job to change.
+        phase: phase whose peak counts; default: that of the largest peak.
     """
 
     def height(plan: MemoryPlan) -> int:
         return plan.peak if phase is None else plan.peaks.get(phase, 0)
 
     peak = height(planner.memory(job))
-    found = []
+    changes = []
     for override, kind, changed in _changes(job):
         plan = planner.memory(changed)
-        found.append(Knob(override, kind, plan, peak - height(plan), changed))
-    return sorted(found, key=lambda knob: -knob.saved)
+        changes.append(Knob(override, kind, plan, peak - height(plan), changed))
+    return sorted(changes, key=lambda knob: -knob.saved)
 
 
-def best_of_each_key(found: list[Knob]) -> list[Knob]:
-    """The most saving change of every key of a recipe, those that save nothing left out."""
+def best_of_each_key(changes: list[Knob]) -> list[Knob]:
+    """Return the change of every key of a recipe that saves most, without those that save nothing."""
     best: dict[str, Knob] = {}
-    for knob in found:
+    for knob in changes:
         if knob.saved > 0:
             best.setdefault(knob.override.split("=")[0], knob)
     return list(best.values())
 
 
 def make_fit(planner: Planner, job: Job, budget: int) -> tuple[list[str], Job] | None:
-    """Changes, in the order of what they cost, with which the job fits into a budget of bytes; None if none do.
+    """Return changes, in order of cost, with which the job fits into a budget of bytes; None if there are none.
 
     Args:
-        planner: plans jobs.
-        job: what is to fit.
+        planner: planner of the changed jobs.
+        job: the job to fit.
         budget: bytes on a device.
     """
     taken: list[str] = []
@@ -110,7 +110,7 @@ def _changes(job: Job) -> Iterator[tuple[str, str, Job]]:
             yield "colm.replay=offload", "replay", job.with_colm(replay="offload")
     if job.probes:
         tokens, one = job.colm.probe.resolved_max_tokens(spec.device_type), job.padded_length
-        tokens = min(tokens, math.ceil(job.colm.large_batch_size / zero.world_size) * one)  # what there is
+        tokens = min(tokens, math.ceil(job.colm.large_batch_size / zero.world_size) * one)  # at most all of them
         if tokens > one:
             fewer = job.colm.probe.model_copy(update={"max_tokens": max(one, tokens // 2)})
             yield f"colm.probe.max_tokens={fewer.max_tokens}", "probe", job.with_colm(probe=fewer)
@@ -128,7 +128,7 @@ def _changes(job: Job) -> Iterator[tuple[str, str, Job]]:
 
 
 def at_stage(zero: ZeroSettings, stage: int) -> ZeroSettings:
-    """Settings of a file of ds_configs/ for a stage, without offload."""
+    """Return the settings of a file of ds_configs/ for a stage, without offload."""
     return replace(
         zero,
         stage=stage,

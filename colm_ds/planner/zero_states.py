@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer states of a rank, by ZeRO stage: how DeepSpeed 0.19 lays them out."""
+"""Weights, gradients and optimizer states of a rank, by ZeRO stage, as allocated by DeepSpeed 0.19."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _FLOAT32 = 4
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """What of a DeepSpeed configuration decides about memory.
+    """Settings of a DeepSpeed configuration that affect memory.
 
     Attributes:
-        stage: of ZeRO.
+        stage: ZeRO stage.
         world_size: W.
-        reduce_bucket: elements reduced together; a buffer of so many is allocated, however few are trained.
-        num_buckets: such buffers: two where communication overlaps with the backward pass in stages 1 and 2.
+        reduce_bucket: elements reduced together; a buffer of this size is allocated, however few are trained.
+        num_buckets: number of such buffers: two if communication overlaps with the backward pass in stages 1 and 2.
         prefetch_bucket: stage 3: elements gathered ahead.
-        max_live: stage 3: gathered elements that may stay.
-        persistent: stage 3: parameters of at most so many elements stay whole.
+        max_live: stage 3: maximum elements kept gathered.
+        persistent: stage 3: parameters of at most this many elements stay gathered.
         accumulate_float32: whether gradients of 16-bit weights are added up in float32.
-        offload_optimizer: float32 copies and states are in host memory.
-        offload_parameters: stage 3: weights are too.
-        fused_adam: DeepSpeed's kernel (GPU), which needs no temporaries; torch's AdamW does.
+        offload_optimizer: whether float32 copies and states are in host memory.
+        offload_parameters: stage 3: whether weights are too.
+        fused_adam: whether DeepSpeed's kernel (GPU) runs, which needs no temporaries; torch's AdamW does.
     """
 
     stage: int
@@ -57,20 +57,20 @@ class States:
     """Bytes on a rank's device (and in host memory) that do not depend on the micro-batch.
 
     Attributes:
-        weights: of the model, this rank's share under stage 3.
+        weights: weights of the model, this rank's share under stage 3.
         optimizer: float32 copies and both moments of Adam.
-        gradients: what accumulates over micro-batches.
-        always_gradients: how much of it is there also while the probe runs.
-        gathered: whole weights of the layers at work (stage 3).
+        gradients: gradients accumulated over micro-batches.
+        always_gradients: part of them that is also held while the probe runs.
+        gathered: gathered weights of the running layers (stage 3).
         training: further temporaries during the backward pass.
         step: further bytes at the optimizer step.
-        host: in host memory.
-        always_buckets: communication buffers that are there at any time.
-        forward_buckets: those of the forward, which stay until the optimizer step begins.
+        host: bytes in host memory.
+        always_buckets: communication buffers that are always held.
+        forward_buckets: those of the forward, held until the optimizer step.
         backward_buckets: those of the backward pass.
-        reduced: gradients of this micro-batch that are there beside the sum, once they have been reduced.
-        reducing: a copy of a full bucket while it is reduced.
-        reduces_once: whether all gradients fit into a bucket, which then is reduced after the last layer.
+        reduced: gradients of this micro-batch held beside the sum once reduced.
+        reducing: copy of a full bucket while it is reduced.
+        reduces_once: whether all gradients fit into one bucket, which is then reduced after the last layer.
         saving_host: the largest tensor that passes through host memory when a checkpoint is written.
     """
 
@@ -92,7 +92,7 @@ class States:
 
 
 def zero_settings(config: Mapping[str, Any], world_size: int, *, on_gpu: bool = True) -> ZeroSettings:
-    """Read them from a DeepSpeed configuration without "auto" values.
+    """Read the settings from a DeepSpeed configuration without "auto" values.
 
     Args:
         config: the configuration.
@@ -127,12 +127,12 @@ def zero_settings(config: Mapping[str, Any], world_size: int, *, on_gpu: bool = 
 
 
 def model_states(parameters: Parameters, settings: ZeroSettings, weight_bytes: int) -> States:
-    """Bytes of a rank; the formulae were read off DeepSpeed's allocations (benchmarks/memory.py).
+    """Return the bytes of a rank, by formulas derived from DeepSpeed's allocations (benchmarks/memory.py).
 
     Args:
-        parameters: of the model.
-        settings: of ZeRO.
-        weight_bytes: of one weight, 2 or 4.
+        parameters: parameters of the model.
+        settings: ZeRO settings.
+        weight_bytes: bytes of one weight, 2 or 4.
     """
     world = settings.world_size if settings.stage else 1
     trained, share = parameters.trained, -(-parameters.trained // world)
