@@ -1,1 +1,1 @@
-"""`colm-ds check`: how much selection is worth on a model and its data, measured before training or along it."""
+"""`colm-ds check`: measure what selection is worth on a model and its data, before training or during it."""

@@ -1,4 +1,4 @@
-"""`colm-ds check`: its arguments, and what it prints and writes."""
+"""`colm-ds check`: its arguments and output."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1024,
         metavar="N",
-        help="padded tokens passed through the model at once: the lever on memory, as activations of all layers are "
+        help="padded tokens of one pass through the model: the lever on memory, as activations of all layers are "
         "kept (default: 1024)",
     )
     parser.set_defaults(run=run)
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: less than {least}.")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed trains nothing here
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed does not train here
     from colm_ds.check.measure import check_recipe
     from colm_ds.check.report_of_check import format_check, write_check
     from colm_ds.recipes.model import quiet_libraries

@@ -1,4 +1,4 @@
-"""How far coresets' mean gradients are from their large batches', from the Gram matrix of the gradients alone."""
+"""Compute errors of coresets' mean gradients against their large batches', from the gradients' Gram matrix alone."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from colm_ds.types import Coreset
 
 @dataclass(frozen=True)
 class GradientGram:
-    """What all errors follow from: inner products of the gradients of N examples.
+    """Inner products of the gradients of N examples, from which all errors follow.
 
     Attributes:
         products: y_i . y_j, float64 `[N, N]`: y is the gradient of an example's mean loss, or in a mean over tokens of
             the sum of its token losses.
-        parts: what an example counts in the divisor, float64 `[N]`: 1, or in a mean over tokens its labelled tokens.
+        parts: weight of each example in the divisor, float64 `[N]`: 1, or in a mean over tokens its labelled tokens.
         by_token: whether the step is a mean over tokens.
     """
 
@@ -40,7 +40,7 @@ class GradientGram:
         exactly in a mean over examples, to first order in a mean over tokens.
 
         Args:
-            examples: which, int64 `[n]`.
+            examples: their indices, int64 `[n]`.
         """
         products, parts = self.products[examples][:, examples], self.parts[examples]
         n, total = len(examples), float(parts.sum())
@@ -61,7 +61,7 @@ class GradientGram:
 
         Args:
             batch: the examples of the large batch, int64 `[r]`.
-            coreset: chosen of it.
+            coreset: coreset of that batch.
         """
         weights = coreset.weights.double()
         chosen = batch[coreset.positions]
@@ -74,10 +74,10 @@ class GradientGram:
 
 @dataclass(frozen=True)
 class LargeBatches:
-    """Large batches that are drawn from N examples.
+    """Large batches drawn from N examples.
 
     Attributes:
-        examples: of each batch, int64 `[K, r]`.
+        examples: examples of each batch, int64 `[K, r]`.
         rounds: round of each batch, int64 `[K]`: batches of one round have no example in common.
     """
 
@@ -91,8 +91,8 @@ class LargeBatches:
         Args:
             num_examples: N, at least r.
             size: r.
-            count: batches at least; those of the last order are all taken.
-            seed: of the orders.
+            count: minimum number of batches; those of the last order are all taken.
+            seed: seed of the orders.
         """
         per_round = num_examples // size
         batches, rounds = [], []
@@ -106,17 +106,16 @@ class LargeBatches:
 
 @dataclass(frozen=True)
 class CoresetError:
-    """Error of one way to choose coresets, over the large batches that it chose from.
+    """Error of one way to choose coresets, over its large batches.
 
     Attributes:
         kappa: squared error over its expected value for as many random examples.
         kappa_se: standard error of kappa over the batches.
         worth: random examples with the same error.
-        bias: |mean error|^2 in parts of |mean gradient|^2, its noise removed; may fall below 0 by chance.
-        bias_se: standard error of it: over rounds of batches, and of these examples instead of others; None of a single
-            round.
-        bias_within_sample: the same from all pairs of batches, also those that share examples: what this sample of
-            examples adds by chance is in it.
+        bias: |mean error|^2 relative to |mean gradient|^2, without noise; may fall below 0 by chance.
+        bias_se: its standard error over rounds of batches and over the choice of the sample; None for a single round.
+        bias_within_sample: the same from all pairs of batches, including those that share examples, and so with the
+            chance of this sample in it.
     """
 
     kappa: float
@@ -128,34 +127,34 @@ class CoresetError:
 
     @property
     def shown_bias(self) -> float:
-        """Return the bias that is beyond chance: less two standard errors, 0 at least."""
+        """Return the significant part of the bias: less two standard errors, at least 0."""
         return max(0.0, self.bias - 2.0 * (self.bias_se or 0.0))
 
 
 def coreset_error(gram: GradientGram, batches: LargeBatches, coresets: Sequence[Coreset]) -> CoresetError:
-    """Return the error of coresets, one of each large batch.
+    """Return the error of coresets, one for each large batch.
 
-    Kappa is the sum of their squared errors over the sum of the expected ones. A mean error's square is taken from
-    products of the errors of two batches, whose mean has no noise in it. Batches that share examples share the chance
-    that made an example stand out among all, so products of batches of one round, which share none, give the bias.
+    Kappa is the sum of their squared errors over the sum of the expected ones. The squared mean error is estimated
+    by products of the errors of two batches, whose mean is free of noise. Batches that share examples share the chance
+    that made an example stand out, so the bias is estimated from batches of one round, which share none.
 
     Args:
-        gram: of all examples.
-        batches: K of r examples.
-        coresets: K of b.
+        gram: inner products of all examples.
+        batches: K batches of r examples.
+        coresets: K coresets of b.
     """
     differences = torch.stack(
         [gram.coefficients(batch, coreset) for batch, coreset in zip(batches.examples, coresets, strict=True)]
     )
     products = differences @ gram.products @ differences.T
-    found = products.diagonal()
+    squares = products.diagonal()
     r, sizes = batches.examples.shape[1], [coreset.size for coreset in coresets]
     expected = torch.tensor(
         [(1.0 / size - 1.0 / r) * gram.variance(batch) for size, batch in zip(sizes, batches.examples, strict=True)],
         dtype=torch.float64,
     )
-    kappa = float(found.sum() / expected.sum())
-    scatter = (found - kappa * expected).std() / expected.mean()
+    kappa = float(squares.sum() / expected.sum())
+    scatter = (squares - kappa * expected).std() / expected.mean()
     scale = gram.mean_square()
     pairs = [_mean_product(products, (batches.rounds == number).nonzero().flatten()) for number in _numbers(batches)]
     by_round = torch.tensor([pair for pair in pairs if pair is not None], dtype=torch.float64) / scale
@@ -164,7 +163,7 @@ def coreset_error(gram: GradientGram, batches: LargeBatches, coresets: Sequence[
     within = 0.0 if everything is None else everything / scale
     return CoresetError(
         kappa=kappa,
-        kappa_se=float(scatter) / len(found) ** 0.5,
+        kappa_se=float(scatter) / len(squares) ** 0.5,
         worth=worth_of(kappa, sizes[0], r),
         bias=float(by_round.mean()) if count else within,
         bias_se=(float(by_round.var()) / count + _chance(gram, differences.mean(dim=0)) / scale**2) ** 0.5
@@ -175,13 +174,13 @@ def coreset_error(gram: GradientGram, batches: LargeBatches, coresets: Sequence[
 
 
 def _chance(gram: GradientGram, mean: Tensor) -> float:
-    """Return the variance of a bias, not yet in parts of |mean gradient|^2, from which examples the sample holds.
+    """Return the variance of a bias, before division by |mean gradient|^2, due to the choice of the sample.
 
-    Without a bias the mean error is a sum of what examples add, c_i (y_i - p_i mean), independent and 0 on average.
-    Then the sum of the products of two different ones has the variance 2 sum over i != j of their products' squares.
+    Without a bias the mean error is a sum over examples of c_i (y_i - p_i mean), independent and 0 on average. Then the
+    sum of the products of two different ones has the variance 2 sum over i != j of their products' squares.
 
     Args:
-        gram: of all examples.
+        gram: inner products of all examples.
         mean: c, the mean over batches of the coefficients, `[N]`.
     """
     added = gram.centred() * mean[:, None] * mean
@@ -193,7 +192,7 @@ def _numbers(batches: LargeBatches) -> list[int]:
 
 
 def _mean_product(products: Tensor, places: Tensor) -> float | None:
-    """Return the mean of the products of two different ones of some errors; None of a single one."""
+    """Return the mean product of two different errors; None for a single one."""
     pairs = list(combinations(places.tolist(), 2))
     if not pairs:
         return None

@@ -35,32 +35,32 @@ from colm_ds.training.tasks import load_task
 from colm_ds.types import Coreset, SourcedDataset
 
 LEAST_EXAMPLES, LARGE_BATCHES = 256, 4
-"""Examples of a sample: at least so many, and so many large batches."""
+"""Minimum examples of a sample, and minimum number of large batches."""
 
 NUM_BATCHES = 30
 
 _COLUMNS = 1 << 14
-"""Numbers of the sketches that are multiplied in float64 at a time."""
+"""Entries of the sketches that are multiplied in float64 at a time."""
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """All that a check found.
+    """Result of a check.
 
     Attributes:
-        name: of the recipe.
+        name: name of the recipe.
         size: b.
         large: r.
         steps: n, optimizer steps of the run.
         num_examples: N.
         num_batches: K.
-        side: of the gradient sketches.
-        num_modules: trained linear modules.
-        variance: V, squared error of the mean gradient of b random examples, in parts of |mean gradient|^2.
+        side: side of the gradient sketches.
+        num_modules: number of trained linear modules.
+        variance: V, squared error of the mean gradient of b random examples, relative to |mean gradient|^2.
         ways: every way to choose, the lowest kappa first.
         recommendation: one sentence.
-        notes: what a reader must know, in sentences.
-        weights: where the weights are from, in words.
+        notes: remarks for the reader, in sentences.
+        weights: origin of the weights, in words.
     """
 
     name: str
@@ -92,13 +92,13 @@ def check_recipe(
     Args:
         recipe: read from its file.
         num_examples: N; default: the larger of `LEAST_EXAMPLES` and `LARGE_BATCHES` large batches.
-        num_batches: large batches that coresets are chosen from, at least.
-        at: folder of a run or of a checkpoint whose trained weights are taken; default: as training begins.
+        num_batches: minimum number of large batches to choose from.
+        at: folder of a run or checkpoint whose trained weights are used; default: the weights at the start.
         max_tokens: padded tokens of one pass.
-        progress: whether to show bars.
+        progress: whether to show progress bars.
 
     Raises:
-        ConfigError, DataError, CheckpointError, ProbeError: as training would, and where there is nothing to choose.
+        ConfigError, DataError, CheckpointError, ProbeError: as training would, and if there is nothing to choose.
     """
     config = checked_section(recipe)
     tokenizer = load_tokenizer(recipe.model, recipe.tokenizer_place)
@@ -159,17 +159,17 @@ def check_model(
     """Measure what every way to choose coresets is worth on a model and data.
 
     Args:
-        model: on its device, bare or in a `PeftModel`.
+        model: the model on its device, bare or in a `PeftModel`.
         config: the `"colm"` section, `coreset_size` filled in.
         data: the training examples.
-        price: of a way to choose, a step's over plain training's on b.
+        price: returns the price of a way to choose: its step over plain training's on b.
         steps: n, optimizer steps of the run.
-        name: of the run.
-        weights: where the model's weights are from, in words.
-        num_examples: see `check_recipe`, as are the others.
-        num_batches: see there.
-        max_tokens: see there.
-        progress: see there.
+        name: name of the run.
+        weights: origin of the model's weights, in words.
+        num_examples: see `check_recipe`.
+        num_batches: see `check_recipe`.
+        max_tokens: see `check_recipe`.
+        progress: see `check_recipe`.
 
     Raises:
         ConfigError: if there are too few examples for two large batches.
@@ -219,7 +219,7 @@ def check_model(
 
 
 def _load(recipe: BaseRecipe, tokenizer: Any, at: str | Path | None) -> tuple[nn.Module, str]:
-    """Return the recipe's model as training builds it, with the trained weights of `at`, and where they are from."""
+    """Return the recipe's model as training builds it, with the trained weights of `at`, and their origin."""
     from transformers import set_seed
 
     set_seed(recipe.seed)
@@ -233,7 +233,7 @@ def _load(recipe: BaseRecipe, tokenizer: Any, at: str | Path | None) -> tuple[nn
 def _features(
     model: nn.Module, config: CoLMSection, data: SourcedDataset, sample: DrawnSample, notes: list[str]
 ) -> Tensor | None:
-    """Return features of `tokens` with `length_power: 0`, float32 `[N, K]`; None, with a note, where there are none."""
+    """Return features of `tokens` with `length_power: 0`, float32 `[N, K]`; None, with a note, if there are none."""
     try:
         occurs = occurring_ids(data, vocabulary_size(model), SINGLE_PROCESS, 0)
         vectors = vectors_of_model(model, config.seed, SINGLE_PROCESS, occurs)
@@ -256,7 +256,7 @@ def _errors(
     seed: int,
     progress: bool,
 ) -> list[CoresetError]:
-    """Return the error of every way to choose; the signals of a batch are made once for all that share them."""
+    """Return the error of every way to choose; ways that share a batch's signals compute them once."""
     coresets: list[list[Coreset]] = [[] for _ in ways]
     with Progress("choosing", len(batches.examples), "batches", shown=progress) as bar:
         for number, examples in enumerate(batches.examples):

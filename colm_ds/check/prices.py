@@ -1,4 +1,4 @@
-"""What choosing costs: a step with a way to choose over a step of plain training on b, by the planner's cost model."""
+"""Price of choosing: the cost of a step over that of plain training on b, by the planner's cost model."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from colm_ds.selection.price import step_forwards
 from colm_ds.types import SourcedDataset
 
 _PROBE = 1.03
-"""The probe of an example in forwards, where the model's sizes are not known (DESIGN, section 3)."""
+"""Probe of an example in forwards, if the model's sizes are unknown (DESIGN, section 3)."""
 
 
 def price_of_ways(
     recipe: BaseRecipe, data: SourcedDataset, size: int, large: int, *, on_gpu: bool
 ) -> Callable[[WayToChoose], float]:
-    """Return what gives the price of a way to choose: its step over plain training's on b, in matrix products.
+    """Return a function for the price of a way to choose: its step over plain training's on b, in matrix products.
 
     Ways that pass nothing through the model cost 1.
 
     Args:
-        recipe: whose model, checkpointing and replay count.
-        data: mean length and share of labelled tokens.
+        recipe: recipe with model, checkpointing and replay.
+        data: data, for mean length and share of labelled tokens.
         size: b.
         large: r.
-        on_gpu: where the run trains.
+        on_gpu: whether the run trains on a GPU.
     """
     job = _job(recipe, data, on_gpu)
     parameters: Any = None
@@ -38,7 +38,7 @@ def price_of_ways(
         try:
             parameters = Planner().tracer(job.spec).parameters
         except (CoLMError, AttributeError, RuntimeError, ValueError):
-            job = None  # a model whose shapes the planner cannot read
+            job = None  # the planner cannot read the model's shapes
 
     def price(way: WayToChoose) -> float:
         if not way.passes_model:
@@ -62,7 +62,7 @@ def break_even(price: float, size: int, large: int) -> float:
     """Return the kappa at which a coreset without bias is worth its price: worth / b = price; 0 or less: never.
 
     Args:
-        price: of a step over plain training's on b.
+        price: cost of a step over plain training's on b.
         size: b.
         large: r.
     """
@@ -70,7 +70,7 @@ def break_even(price: float, size: int, large: int) -> float:
 
 
 def _job(recipe: BaseRecipe, data: SourcedDataset, on_gpu: bool) -> Job | None:
-    """Return the recipe's run as the planner sees it, None where it does not know the model."""
+    """Return the recipe's run as a job for the planner, or None if it does not know the model."""
     try:
         return job_of_data(recipe, data, 1, on_gpu=on_gpu)
     except CoLMError:

@@ -1,4 +1,4 @@
-"""A check's result as a table for the terminal, as JSON, and as a picture."""
+"""Report a check's result as a table for the terminal, as JSON, and as a picture."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from colm_ds.run_folder.environment import describe_environment
 _HEAD = ("way to choose", "kappa", "worth", "bias", "price", "break-even", "gain", "pays")
 
 _HIGHEST = 3.0
-"""Kappa at the right edge of the picture at most; what is worse is drawn there."""
+"""Maximum kappa at the right edge of the picture; larger ones are drawn there."""
 
 
 def format_check(result: CheckResult) -> str:
-    """Return the table, sorted by kappa, with the recommendation and what a reader must know."""
+    """Return the table, sorted by kappa, with the recommendation and the notes."""
     rows = [_row(way, result) for way in result.ways]
     random = ("random (plain training)", "1", str(result.size), "0", "1.00", "", "1.00", "")
     place = sum(way.error.kappa < 1.0 for way in result.ways)
@@ -69,7 +69,7 @@ def _row(way: MeasuredWay, result: CheckResult) -> tuple[str, ...]:
 
 
 def as_json(result: CheckResult) -> dict[str, Any]:
-    """Return everything for `check.json`; numbers are not rounded, and what is not finite is null."""
+    """Return everything for `check.json`; numbers are not rounded, and null if not finite."""
     values: dict[str, Any] = {
         key: getattr(result, key)
         for key in ("name", "weights", "size", "large", "steps", "num_examples", "num_batches", "side", "num_modules")
@@ -146,8 +146,8 @@ def write_check(result: CheckResult, folder: Path) -> None:
     """Write `check.json` and `check.svg`.
 
     Args:
-        result: what was found.
-        folder: made if it is not there; files of a check before are replaced.
+        result: result of the check.
+        folder: folder, created if missing; files of an earlier check are replaced.
 
     Raises:
         ConfigError: if the folder cannot be written.

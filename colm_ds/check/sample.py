@@ -1,4 +1,4 @@
-"""A sample of a run's examples, and the inner products of their gradients."""
+"""Draw a sample of a run's examples, and measure the inner products of their gradients."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from colm_ds.process.progress import Progress
 from colm_ds.types import Example, SourcedDataset
 
 LEAST_EXAMPLES, LARGE_BATCHES = 256, 4
-"""Examples of a sample: at least so many, and so many large batches."""
+"""Minimum examples of a sample, and minimum number of large batches."""
 
 _COLUMNS = 1 << 14
-"""Numbers of the sketches that are multiplied in float64 at a time."""
+"""Entries of the sketches that are multiplied in float64 at a time."""
 
 
 @dataclass(frozen=True)
 class DrawnSample:
-    """N examples of the run's first large batches; tensors `[N]`, and what classification needs to pad them."""
+    """N examples of the run's first large batches; tensors `[N]`, and the padding facts of classification."""
 
     examples: list[Example]
     sources: Tensor
@@ -52,15 +52,15 @@ class DrawnSample:
 
 @dataclass(frozen=True)
 class MeasuredSample:
-    """What is known of a sample after its gradients were measured.
+    """A sample with its measured gradients.
 
     Attributes:
         sample: the N examples, without those whose gradients are not finite.
         gram: inner products of their gradients.
-        exact: gradients of the probed matrices, float32 `[N, d]`; None where the family is not known or they are large.
-        architecture: where the probed matrices are; None with `exact`.
-        side: of the sketches.
-        num_modules: trained linear modules that were measured.
+        exact: gradients of the probed matrices, float32 `[N, d]`; None if the family is unknown or they are too large.
+        architecture: parts of the model with the probed matrices; None if `exact` is.
+        side: side of the sketches.
+        num_modules: number of measured linear modules.
         notes: what was left out, and why, in sentences.
     """
 
@@ -85,12 +85,12 @@ def measure_sample(
     """Sketch the gradients of the run's first examples.
 
     Args:
-        model: on its device, bare or in a `PeftModel`.
+        model: the model on its device, bare or in a `PeftModel`.
         config: the `"colm"` section.
         data: the training examples.
         num_examples: N; default: the larger of `LEAST_EXAMPLES` and `LARGE_BATCHES` large batches.
         max_tokens: padded tokens of one pass.
-        progress: whether to show a bar.
+        progress: whether to show a progress bar.
 
     Raises:
         ConfigError: if there are too few examples for two large batches.
@@ -130,7 +130,7 @@ def measure_sample(
 
 
 def _drawn_sample(data: SourcedDataset, config: CoLMSection, count: int) -> DrawnSample:
-    """Return up to so many different examples, those of the run's first large batches within one pass of the data."""
+    """Return up to `count` different examples of the run's first large batches, within one pass over the data."""
     loader = LargeBatchLoader(data, config.large_batch_size, seed=config.seed, rank=0, world_size=1)
     batches, seen, step = [], 0, 1
     while seen < count and loader.epoch(step) == 0 and step <= count:
@@ -159,7 +159,7 @@ def _check_enough(num_examples: int, large: int) -> None:
 
 
 def _probed_part(model: nn.Module, config: CoLMSection, num_examples: int) -> tuple[Architecture | None, list[str]]:
-    """Return what the estimators would read, None where they cannot, and why."""
+    """Return the parts of the model that the estimators read, or None and the reason why they cannot."""
     try:
         architecture = find_architecture(model, config.probe.layer)
     except ProbeError as error:
@@ -172,7 +172,7 @@ def _probed_part(model: nn.Module, config: CoLMSection, num_examples: int) -> tu
 
 
 def _sketch_all(sketch: GradientSketch, sample: DrawnSample, max_tokens: int, progress: bool) -> tuple[Tensor, Tensor]:
-    """Return the sketches `[N, width]` and whole gradients of the probed matrices `[N, d]`, float32 on the CPU."""
+    """Return the sketches `[N, width]` and full gradients of the probed matrices `[N, d]`, float32 on the CPU."""
     count = len(sample.examples)
     (plan,) = micro_batches([list(range(count))], sample.padded_lengths, max_tokens=max_tokens)
     table, exact = torch.zeros(count, sketch.width), torch.zeros(count, sketch.num_exact)

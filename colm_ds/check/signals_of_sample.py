@@ -1,4 +1,4 @@
-"""The signals that estimators would give, from what a sample's examples are known by: tokens and exact gradients."""
+"""Compute the signals of estimators from a sample's tokens and exact gradients."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from colm_ds.selection import DenseGradients, LowRankGradients, Signals
 
 @dataclass(frozen=True)
 class SampleFacts:
-    """What is known of the N examples of a sample.
+    """Facts of the N examples of a sample.
 
     Attributes:
         sources: source of each, int64 `[N]`.
         lengths: tokens of each, int64 `[N]`.
         num_label_tokens: labelled tokens of each, int64 `[N]`.
-        indices: place of each in the dataset, int64 `[N]`.
+        indices: index of each in the dataset, int64 `[N]`.
         parts: labelled tokens, by which signals are multiplied in a mean over tokens, float32 `[N]`; None: 1.
-        features: of the estimator `tokens` with `length_power: 0`, float32 `[N, K]`, on the CPU; None where tokens
-            have no vectors.
-        exact: gradients of the probed matrices, one after the other, float32 `[N, d]`, on the CPU; None where the
-            model's family is not known or they are too large.
-        shapes: out and in of each of these matrices.
+        features: features of the estimator `tokens` with `length_power: 0`, float32 `[N, K]`, on the CPU; None if
+            tokens have no vectors.
+        exact: gradients of the probed matrices, concatenated, float32 `[N, d]`, on the CPU; None if the model's
+            family is unknown or they are too large.
+        shapes: output and input features of each of these matrices.
     """
 
     sources: Tensor
@@ -41,19 +41,19 @@ class SampleFacts:
     shapes: tuple[tuple[int, int], ...] = ()
 
     def can(self, estimator: str) -> bool:
-        """Return whether the signals of an estimator can be told."""
+        """Return whether the signals of an estimator can be computed."""
         return (self.features if estimator == "tokens" else self.exact) is not None
 
     def signals(self, probe: ProbeConfig, examples: Tensor, step: int, seed: int) -> Signals:
-        """Return the signals of a large batch, as a step of training with `geometry: plain` finds them.
+        """Return the signals of a large batch, as a training step with `geometry: plain` would compute them.
 
-        `spsa` measures along its directions what the exact gradient says: its two-sided difference without its error.
+        `spsa` is the exact gradient along its directions: its two-sided difference without the error.
 
         Args:
-            probe: which estimator, and its numbers.
-            examples: of the batch, int64 `[r]`.
-            step: seeds directions and signs.
-            seed: of the run.
+            probe: the estimator and its settings.
+            examples: examples of the batch, int64 `[r]`.
+            step: 1-based step, seeds directions and signs.
+            seed: seed of the run.
         """
         r = len(examples)
         positions, finite = torch.arange(r), torch.ones(r, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""What a check found, and what to do about it in one sentence."""
+"""Conclude from a check: whether each way to choose pays, and a recommendation in one sentence."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ MIN_GAIN = 1.05
 
 @dataclass(frozen=True)
 class MeasuredWay:
-    """One way to choose, as it was measured.
+    """Measurements of one way to choose.
 
     Attributes:
-        way: how.
-        error: of its coresets.
-        price: of a step over plain training's on b.
+        way: the way to choose.
+        error: error of its coresets.
+        price: cost of a step over plain training's on b.
         break_even: kappa at which a coreset without bias is worth its price.
-        gain: squared error of plain b's mean gradient over n steps, over that of this way; 1 is plain training. Of its
-            bias what is shown beyond chance counts.
+        gain: squared error of plain b's mean gradient over n steps, over that of this way; 1 is plain training. Only
+            the significant part of its bias counts.
         least_gain: the same with kappa two standard errors higher.
     """
 
@@ -36,25 +36,25 @@ class MeasuredWay:
 
     @property
     def better_than_random(self) -> bool:
-        """Whether kappa is below 1 by two standard errors."""
+        """Return whether kappa is below 1 by two standard errors."""
         return self.error.kappa + 2.0 * self.error.kappa_se < 1.0
 
     @property
     def pays(self) -> bool:
-        """Whether it gains more than it costs over the run's steps, and two standard errors of kappa do not undo it."""
+        """Return whether it gains more than it costs over the run's steps, with kappa two standard errors higher too."""
         return self.better_than_random and self.least_gain > self.price * MIN_GAIN
 
 
 def gain_over_steps(kappa: float, bias: float, variance: float, size: int, large: int, steps: int) -> float:
     """Return the squared error of plain b's mean gradient over n steps, over that of a coreset.
 
-    Plain b: V / n. A coreset: (kappa (1 - b/r) + b/r) V / n + bias, as it inherits what the large batch is off, b/r V,
-    and its bias stays the same from step to step. Without bias this is worth / b.
+    Plain b: V / n. A coreset: (kappa (1 - b/r) + b/r) V / n + bias, as it inherits the large batch's own error, b/r V,
+    and its bias is the same in every step. Without bias this is worth / b.
 
     Args:
-        kappa: of the coreset.
-        bias: at least 0, in parts of |mean gradient|^2.
-        variance: V, of the mean of b random examples, in parts of |mean gradient|^2.
+        kappa: kappa of the coreset.
+        bias: at least 0, relative to |mean gradient|^2.
+        variance: V, variance of the mean of b random examples, relative to |mean gradient|^2.
         size: b.
         large: r.
         steps: n.
@@ -66,7 +66,7 @@ def gain_over_steps(kappa: float, bias: float, variance: float, size: int, large
 def measured_way(
     way: WayToChoose, error: CoresetError, price: float, variance: float, size: int, large: int, steps: int
 ) -> MeasuredWay:
-    """Return a way to choose with what follows from its error and price; arguments as in `gain_over_steps`."""
+    """Return a way to choose with the numbers derived from its error and price; see `gain_over_steps`."""
     gain, least = (
         gain_over_steps(kappa, error.shown_bias, variance, size, large, steps)
         for kappa in (error.kappa, error.kappa + 2.0 * error.kappa_se)
@@ -78,7 +78,7 @@ def recommend(ways: Sequence[MeasuredWay], size: int, large: int, steps: int) ->
     """Return the recommendation, one sentence.
 
     Args:
-        ways: all that were measured.
+        ways: all measured ways.
         size: b.
         large: r.
         steps: n.

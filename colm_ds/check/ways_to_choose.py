@@ -1,4 +1,4 @@
-"""The ways to choose a coreset that a check compares: signal x scope x weights, balanced draws, quotas, the recipe."""
+"""Ways to choose a coreset that a check compares: signal x scope x weights, balanced draws, quotas, the recipe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from colm_ds.selection import (
 from colm_ds.types import Coreset, LargeBatch
 
 ESTIMATORS = ("tokens", "exact", "sketch", "spsa")
-"""Signals that are compared; `projection` is taken where a recipe names it."""
+"""Signals to compare; `projection` only if the recipe names it."""
 
 WEIGHTS = ("uniform", "cluster", "matched")
 
@@ -35,12 +35,12 @@ class WayToChoose:
     """One way to choose b of r.
 
     Attributes:
-        name: in tables.
-        selector: of `SELECTORS`.
-        probe: the estimator and its numbers.
-        settings: how medoids are chosen.
+        name: name in tables.
+        selector: one of `SELECTORS`.
+        probe: the estimator and its settings.
+        settings: settings of the selection.
         small: ids of sources that are kept whole.
-        keys: what to write in a recipe for it.
+        keys: the keys of a recipe for it.
     """
 
     name: str
@@ -52,16 +52,16 @@ class WayToChoose:
 
     @property
     def needs_signal(self) -> bool:
-        """Whether gradients are estimated for it."""
+        """Return whether it needs estimated gradients."""
         return signal_of(self.selector) is not None
 
     @property
     def passes_model(self) -> bool:
-        """Whether a training step passes the large batch through the model for it."""
+        """Return whether a training step passes the large batch through the model for it."""
         return self.needs_signal and self.probe.passes_model
 
     def same_choice(self, other: WayToChoose) -> bool:
-        """Return whether both choose alike."""
+        """Return whether both always make the same choice."""
         mine, theirs = (
             (way.selector, way.settings, way.small, way.probe if way.needs_signal else None) for way in (self, other)
         )
@@ -70,14 +70,14 @@ class WayToChoose:
     def choose(
         self, facts: SampleFacts, batches: LargeBatches, number: int, size: int, signals: Signals | None
     ) -> Coreset:
-        """Return the coreset of a large batch, chosen by the selector that training takes.
+        """Return the coreset of a large batch, chosen by training's own selector.
 
         Args:
-            facts: of the sample.
-            batches: drawn from it.
-            number: of the batch, from 0.
+            facts: facts of the sample.
+            batches: large batches drawn from it.
+            number: 0-based index of the batch.
             size: b.
-            signals: of the batch's examples.
+            signals: signals of the batch's examples.
         """
         examples = batches.examples[number]
         batch = LargeBatch(
@@ -95,11 +95,11 @@ class WayToChoose:
 
 @dataclass
 class WaysCompared:
-    """What a check compares.
+    """Ways that a check compares.
 
     Attributes:
         ways: without random picks, whose kappa is 1 by definition.
-        notes: what was left out or is otherwise than in training, in sentences.
+        notes: what was left out or differs from training, in sentences.
     """
 
     ways: list[WayToChoose] = field(default_factory=list)
@@ -109,14 +109,14 @@ class WaysCompared:
 def ways_to_choose(
     config: CoLMSection, small: Sequence[int], facts: SampleFacts, num_sources: int, hidden_size: int | None
 ) -> WaysCompared:
-    """Return all ways that can be compared on a sample, the recipe's own last if it is another one.
+    """Return all ways that can be compared on a sample, with the recipe's own last if it is a different one.
 
     Args:
         config: the recipe's section.
         small: ids of the small sources that it keeps.
-        facts: of the sample.
-        num_sources: c; with one source a pool by source is the joint one.
-        hidden_size: of the model, the mask's size where the recipe leaves it to us; None: no mask.
+        facts: facts of the sample.
+        num_sources: c; with one source, pools by source are the joint pool.
+        hidden_size: hidden size of the model, the mask's `auto` size; None: no mask.
     """
     compared = WaysCompared()
     scopes = [(JOINT, False), *([(BY_SOURCE, True)] if num_sources > 1 else [])]
@@ -193,7 +193,7 @@ def _add_recipe(
 
 
 def _keys(selector: str, probe: ProbeConfig, settings: SelectionSettings) -> tuple[str, ...]:
-    """Return what a recipe must say for it, as `key=value`."""
+    """Return its settings as `key=value` for a recipe."""
     return (
         f"colm.selector={selector}",
         f"colm.probe.estimator={probe.estimator}",
