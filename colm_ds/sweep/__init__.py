@@ -1,4 +1,4 @@
-"""Arms times seeds from one grid file, ending in a table, curves and a report."""
+"""Run arms times seeds from one grid file, and write a table, curves and a report."""
 
 from colm_ds.sweep.grid import Grid, LaunchConfig, SweepJob, jobs_of, load_grid
 from colm_ds.sweep.jobs import Place, default_ranks, is_done, run_jobs, run_sweep

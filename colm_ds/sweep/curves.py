@@ -1,4 +1,4 @@
-"""Held-out curves of a sweep as one picture: the mean of each arm's seeds with their spread."""
+"""Draw the held-out curves of a sweep: the mean of each arm's seeds with their spread."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_ARMS_AT_ONCE = len(COLORS) * len(LINE_STYLES)
 
 
 def heldout_points(run: Run) -> dict[str, list[float]]:
-    """Where a run's held-out examples were looked at, and what came out.
+    """Return a run's held-out measurements.
 
     Returns:
         Lists of equal length: `step`; `tokens` trained on and `seconds` of training until then; `loss` in nats per
@@ -45,12 +45,12 @@ def heldout_points(run: Run) -> dict[str, list[float]]:
 
 
 def curves_svg(arms: Mapping[str, Sequence[Run]]) -> str:
-    """Held-out perplexity (or loss) against steps, tokens and seconds, as SVG text.
+    """Draw held-out perplexity (or loss) against steps, tokens and seconds, as SVG text.
 
-    The start, which is the same for all, is left out of the heights. A band is one standard deviation over the seeds.
+    The start, which is the same for all, does not affect the scale. A band is one standard deviation over the seeds.
 
     Args:
-        arms: the finished runs of every arm, by name; of arms beyond 28 only the first are drawn.
+        arms: the finished runs of every arm, by name; only the first 28 are drawn.
     """
     curves = {arm: [heldout_points(run) for run in runs] for arm, runs in list(arms.items())[:MAX_ARMS_AT_ONCE] if runs}
     is_perplexity = bool(curves) and all(points["perplexity"] for runs in curves.values() for points in runs)

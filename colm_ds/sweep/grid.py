@@ -1,4 +1,4 @@
-"""Grids: which arms, with which seeds, and the runs that follow from that."""
+"""Grids: arms, seeds, and the runs that they define."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from colm_ds.errors import ConfigError, Problems
 
 
 class LaunchConfig(Section):
-    """How a run is started."""
+    """Settings for starting runs."""
 
     num_gpus: int | None = Field(None, ge=1, description="ranks of a run; default: one per GPU, two without any")
     parallel: int = Field(1, ge=1, description="runs at a time, each with its share of the processor's cores")
     device_groups: list[str] | None = Field(
-        None, description='instead: runs at a time, each on GPUs of its own, for example ["0,1", "2,3"]'
+        None, description='instead: runs at a time, each on its own GPUs, for example ["0,1", "2,3"]'
     )
     master_port: int = Field(29640, ge=1, le=65000, description="port of the first run; each group takes the next one")
 
@@ -35,7 +35,7 @@ class Grid(Section):
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="seeds of every arm")
     baseline: str = Field(description="the arm that the others are compared with")
     controls: list[str] = Field(
-        [], description="further arms that all are compared with, in a table of paired differences of their own"
+        [], description="further arms that all are compared with, in a separate table of paired differences"
     )
     prepare: dict[str, str] = Field(
         {}, description="before the arms, in order: a path that must exist, and the Python command that makes it"
@@ -54,8 +54,8 @@ class SweepJob:
     Attributes:
         arm: its arm.
         seed: its seed.
-        folder: where it goes.
-        arguments: of the script.
+        folder: folder of the run.
+        arguments: arguments of the script.
     """
 
     arm: str
@@ -65,12 +65,12 @@ class SweepJob:
 
     @property
     def log(self) -> Path:
-        """What the run prints goes here."""
+        """File of the run's output."""
         return self.folder.parent / f"{self.folder.name}.log"
 
     @property
     def record(self) -> Path:
-        """What was asked of the run that lies in the folder."""
+        """File with the definition of the run in the folder."""
         return self.folder.parent / f"{self.folder.name}.asked.json"
 
 
@@ -80,7 +80,7 @@ def load_grid(path: str | Path, changes: Sequence[str] = (), seeds: Sequence[int
     Args:
         path: the YAML file.
         changes: further key=value changes to the recipe, for all arms.
-        seeds: instead of the grid's.
+        seeds: seeds to use instead of the grid's.
 
     Raises:
         ConfigError: listing every problem found.
@@ -111,7 +111,7 @@ def load_grid(path: str | Path, changes: Sequence[str] = (), seeds: Sequence[int
 
 
 def jobs_of(grid: Grid) -> list[SweepJob]:
-    """All runs, seed by seed, so that a stopped sweep has whole comparisons."""
+    """Return all runs, seed by seed, so that a stopped sweep has complete comparisons."""
     jobs = []
     for seed in grid.seeds:
         for arm, changes in grid.arms.items():

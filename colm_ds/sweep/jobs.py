@@ -1,4 +1,4 @@
-"""Arms times seeds from one grid file: what is finished is skipped, what fails is noted, and a table comes out."""
+"""Run arms times seeds from one grid file: skip finished runs, record failures, and write a table."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from colm_ds.sweep.table import (
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run can go while others run: a number for its port, its GPUs (None: as many as it takes), its threads."""
+    """Resources of a run beside others: a number for its port, its GPUs (None: as many as it takes), its threads."""
 
     number: int
     devices: str | None
@@ -44,22 +44,22 @@ class Place:
 
 
 def is_done(grid: Grid, job: SweepJob) -> bool:
-    """Whether a job's run is finished, and evaluated where the grid asks for that."""
+    """Return whether a job's run is finished, and evaluated if the grid requires that."""
     return is_finished(job.folder) and (grid.evaluate is None or (job.folder / "evaluation" / "results.json").exists())
 
 
 def run_sweep(grid: Grid, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Do what is left to do and write the tables.
+    """Run the jobs that are left and write the tables.
 
     Args:
         grid: from `load_grid`.
-        say: takes one line of progress at a time.
+        say: called with each line of progress.
 
     Returns:
-        What `results.json` holds: rows, failures, seconds.
+        Content of `results.json`: rows, failures, seconds.
 
     Raises:
-        ConfigError: if what the arms need cannot be prepared.
+        ConfigError: if the preparations of the arms fail.
     """
     started = time.monotonic()
     for path, command in grid.prepare.items():
@@ -91,19 +91,19 @@ def run_jobs(
     say: Callable[[str], None] = print,
     after_each: Callable[[dict[str, str]], None] = lambda failures: None,
 ) -> dict[str, str]:
-    """Do what is left to do of some runs; what failed, by run.
+    """Run the jobs that are left; return the failures by run.
 
     Args:
-        grid: how they are started.
+        grid: grid with the settings for starting runs.
         jobs: the runs.
-        say: takes one line of progress at a time.
-        after_each: called after every run, one at a time, with what failed so far.
+        say: called with each line of progress.
+        after_each: called after every run, one at a time, with the failures so far.
     """
-    failures = {_name(job): found for job in jobs if (found := _other_settings(job))}
+    failures = {_name(job): reason for job in jobs if (reason := _other_settings(job))}
     todo = [job for job in jobs if not is_done(grid, job) and _name(job) not in failures]
     say(f"{len(jobs)} runs, {len(jobs) - len(todo) - len(failures)} finished already")
-    for name, found in failures.items():
-        say(f"{name}: {found}")
+    for name, reason in failures.items():
+        say(f"{name}: {reason}")
     places = _places(grid)
     free: Queue[Place] = Queue()
     for place in places:
@@ -139,7 +139,7 @@ def _places(grid: Grid) -> list[Place]:
 
 
 def _prepare(path: Path, command: str, say: Callable[[str], None]) -> None:
-    """Run a Python command unless what it makes is there: a file, or the folder of a finished run."""
+    """Run a Python command unless its result exists: a file, or the folder of a finished run."""
     if is_finished(path) or (path.exists() and not (path / METRICS).exists()):
         return
     say(f"making {path}")
@@ -151,7 +151,7 @@ def _prepare(path: Path, command: str, say: Callable[[str], None]) -> None:
 
 
 def _other_settings(job: SweepJob) -> str:
-    """Why the finished run in a job's folder is not this job's; empty if it is, or there is none."""
+    """Return why the finished run in a job's folder is not this job's; empty if it is, or there is none."""
     asked = read_object(job.record)
     if not is_finished(job.folder) or not asked or asked == _asked(job):
         return ""
@@ -159,13 +159,13 @@ def _other_settings(job: SweepJob) -> str:
 
 
 def _asked(job: SweepJob) -> dict[str, Any]:
-    """What defines a job: its recipe's content and its changes."""
+    """Return the definition of a job: its recipe's content and its changes."""
     recipe, *changes = job.arguments
     return {"recipe": read_values(Path(recipe)), "changes": changes}
 
 
 def _run(grid: Grid, job: SweepJob, place: Place) -> str:
-    """Start one run and wait; what went wrong, empty if nothing did."""
+    """Start one run and wait; return its error, empty if there was none."""
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     job.log.write_text("", encoding="utf-8")
     if not is_finished(job.folder):
@@ -182,7 +182,7 @@ def _run(grid: Grid, job: SweepJob, place: Place) -> str:
 
 
 def _launcher(grid: Grid, place: Place) -> list[str]:
-    """The beginning of a run's command; a single rank needs no launcher, whose start takes seconds."""
+    """Return the beginning of a run's command; a single rank needs no launcher, whose start takes seconds."""
     num_ranks = grid.launch.num_gpus or default_ranks()
     if place.devices is None and num_ranks == 1:
         return [sys.executable]
@@ -192,7 +192,7 @@ def _launcher(grid: Grid, place: Place) -> list[str]:
 
 
 def _call(command: Sequence[str], log: Path, num_threads: int) -> int:
-    """Run a command on so many threads, its output at the end of a log; its exit code."""
+    """Run a command with a number of threads, append its output to a log, and return its exit code."""
     environment = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
     environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
     with log.open("a", encoding="utf-8") as output:
@@ -206,7 +206,7 @@ def _what_failed(code: int, log: Path) -> str:
 
 
 def default_ranks() -> int:
-    """Ranks of a run: one per GPU, two without any."""
+    """Return the default number of ranks of a run: one per GPU, two without any."""
     import torch
 
     return torch.cuda.device_count() or min(2, os.cpu_count() or 1)

@@ -21,10 +21,10 @@ from colm_ds.training.start_or_resume import recipe_differences
 _FREE = ("name", "output_dir", "overwrite", "resume", "verbose", "monitor", "keep_last", "save_every")
 
 COUNTED_STEPS = [2, 3, 4]
-"""Steps whose allocations are counted without a GPU: lengths differ from step to step, and peaks with them."""
+"""Steps whose allocations are counted without a GPU: lengths vary by step, and peaks with them."""
 
 SIZE_STEPS = 6
-"""Steps of a run that is there for its memory only; some are not counted and give the seconds."""
+"""Steps of a run for memory only; some are not counted and give the seconds."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class ArmPlan:
     """One run of the comparison.
 
     Attributes:
-        name: shown name.
-        large: examples that a step looks at.
+        name: name to show.
+        large: examples that a step inspects.
         coreset: examples that it trains on.
         micro_batch: examples per rank and pass.
         selects: whether the recipe's selector runs; else plain training, or `by_tokens`.
-        is_sized: whether it runs for the picture of memory against batch size only.
+        is_sized: whether it only runs for the picture of memory against batch size.
         by_tokens: whether token embeddings choose, without a pass of the model.
     """
 
@@ -50,7 +50,7 @@ class ArmPlan:
     by_tokens: bool = False
 
     def changes(self, recipe: BaseRecipe) -> list[str]:
-        """`key=value` changes to the recipe."""
+        """Return `key=value` changes to the recipe."""
         changes = [
             f"micro_batch_size={self.micro_batch}",
             f"colm.large_batch_size={self.large}",
@@ -62,7 +62,7 @@ class ArmPlan:
             changes = [f"micro_batch_size={self.micro_batch}", f"colm={json.dumps({**kept, **sizes})}"]
         elif not self.selects:
             changes += ["colm.selector=full", *(["colm.replay=auto"] if recipe.colm.replay != "off" else [])]
-        if self.is_sized:  # nothing is evaluated, nothing is kept
+        if self.is_sized:  # without evaluation and checkpoints
             changes += ["evaluation.every=0", "save_every=0", "monitor=[]"]
             for section, key, value in (
                 ("data", "heldout", "null"),
@@ -75,7 +75,7 @@ class ArmPlan:
 
 
 def plan_arms(recipe: BaseRecipe, num_ranks: int, sizes: Sequence[int] | None = None) -> list[ArmPlan]:
-    """The runs: three arms, the third under both protocols, b of 4 b by tokens, then those of further batch sizes.
+    """Plan the runs: three arms, the third under both protocols, b of 4 b by tokens, then those of further batch sizes.
 
     Under equal accumulation steps a batch of n has the micro-batch n / (ranks x steps), with the recipe's steps.
 
@@ -85,7 +85,7 @@ def plan_arms(recipe: BaseRecipe, num_ranks: int, sizes: Sequence[int] | None = 
         sizes: large batch sizes of the picture of memory against batch size; default: r/2, r and 2r.
 
     Raises:
-        ConfigError: if the recipe does not select, or a size cannot be had.
+        ConfigError: if the recipe does not select, or a size is impossible.
     """
     large, micro = recipe.colm.large_batch_size, recipe.micro_batch_size
     coreset = recipe.colm.coreset_size
@@ -137,29 +137,29 @@ def run_arms(
     size_steps: int = SIZE_STEPS,
     script: str = "finetune/train.py",
 ) -> int:
-    """Run what is not done yet and write the report.
+    """Run the arms that are not finished and write the report.
 
     Args:
         recipe_path: the recipe.
         overrides: changes to it for all arms.
         out: folder of runs and report.
-        launch: how runs are started.
+        launch: settings for starting runs.
         sizes: see `plan_arms`.
-        size_steps: steps of the runs that are there for their memory only.
-        script: what trains.
+        size_steps: steps of the runs for memory only.
+        script: training script.
 
     Returns:
-        How many runs failed.
+        Number of failed runs.
 
     Raises:
-        ConfigError: if the recipe does not fit, or a finished run is one of another recipe.
+        ConfigError: if the recipe does not fit, or a finished run is of another recipe.
     """
     recipe = load_recipe(recipe_path, overrides)
     num_ranks = launch.num_gpus or default_ranks()
     plans = plan_arms(recipe, num_ranks, sizes)
     common = [*overrides]
     if not _has_gpu() and not recipe.colm.memory.count_steps:
-        common.append(f"colm.memory.count_steps={COUNTED_STEPS}")  # resident memory says little of small models
+        common.append(f"colm.memory.count_steps={COUNTED_STEPS}")  # resident memory is uninformative for small models
     failed, folders = 0, {}
     for is_sized in (False, True):
         members = [plan for plan in plans if plan.is_sized == is_sized]
@@ -189,7 +189,7 @@ def run_arms(
 
 
 def _check_same(folder: Path, recipe: BaseRecipe) -> None:
-    """A run that is skipped must be the one that would be made."""
+    """Raise unless a finished run is the one that would be run."""
     if not is_finished(folder):
         return
     before = read_object(folder / CONFIG).get("recipe", {})
@@ -209,7 +209,7 @@ def _has_gpu() -> bool:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add recipe, changes, and how its arms are run."""
+    """Add recipe, changes, and options for running its arms."""
     parser.add_argument("recipe", help="YAML file of CoLM b of r")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe, for all arms"
@@ -221,7 +221,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size-steps", type=int, default=SIZE_STEPS, help=f"steps of runs for the batch sizes ({SIZE_STEPS})"
     )
-    parser.add_argument("--script", default="finetune/train.py", help="what trains (default: finetune/train.py)")
+    parser.add_argument("--script", default="finetune/train.py", help="training script (default: finetune/train.py)")
     parser.set_defaults(run=run)
 
 

@@ -1,4 +1,4 @@
-"""Prepare, train, evaluate and report in one go; what `launch/pretrain.sh` calls."""
+"""Prepare, train, evaluate and report in one command, for `launch/pretrain.sh`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from colm_ds.training.start_or_resume import check_finished, check_same_data
 
 
 class PartFailedError(CoLMError):
-    """A program of pretrain/ ended with an exit code other than 0; it has said why.
+    """A program of pretrain/ ended with an exit code other than 0, after its own message.
 
     Attributes:
         code: the exit code.
@@ -39,20 +39,20 @@ def run_all(
     num_ranks: int,
     port: int,
 ) -> Path:
-    """Do what is left to do of a run; the page of its report.
+    """Run the unfinished parts of a run; return the page of its report.
 
     Args:
         recipe_path: the YAML file.
         overrides: `key=value` changes to it.
-        data: files in the Pile's format; none: text is generated where the recipe's sources are generated ones, else
-            the store must be there.
-        megabytes: of generated text.
+        data: files in the Pile's format; none: text is generated if the recipe's sources are generated ones, else
+            the store must exist.
+        megabytes: megabytes of generated text.
         questions: folder with WiC, COPA and SQuAD; None: perplexity only.
         num_ranks: ranks that train and evaluate.
-        port: of the launcher.
+        port: port of the launcher.
 
     Raises:
-        ConfigError: if recipe, data and what is there do not fit together.
+        ConfigError: if recipe, data and existing files contradict each other.
         PartFailedError: if a program fails.
     """
     recipe = load_recipe(recipe_path, overrides)
@@ -75,17 +75,17 @@ def run_all(
         _call("training", [*launcher, "pretrain/train.py", *arguments])
     _say("evaluating")
     places = [*([questions] if questions else []), f"perplexity={recipe.data.store}"]
-    anew = ["--overwrite"] if recipe.overwrite else []
+    overwriting = ["--overwrite"] if recipe.overwrite else []
     tasks = ["--tasks", "pretrain" if questions else "perplexity"]
-    _call("evaluation", [*launcher, "pretrain/evaluate.py", str(out), *tasks, "--data", *places, *anew])
-    found = compare([load_run(out)], out)
-    for section in found.sections:
+    _call("evaluation", [*launcher, "pretrain/evaluate.py", str(out), *tasks, "--data", *places, *overwriting])
+    report = compare([load_run(out)], out)
+    for section in report.sections:
         for table in section.tables:
             if table.key == "perplexity":
                 rows = [[column.label for column in table.columns], *table.text_rows()]
                 width = max(len(row[0]) for row in rows)
                 print("\n".join(f"{row[0]:<{width}}  {row[1]:>12}" for row in rows))
-    return found.files["html"]
+    return report.files["html"]
 
 
 def _prepare(recipe: PretrainingRecipe, arguments: Sequence[str], data: Sequence[str], megabytes: float) -> None:
@@ -109,7 +109,7 @@ def _prepare(recipe: PretrainingRecipe, arguments: Sequence[str], data: Sequence
 
 
 def _check_store(recipe: PretrainingRecipe, out: Path) -> None:
-    """The finished run must have been trained on the store that it is measured on."""
+    """Raise unless the finished run was trained on the store that it is measured on."""
     digest = load_run(out).config.get("store_digest")
     if digest is not None:
         now = {"place": recipe.data.store, "digest": TokenStore(recipe.data.store).digest}
@@ -128,7 +128,7 @@ def _say(message: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; 2 on bad input, else the exit code of the part that failed."""
+    """Run from the command line; return 2 on bad input, else the exit code of the part that failed."""
     parser = argparse.ArgumentParser(prog="python -m colm_ds.sweep.pretraining_pipeline", description=__doc__)
     parser.add_argument("recipe", help="YAML file, for example pretrain/recipes/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")

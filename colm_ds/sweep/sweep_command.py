@@ -1,4 +1,4 @@
-"""`colm-ds sweep`: a grid of runs from the command line."""
+"""`colm-ds sweep`: run a grid from the command line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do what is left to do of a grid and print its table.
+    """Run the unfinished runs of a grid and print its table.
 
     Returns:
         1 if a run failed, else 0.
