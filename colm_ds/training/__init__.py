@@ -1,1 +1,1 @@
-"""A run from its recipe: start or resume, train, evaluate, save."""
+"""Train from a recipe: start or resume, train, evaluate, save."""

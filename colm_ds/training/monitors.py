@@ -1,4 +1,4 @@
-"""The monitors that a recipe names, as sections of DeepSpeed and as W&B's environment."""
+"""Set up the monitors that a recipe names, as sections of DeepSpeed and as W&B's environment."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from colm_ds.recipes.recipe import BaseRecipe
 
 
 def monitor_sections(recipe: BaseRecipe, config: Mapping[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's sections of the monitors that a recipe names.
+    """Return DeepSpeed's sections of the monitors that a recipe names.
 
     Args:
-        recipe: the run.
-        config: its DeepSpeed JSON; what that says about a monitor counts first.
+        recipe: recipe of the run.
+        config: its DeepSpeed JSON, whose own sections take precedence.
     """
     folder = str(_folder(recipe))
     ours = {
@@ -29,7 +29,7 @@ def monitor_sections(recipe: BaseRecipe, config: Mapping[str, Any]) -> dict[str,
 
 
 def set_environment(recipe: BaseRecipe) -> None:
-    """Let W&B know a run by its name, and a resumed one by its id, which is kept in the run's folder (rank 0)."""
+    """Tell W&B a run's name, and for a resumed run its id, which is stored in the run's folder (rank 0)."""
     if "wandb" not in recipe.monitor:
         return
     folder = _folder(recipe)

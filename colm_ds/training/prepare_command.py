@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     """Prepare the store and print its table.
 
     Raises:
-        ConfigError: if recipe, files and what is in the store's folder do not fit together.
+        ConfigError: if recipe, files and the store's folder contradict each other.
         DataError: for files that cannot be used.
     """
     from colm_ds.data.pretraining.store_preparation import Preparation, prepare
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _sort_out(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split the words behind --data into files and folders, and changes to the recipe that were written after them."""
+    """Split the words after --data into files and folders, and changes to the recipe that follow them."""
     changes = [word for word in words if re.match(r"[A-Za-z_][\w.]*=", word) and not Path(word).exists()]
     return [word for word in words if word not in changes], changes
 

@@ -1,4 +1,4 @@
-"""What a recipe would train on, without training: sources, lengths, examples, and one selected coreset."""
+"""Show what a recipe would train on, without training: sources, lengths, examples, and one selected coreset."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _BINS = 12
 
 
 def preview(recipe: BaseRecipe, *, num_examples: int = 3, with_coreset: bool = True) -> str:
-    """Everything as one text.
+    """Return the preview as one text.
 
     Args:
-        recipe: what would be run.
-        num_examples: how many examples to show whole.
-        with_coreset: also load the model, probe one large batch and show what is kept of it.
+        recipe: recipe of the run.
+        num_examples: number of examples to show in full.
+        with_coreset: also load the model, probe one large batch and show its coreset.
 
     Raises:
         ConfigError, DataError, ProbeError: as training would.
@@ -57,7 +57,7 @@ def preview(recipe: BaseRecipe, *, num_examples: int = 3, with_coreset: bool = T
 
 
 def describe_sources(recipe: Recipe | ChoiceRecipe, train: Data, heldout: Data | None) -> str:
-    """Examples and tokens of every source, which are small, and what was dropped."""
+    """Describe the sources: examples and tokens of each, which are small, and what was dropped."""
     counts = source_counts(train)
     small = set(small_source_ids(recipe.colm, counts))
     limit = len(train) / len(counts)
@@ -87,7 +87,7 @@ def describe_sources(recipe: Recipe | ChoiceRecipe, train: Data, heldout: Data |
 
 
 def describe_lengths(train: Data, max_length: int) -> str:
-    """Histogram of lengths in tokens, with quartiles and how many examples are cut off."""
+    """Draw a histogram of lengths in tokens, with quartiles and the number of truncated examples."""
     lengths = np.asarray(train.lengths)
     edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, _BINS + 1).astype(int))
     counts, _ = np.histogram(lengths, bins=edges)
@@ -102,7 +102,7 @@ def describe_lengths(train: Data, max_length: int) -> str:
 
 
 def describe_example(train: Data, index: int, tokenizer: Any) -> str:
-    """One example as the model sees it; trained tokens stand between >>> and <<<."""
+    """Show one example as the model sees it, with trained tokens between >>> and <<<."""
     example = train[index]
     trained = example.labels != -100
     first = int(trained.nonzero()[0]) if bool(trained.any()) else len(trained)
@@ -117,14 +117,14 @@ def describe_example(train: Data, index: int, tokenizer: Any) -> str:
 
 
 def _answers(example: Example, tokenizer: Any) -> list[str]:
-    """What follows the prompt: one response, or the candidates."""
+    """Return the texts after the prompt: one response, or the candidates."""
     sizes = [len(example.labels)] if example.candidates is None else list(example.candidates.lengths)
     parts = zip(example.input_ids.split(sizes), example.labels.split(sizes), strict=True)
     return [tokenizer.decode(ids[int((labels != -100).nonzero()[0]) :]) for ids, labels in parts]
 
 
 def describe_coreset(recipe: Recipe | ChoiceRecipe, train: Data, tokenizer: Any) -> str:
-    """The first large batch of the run on one device, and what is kept of it."""
+    """Describe the first large batch of the run on one device, and its coreset."""
     from transformers import set_seed
 
     set_seed(recipe.seed)
@@ -189,7 +189,7 @@ def _by_example(train: Data, batch: LargeBatch, coreset: Coreset, tokenizer: Any
 
 
 def one_of_each(source_ids: np.ndarray, count: int) -> list[int]:
-    """Places of `count` examples that take turns over the sources: the first of each, then the second of each."""
+    """Return `count` examples that take turns over the sources: the first of each, then the second of each."""
     order = np.argsort(source_ids, kind="stable")
     _, starts, sizes = np.unique(source_ids[order], return_index=True, return_counts=True)
     turn = np.arange(len(order)) - np.repeat(starts, sizes)
@@ -197,7 +197,7 @@ def one_of_each(source_ids: np.ndarray, count: int) -> list[int]:
 
 
 def _pick_numbers(batch: LargeBatch, coreset: Coreset) -> dict[int, int]:
-    """In which order medoids were picked, counted within each pool."""
+    """Return the order in which medoids were picked, counted within each pool."""
     numbers: dict[int, int] = {}
     num_picked: dict[int, int] = {}
     for position in coreset.positions[coreset.num_kept :].tolist():

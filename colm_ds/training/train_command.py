@@ -1,4 +1,4 @@
-"""`colm-ds train`: its arguments, and the end of its process."""
+"""`colm-ds train`: its arguments and exit code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add recipe and changes, and below the help every key of a recipe."""
+    """Add recipe and changes, and list every key of a recipe below the help."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "\n".join(_keys())
     parser.add_argument(
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train, and end this process with an `ExitCode`."""
+    """Train, and exit with an `ExitCode`."""
     from colm_ds.process.exit import leave
     from colm_ds.training.run import run as train
 

@@ -1,4 +1,4 @@
-"""Kinds of data to train on: instructions and what else a recipe's key `task` names."""
+"""Kinds of data to train on, by a recipe's key `task`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def load_task(recipe: BaseRecipe, tokenizer: Any) -> TrainingTask:
-    """Read the data of a recipe, of whichever kind it is.
+    """Read the data of a recipe of any kind.
 
     Raises:
         ConfigError, DataError: naming the key, or the file and line, that is wrong.
@@ -44,9 +44,9 @@ def load_task(recipe: BaseRecipe, tokenizer: Any) -> TrainingTask:
 
 
 def with_steps(recipe: BaseRecipe, train: SourcedDataset) -> BaseRecipe:
-    """Return the recipe with its number of steps, where it gives epochs of its data.
+    """Return the recipe with its number of steps, if it gives epochs.
 
     Raises:
-        ConfigError: if something else does not fit that number.
+        ConfigError: if another key contradicts that number.
     """
     return recipe.with_steps(make_sampler(train, recipe.colm.large_batch_size, 0).steps_per_epoch)

@@ -1,4 +1,4 @@
-"""What a run trains on and measures: one interface, an implementation for every kind of data."""
+"""Interface of tasks: the data that a run trains on, and its measurements."""
 
 from __future__ import annotations
 
@@ -17,15 +17,7 @@ from colm_ds.types import SourcedDataset
 
 @dataclass(frozen=True)
 class InTraining:
-    """A model in training, as a task measures it.
-
-    Attributes:
-        engine: the engine.
-        tokenizer: of the model.
-        device: of this rank.
-        exchange: the ranks.
-        rank: this rank.
-    """
+    """A model in training, with all that a task needs to measure it."""
 
     engine: CoLMEngine
     tokenizer: Any
@@ -35,7 +27,7 @@ class InTraining:
 
 
 class TrainingTask(Protocol):
-    """What a run trains on and measures; made from a recipe's files on every rank, without collectives."""
+    """Data and measurements of a run; made from a recipe's files on every rank, without collectives."""
 
     @property
     def train(self) -> SourcedDataset:
@@ -43,30 +35,30 @@ class TrainingTask(Protocol):
         ...
 
     def identity(self) -> dict[str, dict[str, str]]:
-        """By recipe key, `place` and `digest` of data whose content is known; a run goes on with the same one only."""
+        """Return, by recipe key, `place` and `digest` of the data; a run is resumed with the same data only."""
         ...
 
     def begin_step(self, run: InTraining, step: int) -> dict[str, Any]:
-        """Called by all ranks before a 1-based step; what it returns goes into the step's metrics."""
+        """Prepare for a 1-based step and return entries for its metrics; all ranks call it together."""
         ...
 
     def heldout(self, run: InTraining) -> dict[str, Any] | None:
-        """`overall`, `macro`, `per_source` losses (lower is better) and more; None if nothing is held out.
+        """Measure `overall`, `macro`, `per_source` losses (lower is better) and more; None if nothing is held out.
 
         All ranks call it together.
         """
         ...
 
     def finish(self, run: InTraining) -> dict[str, Any]:
-        """Further results for `summary.json`, after the last step; all ranks call it together."""
+        """Return further results for `summary.json` after the last step; all ranks call it together."""
         ...
 
     def losses_of_data(self) -> list[str]:
-        """Lines that say what of the data is not trained on, or not whole; nothing to say, no lines."""
+        """Return lines about data that is left out or truncated, if any."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What `config.json` says of the data; `num_heldout` among it."""
+        """Return the entries of `config.json` about the data, including `num_heldout`."""
         ...
 
 
@@ -80,7 +72,7 @@ def check_large_batch(recipe: BaseRecipe, train: SourcedDataset) -> None:
 
 
 def measured_loss(run: InTraining, dataset: SourcedDataset, max_tokens: int) -> dict[str, Any]:
-    """Held-out loss per source of a model in training; see `heldout_loss`."""
+    """Measure the held-out loss per source of a model in training; see `heldout_loss`."""
     module = run.engine.deepspeed_engine.module
     return heldout_loss(
         module,

@@ -1,4 +1,4 @@
-"""Training on a classification task: its examples, their held-out loss and accuracy."""
+"""Train on a classification task: its examples, their held-out loss and accuracy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ChoiceTask:
 
     @cached_property
     def _digest(self) -> str:
-        """Of the training examples; read when a checkpoint asks for it."""
+        """Digest of the training examples, computed when a checkpoint needs it."""
         return self.train.digest()
 
     def begin_step(self, run: InTraining, step: int) -> dict[str, Any]:
@@ -59,10 +59,10 @@ class ChoiceTask:
 
 
 def load_choice_data(recipe: ChoiceRecipe, tokenizer: Any) -> tuple[ChoiceDataset, ChoiceDataset | None]:
-    """Training and held-out examples of a recipe.
+    """Load the training and held-out examples of a recipe.
 
     Raises:
-        DataError: naming file and line of what is wrong.
+        DataError: naming file and line.
         ConfigError: if the folder lacks a file of the task, or the large batch is larger than the data.
     """
     data = recipe.data

@@ -20,7 +20,7 @@ from colm_ds.training.tasks.base import InTraining, TrainingTask
 from colm_ds.types import SourcedDataset
 
 _MAX_TOKENS, _MAX_TOKENS_CPU = 16384, 2048
-"""Padded tokens of a batch; on a CPU larger ones leave its caches (benchmarks/README.md)."""
+"""Padded tokens of a batch; larger ones leave a CPU's caches (benchmarks/README.md)."""
 
 
 class ClusteredTask:
@@ -30,7 +30,7 @@ class ClusteredTask:
         """Check what can be checked before training.
 
         Raises:
-            ConfigError: for more clusters than examples, or a proxy that cannot be found or has other tokens.
+            ConfigError: for more clusters than examples, or a proxy that does not exist or has another tokenizer.
         """
         self._task = task
         self._config = clusters
@@ -62,7 +62,7 @@ class ClusteredTask:
         return self._task.losses_of_data()
 
     def begin_step(self, run: InTraining, step: int) -> dict[str, Any]:
-        """See `TrainingTask.begin_step`; makes the clusters where they are due."""
+        """See `TrainingTask.begin_step`; makes the clusters when they are due."""
         facts = self._task.begin_step(run, step)
         if step - 1 in self._steps:
             facts |= {"clusters": self._make(run, step)}
@@ -81,7 +81,7 @@ class ClusteredTask:
         return {**self._task.describe(), "clusters_made_after_steps": self._steps}
 
     def _make(self, run: InTraining, step: int) -> dict[str, Any]:
-        """Cluster, and let the engine choose by it; what the metrics say of it."""
+        """Cluster, set the engine's sources accordingly, and return entries for the metrics."""
         started = time.perf_counter()
         with run.engine.watchdog.watching(f"the clusters before step {step}"):
             features = self._features(run)

@@ -1,4 +1,4 @@
-"""Training on instruction data: the data that a recipe names, tokenised, its held-out loss and exact match."""
+"""Train on instruction data: tokenised examples, their held-out loss and exact match."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class InstructionTask:
 
     @cached_property
     def _digest(self) -> str:
-        """Of the training examples; read when a checkpoint asks for it."""
+        """Digest of the training examples, computed when a checkpoint needs it."""
         return self.train.digest()
 
     def begin_step(self, run: InTraining, step: int) -> dict[str, Any]:
@@ -42,7 +42,7 @@ class InstructionTask:
         return None if self._heldout is None else measured_loss(run, self._heldout, self._settings.max_tokens)
 
     def finish(self, run: InTraining) -> dict[str, Any]:
-        """See `TrainingTask.finish`: `exact_match`, None where it was not asked for."""
+        """See `TrainingTask.finish`: `exact_match`, None unless requested."""
         if not self._questions:
             return {"exact_match": None}
         answers = exact_match(
@@ -77,19 +77,19 @@ class InstructionTask:
         return parts
 
     def _gone(self) -> list[str]:
-        """Return the sources of which no example is left."""
+        """Return the sources without any examples left."""
         return [name for name, count in self.train.source_counts().items() if count == 0]
 
 
 def load_data(recipe: Recipe, tokenizer: Any) -> tuple[InstructionDataset, InstructionDataset | None]:
-    """Training and held-out data of a recipe.
+    """Load the training and held-out data of a recipe.
 
     Args:
-        recipe: names files, lengths, the cache and what is held out.
+        recipe: recipe with files, lengths, cache and held-out data.
         tokenizer: from `load_tokenizer`.
 
     Raises:
-        DataError: naming file and line of what is wrong.
+        DataError: naming file and line.
         ConfigError: if the large batch is larger than the data.
     """
     data = recipe.data

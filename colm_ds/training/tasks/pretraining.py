@@ -1,4 +1,4 @@
-"""Pretraining on chunks of a token store: perplexity by source, epochs of every source, the best weights kept."""
+"""Pretrain on chunks of a token store: perplexity by source, epochs of every source, the best weights."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ class PretrainingTask:
         return {"data.store": {"place": self._recipe.data.store, "digest": self._digest}}
 
     def losses_of_data(self) -> list[str]:
-        """See `TrainingTask.losses_of_data`: nothing; a store has what was prepared."""
+        """See `TrainingTask.losses_of_data`: none, as a store is complete."""
         return []
 
     def begin_step(self, run: InTraining, step: int) -> dict[str, Any]:
-        """See `TrainingTask.begin_step`: `epochs`, how often each source has been gone through after this step."""
+        """See `TrainingTask.begin_step`: `epochs`, passes over each source up to this step."""
         if isinstance(self._sampler, WeightedSampler):
             epochs = self._sampler.epochs(step)
         else:
@@ -78,19 +78,19 @@ class PretrainingTask:
         """See `TrainingTask.heldout`: nats per token and perplexity, overall by the mixture's shares."""
         if not len(self._heldout):
             return None
-        if self._best is None:  # only now: a run that starts anew has removed what was there
+        if self._best is None:  # only now, after a new run has removed earlier weights
             self._best = _best_so_far(Path(self._recipe.output_dir) / BEST_MODEL)
-        found = measured_loss(run, self._heldout, self._recipe.evaluation.max_tokens)
-        shares = {name: self.train.mixture_counts[name] for name in found["per_source"]}
-        total = sum(loss * shares[name] for name, loss in found["per_source"].items())
-        found["overall"] = total / sum(shares.values())
-        perplexity = {name: math.exp(min(loss, 700.0)) for name, loss in found["per_source"].items()}
-        found["perplexity"] = {"overall": math.exp(min(found["overall"], 700.0)), "per_source": perplexity}
+        losses = measured_loss(run, self._heldout, self._recipe.evaluation.max_tokens)
+        shares = {name: self.train.mixture_counts[name] for name in losses["per_source"]}
+        total = sum(loss * shares[name] for name, loss in losses["per_source"].items())
+        losses["overall"] = total / sum(shares.values())
+        perplexity = {name: math.exp(min(loss, 700.0)) for name, loss in losses["per_source"].items()}
+        losses["perplexity"] = {"overall": math.exp(min(losses["overall"], 700.0)), "per_source": perplexity}
         step = run.engine.step_count
-        if self._recipe.keep_best and step > 0 and found["overall"] < self._best:
-            self._best = found["overall"]
+        if self._recipe.keep_best and step > 0 and losses["overall"] < self._best:
+            self._best = losses["overall"]
             self._keep_best(run, step, self._best)
-        return found
+        return losses
 
     def finish(self, run: InTraining) -> dict[str, Any]:
         """See `TrainingTask.finish`: step and loss of the best weights."""
@@ -109,7 +109,7 @@ class PretrainingTask:
         }
 
     def _keep_best(self, run: InTraining, step: int, loss: float) -> None:
-        """Replace the best weights; a kill leaves the ones before or the new ones."""
+        """Replace the best weights atomically."""
         folder = Path(self._recipe.output_dir)
         aside = folder / f".{BEST_MODEL}"
         written = save_trained(run.engine, run.tokenizer, aside, is_main=run.rank == 0)
@@ -122,7 +122,7 @@ class PretrainingTask:
 
 
 def _best_so_far(folder: Path) -> float:
-    """Loss of the best weights of a run that goes on."""
+    """Return the loss of the best weights of a resumed run."""
     try:
         return float(json.loads((folder / "best.json").read_text(encoding="utf-8"))["heldout_loss"])
     except (OSError, ValueError, KeyError):
