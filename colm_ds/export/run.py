@@ -74,7 +74,7 @@ def export_run(
 
     Args:
         run: folder of the run.
-        tag: name of a checkpoint; default: the weights written at the end of training, else the newest whole checkpoint.
+        tag: name of a checkpoint; default: the weights from the end of training, else the newest whole checkpoint.
         merge: for LoRA, write the whole model with the adapter added to its weights.
         out: folder to write; default: `export/` in the run's folder, named after its kind and checkpoint.
         model: folder or hub name of the base model, if it is not where the recipe says.
