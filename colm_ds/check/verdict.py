@@ -41,7 +41,7 @@ class MeasuredWay:
 
     @property
     def pays(self) -> bool:
-        """Return whether it gains more than it costs over the run's steps, with kappa two standard errors higher too."""
+        """Return whether it gains more than it costs over the run, with kappa two standard errors higher too."""
         return self.better_than_random and self.least_gain > self.price * MIN_GAIN
 
 

@@ -1,4 +1,4 @@
-"""A run from its recipe: build, train, evaluate, save. What `finetune/train.py` and `pretrain/train.py` call."""
+"""Run a recipe: build, train, evaluate, save. `finetune/train.py` and `pretrain/train.py` call it."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def run(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
 
 @contextmanager
 def crashes_explained() -> Iterator[None]:
-    """One line for what is not a fault of this rank: a full disk, or another rank that is gone."""
+    """End with one line for what is not a fault of this rank: a full disk, or another rank that is gone."""
     try:
         yield
     except DeviceMemoryError as error:
@@ -111,7 +111,7 @@ def crashes_explained() -> Iterator[None]:
     except CoLMError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except OSError as error:
-        sys.exit(f"rank {dist.get_rank()}: {error}. Restarting goes on from the last checkpoint.")
+        sys.exit(f"rank {dist.get_rank()}: {error}. Restarting resumes from the last checkpoint.")
     except RuntimeError as error:
         if not any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection")):
             raise
@@ -119,11 +119,11 @@ def crashes_explained() -> Iterator[None]:
             sys.exit(code)
         reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
         lost = f"rank {dist.get_rank()}: lost the other ranks ({reason})."
-        sys.exit(f"{lost} Restarting goes on from the last checkpoint.")
+        sys.exit(f"{lost} Restarting resumes from the last checkpoint.")
 
 
 def learning_rate_factor(config: LrScheduleConfig, steps: int) -> Callable[[int], float]:
-    """Factor of the peak learning rate by 0-based step: linear warm-up, then cosine, linear or constant."""
+    """Return the factor of the peak learning rate by 0-based step: linear warm-up, then cosine, linear or constant."""
     warmup = math.ceil(config.warmup_fraction * steps)
 
     def factor(step: int) -> float:
@@ -166,7 +166,7 @@ def deepspeed_config(recipe: BaseRecipe) -> dict[str, Any]:
 
 
 class TrainingRun:
-    """One run of a recipe on this rank; making it checks and loads everything."""
+    """One run of a recipe on this rank; creating it checks and loads everything."""
 
     def __init__(self, recipe: BaseRecipe, device: torch.device, stop: StopRequest) -> None:
         self.recipe = recipe
@@ -198,7 +198,7 @@ class TrainingRun:
         self._parts: dict[str, float] = {}
 
     def train(self) -> int:
-        """All steps, then the evaluation, the summary and the trained weights; the process's exit code."""
+        """Run all steps, then evaluate and write the summary and the weights; return the process's exit code."""
         recipe, started = self.recipe, time.perf_counter()
         self.stop.listen()
         if self.folder:
@@ -272,7 +272,7 @@ class TrainingRun:
                 print(f"step {step}: {what}; it is left out", file=sys.stderr)
 
     def _save(self) -> bool:
-        """A checkpoint; where it can not be written training goes on, and says so."""
+        """Write a checkpoint; return whether it was written. Where it cannot be, say so and let training continue."""
         if self.folder:
             self.folder.sync()
         client_state = {
@@ -363,17 +363,17 @@ class TrainingRun:
 
     def _resume(self, start: Checkpoint | None) -> int:
         """Load the checkpoint that rank 0 found whole, if it found one; return the step that comes next."""
-        found = on_all_ranks(start)
-        if found is None:
+        checkpoint = on_all_ranks(start)
+        if checkpoint is None:
             return 1
-        state = self.engine.resume(found)
-        check_same_data(str(found.path), state.get("data", {}), self.task.identity())
-        check_same_settings(str(found.path), state, self.recipe, self.engine.config.deepspeed)
+        state = self.engine.resume(checkpoint)
+        check_same_data(str(checkpoint.path), state.get("data", {}), self.task.identity())
+        check_same_settings(str(checkpoint.path), state, self.recipe, self.engine.config.deepspeed)
         counts = source_counts(self.task.train)
         if state["sources"] != counts:
             raise ConfigError(
-                f"{found.path}: was trained on {sum(state['sources'].values())} examples of {len(state['sources'])} "
-                f"sources, the recipe's data has {sum(counts.values())} of {len(counts)}. Resume with the same data."
+                f"{checkpoint.path}: was trained on {sum(state['sources'].values())} examples of "
+                f"{len(state['sources'])} sources, the recipe's data has {sum(counts.values())} of {len(counts)}. Resume with the same data."
             )
         if start:
             for reason in start.passed_over:
@@ -403,7 +403,7 @@ class TrainingRun:
         return model
 
     def _load_task(self) -> TrainingTask:
-        """The data; rank 0 reads first, so that the others find its cache."""
+        """Load the data; rank 0 reads first, so that the others find its cache."""
 
         def load() -> TrainingTask:
             return load_task(self.recipe, self.tokenizer)
@@ -427,15 +427,15 @@ class TrainingRun:
 
     def _heldout(self, due: bool) -> dict[str, Any]:
         with self.engine.watchdog.watching(f"the held-out loss after step {self.engine.step_count}"):
-            found = self.task.heldout(self.in_training) if due else None
-        if found is None:
+            heldout = self.task.heldout(self.in_training) if due else None
+        if heldout is None:
             return {}
-        self.last_heldout = found
-        self.engine.monitor.write_events(events({"heldout": found}, self.engine.num_samples))
-        return {"heldout": found}
+        self.last_heldout = heldout
+        self.engine.monitor.write_events(events({"heldout": heldout}, self.engine.num_samples))
+        return {"heldout": heldout}
 
     def _largest_peaks(self) -> tuple[dict[str, float], list[float]]:
-        """Largest peak of each phase over steps and ranks, and the largest of each rank, in GiB."""
+        """Return the largest peak of each phase over steps and ranks, and the largest of each rank, in GiB."""
         save = self.engine.memory.save  # of the checkpoint after the last step
         saved = save.peak_bytes["save"] / GIB if save else 0.0
         mine = [max(self._peaks.get(name, 0.0), saved if name in ("save", "peak") else 0.0) for name in PEAKS]
