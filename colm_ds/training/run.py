@@ -373,7 +373,8 @@ class TrainingRun:
         if state["sources"] != counts:
             raise ConfigError(
                 f"{checkpoint.path}: was trained on {sum(state['sources'].values())} examples of "
-                f"{len(state['sources'])} sources, the recipe's data has {sum(counts.values())} of {len(counts)}. Resume with the same data."
+                f"{len(state['sources'])} sources, the recipe's data has {sum(counts.values())} of {len(counts)}. "
+                "Resume with the same data."
             )
         if start:
             for reason in start.passed_over:
