@@ -2,8 +2,8 @@
 
     python benchmarks/choose.py                # 1 minute; one thread
 
-Features are clusters of as many numbers as a token's vector has, as mean vectors of a mixture's sources are. Of pools
-above 4,096 examples medoids take two rounds; their objective is held against that of the greedy choice in one round.
+Features are clusters of as many numbers as a token's vector has, as mean vectors of a mixture's sources are. Above
+4,096 examples medoids take two rounds; their objective is compared with that of the greedy choice in one round.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def measure(size: int, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="values of r")
     parser.add_argument("--repeats", type=int, default=5, help="measured choices of each (5)")

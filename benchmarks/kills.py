@@ -36,16 +36,16 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 SAVE_EVERY = 3
 PATIENCE_S = 60.0
-"""How long what a kill left may take to end by itself."""
+"""Maximum time for processes to end by themselves after a kill."""
 
 
 def main() -> int:
-    """Command line; 1 if any promise was broken."""
+    """Run from the command line; return 1 if any promise was broken."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="how many (100)")
+    parser.add_argument("--kills", type=int, default=100, help="number of kills (100)")
     parser.add_argument("--steps", type=int, default=45, help="steps of a run (45)")
     parser.add_argument("--stage", type=int, default=2, choices=[0, 1, 2, 3], help="ZeRO stage (2)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and victims (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments and victims (0)")
     parser.add_argument("--launcher", action="store_true", help="start with DeepSpeed's launcher, and kill it too")
     parser.add_argument("--out", type=Path, help="result file (benchmarks/results/kills.json or kills_launcher.json)")
     options = parser.parse_args()
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 class Trial:
-    """Runs, kills and looks."""
+    """Runs, kills, and checks of what is left."""
 
     def __init__(self, scratch: Path, options: argparse.Namespace) -> None:
         self.scratch, self.options = scratch, options
@@ -77,7 +77,7 @@ class Trial:
         self.recipe = self._write_recipe()
 
     def run(self) -> dict[str, Any]:
-        """All kills."""
+        """Run until all kills are done."""
         if not self.options.launcher:
             preload()
         started = time.monotonic()
@@ -101,7 +101,7 @@ class Trial:
         }
 
     def _break(self, what: str) -> None:
-        """Note a broken promise."""
+        """Record a broken promise."""
         print(f"BROKEN: {what}\n{self._log()}", flush=True)
         self.broken.append(what)
 
@@ -136,7 +136,7 @@ class Trial:
         return time.monotonic() - start
 
     def _until_finished(self, folder: Path, most: int) -> int:
-        """Start one run again and again; how many kills it took."""
+        """Start one run again and again; return the number of kills."""
         kills = 0
         while True:
             processes = self._start(folder)
@@ -158,7 +158,7 @@ class Trial:
                 raise SystemExit("\n".join(self.broken))
 
     def _wait_for_a_moment(self, folder: Path, processes: list[Any]) -> None:
-        """Four of five kills come some steps on, at any place in a step or a save; the others while starting."""
+        """Wait for the time of a kill: four of five within a later step or save, the others at the start."""
         begun = time.monotonic()
 
         def wait(until: Callable[[], bool]) -> None:
@@ -209,15 +209,15 @@ class Trial:
                 os.kill(process.pid, signal.SIGKILL)
 
     def _descendants(self, processes: list[Any]) -> list[psutil.Process]:
-        found = []
+        descendants = []
         for process in processes:
             with suppress(psutil.NoSuchProcess):
                 parent = psutil.Process(process.pid)
-                found += [parent, *parent.children(recursive=True)]
-        return found
+                descendants += [parent, *parent.children(recursive=True)]
+        return descendants
 
     def _wait_for_the_rest(self, processes: list[Any]) -> None:
-        """Nothing may stay behind; without the launcher its part is played here: SIGTERM to the ranks that are left."""
+        """Wait until no process is left; without the launcher, send SIGTERM to the remaining ranks as it would."""
         if not self.options.launcher:
             time.sleep(1.0)
             for process in processes:
@@ -238,20 +238,20 @@ class Trial:
                     one.kill()
 
     def _look(self, folder: Path) -> None:
-        """The newest checkpoint is whole, and not older than the last save."""
+        """Check that the newest checkpoint is whole and not older than the last save."""
         from colm_ds.checkpoints import atomic
         from colm_ds.errors import CheckpointError
         from colm_ds.run_folder.read import read_metrics
 
         logged = max((entry["step"] for entry in read_metrics(folder / "metrics.jsonl")), default=0)
         try:
-            found = atomic.find(folder / "checkpoints")
+            checkpoint = atomic.find(folder / "checkpoints")
         except CheckpointError as error:
             self._break(f"no checkpoint loads: {error}")
             return
-        step = found.step if found else 0
-        if found and found.passed_over:
-            self._break(f"a checkpoint that is not whole: {found.passed_over}")
+        step = checkpoint.step if checkpoint else 0
+        if checkpoint and checkpoint.passed_over:
+            self._break(f"a checkpoint that is not whole: {checkpoint.passed_over}")
         if step < (logged - 1) // SAVE_EVERY * SAVE_EVERY:
             self._break(f"{logged} steps done, but the checkpoint has {step}")
         self.lost.append(max(0, logged - step))
@@ -302,14 +302,14 @@ class Forked:
             os._exit(code)
 
     def poll(self) -> int | None:
-        """Exit code, or None while it runs."""
+        """Return the exit code, or None while it runs."""
         if self._code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             self._code = os.waitstatus_to_exitcode(status) if pid else None
         return self._code
 
     def wait(self) -> int:
-        """Exit code at its end."""
+        """Wait for its end and return the exit code."""
         if self._code is None:
             self._code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return self._code
@@ -326,7 +326,7 @@ def preload() -> None:
 
 
 def num_lines(path: Path) -> int:
-    """Lines of a file; 0 if it is missing."""
+    """Count the lines of a file; 0 if it is missing."""
     try:
         return path.read_bytes().count(b"\n")
     except OSError:
@@ -334,7 +334,7 @@ def num_lines(path: Path) -> int:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether a process runs, and is not only waiting to be buried."""
+    """Return whether a process runs and is not a zombie."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -342,13 +342,13 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def finished(folder: Path) -> bool:
-    """Whether the run's last file is there."""
+    """Return whether the run's last file exists."""
     summary = folder / "summary.json"
     return summary.exists() and json.loads(summary.read_text())["status"] == "finished"
 
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
-    """Metrics of a run without what changes from run to run."""
+    """Return the metrics of a run without values that vary between runs."""
     from colm_ds.run_folder.read import read_metrics
 
     changing = ("time_s", "memory_gib", "memory_parts_gib")

@@ -35,20 +35,20 @@ Pick = Callable[[torch.Tensor, int], list[int]]
 
 
 def ours(similarity: torch.Tensor, k: int) -> list[int]:
-    """colm_ds."""
+    """Pick by colm_ds."""
     return facility_location(similarity, k).indices.tolist()
 
 
 def apricot(similarity: torch.Tensor, k: int) -> list[int]:
-    """apricot, lazy greedy."""
+    """Pick by apricot's lazy greedy."""
     from apricot import FacilityLocationSelection
 
-    found = FacilityLocationSelection(k, metric="precomputed", optimizer="lazy").fit(similarity.numpy())
-    return [int(index) for index in found.ranking]
+    fitted = FacilityLocationSelection(k, metric="precomputed", optimizer="lazy").fit(similarity.numpy())
+    return [int(index) for index in fitted.ranking]
 
 
 def submodlib(similarity: torch.Tensor, k: int) -> list[int]:
-    """submodlib, lazy greedy."""
+    """Pick by submodlib's lazy greedy."""
     from submodlib import FacilityLocationFunction
 
     n = len(similarity)
@@ -66,7 +66,7 @@ ARMS: dict[str, tuple[Pick, str | None]] = {
 
 
 def main() -> None:
-    """Command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="128,512,2048", help="n, separated by commas (128,512,2048)")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each arm (5)")
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def installed(name: str) -> bool:
-    """Whether a library can be imported."""
+    """Return whether a library can be imported."""
     try:
         importlib.import_module(name)
     except ImportError as error:
@@ -98,13 +98,13 @@ def installed(name: str) -> bool:
 
 
 def similarity_of(n: int) -> torch.Tensor:
-    """Similarities of n random points."""
+    """Return the similarities of n random points."""
     points = torch.randn(n, 256, generator=torch.Generator().manual_seed(n))
     return pairwise_similarity(points, "l1")
 
 
 def compare(arms: dict[str, Pick], n: int, repeats: int) -> list[dict[str, Any]]:
-    """One row per arm for one n."""
+    """Return one row per arm for one n."""
     similarity, k = similarity_of(n), n // 2
     times: dict[str, list[float]] = {name: [] for name in arms}
     objectives = {}
@@ -143,7 +143,7 @@ def compare(arms: dict[str, Pick], n: int, repeats: int) -> list[dict[str, Any]]
 
 
 def memory_growth(name: str, n: int) -> int:
-    """Growth of the resident peak during one call, in bytes; meant for a fresh process."""
+    """Return the growth of the resident peak during one call, in bytes; meant for a fresh process."""
     torch.set_num_threads(1)
     pick = ARMS[name][0]
     pick(similarity_of(16), 8)  # code is loaded

@@ -51,7 +51,7 @@ class Configuration:
 
     @property
     def name(self) -> str:
-        """What it is, in words."""
+        """Description in words."""
         words = [
             f"{self.recipe}: {self.family}" if self.recipe else self.family,
             "LoRA" if self.lora else "full",
@@ -102,7 +102,7 @@ LARGE, CORESET = 16, 8
 
 
 def main() -> None:
-    """Command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=29644, help="for the process groups (29644)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="result file")
@@ -146,35 +146,35 @@ def main() -> None:
 
 
 def launch(numbers: list[int], ranks: int, port: int) -> dict[int, dict[str, float]]:
-    """Run configurations in a process group of their own; counted bytes by phase."""
+    """Run configurations in their own process group; return counted bytes by phase."""
     environment = {**os.environ, "LOCAL_SIZE": str(ranks), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
     command += [str(Path(__file__)), "--worker", json.dumps(numbers)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*{port}*"):
         left.unlink(missing_ok=True)
-    found = [line for line in done.stdout.split("\n") if line.startswith("RESULT ")]
-    if done.returncode or len(found) != 1:
+    results = [line for line in done.stdout.split("\n") if line.startswith("RESULT ")]
+    if done.returncode or len(results) != 1:
         sys.exit(f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return {int(key): value for key, value in json.loads(found[0].removeprefix("RESULT ")).items()}
+    return {int(key): value for key, value in json.loads(results[0].removeprefix("RESULT ")).items()}
 
 
 def work(numbers: list[int]) -> None:
-    """In a rank: train and count."""
+    """Train and count, in a rank."""
     import torch.distributed as dist
 
-    found = {}
+    measured = {}
     for number in numbers:
         start = time.perf_counter()
-        found[number] = run(CONFIGURATIONS[number])
+        measured[number] = run(CONFIGURATIONS[number])
         print(f"{CONFIGURATIONS[number].name}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
     if dist.get_rank() == 0:
-        print("RESULT " + json.dumps(found), flush=True)
+        print("RESULT " + json.dumps(measured), flush=True)
     dist.destroy_process_group()
 
 
 def model_config(configuration: Configuration) -> Any:
-    """A small model of the family."""
+    """Return a small model configuration of the family."""
     from transformers import AutoConfig
 
     shape = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 5, "num_attention_heads": 8}
@@ -184,7 +184,7 @@ def model_config(configuration: Configuration) -> Any:
 
 
 def ds_config(configuration: Configuration, count: bool = True) -> dict[str, Any]:
-    """DeepSpeed's configuration with its `"colm"` section."""
+    """Return DeepSpeed's configuration with its `"colm"` section."""
     half = configuration.dtype != "float32"
     zero: dict[str, Any] = {"stage": configuration.stage, "reduce_bucket_size": configuration.bucket}
     if configuration.max_live:
@@ -211,14 +211,14 @@ def ds_config(configuration: Configuration, count: bool = True) -> dict[str, Any
 
 
 def lora_config(configuration: Configuration) -> Any:
-    """Adapters, or None."""
+    """Return the LoRA configuration, or None."""
     from colm_ds.recipes.sections import LoraConfig
 
     return LoraConfig(rank=32, alpha=64, dropout=0.05) if configuration.lora else None
 
 
 def run(configuration: Configuration) -> dict[str, float]:
-    """Counted bytes of the third step by phase."""
+    """Train, and return the counted bytes of the third step by phase."""
     from transformers import AutoModelForCausalLM, set_seed
 
     import colm_ds
@@ -244,7 +244,7 @@ def run(configuration: Configuration) -> dict[str, float]:
 
 
 def records(configuration: Configuration) -> list[dict[str, Any]]:
-    """Examples of one length, each token with a label, as chunks of text are."""
+    """Return examples of one length with a label at each token, like chunks of text."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -253,7 +253,7 @@ def records(configuration: Configuration) -> list[dict[str, Any]]:
 
 
 def choices(configuration: Configuration) -> Any:
-    """Classification examples of one length, whose candidates begin differently."""
+    """Return classification examples of one length, whose candidates begin differently."""
     import numpy as np
 
     from colm_ds.data.choice_dataset import ChoiceDataset
@@ -270,7 +270,7 @@ def choices(configuration: Configuration) -> Any:
 
 
 def counted_save(engine: Any) -> float:
-    """Bytes while a checkpoint is written: what is held, and what writing allocates."""
+    """Return the bytes while a checkpoint is written: those held, and those that writing allocates."""
     import torch.distributed as dist
 
     from colm_ds.memory.breakdown import held_bytes, storage_bytes
@@ -287,7 +287,7 @@ def counted_save(engine: Any) -> float:
 
 
 def compared(number: int, measured: dict[str, float]) -> dict[str, Any]:
-    """The plan beside what was counted, in bytes, and its relative error."""
+    """Return the planned and the counted bytes, and the relative error."""
     from colm_ds.config.resolve import resolve_config
     from colm_ds.planner.activations import ModelSpec
     from colm_ds.planner.job import Job
@@ -320,7 +320,7 @@ def compared(number: int, measured: dict[str, float]) -> dict[str, Any]:
 
 
 def meter_cost_ms() -> float:
-    """What the always-on meter adds to a micro-batch: two phases of forward and backward, in milliseconds."""
+    """Measure the cost of the always-on meter per micro-batch: two phases of forward and backward, in milliseconds."""
     import torch
 
     from colm_ds.memory.meter import Meter
@@ -337,7 +337,7 @@ def meter_cost_ms() -> float:
 
 
 def write_table(result: dict[str, Any]) -> None:
-    """Put the rows into the document."""
+    """Write the rows into the document."""
     mib = 2**20
     lines = [
         "| configuration | counted, MiB | planned, MiB | error | probe | forward | backward | step | save |",

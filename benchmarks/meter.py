@@ -1,11 +1,11 @@
-"""What measuring memory costs a step: the engine's meter, which is always on, and `MemoryHooks` in a plain loop.
+"""Cost of measuring memory in a step: the engine's meter, which is always on, and `MemoryHooks` in a plain loop.
 
     python benchmarks/meter.py                 # about 3 minutes
 
-Each pair has one model and takes its steps in turns, with and without, now the one first and now the other; the cost is
-the median of the differences of two neighbouring steps, so that a slow moment of the machine meets both. On a CPU times
-are processor times of one thread, as other processes may want the cores; on a GPU they are wall-clock times. Beside it
-stands what the same phases cost with nothing in them, which has no noise of the step.
+Each pair has one model and takes its steps in turns, with and without, alternating which is first; the cost is the
+median of the differences of two neighbouring steps, so that a slow moment of the machine affects both. On a CPU times
+are processor times of one thread, as other processes may want the cores; on a GPU they are wall-clock times. The table
+also has the cost of the same phases with nothing in them, which lacks the noise of the step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VOCABULARY = 2048
 
 
 def main() -> None:
-    """Command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4, help="decoder layers (4)")
     parser.add_argument("--hidden", type=int, default=256, help="hidden size (256)")
@@ -64,13 +64,13 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Pair:
-    """What is compared.
+    """Steps to compare.
 
     Attributes:
         measured: a step with the meter.
-        bare: the same without.
+        bare: the same step without it.
         empty: the phases of a step with nothing in them.
-        num_micro_batches: of a step.
+        num_micro_batches: micro-batches of a step.
     """
 
     measured: Callable[[], None]
@@ -80,7 +80,7 @@ class Pair:
 
 
 def pairs(options: argparse.Namespace) -> dict[str, Pair]:
-    """What is compared, by name."""
+    """Make the pairs to compare, by name."""
     return {
         "engine, plain b": engine_pair(options, "full"),
         "engine, CoLM b of r": engine_pair(options, "colm"),
@@ -89,7 +89,7 @@ def pairs(options: argparse.Namespace) -> dict[str, Pair]:
 
 
 def compared(name: str, pair: Pair, rounds: int) -> dict[str, Any]:
-    """Medians of both, and of the difference of neighbours."""
+    """Return the medians of both, and of the difference of neighbours."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     seconds: dict[str, list[float]] = {"with": [], "without": []}
     for turn in range(rounds + 1):
@@ -127,7 +127,7 @@ def compared(name: str, pair: Pair, rounds: int) -> dict[str, Any]:
 
 
 def timed(call: Callable[[], None], clock: Callable[[], float], times: int = 20) -> float:
-    """Seconds of one of some calls."""
+    """Return the seconds of one call, over several."""
     start = clock()
     for _ in range(times):
         call()
@@ -135,13 +135,13 @@ def timed(call: Callable[[], None], clock: Callable[[], float], times: int = 20)
 
 
 def synchronise() -> None:
-    """Wait for a GPU, where there is one."""
+    """Synchronise the GPU, if any."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def make_model(options: argparse.Namespace) -> Any:
-    """A Llama with random weights."""
+    """Return a Llama with random weights."""
     set_seed(0)
     shape = {"hidden_size": options.hidden, "intermediate_size": 11 * options.hidden // 4, "vocab_size": VOCABULARY}
     shape |= {"num_hidden_layers": options.layers, "num_attention_heads": 8, "num_key_value_heads": 8}
@@ -149,7 +149,7 @@ def make_model(options: argparse.Namespace) -> Any:
 
 
 def engine_pair(options: argparse.Namespace, selector: str) -> Pair:
-    """Steps of an engine, with its recorder and with one that measures nothing."""
+    """Return steps of an engine, with its recorder and with one that measures nothing."""
     import colm_ds
 
     b = options.large // 2
@@ -191,7 +191,7 @@ def engine_pair(options: argparse.Namespace, selector: str) -> Pair:
 
 
 def loop_pair(options: argparse.Namespace) -> Pair:
-    """Steps of a plain loop, with hooks on its model and optimizer and without."""
+    """Return steps of a plain loop, with hooks on its model and optimizer and without."""
     from colm_ds.memory import MemoryHooks
 
     model = make_model(options)
@@ -246,11 +246,11 @@ class NoRecorder:
     note_trained = note_selected
 
     def stats(self) -> dict[str, Any]:
-        """No numbers."""
+        """Return no numbers."""
         return {"memory_kind": "", "memory_gib": {}, "memory_parts_gib": {}, "counted_gib": None}
 
     def seconds(self) -> dict[str, float]:
-        """No numbers."""
+        """Return no numbers."""
         return {}
 
 

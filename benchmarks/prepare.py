@@ -1,12 +1,12 @@
 # python benchmarks/prepare.py
 """Throughput of `pretrain/prepare.py` and its peak memory as the input grows: generated text, one and more processes.
 
-Every measurement prepares a store of its own in a fresh process, with a tokenizer that was trained before, so that what
-is timed grows with the input: the scan (sources, digests, bad lines, held-out part) and the tokenising. MB are 10^6
-bytes of text. Throughput is given per process in seconds of the clock and per second of CPU time; where others use the
-cores the second one says more. Peak memory is that of all processes together (proportional set size, sampled every
-50 ms), and what of it an idle process does not have after its imports. Generated text repeats its sentences, which a
-tokenizer's cache likes: `--data` measures files of your own.
+Every measurement prepares a new store in a fresh process, with a tokenizer trained before, so that the timed part grows
+with the input: the scan (sources, digests, bad lines, held-out part) and the tokenising. MB are 10^6 bytes of text.
+Throughput is given per process in wall-clock seconds and per second of CPU time, which is more reliable if others use
+the cores. Peak memory is that of all processes together (proportional set size, sampled every 50 ms), and what of it an
+idle process does not have after its imports. Generated text repeats its sentences, which a tokenizer's cache likes:
+`--data` measures files of your own.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def quiet(message: str) -> None:
-    """Takes progress."""
+    """Ignore progress."""
 
 
 def prepare_once(files: list[str], store: str, tokenizer: str, num_processes: int, said: Any) -> None:
-    """In a process of its own: prepare a store once the parent says so; tells its seconds and CPU seconds."""
-    import transformers  # noqa: F401  imported before memory is looked at
+    """Prepare a store, in its own process, when the parent says so; send its seconds and CPU seconds."""
+    import transformers  # noqa: F401  imported before memory is measured
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # progress bars
     said.send("ready")
@@ -60,13 +60,13 @@ def prepare_once(files: list[str], store: str, tokenizer: str, num_processes: in
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of those that it started and that have ended."""
+    """Return the CPU time of this process and of its finished children."""
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(each.ru_utime + each.ru_stime for each in usage)
 
 
 def memory_of(process: psutil.Process) -> tuple[int, int]:
-    """Bytes of a process with its children, shared pages counted once; and of the process alone."""
+    """Return the bytes of a process with its children, shared pages counted once; and of the process alone."""
     total = own = 0
     with suppress(psutil.Error):
         own = process.memory_full_info().pss
@@ -77,7 +77,7 @@ def memory_of(process: psutil.Process) -> tuple[int, int]:
 
 
 def measure(files: list[str], tokenizer: str, num_processes: int, folder: Path) -> dict[str, Any]:
-    """One preparation."""
+    """Measure one preparation."""
     store = folder / "store"
     shutil.rmtree(store, ignore_errors=True)
     ours, theirs = SPAWN.Pipe()
@@ -120,14 +120,14 @@ def measure(files: list[str], tokenizer: str, num_processes: int, folder: Path) 
 
 
 def make_tokenizer(files: list[str], vocabulary: int, sample_mb: float, folder: Path) -> str:
-    """Train a tokenizer on a sample of some files; its folder."""
+    """Train a tokenizer on a sample of some files; return its folder."""
     wanted = Preparation(files, folder, vocabulary_size=vocabulary, sample_mb=sample_mb, holdout=HOLDOUT)
     prepare(wanted, 1, say=quiet)
     return str(folder / "tokenizer")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The measurements as lines of text."""
+    """Return the measurements as lines of text."""
     heads = ["text MB", "processes", "s", "scan s", "tokenise s", "MB/s per process", "MB per CPU s"]
     heads += ["peak MiB", "beyond idle", "store MB", "tokens per KB"]
     lines = ["".join(f"{head:>18}" for head in heads)]
@@ -140,7 +140,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--megabytes", type=float, nargs="+", default=[10, 100], help="sizes of the generated text (10 100)")
@@ -171,8 +171,8 @@ def main(arguments: list[str]) -> int:
             files = [str(file) for file in (sample if megabytes is None else find_files([text]))]
             what = f"{megabytes:g} MB generated" if megabytes is not None else options.label
             for num_processes in options.processes:
-                found = measure(files, tokenizer, num_processes, folder)
-                row = {"input": what, "vocabulary": options.vocabulary, **found}
+                measured = measure(files, tokenizer, num_processes, folder)
+                row = {"input": what, "vocabulary": options.vocabulary, **measured}
                 same = [(each["input"], each["processes"]) == (what, num_processes) for each in rows]
                 rows = [each for each, is_same in zip(rows, same, strict=True) if not is_same] + [row]
                 print(f"{what}, processes: {num_processes}\n{table([row])}", flush=True)

@@ -1,4 +1,4 @@
-"""What probe and selection add to memory at Phi-2's sizes, by counted CPU allocations: no replay, LoRA rank 128, bf16.
+"""Memory added by probe and selection at Phi-2's sizes, by counted CPU allocations: no replay, LoRA rank 128, bf16.
 
     python benchmarks/probe_memory.py
 
@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    """Command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=32, help="examples of this rank (32: 128 on 4 devices)")
     parser.add_argument("--length", type=int, default=128, help="tokens of an example, the last half labelled (128)")
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def phi() -> Any:
-    """Phi-2's shapes in bf16 with LoRA rank 128, two layers, random weights."""
+    """Make a model of Phi-2's shapes in bf16 with LoRA rank 128, two layers, random weights."""
     set_seed(0)
     config = AutoConfig.for_model(
         "phi", hidden_size=2560, intermediate_size=10240, num_hidden_layers=2, num_attention_heads=32, vocab_size=51200
@@ -71,7 +71,7 @@ def phi() -> Any:
 
 
 def large_batch(options: argparse.Namespace, step: int = 1) -> LargeBatch:
-    """Random tokens of one source; labels on the second half."""
+    """Return random tokens of one source; labels on the second half."""
     generator = torch.Generator().manual_seed(step)
     examples = {}
     for position in range(options.examples):
@@ -91,7 +91,7 @@ def large_batch(options: argparse.Namespace, step: int = 1) -> LargeBatch:
 
 
 def measure(model: Any, estimator: str, options: argparse.Namespace, training_peak: int) -> dict[str, Any]:
-    """Allocations of a step after the first, which leaves a history."""
+    """Measure the allocations of a step after the first, which leaves a history."""
     config = CoLMSection.model_validate(
         {
             "large_batch_size": options.examples,
@@ -108,7 +108,7 @@ def measure(model: Any, estimator: str, options: argparse.Namespace, training_pe
         selector(large_batch(options, 1))
         selectors.append(selector)
 
-    held = counted_allocations(first_step).held  # what is there from now on
+    held = counted_allocations(first_step).held  # bytes held from now on
     probing = counted_allocations(lambda: selectors[0](large_batch(options, 2)))
 
     def whole_step() -> None:
@@ -127,7 +127,7 @@ def measure(model: Any, estimator: str, options: argparse.Namespace, training_pe
 
 
 def train(model: Any, batch: LargeBatch, micro: int) -> None:
-    """Forward and backward of one micro-batch without activation checkpointing."""
+    """Run forward and backward of one micro-batch without activation checkpointing."""
     model.train()
     examples = make_micro_batch([batch.examples[position] for position in range(micro)])
     example_loss_sums(model, find_loss_head(model), examples).sum().backward()

@@ -1,4 +1,4 @@
-"""How the cost of CoLM grows: with r, d, number of sources, K, ranks and sequence length; on paper for 1,024 ranks.
+"""Growth of CoLM's cost with r, d, number of sources, K, ranks and sequence length; on paper for 1,024 ranks.
 
     python benchmarks/scaling.py
 
@@ -46,7 +46,7 @@ SHAPE = {"layers": 6, "hidden": 256, "intermediate": 704, "heads": 8, "vocabular
 
 
 def main() -> None:
-    """Command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="measured calls of each size (3)")
     parser.add_argument("--mask", type=int, default=2560, help="h (2560)")
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def measure(r: int, d: int, sources: int, probes: int, mask: int, repeats: int) -> list[float]:
-    """Seconds of selecting r/2 of r from SPSA coefficients, all sources big."""
+    """Measure the seconds of selecting r/2 of r from SPSA coefficients, all sources big."""
     generator = torch.Generator().manual_seed(0)
     coefficients = torch.randn(r, probes, generator=generator)
     directions = Directions(0, 1, probes, d)
@@ -108,7 +108,7 @@ def measure(r: int, d: int, sources: int, probes: int, mask: int, repeats: int) 
 
 
 def measure_sketch(r: int, width: int, repeats: int) -> list[float]:
-    """Seconds of selecting r/2 of r from sketches in one pool."""
+    """Measure the seconds of selecting r/2 of r from sketches in one pool."""
     vectors = torch.randn(r, width, generator=torch.Generator().manual_seed(0))
     signals = Signals(torch.arange(r), torch.ones(r, dtype=torch.bool), vectors=vectors)
     seconds = []
@@ -120,7 +120,7 @@ def measure_sketch(r: int, width: int, repeats: int) -> list[float]:
 
 
 def measure_collectives(ranks: int, repeats: int) -> list[dict[str, Any]]:
-    """Seconds of gathering r x K numbers and of telling the choice of r/2, as rank 0 sees them."""
+    """Measure the seconds of gathering r x K numbers and of broadcasting the choice of r/2, as measured on rank 0."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(exchange_rank, (ranks, repeats, folder), nprocs=ranks)
         rows: list[dict[str, Any]] = json.loads(Path(folder, "rows.json").read_text(encoding="utf-8"))
@@ -130,7 +130,7 @@ def measure_collectives(ranks: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def exchange_rank(rank: int, ranks: int, repeats: int, folder: str) -> None:
-    """One rank of `measure_collectives`; rank 0 writes the rows."""
+    """Run one rank of `measure_collectives`; rank 0 writes the rows."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     exchange = ProcessGroupExchange()
@@ -157,7 +157,7 @@ def exchange_rank(rank: int, ranks: int, repeats: int, folder: str) -> None:
 
 
 def measure_lengths(repeats: int) -> list[dict[str, Any]]:
-    """Medians of the phases of whole steps at every length: CoLM 16 of 32 with replay beside plain 32, taking turns."""
+    """Measure phases of whole steps at every length: CoLM 16 of 32 with replay and plain 32, taking turns."""
     from colm_ds.distributed.agreement import single_process_environment
 
     single_process_environment()
@@ -191,7 +191,7 @@ def measure_lengths(repeats: int) -> list[dict[str, Any]]:
 
 
 def exchanged(r: int, d: int, h: int, pools: int = 4) -> dict[str, int]:
-    """Payload in bytes of the signals of one step; `matrix` is what gathering the gradients would take.
+    """Return the payload in bytes of the signals of one step; `matrix` is that of gathering the gradients.
 
     `exact`: the masked columns, one float64 sum per pool for its mask, two float32 sums for the history.
     """
@@ -200,7 +200,7 @@ def exchanged(r: int, d: int, h: int, pools: int = 4) -> dict[str, int]:
 
 
 def on_paper(ranks: int, r: int, d: int, h: int) -> dict[str, Any]:
-    """Ring all-reduce of the signals over 25 GB/s links: 2 (W - 1)/W of the payload, and 2 (W - 1) hops of 5 us."""
+    """Compute ring all-reduce over 25 GB/s links: 2 (W - 1)/W of the payload, and 2 (W - 1) hops of 5 us."""
     payload = exchanged(r, d, h)
     hops = 2 * (ranks - 1) * 5e-6
     seconds = {

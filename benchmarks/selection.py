@@ -3,7 +3,7 @@
 
 Both arms choose b of r examples of one pool from the same SPSA coefficients, direction and history (K = 1): Adam
 geometry, mask of h coordinates, l1 distances, greedy medoids, update of the history. The matrix arm forms the [r, d]
-matrix of gradients, normalises all of it and evaluates the gain of every candidate anew for each pick; in a run of
+matrix of gradients, normalises all of it and evaluates the gain of every candidate again for each pick; in a run of
 several processes the published code also sends that matrix as pickled objects, so it is shown with and without one
 `pickle.dumps` and `pickle.loads` of all rows (no network). Drawing the direction is left out of both.
 """
@@ -65,13 +65,13 @@ class Direction:
 
 
 def step_inputs(sizes: Sizes, step: int) -> tuple[Tensor, Tensor]:
-    """Coefficients `[r, 1]` and direction `[1, d]` of one step."""
+    """Return the coefficients `[r, 1]` and direction `[1, d]` of one step."""
     generator = private_generator(0, "benchmark", step)
     return torch.randn(sizes.r, 1, generator=generator), torch.randn(1, sizes.d, generator=generator)
 
 
 def streamed(coefficients: Tensor, z: Tensor, history: AdamHistory, sizes: Sizes) -> list[int]:
-    """Ours: `select_coreset`. Picks in order; updates the history."""
+    """Select by `select_coreset`; return picks in order and update the history."""
     signals = Signals(
         positions=torch.arange(sizes.r),
         finite=torch.ones(sizes.r, dtype=torch.bool),
@@ -85,7 +85,7 @@ def streamed(coefficients: Tensor, z: Tensor, history: AdamHistory, sizes: Sizes
 def matrix(
     coefficients: Tensor, z: Tensor, history: AdamHistory, sizes: Sizes, dtype: torch.dtype = torch.float32
 ) -> list[int]:
-    """The same selection with whole matrices, `[r, d]`. Picks in order; updates the history.
+    """Select with whole matrices, `[r, d]`; return picks in order and update the history.
 
     Distances are taken in `dtype`. Float32 breaks the many ties of one probe by round-off, so the check that both arms
     choose alike runs this once more in float64, without timing it.
@@ -111,7 +111,7 @@ def matrix(
 
 
 def pickled(coefficients: Tensor, z: Tensor, history: AdamHistory, sizes: Sizes) -> Tensor:
-    """The `[r, d]` matrix once through pickle, as object collectives send it."""
+    """Pass the `[r, d]` matrix through pickle once, as object collectives send it."""
     return pickle.loads(pickle.dumps(coefficients @ z))
 
 
@@ -119,14 +119,14 @@ ARMS: dict[str, Callable[..., Any]] = {"streamed": streamed, "matrix": matrix, "
 
 
 def copy_of(history: AdamHistory) -> AdamHistory:
-    """An independent history of the same content."""
+    """Return an independent history of the same content."""
     copy = AdamHistory(len(history.m), history.betas, history.eps)
     copy.load_state_dict(history.state_dict())
     return copy
 
 
 def warm_history(sizes: Sizes) -> AdamHistory:
-    """The history after the warm-up steps."""
+    """Return the history after the warm-up steps."""
     history = AdamHistory(sizes.d)
     for step in range(WARM_UP_STEPS):
         streamed(*step_inputs(sizes, step), history, sizes)
@@ -134,7 +134,7 @@ def warm_history(sizes: Sizes) -> AdamHistory:
 
 
 def resident_growth(function: Callable[[], Any]) -> int | None:
-    """By how much resident memory peaks above where it was before a call, in bytes; None where Linux does not tell."""
+    """Return the growth of the resident peak during a call, in bytes; None if Linux does not report it."""
 
     def status(key: str) -> int:
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
@@ -150,7 +150,7 @@ def resident_growth(function: Callable[[], Any]) -> int | None:
 
 
 def memory_of(arm: str, sizes: Sizes, threads: int) -> dict[str, int | None]:
-    """Extra memory of one arm beside its inputs and history; meant for a fresh process."""
+    """Measure the extra memory of one arm beside its inputs and history; meant for a fresh process."""
     torch.set_num_threads(threads)
     inputs = step_inputs(sizes, WARM_UP_STEPS)
     history = AdamHistory(sizes.d)  # filled in place: the arm's own work must not have been done before
@@ -169,7 +169,7 @@ def memory_of(arm: str, sizes: Sizes, threads: int) -> dict[str, int | None]:
 
 
 def measure(sizes: Sizes, repeats: int) -> dict[str, Any]:
-    """Times of the interleaved arms, whether they chose alike, and their extra memory in fresh processes."""
+    """Measure times of the interleaved arms, whether they chose alike, and their extra memory in fresh processes."""
     times: dict[str, list[float]] = {arm: [] for arm in ARMS}
     same_set, same_order, same_in_float32 = [], [], []
     history = warm_history(sizes)
@@ -209,7 +209,7 @@ def measure(sizes: Sizes, repeats: int) -> dict[str, Any]:
 
 
 def summary(times_s: list[float]) -> dict[str, Any]:
-    """Median and spread of times in seconds."""
+    """Return the median and spread of times in seconds."""
     ordered = sorted(times_s)
     quartiles = statistics.quantiles(ordered, n=4) if len(ordered) > 1 else [ordered[0]] * 3
     return {
@@ -223,7 +223,7 @@ def summary(times_s: list[float]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Describe the machine of the measurements."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -238,7 +238,7 @@ def machine() -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as lines of text."""
+    """Return the result as lines of text."""
     baseline = result["times"]["streamed"]["median_s"]
     lines = [f"{'arm':<22}{'median s':>10}{'quartiles s':>18}{'x streamed':>12}{'counted MiB':>13}{'resident MiB':>14}"]
     for arm, times in result["times"].items():
@@ -262,7 +262,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Command line; 1 if the arms did not choose the same sets."""
+    """Run from the command line; return 1 if the arms did not choose the same sets."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name, value in asdict(Sizes()).items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")

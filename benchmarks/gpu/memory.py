@@ -1,4 +1,4 @@
-"""Peak of every phase on the device against what `colm-ds plan` says, for twelve configurations; the goal is 10%.
+"""Peak of every phase on the device against the plan of `colm-ds plan`, for twelve configurations; the goal is 10%.
 
     python -m benchmarks.gpu.memory          # about 70 s
     python -m benchmarks.gpu.memory --dry    # two small ones on the CPU, allocations counted instead
@@ -68,7 +68,7 @@ DRY = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line."""
+    """Run from the command line."""
     options = parser_of(__doc__).parse_args(arguments)
     from colm_ds.distributed.agreement import single_process_environment
 
@@ -105,7 +105,7 @@ def config_of(configuration: Configuration, part: Part) -> Any:
 
 
 def measure(configuration: Configuration, part: Part) -> dict[str, float]:
-    """Train three steps; bytes of the third by phase."""
+    """Train three steps, and return the bytes of the third by phase."""
     from transformers import AutoModelForCausalLM, set_seed
 
     import colm_ds
@@ -135,11 +135,11 @@ def measure(configuration: Configuration, part: Part) -> dict[str, float]:
             stats = engine.train_batch()
     finally:
         engine.destroy()
-    found = stats.memory_gib if on_gpu else stats.counted_gib
-    assert found is not None
+    peaks = stats.memory_gib if on_gpu else stats.counted_gib
+    assert peaks is not None
     total = "peak" if on_gpu else "total"
     wanted = {
-        phase: found[total if phase == "total" else phase] for phase in PHASES if phase in found or phase == "total"
+        phase: peaks[total if phase == "total" else phase] for phase in PHASES if phase in peaks or phase == "total"
     }
     return {phase: value * GIB - before for phase, value in wanted.items() if value > 0}
 

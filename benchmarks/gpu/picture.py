@@ -1,4 +1,4 @@
-"""One step under PyTorch's profiler as a picture: what the device ran when, and what took it the longest."""
+"""One step under PyTorch's profiler as a picture: kernels over time, and the longest ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = {
     "sums and norms": ("reduce", "norm", "softmax", "::sum", "::mean", "nll_loss"),
     "optimizer": ("multi_tensor", "adam", "foreach"),
 }
-"""Kinds of kernels by parts of their names, the first that fits; what none fits is `pointwise and other`."""
+"""Kinds of kernels by parts of their names, by the first match, else `pointwise and other`."""
 
 OTHER = "pointwise and other"
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#9c6b4e")
@@ -27,11 +27,11 @@ LONGEST = 12
 
 @dataclass(frozen=True)
 class Profile:
-    """What ran in a step, in microseconds.
+    """Kernels of a step, in microseconds.
 
     Attributes:
         spans: start, end, name of every kernel (on a CPU of every operation that calls no other), in order.
-        wall_us: of the step under the profiler.
+        wall_us: wall time of the step under the profiler.
     """
 
     spans: list[tuple[float, float, str]]
@@ -39,7 +39,7 @@ class Profile:
 
     @property
     def busy_us(self) -> float:
-        """Time in which anything ran."""
+        """Time in which any kernel ran."""
         total, end = 0.0, float("-inf")
         for start, stop, _ in self.spans:
             total += max(0.0, stop - max(start, end))
@@ -47,22 +47,22 @@ class Profile:
         return total
 
     def by_name(self) -> list[tuple[str, float, int]]:
-        """Name, time and number of calls, the longest first."""
-        found: dict[str, tuple[float, int]] = {}
+        """Return name, time and number of calls, the longest first."""
+        totals: dict[str, tuple[float, int]] = {}
         for start, stop, name in self.spans:
-            time_us, calls = found.get(name, (0.0, 0))
-            found[name] = time_us + stop - start, calls + 1
-        return sorted(((name, *values) for name, values in found.items()), key=lambda one: -one[1])
+            time_us, calls = totals.get(name, (0.0, 0))
+            totals[name] = time_us + stop - start, calls + 1
+        return sorted(((name, *values) for name, values in totals.items()), key=lambda one: -one[1])
 
     def by_kind(self) -> dict[str, float]:
-        """Time by kind."""
-        found = dict.fromkeys([*KINDS, OTHER], 0.0)
+        """Return the time by kind."""
+        times = dict.fromkeys([*KINDS, OTHER], 0.0)
         for start, stop, name in self.spans:
-            found[kind_of(name)] += stop - start
-        return found
+            times[kind_of(name)] += stop - start
+        return times
 
     def summary(self) -> dict[str, Any]:
-        """Shares and the longest, for the result file."""
+        """Return shares and the longest kernels, for the result file."""
         return {
             "wall_s": self.wall_us / 1e6,
             "busy_share": self.busy_us / self.wall_us,
@@ -82,18 +82,18 @@ def kind_of(name: str) -> str:
 
 
 def profiled(work: Callable[[], Any], device: torch.device) -> Profile:
-    """Run something under the profiler."""
+    """Run a function under the profiler."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
     on_gpu = device.type == "cuda"
-    with profiler(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU], acc_events=True) as found:
+    with profiler(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU], acc_events=True) as session:
         start = time.perf_counter()
         work()
         if on_gpu:
             torch.cuda.synchronize(device)
         wall_us = (time.perf_counter() - start) * 1e6
-    events = list(found.events() or [])
+    events = list(session.events() or [])
     wanted = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
     spans = [
         (event.time_range.start, event.time_range.end, event.name)
@@ -103,8 +103,8 @@ def profiled(work: Callable[[], Any], device: torch.device) -> Profile:
     return Profile(sorted(spans), wall_us)
 
 
-def picture(found: Profile, title: str, file: Path) -> None:
-    """Draw what ran when by kind, and the longest by name."""
+def picture(profile: Profile, title: str, file: Path) -> None:
+    """Draw kernels over time by kind, and the longest by name."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -112,18 +112,20 @@ def picture(found: Profile, title: str, file: Path) -> None:
 
     kinds = [*KINDS, OTHER]
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(12, 8), height_ratios=(1, 1.2), layout="constrained")
-    first = found.spans[0][0]
-    share = found.busy_us / found.wall_us
+    first = profile.spans[0][0]
+    share = profile.busy_us / profile.wall_us
     for place, kind in enumerate(kinds):
         bars = [
-            ((start - first) / 1e3, (stop - start) / 1e3) for start, stop, name in found.spans if kind_of(name) == kind
+            ((start - first) / 1e3, (stop - start) / 1e3)
+            for start, stop, name in profile.spans
+            if kind_of(name) == kind
         ]
         above.broken_barh(_merged(bars), (place - 0.4, 0.8), color=COLOURS[place], linewidth=0)
-    times = found.by_kind()
-    above.set_yticks(range(len(kinds)), [f"{kind} {times[kind] / found.wall_us:.0%}" for kind in kinds])
+    times = profile.by_kind()
+    above.set_yticks(range(len(kinds)), [f"{kind} {times[kind] / profile.wall_us:.0%}" for kind in kinds])
     above.set_xlabel("ms")
-    above.set_title(f"{title}: {found.wall_us / 1e3:.0f} ms under the profiler, busy {share:.0%}", fontsize=10)
-    longest = found.by_name()[:LONGEST][::-1]
+    above.set_title(f"{title}: {profile.wall_us / 1e3:.0f} ms under the profiler, busy {share:.0%}", fontsize=10)
+    longest = profile.by_name()[:LONGEST][::-1]
     below.barh(
         range(len(longest)),
         [time_us / 1e3 for _, time_us, _ in longest],
@@ -138,11 +140,11 @@ def picture(found: Profile, title: str, file: Path) -> None:
 
 def _merged(bars: Sequence[tuple[float, float]], gap: float = 0.02) -> list[tuple[float, float]]:
     """Join bars that nearly touch: tens of thousands would make the picture slow to draw."""
-    found: list[tuple[float, float]] = []
+    joined: list[tuple[float, float]] = []
     for start, width in bars:
-        if found and start - (found[-1][0] + found[-1][1]) < gap:
-            begin = found[-1][0]
-            found[-1] = begin, max(found[-1][1], start + width - begin)
+        if joined and start - (joined[-1][0] + joined[-1][1]) < gap:
+            begin = joined[-1][0]
+            joined[-1] = begin, max(joined[-1][1], start + width - begin)
         else:
-            found.append((start, width))
-    return found
+            joined.append((start, width))
+    return joined

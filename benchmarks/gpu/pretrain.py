@@ -29,7 +29,7 @@ VOCABULARY, TOKENS, MICRO_BATCH = 32_000, 1024, 32
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line."""
+    """Run from the command line."""
     options = parser_of(__doc__).parse_args(arguments)
     from colm_ds.distributed.agreement import single_process_environment
 

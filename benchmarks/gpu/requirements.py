@@ -1,4 +1,4 @@
-"""Says which requirements of colm_ds and of the packages that it imports are not met here.
+"""Report which requirements of colm_ds and of the packages that it imports are not met here.
 
 python -m benchmarks.gpu.requirements            # of this environment
 python -m benchmarks.gpu.requirements FOLDER     # of wheels, each by the others or by what a machine with PyTorch has
@@ -41,7 +41,7 @@ WITH_TORCH = frozenset(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what is missing; 1 if something is."""
+    """Print what is missing; return 1 if anything is."""
     folders = sys.argv[1:] if arguments is None else list(arguments)
     missing = missing_of_wheels(folders[0]) if folders else missing_here(NEEDED)
     for line in missing:
@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def missing_here(names: Iterable[str]) -> list[str]:
-    """Return what packages need that is not installed, or in another version, theirs included."""
-    found: list[str] = []
+    """Return what packages need that is not installed, or in another version, recursively."""
+    missing: list[str] = []
     seen: set[str] = set()
     waiting = [Requirement(name) for name in names]
     while waiting:
@@ -59,14 +59,14 @@ def missing_here(names: Iterable[str]) -> list[str]:
         try:
             distribution = metadata.distribution(wanted.name)
         except metadata.PackageNotFoundError:
-            found.append(f"{wanted}: not installed")
+            missing.append(f"{wanted}: not installed")
             continue
         if not wanted.specifier.contains(distribution.version, prereleases=True):
-            found.append(f"{wanted}: {distribution.version} is installed")
+            missing.append(f"{wanted}: {distribution.version} is installed")
         if wanted.name.lower() not in seen:
             seen.add(wanted.name.lower())
             waiting += [one for one in _active(distribution.requires or []) if wanted.name in ("deepspeed", "pydantic")]
-    return sorted(set(found))
+    return sorted(set(missing))
 
 
 def missing_of_wheels(folder: str | Path) -> list[str]:
@@ -77,15 +77,15 @@ def missing_of_wheels(folder: str | Path) -> list[str]:
             name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
             headers = HeaderParser().parsestr(archive.read(name).decode("utf-8"))
         packed[_plain(headers["Name"])] = Version(headers["Version"]), _active(headers.get_all("Requires-Dist") or [])
-    found = []
+    missing = []
     for name, (_, needs) in packed.items():
         for wanted in needs:
             there = packed.get(_plain(wanted.name))
             if there is None and _plain(wanted.name) not in WITH_TORCH:
-                found.append(f"{name} needs {wanted}: neither packed nor expected")
+                missing.append(f"{name} needs {wanted}: neither packed nor expected")
             elif there is not None and not wanted.specifier.contains(there[0], prereleases=True):
-                found.append(f"{name} needs {wanted}: {there[0]} is packed")
-    return found
+                missing.append(f"{name} needs {wanted}: {there[0]} is packed")
+    return missing
 
 
 def _active(lines: Iterable[str]) -> list[Requirement]:

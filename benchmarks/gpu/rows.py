@@ -1,4 +1,4 @@
-"""Rows of a part: what is measured already, what still fits the time, and the file that every row goes to at once."""
+"""Rows of a part: which exist, which still fit the time, and the file that every row is written to at once."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ KEPT = ROOT / "benchmarks" / "results" / "gpu"
 """Results that are kept with the project."""
 
 WORK = ROOT / "runs" / "gpu_work"
-"""What lasts as long as the machine: weights, token caches, checkpoints, compiled kernels."""
+"""Folder kept as long as the machine: weights, token caches, checkpoints, compiled kernels."""
 
 PACK = ROOT / ".gpu_pack"
-"""What `pack.sh` gathers by default."""
+"""Data that `pack.sh` gathers by default."""
 
 PEAK_FLOPS = 989e12
 """Dense bf16 operations a second of an H100 (SXM), by its data sheet; an H200 has the same."""
@@ -57,14 +57,14 @@ class Part:
     A row is known by its key, the device and whether it is of a dry run; rows of other devices stay beside it.
 
     Attributes:
-        name: of the part and its file.
+        name: name of the part and its file.
         dry: whether sizes are tiny.
-        device: where models live.
+        device: device of the models.
         rows: of this call's file.
     """
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
-        """Read what is there."""
+        """Read existing rows."""
         self._start = time.monotonic()
         self.name, self.dry = name, bool(options.dry)
         self.device = torch.device("cuda" if torch.cuda.is_available() and not self.dry else "cpu")
@@ -83,16 +83,16 @@ class Part:
 
     @property
     def left_s(self) -> float:
-        """Seconds that are left."""
+        """Seconds left."""
         return self._seconds - (time.monotonic() - self._start)
 
     def known(self, key: str) -> dict[str, Any] | None:
         """Return the row of a key that this device measured, here or in a kept file; None if there is none."""
-        found = [row for row in self._known if row["key"] == key and row["device"] == self.device_name]
-        return found[0] if found else None
+        rows = [row for row in self._known if row["key"] == key and row["device"] == self.device_name]
+        return rows[0] if rows else None
 
     def wanted(self, key: str, estimate_s: float = 0.0) -> bool:
-        """Decide whether to measure a row: it is not there yet, and fits the time."""
+        """Decide whether to measure a row: it does not exist yet, and fits the time."""
         if self.known(key) is not None:
             return False
         if estimate_s > self.left_s:
@@ -104,13 +104,13 @@ class Part:
         return True
 
     def note(self, text: str) -> None:
-        """Say why something is not among the rows."""
+        """Record why something is missing from the rows."""
         self._notes.append(text)
         print(f"{self.name}: {text}", flush=True)
         self._write()
 
     def add(self, key: str, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Keep a row, in place of an older one of its key, and write the file."""
+        """Add a row, replacing an older one of its key, and write the file."""
         whole = {
             "key": key,
             "device": self.device_name,
@@ -127,10 +127,10 @@ class Part:
     def measure(
         self, key: str, work: Callable[[], Mapping[str, Any]], estimate_s: float = 0.0
     ) -> dict[str, Any] | None:
-        """Measure a row if it is wanted; one that fails is noted with its error, and the next one goes on.
+        """Measure a row if it is wanted; on failure record the error and continue with the next row.
 
         Args:
-            key: of the row.
+            key: key of the row.
             work: measures it.
             estimate_s: seconds that it is likely to take.
 
@@ -151,7 +151,7 @@ class Part:
         return row
 
     def failed(self, key: str, error: BaseException) -> None:
-        """Note that a row could not be measured."""
+        """Record that a row could not be measured."""
         self._failed[key] = "".join(traceback.format_exception(error)[-6:])[-3000:]
         print(f"{self.name}: {key}: {type(error).__name__}: {str(error)[:500]}", flush=True)
         if self.dry:
@@ -159,7 +159,7 @@ class Part:
         self._write()
 
     def close(self) -> int:
-        """Write the file a last time; 1 if a row failed."""
+        """Write the file a last time; return 1 if a row failed."""
         self._write()
         print(f"{self.name}: {len(self.rows)} rows, {len(self._failed)} failed, {len(self._left)} left", flush=True)
         return 1 if self._failed else 0
@@ -189,7 +189,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file in one go, so that a kill leaves the old one or the new one."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part")
     aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -197,7 +197,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def timed(work: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
-    """Run something and return its result and seconds, by events of the device where it has them."""
+    """Run a function and return its result and seconds, by the device's events if it has them."""
     if device.type != "cuda":
         start = time.perf_counter()
         result = work()
@@ -212,7 +212,7 @@ def timed(work: Callable[[], Result], device: torch.device) -> tuple[Result, flo
 
 
 def release(device: torch.device) -> None:
-    """Give back what nobody holds any more."""
+    """Free unused memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -57,7 +57,7 @@ add_wheels() {  # add_wheels FOLDER
 }
 if ! "$python" -m benchmarks.gpu.requirements > /dev/null 2>&1; then
     add_wheels wheels
-    "$python" -m benchmarks.gpu.requirements || say "going on all the same"
+    "$python" -m benchmarks.gpu.requirements || say "continuing all the same"
 fi
 "$python" -c 'import importlib.util as util, sys; sys.exit(util.find_spec("datasets") is None)' || add_wheels wheels_hub
 

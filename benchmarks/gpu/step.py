@@ -35,7 +35,7 @@ from colm_ds.recipes.model import add_lora
 from colm_ds.recipes.recipe import load_recipe
 
 DATA = (PACK / "data" / "train.jsonl.gz", REAL_DATA)
-"""Where the lengths are taken from, the first that is there."""
+"""Sources of the lengths; the first existing one is used."""
 
 MORE_LOGITS = 1 << 26
 """Logits of one chunk in the rows with larger chunks; by default 2^23."""
@@ -43,7 +43,7 @@ MORE_LOGITS = 1 << 26
 CUT = "losses by cut cross-entropy"
 
 MEAN_TOKENS = 180
-"""Of an example of the math mixture, about: for guesses of time alone."""
+"""Approximate tokens of a math example, only to estimate times."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ TINY = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line."""
+    """Run from the command line."""
     parser = parser_of(__doc__)
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES), help="which (all)")
     parser.add_argument("--arms", nargs="*", default=[], help="only arms whose name contains one of these")
@@ -122,7 +122,7 @@ def arms_of(large: int, coreset: int, *, with_switches: bool) -> list[Arm]:
     of = f"{coreset} of {large}"
 
     def colm(estimator: str, name: str = "", **more: Any) -> Arm:
-        """A coreset by an estimator, with replay unless another is given."""
+        """Return an arm with a coreset by an estimator, with replay by default."""
         section = {"probe": {"estimator": estimator}, "replay": "on", **more.pop("colm", {})}
         return Arm(f"CoLM {of}, {estimator}, {name or 'replay'}", large, coreset, section, **more)
 
@@ -192,10 +192,10 @@ def profile(part: Part, bench: Bench, arm: Arm, out: Path) -> None:
         engine = bench.engine_of(arm)
         for _ in range(2):
             engine.train_batch()
-        found = profiled(engine.train_batch, part.device)
+        taken = profiled(engine.train_batch, part.device)
         file = out / f"{'dry_' if part.dry else ''}profile.png"
-        picture(found, f"{bench.key(arm)} ({part.device_name})", file)
-        return {"picture": file.name, **found.summary()}
+        picture(taken, f"{bench.key(arm)} ({part.device_name})", file)
+        return {"picture": file.name, **taken.summary()}
 
     part.measure(key, work, 0.0 if part.dry else 45.0)
 
@@ -220,10 +220,10 @@ def larger_chunks(model: nn.Module) -> Any:
 
 
 def waiting_copies(model: nn.Module) -> Any:
-    """Run the block with micro-batches copied from pageable memory, each copy waited for."""
+    """Run the block with micro-batches copied from pageable memory, each copy synchronised."""
 
     def moved(batch: Any, device: torch.device) -> Any:
-        """As `micro_batch._moved`, but plainly."""
+        """Do the same as `micro_batch._moved`, without pinned memory."""
         tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
         return replace(batch, **{name: value.to(device) for name, value in tensors.items()})
 
@@ -240,7 +240,7 @@ def cut_cross_entropy(model: nn.Module) -> Any:
     bias = getattr(head, "bias", None)
 
     def losses(_: Callable[..., Any], hidden: torch.Tensor, targets: torch.Tensor, vocabulary: int) -> torch.Tensor:
-        """As `token_losses`; Phi's head has a bias, which an extra coordinate of 1 multiplies."""
+        """Do the same as `token_losses`; Phi's head has a bias, which an extra coordinate of 1 multiplies."""
         weight = head.weight
         if bias is not None:
             pad = hidden.new_zeros(len(hidden), 16)

@@ -17,7 +17,7 @@ from benchmarks.gpu.rows import ROOT, WORK, Part, parser_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line."""
+    """Run from the command line."""
     parser = parser_of(__doc__)
     parser.add_argument("--only", default="", help="an expression of pytest's -k")
     options = parser.parse_args(arguments)
@@ -51,12 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def read_report(text: str) -> list[dict[str, Any]]:
     """Return test, outcome, seconds and message of a JUnit report."""
-    found = []
+    cases = []
     for case in ElementTree.fromstring(text).iter("testcase"):
         bad = next((one for one in case if one.tag in ("failure", "error")), None)
         skipped = next((one for one in case if one.tag == "skipped"), None)
         reason = bad if bad is not None else skipped
-        found.append(
+        cases.append(
             {
                 "key": f"{case.get('classname', '').rpartition('.')[2]}: {case.get('name')}",
                 "outcome": "failed" if bad is not None else "skipped" if skipped is not None else "passed",
@@ -64,7 +64,7 @@ def read_report(text: str) -> list[dict[str, Any]]:
                 "message": "" if reason is None else f"{reason.get('message', '')} {reason.text or ''}"[-2500:],
             }
         )
-    return found
+    return cases
 
 
 if __name__ == "__main__":

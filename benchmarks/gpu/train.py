@@ -4,8 +4,8 @@
     python -m benchmarks.gpu.train --dry    # a tiny random model on generated data, on the CPU
 
 LoRA of rank 16, bf16 with float32 master weights, AdamW 5e-4 after a warm-up of 5 steps, at most 256 tokens; the
-held-out loss is over 24 examples of every source. Arms of one seed see the same data in the same order. What is stopped
-by the clock is saved: while the machine is kept the next call resumes it.
+held-out loss is over 24 examples of every source. Arms of one seed see the same data in the same order. Runs
+stopped by the clock are saved, and resumed by the next call on the same machine.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ EVERY = 25  # steps between two held-out losses
 
 @dataclass(frozen=True)
 class Setting:
-    """What differs between a real and a dry run.
+    """Settings that differ between a real and a dry run.
 
     Attributes:
         model: folder of weights and tokenizer, in Hugging Face's format.
         data: training records.
         coreset: b.
         rounds: seed and steps.
-        overrides: of the recipe.
+        overrides: overrides of the recipe.
     """
 
     model: Path
@@ -57,7 +57,7 @@ class Setting:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line."""
+    """Run from the command line."""
     parser = parser_of(__doc__)
     parser.add_argument("--at-once", type=int, default=6, help="processes at once (6)")
     parser.add_argument("--arms", nargs="*", default=[], help="only arms whose name contains one of these")
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if part.left_s < 2 * SAVING_S:
             break
     for row in part.rows:
-        losses = ", ".join(f"{step}: {found['overall']:.4f}" for step, found in row["heldout"].items())
+        losses = ", ".join(f"{step}: {loss['overall']:.4f}" for step, loss in row["heldout"].items())
         print(f"{row['key']:44} {row['steps']:4} steps, {row['step_s']:.3f} s each, held out {losses}")
     return part.close()
 
@@ -121,7 +121,7 @@ def key_of(arm: str, seed: int) -> str:
 def done(part: Part, arm: str, seed: int, steps: int) -> bool:
     """Decide whether an arm has been trained that far.
 
-    Half of it is enough where the checkpoint went with another machine: losses are compared at steps that runs share.
+    Half of the steps suffice if the checkpoint was lost with another machine: losses are compared at shared steps.
     """
     row = part.known(key_of(arm, seed))
     if row is None or row["steps"] >= steps:
@@ -130,7 +130,7 @@ def done(part: Part, arm: str, seed: int, steps: int) -> bool:
 
 
 def folder_of(part: Part, arm: str, seed: int) -> Path:
-    """Return where an arm's run lies."""
+    """Return the folder of an arm's run."""
     return WORK / ("dry_train" if part.dry else "train") / key_of(arm, seed).replace(" ", "_")
 
 
@@ -179,7 +179,7 @@ def train(part: Part, setting: Setting, arms: dict[str, list[str]], seed: int, s
 
 
 def work(overrides: list[str], until: float, dry: bool) -> int:
-    """In a process: train an arm until its steps are done or the clock says so, and write its row."""
+    """Train an arm, in a process, until its steps are done or time is up, and write its row."""
     from transformers import set_seed
 
     import colm_ds
@@ -219,9 +219,9 @@ def work(overrides: list[str], until: float, dry: bool) -> int:
         seconds.append(stats.time_s["total"])
         selecting.append((stats.time_s["exchange"] + stats.time_s["select"]) / stats.time_s["total"])
         if stats.step % (1 if dry else EVERY) == 0 or stats.step == recipe.steps:
-            found = task.heldout(measuring)
-            assert found is not None
-            row["heldout"][str(stats.step)] = {name: found[name] for name in ("overall", "macro", "per_source")}
+            losses = task.heldout(measuring)
+            assert losses is not None
+            row["heldout"][str(stats.step)] = {name: losses[name] for name in ("overall", "macro", "per_source")}
     row |= {
         "arm": recipe.name,
         "seed": recipe.seed,
@@ -240,7 +240,7 @@ def work(overrides: list[str], until: float, dry: bool) -> int:
 
 
 def real_setting(part: Part) -> Setting | None:
-    """Return SmolLM2 and the math mixture; None if the weights are not there, which is noted."""
+    """Return SmolLM2 and the math mixture; None, with a note, if the weights are missing."""
     data = next((path for path in (PACK / "data" / "train.jsonl.gz", REAL_DATA) if path.exists()), None)
     if not MODEL.is_dir() or data is None:
         part.note(f"{'no weights' if data else 'no data'}: carry both halves of the weights and the data (README.md)")

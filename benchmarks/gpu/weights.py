@@ -1,4 +1,4 @@
-"""SmolLM2's quantised weights as they travel: read in seconds where transformers takes a minute for the GGUF file.
+"""Pack SmolLM2's quantised weights: read in seconds where transformers takes a minute for the GGUF file.
 
     python -m benchmarks.gpu.weights pack GGUF FOLDER        # weights.safetensors, config.json, the tokenizer
     python -m benchmarks.gpu.weights unpack FOLDER MODEL     # a model folder in bf16
@@ -41,20 +41,20 @@ WEIGHTS = "weights.safetensors"
 
 
 def main() -> None:
-    """Command line."""
+    """Run from the command line."""
     verb, source, target = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     {"pack": pack, "unpack": unpack}[verb](source, target)
 
 
 def pack(gguf_file: Path, folder: Path) -> None:
-    """Write what travels, and check it.
+    """Write the packed weights, and check them.
 
     Args:
-        gguf_file: of a Llama with tied embeddings.
-        folder: made if missing.
+        gguf_file: file of a Llama with tied embeddings.
+        folder: folder, created if missing.
 
     Raises:
-        SystemExit: if what it unpacks to is not what transformers reads.
+        SystemExit: if the unpacked weights differ from those that transformers reads.
     """
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -76,20 +76,20 @@ def pack(gguf_file: Path, folder: Path) -> None:
         rows[name] = torch.from_numpy(interleaved(data, heads[kind]) if kind in heads else data).contiguous()
         types[name] = int(tensor.tensor_type)
     save_file(rows, folder / WEIGHTS, metadata={"types": json.dumps(types)})
-    found, wanted = read(folder / WEIGHTS), model.state_dict()
-    wrong = [name for name, value in found.items() if not torch.equal(value, wanted[name])]
-    missing = wanted.keys() - found.keys() - {"lm_head.weight"}
+    written, wanted = read(folder / WEIGHTS), model.state_dict()
+    wrong = [name for name, value in written.items() if not torch.equal(value, wanted[name])]
+    missing = wanted.keys() - written.keys() - {"lm_head.weight"}
     if wrong or missing:
         sys.exit(f"weights: {len(wrong)} differ from what transformers reads, {len(missing)} are missing: {wrong[:3]}")
-    print(f"weights: {len(found)} tensors, the same as transformers reads")
+    print(f"weights: {len(written)} tensors, the same as transformers reads")
 
 
 def unpack(folder: Path, target: Path) -> None:
-    """Write a model folder in bf16; it is there whole or not at all.
+    """Write a model folder in bf16; atomically.
 
     Args:
-        folder: that `pack` wrote.
-        target: the folder to make.
+        folder: folder that `pack` wrote.
+        target: folder to create.
     """
     aside = target.with_suffix(".part")
     shutil.rmtree(aside, ignore_errors=True)
@@ -119,10 +119,10 @@ def hugging_face_name(name: str) -> str:
     """Return the name in transformers of a tensor of a GGUF file."""
     if name in NAMES:
         return NAMES[name]
-    found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-    if found is None or found[2] not in NAMES:
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    if match is None or match[2] not in NAMES:
         raise SystemExit(f"weights: {name}: no such tensor in a Llama")
-    return f"model.layers.{found[1]}.{NAMES[found[2]]}.weight"
+    return f"model.layers.{match[1]}.{NAMES[match[2]]}.weight"
 
 
 def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
