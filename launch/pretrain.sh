@@ -5,7 +5,7 @@
 #   bash launch/pretrain.sh [RECIPE] [key=value ...]            # another recipe, changes to it
 #   DATA="PILE_FOLDER more.jsonl.zst" bash launch/pretrain.sh pretrain/recipes/cpu_pile5.yaml steps=100
 #
-# The same command a second time skips what is finished and goes on with what is not. The run's folder (output_dir) then
+# The same command a second time skips what is finished and resumes what is not. The run's folder (output_dir) then
 # holds report.html and evaluation/results.md. May be set:
 #
 #   DATA         files and folders in the Pile's format; not needed for generated sources or once the store is made

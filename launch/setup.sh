@@ -30,7 +30,7 @@ check_version() {
         fail "$1 is $("$1" --version 2>&1), but colm_ds needs 3.11 or newer. $2"
 }
 
-# A moved environment (its scripts name the old path) or one without a working pip is made anew.
+# A moved environment (its scripts name the old path) or one without a working pip is recreated.
 if [[ -n "$made_in" && "$made_in" != "$root" ]] || ! "$python" -m pip --version >/dev/null 2>&1; then
     base="${PYTHON:-python3}"
     command -v "$base" >/dev/null || fail "$base is not installed. colm_ds needs Python 3.11 or newer."

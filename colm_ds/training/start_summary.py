@@ -1,4 +1,4 @@
-"""What a run is about to do, in at most ten lines: said once on rank 0 before its first step."""
+"""Summarise what a run is about to do in at most ten lines, printed once on rank 0 before its first step."""
 
 from __future__ import annotations
 

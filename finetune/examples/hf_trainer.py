@@ -12,7 +12,7 @@ arguments.yaml holds TrainingArguments, the keys of `Data` below and a colm bloc
     max_steps: 1000
     colm: {large_batch_size: 128}
 
-Under DeepSpeed add `deepspeed: ds.json`; `resume_from_checkpoint: out/checkpoint-500` goes on from there.
+Under DeepSpeed add `deepspeed: ds.json`; `resume_from_checkpoint: out/checkpoint-500` resumes from there.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from colm_ds.integrations.transformers import CoLMArguments, CoLMTrainer
 
 @dataclass
 class Data:
-    """What to train on what."""
+    """Model and data."""
 
     model: str = field(metadata={"help": "model to start from"})
     data: str = field(metadata={"help": "JSON lines with prompt, completion and source"})
-    max_length: int = field(default=1024, metadata={"help": "tokens of an example at most"})
+    max_length: int = field(default=1024, metadata={"help": "maximum tokens of an example"})
 
 
 def main(arguments: str) -> None:

@@ -21,7 +21,7 @@ from colm_ds.integrations.trl import CoLMConfig, CoLMSFTTrainer
 
 @dataclass
 class Data:
-    """What to train on what."""
+    """Model and data."""
 
     model: str = field(metadata={"help": "model to start from"})
     data: str = field(metadata={"help": "JSON lines with prompt, completion and source"})
