@@ -104,7 +104,7 @@ def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
     except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         name = config.name_or_path or f"config of type {(config.config or {}).get('model_type')!r}"
         raise ConfigError(
-            f"model {name} can not be built: {_first_line(error)} "
+            f"model {name} cannot be built: {_first_line(error)} "
             "Name a whole model folder or a hub name; a file that was cut off must be fetched again."
         ) from None
 

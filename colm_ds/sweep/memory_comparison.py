@@ -119,7 +119,7 @@ def plan_arms(recipe: BaseRecipe, num_ranks: int, sizes: Sequence[int] | None = 
                 continue
             part, least = large // math.gcd(coreset, large), math.ceil(num_ranks * large / coreset)
             raise ConfigError(
-                f"sizes: {n} can not be had: CoLM would train on {n * coreset / large:g} of them on {num_ranks} ranks. "
+                f"sizes: {n} cannot be had: CoLM would train on {n * coreset / large:g} of them on {num_ranks} ranks. "
                 f"Choose multiples of {part}, at least {least}."
             )
         add(n, b, True, True)

@@ -83,7 +83,7 @@ def test_changes_are_what_a_recipe_takes(recipe: BaseRecipe, tmp_path: Path) -> 
     ("arguments", "said"),
     [
         (["colm.selector=full", "colm.coreset_size=32"], "there is nothing to compare"),
-        (["--sizes", "7"], "7 can not be had: CoLM would train on 3.5 of them on 2 ranks. Choose multiples of 2"),
+        (["--sizes", "7"], "7 cannot be had: CoLM would train on 3.5 of them on 2 ranks. Choose multiples of 2"),
         (["steps=0"], "steps"),
     ],
 )
