@@ -129,7 +129,7 @@ class Tracer:
 
     Attributes:
         spec: the model.
-        until: `time.perf_counter()` after which no further pass begins: a TimeoutError instead.
+        until: `time.thread_time()` after which no further pass begins: a TimeoutError instead.
     """
 
     spec: ModelSpec
@@ -263,7 +263,7 @@ class Tracer:
 
     def _check_time(self) -> None:
         """Between passes: what PyTorch asks a tensor within one must not raise, or the process aborts."""
-        if time.perf_counter() > self.until:
+        if time.thread_time() > self.until:
             raise TimeoutError("planning takes longer than it may")
 
     def _vocabulary(self, rows: Rows) -> int:

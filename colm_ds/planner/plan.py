@@ -55,7 +55,7 @@ class Planner:
     """Planner of jobs; shapes of one model are run once for all of them.
 
     Attributes:
-        limit_s: seconds from the first look at a model after which `memory` raises a TimeoutError.
+        limit_s: seconds of this thread's work from the first look at a model, after which `memory` raises TimeoutError.
     """
 
     limit_s: float = math.inf
@@ -66,7 +66,7 @@ class Planner:
         lora = None if spec.lora is None else spec.lora.model_dump_json()
         key = id(spec.config), spec.dtype, spec.attention, lora, spec.checkpointing, spec.device_type
         if key not in self._tracers:
-            self._tracers[key] = Tracer(spec, time.perf_counter() + self.limit_s)
+            self._tracers[key] = Tracer(spec, time.thread_time() + self.limit_s)
         return self._tracers[key]
 
     def memory(self, job: Job, *, whole_logits: bool = False) -> MemoryPlan:

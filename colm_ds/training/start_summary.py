@@ -17,7 +17,7 @@ from colm_ds.selection import signal_of
 from colm_ds.types import SourcedDataset
 
 _PLANNING_S = 1.0
-"""A plan that takes longer is not waited for."""
+"""Work for the plan of the whole memory; where it takes more, only that of the states is said."""
 
 _LONGEST_LINE = 108
 """Characters of what is said of the data."""
@@ -142,7 +142,12 @@ def _price(job: Job | None, planner: Planner) -> float:
 
 def _memory(job: Job | None, planner: Planner) -> str:
     assert job is not None
-    plan = planner.memory(job)
+    try:
+        plan = planner.memory(job)
+    except TimeoutError:
+        states = planner.states(job)
+        size = (states.weights + states.gradients + states.optimizer) / GIB
+        return f"{size:.2f} GiB planned on a rank for weights, gradients and optimizer (all of it: colm-ds plan)"
     host = f", {plan.host / GIB:.2f} GiB in host memory" if plan.host else ""
     where = f"largest in {plan.peak_phase}, for examples of {job.length} tokens"
     return f"{plan.peak / GIB:.2f} GiB planned on a rank{host} ({where})"
