@@ -262,7 +262,7 @@ class Tracer:
         return self._models[key]
 
     def _check_time(self) -> None:
-        """Between passes: what PyTorch asks a tensor within one must not raise, or the process aborts."""
+        """Raise a TimeoutError if time is up: only between passes, as within one an exception may abort the process."""
         if time.thread_time() > self.until:
             raise TimeoutError("planning takes longer than it may")
 

@@ -1,4 +1,4 @@
-"""Progress of long work on standard error: a bar in a terminal, elsewhere a plain line every 30 s."""
+"""Show the progress of long work on standard error: a bar in a terminal, elsewhere a plain line every 30 s."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Progress:
 
     In a terminal a bar stays below what is printed meanwhile to `sys.stderr` (and `sys.stdout`, if that is a terminal
     too); nested ones are drawn below each other. Elsewhere there is a line every `LINE_EVERY_S` seconds and one at the
-    end, without carriage returns or colours. Nothing is hidden, started or left behind that a killed process would
-    have to undo: the cursor stays visible, and no thread draws. A terminal that goes away ends the showing only.
+    end, without carriage returns or colours. A killed process leaves nothing to undo: the cursor stays visible, and no
+    thread draws. If the terminal goes away, the work continues without the bar.
 
     Attributes:
         done: units done so far.
@@ -73,7 +73,7 @@ class Progress:
         self.close()
 
     def close(self) -> None:
-        """Show the last state and no more, before a message about the end; again it does nothing."""
+        """Show the last state and stop, so that a message about the end follows it; a second call does nothing."""
         if self._in_terminal:
             with suppress(OSError, ValueError):
                 _BARS.remove(self)
@@ -110,7 +110,7 @@ class Progress:
         print(self.line(), file=self._stream, flush=True)
 
     def _guarded(self, show: Callable[[], None]) -> None:
-        """Show something, and nothing more once that fails: work outlives the terminal that it was started from."""
+        """Call `show`; once it fails, show nothing more, as work outlives the terminal that it was started from."""
         if not self._shown:
             return
         self._shown_at, self._shown_done = self._clock(), self.done
@@ -122,7 +122,7 @@ class Progress:
 
 
 class _Bars:
-    """The bars of this process, drawn together below what is printed."""
+    """Draw all bars of this process together, below what is printed."""
 
     def __init__(self) -> None:
         self._bars: list[Progress] = []
@@ -145,7 +145,7 @@ class _Bars:
         self.draw()
 
     def remove(self, bar: Progress) -> None:
-        """Take a bar away again; the last one stays on the screen as it is, and what follows begins a new line."""
+        """Remove a bar; the last one stays on the screen, and what follows begins a new line."""
         if self._bars == [bar]:
             self.close()
         elif bar in self._bars:
@@ -158,7 +158,7 @@ class _Bars:
             self._live.refresh()
 
     def close(self) -> None:
-        """Leave the bars on the screen as they are and draw no more."""
+        """Stop drawing; the bars stay on the screen as they are."""
         live, self._live = self._live, None
         if live is not None:
             live.stop()
@@ -183,13 +183,13 @@ _BARS = _Bars()
 
 
 def close_bars() -> None:
-    """End all bars, so that last words begin a new line: before `os._exit`, which leaves no `with` block."""
+    """End all bars before `os._exit`, which leaves no `with` block, so that a final message begins a new line."""
     with suppress(OSError, ValueError):
         _BARS.close()
 
 
 def is_terminal(stream: Any) -> bool:
-    """Decide whether a stream is a terminal that can move its cursor."""
+    """Return whether a stream is a terminal that can move its cursor."""
     try:
         return bool(stream.isatty()) and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
     except (AttributeError, ValueError):  # no stream, or a closed one
@@ -197,7 +197,7 @@ def is_terminal(stream: Any) -> bool:
 
 
 def open_console(stream: Any, **settings: Any) -> Any:
-    """Open a `rich.console.Console` that never hides the cursor, as nobody shows it again when a process is killed.
+    """Open a `rich.console.Console` that never hides the cursor: a killed process could not show it again.
 
     Args:
         stream: where to write; colours and cursor movements only into a terminal.
@@ -214,7 +214,7 @@ def open_console(stream: Any, **settings: Any) -> Any:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as a time that one remembers: "45 s", "3 min 20 s", "5 h 12 min", "2 d 3 h"."""
+    """Return seconds in two units at most: "45 s", "3 min 20 s", "5 h 12 min", "2 d 3 h"."""
     left = round(seconds)
     for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
         if left >= size:

@@ -1,4 +1,4 @@
-"""A run in the terminal while it trains, or afterwards: `colm-ds watch RUN`."""
+"""Show a run in the terminal while it trains, or afterwards: `colm-ds watch RUN`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _ASCII = dict(zip(f"{_SPARKS}·…{MISSING}", "_.:-=+*#-~-", strict=True))
 
 
 class WatchedRun:
-    """What the files of a run say so far, kept small however long it is.
+    """Follow the files of a run and keep what is shown of them, little however long it is.
 
     Attributes:
         config: `config.json`, empty if it is not there.

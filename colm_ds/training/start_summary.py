@@ -1,4 +1,4 @@
-"""Summarise what a run is about to do in at most ten lines, printed once on rank 0 before its first step."""
+"""Sum up in at most ten lines what a run is about to do; rank 0 prints them before the first step."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def test_output_and_messages_go_where_they_should(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"TERM": ""}])
-def test_a_terminal_that_can_not_move_its_cursor_gets_lines(environment: dict[str, str]) -> None:
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(environment: dict[str, str]) -> None:
     raw, code = in_terminal([sys.executable, "-c", BAR.replace("END", "bar.advance()")], environment=environment)
     assert code == 0
     assert "\x1b" not in raw
@@ -188,7 +188,7 @@ def test_the_bar_stays_on_one_line(columns: int) -> None:
     assert max(map(len, lines)) <= columns
 
 
-def test_ascii_where_the_encoding_can_not_show_more() -> None:
+def test_ascii_where_the_encoding_knows_no_more() -> None:
     command = [sys.executable, "-c", BAR.replace("END", "bar.advance()")]
     raw, code = in_terminal(command, environment={"PYTHONIOENCODING": "ascii"})
     assert code == 0
