@@ -230,7 +230,7 @@ class RecordDataset:
             except (TypeError, ValueError, IndexError, RuntimeError) as error:
                 reason = str(error).split("\n")[0]
                 raise DataError(
-                    f"example {index}: {reason}. Give input_ids, labels and attention_mask of equal length."
+                    f"example {index}: {reason}. Give input_ids, labels and attention_mask as lists of equal length."
                 ) from None
             count = int((labels[1:] != -100).sum())
             if len(ids) != len(labels) or count == 0:
