@@ -60,18 +60,7 @@ class DeviceMemoryError(CoLMError):
         snapshot: str | None = None,
         large_batch: object = None,
     ) -> None:
-        """Word the message.
-
-        Args:
-            phase: see the class, as are the others.
-            micro_batch: see the class.
-            step: see the class.
-            rank: see the class.
-            reason: see the class.
-            advice: lines that say what would help.
-            snapshot: see the class.
-            large_batch: see the class.
-        """
+        """Compose the message from the attributes and `advice`, lines that say what would help."""
         of = "" if micro_batch is None else f", micro-batch of {micro_batch}"
         lines = [f"rank {rank}: out of memory in phase {phase!r} of step {step}{of}.", *advice, f"PyTorch: {reason}"]
         if snapshot is not None:

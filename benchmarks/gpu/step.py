@@ -223,11 +223,11 @@ def waiting_copies(model: nn.Module) -> Any:
     """Run the block with micro-batches copied from pageable memory, each copy synchronised."""
 
     def moved(batch: Any, device: torch.device) -> Any:
-        """Do the same as `micro_batch._moved`, without pinned memory."""
+        """Do the same as `micro_batch._move`, without pinned memory."""
         tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
         return replace(batch, **{name: value.to(device) for name, value in tensors.items()})
 
-    return replaced(micro_batch, "_moved", moved)
+    return replaced(micro_batch, "_move", moved)
 
 
 def cut_cross_entropy(model: nn.Module) -> Any:

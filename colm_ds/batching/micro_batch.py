@@ -74,8 +74,8 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return a copy on the device; for a GPU through pinned memory, without synchronising."""
-        groups = None if self.groups is None else _moved(self.groups, device)
-        return replace(_moved(self, device), groups=groups)
+        groups = None if self.groups is None else _move(self.groups, device)
+        return replace(_move(self, device), groups=groups)
 
     @property
     def places(self) -> tuple[Tensor, Tensor]:
@@ -105,7 +105,7 @@ class MicroBatch:
         return laid.index_put(tuple(where), values).flatten(1, 2)
 
 
-def _moved(batch: Any, device: torch.device) -> Any:
+def _move(batch: Any, device: torch.device) -> Any:
     """Return a copy of a dataclass with its tensors on the device."""
     tensors = {name.name: getattr(batch, name.name) for name in fields(batch)}
     tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}

@@ -55,7 +55,7 @@ class Accumulated:
     positions: list[int]
 
 
-def place(
+def assign_and_move(
     batch: LargeBatch,
     positions: Sequence[int],
     replay: ReplayStore | None,
@@ -107,9 +107,9 @@ def accumulate(
     Args:
         engine: the DeepSpeed engine that accumulates the gradients.
         head: from `find_loss_head`.
-        placement: from `place`.
+        placement: from `assign_and_move`.
         scale: factor of each example's summed token losses, float32 `[r]`; the step's loss is the sum over ranks.
-        replay: as for `place`.
+        replay: as for `assign_and_move`.
         rank: this rank.
         device: device of the model.
         part: makes the contexts of `forward` and `backward`, which do not synchronise the device.

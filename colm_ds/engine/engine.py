@@ -23,7 +23,7 @@ from colm_ds.checkpoints.engine_state import find_on_all_ranks, load_engine, sav
 from colm_ds.config.deepspeed import MONITOR_SECTIONS, model_facts, resolve_auto
 from colm_ds.config.resolve import Config, ResolvedConfig, resolve_config
 from colm_ds.distributed.exchange import make_exchange
-from colm_ds.engine.accumulation import Placement, accumulate, broken_positions, loss_scale, place, read_step
+from colm_ds.engine.accumulation import Placement, accumulate, assign_and_move, broken_positions, loss_scale, read_step
 from colm_ds.engine.choose_ahead import ChooseAhead
 from colm_ds.engine.coreset_selector import CoresetSelector, Selection
 from colm_ds.engine.data_use import DataUse
@@ -262,7 +262,7 @@ class CoLMEngine:
                 return _Update(placement, token_bytes, loss, losses, grad_norm, skipped, sorted(broken))
 
     def _place(self, selection: Selection, positions: Sequence[int]) -> Placement:
-        return place(
+        return assign_and_move(
             selection.batch,
             positions,
             selection.replay,

@@ -8,7 +8,7 @@ from colm_ds.errors import DeviceMemoryError
 from colm_ds.memory.meter import GIB
 from colm_ds.planner.job import job_of_engine
 from colm_ds.planner.plan import Planner
-from colm_ds.planner.suggestions import best_of_each_key, knobs
+from colm_ds.planner.suggestions import best_of_each_key, list_changes
 from colm_ds.types import LargeBatch
 
 _MOST = 3
@@ -36,10 +36,10 @@ def _advice(engine: Any, error: DeviceMemoryError) -> list[str]:
     terms = sorted(plan.phases[where].items(), key=lambda term: -term[1])[:_MOST]
     shown = ", ".join(f"{name} {_size(size)}" for name, size in terms if size > 0)
     lines = [f"Planned for it: {_size(plan.peaks[where])}, most of it {shown}."]
-    helping = best_of_each_key(knobs(planner, job, where))[:_MOST]
+    helping = best_of_each_key(list_changes(planner, job, where))[:_MOST]
     if helping:
         lines.append("Try, with the greatest predicted effect first:")
-        lines += [f"  {knob.override}  ({_size(knob.saved)} less)" for knob in helping]
+        lines += [f"  {change.override}  ({_size(change.saved)} less)" for change in helping]
     return lines
 
 

@@ -11,7 +11,7 @@ from colm_ds.memory.breakdown import PARTS
 from colm_ds.memory.meter import GIB
 from colm_ds.planner.job import Job
 from colm_ds.planner.plan import MemoryPlan, Planner
-from colm_ds.planner.suggestions import at_stage, knobs, make_fit
+from colm_ds.planner.suggestions import at_stage, list_changes, make_fit
 
 BATCH_SIZES = (16, 32, 64, 128, 256)
 """Values of b in a comparison."""
@@ -42,12 +42,12 @@ def plan_report(
         arms[f"plain {r}, equal accumulation steps"] = replace(job, micro_batch=wide).plain(r)
     changes = [
         {
-            "override": knob.override,
-            "saved_gib": knob.saved / GIB,
-            "peak_gib": knob.plan.peak / GIB,
-            "fits": knob.plan.peak <= budget,
+            "override": change.override,
+            "saved_gib": change.saved / GIB,
+            "peak_gib": change.plan.peak / GIB,
+            "fits": change.plan.peak <= budget,
         }
-        for knob in knobs(planner, job)
+        for change in list_changes(planner, job)
     ]
     stages = [planner.memory(job if stage == job.zero.stage else _stage(job, stage)) for stage in range(4)]
     fitting = make_fit(planner, job, budget)

@@ -22,7 +22,7 @@ _OUR_PERSISTENT = 100_000
 
 
 @dataclass(frozen=True)
-class Knob:
+class Change:
     """One change of a recipe.
 
     Attributes:
@@ -40,7 +40,7 @@ class Knob:
     job: Job
 
 
-def knobs(planner: Planner, job: Job, phase: str | None = None) -> list[Knob]:
+def list_changes(planner: Planner, job: Job, phase: str | None = None) -> list[Change]:
     """Return every single change that a recipe allows, the largest saving first.
 
     Args:
@@ -56,16 +56,16 @@ def knobs(planner: Planner, job: Job, phase: str | None = None) -> list[Knob]:
     changes = []
     for override, kind, changed in _changes(job):
         plan = planner.memory(changed)
-        changes.append(Knob(override, kind, plan, peak - height(plan), changed))
-    return sorted(changes, key=lambda knob: -knob.saved)
+        changes.append(Change(override, kind, plan, peak - height(plan), changed))
+    return sorted(changes, key=lambda change: -change.saved)
 
 
-def best_of_each_key(changes: list[Knob]) -> list[Knob]:
+def best_of_each_key(changes: list[Change]) -> list[Change]:
     """Return the change of every key of a recipe that saves most, without those that save nothing."""
-    best: dict[str, Knob] = {}
-    for knob in changes:
-        if knob.saved > 0:
-            best.setdefault(knob.override.split("=")[0], knob)
+    best: dict[str, Change] = {}
+    for change in changes:
+        if change.saved > 0:
+            best.setdefault(change.override.split("=")[0], change)
     return list(best.values())
 
 
@@ -85,10 +85,10 @@ def make_fit(planner: Planner, job: Job, budget: int) -> tuple[list[str], Job] |
         plan = planner.memory(job)
         if plan.peak <= budget:
             return taken, job
-        better = [knob for knob in knobs(planner, job) if knob.kind == step and knob.saved > 0]
+        better = [change for change in list_changes(planner, job) if change.kind == step and change.saved > 0]
         if not better or (step == "probe" and plan.peak_phase != "probe"):
             continue
-        chosen = next((knob for knob in reversed(better) if knob.plan.peak <= budget), better[0])
+        chosen = next((change for change in reversed(better) if change.plan.peak <= budget), better[0])
         taken = [*(text for text in taken if text.split("=")[0] != chosen.override.split("=")[0]), chosen.override]
         job = chosen.job
     return (taken, job) if planner.memory(job).peak <= budget else None

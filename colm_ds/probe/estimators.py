@@ -71,7 +71,7 @@ class Estimator(Observer, Protocol):
         ...
 
 
-def multiplied(rows: Tensor, parts: Tensor | None, positions: Tensor, power: int = 1) -> Tensor:
+def multiply_by_parts(rows: Tensor, parts: Tensor | None, positions: Tensor, power: int = 1) -> Tensor:
     """Multiply rows by the parts of their examples.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor
 from colm_ds.errors import ProbeError
 from colm_ds.models.architecture import Architecture, ProbeTarget
 from colm_ds.probe.directions import sign_vectors
-from colm_ds.probe.estimators import VectorRows, multiplied
+from colm_ds.probe.estimators import VectorRows, multiply_by_parts
 from colm_ds.probe.factors import gradient_factors
 from colm_ds.probe.tail import TailInput
 from colm_ds.selection import Exchange, Signals
@@ -143,9 +143,9 @@ class SketchEstimator:
             if self._adam:
                 moments += second_moments(delta, inputs, rows, columns)
         # Each matrix has its own signs, so the sum of their sketches is a sketch of all together.
-        self._rows.add(positions, multiplied(torch.stack(vectors).sum(dim=0), self._parts, positions))
+        self._rows.add(positions, multiply_by_parts(torch.stack(vectors).sum(dim=0), self._parts, positions))
         if self._adam:
-            squares = multiplied(torch.cat(moments, dim=1), self._parts, positions, power=2)
+            squares = multiply_by_parts(torch.cat(moments, dim=1), self._parts, positions, power=2)
             self._moments |= dict(zip(positions.tolist(), squares, strict=True))
 
     def signals(self, batch_size: int, exchange: Exchange) -> Signals:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from colm_ds.models.architecture import Architecture, ProbeTarget
 from colm_ds.probe.directions import Directions, LowRankDirections
-from colm_ds.probe.estimators import VectorRows, multiplied
+from colm_ds.probe.estimators import VectorRows, multiply_by_parts
 from colm_ds.probe.tail import TailInput, precise_tail, tail_losses
 from colm_ds.selection import Exchange, LowRankGradients, Signals
 from colm_ds.types import Coreset
@@ -120,7 +120,7 @@ class SpsaEstimator:
     def observe(self, tail: TailInput, positions: Tensor, lengths: Sequence[int]) -> None:
         """See `Estimator.observe`."""
         coefficients = spsa_coefficients(self._architecture, tail, self._directions_now(), self._epsilon, self._dtype)
-        self._rows.add(positions, multiplied(coefficients[: len(positions)], self._parts, positions))
+        self._rows.add(positions, multiply_by_parts(coefficients[: len(positions)], self._parts, positions))
 
     def signals(self, batch_size: int, exchange: Exchange) -> Signals:
         """See `Estimator.signals`: all ranks get all coefficients."""

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from colm_ds.batching.collate import IGNORE_INDEX
 from colm_ds.errors import ProbeError
-from colm_ds.probe.estimators import VectorRows, multiplied
+from colm_ds.probe.estimators import VectorRows, multiply_by_parts
 from colm_ds.randomness import private_generator
 from colm_ds.selection import Exchange, Signals
 from colm_ds.types import Coreset, Example
@@ -204,7 +204,7 @@ class TokensEstimator:
             return
         positions = torch.tensor(sorted(examples), dtype=torch.int64)
         rows = example_features([examples[place] for place in positions.tolist()], self.vectors, self._length_power)
-        self._rows.add(positions, multiplied(rows, self._parts, positions))
+        self._rows.add(positions, multiply_by_parts(rows, self._parts, positions))
 
     def signals(self, batch_size: int, exchange: Exchange) -> Signals:
         """See `Estimator.signals`: all ranks get all features."""
@@ -219,7 +219,7 @@ class TokensEstimator:
             probed: positions whose signal is needed, ascending int64 `[n]`.
             parts: see `Estimator.begin`.
         """
-        rows = multiplied(features(means, num_label_tokens, self._length_power), parts, torch.arange(len(means)))
+        rows = multiply_by_parts(features(means, num_label_tokens, self._length_power), parts, torch.arange(len(means)))
         return Signals(probed, torch.isfinite(rows).all(dim=1), vectors=rows[probed])
 
     def update(self, coreset: Coreset, exchange: Exchange) -> None:

@@ -40,7 +40,7 @@ def said_code() -> int | None:
     return None
 
 
-def leave(code: int | str | None) -> NoReturn:
+def exit_process(code: int | str | None) -> NoReturn:
     """End this process as `sys.exit` does, but without shutting the interpreter down.
 
     DeepSpeed keeps its groups on the parameters, so gloo's threads outlive `destroy_process_group`. If one frees the

@@ -70,7 +70,7 @@ def balanced_draw(features: Tensor, count: int, generator: torch.Generator) -> T
         if len(moving) < 2:
             break
         held = constraints[moving, : min(constraints.shape[1], len(moving) - 1)]
-        probability[moving] = _moved(probability[moving], _unseen_direction(held), generator)
+        probability[moving] = _move(probability[moving], _unseen_direction(held), generator)
         moving = [place for place in moving if _DECIDED < float(probability[place]) < 1.0 - _DECIDED]
     return (probability > 0.5).nonzero().flatten()
 
@@ -85,7 +85,7 @@ def _unseen_direction(held: Tensor) -> Tensor:
     return direction * first.sign()
 
 
-def _moved(probability: Tensor, direction: Tensor, generator: torch.Generator) -> Tensor:
+def _move(probability: Tensor, direction: Tensor, generator: torch.Generator) -> Tensor:
     """Move probabilities as far as possible in one direction or the other, with the odds that keep their mean."""
     far = torch.full_like(probability, torch.inf)
     rises, falls = direction > 1e-12, direction < -1e-12

@@ -221,9 +221,9 @@ def _choose(
             parts = outcome[1:].split(widths)
             for pool, part, compared, raw in zip(pools, parts, tensors[::2], tensors[1::2], strict=True):
                 if settings.picks == "balanced":
-                    part.copy_(_drawn(pool, raw, settings, step))
+                    part.copy_(_draw_balanced(pool, raw, settings, step))
                 else:
-                    part.copy_(_medoids(pool, compared, raw, signals.parts, settings))
+                    part.copy_(_pick_pool(pool, compared, raw, signals.parts, settings))
     exchange.broadcast(outcome)
     if not outcome[0]:
         return exchange.broadcast(finite.to(torch.uint8)).bool(), None
@@ -234,7 +234,7 @@ def _choose(
     ]
 
 
-def _drawn(pool: Pool, raw: Tensor, settings: SelectionSettings, step: int) -> Tensor:
+def _draw_balanced(pool: Pool, raw: Tensor, settings: SelectionSettings, step: int) -> Tensor:
     """Return positions `[quota]`, weights of 1 and coherence of a balanced draw, float64 `[2 quota + 1]`."""
     generator = private_generator(settings.seed, "balanced", step, pool.source)
     places = balanced_draw(principal_components(raw), pool.quota, generator)
@@ -242,7 +242,7 @@ def _drawn(pool: Pool, raw: Tensor, settings: SelectionSettings, step: int) -> T
     return torch.cat([pool.positions[places].double(), ones, _coherence(raw)])
 
 
-def _medoids(pool: Pool, compared: Tensor, raw: Tensor, parts: Tensor | None, settings: SelectionSettings) -> Tensor:
+def _pick_pool(pool: Pool, compared: Tensor, raw: Tensor, parts: Tensor | None, settings: SelectionSettings) -> Tensor:
     """Return positions `[quota]`, weights `[quota]` and coherence of a pool's medoids, float64 `[2 quota + 1]`."""
     medoids = pick_medoids(compared, pool.quota, settings.metric)
     weights = torch.ones(pool.quota)

@@ -20,14 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Train, and exit with an `ExitCode`."""
-    from colm_ds.process.exit import leave
+    from colm_ds.process.exit import exit_process
     from colm_ds.training.run import run as train
 
     try:
         train(options.recipe, options.overrides)
     except SystemExit as end:
-        leave(end.code)
-    leave(0)
+        exit_process(end.code)
+    exit_process(0)
 
 
 def _keys() -> list[str]:

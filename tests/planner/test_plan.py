@@ -21,7 +21,7 @@ from colm_ds.planner.activations import ModelSpec, Parameters, Tracer, even_rows
 from colm_ds.planner.job import KNOWN_MODELS, Job, known_model
 from colm_ds.planner.plan import Planner, largest_that
 from colm_ds.planner.plan_report import comparison, format_comparison, plan_report
-from colm_ds.planner.suggestions import best_of_each_key, knobs, make_fit
+from colm_ds.planner.suggestions import best_of_each_key, list_changes, make_fit
 from colm_ds.planner.zero_states import ZeroSettings, model_states, zero_settings
 from colm_ds.recipes.sections import LoraConfig
 
@@ -271,7 +271,7 @@ def test_largest_micro_batch_fits_and_the_next_does_not() -> None:
 
 def test_knobs_save_what_they_say_and_make_it_fit() -> None:
     planner, one = Planner(), job()
-    found = knobs(planner, one)
+    found = list_changes(planner, one)
     peak = planner.memory(one).peak
     assert [knob.saved for knob in found] == sorted((peak - knob.plan.peak for knob in found), reverse=True)
     best = [knob.override.split("=")[0] for knob in best_of_each_key(found)]

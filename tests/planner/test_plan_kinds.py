@@ -20,7 +20,7 @@ from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 from colm_ds.planner.choice_rows import CANDIDATE_TOKENS, choice_micro_batch, num_rows
 from colm_ds.planner.job import Job, job_of_recipe
 from colm_ds.planner.plan import Planner
-from colm_ds.planner.suggestions import knobs
+from colm_ds.planner.suggestions import list_changes
 from colm_ds.recipes.model import add_lora
 from colm_ds.recipes.recipe import load_recipe
 from colm_ds.types import Candidates, Example
@@ -130,7 +130,7 @@ def test_candidates_of_several_tokens_cost_rows_time_and_memory(repo_root: Path)
 
 def test_length_is_changed_by_its_own_key(repo_root: Path) -> None:
     for job, key in ((choice_job(repo_root, "copa"), "data.max_length=48"), (pretraining_job(repo_root), "data.chunk")):
-        found = next(knob for knob in knobs(Planner(), job, "backward") if knob.kind == "length")
+        found = next(knob for knob in list_changes(Planner(), job, "backward") if knob.kind == "length")
         assert found.override.startswith(key)
         assert found.saved > 0
         assert found.job.mean_length == found.job.padded_length

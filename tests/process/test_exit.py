@@ -9,7 +9,7 @@ import pytest
 
 SCRIPT = """
 import atexit, sys, threading, time
-from colm_ds.process.exit import leave
+from colm_ds.process.exit import exit_process
 
 class Last:
     def __del__(self):
@@ -19,7 +19,7 @@ last = Last()
 atexit.register(print, "exit handler")
 threading.Thread(target=lambda: (time.sleep(0.2), print("thread done"))).start()
 sys.stdout.write("not flushed ")
-leave({code!r})
+exit_process({code!r})
 """
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from colm_ds.batching.loader import make_sampler
 from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe, PretrainingRecipe, Recipe
-from colm_ds.training.tasks.base import InTraining, TrainingTask, measured_loss
+from colm_ds.training.tasks.base import InTraining, TrainingTask, measure_heldout_loss
 from colm_ds.training.tasks.choices import ChoiceTask
 from colm_ds.training.tasks.clusters import ClusteredTask
 from colm_ds.training.tasks.instructions import InstructionTask
@@ -21,7 +21,7 @@ __all__ = [
     "PretrainingTask",
     "TrainingTask",
     "load_task",
-    "measured_loss",
+    "measure_heldout_loss",
     "with_steps",
 ]
 

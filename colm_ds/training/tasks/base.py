@@ -71,7 +71,7 @@ def check_large_batch(recipe: BaseRecipe, train: SourcedDataset) -> None:
         )
 
 
-def measured_loss(run: InTraining, dataset: SourcedDataset, max_tokens: int) -> dict[str, Any]:
+def measure_heldout_loss(run: InTraining, dataset: SourcedDataset, max_tokens: int) -> dict[str, Any]:
     """Measure the held-out loss per source of a model in training; see `heldout_loss`."""
     module = run.engine.deepspeed_engine.module
     return heldout_loss(

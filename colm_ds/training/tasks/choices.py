@@ -10,7 +10,7 @@ from colm_ds.data.choice_dataset import ChoiceDataset, load_choices
 from colm_ds.errors import ConfigError
 from colm_ds.evaluation.question_files import DataPlaces, find_set
 from colm_ds.recipes.recipe import ChoiceRecipe
-from colm_ds.training.tasks.base import InTraining, check_large_batch, measured_loss
+from colm_ds.training.tasks.base import InTraining, check_large_batch, measure_heldout_loss
 
 
 class ChoiceTask:
@@ -37,7 +37,7 @@ class ChoiceTask:
 
     def heldout(self, run: InTraining) -> dict[str, Any] | None:
         """See `TrainingTask.heldout`: nats per example, and the accuracy."""
-        return None if self._heldout is None else measured_loss(run, self._heldout, self._settings.max_tokens)
+        return None if self._heldout is None else measure_heldout_loss(run, self._heldout, self._settings.max_tokens)
 
     def finish(self, run: InTraining) -> dict[str, Any]:
         """See `TrainingTask.finish`: nothing beyond the last held-out accuracy."""

@@ -9,7 +9,7 @@ from typing import Any
 from colm_ds.data import InstructionDataset, load_instructions, split_holdout
 from colm_ds.evaluation.exact_match import exact_match, load_questions
 from colm_ds.recipes.recipe import Recipe
-from colm_ds.training.tasks.base import InTraining, check_large_batch, measured_loss
+from colm_ds.training.tasks.base import InTraining, check_large_batch, measure_heldout_loss
 
 
 class InstructionTask:
@@ -39,7 +39,7 @@ class InstructionTask:
 
     def heldout(self, run: InTraining) -> dict[str, Any] | None:
         """See `TrainingTask.heldout`: nats per labelled token."""
-        return None if self._heldout is None else measured_loss(run, self._heldout, self._settings.max_tokens)
+        return None if self._heldout is None else measure_heldout_loss(run, self._heldout, self._settings.max_tokens)
 
     def finish(self, run: InTraining) -> dict[str, Any]:
         """See `TrainingTask.finish`: `exact_match`, None unless requested."""

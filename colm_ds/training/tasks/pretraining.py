@@ -17,7 +17,7 @@ from colm_ds.data.token_cache import describe_tokenizer
 from colm_ds.errors import ConfigError
 from colm_ds.recipes.recipe import PretrainingRecipe
 from colm_ds.run_folder.contents import BEST_MODEL
-from colm_ds.training.tasks.base import InTraining, measured_loss
+from colm_ds.training.tasks.base import InTraining, measure_heldout_loss
 
 """Folder of the weights with the lowest held-out loss, in a run's folder."""
 
@@ -80,7 +80,7 @@ class PretrainingTask:
             return None
         if self._best is None:  # only now, after a new run has removed earlier weights
             self._best = _best_so_far(Path(self._recipe.output_dir) / BEST_MODEL)
-        losses = measured_loss(run, self._heldout, self._recipe.evaluation.max_tokens)
+        losses = measure_heldout_loss(run, self._heldout, self._recipe.evaluation.max_tokens)
         shares = {name: self.train.mixture_counts[name] for name in losses["per_source"]}
         total = sum(loss * shares[name] for name, loss in losses["per_source"].items())
         losses["overall"] = total / sum(shares.values())
