@@ -103,6 +103,7 @@ def _set_up_memory_report(parser: argparse.ArgumentParser) -> None:
 def _set_up_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, in the order to show")
     parser.add_argument("--out", default=".", help="folder for report.html, report.md and report.json (default: here)")
+    parser.add_argument("--max-arms", type=int, default=5, metavar="N", help="arms in a picture at most (default: 5)")
     parser.set_defaults(run=_report)
 
 
@@ -110,7 +111,7 @@ def _report(options: argparse.Namespace) -> None:
     from colm_ds.report import compare, format_table, load_run
 
     runs = [load_run(folder) for folder in options.runs]
-    compare(runs, options.out)
+    compare(runs, options.out, max_arms=options.max_arms)
     print(format_table(runs))
     print(f"Pictures and details: {options.out}/report.html")
 
@@ -268,7 +269,7 @@ COMMANDS: dict[str, Command] = {
         "run arms times seeds as a grid says, ending in a table",
         "Run every arm of a grid with every seed, one after another, several at a time or on given device groups. What "
         "is finished is skipped, a run that was stopped resumes, and one that fails does not stop the others. Writes "
-        "results.md, results.json, results.html, curves.svg and report.html into the grid's folder.",
+        "results.md, results.json and the report (report.html, report.md, report.json) into the grid's folder.",
         _set_up_sweep,
     ),
     "plan": Command(

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from colm_ds.recipes.sections import ModelConfig
-from colm_ds.report.facts import Facts, run_facts
+from colm_ds.report.facts import Facts, group, run_facts
 from colm_ds.report.tables import clean
 from colm_ds.run_folder.contents import ADAPTER, MODEL
 from colm_ds.run_folder.read import Run, load_run, lookup, names, number, numbers
@@ -194,11 +194,11 @@ def _sources(run: Run, facts: Facts) -> str:
     columns: dict[str, dict[str, str]] = {
         "examples": {name: f"{count:,.0f}" for name, count in counts.items()},
         "small": {name: "yes" for name in counts if name in small},
-        "share trained on": {name: f"{share:.1%}" for name, share in facts.groups.get("coreset_share", {}).items()},
+        "share trained on": {name: f"{share:.1%}" for name, share in group(facts.values, "coreset_share").items()},
         f"held-out loss{_evaluated_at(run)}": {
-            name: f"{loss:.4f}" for name, loss in facts.groups.get("heldout", {}).items()
+            name: f"{loss:.4f}" for name, loss in group(facts.values, "heldout.per_source").items()
         },
-        "exact match": {name: f"{share:.1%}" for name, share in facts.groups.get("exact_match", {}).items()},
+        "exact match": {name: f"{share:.1%}" for name, share in group(facts.values, "exact_match.per_source").items()},
     }
     columns = {label: cells for label, cells in columns.items() if cells}
     rows = [["source", *columns], ["---", *("---:" for _ in columns)]]
@@ -262,20 +262,20 @@ def _evaluated_at(run: Run) -> str:
 
 def _numbers(run: Run, facts: Facts) -> str:
     """Return overall results and costs, each only if the run measured it."""
-    scalars = facts.scalars
+    scalars = facts.values
     after, start = _evaluated_at(run), run.heldout.get(0, {})
     shown = [
-        (f"Held-out loss{after}, all examples", scalars.get("heldout_overall"), "{:.4f}"),
-        (f"Held-out loss{after}, mean over sources", scalars.get("heldout_macro"), "{:.4f}"),
-        (f"Held-out loss{after}, mean over small sources", scalars.get("heldout_small"), "{:.4f}"),
+        (f"Held-out loss{after}, all examples", scalars.get("heldout.overall"), "{:.4f}"),
+        (f"Held-out loss{after}, mean over sources", scalars.get("heldout.macro"), "{:.4f}"),
+        (f"Held-out loss{after}, mean over small sources", scalars.get("heldout.small"), "{:.4f}"),
         ("Held-out loss before training, all examples", number(lookup(start, "overall")), "{:.4f}"),
         ("Held-out loss before training, mean over sources", number(lookup(start, "macro")), "{:.4f}"),
-        ("Accuracy, held-out questions", scalars.get("accuracy"), "{:.1%}"),
-        ("Accuracy before training", scalars.get("accuracy_before"), "{:.1%}"),
-        ("Exact match, all questions", scalars.get("exact_match"), "{:.1%}"),
-        ("Questions of the exact match", scalars.get("num_questions"), "{:,.0f}"),
-        ("Step time, median, s", scalars.get("step_s"), "{:.3g}"),
-        ("Peak memory of a rank, GiB", scalars.get("peak_gib"), "{:.3g}"),
+        ("Accuracy, held-out questions", scalars.get("heldout.accuracy"), "{:.1%}"),
+        ("Accuracy before training", scalars.get("heldout_before.accuracy"), "{:.1%}"),
+        ("Exact match, all questions", scalars.get("exact_match.overall"), "{:.1%}"),
+        ("Questions of the exact match", scalars.get("exact_match.num_questions"), "{:,.0f}"),
+        ("Step time, median, s", scalars.get("step_s.median"), "{:.3g}"),
+        ("Peak memory of a rank, GiB", scalars.get("peak_memory_gib.peak"), "{:.3g}"),
         ("Examples trained on", scalars.get("examples_trained"), "{:,.0f}"),
         ("Tokens trained on", scalars.get("tokens_trained"), "{:,.0f}"),
         ("Wall time of the run, s", scalars.get("wall_s"), "{:,.0f}"),

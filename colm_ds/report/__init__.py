@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from colm_ds.report.comparison import Comparison, compare
-from colm_ds.report.terminal import format_table
+from colm_ds.report.comparison import Comparison, compare, format_table, result_tables
 from colm_ds.run_folder.read import Run, load_run
 
-__all__ = ["Comparison", "Run", "compare", "format_table", "load_run"]
+__all__ = ["Comparison", "Run", "compare", "format_table", "load_run", "result_tables"]

@@ -1,208 +1,233 @@
-"""Arms: the runs that differ in their seed only, their means, and what each of them is."""
+"""Arms: runs that differ in their seed only; what each of them is, its numbers over seeds, and whom it is held against.
+
+The table of a report has a row for each arm and a column for each number of `report.facts`.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from colm_ds.report.facts import Curve, Facts, has_counted, run_facts, small_sources
+from colm_ds.report.facts import Curve, Facts, group, has_counted, run_facts, small_sources
+from colm_ds.report.statistics import Difference, Measure, difference, measure, standard_error
 from colm_ds.run_folder.read import Run, lookup, number
 
 # Keys that tell runs of one arm apart: seeds, names and places.
 _NOT_THE_METHOD = {
-    *(
-        "seed",
-        "name",
-        "run_name",
-        "date",
-        "output",
-        "output_dir",
-        "output_folder",
-        "run_folder",
-        "overwrite",
-        "cache_dir",
-    ),
-    *("save_every", "keep_last", "resume", "verbose", "monitor"),
+    *("seed", "name", "run_name", "date", "output", "output_dir", "output_folder", "run_folder", "overwrite"),
+    *("cache_dir", "save_every", "keep_last", "resume", "verbose", "monitor"),
 }
-
 _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
+_LARGEST = ("peak_memory_gib", "micro_batches.largest_tokens")  # over seeds the largest counts
 
-_LARGEST = ("probe_gib", "train_gib", "peak_gib", "largest_tokens")  # of several seeds the largest counts, not the mean
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A number over the seeds of an arm: mean, its standard error (None for one seed) and the seeds that have it."""
-
-    mean: float
-    standard_error: float | None = None
-    num_seeds: int = 1
+AXES = {
+    "steps": "step",
+    "tokens": "tokens trained on",
+    "seconds": "seconds of training",
+}
+"""What curves are drawn against, and how the axis is called."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Arm:
     """Runs of the same method with different seeds.
 
     Attributes:
         name: shown name, different from every other arm's.
-        runs: its runs.
-        facts: numbers of each run, in the same order.
-        scalars: means of the facts' scalars.
-        groups: means of the facts' groups.
+        facts: numbers and curves of each run.
+        used: those that count: of finished runs, or of all if none is finished.
+        values: numbers over the seeds that count, by their paths.
+        config: of the first run.
+        selector: its name.
+        large_batch_size: r.
+        coreset_size: b.
+        micro_batch_size: examples per rank and backward pass.
+        num_ranks: 1 where it is not known.
     """
 
     name: str
-    runs: list[Run]
     facts: list[Facts]
-    scalars: dict[str, Measure] = field(default_factory=dict)
-    groups: dict[str, dict[str, Measure]] = field(default_factory=dict)
+    used: list[Facts]
+    values: dict[str, Measure]
+    config: dict[str, Any]
+    selector: str | None
+    large_batch_size: int | None
+    coreset_size: int | None
+    micro_batch_size: int | None
+    num_ranks: float
+
+    @property
+    def runs(self) -> list[Run]:
+        """Return its runs."""
+        return [found.run for found in self.facts]
 
     @property
     def is_finished(self) -> bool:
-        """Whether a run of it is finished."""
+        """Return whether a run of it is finished."""
         return any(run.is_finished for run in self.runs)
 
     @property
-    def counted(self) -> list[tuple[Run, Facts]]:
-        """The runs whose numbers count: the finished ones, or all if none is finished."""
-        pairs = list(zip(self.runs, self.facts, strict=True))
-        return [pair for pair in pairs if pair[0].is_finished] or pairs
-
-    @property
-    def used(self) -> list[Facts]:
-        """Facts of the runs that count."""
-        return [facts for _, facts in self.counted]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Configuration of the first run."""
-        return self.runs[0].config
-
-    @property
-    def colm(self) -> dict[str, Any]:
-        """The `"colm"` section, empty if there is none."""
-        found = self.config.get("colm")
-        return found if isinstance(found, dict) else {}
-
-    @property
-    def selector(self) -> str | None:
-        """Name of the selector."""
-        found = self.colm.get("selector")
-        return found if isinstance(found, str) else None
-
-    @property
-    def large_batch_size(self) -> int | None:
-        """r."""
-        return _whole(self.colm.get("large_batch_size"))
-
-    @property
-    def coreset_size(self) -> int | None:
-        """b."""
-        found = _whole(self.colm.get("coreset_size")) or _whole(lookup(self.config, "deepspeed", "train_batch_size"))
-        return self.large_batch_size if self.selector == "full" else found
+    def accumulation_steps(self) -> int | None:
+        """Return the micro-batches per step and rank, if all are full; None where the configuration does not say."""
+        micro, size = self.micro_batch_size, self.coreset_size
+        return math.ceil(size / (self.num_ranks * micro)) if micro and size else None
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is plain training: on the whole large batch, or on a random part of it."""
+        """Return whether it is plain training: on the whole large batch, or on a random part of it."""
         if self.selector is None:
             return False
         trains_all = self.large_batch_size is not None and self.large_batch_size == self.coreset_size
         return self.selector in ("full", "random") or trains_all
 
     @property
-    def memory_kind(self) -> str:
-        """What its peaks are: "allocated", "counted" or "resident"; empty if not known."""
-        return self.used[0].memory_kind
-
-    @property
     def num_steps(self) -> int | None:
-        """Steps of its longest run that counts."""
+        """Return the steps of its longest run that counts."""
         return max((found.num_steps for found in self.used if found.num_steps is not None), default=None)
 
     def mean(self, key: str) -> float | None:
-        """Mean of a scalar."""
-        return self.scalars[key].mean if key in self.scalars else None
+        """Return the mean of a number."""
+        return self.values[key].mean if key in self.values else None
 
-    def train_loss(self) -> list[Curve]:
-        """Training loss of every run that counts."""
-        return [found.train_loss for found in self.used if found.train_loss.steps]
+    def group(self, name: str) -> dict[str, Measure]:
+        """Return the numbers called `name.MEMBER`, by member."""
+        return group(self.values, name)
 
-    def heldout(self, key: str) -> Curve:
-        """Mean held-out loss over the runs that count, at the steps that all of them have."""
-        return mean_curve([found.heldout[key] for found in self.used if key in found.heldout])
+    def curves(self, read: Callable[[Facts], dict[str, Curve]]) -> dict[str, Curve]:
+        """Return the mean curves over the runs that count; `read` gives those of one, as `Facts.heldout` does."""
+        runs = [read(found) for found in self.used]
+        members = dict.fromkeys(name for curves in runs for name in curves)
+        return {name: mean_curve([curves[name] for curves in runs if name in curves]) for name in members}
 
-    def perplexity(self) -> dict[str, Curve]:
-        """Mean held-out perplexity over the runs that count: overall and of every source; empty if not measured."""
-        return _mean_curves([found.perplexity for found in self.used if found.perplexity])
+    def step_curves(self, path: str) -> dict[str, Curve]:
+        """Return the mean curves of an entry of `metrics.jsonl`, see `Facts.curves`."""
+        return self.curves(lambda facts: facts.curves(path))
 
-    def tokens(self) -> Curve:
-        """Mean number of tokens trained on over the runs that count."""
-        return mean_curve([found.tokens for found in self.used])
-
-    def coherence(self) -> dict[str, Curve]:
-        """Mean coherence of every source over the runs that count."""
-        return _mean_curves([found.coherence for found in self.used])
-
-    def source_losses(self) -> dict[str, Curve]:
-        """Mean loss of the selected examples of every source over the runs that count."""
-        return _mean_curves([found.source_losses for found in self.used])
-
-    def signal(self, name: str) -> Curve:
-        """Mean of a signal over the runs that have it; empty if none has."""
-        return mean_curve([found.signals[name] for found in self.used if name in found.signals])
+    def step_curve(self, path: str) -> Curve:
+        """Return the mean curve of a single number of `metrics.jsonl`; an empty one if no run has it."""
+        return self.step_curves(path).get("", Curve())
 
 
-def make_arms(runs: Sequence[Run]) -> tuple[list[Arm], list[str]]:
+def make_arms(runs: Sequence[Run] | Mapping[str, Sequence[Run]]) -> list[Arm]:
     """Gather runs into arms. Peaks are those of counted allocations where every run has them.
 
-    Runs are seeds of one arm if their configurations differ in seeds, names and places only; the same seed twice is two
-    arms.
+    Args:
+        runs: those whose configurations differ in seeds, names and places only become one arm, the same seed twice
+            two; or runs by the name of their arm.
 
     Returns:
-        The arms in the order of their first runs, and the names of the small sources.
+        The arms in the order of their first runs.
     """
-    small = small_sources(runs)
-    gathered: list[tuple[str, list[Run]]] = []
-    for run in runs:
-        key = _method(run)
-        place = next(
-            (found for known, found in gathered if known == key and run.seed not in [other.seed for other in found]),
-            None,
-        )
-        if place is None or run.seed is None:
-            gathered.append((key, [run]))
-        else:
-            place.append(run)
-    shown = _distinct([_arm_name(found) for _, found in gathered])
-    counted = all(has_counted(run) for run in runs)
-    return [_make_arm(name, found, small, counted) for name, (_, found) in zip(shown, gathered, strict=True)], small
+    if isinstance(runs, Mapping):
+        gathered = [(name, list(found)) for name, found in runs.items() if found]
+    else:
+        found = _by_method(runs)
+        gathered = list(zip(_distinct([_arm_name(members) for members in found]), found, strict=True))
+    everyone = [run for _, members in gathered for run in members]
+    small, counted = small_sources(everyone), all(has_counted(run) for run in everyone)
+    return [_make_arm(name, [run_facts(run, small, counted=counted) for run in found]) for name, found in gathered]
+
+
+def references(arm: Arm, arms: Sequence[Arm]) -> dict[str, Arm]:
+    """Choose the arms to hold an arm against, of those that are there.
+
+    Of several plain arms of one size, one with the arm's micro-batch is meant; `plain_r_steps` is another one with as
+    many accumulation steps as the arm.
+
+    Returns:
+        `plain_r`: plain training on as many examples as it looks at; `plain_r_steps`: see above; `plain_b`: on as many
+        as it trains on; `keep_random`: small sources kept and the rest at random, of the same sizes. Never the arm
+        itself.
+    """
+    plain = [other for other in arms if other is not arm and other.is_plain and other.coreset_size]
+    large, size = arm.large_batch_size, arm.coreset_size
+    if arm.is_plain and large == size:  # trains on all it looks at: the sizes are those of the whole comparison
+        sizes = [other.coreset_size for other in [*plain, arm] if other.coreset_size]
+        large, size = max(sizes, default=None), min(sizes, default=None)
+    found: dict[str, Arm] = {}
+    for role, wanted in (("plain_r", large), ("plain_b", size)):
+        if arm.is_plain and wanted == arm.coreset_size:
+            continue
+        of_size = [other for other in plain if other.coreset_size == wanted]
+        alike = [other for other in of_size if other.micro_batch_size == arm.micro_batch_size]
+        if of_size:
+            found[role] = (alike or of_size)[0]
+        steps = [other for other in of_size if other.accumulation_steps == arm.accumulation_steps is not None]
+        if role == "plain_r" and alike and steps and found[role] not in steps:
+            found["plain_r_steps"] = steps[0]
+    sizes_of_arm = (arm.large_batch_size, arm.coreset_size)
+    controls = [other for other in arms if other.selector == "keep_random"]
+    controls = [other for other in controls if (other.large_batch_size, other.coreset_size) == sizes_of_arm]
+    needs_control = not arm.is_plain and arm.selector not in (None, "keep_random")
+    return found | ({"keep_random": controls[0]} if controls and needs_control else {})
+
+
+def equal_budget(arm: Arm, other: Arm, axis: str, key: str = "overall") -> Difference | None:
+    """Subtract held-out losses where both arms have spent as much: the most that all runs of both have spent.
+
+    What is spent is one of `AXES`, the loss one of those of `Facts.heldout`.
+    """
+    curves = [[(found.run.seed, found.heldout().get(key, Curve())) for found in each.used] for each in (arm, other)]
+    ends = [x[-1] if (x := getattr(curve, axis)) else 0.0 for each in curves for _, curve in each]
+    losses = [
+        {
+            f"run {place}" if seed is None else seed: loss
+            for place, (seed, curve) in enumerate(each)
+            if (loss := curve.at(axis, min(ends))) is not None
+        }
+        for each in curves
+    ]
+    return difference(*(measure(each) for each in losses)) if min(ends) > 0 and all(losses) else None
+
+
+def describe(arm: Arm) -> str | None:
+    """Say in a few words what an arm trains on; None if its configuration does not say."""
+    known = {
+        "full": "plain, every example",
+        "random": "plain, random",
+        "keep_random": "small sources kept, rest random",
+    }
+    if arm.selector != "colm":
+        return known.get(arm.selector or "", arm.selector)
+    colm = arm.config["colm"]
+    estimator = str(lookup(colm, "probe", "estimator") or "signal")
+    count = lookup(colm, "probe", "num_probes")
+    if estimator not in ("exact", "tokens") and isinstance(count, int):
+        estimator += f" K = {count}"
+    pool = " in one pool" if colm.get("per_source") is False else ""
+    return f"medoids{pool} by {estimator}, {colm.get('weights', 'uniform')} weights"
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:
-    """Mean of curves at the steps that all of them have."""
+    """Average curves at the steps that all of them have."""
     if len(curves) < 2:
         return curves[0] if curves else Curve()
     steps = sorted(set.intersection(*(set(curve.steps) for curve in curves)))
-    values = [dict(zip(curve.steps, curve.values, strict=True)) for curve in curves]
-    means = [float(np.mean([value[step] for value in values])) for step in steps]
-    if not all(curve.seconds for curve in curves):
-        return Curve(steps, [], means)
-    times = [dict(zip(curve.steps, curve.seconds, strict=True)) for curve in curves]
-    return Curve(steps, [float(np.mean([time[step] for time in times])) for step in steps], means)
+
+    def rows(name: str) -> list[list[float]]:
+        lists = [getattr(curve, name) for curve in curves]
+        if not all(lists):
+            return []
+        known = [dict(zip(curve.steps, found, strict=True)) for curve, found in zip(curves, lists, strict=True)]
+        return [[found[step] for found in known] for step in steps]
+
+    seconds, tokens, values = ([float(np.mean(row)) for row in rows(name)] for name in ("seconds", "tokens", "values"))
+    return Curve(steps, seconds, tokens, values, [standard_error(row) or 0.0 for row in rows("values")])
 
 
-def _mean_curves(runs: Sequence[Mapping[str, Curve]]) -> dict[str, Curve]:
-    names = dict.fromkeys(name for curves in runs for name in curves)
-    return {name: mean_curve([curves[name] for curves in runs if name in curves]) for name in names}
+def value_text(value: Any) -> str:
+    """Write a setting as it is compared and shown: text stays text, everything else is JSON."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Entries of nested mappings with dotted keys."""
+def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the entries of nested mappings with dotted keys."""
     if isinstance(values, Mapping) and values:
         for key, value in values.items():
             yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
@@ -210,97 +235,79 @@ def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value_text(values)
 
 
-def value_text(value: Any) -> Any:
-    """A value as it is compared and shown: text stays text, everything else is JSON."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def method_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes up the method of a run, with dotted keys: no seed, name or place."""
-    kept = {key: config.get(key) for key in ("colm", "recipe", "deepspeed", "world_size", "num_parameters")}
-    kept["num_trainable"], kept["sources"] = config.get("num_trainable"), config.get("sources")
-    settings = {key: value for key, value in flatten(kept) if key.rsplit(".", 1)[-1] not in _NOT_THE_METHOD}
+def method_settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return what makes up the method of a run, with dotted keys: no seed, name or place."""
+    named = ("colm", "recipe", "deepspeed", "world_size", "num_parameters", "num_trainable", "sources")
+    kept = flatten({key: config.get(key) for key in named})
     # A recipe's own "colm" part is what the resolved one was made from: the same settings a second time.
     left_out = ("recipe.colm.", *(f"deepspeed.{name}." for name in _MONITORS))
-    return {key: value for key, value in settings.items() if not key.startswith(left_out)}
+    return {
+        key: value
+        for key, value in kept
+        if key.rsplit(".", 1)[-1] not in _NOT_THE_METHOD and not key.startswith(left_out)
+    }
 
 
-def micro_batch_size(arm: Arm) -> int | None:
-    """Examples per rank and backward pass, where the configuration says it."""
-    found = lookup(arm.config, "deepspeed", "train_micro_batch_size_per_gpu")
-    return _whole(found) or _whole(lookup(arm.config, "recipe", "micro_batch_size"))
-
-
-def accumulation_steps(arm: Arm) -> int | None:
-    """Micro-batches per step and rank, if all are full; None where the configuration does not say."""
-    micro, world = micro_batch_size(arm), number(arm.config.get("world_size")) or 1.0
-    return math.ceil(arm.coreset_size / (world * micro)) if micro and arm.coreset_size else None
-
-
-def _method(run: Run) -> str:
-    if not isinstance(run.config.get("colm"), dict):
-        return f"{run.folder}"  # nothing to compare: an arm of its own
-    return json.dumps(method_settings(run.config), sort_keys=True, default=str)
-
-
-def _make_arm(name: str, runs: list[Run], small: Collection[str], counted: bool) -> Arm:
-    arm = Arm(name, runs, [run_facts(run, small, counted=counted) for run in runs])
-    used = arm.used
-    for key in dict.fromkeys(key for found in used for key in found.scalars):
-        values = [found.scalars[key] for found in used if key in found.scalars]
-        arm.scalars[key] = Measure(max(values), None, len(values)) if key in _LARGEST else _measure(values)
-    for group in dict.fromkeys(group for found in used for group in found.groups):
-        members = [found.groups[group] for found in used if group in found.groups]
-        values_of = {
-            key: [member[key] for member in members if key in member]
-            for key in dict.fromkeys(key for member in members for key in member)
+def _make_arm(name: str, facts: list[Facts]) -> Arm:
+    used = [found for found in facts if found.run.is_finished] or facts
+    values = {}
+    for key in dict.fromkeys(key for found in used for key in found.values):
+        by_seed = {
+            f"run {place}" if found.run.seed is None else found.run.seed: found.values[key]
+            for place, found in enumerate(used)
+            if key in found.values
         }
-        arm.groups[group] = {
-            key: Measure(max(values), None, len(values)) if group == "phase_gib" else _measure(values)
-            for key, values in values_of.items()
-        }
-    return arm
+        values[key] = measure(by_seed, largest=key.startswith(_LARGEST))
+    config = facts[0].run.config
+    selector, large = lookup(config, "colm", "selector"), _whole(lookup(config, "colm", "large_batch_size"))
+    size = _whole(lookup(config, "colm", "coreset_size")) or _whole(lookup(config, "deepspeed", "train_batch_size"))
+    micro = _whole(lookup(config, "deepspeed", "train_micro_batch_size_per_gpu"))
+    return Arm(
+        name,
+        facts,
+        used,
+        values,
+        config,
+        selector if isinstance(selector, str) else None,
+        large,
+        large if selector == "full" else size,
+        micro or _whole(lookup(config, "recipe", "micro_batch_size")),
+        number(config.get("world_size")) or 1.0,
+    )
 
 
-def _measure(values: Sequence[float]) -> Measure:
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
-    return Measure(float(np.mean(values)), error, len(values))
+def _by_method(runs: Sequence[Run]) -> list[list[Run]]:
+    gathered: dict[str, list[Run]] = {}
+    for place, run in enumerate(runs):
+        is_known = isinstance(run.config.get("colm"), dict) and run.seed is not None  # else an arm of its own
+        key = json.dumps(method_settings(run.config), sort_keys=True) if is_known else f"{place}"
+        while run.seed in [other.seed for other in gathered.get(key, [])]:
+            key += " again"
+        gathered.setdefault(key, []).append(run)
+    return list(gathered.values())
+
+
+def _arm_name(runs: Sequence[Run]) -> str:
+    """Return what the runs' names share, without a seed."""
+    if len({run.name for run in runs}) == 1:
+        return runs[0].name
+    shared = runs[0].name
+    while not all(run.name.startswith(shared) for run in runs):
+        shared = shared[:-1]
+    return re.sub(r"(?:^|[ \-_./(]+)(?:[Ss]eed|s)$", "", shared.rstrip(" -_./(:=0123456789")) or runs[0].name
+
+
+def _distinct(shown: Sequence[str]) -> list[str]:
+    """Number repeated names, so that no two arms are called the same."""
+    labels: list[str] = []
+    for name in shown:
+        label, count = name, 2
+        while label in labels or (label != name and label in shown):
+            label, count = f"{name} ({count})", count + 1
+        labels.append(label)
+    return labels
 
 
 def _whole(value: Any) -> int | None:
     found = number(value)
     return None if found is None else int(found)
-
-
-def _arm_name(runs: Sequence[Run]) -> str:
-    first = runs[0].name
-    if len(runs) == 1:
-        return first
-    if all(run.name == first for run in runs):
-        return first
-    shared = first
-    for run in runs[1:]:
-        while not run.name.startswith(shared):
-            shared = shared[:-1]
-    shared = shared.rstrip(" -_./(:=0123456789")
-    for word in ("seed", "Seed", "s"):
-        cut = shared.removesuffix(word)
-        if cut != shared and (not cut or cut[-1] in " -_./("):
-            shared = cut.rstrip(" -_./(")
-    return shared or first
-
-
-def _distinct(shown: Sequence[str]) -> list[str]:
-    """Number repeated names, so that no two arms are called the same."""
-    seen: dict[str, int] = {}
-    taken = set(shown)
-    result = []
-    for name in shown:
-        seen[name] = seen.get(name, 0) + 1
-        label, count = name, seen[name]
-        while count > 1 and label in taken:
-            label = f"{name} ({count})"
-            count += 1
-        taken.add(label)
-        result.append(label)
-    return result

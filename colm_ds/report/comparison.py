@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from colm_ds.errors import DataError
-from colm_ds.report.arms import Arm, Measure, make_arms
-from colm_ds.report.cost import coherence_section, shares_section, time_section, traffic_section
-from colm_ds.report.curves import MAX_POINTS, smooth, thin
-from colm_ds.report.differences import difference, ratio, references
-from colm_ds.report.facts import Curve
-from colm_ds.report.markdown import render_markdown
-from colm_ds.report.memory import memory_section
-from colm_ds.report.page import render_page
-from colm_ds.report.perplexity import perplexity_section
-from colm_ds.report.protocols import protocols_section
-from colm_ds.report.quality import (
-    against_table,
-    arms_table,
-    describe,
-    heldout_section,
-    sources_section,
-    training_section,
+from colm_ds.report.arms import Arm, describe, make_arms
+from colm_ds.report.charts import smooth
+from colm_ds.report.costs import costs_section
+from colm_ds.report.facts import Facts
+from colm_ds.report.page import markdown_table, render_markdown, render_page
+from colm_ds.report.quality import differences_table, quality_columns, quality_section, sources_section
+from colm_ds.report.section import (
+    MAX_ARMS,
+    SEEDS,
+    ReportSection,
+    View,
+    columns_of,
+    drawn_arms,
+    shown_name,
+    source_table,
 )
-from colm_ds.report.section import ReportSection
-from colm_ds.report.setup import problems_of, setup_section
-from colm_ds.report.signals import signals_section
-from colm_ds.report.summary import caveats, listed, summary
-from colm_ds.report.tables import plain, quoted
-from colm_ds.report.tradeoff import tradeoff_section
+from colm_ds.report.selected import selected_section
+from colm_ds.report.setup import compared_section, problems_of, repeat_section
+from colm_ds.report.summary import caveats, summary
+from colm_ds.report.tables import SEEDS_NOTE, Column, Table, clean, format_terminal, listed, plain, quoted
 from colm_ds.run_folder.read import Run, lookup
 
 _LONGEST_TITLE = 90
@@ -46,8 +41,9 @@ class Comparison:
 
     Attributes:
         title: what was compared.
+        about: one line on date and devices.
         date: when the report was made.
-        summary: one paragraph that says what came out.
+        summary: three sentences that say what came out.
         caveats: what a reader must know before trusting it.
         arms: runs gathered by method; runs that differ in their seed only are one arm.
         small_sources: names of the small sources.
@@ -56,6 +52,7 @@ class Comparison:
     """
 
     title: str
+    about: str
     date: str
     summary: str
     caveats: list[str]
@@ -64,157 +61,175 @@ class Comparison:
     sections: list[ReportSection]
     files: dict[str, Path]
 
+    @property
+    def tables(self) -> dict[str, Table]:
+        """Return every table of the page by its key."""
+        return {table.key: table for section in self.sections for table in section.tables}
+
     def as_dict(self) -> dict[str, Any]:
-        """What `report.json` holds: every number of the page, and the curves."""
+        """Return what `report.json` holds: every number of the page, and the curves."""
         return {
-            "title": self.title,
-            "date": self.date,
-            "summary": self.summary,
-            "caveats": self.caveats,
-            "small_sources": self.small_sources,
-            "arms": [_arm_dict(arm, self.arms) for arm in self.arms],
-            "tables": {table.key: table.as_dict() for section in self.sections for table in section.tables},
+            **{key: getattr(self, key) for key in ("title", "date", "summary", "caveats", "small_sources")},
+            "arms": [_arm_dict(arm) for arm in self.arms],
+            "tables": {key: table.as_dict() for key, table in self.tables.items()},
         }
 
 
 def compare(
-    runs: Sequence[Run], out_folder: str | Path, *, sized: Sequence[Run] = (), date: datetime | None = None
+    runs: Sequence[Run] | Mapping[str, Sequence[Run]],
+    out_folder: str | Path,
+    *,
+    sized: Sequence[Run] = (),
+    against: Sequence[str] = (),
+    max_arms: int = MAX_ARMS,
+    date: datetime | None = None,
 ) -> Comparison:
     """Compare runs; write `report.html`, `report.md` and `report.json`.
 
     Args:
-        runs: from `load_run`, in the order in which they shall be shown.
+        runs: from `load_run`, in the order in which they shall be shown, or by the name of their arm.
         out_folder: where to write; made if it is not there.
         sized: further runs, of other batch sizes, that join the pictures of memory against batch size only.
+        against: names of the arms that all are held against; default: plain training and the control of each.
+        max_arms: arms in a picture at most.
         date: when the report is made; default: now.
 
     Raises:
-        DataError: if there is no run, or the folder can not be written.
+        DataError: if there is no run, or the folder cannot be written.
     """
-    if not runs:
-        raise DataError("compare: no runs. Give at least one folder of a run.")
-    everyone, small = make_arms([*runs, *sized])
-    places = [run.folder for run in sized]
-    arms = [arm for arm in everyone if arm.runs[0].folder not in places]
-    others = [arm for arm in everyone if arm.runs[0].folder in places]
+    view = look(runs, sized=sized, against=against, max_arms=max_arms)
     when = (date or datetime.now(timezone.utc)).strftime("%Y-%m-%d %H:%M %Z").strip()
-    against = against_table(arms)
     sections = [
-        ReportSection("arms", "Arms", tables=[arms_table(arms), *([against] if against else [])]),
-        tradeoff_section(arms),
-        protocols_section(arms, others),
-        sources_section(arms, small),
-        *([perplexity_section(arms, small)] if any(arm.perplexity() for arm in arms) else []),
-        heldout_section(arms),
-        training_section(arms),
-        time_section(arms),
-        memory_section(arms),
-        shares_section(arms, small),
-        coherence_section(arms),
-        signals_section(arms, small),
-        traffic_section(arms),
-        setup_section(arms, others),
+        compared_section(view),
+        quality_section(view),
+        costs_section(view),
+        sources_section(view),
+        selected_section(view),
+        repeat_section(view),
     ]
     out = Path(out_folder)
     files = {"html": out / "report.html", "markdown": out / "report.md", "json": out / "report.json"}
-    warned = [*caveats(arms), *problems_of(arms)]
-    found = Comparison(_title(arms), when, summary(arms, small), warned, arms, small, sections, files)
-    words = (found.title, _about(found), found.summary, found.caveats, sections)
-    numbers = json.dumps(_finite(found.as_dict()), indent=1, ensure_ascii=False, allow_nan=False)
+    warned = [*caveats(view.arms), *_left_out(view), *problems_of(view.arms)]
+    title, arms = _title(view.arms), list(view.arms)
+    found = Comparison(title, _about(arms, when), when, summary(view), warned, arms, list(view.small), sections, files)
+    words = (title, found.about, found.summary, warned, sections)
+    numbers = json.dumps(_finite(found.as_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for key, text in (
-            ("html", render_page(*words)),
-            ("markdown", render_markdown(*words)),
-            ("json", numbers + "\n"),
-        ):
+        for key, text in (("html", render_page(*words)), ("markdown", render_markdown(*words)), ("json", numbers)):
             files[key].write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
-        raise DataError(f"{out}: can not write the report: {error.strerror or error}. Choose another folder.") from None
+        raise DataError(f"{out}: cannot write the report: {error.strerror or error}. Choose another folder.") from None
     return found
+
+
+def look(
+    runs: Sequence[Run] | Mapping[str, Sequence[Run]],
+    *,
+    sized: Sequence[Run] = (),
+    against: Sequence[str] = (),
+    max_arms: int = MAX_ARMS,
+) -> View:
+    """Gather what the sections of a report look at; arguments as in `compare`.
+
+    Raises:
+        DataError: if there is no run.
+    """
+    if not runs:
+        raise DataError("compare: no runs. Give at least one folder of a run.")
+    everyone = make_arms(runs if isinstance(runs, Mapping) else [*runs, *sized])
+    places = [run.folder for run in sized]
+    arms = [arm for arm in everyone if arm.runs[0].folder not in places]
+    others = [arm for arm in everyone if arm.runs[0].folder in places]
+    named = [arm for name in against for arm in arms if arm.name == name]
+    drawn = drawn_arms(arms, max(1, max_arms), named)
+    return View(arms, arms[0].facts[0].small, named, drawn, others)
+
+
+def format_table(runs: Sequence[Run]) -> str:
+    """Write quality, time, memory and examples of every arm for the terminal; runs of several seeds are one arm."""
+    return format_terminal(_results(make_arms(runs)))
+
+
+def result_tables(runs: Mapping[str, Sequence[Run]], against: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
+    """Return quality, cost, paired differences and quality by source of named arms, for JSON and as Markdown.
+
+    `against` names the arms that the others are held against; without runs there are no tables.
+    """
+    if not runs:
+        return [], "No run has finished.\n"
+    view = look(runs, against=against)
+    perplexity = any(arm.group("heldout.perplexity.per_source") for arm in view.arms)
+    kind, title = ("heldout.perplexity", "perplexity") if perplexity else ("heldout", "loss")
+    sources = source_table(view, "sources", f"Held-out {title} by source", f"{kind}.per_source")
+    tables = [table for table in (_results(view.arms), differences_table(view), sources) if table and table.rows]
+    return [table.as_dict() for table in tables], "\n\n".join(map(markdown_table, tables)) + "\n"
+
+
+def _results(arms: Sequence[Arm]) -> Table:
+    """Make the table of quality, time, memory and examples."""
+    columns = [
+        *quality_columns(arms),
+        *columns_of("step_s.median", "peak_memory_gib.peak", "examples_trained", "examples_probed"),
+    ]
+    columns = [column for column in columns if column.key != "heldout.big"]
+    known = [column for column in columns if any(column.key in arm.values for arm in arms)]
+    lead = {Column("arm"): shown_name, **SEEDS}
+    rows = [[*(read(arm) for read in lead.values()), *(arm.values.get(column.key) for column in known)] for arm in arms]
+    note = f"Losses are nats per token. {SEEDS_NOTE} Bold: the best mean, whether or not the difference is measurable."
+    return Table("results", "Results", [*lead, *known], rows, note)
 
 
 def _title(arms: Sequence[Arm]) -> str:
     if len(arms) == 1:
-        return f"Report of {arms[0].name}"
+        return f"Report of {clean(arms[0].name)}"
     named = listed([quoted(arm.name) if "," in arm.name else arm.name for arm in arms])
-    return f"Comparison of {named}" if len(named) <= _LONGEST_TITLE else f"Comparison of {len(arms)} arms"
+    return clean(f"Comparison of {named}" if len(named) <= _LONGEST_TITLE else f"Comparison of {len(arms)} arms")
 
 
-def _about(found: Comparison) -> str:
-    devices = dict.fromkeys(str(lookup(arm.config, "machine", "device") or "") for arm in found.arms)
-    parts = [f"Written {found.date} by colm_ds", *(f"trained on {device}" for device in devices if device)]
-    if len(found.arms) > 1 and found.arms[-1].name not in found.title:
-        parts.append(f"compared: {', '.join(arm.name for arm in found.arms)}")
-    return " · ".join(parts)
+def _about(arms: Sequence[Arm], when: str) -> str:
+    devices = dict.fromkeys(str(lookup(arm.config, "machine", "device") or "") for arm in arms)
+    return " · ".join([f"Written {when} by colm_ds", *(f"trained on {device}" for device in devices if device)])
 
 
-def _arm_dict(arm: Arm, arms: Sequence[Arm]) -> dict[str, Any]:
-    raw = [facts.train_loss for facts in arm.used if facts.train_loss.values]
+def _left_out(view: View) -> list[str]:
+    if len(view.drawn) == len(view.arms):
+        return []
+    named = listed([quoted(arm.name) for arm in view.drawn])
+    return [
+        f"Pictures show {len(view.drawn)} of {len(view.arms)} arms, {named}; tables have all (--max-arms draws more)."
+    ]
+
+
+def _arm_dict(arm: Arm) -> dict[str, Any]:
+    curves = {"loss": smooth(arm.step_curve("loss"))}
+    for prefix, read in (("heldout", Facts.heldout), ("perplexity", Facts.perplexity)):
+        curves |= {f"{prefix}.{name}": curve for name, curve in arm.curves(read).items()}
     return {
-        "name": arm.name,
+        **{key: getattr(arm, key) for key in ("name", "selector", "large_batch_size", "coreset_size", "num_steps")},
         "selection": describe(arm),
-        "selector": arm.selector,
-        "large_batch_size": arm.large_batch_size,
-        "coreset_size": arm.coreset_size,
         "is_finished": arm.is_finished,
-        "num_steps": arm.num_steps,
-        "seeds": [run.seed for run, _ in arm.counted],
-        "numbers": {key: _measure_dict(measure) for key, measure in arm.scalars.items()},
-        **{key: {name: _measure_dict(m) for name, m in group.items()} for key, group in arm.groups.items()},
-        "against": {role: _against_dict(arm, other) for role, other in references(arm, arms).items()},
-        "curves": {
-            "train_loss_smoothed": [_curve_dict(thin(smooth(curve))) for curve in raw],
-            "heldout": {key: _curve_dict(arm.heldout(key)) for key in ("overall", "macro", "small")},
-            "perplexity": {name: _curve_dict(curve) for name, curve in arm.perplexity().items()},
-            "tokens": _curve_dict(thin(arm.tokens())),
-            "coherence": {name: _curve_dict(thin(curve, MAX_POINTS)) for name, curve in arm.coherence().items()},
+        "seeds": [found.run.seed for found in arm.used],
+        "numbers": {
+            key: {"mean": found.mean, "standard_error": found.standard_error, "num_seeds": found.num_seeds}
+            for key, found in arm.values.items()
         },
+        "curves": {name: asdict(curve) for name, curve in curves.items()},
         "runs": [
             {
-                "name": run.name,
-                "folder": run.folder.resolve().name,
-                "seed": run.seed,
-                "is_finished": run.is_finished,
-                "numbers": {key: plain(value) for key, value in facts.scalars.items()},
-                "problems": run.problems,
-                "config": run.config,
+                "folder": found.run.folder.resolve().name,
+                **{key: getattr(found.run, key) for key in ("name", "seed", "is_finished", "problems", "config")},
+                "numbers": found.values,
             }
-            for run, facts in zip(arm.runs, arm.facts, strict=True)
+            for found in arm.facts
         ],
     }
 
 
 def _finite(value: Any) -> Any:
-    """The same value with None for NaN and infinities, which JSON does not have."""
+    """Return the same value for JSON: numbers rounded to 6 digits, None for NaN and infinities."""
     if isinstance(value, dict):
         return {str(key): _finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _measure_dict(measure: Measure) -> dict[str, Any]:
-    return {key: plain(value) for key, value in asdict(measure).items()}
-
-
-def _curve_dict(curve: Curve) -> dict[str, Any]:
-    return {
-        "step": curve.steps,
-        "seconds": [plain(value) for value in curve.seconds],
-        "value": [plain(value) for value in curve.values],
-    }
-
-
-def _against_dict(arm: Arm, other: Arm) -> dict[str, Any]:
-    gaps = {key: difference(arm, other, f"heldout_{key}") for key in ("overall", "macro", "small")}
-    return {
-        "arm": other.name,
-        "heldout": {
-            key: {name: plain(value) for name, value in asdict(gap).items()} | {"verdict": gap.verdict}
-            for key, gap in gaps.items()
-            if gap is not None
-        },
-        "step_s_ratio": plain(ratio(arm, other, "step_s")),
-        "peak_gib_ratio": plain(ratio(arm, other, "peak_gib")),
-    }
+    return plain(value)

@@ -1,253 +1,283 @@
-"""The numbers of one run: from its summary where it has one, else from the steps that it logged."""
+"""One row of the table of runs and numbers: what a run's files say of it, by path, and its curves.
+
+A number is called by its path in `summary.json`, or in an entry of `metrics.jsonl` if the summary does not have it:
+`heldout.overall`, `phase_s.probe`. Runs that have not finished, and older ones, are summed up from their steps.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from colm_ds.report.tables import Column, compact, fixed, percent, whole
+from colm_ds.run_folder.files import read_object
+from colm_ds.run_folder.metrics import METRICS, Metric, data_loading_share, step_seconds
 from colm_ds.run_folder.read import Run, lookup, names, number, numbers
 
 PHASES = ("data", "probe", "exchange", "select", "forward", "backward", "train", "step")
-_NOT_ADDED = ("total", "save")
-BYTE_KINDS = ("signals", "selection", "tokens")
 MEMORY_PHASES = ("probe", "exchange", "select", "train", "forward", "backward", "step", "save")
+LOSS, PERPLEXITY, GIB = fixed(4), fixed(2), fixed(3)
+
+NUMBERS = {
+    each.key: each
+    for each in (
+        Column("held-out loss", LOSS, "min", "heldout.overall"),
+        Column("mean of sources", LOSS, "min", "heldout.macro"),
+        Column("small sources", LOSS, "min", "heldout.small"),
+        Column("big sources", LOSS, "min", "heldout.big"),
+        Column("perplexity", PERPLEXITY, "min", "heldout.perplexity.overall"),
+        Column("accuracy", percent, "max", "heldout.accuracy"),
+        Column("accuracy before training", percent, None, "heldout_before.accuracy"),
+        Column("exact match", percent, "max", "exact_match.overall"),
+        Column("s per step", compact, "min", "step_s.median"),
+        Column("fastest 10%, s", compact, None, "step_s.p10"),
+        Column("slowest 10%, s", compact, None, "step_s.p90"),
+        Column("waiting for data", percent, None, "data_loading_share"),
+        Column("peak, GiB", GIB, "min", "peak_memory_gib.peak"),
+        Column("trained", whole, None, "examples_trained"),
+        Column("probed", whole, None, "examples_probed"),
+        Column("tokens", whole, None, "tokens_trained"),
+        Column("wall clock, s", compact, None, "wall_s"),
+        Column("padding", percent, None, "padding_fraction"),
+        Column("micro-batches made", fixed(1), None, "micro_batches.count"),
+        Column("tokens of the largest", whole, None, "micro_batches.largest_tokens"),
+    )
+}
+"""Columns of single numbers."""
+
+GROUPS = {
+    each.key: each
+    for each in (
+        Column("{}", LOSS, "min", "heldout.per_source"),
+        Column("{}", PERPLEXITY, "min", "heldout.perplexity.per_source"),
+        Column("{}", percent, "max", "exact_match.per_source"),
+        Column("{}", percent, "max", "evaluation"),
+        Column("{}", percent, None, "data_share"),
+        Column("{}", percent, None, "coreset_share"),
+        Column("{}", LOSS, None, "late_loss"),
+        Column("{}, s", compact, None, "phase_s"),
+        Column("{}, GiB", GIB, None, "peak_memory_gib"),
+        Column("{}, GiB", GIB, None, "peak_memory_parts_gib"),
+        Column("{}, bytes per step", whole, None, "exchange_bytes"),
+        Column("labelled tokens, {}", fixed(1), None, "label_tokens"),
+        Column("gradient variance, {}", fixed(3), None, "gradient_variance"),
+    )
+}
+"""Columns of the members of mappings, by source, phase, part or kind; `{}` is the member."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A quantity along a run; all lists have one entry for each point.
+    """A quantity along a run, or the mean of several; every list has one entry per point, or none at all.
 
     Attributes:
         steps: optimizer steps.
-        seconds: training time until then, evaluation not counted; empty if the run logged no times.
+        seconds: of training until then, evaluation not counted; empty if the run logged no times.
+        tokens: trained on until then; empty if the run did not count them.
         values: the quantity.
+        errors: standard errors over seeds; empty for a single one.
     """
 
     steps: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    tokens: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+
+    def at(self, axis: str, place: float) -> float | None:
+        """Return the value at a place of an axis ("steps", "seconds", "tokens"), on a line between points."""
+        x = getattr(self, axis)
+        return float(np.interp(place, x, self.values)) if x and x[0] <= place <= x[-1] else None
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Numbers of one run; what it does not tell is absent.
+    """What a run's files say; what they do not is absent.
 
     Attributes:
-        num_steps: the last step logged, or the summary's number of steps.
-        scalars: one number each, see `run_facts`.
-        groups: numbers by source, phase or kind, see `run_facts`.
-        train_loss: training loss by step.
-        heldout: held-out losses by step: `overall`, `macro` and `small` (mean of the small sources).
-        coherence: |mean g| / mean |g| by step of every source (or pool).
-        source_losses: mean loss of the selected examples by step of every source.
-        signals: `label_tokens.coreset`, `label_tokens.large_batch`, `gradient_variance.coreset` and `.random`, and
-            `padding` (share of padding in training) by step.
-        perplexity: on held-out chunks by step, `overall` and of every source.
-        tokens: tokens trained on until then, by step.
+        run: the run.
+        values: numbers by their paths.
         memory_kind: what peaks are: "allocated", "counted" (allocations, on a CPU) or "resident"; empty if not known.
+        small: names of the small sources.
+        clocks: `seconds` of training and `tokens` at the end of every step, 0 at step 0; empty if unknown.
     """
 
-    num_steps: int | None
-    scalars: dict[str, float]
-    groups: dict[str, dict[str, float]]
-    train_loss: Curve
-    heldout: dict[str, Curve]
-    coherence: dict[str, Curve]
-    source_losses: dict[str, Curve]
-    signals: dict[str, Curve]
-    perplexity: dict[str, Curve]
-    tokens: Curve
-    memory_kind: str = ""
+    run: Run
+    values: dict[str, float]
+    memory_kind: str
+    small: Sequence[str]
+    clocks: Mapping[str, Mapping[int, float]]
+
+    @property
+    def num_steps(self) -> int | None:
+        """Return the summary's number of steps, or the last step logged."""
+        return int(self.values["steps"]) if "steps" in self.values else None
+
+    def curves(self, name: str) -> dict[str, Curve]:
+        """Return one of `METRICS` along the run, by member; the curve of a single number is called ""."""
+        metric = next((each for each in METRICS if each.name == name), Metric(name, name))
+        return self._curves((int(step["step"]), metric.values(step)) for step in self.run.steps)
+
+    def heldout(self) -> dict[str, Curve]:
+        """Return held-out losses along the run: `overall`, `macro`, `small`, `big`, and `source.NAME`."""
+        return self._curves(
+            (step, heldout_losses(found, self.small) | dict(flatten({"source": found.get("per_source")})))
+            for step, found in self.run.heldout.items()
+        )
+
+    def perplexity(self) -> dict[str, Curve]:
+        """Return held-out perplexities along the run, named as losses are; empty if not measured."""
+        found = {step: lookup(entry, "perplexity") for step, entry in self.run.heldout.items()}
+        return self._curves(
+            (step, dict(flatten({"overall": lookup(each, "overall"), "source": lookup(each, "per_source")})))
+            for step, each in found.items()
+        )
+
+    def _curves(self, points: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, Curve]:
+        curves: dict[str, Curve] = {}
+        for step, members in points:
+            for name, value in members.items():
+                curve = curves.setdefault(name, Curve())
+                curve.steps.append(step)
+                curve.values.append(value)
+                for axis, clock in self.clocks.items():
+                    if step in clock:
+                        getattr(curve, axis).append(clock[step])
+        return curves
+
+
+def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the numbers of nested mappings with dotted keys."""
+    for key, value in values.items() if isinstance(values, Mapping) else ():
+        name, found = f"{prefix}{key}", number(value)
+        if found is not None:
+            yield name, found
+        else:
+            yield from flatten(value, f"{name}.")
+
+
+def group(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the entries called `name.MEMBER`, by member."""
+    return {key[len(name) + 1 :]: value for key, value in values.items() if key.startswith(f"{name}.")}
 
 
 def small_sources(runs: Sequence[Run]) -> list[str]:
-    """Names of the small sources: those that any run lists; by the |V|/c rule where no run has a list."""
-    listed = [run.config["small_sources"] for run in runs if isinstance(run.config.get("small_sources"), list)]
-    if listed:
-        return list(dict.fromkeys(name for found in listed for name in names(found)))
-    counts: dict[str, float] = {}
-    for run in runs:
-        counts = counts or numbers(run.config.get("sources"))
-    if not counts:
-        return []
+    """Return the small sources' names: those that any run lists; by the |V|/c rule where no run lists one."""
+    listed = dict.fromkeys(name for run in runs for name in names(run.config.get("small_sources")))
+    counts = next((found for run in runs if (found := numbers(run.config.get("sources")))), {})
+    if listed or not counts:
+        return list(listed)
     from colm_ds.selection import split_sources  # imports torch: only where it is needed
 
     return list(split_sources({name: int(count) for name, count in counts.items() if count >= 0})[0])
 
 
 def has_counted(run: Run) -> bool:
-    """Whether allocations were counted in some step of a run on a CPU."""
+    """Return whether allocations were counted in some step of a run on a CPU."""
     return any(numbers(step.get("counted_gib")) for step in run.steps)
 
 
-def run_facts(run: Run, small: Collection[str], *, counted: bool = False) -> Facts:
-    """Collect the numbers of a run.
-
-    Scalars: heldout_overall, heldout_macro, heldout_small, perplexity, exact_match, num_questions, accuracy and
-    accuracy_before (of classification; before training), step_s, step_s_p10, step_s_p90, data_loading_share (of the
-    seconds of all steps), probe_gib, train_gib, peak_gib, examples_trained, examples_probed, tokens_trained, wall_s,
-    padding_fraction, num_micro_batches (of a step and rank, mean), largest_tokens (padded, of
-    the largest micro-batch in the steps whose peaks are taken).
-    Groups: heldout, exact_match, data_share and coreset_share by source, phase_s by phase, exchange_bytes by kind (mean
-    of a step), coherence by source (mean over steps), phase_gib (peaks) by phase, parts_gib (of the largest peak).
+def run_facts(run: Run, small: Sequence[str], *, counted: bool = False) -> Facts:
+    """Read the numbers of a run.
 
     Args:
         run: the run.
         small: names of the small sources.
-        counted: take peaks from the steps whose allocations were counted.
+        counted: take peaks, and the tokens they follow from, from the steps whose allocations were counted.
     """
-    seconds = _seconds(run)
-    last = max(run.heldout, default=0)
-    heldout = lookup(run.summary, "heldout")
-    if not isinstance(heldout, Mapping):
-        heldout = run.heldout.get(last, {}) if last > 0 else {}
-    losses = heldout_losses(heldout, small)
-    coherence = _by_name(run, "coherence", seconds)
-    pairs = {key: _by_name(run, key, seconds) for key in ("label_tokens", "gradient_variance")}
-    groups = {
-        "heldout": numbers(lookup(heldout, "per_source")),
-        "exact_match": numbers(lookup(run.summary, "exact_match", "per_source")),
+    counting = [step for step in run.steps if numbers(step.get("counted_gib"))]
+    end = run.heldout[max(run.heldout)] if max(run.heldout, default=0) > 0 else {}
+    by_steps: dict[str, Any] = {"heldout": end, "heldout_before": run.heldout.get(0), "step_s": step_seconds(run.steps)}
+    by_steps |= {"data_loading_share": _data_loading_share(run), "peak_memory_gib": _largest(run.steps, "memory_gib")}
+    by_steps["peak_memory_parts_gib"] = _largest(run.steps, "memory_parts_gib")
+    by_steps["steps"] = run.steps[-1]["step"] if run.steps else None
+    by_steps |= {key_of(metric): _total(metric, run.steps) for metric in METRICS}
+    values = dict(flatten({**by_steps, **{key: found for key, found in run.summary.items() if found is not None}}))
+    values |= dict(flatten({"heldout": heldout_losses(group(values, "heldout"), small)}))
+    late = run.steps[-max(1, len(run.steps) // 10) :]
+    derived: dict[str, Any] = {
+        "evaluation": read_object(run.folder / "evaluation" / "results.json").get("averages"),
         "data_share": _shares(numbers(run.config.get("sources"))),
-        "coreset_share": _shares(_sums(run.steps, "coreset", "per_source")),
-        "phase_s": _phase_seconds(run),
-        "exchange_bytes": {
-            kind: total / len(run.steps) for kind, total in _sums(run.steps, "exchange_bytes").items() if run.steps
-        },
-        "coherence": {name: float(np.mean(curve.values)) for name, curve in coherence.items()},
-        "phase_gib": _phase_peaks(run, counted),
+        "coreset_share": _shares(group(values, "coreset.per_source")),
+        "late_loss": _total(next(metric for metric in METRICS if metric.name == "coreset.loss"), late),
     }
-    groups["parts_gib"] = _peak_parts(run, groups["phase_gib"] if counted else {})
-    scalars = {f"heldout_{key}": value for key, value in losses.items()} | _costs(run, counted)
-    scalars |= _largest(groups["phase_gib"])
-    for key in ("overall", "num_questions"):
-        value = number(lookup(run.summary, "exact_match", key))
-        if value is not None:
-            scalars["exact_match" if key == "overall" else key] = value
-    first = lookup(run.summary, "heldout_before") or run.heldout.get(0, {})
-    ends = {"perplexity": lookup(heldout, "perplexity", "overall"), "accuracy": lookup(heldout, "accuracy")}
-    for key, found in (ends | {"accuracy_before": lookup(first, "accuracy")}).items():
-        value = number(found)
-        if value is not None:
-            scalars[key] = value
-    return Facts(
-        num_steps=_num_steps(run),
-        scalars=scalars,
-        groups={key: values for key, values in groups.items() if values},
-        train_loss=_curve(((step, found.get("loss")) for step, found in _by_step(run)), seconds),
-        heldout=_heldout_curves(run, small, seconds),
-        coherence=coherence,
-        source_losses=_by_name(run, "loss", seconds),
-        signals={
-            **{f"{key}.{name}": curve for key, curves in pairs.items() for name, curve in curves.items()},
-            "padding": _curve(((step, found.get("padding_fraction")) for step, found in _by_step(run)), seconds),
-        },
-        perplexity=_perplexity_curves(run, seconds),
-        tokens=_curve(_tokens(run), seconds),
-        memory_kind="counted" if counted else _memory_kind(run),
-    )
+    for name, base, label in (
+        ("label_tokens", "large_batch", "× the large batch's"),
+        ("gradient_variance", "random", "× random"),
+    ):
+        if f"{name}.coreset" in values and values.get(f"{name}.{base}"):
+            derived[name] = {label: values[f"{name}.coreset"] / values[f"{name}.{base}"]}
+    values |= dict(flatten(derived))
+    if counted:
+        values = {key: value for key, value in values.items() if not key.startswith("peak_memory_gib.")}
+        values |= dict(flatten({"peak_memory_gib": _largest(counting, "counted_gib")}))
+        tokens = {"largest_tokens": _largest(counting, "micro_batches").get("largest_tokens")}
+        values |= dict(flatten({"micro_batches": tokens}))
+        _count_parts(values)
+    if "peak_memory_gib.total" in values:
+        values["peak_memory_gib.peak"] = values.pop("peak_memory_gib.total")
+    _divide_step(values)
+    timed = [
+        None if numbers(step.get("counted_gib")) else number(lookup(step, "time_s", "total")) for step in run.steps
+    ]
+    trained = [number(step.get("tokens")) for step in run.steps]
+    clocks = {"seconds": _clock(run, timed), "tokens": {} if None in trained else _clock(run, trained)}
+    unused = [key for key, value in values.items() if key.startswith("peak_memory_gib.") and value <= 0]
+    for key in unused:  # the phase did not run
+        del values[key]
+    return Facts(run, values, "counted" if counted else _memory_kind(run), small, clocks)
+
+
+def key_of(metric: Metric) -> str:
+    """Return how a metric, summed up over a run, is called."""
+    return metric.summary or metric.name
 
 
 def heldout_losses(heldout: Mapping[str, Any], small: Collection[str]) -> dict[str, float]:
-    """`overall`, `macro` and `small` of a `heldout` object, those that it has or that follow from its sources."""
-    per_source = numbers(heldout.get("per_source"))
-    kept = [per_source[name] for name in small if name in per_source]
+    """Return `overall`, `macro`, `small` and `big` of a `heldout` object, those that it has or that follow from it."""
+    by_source = numbers(heldout.get("per_source")) or group(heldout, "per_source")
+    kept = [by_source[name] for name in small if name in by_source]
+    others = [value for name, value in by_source.items() if name not in small]
+    is_split = bool(kept) and len(kept) == len(small)
+    macro = number(heldout.get("macro"))
     found = {
-        "overall": number(heldout.get("overall")),
-        "macro": number(heldout.get("macro")),
-        "small": float(np.mean(kept)) if kept and len(kept) == len(small) else None,
+        "overall": heldout.get("overall"),
+        "macro": float(np.mean(list(by_source.values()))) if macro is None and by_source else macro,
+        "small": float(np.mean(kept)) if is_split else None,
+        "big": float(np.mean(others)) if is_split and others else None,
     }
-    if found["macro"] is None and per_source:
-        found["macro"] = float(np.mean(list(per_source.values())))
-    return {key: value for key, value in found.items() if value is not None}
+    return numbers(found)
 
 
-def _by_step(run: Run) -> list[tuple[int, dict[str, Any]]]:
-    return [(int(found["step"]), found) for found in run.steps]
+def _total(metric: Metric, steps: Sequence[Mapping[str, Any]]) -> Any:
+    values = metric.over(steps)
+    return values if metric.by else values.get("")
 
 
-def _num_steps(run: Run) -> int | None:
-    steps = number(run.summary.get("steps"))
-    if steps is not None:
-        return int(steps)
-    return int(run.steps[-1]["step"]) if run.steps else None
+def _data_loading_share(run: Run) -> float | None:
+    return data_loading_share(run.steps) if any("data" in numbers(step.get("time_s")) for step in run.steps) else None
 
 
-def _seconds(run: Run) -> dict[int, float]:
-    """Training seconds at the end of every step, 0 at step 0; a step without its time counts as the median."""
-    times = [_step_seconds(found) for found in run.steps]
-    known = [value for value in times if value is not None]
+def _largest(steps: Iterable[Mapping[str, Any]], name: str) -> dict[str, float]:
+    """Return the largest value of every member of a mapping."""
+    found: dict[str, float] = {}
+    for step in steps:
+        for key, value in numbers(step.get(name)).items():
+            found[key] = max(found.get(key, value), value)
+    return found
+
+
+def _clock(run: Run, values: Sequence[float | None]) -> dict[int, float]:
+    """Add up a number of the steps; where one is missing the median counts."""
+    known = [value for value in values if value is not None]
     if not known:
         return {}
     median = float(np.median(known))
-    ends = np.cumsum([median if value is None else value for value in times])
-    return {0: 0.0} | {step: float(end) for (step, _), end in zip(_by_step(run), ends, strict=True)}
-
-
-def _step_seconds(step: Mapping[str, Any]) -> float | None:
-    """Seconds of a step; None where its allocations were counted, which takes much longer."""
-    return None if numbers(step.get("counted_gib")) else number(lookup(step, "time_s", "total"))
-
-
-def _curve(points: Iterable[tuple[int, Any]], seconds: Mapping[int, float]) -> Curve:
-    kept = [(step, number(value)) for step, value in points]
-    kept = [(step, value) for step, value in kept if value is not None and (not seconds or step in seconds)]
-    return Curve(
-        [step for step, _ in kept],
-        [seconds[step] for step, _ in kept] if seconds else [],
-        [value for _, value in kept if value is not None],
-    )
-
-
-def _heldout_curves(run: Run, small: Collection[str], seconds: Mapping[int, float]) -> dict[str, Curve]:
-    losses = {step: heldout_losses(found, small) for step, found in run.heldout.items()}
-    curves = {
-        key: _curve(((step, found.get(key)) for step, found in losses.items()), seconds)
-        for key in ("overall", "macro", "small")
-    }
-    return {key: curve for key, curve in curves.items() if curve.steps}
-
-
-def _perplexity_curves(run: Run, seconds: Mapping[int, float]) -> dict[str, Curve]:
-    """Of pretraining; nothing for a run without perplexities."""
-    points: dict[str, list[tuple[int, Any]]] = {}
-    for step, found in run.heldout.items():
-        overall = number(lookup(found, "perplexity", "overall"))
-        known = {} if overall is None else {"overall": overall}
-        for name, value in {**known, **numbers(lookup(found, "perplexity", "per_source"))}.items():
-            points.setdefault(name, []).append((step, value))
-    curves = {name: _curve(values, seconds) for name, values in points.items()}
-    return {name: curve for name, curve in curves.items() if curve.steps}
-
-
-def _tokens(run: Run) -> list[tuple[int, float]]:
-    """Tokens trained on when a step is done, 0 at step 0; nothing if some step does not tell."""
-    counts = [(step, number(found.get("tokens"))) for step, found in _by_step(run)]
-    known = [(step, count) for step, count in counts if count is not None]
-    if len(known) < len(counts):
-        return []
-    ends = np.cumsum([count for _, count in known])
-    return [(0, 0.0), *((step, float(end)) for (step, _), end in zip(known, ends, strict=True))]
-
-
-def _by_name(run: Run, key: str, seconds: Mapping[int, float]) -> dict[str, Curve]:
-    """Curves of the numbers of one mapping of the coreset, such as those by source."""
-    points: dict[str, list[tuple[int, float]]] = {}
-    for step, found in _by_step(run):
-        for name, value in numbers(lookup(found, "coreset", key)).items():
-            points.setdefault(name, []).append((step, value))
-    return {name: _curve(found, seconds) for name, found in points.items()}
-
-
-def _sums(steps: Iterable[Mapping[str, Any]], *keys: str) -> dict[str, float]:
-    """Sum over the steps of every entry of the mapping below `keys`."""
-    sums: dict[str, float] = {}
-    for found in steps:
-        for name, value in numbers(lookup(found, *keys)).items():
-            sums[name] = sums.get(name, 0.0) + value
-    return sums
+    ends = np.cumsum([median if value is None else value for value in values])
+    return {0: 0.0} | {int(step["step"]): float(end) for step, end in zip(run.steps, ends, strict=True)}
 
 
 def _shares(counts: Mapping[str, float]) -> dict[str, float]:
@@ -255,64 +285,28 @@ def _shares(counts: Mapping[str, float]) -> dict[str, float]:
     return {name: count / total for name, count in counts.items()} if total > 0 else {}
 
 
-def _phase_seconds(run: Run) -> dict[str, float]:
-    """Median seconds of each phase of a step; one that a step does not have took 0 s in it.
-
-    `train` is what it has beyond its parts `forward` and `backward`, where those were measured.
-    """
-    found = numbers(run.summary.get("phase_s"))
-    if not found:
-        steps = [numbers(step.get("time_s")) for step in run.steps if _step_seconds(step) is not None]
-        steps = [times for times in steps if times]
-        phases = dict.fromkeys(name for times in steps for name in times)
-        found = {name: float(np.median([times.get(name, 0.0) for times in steps])) for name in phases}
-    for name in _NOT_ADDED:
-        found.pop(name, None)
-    if "backward" in found and "train" in found:
-        found["train"] = max(0.0, found["train"] - found["forward"] - found["backward"])
-    return {name: found[name] for name in (*PHASES, *sorted(set(found) - set(PHASES))) if name in found}
+def _divide_step(values: dict[str, float]) -> None:
+    """Let phases add up: `other` is what a step has beyond them; `train` stays only where its parts are missing."""
+    known = group(values, "phase_s")
+    for name in ("total", "save", *(["train"] if "backward" in known else [])):
+        known.pop(name, None)
+        values.pop(f"phase_s.{name}", None)
+    rest = values.get("step_s.median", 0.0) - sum(known.values())
+    values |= {"phase_s.other": rest} if known and rest > 0 else {}
 
 
-def _phase_peaks(run: Run, counted: bool) -> dict[str, float]:
-    """Largest peak of each phase in GiB, and `peak`, that of the run; phases that did not run are left out."""
-    found = {} if counted else numbers(run.summary.get("peak_memory_gib"))
-    if not found:
-        for step in run.steps:
-            for name, value in numbers(step.get("counted_gib" if counted else "memory_gib")).items():
-                found[name] = max(found.get(name, 0.0), value)
-    found = {"peak" if name == "total" else name: value for name, value in found.items() if value > 0}
-    return {name: found[name] for name in (*MEMORY_PHASES, "peak") if name in found}
-
-
-def _largest(phases: Mapping[str, float]) -> dict[str, float]:
-    """`probe_gib`, `train_gib` and `peak_gib`: before, during and over all phases."""
-    found = {}
-    for key, members in (("probe", MEMORY_PHASES[:3]), ("train", MEMORY_PHASES[3:7]), ("peak", (*phases, "peak"))):
-        known = [phases[name] for name in members if name in phases]
-        if known:
-            found[f"{key}_gib"] = max(known)
-    return found
-
-
-def _peak_parts(run: Run, counted: Mapping[str, float]) -> dict[str, float]:
-    """What the largest peak consists of, in GiB.
-
-    Args:
-        run: the run.
-        counted: counted peaks by phase, empty if peaks are measured ones: what they have beyond the parts that are held
-            is then activations, or the probe's where the peak is.
-    """
-    found = numbers(run.summary.get("peak_memory_parts_gib"))
-    if not found and run.steps:
-        largest = max(run.steps, key=lambda step: number(lookup(step, "memory_gib", "peak")) or 0.0)
-        found = numbers(largest.get("memory_parts_gib"))
-    if not found or not counted:
-        return found
+def _count_parts(values: dict[str, float]) -> None:
+    """Divide a counted peak: what it has beyond the parts that are held is activations, or the probe's."""
+    name, peaks = "peak_memory_parts_gib", group(values, "peak_memory_gib")
+    found = group(values, name)
     kept = ("weights", "gradients", "optimizer", "communication", "replay", "selection")
-    held = {name: found.get(name, 0.0) for name in kept}
-    peaks = {key: counted.get(key, 0.0) for key in (*MEMORY_PHASES, "peak")}
-    is_choice = max(peaks[name] for name in MEMORY_PHASES[:3]) >= max(peaks[name] for name in MEMORY_PHASES[3:])
-    return held | {"probe" if is_choice else "activations": max(0.0, max(peaks.values()) - sum(held.values()))}
+    choice, train = (max(peaks.get(each, 0.0) for each in named) for named in (MEMORY_PHASES[:3], MEMORY_PHASES[3:7]))
+    for part in found:
+        if part not in kept:
+            del values[f"{name}.{part}"]
+    if found and peaks:
+        held = sum(found.get(part, 0.0) for part in kept)
+        values[f"{name}.{'probe' if choice >= train else 'activations'}"] = max(0.0, max(peaks.values()) - held)
 
 
 def _memory_kind(run: Run) -> str:
@@ -320,48 +314,3 @@ def _memory_kind(run: Run) -> str:
     kind = next((str(found) for found in known if found), "")
     device = str(lookup(run.config, "machine", "device") or "").lower()
     return kind or ("" if not device else "resident" if device.startswith("cpu") else "allocated")
-
-
-def _costs(run: Run, counted: bool) -> dict[str, float]:
-    summary = run.summary
-    measured = [step for step in run.steps if not counted or numbers(step.get("counted_gib"))]
-    found: dict[str, float | None] = {
-        "wall_s": number(summary.get("wall_s")),
-        "padding_fraction": _mean(found.get("padding_fraction") for found in run.steps),
-        "num_micro_batches": _mean(lookup(found, "micro_batches", "count") for found in run.steps),
-        "largest_tokens": _most(lookup(found, "micro_batches", "largest_tokens") for found in measured),
-    }
-    times = [value for value in map(_step_seconds, run.steps) if value is not None]
-    found["data_loading_share"] = _loading_share(run)
-    for key, name, quantile in (("step_s", "median", 0.5), ("step_s_p10", "p10", 0.1), ("step_s_p90", "p90", 0.9)):
-        value = number(lookup(summary, "step_s", name))
-        found[key] = float(np.quantile(times, quantile)) if value is None and times else value
-    for key, name in (
-        ("examples_trained", "examples_trained"),
-        ("examples_probed", "examples_probed"),
-        ("tokens_trained", "tokens"),
-    ):
-        value = number(summary.get(key))
-        counts = [number(step.get(name)) for step in run.steps]
-        known = [count for count in counts if count is not None]
-        found[key] = sum(known) if value is None and known else value
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def _loading_share(run: Run) -> float | None:
-    """Share of the steps' seconds that passed in waiting for data; None for runs that did not measure it."""
-    share = number(run.summary.get("data_loading_share"))
-    pairs = [(number(lookup(step, "time_s", "data")), _step_seconds(step)) for step in run.steps]
-    known = [(waited, total) for waited, total in pairs if waited is not None and total]
-    if share is None and known:
-        share = sum(waited for waited, _ in known) / sum(total for _, total in known)
-    return share
-
-
-def _most(values: Iterable[Any]) -> float | None:
-    return max((value for value in map(number, values) if value is not None), default=None)
-
-
-def _mean(values: Iterable[Any]) -> float | None:
-    known = [value for value in map(number, values) if value is not None]
-    return float(np.mean(known)) if known else None

@@ -1,122 +1,149 @@
-"""What a result rests on: runs, machine, versions, and in which settings the arms differ."""
+"""What was compared, and how to repeat it: arms and settings; runs, commands, machine, versions, configurations."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from colm_ds.report.arms import Arm, flatten, method_settings, micro_batch_size, value_text
-from colm_ds.report.section import Listing, ReportSection
-from colm_ds.report.tables import MISSING, Column, Table, compact, whole
+from colm_ds.report.arms import Arm, describe, flatten, method_settings, value_text
+from colm_ds.report.facts import key_of
+from colm_ds.report.section import SEEDS, Item, ReportSection, View, shown_name
+from colm_ds.report.tables import MISSING, SEEDS_NOTE, Column, Table, compact, whole
+from colm_ds.run_folder.metrics import METRICS
 from colm_ds.run_folder.read import Run, lookup, number, numbers
 
 _REVISION = 12  # characters of a git revision in the table; the configuration has all
 
 
-def setup_section(arms: Sequence[Arm], sized: Sequence[Arm] = ()) -> ReportSection:
-    """Runs, machine and versions, differing settings, and every run's resolved configuration.
+def compared_section(view: View) -> ReportSection:
+    """List the arms and the settings in which they differ."""
+    lead: dict[Column, Callable[[Arm], Any]] = {
+        Column("b of r"): _sizes,
+        Column("selection"): describe,
+        Column("micro-batch", whole): lambda arm: arm.micro_batch_size,
+        **SEEDS,
+        Column("trained", whole): lambda arm: arm.mean("examples_trained"),
+        Column("probed", whole): lambda arm: arm.mean("examples_probed"),
+        Column("held against"): lambda arm: ", ".join(other.name for other, _ in view.references(arm)) or None,
+    }
+    rows = [[shown_name(arm), *(read(arm) for read in lead.values())] for arm in view.arms]
+    note = (
+        "b of r: examples trained on, of examples looked at in a step; trained and probed: in the whole run. Runs that "
+        "differ in their seed only are one arm."
+    )
+    table = Table("arms", "Arms", [Column("arm"), *lead], rows, note)
+    return ReportSection("compared", "What was compared", [], [Item(tables=[table, settings_table(view.arms)])])
 
-    Args:
-        arms: the comparison's arms.
-        sized: arms that ran for their memory alone: listed, without their configurations.
-    """
-    tables = [runs_table([*arms, *sized]), machine_table(arms), settings_table(arms)]
-    listings = [
-        Listing(f"Resolved configuration of {_run_label(arm, run)}", _configuration(run))
-        for arm in arms
+
+def repeat_section(view: View) -> ReportSection:
+    """List runs with their commands, machine and versions, all numbers of the steps, and every configuration."""
+    listings = {
+        f"Resolved configuration of {run_label(arm, run)}": json.dumps(
+            run.config, indent=2, ensure_ascii=False, default=str
+        )
+        for arm in view.arms
         for run in arm.runs
-    ]
-    return ReportSection("setup", "Machine, versions, commands", [], [], [table for table in tables if table], listings)
-
-
-def problems_of(arms: Sequence[Arm]) -> list[str]:
-    """What was wrong with the runs' files, one sentence each."""
-    return [f"{_run_label(arm, run)}: {problem}" for arm in arms for run in arm.runs for problem in run.problems]
+    }
+    tables = [runs_table([*view.arms, *view.sized]), machine_table(view.arms), metrics_table(view.arms)]
+    return ReportSection("repeat", "How to repeat it", [], [Item(tables=tables), Item(listings=listings)])
 
 
 def runs_table(arms: Sequence[Arm]) -> Table:
-    """One row for each run."""
-    columns = [
-        Column("run"),
-        Column("folder"),
-        Column("seed", whole),
-        Column("date"),
-        Column("git revision"),
-        Column("status"),
-        Column("steps", whole),
-        Column("wall clock, s", compact),
-        Column("command"),
+    """Make a table with a row for each run."""
+    columns = [Column("run"), Column("command"), Column("folder"), Column("seed", whole), Column("date")]
+    columns += [Column("git revision"), Column("status"), Column("steps", whole), Column("wall clock, s", compact)]
+    rows = [
+        [
+            run_label(arm, found.run),
+            _text(found.run.config.get("command")),
+            found.run.folder.resolve().name,
+            found.run.seed,
+            _text(found.run.config.get("date")),
+            (_text(found.run.config.get("git_revision")) or "")[:_REVISION] or None,
+            _text(found.run.summary.get("status")) or "unfinished",
+            found.num_steps,
+            found.values.get("wall_s"),
+        ]
+        for arm in arms
+        for found in arm.facts
     ]
-    rows = []
-    for arm in arms:
-        for run, facts in zip(arm.runs, arm.facts, strict=True):
-            rows.append(
-                [
-                    _run_label(arm, run),
-                    run.folder.resolve().name,
-                    run.seed,
-                    _text(run.config.get("date")),
-                    (_text(run.config.get("git_revision")) or "")[:_REVISION] or None,
-                    _text(run.summary.get("status")) or "unfinished",
-                    facts.num_steps,
-                    facts.scalars.get("wall_s"),
-                    _text(run.config.get("command")),
-                ]
-            )
     return Table("runs", "Runs", columns, rows)
 
 
 def machine_table(arms: Sequence[Arm]) -> Table | None:
-    """Machine, sizes and versions; where runs differ, which has what."""
-    labelled = [(_run_label(arm, run), _machine(run)) for arm in arms for run in arm.runs]
+    """Make a table of machine, sizes and versions; where runs differ it says which has what."""
+    labelled = [(run_label(arm, run), _machine(run)) for arm in arms for run in arm.runs]
     rows = []
     for key in dict.fromkeys(key for _, found in labelled for key in found):
         by_value: dict[str, list[str]] = {}
         for label, found in labelled:
             by_value.setdefault(str(found.get(key, MISSING)), []).append(label)
-        if len(by_value) == 1:
-            rows.append([key, next(iter(by_value))])
-        else:
-            rows.append([key, "; ".join(f"{value} ({', '.join(named)})" for value, named in by_value.items())])
+        several = [f"{value} ({', '.join(named)})" for value, named in by_value.items()]
+        rows.append([key, "; ".join(several) if len(several) > 1 else next(iter(by_value))])
     return Table("machine", "Machine and versions", [Column("what"), Column("value")], rows) if rows else None
 
 
+def metrics_table(arms: Sequence[Arm]) -> Table | None:
+    """Make a table of every metric of the steps that is summed up over a run; None if no arm has any."""
+    rows: list[list[Any]] = []
+    for metric in METRICS:
+        name = key_of(metric)
+        found = dict.fromkeys(member for arm in arms for member in arm.group(name)) if metric.by else {"": None}
+        for member in found:
+            cells = [arm.values.get(f"{name}.{member}" if member else name) for arm in arms]
+            title = metric.title + (f", {member}" if member else "")
+            rows += [[title, metric.unit or None, metric.total, *cells]] if any(cells) and metric.total else []
+    columns = [Column("number of the steps"), Column("unit"), Column("over the run")]
+    columns += [Column(arm.name, compact) for arm in arms]
+    return Table("metrics", "Every number of the steps", columns, rows, SEEDS_NOTE, folded=True) if rows else None
+
+
 def settings_table(arms: Sequence[Arm]) -> Table | None:
-    """Settings in which the arms differ; None if there are none."""
+    """Make a table of the settings in which the arms differ; None if there are none."""
     settings = [method_settings(arm.config) for arm in arms]
     keys = sorted({key for found in settings for key in found})
-    differing = [key for key in keys if len({str(found.get(key, MISSING)) for found in settings}) > 1]
-    if not differing:
-        return None
+    differing = [key for key in keys if len({found.get(key, MISSING) for found in settings}) > 1]
     rows = [[key, *(found.get(key) for found in settings)] for key in differing]
-    return Table("settings", "Settings that differ", [Column("setting"), *(Column(arm.name) for arm in arms)], rows)
+    columns = [Column("setting"), *(Column(arm.name) for arm in arms)]
+    return Table("settings", "Settings that differ", columns, rows, folded=len(rows) > 12) if rows else None
 
 
 def unequal(arms: Sequence[Arm]) -> list[str]:
-    """What should be the same in a fair comparison and is not, one sentence each."""
-    found = []
-    for what, values in (
-        ("the number of steps", [arm.num_steps for arm in arms if arm.is_finished]),
-        ("the data (sources and their sizes)", [numbers(arm.config.get("sources")) or None for arm in arms]),
-        ("the number of parameters", [number(arm.config.get("num_parameters")) for arm in arms]),
-        ("the number of trainable parameters", [number(arm.config.get("num_trainable")) for arm in arms]),
-        ("the number of ranks", [number(arm.config.get("world_size")) for arm in arms]),
-        ("the device", [_text(lookup(arm.config, "machine", "device")) for arm in arms]),
-        (
-            "the micro-batch",
-            [micro_batch_size(arm) for arm in arms],
-        ),
-        ("the git revision", [_text(arm.config.get("git_revision")) for arm in arms]),
-    ):
-        if len({str(value) for value in values if value is not None}) > 1:
-            found.append(what)
-    return found
+    """Name what should be the same in a fair comparison and is not."""
+    facts: dict[str, Callable[[Arm], Any]] = {
+        "the number of steps": lambda arm: arm.num_steps if arm.is_finished else None,
+        "the data (sources and their sizes)": lambda arm: numbers(arm.config.get("sources")) or None,
+        "the number of parameters": lambda arm: number(arm.config.get("num_parameters")),
+        "the number of trainable parameters": lambda arm: number(arm.config.get("num_trainable")),
+        "the number of ranks": lambda arm: number(arm.config.get("world_size")),
+        "the device": lambda arm: _text(lookup(arm.config, "machine", "device")),
+        "the micro-batch": lambda arm: arm.micro_batch_size,
+        "the git revision": lambda arm: _text(arm.config.get("git_revision")),
+    }
+    values = {what: [read(arm) for arm in arms] for what, read in facts.items()}
+    return [what for what, found in values.items() if len({str(each) for each in found if each is not None}) > 1]
+
+
+def problems_of(arms: Sequence[Arm]) -> list[str]:
+    """Return what was wrong with the runs' files, one sentence each."""
+    return [f"{run_label(arm, run)}: {problem}" for arm in arms for run in arm.runs for problem in run.problems]
+
+
+def run_label(arm: Arm, run: Run) -> str:
+    """Return the name of a run, with its seed where the arm has several."""
+    return arm.name if len(arm.runs) == 1 else f"{arm.name}, seed {run.seed}"
+
+
+def _sizes(arm: Arm) -> str | None:
+    if arm.coreset_size is None and arm.large_batch_size is None:
+        return None
+    return " of ".join(MISSING if size is None else str(size) for size in (arm.coreset_size, arm.large_batch_size))
 
 
 def _machine(run: Run) -> dict[str, Any]:
     config = run.config
-    found = dict(flatten(config["machine"])) if isinstance(config.get("machine"), dict) else {}
+    found: dict[str, Any] = dict(flatten(config["machine"])) if isinstance(config.get("machine"), dict) else {}
     for key, label in (
         ("world_size", "ranks"),
         ("num_parameters", "parameters"),
@@ -124,21 +151,11 @@ def _machine(run: Run) -> dict[str, Any]:
         ("num_heldout", "held-out examples"),
     ):
         value = number(config.get(key))
-        if value is not None:
-            found[label] = whole(value)
+        found |= {label: whole(value)} if value is not None else {}
     if isinstance(config.get("versions"), dict):
         found |= {f"version of {name}": value_text(value) for name, value in config["versions"].items()}
     return found
 
 
-def _run_label(arm: Arm, run: Run) -> str:
-    """Name of a run, with its seed where the arm has several."""
-    return arm.name if len(arm.runs) == 1 else f"{arm.name}, seed {run.seed}"
-
-
 def _text(value: Any) -> str | None:
     return None if value in (None, "") else str(value)
-
-
-def _configuration(run: Run) -> str:
-    return json.dumps(run.config, indent=2, ensure_ascii=False, default=str) if run.config else MISSING

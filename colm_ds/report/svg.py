@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from xml.etree import ElementTree
+from xml.sax.saxutils import quoteattr
 
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -25,11 +25,8 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f
 _VARIABLES = {INK: "currentColor", GRID: "var(--grid)", PAPER: "var(--page)"} | {
     color: f"var(--c{index}, {color})" for index, color in enumerate(COLORS)
 }
-_SVG = "{http://www.w3.org/2000/svg}"
-_HREF = "{http://www.w3.org/1999/xlink}href"
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "colm_ds",
     "font.size": 12,
     "axes.labelsize": 12,
     "axes.edgecolor": GRID,
@@ -60,7 +57,7 @@ _SETTINGS: dict[Any, Any] = {
 
 @contextmanager
 def drawing(width: float, height: float) -> Iterator[Figure]:
-    """A figure of so many SVG units, with our settings while it is drawn and saved."""
+    """Yield a figure of so many SVG units, with our settings while it is drawn and saved."""
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_SETTINGS)
@@ -72,72 +69,27 @@ def drawing(width: float, height: float) -> Iterator[Figure]:
 
 
 def to_svg(figure: Figure, key: str, description: str) -> str:
-    """SVG text of a figure: no prolog, no metadata, ids of its own, the page's colours and font.
+    """Return a figure as SVG text: no prolog, no metadata, ids of its own, the page's colours and font.
 
     Args:
         figure: made by `drawing`, which must still be open.
-        key: prefix of its ids, different for every figure of a page.
+        key: different for every figure of a page.
         description: what it shows, for who does not see it.
     """
-    stream = io.BytesIO()
+    stream = io.StringIO()
+    matplotlib.rcParams["svg.hashsalt"] = key  # ids follow from it
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    root = ElementTree.fromstring(stream.getvalue())
-    for name in ("width", "height"):
-        root.attrib.pop(name, None)
-    _drop(root, "metadata")
-    _drop(root, "style")
-    used = set(re.findall(r"#([\w.-]+)", " ".join(_references(root))))
-    for element in root.iter():
-        _restyle(element, key, used)
-    root.set("xmlns", _SVG.strip("{}"))
-    root.set("role", "img")
-    root.set("aria-label", clean(description))
-    root.set("style", "stroke-linejoin: round")
-    return ElementTree.tostring(root, encoding="unicode").replace("\n", "")
-
-
-def _drop(root: ElementTree.Element, name: str) -> None:
-    for parent in list(root.iter()):
-        for child in [child for child in parent if child.tag.rpartition("}")[2] == name]:
-            parent.remove(child)
-
-
-def _references(root: ElementTree.Element) -> Iterator[str]:
-    for element in root.iter():
-        for name, value in element.attrib.items():
-            if name == _HREF or "url(#" in value:
-                yield value
-
-
-def _restyle(element: ElementTree.Element, key: str, used: set[str]) -> None:
-    element.tag = element.tag.removeprefix(_SVG)
-    if element.text and not element.text.strip():
-        element.text = None
-    element.tail = None
-    attributes = dict(element.attrib)
-    element.attrib.clear()
-    for name, value in attributes.items():
-        if name == "id":
-            if value in used:
-                element.set("id", f"{key}-{value}")
-            continue
-        if name == _HREF:
-            name, value = "href", f"#{key}-{value.removeprefix('#')}"
-        elif name == "clip-path":
-            value = value.replace("url(#", f"url(#{key}-")
-        elif name == "style":
-            value = _page_style(value)
-        elif name == "transform" and value.startswith("rotate(-0 "):
-            continue
-        elif name in ("d", "x", "y", "transform"):
-            value = re.sub(r"(\.\d\d)\d+", r"\1", value)  # a hundredth of a unit is less than a pixel
-        element.set(name, value)
-    if element.tag == "text" and "fill:" not in element.get("style", ""):
-        element.set("style", "fill: currentColor; " + element.get("style", ""))
-
-
-def _page_style(style: str) -> str:
-    """A style attribute with the page's colours and font."""
-    style = re.sub(r"#[0-9a-f]{6}", lambda found: _VARIABLES.get(found[0], found[0]), style)
-    style = re.sub(r"font: ([\d.]+px) [^;]*", r"font-size: \1; font-family: inherit", style)
-    return re.sub(r"font-family: [^;]*", "font-family: inherit", style)
+    text = stream.getvalue()
+    text = text[text.index("<svg") :].replace("xlink:href=", "href=")
+    used = set(re.findall(r"#([\w-]+)", text))
+    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
+    text = re.sub(r"<defs>\s*<style.*?</defs>", "", text, flags=re.DOTALL)
+    text = re.sub(r' transform="rotate\(-0 [^"]*"', "", text)
+    text = re.sub(r' (?:d|x|y|transform)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), text)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
+    text = re.sub(r"#[0-9a-f]{6}", lambda found: _VARIABLES.get(found[0], found[0]), text)
+    view = re.search(r'viewBox="[^"]*"', text)
+    assert view is not None  # matplotlib always writes one
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" {view[0]} role="img" aria-label={quoteattr(clean(description))}'
+    text = f'{start} style="stroke-linejoin: round">' + text[text.index(">") + 1 :]
+    return re.sub(r">\s+<", "><", text.replace("\n", " "))

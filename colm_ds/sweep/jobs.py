@@ -1,4 +1,4 @@
-"""Run arms times seeds from one grid file: skip finished runs, record failures, and write a table."""
+"""Run arms times seeds from one grid file: skip finished runs, record failures, and write a report."""
 
 from __future__ import annotations
 
@@ -19,19 +19,11 @@ from typing import Any
 
 from colm_ds.errors import ConfigError
 from colm_ds.recipes.recipe import read_values
-from colm_ds.report import compare, load_run
+from colm_ds.report import Run, compare, load_run, result_tables
 from colm_ds.run_folder.contents import METRICS
 from colm_ds.run_folder.files import read_object
 from colm_ds.run_folder.read import is_finished
-from colm_ds.sweep.curves import curves_svg
 from colm_ds.sweep.grid import Grid, SweepJob, jobs_of
-from colm_ds.sweep.table import (
-    difference_rows,
-    format_html,
-    format_markdown,
-    source_measures,
-    table_rows,
-)
 
 
 @dataclass(frozen=True)
@@ -49,14 +41,14 @@ def is_done(grid: Grid, job: SweepJob) -> bool:
 
 
 def run_sweep(grid: Grid, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Run the jobs that are left and write the tables.
+    """Run the jobs that are left; write `results.md` and `results.json` after each, and the report in the end.
 
     Args:
         grid: from `load_grid`.
         say: called with each line of progress.
 
     Returns:
-        Content of `results.json`: rows, failures, seconds.
+        Content of `results.json`: `tables` (see `result_tables`), `failures` by run, `wall_s`.
 
     Raises:
         ConfigError: if the preparations of the arms fail.
@@ -64,32 +56,34 @@ def run_sweep(grid: Grid, say: Callable[[str], None] = print) -> dict[str, Any]:
     started = time.monotonic()
     for path, command in grid.prepare.items():
         _prepare(Path(path), command, say)
-    jobs = jobs_of(grid)
+    jobs, out = jobs_of(grid), Path(grid.out)
+    against = list(dict.fromkeys([grid.baseline, *grid.controls]))
 
-    def result(failures: dict[str, str]) -> dict[str, Any]:
-        folders = {(job.arm, job.seed): job.folder for job in jobs if _name(job) not in failures}
-        rows = table_rows(grid.arms, grid.baseline, folders)
-        sources = table_rows(grid.arms, grid.baseline, folders, source_measures(folders.values()))
-        measure, differences = difference_rows(grid.arms, grid.controls, folders)
-        compared = {"rows": rows, "sources": sources, "measure": measure, "differences": differences}
-        return {**compared, "failures": failures, "wall_s": time.monotonic() - started}
+    def finished(failures: dict[str, str]) -> dict[str, list[Run]]:
+        done = [job for job in jobs if _name(job) not in failures and is_finished(job.folder)]
+        runs = {arm: [load_run(job.folder) for job in done if job.arm == arm] for arm in grid.arms}
+        return {arm: members for arm, members in runs.items() if members}
 
-    final = result(run_jobs(grid, jobs, say, lambda failures: _write(grid, result(failures))))
-    _write(grid, final)
-    finished = [job for job in jobs if is_finished(job.folder)]
-    runs = [load_run(job.folder) for job in finished]
+    def write(failures: dict[str, str]) -> dict[str, Any]:
+        tables, text = result_tables(finished(failures), against)
+        result = {"tables": tables, "failures": failures, "wall_s": time.monotonic() - started}
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        (out / "results.md").write_text(text, encoding="utf-8")
+        return result
+
+    failures = run_jobs(grid, jobs, say, write)
+    runs = finished(failures)
     if runs:
-        compare(runs, Path(grid.out))
-        arms = {arm: [run for run, job in zip(runs, finished, strict=True) if job.arm == arm] for arm in grid.arms}
-        (Path(grid.out) / "curves.svg").write_text(curves_svg(arms), encoding="utf-8")
-    return final
+        compare(runs, out, against=against)
+    return write(failures)
 
 
 def run_jobs(
     grid: Grid,
     jobs: Sequence[SweepJob],
     say: Callable[[str], None] = print,
-    after_each: Callable[[dict[str, str]], None] = lambda failures: None,
+    after_each: Callable[[dict[str, str]], Any] = lambda failures: None,
 ) -> dict[str, str]:
     """Run the jobs that are left; return the failures by run.
 
@@ -210,14 +204,6 @@ def default_ranks() -> int:
     import torch
 
     return torch.cuda.device_count() or min(2, os.cpu_count() or 1)
-
-
-def _write(grid: Grid, result: dict[str, Any]) -> None:
-    out = Path(grid.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (out / "results.md").write_text(format_markdown(result, grid.baseline) + "\n", encoding="utf-8")
-    (out / "results.html").write_text(format_html(result, grid.baseline, out.name), encoding="utf-8")
 
 
 def _name(job: SweepJob) -> str:

@@ -15,7 +15,8 @@ from colm_ds.recipes.recipe import BaseRecipe, load_recipe
 from colm_ds.report import compare, format_table, load_run
 from colm_ds.run_folder.contents import CONFIG
 from colm_ds.run_folder.files import read_object
-from colm_ds.sweep import Grid, LaunchConfig, default_ranks, is_finished, jobs_of, run_jobs
+from colm_ds.run_folder.read import is_finished
+from colm_ds.sweep import Grid, LaunchConfig, default_ranks, jobs_of, run_jobs
 from colm_ds.training.start_or_resume import recipe_differences
 
 _FREE = ("name", "output_dir", "overwrite", "resume", "verbose", "monitor", "keep_last", "save_every")

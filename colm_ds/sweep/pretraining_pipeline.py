@@ -13,7 +13,9 @@ from colm_ds.data.pretraining.token_store import MANIFEST, TokenStore
 from colm_ds.errors import CoLMError, ConfigError
 from colm_ds.recipes.recipe import PretrainingRecipe, load_recipe
 from colm_ds.report import compare, load_run
-from colm_ds.sweep import default_ranks, is_finished
+from colm_ds.report.tables import format_terminal
+from colm_ds.run_folder.read import is_finished
+from colm_ds.sweep import default_ranks
 from colm_ds.training.start_or_resume import check_finished, check_same_data
 
 
@@ -79,12 +81,8 @@ def run_all(
     tasks = ["--tasks", "pretrain" if questions else "perplexity"]
     _call("evaluation", [*launcher, "pretrain/evaluate.py", str(out), *tasks, "--data", *places, *overwriting])
     report = compare([load_run(out)], out)
-    for section in report.sections:
-        for table in section.tables:
-            if table.key == "perplexity":
-                rows = [[column.label for column in table.columns], *table.text_rows()]
-                width = max(len(row[0]) for row in rows)
-                print("\n".join(f"{row[0]:<{width}}  {row[1]:>12}" for row in rows))
+    if "perplexity" in report.tables:
+        print(format_terminal(report.tables["perplexity"]))
     return report.files["html"]
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from colm_ds.process.exit_codes import ExitCode
-from colm_ds.sweep import format_markdown, is_done, jobs_of, load_grid, run_sweep
+from colm_ds.sweep import is_done, jobs_of, load_grid, run_sweep
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the unfinished runs of a grid and print its table.
+    """Run the unfinished runs of a grid and print its tables.
 
     Returns:
         1 if a run failed, else 0.
@@ -34,5 +35,5 @@ def run(options: argparse.Namespace) -> int:
             print(f"{'finished' if is_done(grid, job) else 'to do':9} {job.arm}, seed {job.seed}: {job.folder}")
         return ExitCode.DONE
     result = run_sweep(grid, say=lambda line: print(line, flush=True))
-    print(format_markdown(result, grid.baseline))
+    print((Path(grid.out) / "results.md").read_text(encoding="utf-8"))
     return ExitCode.FAILED if result["failures"] else ExitCode.DONE

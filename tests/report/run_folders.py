@@ -1,13 +1,19 @@
-"""Folders as runs leave them, with invented numbers."""
+"""Folders as runs leave them: recorded ones, and further arms and seeds made from these by other numbers.
+
+`recorded/` holds what two real runs on two sources and four small ones left, rounded: `colm` and `plain`, 16 steps.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+RECORDED = Path(__file__).with_name("recorded")
 
 SOURCES = {"sums": 4000, "sorting": 2600, "words": 1900, "dates": 420, "units": 260, "logic": 120}
 SMALL = ("dates", "units", "logic")
@@ -32,6 +38,20 @@ ARMS: dict[str, dict[str, Any]] = {
         "probe": {"estimator": "sketch", "num_probes": 256},
     },
 }
+
+
+def recorded_steps(name: str) -> list[dict[str, Any]]:
+    """Entries of the metrics.jsonl of a recorded run."""
+    return [json.loads(line) for line in (RECORDED / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def recorded_file(name: str, file: str) -> dict[str, Any]:
+    """Another file of a recorded run."""
+    found: dict[str, Any] = json.loads((RECORDED / name / file).read_text())
+    return found
+
+
+_STEPS = {name: [step for step in recorded_steps(name) if step["step"] > 0] for name in ("colm", "plain")}
 
 
 def write_run(
@@ -70,6 +90,7 @@ def write_run(
     lines: list[dict[str, Any]] = [{"step": 0, "heldout": heldout(settings, 0, sources, small, noise)}]
     for step in range(1, num_steps + 1):
         lines.append(step_stats(settings, step, sources, small, noise, selecting))
+        lines[-1]["memory_kind"] = "resident" if written["machine"]["device"] == "cpu" else "allocated"
         if step % every == 0 or step == num_steps:
             lines[-1]["heldout"] = heldout(settings, step, sources, small, noise)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -82,7 +103,7 @@ def write_run(
 def make_config(name: str, arm: str, seed: int, sources: Mapping[str, int], small: Sequence[str]) -> dict[str, Any]:
     """The configuration of a run."""
     settings = ARMS[arm]
-    return {
+    return recorded_file("colm", "config.json") | {
         "name": name,
         "command": f"colm-ds demo --arm {name} --seed {seed}",
         "date": "2025-01-02T03:04:05Z",
@@ -134,7 +155,7 @@ def step_stats(
     noise: random.Random,
     selecting: bool,
 ) -> dict[str, Any]:
-    """One step as `StepStats.as_dict` gives it."""
+    """A recorded step with the numbers of an arm."""
     size = settings.get("coreset_size", 64)
     total = sum(sources.values())
     kept = {name: round(128 * count / total) for name, count in sources.items() if name in small and selecting}
@@ -147,7 +168,10 @@ def step_stats(
     if probing:
         time_s = {"probe": 0.4 * noise.uniform(0.95, 1.1), "exchange": 0.002} | time_s
     time_s["total"] = sum(time_s.values()) + 0.02
-    return {
+    base = copy.deepcopy(_STEPS["colm" if probing else "plain"][step % 16])
+    base.pop("heldout", None)
+    base["coreset"].pop("gradient_variance", None)
+    changed: dict[str, Any] = {
         "step": step,
         "loss": 1.05 + 4.2 * math.exp(-step / 25) - settings["gain"] + noise.gauss(0, 0.06),
         "lr": 1e-3,
@@ -176,7 +200,9 @@ def step_stats(
             if probing
             else {},
         },
+        "counted_gib": None,
     }
+    return base | changed | {"coreset": base["coreset"] | changed["coreset"]}
 
 
 def make_summary(

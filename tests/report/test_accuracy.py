@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from colm_ds.report import format_table, load_run
-from colm_ds.report.arms import make_arms
+import pytest
+
+from colm_ds.report import format_table, load_run, result_tables
+from colm_ds.report.comparison import look
 from colm_ds.report.summary import summary
-from colm_ds.sweep.table import format_markdown, table_rows
 from tests.report.run_folders import write_run
 
 
@@ -30,18 +31,17 @@ def test_report(tmp_path: Path) -> None:
         assert part in text
     plain = format_table([load_run(write_run(tmp_path / "other", "plain-64"))])
     assert "accuracy" not in plain
-    arms, small = make_arms(runs[:1])
-    assert "an accuracy of 74.2" in summary(arms, small)
+    assert "ends with an accuracy of 74.2%" in summary(look(runs[:1]))
 
 
 def test_sweep_table(tmp_path: Path) -> None:
-    folders = {
-        (arm, 0): classified(tmp_path, name, value)
+    runs = {
+        arm: [load_run(classified(tmp_path, name, value))]
         for arm, name, value in (("plain 64", "plain-64", 0.742), ("CoLM", "colm-spsa", 0.787))
     }
-    rows = table_rows(["plain 64", "CoLM"], "plain 64", folders)
-    assert abs(rows[1]["accuracy, %"]["mean"] - 78.7) < 1e-9
-    assert abs(rows[1]["accuracy, %"]["difference"]["mean"] - 4.5) < 1e-9
-    text = format_markdown({"rows": rows}, "plain 64")
-    assert "accuracy, %" in text
-    assert "before, %" in text
+    (results, differences, _), text = result_tables(runs, ["plain 64"])
+    assert results["rows"][1][results["columns"].index("accuracy")] == pytest.approx(0.787)
+    (row,) = differences["rows"]
+    assert row[:3] == ["CoLM", "plain 64", "better (single seed)"]
+    assert row[differences["columns"].index("Δ accuracy")] == pytest.approx(0.045)
+    assert "| accuracy before training |" in text

@@ -25,7 +25,7 @@ FLAGS = (
     "--disable-dev-shm-usage",
     "--enable-logging=stderr",
 )
-WIDTHS = (1280, 390)
+WIDTHS = (1280, 800, 390)
 
 pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason="no /usr/bin/chromium")
 

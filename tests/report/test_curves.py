@@ -1,18 +1,18 @@
-"""Smoothing and thinning keep what a curve shows."""
+"""Smoothing and thinning keep what a curve shows; numbers as they are written."""
 
 from __future__ import annotations
 
 import pytest
 
-from colm_ds.report.charts import Line, _focused
-from colm_ds.report.curves import envelope, even_places, smooth, thin, value_at
+from colm_ds.report.charts import Line, Style, _focused, even_places, smooth
 from colm_ds.report.facts import Curve
+from colm_ds.report.statistics import Difference, Measure
 from colm_ds.report.tables import Column, Table, compact, fixed, shorten, signed
 
 
 def curve(values: list[float]) -> Curve:
     steps = list(range(1, len(values) + 1))
-    return Curve(steps, [2.0 * step for step in steps], values)
+    return Curve(steps, [2.0 * step for step in steps], [], values)
 
 
 def test_smoothing_keeps_constants_and_the_first_value() -> None:
@@ -27,34 +27,27 @@ def test_smoothing_averages() -> None:
 
 
 def test_thinning_keeps_both_ends() -> None:
-    thinned = thin(curve([float(value) for value in range(5000)]), 100)
+    thinned = smooth(curve([float(value) for value in range(5000)]), 100)
     assert len(thinned.values) == len(thinned.seconds) == 100
     assert (thinned.steps[0], thinned.steps[-1]) == (1, 5000)
     assert even_places(3, 10) == [0, 1, 2]
 
 
-def test_envelope_keeps_the_extremes() -> None:
-    values = [0.0] * 5000
-    values[1234], values[4321] = 7.0, -7.0
-    found = envelope(curve(values), 100)
-    assert len(found.values) <= 100
-    assert (max(found.values), min(found.values)) == (7.0, -7.0)
-
-
 def test_focus_leaves_short_lines_whole() -> None:
     """Held-out loss before and after a short run: both points are within the picture."""
-    low, high = _focused([Line("short", 0, [0, 6], [5.4, 4.4])])
+    low, high = _focused([Line("short", Style(0), [0, 6], [5.4, 4.4])])
     assert low < 4.4 < 5.4 < high
-    low, high = _focused([Line("long", 0, range(100), [9.0] * 20 + [1.0] * 80)])
+    low, high = _focused([Line("long", Style(0), range(100), [9.0] * 20 + [1.0] * 80)])
     assert (low, high) == pytest.approx((0.95, 1.05))
 
 
-def test_value_at_a_step() -> None:
-    points = Curve([10, 20], [], [1.0, 2.0])
-    assert value_at(points, 20) == 2.0
-    assert value_at(points, 19) is None
-    assert value_at(points, 19, nearby=1) == 2.0
-    assert value_at(Curve(), 1) is None
+def test_value_at_a_place() -> None:
+    points = Curve([10, 20], [5.0, 7.0], [], [1.0, 2.0])
+    assert points.at("steps", 20) == 2.0
+    assert points.at("seconds", 6.5) == pytest.approx(1.75)
+    assert points.at("steps", 9) is None
+    assert points.at("tokens", 10) is None
+    assert Curve().at("steps", 1) is None
 
 
 @pytest.mark.parametrize(
@@ -66,9 +59,16 @@ def test_compact(value: float, text: str) -> None:
 
 
 def test_signs_and_short_names() -> None:
-    assert [signed(1)(value) for value in (0.04, -0.04, -1.26, 2.0)] == ["0.0", "0.0", "−1.3", "+2.0"]
+    assert [signed(fixed(1))(value) for value in (0.04, -0.04, -1.26, 2.0)] == ["0.0", "0.0", "−1.3", "+2.0"]
     assert shorten("a long name of an arm, number 3", 15) == "a long …umber 3"
     assert shorten("short", 15) == "short"
+
+
+def test_errors_beside_means() -> None:
+    column = Column("loss", signed(fixed(2)))
+    assert column.text(Measure(1.0, 0.25, {0: 1.0})) == "+1.00 ± 0.25"
+    assert column.text(Difference(-1.0, 0.25, 0.0, True, ())) == "−1.00 ± 0.25"
+    assert [column.text(cell) for cell in (Measure(1.0, None, {}), None, 0.5)] == ["+1.00", "–", "+0.50"]
 
 
 def test_what_reads_the_same_is_equally_good() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,6 @@ import pytest
 from colm_ds.report import Comparison, Run, compare, format_table, load_run
 from tests.report.run_folders import SOURCES, write_run
 from tests.report.test_comparison import check_page
-
-AXES = ("steps", "tokens", "seconds")
 
 
 def pretrained(folder: Path, name: str, seed: int = 0) -> Run:
@@ -34,45 +33,47 @@ def add_perplexity(heldout: dict) -> None:
     heldout["perplexity"] = {"overall": math.exp(heldout["overall"]), "per_source": per_source}
 
 
-def section(found: Comparison) -> tuple[list[str], dict]:
-    """Keys of the pictures and the tables by key."""
-    (mine,) = [each for each in found.sections if each.key == "perplexity"]
-    return [picture.key for picture in mine.pictures], {table.key: table for table in mine.tables}
+def pictures(found: Comparison) -> list[str]:
+    """Keys of the pictures of perplexity."""
+    return [p.key for each in found.sections for p in each.pictures if p.key.startswith(("perplexity", "along-"))]
 
 
 def test_one_run(tmp_path: Path) -> None:
     run = pretrained(tmp_path, "colm-spsa")
     found = compare([run], tmp_path / "report")
-    keys, tables = section(found)
-    assert keys == [f"perplexity-{axis}" for axis in AXES]
+    assert pictures(found)[:3] == [f"perplexity-overall-{axis}" for axis in ("steps", "tokens", "seconds")]
+    assert pictures(found)[3:] == ["perplexity", *(f"along-{place}-steps" for place in range(len(SOURCES)))]
     page = found.files["html"].read_text()
     check_page(page)
     last = run.summary["heldout"]["perplexity"]
-    assert tables["perplexity"].rows[0] == ["overall", last["overall"]]
-    assert {row[0].removesuffix(" (small)"): row[1] for row in tables["perplexity"].rows[1:]} == last["per_source"]
+    first, *others = found.tables["perplexity"].rows
+    assert (first[0], first[2].mean) == ("overall", last["overall"])
+    assert {row[0].removesuffix(" (small)"): row[2].mean for row in others} == last["per_source"]
     for value in (last["overall"], *last["per_source"].values()):
         assert f"{value:.2f}" in page
-    along = tables["perplexity_along"]
+    along = found.tables["along"]
     assert [row[1] for row in along.rows] == [0, 20, 40, 60]
     tokens = [row["tokens"] for row in run.steps]
     assert [row[2] for row in along.rows] == [sum(tokens[:step]) for step in (0, 20, 40, 60)]
     assert along.rows[-1][3] == pytest.approx(sum(row["time_s"]["total"] for row in run.steps))
-    assert f"a held-out perplexity of {last['overall']:.2f}" in found.summary
+    assert f"ends with a perplexity of {last['overall']:.2f}" in found.summary
     assert f"{last['overall']:.2f}" in format_table([run])
 
 
 def test_several_arms_and_seeds(tmp_path: Path) -> None:
     runs = [pretrained(tmp_path, name, seed) for name in ("plain-64", "colm-spsa") for seed in (0, 1)]
     found = compare(runs, tmp_path / "report")
-    keys, tables = section(found)
-    assert keys == [f"perplexity-{place}-{axis}" for place in range(len(SOURCES) + 1) for axis in AXES]
     check_page(found.files["html"].read_text())
-    mean = sum(run.summary["heldout"]["perplexity"]["overall"] for run in runs[:2]) / 2
-    assert tables["perplexity"].rows[0][1] == pytest.approx(mean)
-    assert [row[0] for row in tables["perplexity_along"].rows] == ["plain-64"] * 4 + ["colm-spsa"] * 4
+    values = [run.summary["heldout"]["perplexity"]["overall"] for run in runs[:2]]
+    cell = found.tables["perplexity"].rows[0][2]
+    assert cell.mean == pytest.approx(statistics.mean(values))
+    assert cell.standard_error == pytest.approx(statistics.stdev(values) / 2**0.5)
+    assert [row[0] for row in found.tables["along"].rows] == ["plain-64"] * 4 + ["colm-spsa"] * 4
     numbers = json.loads(found.files["json"].read_text())
-    assert numbers["arms"][0]["numbers"]["perplexity"]["mean"] == pytest.approx(mean, rel=1e-5)
-    assert numbers["arms"][1]["curves"]["perplexity"]["overall"]["step"] == [0, 20, 40, 60]
+    assert numbers["arms"][0]["numbers"]["heldout.perplexity.overall"]["mean"] == pytest.approx(
+        statistics.mean(values), rel=1e-5
+    )
+    assert numbers["arms"][1]["curves"]["perplexity.overall"]["steps"] == [0, 20, 40, 60]
 
 
 def test_a_run_without_tokens_or_perplexity(tmp_path: Path) -> None:
@@ -81,11 +82,11 @@ def test_a_run_without_tokens_or_perplexity(tmp_path: Path) -> None:
     for line in lines:
         line.pop("tokens", None)
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    keys, tables = section(compare([load_run(path)], tmp_path / "report"))
-    assert keys == ["perplexity-steps", "perplexity-seconds"]
-    assert {row[2] for row in tables["perplexity_along"].rows} == {None}
+    found = compare([load_run(path)], tmp_path / "report")
+    assert pictures(found)[:2] == ["perplexity-overall-steps", "perplexity-overall-seconds"]
+    assert {row[2] for row in found.tables["along"].rows} == {None}
     other = load_run(write_run(tmp_path / "other", "plain-64"))
     found = compare([other], tmp_path / "report")
-    assert "perplexity" not in [each.key for each in found.sections]
+    assert "perplexity" not in found.tables
     assert "perplexity" not in found.files["html"].read_text()
     assert "perplexity" not in format_table([other])

@@ -1,4 +1,4 @@
-"""The plain sentences say what the numbers say."""
+"""The three sentences say what the numbers say."""
 
 from __future__ import annotations
 
@@ -8,27 +8,33 @@ from pathlib import Path
 
 from colm_ds.report import Run, load_run
 from colm_ds.report.arms import make_arms
-from colm_ds.report.summary import caveats, listed, summary
+from colm_ds.report.comparison import look
+from colm_ds.report.summary import caveats, summary
+from colm_ds.report.tables import listed
 from tests.report.run_folders import ARMS, write_run
 
 
 def told(runs: Sequence[Run]) -> str:
-    arms, small = make_arms(runs)
-    return summary(arms, small)
+    return summary(look(runs))
 
 
 def test_single_seeds(tmp_path: Path) -> None:
-    text = told([load_run(write_run(tmp_path / name, name)) for name in ARMS])
-    assert text.startswith(
-        "Five arms with one seed each, 120 steps, 9,300 training examples from 6 sources (three small)."
-    )
-    assert "The lowest held-out loss overall is that of plain-128" in text
-    assert "The lowest mean loss on the small sources is that of colm-sketch" in text
-    assert "Against plain-128 (plain training on r = 128) the loss of colm-sketch is" in text
-    assert "against plain-64 (plain training on b = 64)" in text
-    assert "Against keep-random, which keeps the small sources" in text
-    assert "Time per step, against that of plain-128 and plain-64: colm-sketch 0.7" in text
-    assert "Every arm ran with a single seed" in text
+    runs = {name: load_run(write_run(tmp_path / name, name)) for name in ARMS}
+    text = told(list(runs.values()))
+    scope, quality, costs = text.split(". ", 1)[0], *text.split(". ", 1)[1].split(". A step ")
+    assert scope == "5 arms with 1 seed each, 120 steps, 9,300 training examples from 6 sources (3 small)"
+    losses = {name: run.summary["heldout"]["overall"] for name, run in runs.items()}
+    assert quality.startswith(f"colm-sketch ends with a held-out loss of {losses['colm-sketch']:.4f}: ")
+    for other, role in (("plain-128", "plain on r"), ("plain-64", "plain on b"), ("keep-random", "small kept")):
+        gap = losses["colm-sketch"] - losses[other]
+        word = "not measurably different" if abs(gap) < 0.01 * losses[other] else "better" if gap < 0 else "worse"
+        sign = "−" if gap < 0 else "+"
+        part = next(part for part in quality.split("; ") if f"{other} ({role}" in part)
+        assert word in part
+        assert f"({sign}{abs(gap):.4f})" in part
+    ratio = runs["colm-sketch"].summary["step_s"]["median"] / runs["plain-128"].summary["step_s"]["median"]
+    assert f"{ratio:.2f} × that of plain-128" in costs
+    assert caveats(make_arms(list(runs.values())))[-1].startswith("Every arm has a single seed")
 
 
 def test_a_control_with_the_lowest_loss_is_not_the_one_that_is_told_about(tmp_path: Path) -> None:
@@ -42,17 +48,9 @@ def test_a_control_with_the_lowest_loss_is_not_the_one_that_is_told_about(tmp_pa
         (folder / "config.json").write_text(json.dumps(config))
         runs.append(load_run(folder))
     text = told(runs)
-    assert "the loss of colm is" in text
-    assert "Against control, which keeps the small sources and picks the rest at random, it is" in text
-    assert "the loss of control is" not in text
-
-
-def test_equal_arms_are_not_measurably_different(tmp_path: Path) -> None:
-    runs = [load_run(write_run(tmp_path / name, name, arm="plain-64")) for name in ("first", "second")]
-    text = told(runs)
-    assert "first, " in text
-    assert "; second is not measurably different." in text
-    assert "% higher" not in text
+    assert "colm ends with a held-out loss of" in text
+    assert "control (small kept, rest random)" in text
+    assert "control ends" not in text
 
 
 def test_several_seeds_give_errors(tmp_path: Path) -> None:
@@ -62,38 +60,40 @@ def test_several_seeds_give_errors(tmp_path: Path) -> None:
         for seed in range(3)
     ]
     text = told(runs)
-    assert text.startswith("Three arms with three seeds each")
+    assert text.startswith("3 arms with 3 seeds each")
     assert "single seed" not in text
+    assert not any("single seed" in caveat for caveat in caveats(make_arms(runs)))
     assert " ± 0.0" in text
 
 
 def test_one_run(tmp_path: Path) -> None:
     text = told([load_run(write_run(tmp_path, "colm-spsa"))])
-    assert "colm-spsa shows a held-out loss of" in text
-    assert "There is no other arm to hold it against." in text
-    assert "This is a single seed" in text
+    assert text.startswith("1 arm with 1 seed, 120 steps")
+    assert "colm-spsa ends with a held-out loss of" in text
+    assert "there is no other arm to hold it against." in text
 
 
 def test_no_plain_arm(tmp_path: Path) -> None:
     text = told([load_run(write_run(tmp_path / name, name)) for name in ("colm-spsa", "colm-sketch")])
-    assert "There is no plain training on r or b among the arms" in text
+    assert "no finished arm to hold it against" in text
 
 
 def test_nothing_known(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("")
-    text = told([load_run(tmp_path / name) for name in ("a", "b")])
-    assert "none is called the lowest" in text
-    assert "a has no results yet." in told([load_run(tmp_path / "a")])
+    assert told([load_run(tmp_path / name) for name in ("a", "b")]) == (
+        "2 arms with 1 seed each. No arm has results yet."
+    )
 
 
-def test_unfinished_arms_are_told_and_not_ranked(tmp_path: Path) -> None:
-    runs = [load_run(write_run(tmp_path / name, name, num_steps=100)) for name in ("plain-64", "keep-random")]
+def test_unfinished_arms_are_told_and_not_held_against(tmp_path: Path) -> None:
+    runs = [load_run(write_run(tmp_path / name, name, num_steps=100)) for name in ("plain-64", "colm-spsa")]
     runs.append(load_run(write_run(tmp_path / "cut", "plain-128", num_steps=50, finished=False)))
-    arms, small = make_arms(runs)
-    assert "The lowest held-out loss overall is that of keep-random" in summary(arms, small)
-    found = caveats(arms)
+    quality = told(runs).split(". A step ")[0]
+    assert "plain-64 (plain on b)" in quality
+    assert "plain-128" not in quality
+    found = caveats(make_arms(runs))
     assert found[0].startswith("plain-128 is not finished: it still runs or was stopped at step 50;")
 
 
@@ -102,16 +102,14 @@ def test_unequal_conditions_are_told(tmp_path: Path) -> None:
         load_run(write_run(tmp_path / "a", "plain-64", num_steps=100)),
         load_run(write_run(tmp_path / "b", "plain-128", num_steps=60, config={"world_size": 2})),
     ]
-    assert caveats(make_arms(runs)[0]) == ["Not the same in all arms: the number of steps and the number of ranks."]
+    assert "Not the same in all arms: the number of steps and the number of ranks." in caveats(make_arms(runs))
 
 
 def test_uneven_times_are_told(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a b", "plain-64", num_steps=20, config={"name": "a b"})
     found = json.loads((folder / "summary.json").read_text()) | {"step_s": {"median": 0.2, "p10": 0.1, "p90": 0.9}}
     (folder / "summary.json").write_text(json.dumps(found))
-    assert caveats(make_arms([load_run(folder)])[0])[0].startswith(
-        "The time per step of “a b” varies more than twofold"
-    )
+    assert caveats(make_arms([load_run(folder)]))[0].startswith("The time per step of “a b” varies more than twofold")
 
 
 def test_listed() -> None:

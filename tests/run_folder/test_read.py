@@ -9,7 +9,7 @@ import pytest
 
 from colm_ds.errors import DataError
 from colm_ds.report import compare, load_run
-from colm_ds.report.facts import run_facts, small_sources
+from colm_ds.report.facts import group, run_facts, small_sources
 from tests.report.run_folders import SMALL, write_run
 
 
@@ -50,7 +50,7 @@ def test_loss_that_is_not_finite_is_told(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n')
     run = load_run(tmp_path)
     assert run.problems == ["The training loss was not finite in 1 step."]
-    assert run_facts(run, []).train_loss.values == [2.0]
+    assert run_facts(run, []).curves("loss")[""].values == [2.0]
 
 
 def test_broken_json_files_are_told(tmp_path: Path) -> None:
@@ -85,45 +85,46 @@ def test_numbers_without_summary_come_from_the_steps(tmp_path: Path) -> None:
     whole = run_facts(load_run(write_run(tmp_path / "a", "colm-spsa", num_steps=40)), SMALL)
     cut = run_facts(load_run(write_run(tmp_path / "b", "colm-spsa", num_steps=40, finished=False)), SMALL)
     for key in (
-        "heldout_overall",
-        "heldout_small",
-        "peak_gib",
+        "heldout.overall",
+        "heldout.small",
+        "peak_memory_gib.peak",
         "examples_trained",
         "examples_probed",
         "tokens_trained",
     ):
-        assert cut.scalars[key] == pytest.approx(whole.scalars[key]), key
-    assert cut.scalars["step_s"] == pytest.approx(whole.scalars["step_s"], rel=0.02)
-    assert cut.groups["phase_s"].keys() == whole.groups["phase_s"].keys()
-    assert "exact_match" not in cut.scalars
+        assert cut.values[key] == pytest.approx(whole.values[key]), key
+    assert cut.values["step_s.median"] == pytest.approx(whole.values["step_s.median"], rel=0.02)
+    assert group(cut.values, "phase_s").keys() == group(whole.values, "phase_s").keys()
+    assert "exact_match.overall" not in cut.values
 
 
 def test_seconds_add_up_and_small_mean(tmp_path: Path) -> None:
     run = load_run(write_run(tmp_path, "plain-64", num_steps=20, every=5))
     facts = run_facts(run, SMALL)
-    assert facts.heldout["overall"].steps == [0, 5, 10, 15, 20]
+    curve = facts.heldout()["overall"]
+    assert curve.steps == [0, 5, 10, 15, 20]
     total = sum(step["time_s"]["total"] for step in run.steps)
-    assert facts.heldout["overall"].seconds[0] == 0
-    assert facts.heldout["overall"].seconds[-1] == pytest.approx(total)
+    assert curve.seconds[0] == 0
+    assert curve.seconds[-1] == pytest.approx(total)
     per_source = run.heldout[20]["per_source"]
-    assert facts.scalars["heldout_small"] == pytest.approx(sum(per_source[name] for name in SMALL) / len(SMALL))
+    assert facts.values["heldout.small"] == pytest.approx(sum(per_source[name] for name in SMALL) / len(SMALL))
 
 
 def test_data_loading_share(tmp_path: Path) -> None:
     path = write_run(tmp_path, "plain-64", num_steps=20)
-    assert "data_loading_share" not in run_facts(load_run(path), SMALL).scalars  # an older run
+    assert "data_loading_share" not in run_facts(load_run(path), SMALL).values  # an older run
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     for line in lines[1:]:
         line["time_s"] |= {"data": 0.1, "total": 0.4}
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     facts = run_facts(load_run(path), SMALL)
-    assert facts.scalars["data_loading_share"] == pytest.approx(0.25)
-    time = compare([load_run(path)], tmp_path / "report").as_dict()["tables"]["phases"]
-    assert time["columns"][-1] == "data-loading share"
+    assert facts.values["data_loading_share"] == pytest.approx(0.25)
+    time = compare([load_run(path)], tmp_path / "report").as_dict()["tables"]["costs"]
+    assert time["columns"][-1] == "waiting for data"
     assert time["rows"][0][-1] == pytest.approx(0.25)
     summary = json.loads((path / "summary.json").read_text())
     (path / "summary.json").write_text(json.dumps(summary | {"data_loading_share": 0.2}))
-    assert run_facts(load_run(path), SMALL).scalars["data_loading_share"] == 0.2
+    assert run_facts(load_run(path), SMALL).values["data_loading_share"] == 0.2
 
 
 def test_small_sources_listed_or_by_the_rule(tmp_path: Path) -> None:

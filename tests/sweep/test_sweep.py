@@ -9,18 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 import yaml
 
 from colm_ds.data.generated.mixture import write_mixture
 from colm_ds.errors import ConfigError
-from colm_ds.report import Run, load_run
+from colm_ds.report import compare
 from colm_ds.sweep import Grid, Place, SweepJob, jobs_of, load_grid, run_sweep
 from colm_ds.sweep import jobs as sweep
-from colm_ds.sweep.curves import curves_svg, heldout_points
-from colm_ds.sweep.table import MEASURES, Row, format_html, format_markdown, table_rows
 from finetune.sweep import main
 from tests.training.test_bad_input import ROOT, recipe_of
 
@@ -53,13 +50,21 @@ def fake_run(grid: Grid, job: SweepJob, place: Place) -> str:
     summary = {"status": "finished", "heldout": heldout, "step_s": {"median": 2.0}}
     (job.folder / "summary.json").write_text(json.dumps(summary))
     counts = {"web": 90, "code": 5}
-    (job.folder / "config.json").write_text(json.dumps({"sources": counts, "small_sources": []}))
+    config = {"name": job.arm, "seed": job.seed, "sources": counts, "small_sources": [], "colm": {}}
+    (job.folder / "config.json").write_text(json.dumps(config))
     (job.folder / "devices").write_text(str(place.devices))
     return ""
 
 
-def rows_of(grid: Grid) -> list[Row]:
-    return table_rows(grid.arms, grid.baseline, {(job.arm, job.seed): job.folder for job in jobs_of(grid)})
+def tables_of(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the tables by their keys, cells by column; errors as `± COLUMN`."""
+    found = {}
+    for table in result["tables"]:
+        errors = table.get("standard_errors", [[None] * len(table["columns"])] * len(table["rows"]))
+        heads = [*table["columns"], *(f"± {label}" for label in table["columns"])]
+        pairs = zip(table["rows"], errors, strict=True)
+        found[table["key"]] = [dict(zip(heads, [*row, *error], strict=True)) for row, error in pairs]
+    return found
 
 
 @pytest.fixture
@@ -72,99 +77,70 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return fake_run(grid, job, place)
 
     monkeypatch.setattr(sweep, "_run", run)
-    monkeypatch.setattr(sweep, "load_run", lambda folder: None)
-    monkeypatch.setattr(sweep, "compare", lambda runs, out: None)
-    monkeypatch.setattr(sweep, "curves_svg", lambda arms: "")
+    monkeypatch.setattr(sweep, "compare", lambda runs, out, against: None)
     return started
 
 
-def test_table(faked: list[str], tmp_path: Path) -> None:
+def test_tables(faked: list[str], tmp_path: Path) -> None:
     grid = load_grid(write_grid(tmp_path))
     result = run_sweep(grid, say=lambda line: None)
     assert len(faked) == 9
     assert result["failures"] == {f"broken, seed {seed}": "failed with exit code 2: ConfigError" for seed in range(3)}
-    plain, colm, broken = rows_of(grid)
+    tables = tables_of(result)
+    plain, colm = tables["results"]
     losses = {"plain": [1.0, 1.1, 1.4], "CoLM": [0.9, 0.98, 1.26]}
     for row in (plain, colm):
-        cell = row["held-out loss"]
-        assert cell["mean"] == pytest.approx(statistics.mean(losses[row["arm"]]))
-        assert cell["std"] == pytest.approx(statistics.stdev(losses[row["arm"]]))
+        mine = losses[row["arm"]]
+        assert row["seeds"] == 3
+        assert row["held-out loss"] == pytest.approx(statistics.mean(mine), rel=1e-5)
+        assert row["± held-out loss"] == pytest.approx(statistics.stdev(mine) / 3**0.5, rel=1e-5)
+        assert row["small sources"] == pytest.approx(2 * row["held-out loss"], rel=1e-5)  # by the |V|/c rule
     differences = [ours - theirs for ours, theirs in zip(losses["CoLM"], losses["plain"], strict=True)]
-    found = colm["held-out loss"]["difference"]
-    assert found["mean"] == pytest.approx(statistics.mean(differences))
-    assert found["standard_error"] == pytest.approx(statistics.stdev(differences) / 3**0.5)
-    assert "difference" not in plain["held-out loss"]
-    assert broken == {"arm": "broken", "num_seeds": 0}
+    (found,) = tables["differences"]  # the baseline has none to itself
+    assert (found["arm"], found["against"]) == ("CoLM", "plain")
+    assert found["Δ held-out loss"] == pytest.approx(statistics.mean(differences), rel=1e-5)
+    assert found["± Δ held-out loss"] == pytest.approx(statistics.stdev(differences) / 3**0.5, rel=1e-5)
+    assert found["accuracy is"] == "not measurably different"  # what a classification task is judged by
+    by_source = {row["source"]: row for row in tables["sources"]}
+    assert by_source["code (small)"]["plain"] == pytest.approx(2 * by_source["web"]["plain"], rel=1e-5)
     text = (tmp_path / "out" / "results.md").read_text()
-    assert "| CoLM | 3 | **1.047 ± 0.189** (-0.120 ± 0.012) | **2.093 ± 0.378** (-0.240 ± 0.023) |" in text
-    assert "| arm | seeds | held-out loss | small sources | big sources | accuracy, % | step s |" in text
-    assert "| **50.000 ± 0.000** (+0.000 ± 0.000) |" in text
-    page = (tmp_path / "out" / "results.html").read_text()
-    assert "<strong>1.047 ± 0.189</strong> (-0.120 ± 0.012)" in page
-    assert page.count("<tr>") == 8
-    assert "| plain | 3 | 1.167 ± 0.208 |" in text
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"][1]["arm"] == "CoLM"
-
-
-def test_sources_have_a_table_of_their_own(faked: list[str], tmp_path: Path) -> None:
-    grid = load_grid(write_grid(tmp_path))
-    result = run_sweep(grid, say=lambda line: None)
-    plain = next(row for row in result["sources"] if row["arm"] == "plain")
-    assert plain["code"]["mean"] == pytest.approx(2 * plain["web"]["mean"])
-    assert "| arm | seeds | web | code |" in (tmp_path / "out" / "results.md").read_text()
-    assert 'scope="col">code</th>' in (tmp_path / "out" / "results.html").read_text()
+    assert "| CoLM | 3 | – | **1.0467 ± 0.1091** | **1.5700 ± 0.1637** | **2.0933 ± 0.2183** |" in text
+    assert "± is the standard error of the mean over seeds." in text
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["tables"] == result["tables"]
 
 
 def test_paired_differences_to_controls(faked: list[str], tmp_path: Path) -> None:
     arms = {"plain": [], "CoLM": [], "CoLM too": [], "broken": []}
     grid = load_grid(write_grid(tmp_path, arms=arms, controls=["CoLM", "plain", "broken"]))
     run_sweep(grid, say=lambda line: None)
-    result = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert result["measure"] == "accuracy, %"  # what a classification task is judged by
     for folder in (tmp_path / "out").glob("*/seed_*"):
         summary = json.loads((folder / "summary.json").read_text())
         del summary["heldout"]["accuracy"]
         (folder / "summary.json").write_text(json.dumps(summary))
-    result = run_sweep(grid, say=lambda line: None)
-    assert result["measure"] == "held-out loss"
-    differences = [0.1, 0.12, 0.14]
-    assert result["differences"][0]["CoLM"]["mean"] == pytest.approx(statistics.mean(differences))
-    error = statistics.stdev(differences) / 3**0.5
-    assert result["differences"][0]["CoLM"]["standard_error"] == pytest.approx(error)
-    text = (tmp_path / "out" / "results.md").read_text().split("\n\n")
-    assert text[-1].splitlines() == [
-        "| arm | to CoLM | to plain |",
-        "|---|---|---|",
-        "| plain | **+0.120 ± 0.012** |  |",
-        "| CoLM |  | **-0.120 ± 0.012** |",
-        "| CoLM too | +0.020 ± 0.012 | **-0.100 ± 0.000** |",
-        "| broken |  |  |",
+    rows = tables_of(run_sweep(grid, say=lambda line: None))["differences"]
+    assert [(row["arm"], row["against"]) for row in rows] == [
+        ("plain", "CoLM"),
+        ("CoLM", "plain"),
+        ("CoLM too", "plain"),
+        ("CoLM too", "CoLM"),
     ]
-    assert "<td><strong>-0.120 ± 0.012</strong></td>" in (tmp_path / "out" / "results.html").read_text()
+    assert [row["held-out loss is"] for row in rows] == ["worse", "better", "better", "not measurably different"]
+    differences = [0.1, 0.12, 0.14]
+    assert rows[0]["Δ held-out loss"] == pytest.approx(statistics.mean(differences), rel=1e-5)
+    assert rows[0]["± Δ held-out loss"] == pytest.approx(statistics.stdev(differences) / 3**0.5, rel=1e-5)
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "| plain | CoLM | worse | +11.5 | **+0.1200 ± 0.0115** |" in text
 
 
-def test_curves_of_perplexity(tmp_path: Path) -> None:
-    arms: dict[str, list[Run]] = {}
-    for arm, factor in (("plain", 1.0), ("CoLM & co", 2.0)):
-        for seed in range(2):
-            folder = tmp_path / f"{factor}_{seed}"
-            folder.mkdir()
-            heldout = [
-                {"step": step, "heldout": {"overall": 1.0, "perplexity": {"overall": factor * (20 - step + seed)}}}
-                for step in (0, 2, 4)
-            ]
-            steps = [{"step": step, "tokens": 10, "time_s": {"total": 3.0}} for step in range(1, 5)]
-            rows = [heldout[0], *steps[:1], steps[1] | heldout[1], *steps[2:3], steps[3] | heldout[2]]
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            (folder / "config.json").write_text(json.dumps({"name": arm}))
-            arms.setdefault(arm, []).append(load_run(folder))
-    points = heldout_points(arms["plain"][1])
-    assert points["step"] == [0, 2, 4]
-    assert points["perplexity"] == [21, 19, 17]
-    assert points["tokens"] == [0, 20, 40]
-    assert points["seconds"] == [0, 6, 12]
-    root = ElementTree.fromstring(curves_svg(arms))
-    assert root.tag.endswith("svg")
+def test_the_report_of_a_sweep(faked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "compare", compare)
+    arms = {"plain": [], "CoLM <b>": []}
+    run_sweep(load_grid(write_grid(tmp_path, arms=arms, seeds=[0, 1])), say=lambda line: None)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<b>" not in page
+    assert "CoLM &lt;b&gt;" in page
+    tables = json.loads((tmp_path / "out" / "report.json").read_text())["tables"]
+    assert [row[:2] for row in tables["differences"]["rows"]] == [["CoLM <b>", "plain"]]
 
 
 def test_finished_runs_are_skipped(faked: list[str], tmp_path: Path) -> None:
@@ -190,7 +166,7 @@ def test_runs_with_other_settings_are_not_taken_for_these(faked: list[str], tmp_
     assert faked == []
     assert list(result["failures"]) == ["CoLM, seed 0"]
     assert "holds a run with other settings. Remove it" in result["failures"]["CoLM, seed 0"]
-    assert [row["num_seeds"] for row in result["rows"]] == [1, 0]
+    assert [(row["arm"], row["seeds"]) for row in tables_of(result)["results"]] == [("plain", 1)]
 
 
 def test_what_can_not_be_prepared(tmp_path: Path) -> None:
@@ -198,13 +174,6 @@ def test_what_can_not_be_prepared(tmp_path: Path) -> None:
     command = "-c \"raise ValueError('no luck')\""
     with pytest.raises(ConfigError, match=r"nothing.txt was not made. failed with exit code 1: .*no luck"):
         run_sweep(load_grid(write_grid(tmp_path, prepare={str(path): command})), say=lambda line: None)
-
-
-def test_html_escapes_names() -> None:
-    page = format_html({"rows": [{"arm": "<b>", "num_seeds": 0}]}, "<b>", "a & b")
-    assert "&lt;b&gt;" in page
-    assert "<b>" not in page
-    assert "a &amp; b" in page
 
 
 def test_device_groups(faked: list[str], tmp_path: Path) -> None:
@@ -215,14 +184,13 @@ def test_device_groups(faked: list[str], tmp_path: Path) -> None:
     assert len(faked) == 6
 
 
-def test_one_seed_has_no_spread(tmp_path: Path) -> None:
+def test_one_seed_has_no_error(faked: list[str], tmp_path: Path) -> None:
     grid = load_grid(write_grid(tmp_path, seeds=[4], arms={"plain": [], "CoLM": []}))
     for job in jobs_of(grid):
         fake_run(grid, job, Place(0, None, 1))
-    rows = rows_of(grid)
-    assert rows[1]["held-out loss"]["std"] is None
-    assert rows[1]["held-out loss"]["difference"]["standard_error"] is None
-    assert "±" not in format_markdown({"rows": rows}, "plain")
+    run_sweep(grid, say=lambda line: None)
+    assert "| CoLM | 1 |" in (text := (tmp_path / "out" / "results.md").read_text())
+    assert " ± " not in text.replace("± is the", "").replace("± its", "")
 
 
 @pytest.mark.parametrize(
@@ -301,10 +269,11 @@ def test_real_runs(tmp_path: Path) -> None:
     assert (tmp_path / "made" / "note.txt").read_text() == "made once"
     assert list(result["failures"]) == ["broken, seed 0"]
     assert "colm.selector = 'none': unknown" in (tmp_path / "out" / "broken" / "seed_0.log").read_text()
-    assert set(result["rows"][0]) >= {"arm", *list(MEASURES)[:4], "step s", "peak GiB"}
-    assert result["rows"][1]["held-out loss"]["difference"]["seeds"] == [0]
+    tables = tables_of(result)
+    assert set(tables["results"][0]) >= {"arm", "held-out loss", "mean of sources", "small sources", "s per step"}
+    assert tables["differences"][0]["against"] == "plain"
     again = run_sweep(grid, say=lambda line: None)  # what is made is not made anew, what is finished not run
-    assert again["rows"] == result["rows"]
+    assert again["tables"] == result["tables"]
     assert (tmp_path / "out" / "report.html").exists()
 
 
@@ -333,7 +302,7 @@ def test_every_arm_of_the_cpu_grids_trains(tmp_path: Path) -> None:
     command = [sys.executable, "finetune/sweep.py", "grid.yaml"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    rows = json.loads((tmp_path / whole["out"] / "results.json").read_text())["rows"]
-    assert [row["arm"] for row in rows if row["num_seeds"] == 1] == list(whole["arms"])
-    assert all("big sources" in row and "small sources" in row for row in rows)
-    assert (tmp_path / whole["out"] / "results.html").exists()
+    rows = tables_of(json.loads((tmp_path / whole["out"] / "results.json").read_text()))["results"]
+    assert [row["arm"] for row in rows if row["seeds"] == 1] == list(whole["arms"])
+    assert all("mean of sources" in row and "small sources" in row for row in rows)
+    assert (tmp_path / whole["out"] / "report.html").exists()
