@@ -31,7 +31,7 @@ AXES = {
     "tokens": "tokens trained on",
     "seconds": "seconds of training",
 }
-"""What curves are drawn against, and how the axis is called."""
+"""Axes that curves are drawn against, and their labels."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ _PROTOCOLS: dict[str, tuple[Callable[[Arm], int | None], str]] = {
         "batch size, and what CoLM saves or costs is time.",
     ),
 }
-"""What is equal by name of the protocol, and what it means."""
+"""By name of the protocol: the number that is equal, and what that means."""
 
 
 def batch_size_items(view: View) -> list[Item]:

@@ -95,7 +95,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a run's files say; what they do not is absent.
+    """Numbers and curves of one run; those that its files do not have are absent.
 
     Attributes:
         run: the run.

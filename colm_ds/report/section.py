@@ -1,4 +1,4 @@
-"""What a report is made of, whatever it is written as, and the ways in which sections show the arms' numbers."""
+"""Parts of a report, whatever it is written as, and the ways in which sections show the arms' numbers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class ReportSection:
 
 @dataclass(frozen=True)
 class View:
-    """What the sections look at.
+    """Arms as the sections look at them.
 
     Attributes:
         arms: the arms, in order.

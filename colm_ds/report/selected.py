@@ -1,4 +1,4 @@
-"""What was selected and whether it paid: shares of sources, equal budgets, coherence, gradient variance, lengths."""
+"""Selection and whether it paid: shares of sources, equal budgets, coherence, gradient variance, lengths."""
 
 from __future__ import annotations
 

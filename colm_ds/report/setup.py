@@ -1,4 +1,4 @@
-"""What was compared, and how to repeat it: arms and settings; runs, commands, machine, versions, configurations."""
+"""Set-up of a comparison and how to repeat it: arms, settings; runs, commands, machine, versions, configurations."""
 
 from __future__ import annotations
 

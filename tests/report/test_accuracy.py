@@ -45,3 +45,17 @@ def test_sweep_table(tmp_path: Path) -> None:
     assert row[:3] == ["CoLM", "plain 64", "better (single seed)"]
     assert row[differences["columns"].index("Δ accuracy")] == pytest.approx(0.045)
     assert "| accuracy before training |" in text
+
+
+def test_averages_of_an_evaluation(tmp_path: Path) -> None:
+    """As `colm-ds evaluate` writes them into a run's folder."""
+    runs = []
+    for name, value in (("plain-64", 0.25), ("colm-spsa", 0.5)):
+        folder = write_run(tmp_path / name, name, num_steps=4)
+        (folder / "evaluation").mkdir()
+        (folder / "evaluation" / "results.json").write_text(json.dumps({"averages": {"in domain": value}}))
+        runs.append(load_run(folder))
+    assert "in domain" in format_table(runs)
+    (results, differences, _), _ = result_tables({run.name: [run] for run in runs}, ["plain-64"])
+    assert [row[results["columns"].index("in domain")] for row in results["rows"]] == [0.25, 0.5]
+    assert differences["rows"][0][differences["columns"].index("Δ in domain")] == 0.25
