@@ -16,7 +16,7 @@ def derive_seed(seed: int, *parts: int | str) -> int:
 
 
 def private_generator(seed: int, *parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a generator of its own for one purpose on one device; same arguments, same numbers."""
+    """Return a private generator for one purpose on one device; same arguments, same numbers."""
     return torch.Generator(device=device).manual_seed(derive_seed(seed, *parts))
 
 

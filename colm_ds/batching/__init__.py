@@ -1,1 +1,1 @@
-"""Large batches: which examples a step looks at, who holds them, and how they are cut into micro-batches."""
+"""Large batches: the examples of a step, their assignment to ranks, and their micro-batches."""

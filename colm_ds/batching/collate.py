@@ -25,7 +25,7 @@ def length_sorted_batches(
 
     The groups are contiguous slices of the length-sorted order (ties by index), the longest first. Of all such groups
     within the budgets these have the least padded tokens plus `MICRO_BATCH_TOKENS` for each group (dynamic programming,
-    O(n) steps of at most a group's size). An example longer than `max_tokens` makes a group of its own.
+    O(n) steps of at most a group's size). An example longer than `max_tokens` is a separate group.
 
     Args:
         lengths: tokens of every example, `[n]`.

@@ -52,7 +52,7 @@ class CandidateGroups:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Right-padded examples. No mask is needed: causal attention never looks at padding to the right.
+    """Right-padded examples. No mask is needed: causal attention never sees padding to the right.
 
     Attributes:
         input_ids: int64 `[rows, length]`; a row for every example, or some for a classification example.

@@ -131,7 +131,7 @@ FITS_TOKENS: dict[str, Any] = {
     "metric": "euclidean",
     "weights": "matched",
 }
-"""What `auto` means where the estimator is `tokens`: one pool, compared as it is, and weights that match its mean."""
+"""Values of `auto` for the estimator `tokens`: one pool, plain comparison, and weights that match its mean."""
 
 FITS_GRADIENTS: dict[str, Any] = {
     "small_sources": "auto",
@@ -140,13 +140,13 @@ FITS_GRADIENTS: dict[str, Any] = {
     "metric": "l1",
     "weights": "uniform",
 }
-"""What `auto` means with every other estimator: the paper's choice; `auto` small sources are those under |V|/c."""
+"""Values of `auto` for every other estimator: the paper's choice; `auto` small sources are those under |V|/c."""
 
 
 def with_preset(values: Any) -> Any:
-    """Fill in the keys of a section's preset, and what `auto` means for its estimator; written values win.
+    """Fill in the keys of a section's preset, and the values of `auto` for its estimator; given values take precedence.
 
-    Where another estimator than the preset's is written, its own values go before the preset's.
+    If an estimator other than the preset's is given, its own values take precedence over the preset's.
     """
     if not isinstance(values, Mapping):
         return values

@@ -52,7 +52,7 @@ REMOVED_KEYS = frozenset(
 """Top-level keys of earlier versions: DeepSpeed 0.19.8 stops at the first of them."""
 
 ADAM_DEFAULTS: Mapping[str, Any] = {"lr": 2e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
-"""What "auto" in `optimizer.params` of Adam and AdamW stands for: the defaults of a recipe."""
+"""Values of "auto" in `optimizer.params` of Adam and AdamW: the defaults of a recipe."""
 
 # DeepSpeed takes "auto" literally in these sections (as true, or as a number that it then fails on). In its other
 # sections "auto" means DeepSpeed's own default.

@@ -34,7 +34,7 @@ class ChoiceDataset:
     """Tokenised questions with their candidates; implements `colm_ds.types.SourcedDataset`, with one source.
 
     Args:
-        tokens: of every prompt with candidate one after the other, int32 `[num_tokens]`.
+        tokens: concatenated tokens of every prompt with each candidate, int32 `[num_tokens]`.
         lengths: tokens of each, int32 `[num_candidates]`.
         starts: where in each the candidate begins, int32 `[num_candidates]`.
         num_candidates: of each example, int32 `[num_examples]`.

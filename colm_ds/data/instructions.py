@@ -39,7 +39,7 @@ class InstructionDataset:
     The tokens lie flat in one array, which may be memory-mapped from the cache; a subset shares it.
 
     Args:
-        tokens: token ids of all examples one after the other, int32 `[num_tokens]`.
+        tokens: concatenated token ids of all examples, int32 `[num_tokens]`.
         starts: where each example starts in `tokens`, int64 `[num_examples]`.
         lengths: tokens of each example, prompt included, int32 `[num_examples]`.
         prompt_lengths: tokens of each example's prompt, which carry no label, int32 `[num_examples]`.

@@ -218,7 +218,7 @@ def _plain(name: str, gguf_file: str | None, dtype: str) -> ModelConfig:
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
-    """The recipe that a run wrote down, as it is there; empty where there is none."""
+    """Read the recipe that a run recorded; empty if there is none."""
     values = read_object(folder / CONFIG).get("recipe")
     return values if isinstance(values, dict) else {}
 

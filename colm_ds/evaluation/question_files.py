@@ -54,7 +54,7 @@ def parse_places(values: Sequence[str], known: Iterable[str]) -> DataPlaces:
 
 
 def find_set(name: str, subpaths: Sequence[str], places: DataPlaces) -> str | None:
-    """Return the place of a set's records, or None if there is none.
+    """Return the place of a set's records, or None.
 
     Args:
         name: name of the set.

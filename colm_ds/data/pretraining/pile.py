@@ -82,7 +82,7 @@ def read_parts(
     on_read: Callable[[int], object] | None = None,
     max_lines: int = 1 << 16,
 ) -> Iterator[Part]:
-    """Cut a file into parts of about `part_bytes`; a longer line is a part of its own."""
+    """Cut a file into parts of about `part_bytes`; a longer line is a separate part."""
     lines: list[bytes] = []
     size, number, first = 0, 0, 1
     for line in raw_lines(path, on_read):

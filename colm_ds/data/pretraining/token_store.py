@@ -35,7 +35,7 @@ def write_part(folder: Path, name: str, segments: Segments, dtype: str, facts: M
     Args:
         folder: folder of the parts.
         name: name of this part.
-        segments: tokens by split and source, documents one after the other, each with its end-of-sequence token.
+        segments: tokens by split and source, concatenated documents, each with its end-of-sequence token.
         dtype: from `token_dtype`.
         facts: further values of the JSON file.
     """
