@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Evaluate as the command line says, under a launcher or alone.
 
-    Exit codes: 0 done; 2 bad input (one message); 1 anything else.
+    Exit codes: 0 done; 2 bad input (one message); 3 stopped; 1 anything else.
     """
     quiet_libraries()
     device = _join_ranks()
@@ -93,7 +93,8 @@ def run(options: argparse.Namespace) -> None:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.exit(ExitCode.BAD_INPUT)
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command resumes from the answers so far")
+        print("stopped; the same command resumes from the answers so far", file=sys.stderr, flush=True)
+        sys.exit(ExitCode.STOPPED)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -11,6 +11,7 @@ from pathlib import Path
 from colm_ds.data.generated.text import SHARES, write_text
 from colm_ds.data.pretraining.token_store import MANIFEST, TokenStore
 from colm_ds.errors import CoLMError, ConfigError
+from colm_ds.process.exit_codes import ExitCode
 from colm_ds.recipes.recipe import PretrainingRecipe, load_recipe
 from colm_ds.report import compare, load_run
 from colm_ds.report.tables import format_terminal
@@ -151,12 +152,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.code
     except CoLMError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return ExitCode.BAD_INPUT
     except KeyboardInterrupt:
         print("pretrain: stopped; the same command resumes", file=sys.stderr)
-        return 3
+        return ExitCode.STOPPED
     _say(f"done; open {page}")
-    return 0
+    return ExitCode.DONE
 
 
 if __name__ == "__main__":

@@ -285,7 +285,7 @@ def run_programs(
     """
     check_level(minimum)
     if workers < 1:
-        raise ConfigError(f"workers = {workers}: at least 1")
+        raise ConfigError(f"workers = {workers}: must be at least 1.")
     if not programs:
         return []
     return run_isolated(programs, limits, workers, require_isolation(minimum))
