@@ -65,7 +65,7 @@ class Arm:
     @property
     def runs(self) -> list[Run]:
         """Return its runs."""
-        return [found.run for found in self.facts]
+        return [facts.run for facts in self.facts]
 
     @property
     def is_finished(self) -> bool:
@@ -89,7 +89,7 @@ class Arm:
     @property
     def num_steps(self) -> int | None:
         """Return the steps of its longest run that counts."""
-        return max((found.num_steps for found in self.used if found.num_steps is not None), default=None)
+        return max((facts.num_steps for facts in self.used if facts.num_steps is not None), default=None)
 
     def mean(self, key: str) -> float | None:
         """Return the mean of a number."""
@@ -101,7 +101,7 @@ class Arm:
 
     def curves(self, read: Callable[[Facts], dict[str, Curve]]) -> dict[str, Curve]:
         """Return the mean curves over the runs that count; `read` gives those of one, as `Facts.heldout` does."""
-        runs = [read(found) for found in self.used]
+        runs = [read(facts) for facts in self.used]
         members = dict.fromkeys(name for curves in runs for name in curves)
         return {name: mean_curve([curves[name] for curves in runs if name in curves]) for name in members}
 
@@ -125,13 +125,13 @@ def make_arms(runs: Sequence[Run] | Mapping[str, Sequence[Run]]) -> list[Arm]:
         The arms in the order of their first runs.
     """
     if isinstance(runs, Mapping):
-        gathered = [(name, list(found)) for name, found in runs.items() if found]
+        gathered = [(name, list(members)) for name, members in runs.items() if members]
     else:
-        found = _by_method(runs)
-        gathered = list(zip(_distinct([_arm_name(members) for members in found]), found, strict=True))
+        by_method = _by_method(runs)
+        gathered = list(zip(_distinct([_arm_name(members) for members in by_method]), by_method, strict=True))
     everyone = [run for _, members in gathered for run in members]
     small, counted = small_sources(everyone), all(has_counted(run) for run in everyone)
-    return [_make_arm(name, [run_facts(run, small, counted=counted) for run in found]) for name, found in gathered]
+    return [_make_arm(name, [run_facts(run, small, counted=counted) for run in members]) for name, members in gathered]
 
 
 def references(arm: Arm, arms: Sequence[Arm]) -> dict[str, Arm]:
@@ -150,22 +150,22 @@ def references(arm: Arm, arms: Sequence[Arm]) -> dict[str, Arm]:
     if arm.is_plain and large == size:  # trains on all it looks at: the sizes are those of the whole comparison
         sizes = [other.coreset_size for other in [*plain, arm] if other.coreset_size]
         large, size = max(sizes, default=None), min(sizes, default=None)
-    found: dict[str, Arm] = {}
+    chosen: dict[str, Arm] = {}
     for role, wanted in (("plain_r", large), ("plain_b", size)):
         if arm.is_plain and wanted == arm.coreset_size:
             continue
         of_size = [other for other in plain if other.coreset_size == wanted]
         alike = [other for other in of_size if other.micro_batch_size == arm.micro_batch_size]
         if of_size:
-            found[role] = (alike or of_size)[0]
+            chosen[role] = (alike or of_size)[0]
         steps = [other for other in of_size if other.accumulation_steps == arm.accumulation_steps is not None]
-        if role == "plain_r" and alike and steps and found[role] not in steps:
-            found["plain_r_steps"] = steps[0]
+        if role == "plain_r" and alike and steps and chosen[role] not in steps:
+            chosen["plain_r_steps"] = steps[0]
     sizes_of_arm = (arm.large_batch_size, arm.coreset_size)
     controls = [other for other in arms if other.selector == "keep_random"]
     controls = [other for other in controls if (other.large_batch_size, other.coreset_size) == sizes_of_arm]
     needs_control = not arm.is_plain and arm.selector not in (None, "keep_random")
-    return found | ({"keep_random": controls[0]} if controls and needs_control else {})
+    return chosen | ({"keep_random": controls[0]} if controls and needs_control else {})
 
 
 def equal_budget(arm: Arm, other: Arm, axis: str, key: str = "overall") -> Difference | None:
@@ -173,7 +173,7 @@ def equal_budget(arm: Arm, other: Arm, axis: str, key: str = "overall") -> Diffe
 
     What is spent is one of `AXES`, the loss one of those of `Facts.heldout`.
     """
-    curves = [[(found.run.seed, found.heldout().get(key, Curve())) for found in each.used] for each in (arm, other)]
+    curves = [[(facts.run.seed, facts.heldout().get(key, Curve())) for facts in each.used] for each in (arm, other)]
     ends = [x[-1] if (x := getattr(curve, axis)) else 0.0 for each in curves for _, curve in each]
     losses = [
         {
@@ -214,8 +214,8 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
         lists = [getattr(curve, name) for curve in curves]
         if not all(lists):
             return []
-        known = [dict(zip(curve.steps, found, strict=True)) for curve, found in zip(curves, lists, strict=True)]
-        return [[found[step] for found in known] for step in steps]
+        known = [dict(zip(curve.steps, values, strict=True)) for curve, values in zip(curves, lists, strict=True)]
+        return [[by_step[step] for by_step in known] for step in steps]
 
     seconds, tokens, values = ([float(np.mean(row)) for row in rows(name)] for name in ("seconds", "tokens", "values"))
     return Curve(steps, seconds, tokens, values, [standard_error(row) or 0.0 for row in rows("values")])
@@ -249,13 +249,13 @@ def method_settings(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _make_arm(name: str, facts: list[Facts]) -> Arm:
-    used = [found for found in facts if found.run.is_finished] or facts
+    used = [each for each in facts if each.run.is_finished] or facts
     values = {}
-    for key in dict.fromkeys(key for found in used for key in found.values):
+    for key in dict.fromkeys(key for row in used for key in row.values):
         by_seed = {
-            f"run {place}" if found.run.seed is None else found.run.seed: found.values[key]
-            for place, found in enumerate(used)
-            if key in found.values
+            f"run {place}" if row.run.seed is None else row.run.seed: row.values[key]
+            for place, row in enumerate(used)
+            if key in row.values
         }
         values[key] = measure(by_seed, largest=key.startswith(_LARGEST))
     config = facts[0].run.config
@@ -309,5 +309,5 @@ def _distinct(shown: Sequence[str]) -> list[str]:
 
 
 def _whole(value: Any) -> int | None:
-    found = number(value)
-    return None if found is None else int(found)
+    count = number(value)
+    return None if count is None else int(count)

@@ -25,7 +25,7 @@ _LARGEST_DISC = 1500  # area, square points
 
 @dataclass(frozen=True)
 class Style:
-    """How something is drawn in a picture and its legend: by an index, None for the text's colour; thick for CoLM."""
+    """Look of something in a picture and its legend: by an index, None for the text's colour; thick for CoLM."""
 
     index: int | None
     is_thick: bool = False

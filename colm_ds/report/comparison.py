@@ -111,16 +111,18 @@ def compare(
     files = {"html": out / "report.html", "markdown": out / "report.md", "json": out / "report.json"}
     warned = [*caveats(view.arms), *_left_out(view), *problems_of(view.arms)]
     title, arms = _title(view.arms), list(view.arms)
-    found = Comparison(title, _about(arms, when), when, summary(view), warned, arms, list(view.small), sections, files)
-    words = (title, found.about, found.summary, warned, sections)
-    numbers = json.dumps(_finite(found.as_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    comparison = Comparison(
+        title, _about(arms, when), when, summary(view), warned, arms, list(view.small), sections, files
+    )
+    words = (title, comparison.about, comparison.summary, warned, sections)
+    numbers = json.dumps(_finite(comparison.as_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         out.mkdir(parents=True, exist_ok=True)
         for key, text in (("html", render_page(*words)), ("markdown", render_markdown(*words)), ("json", numbers)):
             files[key].write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise DataError(f"{out}: cannot write the report: {error.strerror or error}. Choose another folder.") from None
-    return found
+    return comparison
 
 
 def look(
@@ -209,19 +211,19 @@ def _arm_dict(arm: Arm) -> dict[str, Any]:
         **{key: getattr(arm, key) for key in ("name", "selector", "large_batch_size", "coreset_size", "num_steps")},
         "selection": describe(arm),
         "is_finished": arm.is_finished,
-        "seeds": [found.run.seed for found in arm.used],
+        "seeds": [facts.run.seed for facts in arm.used],
         "numbers": {
-            key: {"mean": found.mean, "standard_error": found.standard_error, "num_seeds": found.num_seeds}
-            for key, found in arm.values.items()
+            key: {"mean": measure.mean, "standard_error": measure.standard_error, "num_seeds": measure.num_seeds}
+            for key, measure in arm.values.items()
         },
         "curves": {name: asdict(curve) for name, curve in curves.items()},
         "runs": [
             {
-                "folder": found.run.folder.resolve().name,
-                **{key: getattr(found.run, key) for key in ("name", "seed", "is_finished", "problems", "config")},
-                "numbers": found.values,
+                "folder": facts.run.folder.resolve().name,
+                **{key: getattr(facts.run, key) for key in ("name", "seed", "is_finished", "problems", "config")},
+                "numbers": facts.values,
             }
-            for found in arm.facts
+            for facts in arm.facts
         ],
     }
 

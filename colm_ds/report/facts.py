@@ -124,16 +124,16 @@ class Facts:
     def heldout(self) -> dict[str, Curve]:
         """Return held-out losses along the run: `overall`, `macro`, `small`, `big`, and `source.NAME`."""
         return self._curves(
-            (step, heldout_losses(found, self.small) | dict(flatten({"source": found.get("per_source")})))
-            for step, found in self.run.heldout.items()
+            (step, heldout_losses(heldout, self.small) | dict(flatten({"source": heldout.get("per_source")})))
+            for step, heldout in self.run.heldout.items()
         )
 
     def perplexity(self) -> dict[str, Curve]:
         """Return held-out perplexities along the run, named as losses are; empty if not measured."""
-        found = {step: lookup(entry, "perplexity") for step, entry in self.run.heldout.items()}
+        by_step = {step: lookup(entry, "perplexity") for step, entry in self.run.heldout.items()}
         return self._curves(
             (step, dict(flatten({"overall": lookup(each, "overall"), "source": lookup(each, "per_source")})))
-            for step, each in found.items()
+            for step, each in by_step.items()
         )
 
     def _curves(self, points: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, Curve]:
@@ -152,9 +152,9 @@ class Facts:
 def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
     """Yield the numbers of nested mappings with dotted keys."""
     for key, value in values.items() if isinstance(values, Mapping) else ():
-        name, found = f"{prefix}{key}", number(value)
-        if found is not None:
-            yield name, found
+        name, leaf = f"{prefix}{key}", number(value)
+        if leaf is not None:
+            yield name, leaf
         else:
             yield from flatten(value, f"{name}.")
 
@@ -167,7 +167,7 @@ def group(values: Mapping[str, Any], name: str) -> dict[str, Any]:
 def small_sources(runs: Sequence[Run]) -> list[str]:
     """Return the small sources' names: those that any run lists; by the |V|/c rule where no run lists one."""
     listed = dict.fromkeys(name for run in runs for name in names(run.config.get("small_sources")))
-    counts = next((found for run in runs if (found := numbers(run.config.get("sources")))), {})
+    counts = next((counts for run in runs if (counts := numbers(run.config.get("sources")))), {})
     if listed or not counts:
         return list(listed)
     from colm_ds.selection import split_sources  # imports torch: only where it is needed
@@ -195,7 +195,7 @@ def run_facts(run: Run, small: Sequence[str], *, counted: bool = False) -> Facts
     by_steps["peak_memory_parts_gib"] = _largest(run.steps, "memory_parts_gib")
     by_steps["steps"] = run.steps[-1]["step"] if run.steps else None
     by_steps |= {key_of(metric): _total(metric, run.steps) for metric in METRICS}
-    values = dict(flatten({**by_steps, **{key: found for key, found in run.summary.items() if found is not None}}))
+    values = dict(flatten({**by_steps, **{key: value for key, value in run.summary.items() if value is not None}}))
     values |= dict(flatten({"heldout": heldout_losses(group(values, "heldout"), small)}))
     late = run.steps[-max(1, len(run.steps) // 10) :]
     derived: dict[str, Any] = {
@@ -243,13 +243,13 @@ def heldout_losses(heldout: Mapping[str, Any], small: Collection[str]) -> dict[s
     others = [value for name, value in by_source.items() if name not in small]
     is_split = bool(kept) and len(kept) == len(small)
     macro = number(heldout.get("macro"))
-    found = {
+    losses = {
         "overall": heldout.get("overall"),
         "macro": float(np.mean(list(by_source.values()))) if macro is None and by_source else macro,
         "small": float(np.mean(kept)) if is_split else None,
         "big": float(np.mean(others)) if is_split and others else None,
     }
-    return numbers(found)
+    return numbers(losses)
 
 
 def _total(metric: Metric, steps: Sequence[Mapping[str, Any]]) -> Any:
@@ -263,11 +263,11 @@ def _data_loading_share(run: Run) -> float | None:
 
 def _largest(steps: Iterable[Mapping[str, Any]], name: str) -> dict[str, float]:
     """Return the largest value of every member of a mapping."""
-    found: dict[str, float] = {}
+    largest: dict[str, float] = {}
     for step in steps:
         for key, value in numbers(step.get(name)).items():
-            found[key] = max(found.get(key, value), value)
-    return found
+            largest[key] = max(largest.get(key, value), value)
+    return largest
 
 
 def _clock(run: Run, values: Sequence[float | None]) -> dict[int, float]:
@@ -298,19 +298,19 @@ def _divide_step(values: dict[str, float]) -> None:
 def _count_parts(values: dict[str, float]) -> None:
     """Divide a counted peak: what it has beyond the parts that are held is activations, or the probe's."""
     name, peaks = "peak_memory_parts_gib", group(values, "peak_memory_gib")
-    found = group(values, name)
+    parts = group(values, name)
     kept = ("weights", "gradients", "optimizer", "communication", "replay", "selection")
     choice, train = (max(peaks.get(each, 0.0) for each in named) for named in (MEMORY_PHASES[:3], MEMORY_PHASES[3:7]))
-    for part in found:
+    for part in parts:
         if part not in kept:
             del values[f"{name}.{part}"]
-    if found and peaks:
-        held = sum(found.get(part, 0.0) for part in kept)
+    if parts and peaks:
+        held = sum(parts.get(part, 0.0) for part in kept)
         values[f"{name}.{'probe' if choice >= train else 'activations'}"] = max(0.0, max(peaks.values()) - held)
 
 
 def _memory_kind(run: Run) -> str:
-    known = (found.get("memory_kind") for found in (run.summary, *run.steps[-1:]))
-    kind = next((str(found) for found in known if found), "")
+    known = (entry.get("memory_kind") for entry in (run.summary, *run.steps[-1:]))
+    kind = next((str(kind) for kind in known if kind), "")
     device = str(lookup(run.config, "machine", "device") or "").lower()
     return kind or ("" if not device else "resident" if device.startswith("cpu") else "allocated")

@@ -1,4 +1,4 @@
-"""How good the arms are: at the end, against each other, along training, by source."""
+"""Quality of the arms: at the end, against each other, along training, by source."""
 
 from __future__ import annotations
 

@@ -86,14 +86,14 @@ class View:
         """Return the arms that one is held against, with their names and roles."""
         if self.against:
             return [(other, other.name) for other in self.against if other is not arm]
-        found = references(arm, self.arms)
-        roles = ROLES | ({"plain_r": "plain on r, equal micro-batch"} if "plain_r_steps" in found else {})
-        return [(other, f"{other.name} ({roles[role]})") for role, other in found.items()]
+        chosen = references(arm, self.arms)
+        roles = ROLES | ({"plain_r": "plain on r, equal micro-batch"} if "plain_r_steps" in chosen else {})
+        return [(other, f"{other.name} ({roles[role]})") for role, other in chosen.items()]
 
     def data_shares(self) -> dict[str, float]:
         """Return the share of each source in the training data, from the first arm that knows them."""
-        found = next((found for arm in self.arms if (found := arm.group("data_share"))), {})
-        return {name: share.mean for name, share in found.items()}
+        shares = next((shares for arm in self.arms if (shares := arm.group("data_share"))), {})
+        return {name: share.mean for name, share in shares.items()}
 
     def sources(self, *groups: Collection[str]) -> list[str]:
         """Sort the sources that occur in any of the groups by falling share of the data."""
@@ -136,8 +136,8 @@ def columns_of(*keys: str) -> list[Column]:
 
 def group_columns(arms: Sequence[Arm], name: str, order: Sequence[str] = ()) -> list[Column]:
     """Return a column for every member of a group that any arm has, those of `order` first."""
-    found = dict.fromkeys(member for arm in arms for member in arm.group(name))
-    members = [member for member in dict.fromkeys([*order, *found]) if member in found]
+    known = dict.fromkeys(member for arm in arms for member in arm.group(name))
+    members = [member for member in dict.fromkeys([*order, *known]) if member in known]
     return [replace(GROUPS[name], label=GROUPS[name].label.format(each), key=f"{name}.{each}") for each in members]
 
 
@@ -170,8 +170,8 @@ def by_source(view: View, key: str, title: str, name: str, unit: str, first: str
         return Item()
     scale = 100 if unit.endswith("%") else 1
     dots = {arm: {source: scale * each.mean for source, each in arm.group(name).items()} for arm in view.drawn}
-    found = {source: [row[source] for row in dots.values() if source in row] for source in named}
-    spread = {source: max(values) - min(values) for source, values in found.items() if len(values) > 1}
+    positions = {source: [row[source] for row in dots.values() if source in row] for source in named}
+    spread = {source: max(values) - min(values) for source, values in positions.items() if len(values) > 1}
     widest = max(spread, key=lambda source: spread[source], default=None)
     base = {view.mark(source): 100 * share for source, share in shares.items()}
     picture = dot_picture(

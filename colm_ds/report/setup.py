@@ -55,18 +55,18 @@ def runs_table(arms: Sequence[Arm]) -> Table:
     columns += [Column("git revision"), Column("status"), Column("steps", whole), Column("wall clock, s", compact)]
     rows = [
         [
-            run_label(arm, found.run),
-            _text(found.run.config.get("command")),
-            found.run.folder.resolve().name,
-            found.run.seed,
-            _text(found.run.config.get("date")),
-            (_text(found.run.config.get("git_revision")) or "")[:_REVISION] or None,
-            _text(found.run.summary.get("status")) or "unfinished",
-            found.num_steps,
-            found.values.get("wall_s"),
+            run_label(arm, facts.run),
+            _text(facts.run.config.get("command")),
+            facts.run.folder.resolve().name,
+            facts.run.seed,
+            _text(facts.run.config.get("date")),
+            (_text(facts.run.config.get("git_revision")) or "")[:_REVISION] or None,
+            _text(facts.run.summary.get("status")) or "unfinished",
+            facts.num_steps,
+            facts.values.get("wall_s"),
         ]
         for arm in arms
-        for found in arm.facts
+        for facts in arm.facts
     ]
     return Table("runs", "Runs", columns, rows)
 
@@ -75,10 +75,10 @@ def machine_table(arms: Sequence[Arm]) -> Table | None:
     """Make a table of machine, sizes and versions; where runs differ it says which has what."""
     labelled = [(run_label(arm, run), _machine(run)) for arm in arms for run in arm.runs]
     rows = []
-    for key in dict.fromkeys(key for _, found in labelled for key in found):
+    for key in dict.fromkeys(key for _, machine in labelled for key in machine):
         by_value: dict[str, list[str]] = {}
-        for label, found in labelled:
-            by_value.setdefault(str(found.get(key, MISSING)), []).append(label)
+        for label, machine in labelled:
+            by_value.setdefault(str(machine.get(key, MISSING)), []).append(label)
         several = [f"{value} ({', '.join(named)})" for value, named in by_value.items()]
         rows.append([key, "; ".join(several) if len(several) > 1 else next(iter(by_value))])
     return Table("machine", "Machine and versions", [Column("what"), Column("value")], rows) if rows else None
@@ -89,8 +89,8 @@ def metrics_table(arms: Sequence[Arm]) -> Table | None:
     rows: list[list[Any]] = []
     for metric in METRICS:
         name = key_of(metric)
-        found = dict.fromkeys(member for arm in arms for member in arm.group(name)) if metric.by else {"": None}
-        for member in found:
+        members = dict.fromkeys(member for arm in arms for member in arm.group(name)) if metric.by else {"": None}
+        for member in members:
             cells = [arm.values.get(f"{name}.{member}" if member else name) for arm in arms]
             title = metric.title + (f", {member}" if member else "")
             rows += [[title, metric.unit or None, metric.total, *cells]] if any(cells) and metric.total else []
@@ -102,9 +102,9 @@ def metrics_table(arms: Sequence[Arm]) -> Table | None:
 def settings_table(arms: Sequence[Arm]) -> Table | None:
     """Make a table of the settings in which the arms differ; None if there are none."""
     settings = [method_settings(arm.config) for arm in arms]
-    keys = sorted({key for found in settings for key in found})
-    differing = [key for key in keys if len({found.get(key, MISSING) for found in settings}) > 1]
-    rows = [[key, *(found.get(key) for found in settings)] for key in differing]
+    keys = sorted({key for mine in settings for key in mine})
+    differing = [key for key in keys if len({mine.get(key, MISSING) for mine in settings}) > 1]
+    rows = [[key, *(mine.get(key) for mine in settings)] for key in differing]
     columns = [Column("setting"), *(Column(arm.name) for arm in arms)]
     return Table("settings", "Settings that differ", columns, rows, folded=len(rows) > 12) if rows else None
 
@@ -122,7 +122,7 @@ def unequal(arms: Sequence[Arm]) -> list[str]:
         "the git revision": lambda arm: _text(arm.config.get("git_revision")),
     }
     values = {what: [read(arm) for arm in arms] for what, read in facts.items()}
-    return [what for what, found in values.items() if len({str(each) for each in found if each is not None}) > 1]
+    return [what for what, by_arm in values.items() if len({str(each) for each in by_arm if each is not None}) > 1]
 
 
 def problems_of(arms: Sequence[Arm]) -> list[str]:
@@ -143,7 +143,7 @@ def _sizes(arm: Arm) -> str | None:
 
 def _machine(run: Run) -> dict[str, Any]:
     config = run.config
-    found: dict[str, Any] = dict(flatten(config["machine"])) if isinstance(config.get("machine"), dict) else {}
+    machine: dict[str, Any] = dict(flatten(config["machine"])) if isinstance(config.get("machine"), dict) else {}
     for key, label in (
         ("world_size", "ranks"),
         ("num_parameters", "parameters"),
@@ -151,10 +151,10 @@ def _machine(run: Run) -> dict[str, Any]:
         ("num_heldout", "held-out examples"),
     ):
         value = number(config.get(key))
-        found |= {label: whole(value)} if value is not None else {}
+        machine |= {label: whole(value)} if value is not None else {}
     if isinstance(config.get("versions"), dict):
-        found |= {f"version of {name}": value_text(value) for name, value in config["versions"].items()}
-    return found
+        machine |= {f"version of {name}": value_text(value) for name, value in config["versions"].items()}
+    return machine
 
 
 def _text(value: Any) -> str | None:
