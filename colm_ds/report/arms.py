@@ -137,8 +137,8 @@ def make_arms(runs: Sequence[Run] | Mapping[str, Sequence[Run]]) -> list[Arm]:
 def references(arm: Arm, arms: Sequence[Arm]) -> dict[str, Arm]:
     """Choose the arms to hold an arm against, of those that are there.
 
-    Of several plain arms of one size, one with the arm's micro-batch is meant; `plain_r_steps` is another one with as
-    many accumulation steps as the arm.
+    Of several plain arms of one size, those with as many optimizer steps come first, and of them one with the arm's
+    micro-batch is meant; `plain_r_steps` is another one with as many accumulation steps as the arm.
 
     Returns:
         `plain_r`: plain training on as many examples as it looks at; `plain_r_steps`: see above; `plain_b`: on as many
@@ -146,6 +146,7 @@ def references(arm: Arm, arms: Sequence[Arm]) -> dict[str, Arm]:
         itself.
     """
     plain = [other for other in arms if other is not arm and other.is_plain and other.coreset_size]
+    plain.sort(key=lambda other: other.num_steps != arm.num_steps)
     large, size = arm.large_batch_size, arm.coreset_size
     if arm.is_plain and large == size:  # trains on all it looks at: the sizes are those of the whole comparison
         sizes = [other.coreset_size for other in [*plain, arm] if other.coreset_size]

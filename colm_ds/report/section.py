@@ -121,10 +121,10 @@ def main_arm(arms: Sequence[Arm]) -> Arm | None:
 
 
 def drawn_arms(arms: Sequence[Arm], most: int, against: Sequence[Arm] = ()) -> list[Arm]:
-    """Choose the arms in pictures: the main one, whom it is held against, then those of lowest held-out loss."""
+    """Choose the arms in pictures: the main one, its references, then CoLM and others by held-out loss."""
     main = main_arm(arms)
     first = [] if main is None else [main, *(against or references(main, arms).values())]
-    by_loss = sorted(arms, key=lambda arm: arm.mean("heldout.overall") or math.inf)
+    by_loss = sorted(arms, key=lambda arm: (arm.selector != "colm", arm.mean("heldout.overall") or math.inf))
     names = list(dict.fromkeys(arm.name for arm in [*first, *by_loss]))[:most]
     return [arm for arm in arms if arm.name in names]
 

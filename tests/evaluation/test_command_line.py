@@ -125,7 +125,7 @@ def test_pretraining_program(models: Path, data: Path, tmp_path: Path, capsys: p
     assert found["environment"]["versions"]["torch"]
     shown = capsys.readouterr()
     assert (tmp_path / "results.md").read_text(encoding="utf-8") in shown.out
-    assert "question/s" in shown.err  # the bar's rate
+    assert "wic: 5 of 5 questions, accuracy" in shown.err
 
 
 def test_math_names_its_isolation(models: Path, data: Path, tmp_path: Path) -> None:

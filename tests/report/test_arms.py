@@ -11,6 +11,7 @@ import pytest
 
 from colm_ds.report import Run, load_run
 from colm_ds.report.arms import equal_budget, make_arms, references
+from colm_ds.report.section import drawn_arms, main_arm
 from tests.report.run_folders import ARMS, write_run
 
 
@@ -126,3 +127,22 @@ def test_equal_budgets_are_paired_by_seed(tmp_path: Path) -> None:
     assert found is not None
     assert found.mean == pytest.approx(-0.11)
     assert found.standard_error == pytest.approx(0.01 / 3**0.5)
+
+
+def test_of_plain_arms_of_one_size_the_one_with_as_many_steps_is_meant(tmp_path: Path) -> None:
+    steps = {"half": ("plain-128", 5), "whole": ("plain-128", 10), "b": ("plain-64", 10), "mine": ("colm-spsa", 10)}
+    runs = [
+        load_run(write_run(tmp_path / name, name, arm=arm, num_steps=count)) for name, (arm, count) in steps.items()
+    ]
+    arms = {arm.name: arm for arm in make_arms(runs)}
+    assert references(arms["mine"], list(arms.values()))["plain_r"] is arms["whole"]
+    assert references(arms["mine"], [arms["half"], arms["b"], arms["mine"]])["plain_r"] is arms["half"]
+
+
+def test_pictures_show_what_selects_before_the_rest(tmp_path: Path) -> None:
+    runs = [load_run(write_run(tmp_path / name, name, num_steps=3)) for name in ARMS]
+    arms = make_arms(runs)
+    drawn = [arm.name for arm in drawn_arms(arms, 5)]
+    assert len(drawn) == 5
+    assert {"colm-spsa", "colm-sketch"} <= set(drawn)
+    assert drawn_arms(arms, 1) == [main_arm(arms)]
