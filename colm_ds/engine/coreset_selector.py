@@ -34,6 +34,8 @@ from colm_ds.probe.gradient_sketch import MAX_TOKENS, GradientSketch
 from colm_ds.probe.parameters import reading_parameters
 from colm_ds.probe.registry import make_estimator
 from colm_ds.probe.replay import ReplayStore, choose_replay
+from colm_ds.probe.self_check import check_architecture
+from colm_ds.probe.spsa import SpsaEstimator
 from colm_ds.probe.tail import run_trunk
 from colm_ds.probe.tokens import TokensEstimator, vectors_of_model, vocabulary_size
 from colm_ds.probe.variance import GradientVariance
@@ -209,6 +211,8 @@ class CoresetSelector:
                 adam=config.geometry == "adam",
                 signal=self.selector.signal or "gradient",
             )
+            tail_dtype = self._estimator.dtype if isinstance(self._estimator, SpsaEstimator) else None
+            check_architecture(model, architecture, tail_dtype)
 
     def __call__(self, batch: LargeBatch | Sequence[Any] | Mapping[str, Any], meter: Meter | None = None) -> Selection:
         """Select the coreset of a large batch.

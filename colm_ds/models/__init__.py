@@ -1,1 +1,1 @@
-"""Model families: their parts, patched forwards, and losses without full logits."""
+"""Models: their parts found by structure, patched forwards, and losses without full logits."""

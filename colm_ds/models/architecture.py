@@ -1,29 +1,48 @@
-"""Find the last decoder layer, the matrices probed in it, the final norm and the head of a Hugging Face causal LM."""
+"""Find the decoder layers, the matrices probed in the last one, and the head of a Hugging Face causal LM."""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from colm_ds.errors import ProbeError
-from colm_ds.models.families import FAMILIES, Family
+from colm_ds.models.families import FAMILIES
+from colm_ds.models.values import (
+    ValueRows,
+    Values,
+    find_values,
+    in_features,
+    is_conv1d,
+    is_linear,
+    out_features,
+    output_projection,
+)
 
 LAYERS = ("v_proj", "qkv", "fc")
 """Parts of the last layer that can be probed: V, all of Q, K and V, or the MLP's output projection."""
 
+WITHOUT_PROBE = "or a selector without a probe of the model (tokens, random, keep_random, full)"
+"""What every model can be trained with."""
+
 
 @dataclass(frozen=True)
 class ProbeTarget:
-    """A linear map whose gradient is part of the signal: rows `start` to `stop` of a module's output.
+    """A linear map whose gradient is part of the signal: some rows of a module's output.
+
+    A projection that also computes queries and keys is divided into `groups` of equal size, one for a head where heads
+    are interleaved; of each group rows `start` to `stop` are the values.
 
     Attributes:
         name: the module's name in the model.
         module: a linear module; under LoRA the projection's `lora_B`.
-        start: first output row.
+        start: first output row, within a group.
         stop: one past the last.
         in_features: width of the module's input.
+        groups: parts of equal size that the output is divided into.
     """
 
     name: str
@@ -31,16 +50,39 @@ class ProbeTarget:
     start: int
     stop: int
     in_features: int
+    groups: int = 1
 
     @property
     def out_features(self) -> int:
-        """Rows of the probed matrix."""
-        return self.stop - self.start
+        """ValueRows of the probed matrix."""
+        return (self.stop - self.start) * self.groups
 
     @property
     def num_coordinates(self) -> int:
         """Entries of the probed matrix."""
         return self.out_features * self.in_features
+
+    def rows_of(self, output: Tensor) -> Tensor:
+        """Return the probed rows of the module's output, `[..., total]` to `[..., out]`."""
+        if self.groups == 1:
+            return output[..., self.start : self.stop]
+        return output.unflatten(-1, (self.groups, -1))[..., self.start : self.stop].flatten(-2)
+
+    def with_rows(self, output: Tensor, rows: Tensor) -> Tensor:
+        """Return the module's output with other probed rows; the rest is detached."""
+        if rows.shape[-1] == output.shape[-1]:
+            return rows
+        grouped = output.detach().unflatten(-1, (self.groups, -1))
+        parts = grouped[..., : self.start], rows.unflatten(-1, (self.groups, -1)), grouped[..., self.stop :]
+        return torch.cat(parts, dim=-1).flatten(-2)
+
+    def weight_rows(self) -> Tensor:
+        """Return the probed rows of the module's weight, `[out, in]`; under ZeRO-3 while the module runs only."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        if is_conv1d(self.module):
+            return self.rows_of(weight).T
+        return weight[self.start : self.stop] if self.groups == 1 else self.rows_of(weight.T).T
 
 
 @dataclass(frozen=True)
@@ -48,29 +90,37 @@ class Architecture:
     """The parts of a causal LM that the probe works with.
 
     Attributes:
-        family: facts about the model's type.
         model: the Hugging Face model, without PEFT around it.
         layers: decoder layers in order.
-        norm: final norm.
+        norm: final norm, where the last layer is followed by it and the head alone; None where the model's own code is
+            run from there on.
         head: maps hidden states to logits.
+        mlp: part of the last layer that treats every position by itself and takes hidden states alone, or None.
         targets: where the signal is read; its gradient is theirs, flattened and concatenated.
         hidden_size: width of the hidden states.
         vocabulary_size: rows of the head.
+        layout: how the last layer computes its values, in a few words.
     """
 
-    family: Family
     model: nn.Module
     layers: nn.ModuleList
-    norm: nn.Module
+    norm: nn.Module | None
     head: nn.Module
+    mlp: nn.Module | None
     targets: tuple[ProbeTarget, ...]
     hidden_size: int
     vocabulary_size: int
+    layout: str
 
     @property
     def last_layer(self) -> nn.Module:
         """The last decoder layer."""
         return self.layers[-1]
+
+    @property
+    def model_type(self) -> str:
+        """The model's type, for messages."""
+        return _model_type(self.model)
 
     @property
     def num_coordinates(self) -> int:
@@ -79,80 +129,132 @@ class Architecture:
 
 
 def find_architecture(model: nn.Module, layer: str = "v_proj") -> Architecture:
-    """Describe a causal LM, bare or under PEFT LoRA.
+    """Describe a causal LM, bare or under PEFT LoRA, by its structure.
 
     Args:
-        model: a Hugging Face causal LM of a known family or a `PeftModel` around one; not a DeepSpeed engine.
+        model: a Hugging Face causal LM or a `PeftModel` around one; not a DeepSpeed engine.
         layer: one of `LAYERS`.
 
     Raises:
-        ProbeError: if the family is unknown or a part is missing or of a kind that the probe cannot handle.
+        ProbeError: if a part is missing or of a kind that the probe cannot handle.
     """
-    base: Any = _unwrap(model)
+    base: Any = unwrap(model)
     config = getattr(base, "config", None)
-    model_type = str(getattr(config, "model_type", type(base).__name__))
-    if model_type not in FAMILIES:
+    layers, head = _decoder_layers(base), find_head(base)
+    if config is None or layers is None or head is None:
         raise ProbeError(
-            f"model of type {model_type!r}: the probe knows the families {', '.join(sorted(FAMILIES))}. "
-            "Use one of these, or a selector without a probe (random, keep_random, full)."
+            f"{type(base).__name__}, model of type {_model_type(base)!r}: no decoder layers or head with logits. Give "
+            f"a causal language model (AutoModelForCausalLM), not a bare decoder or a classifier, {WITHOUT_PROBE}."
         )
-    family = FAMILIES[model_type]
-    decoder = getattr(base, "model", None)
-    layers, norm = getattr(decoder, "layers", None), getattr(decoder, family.norm, None)
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    if not isinstance(layers, nn.ModuleList) or len(layers) == 0 or norm is None or head is None:
+    family = FAMILIES.get(_model_type(base))
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    values = find_values(layers[-1], text)
+    if values is None:
         raise ProbeError(
-            f"{type(base).__name__}: no decoder layers, final norm or head found. "
-            "Give a causal language model (AutoModelForCausalLM), not a bare decoder or a classifier."
+            f"model of type {_model_type(base)!r}: its last layer, {type(layers[-1]).__name__}, has no attention with "
+            f"a V projection, which the probe reads. Choose another model, {WITHOUT_PROBE}."
         )
-    assert config is not None
     return Architecture(
-        family=family,
         model=base,
         layers=layers,
-        norm=norm,
+        norm=None if family is None else getattr(base.model, family.norm),
         head=head,
-        targets=tuple(_find_targets(model, layers[-1], family, config, layer)),
-        hidden_size=int(config.hidden_size),
-        vocabulary_size=int(head.out_features),
+        mlp=_pointwise_mlp(layers[-1]),
+        targets=tuple(_find_targets(model, layers[-1], values, layer)),
+        hidden_size=int(text.hidden_size),
+        vocabulary_size=int(head.weight.shape[0] if not hasattr(head, "out_features") else head.out_features),
+        layout=values.layout,
     )
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """Return the Hugging Face model inside a `PeftModel`; other models as they are."""
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
 
 
-def _find_targets(model: nn.Module, last: nn.Module, family: Family, config: Any, layer: str) -> list[ProbeTarget]:
-    if layer == "fc":
-        parts = [("mlp", family.output_projection)]
-    elif layer == "qkv" and not family.fused:
-        parts = [("self_attn", name) for name in ("q_proj", "k_proj", family.value_projection)]
-    else:
-        parts = [("self_attn", family.value_projection)]
+def attention_projections(model: nn.Module) -> list[str]:
+    """Return the names of the linear modules in the decoder layers' attention, for LoRA; empty if there are none.
+
+    Args:
+        model: a Hugging Face causal LM.
+    """
+    layers = _decoder_layers(unwrap(model)) or nn.ModuleList()
+    names: dict[str, None] = {}
+    for layer in layers:
+        values = find_values(layer, model.config)
+        attention = nn.Module() if values is None else values.attention
+        names |= {name.rsplit(".", 1)[-1]: None for name, module in attention.named_modules() if is_linear(module)}
+    return [name for name in names if not name.isdigit()]
+
+
+def _model_type(base: Any) -> str:
+    return str(getattr(getattr(base, "config", None), "model_type", type(base).__name__))
+
+
+def find_head(base: Any) -> Any:
+    """Return the module that maps hidden states to logits; None if the model has none."""
+    get = getattr(base, "get_output_embeddings", None)
+    try:
+        return get() if callable(get) else None
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _decoder_layers(base: Any) -> nn.ModuleList | None:
+    """Return the decoder's layers: of the lists that are least deep in it the longest; None if there is none."""
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    decoder = decoder if isinstance(decoder, nn.Module) else base
+    for within in (decoder, base):  # what is called a decoder may be a part of the head
+        lists = [
+            (name.count("."), -len(module), module)
+            for name, module in within.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) > 0 and any(True for _ in module[-1].children())
+        ]
+        if lists:
+            return min(lists, key=lambda each: each[:2])[2]
+    return None
+
+
+def _pointwise_mlp(last: nn.Module) -> nn.Module | None:
+    """Return the MLP if it is made of linear maps and activations and takes hidden states alone."""
+    mlp = getattr(last, "mlp", None)
+    if not isinstance(mlp, nn.Module):
+        return None
+    leaves = [module for module in mlp.modules() if any(True for _ in module.parameters(recurse=False))]
+    inputs = [each for each in inspect.signature(type(mlp).forward).parameters.values() if each.name != "self"]
+    is_plain = all(is_linear(module) for module in leaves) and not any(
+        isinstance(module, nn.ModuleList) for module in mlp.modules()
+    )
+    return mlp if is_plain and len(inputs) == 1 else None
+
+
+def _find_targets(model: nn.Module, last: nn.Module, values: Values, layer: str) -> list[ProbeTarget]:
     has_lora = any(hasattr(module, "lora_B") for module in model.modules())
-    return [_find_target(model, last, place, name, family, config, layer, has_lora) for place, name in parts]
+    if layer == "fc":
+        name, module = output_projection(last, values)
+        return [_find_target(model, name, module, layer, has_lora)]
+    if layer == "v_proj":
+        rows = values.rows
+        return [_find_target(model, values.name, values.projection, layer, has_lora, rows)]
+    return [_find_target(model, name, module, layer, has_lora) for name, module in values.queries_keys_values()]
 
 
 def _find_target(
-    model: nn.Module, last: nn.Module, place: str, name: str, family: Family, config: Any, layer: str, has_lora: bool
+    model: nn.Module, name: str, projection: Any, layer: str, has_lora: bool, rows: ValueRows | None = None
 ) -> ProbeTarget:
-    projection = getattr(getattr(last, place, None), name, None)
-    if projection is None:
-        raise ProbeError(f"{type(last).__name__} has no {place}.{name}; the probe of {layer!r} reads it.")
     is_adapted = hasattr(projection, "lora_B")
     if has_lora and not is_adapted and layer != "v_proj":
         raise ProbeError(
             f"probe.layer = {layer!r}: {name} of the last layer has no LoRA adapter, so its gradient is of weights "
             f"that are not trained. Add {name} to lora.targets, or probe 'v_proj'."
         )
-    total = int(projection.out_features)
-    head_size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    start = total - config.num_key_value_heads * head_size if family.fused and layer == "v_proj" else 0
+    start, stop, groups = rows or ValueRows(0, out_features(projection), 1)
     module = _lora_b(projection, name) if is_adapted else projection
+    if not is_linear(module):
+        raise ProbeError(f"{name} of the last layer is a {type(module).__name__}; the probe reads linear modules only.")
     full_name = next((known for known, candidate in model.named_modules() if candidate is module), name)
-    return ProbeTarget(full_name, module, start, total, int(module.in_features))
+    return ProbeTarget(full_name, module, start, stop, in_features(module), groups)
 
 
 def _lora_b(projection: Any, name: str) -> Any:

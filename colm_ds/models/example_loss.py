@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from colm_ds.batching.micro_batch import CandidateGroups, MicroBatch
+from colm_ds.models.architecture import find_head, unwrap
 from colm_ds.models.families import FAMILIES
 from colm_ds.models.patch import patched_forwards
 from colm_ds.models.token_loss import sums_by_row, token_losses
@@ -21,10 +22,51 @@ def find_loss_head(model: nn.Module) -> nn.Module | None:
     Args:
         model: a Hugging Face causal LM, bare or in a `PeftModel`.
     """
-    get_base_model = getattr(model, "get_base_model", None)
-    base: Any = get_base_model() if callable(get_base_model) else model
-    known = getattr(getattr(base, "config", None), "model_type", None) in FAMILIES
-    return base.get_output_embeddings() if known else None
+    base: Any = unwrap(model)
+    if getattr(getattr(base, "config", None), "model_type", None) in FAMILIES:
+        head: nn.Module = base.get_output_embeddings()
+        return head
+    return find_head(base) if returns_head_output(base) else None
+
+
+def returns_head_output(base: Any) -> bool:
+    """Return whether the logits of a causal LM are its head's output as it is: not scaled, capped or masked.
+
+    Its own forward is run around a decoder and a head that are replaced by given tensors, so no weight is used.
+
+    Args:
+        base: a Hugging Face model.
+    """
+    decoder, head = getattr(base, "base_model", None), find_head(base)
+    if decoder is None or decoder is base or head is None or not hasattr(base, "config"):
+        return False
+    hidden, logits = torch.ones(1, 1, 8), torch.tensor([0.5, -1.25, 96.0])
+    replaced: dict[nn.Module, Callable[..., Any]] = {
+        decoder: lambda *args, **kwargs: _DecoderOutput([hidden]),
+        head: lambda states: logits,
+    }
+    try:
+        with torch.no_grad(), patched_forwards(replaced):
+            output = base.forward(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False).logits
+    except Exception:  # the code around them expects something else, so nothing can be said
+        return False
+    return isinstance(output, Tensor) and output.shape == logits.shape and bool((output == logits).all())
+
+
+class _DecoderOutput(tuple[Tensor, ...]):
+    """Stands for the output of any decoder: hidden states, and None for whatever else there may be."""
+
+    __slots__ = ()
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        """The hidden states."""
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        """Return None for an output that is not there."""
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 def example_loss_sums(forward: Callable[..., Any], head: nn.Module | None, batch: MicroBatch) -> Tensor:

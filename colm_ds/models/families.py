@@ -1,4 +1,6 @@
-"""Model-family facts in one place: parts of the last layer, modules that LoRA adapts, the pad token.
+"""Facts about model families of the recipes: the final norm, modules that LoRA adapts, the pad token.
+
+Other families are found by their structure (`architecture.py`); these run the shorter way through norm and head.
 
 Precision depends on the machine, not on the family: all are published in 16 bits and train in bfloat16 on GPUs, in
 float32 on CPUs, as `model.dtype` of each recipe says.
@@ -18,15 +20,11 @@ class Family:
 
     Attributes:
         norm: attribute of the decoder that holds the final norm.
-        value_projection: attribute of the attention that computes the values.
-        fused: whether that projection also computes queries and keys (values are its last rows).
         output_projection: attribute of the MLP that computes its output.
         lora_targets: modules that LoRA adapts (paper, appendix C).
     """
 
     norm: str = "norm"
-    value_projection: str = "v_proj"
-    fused: bool = False
     output_projection: str = "down_proj"
     lora_targets: tuple[str, ...] = _SEPARATE
 
@@ -42,8 +40,6 @@ FAMILIES: dict[str, Family] = {
         lora_targets=("q_proj", "k_proj", "v_proj", "fc1", "fc2"),
     ),
     "phi3": Family(
-        value_projection="qkv_proj",
-        fused=True,
         lora_targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     ),
 }

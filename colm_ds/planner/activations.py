@@ -30,7 +30,7 @@ from colm_ds.planner.live_tensors import LiveBytes, gpu_dropout, make_dataless, 
 from colm_ds.probe.factors import gradient_factors
 from colm_ds.probe.spsa import spsa_coefficients
 from colm_ds.probe.tail import run_trunk, tail_losses
-from colm_ds.recipes.model import add_lora
+from colm_ds.recipes.model import add_lora, attention_for
 from colm_ds.recipes.sections import LoraConfig
 
 _FEW = 2
@@ -169,7 +169,7 @@ class Tracer:
             head=0 if not isinstance(weight, Tensor) else weight.numel(),
             embedding=0 if embedding is weight else embedding.numel(),
             buffers=extended(_buffer_bytes),
-            mlp=sum(each.numel() for each in _mlp(self.architecture("v_proj")).parameters()),
+            mlp=_num_mlp_elements(self.architecture("v_proj")),
             sizes=tuple(
                 (size, extended(lambda model, size=size: _sizes(model)[size])) for size in sorted(_sizes(large))
             ),
@@ -298,7 +298,7 @@ def build_dataless(spec: ModelSpec, num_layers: int, vocabulary: int, mode: Fake
     config.num_hidden_layers, config.vocab_size, config.pad_token_id = num_layers, vocabulary, None
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_layers]
-    attention = "eager" if spec.attention == "eager" else "sdpa"
+    attention = attention_for(config, "eager" if spec.attention == "eager" else "sdpa")
     with torch.device("meta"):
         try:
             model: Any = AutoModelForCausalLM.from_config(config, dtype=spec.dtype, attn_implementation=attention)
@@ -351,10 +351,9 @@ def _num_elements(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _mlp(architecture: Architecture) -> nn.Module:
-    mlp = architecture.last_layer.mlp
-    assert isinstance(mlp, nn.Module)
-    return mlp
+def _num_mlp_elements(architecture: Architecture) -> int:
+    """Elements of the MLP that the probe runs on labelled positions alone; 0 if it runs on all, as experts do."""
+    return 0 if architecture.mlp is None else _num_elements(architecture.mlp)
 
 
 def _num_trained(model: nn.Module) -> int:

@@ -33,12 +33,9 @@ def gradient_factors(architecture: Architecture, tail: TailInput) -> list[tuple[
 
     def cut(place: int, target: ProbeTarget) -> Callable[..., Tensor]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            leaf = output[..., target.start : target.stop].detach().requires_grad_(True)
+            leaf = target.rows_of(output).detach().requires_grad_(True)
             seen[place] = inputs[0].detach(), leaf
-            if leaf.shape[-1] == output.shape[-1]:
-                return leaf
-            before, after = output[..., : target.start].detach(), output[..., target.stop :].detach()
-            return torch.cat([before, leaf, after], dim=-1)
+            return target.with_rows(output, leaf)
 
         return hook
 
@@ -77,4 +74,6 @@ def _by_token(values: Tensor, batch: MicroBatch) -> Tensor:
     """Expand values of the labelled positions, which alone reach the MLP, to `[batch, length, w]`."""
     if values.dim() == 3:
         return values
+    if values.dim() > 3:  # latent attention has a dimension of one head
+        return values.reshape(*batch.input_ids.shape, values.shape[-1])
     return values.new_zeros(*batch.input_ids.shape, values.shape[-1]).index_put(batch.places, values)

@@ -189,7 +189,7 @@ class GradientSketch:
             for target in self._exact:
                 part = exact[:, start : start + target.num_coordinates]
                 start += part.shape[1]
-                reader = _Reader(target.name, micro, owners, part, None, None, target.start, target.stop)
+                reader = _Reader(target.name, micro, owners, part, None, None, target)
                 stack.enter_context(_tapped(target.module, reader, anchor))
             sums = example_loss_sums(self._model, self._head, micro)
             # In fp16 the gradient of a mean over many tokens underflows; that of their sum does not.
@@ -220,8 +220,7 @@ class _Reader:
         part: destination, `[examples, numbers]`.
         left: P; None: the identity.
         right: Q; None: the identity.
-        start: first column of the module's output that is read.
-        stop: one past the last; None: the end.
+        target: whose rows of the module's output are read; None: all.
     """
 
     name: str
@@ -230,8 +229,7 @@ class _Reader:
     part: Tensor
     left: Tensor | None
     right: Tensor | None
-    start: int = 0
-    stop: int | None = None
+    target: ProbeTarget | None = None
 
     def seen(self, inputs: Tensor) -> Tensor:
         """Return x Q, `[rows, length, ...]`."""
@@ -239,7 +237,8 @@ class _Reader:
 
     def take(self, delta: Tensor, seen: Tensor) -> None:
         """Add the numbers of one call of the module."""
-        left = _through(self._by_row(delta)[..., self.start : self.stop], self.left)
+        delta = delta if self.target is None else self.target.rows_of(delta)
+        left = _through(self._by_row(delta), self.left)
         dtype = self.part.dtype
         numbers = (left.to(dtype).transpose(1, 2) @ seen.to(dtype)).flatten(1)
         if self.owners is None:

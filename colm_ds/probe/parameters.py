@@ -22,9 +22,7 @@ def reading_parameters(targets: Sequence[ProbeTarget]) -> Iterator[Callable[[], 
     weights: dict[int, Tensor] = {}
 
     def read(place: int, target: ProbeTarget) -> None:
-        weight = target.module.weight
-        assert isinstance(weight, Tensor)
-        weights.setdefault(place, weight[target.start : target.stop].detach().float().flatten())
+        weights.setdefault(place, target.weight_rows().detach().float().flatten())
 
     def hook(place: int, target: ProbeTarget) -> Callable[[nn.Module, Any], None]:
         return lambda module, inputs: read(place, target)

@@ -41,7 +41,7 @@ class _Replayed(torch.autograd.Function):
         hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[0])
         with torch.enable_grad():
             output = ctx.run(hidden)
-        output = output[0] if isinstance(output, tuple) else output
+        output = output[0] if isinstance(output, (tuple, list)) else output
         torch.autograd.backward(output, gradients[0])
         return hidden.grad, None, None, None
 
@@ -70,6 +70,9 @@ def why_not_replay(architecture: Architecture) -> str | None:
     for name in ("attention_dropout", "attention_probs_dropout_prob"):
         if float(getattr(config, name, 0.0) or 0.0) > 0:
             return f"{name} is {getattr(config, name)}: attention dropout cannot be repeated"
+    for name in ("router_jitter_noise", "input_jitter_noise"):
+        if float(getattr(config, name, 0.0) or 0.0) > 0:
+            return f"{name} is {getattr(config, name)}: the noise of the router cannot be repeated"
     inside = {module for layer in layers for module in layer.modules()}
     outside = [module for module in architecture.model.modules() if module not in inside]
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in outside):
@@ -98,6 +101,7 @@ class ReplayStore:
         self._seed = seed
         self._step = 0
         self._states: list[list[Tensor]] = []  # by micro-batch of the probe, by layer
+        self._num_outputs = 0  # length of the tuple that a layer returns; 0 for hidden states alone
         self._shapes: list[tuple[int, int]] = []
         self._places: dict[_Row, _Place] = {}
         self._rows: list[dict[int, int]] = []  # by micro-batch: index of a row after the others were dropped
@@ -133,7 +137,8 @@ class ReplayStore:
         number = len(self._states)
 
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
+            is_alone = not isinstance(output, (tuple, list))
+            hidden, self._num_outputs = (output, 0) if is_alone else (output[0], len(output))
             states.append(self._put_away(hidden.detach()))
             if len(states) == 1:
                 self._shapes.append((hidden.shape[0], hidden.shape[1]))
@@ -190,12 +195,13 @@ class ReplayStore:
                 _restore(layer, "_gradient_checkpointing_func", function)
             _restore(self._last, "gradient_checkpointing", last_setting)
 
-    def _replay_of(self, number: int, positions: Sequence[int]) -> Callable[..., Tensor]:
-        def replay(run: Callable[..., Any], hidden: Tensor, *args: Any) -> Tensor:
+    def _replay_of(self, number: int, positions: Sequence[int]) -> Callable[..., Any]:
+        def replay(run: Callable[..., Any], hidden: Tensor, *args: Any) -> Any:
             output = self._assemble(number, positions, hidden)
             if self._attach is None:
                 self._attach = torch.zeros(1, device=hidden.device, requires_grad=True)
-            return _Replayed.apply(hidden, self._attach, output, lambda states: run(states, *args))
+            replayed = _Replayed.apply(hidden, self._attach, output, lambda states: run(states, *args))
+            return (replayed, *[None] * (self._num_outputs - 1)) if self._num_outputs else replayed
 
         return replay
 

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from colm_ds.models.architecture import Architecture
 from colm_ds.models.example_loss import candidate_scores
-from colm_ds.models.patch import patched_forwards
-from colm_ds.models.token_loss import in_chunks, sums_by_row
+from colm_ds.models.token_loss import sums_by_row
 from colm_ds.probe.estimators import VectorRows
 from colm_ds.probe.factors import gradient_factors
-from colm_ds.probe.tail import TailInput, label_losses, labelled_hidden, tail_losses
+from colm_ds.probe.tail import TailInput, label_losses, labelled_hidden, tail_losses, top_probabilities
 from colm_ds.selection import Exchange, Signals
 from colm_ds.types import Coreset
 
@@ -28,19 +27,10 @@ def confidences(architecture: Architecture, tail: TailInput) -> Tensor:
         architecture: the model's parts.
         tail: input of the last layer.
     """
-    batch, head = tail.batch, architecture.head
+    batch = tail.batch
     if batch.groups is not None:
         return candidate_scores(label_losses(architecture, tail), batch.groups).softmax(dim=1).amax(dim=1).float()
-    plain_head = head.forward
-
-    def largest_probability(states: Tensor) -> Tensor:
-        return in_chunks(
-            lambda part: plain_head(part).float().softmax(dim=-1).amax(dim=-1), states, architecture.vocabulary_size
-        )
-
-    hidden = labelled_hidden(architecture, tail)
-    with patched_forwards({head: largest_probability}):
-        largest = head(hidden)
+    largest = top_probabilities(architecture, tail)
     return sums_by_row(largest, batch.rows, len(batch.counts)) / batch.counts.clamp_min(1.0)
 
 

@@ -31,11 +31,9 @@ def shifted_output(target: ProbeTarget, direction: Tensor, epsilon: float) -> It
 
     def shift(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         moved = F.linear(inputs[0], direction.to(inputs[0].dtype))
-        if target.stop - target.start == output.shape[-1]:
+        if target.out_features == output.shape[-1]:
             return output.add(moved, alpha=epsilon)
-        output = output.clone()
-        output[..., target.start : target.stop].add_(moved, alpha=epsilon)
-        return output
+        return target.with_rows(output, target.rows_of(output).add(moved, alpha=epsilon))
 
     handle = target.module.register_forward_hook(shift)
     try:
@@ -78,7 +76,11 @@ def spsa_coefficients(
 
 
 class SpsaEstimator:
-    """K finite differences per example; r x K floats are exchanged, and the choice is among all ranks' examples."""
+    """K finite differences per example; r x K floats are exchanged, and the choice is among all ranks' examples.
+
+    Attributes:
+        dtype: in which the last layer, norm and head compute.
+    """
 
     is_local = False
 
@@ -95,7 +97,7 @@ class SpsaEstimator:
         rank: int | None = None,
     ) -> None:
         self._architecture = architecture
-        self._dtype = dtype
+        self.dtype = dtype
         self._device = device
         self._num_probes = num_probes
         self._epsilon = epsilon
@@ -119,7 +121,7 @@ class SpsaEstimator:
 
     def observe(self, tail: TailInput, positions: Tensor, lengths: Sequence[int]) -> None:
         """See `Estimator.observe`."""
-        coefficients = spsa_coefficients(self._architecture, tail, self._directions_now(), self._epsilon, self._dtype)
+        coefficients = spsa_coefficients(self._architecture, tail, self._directions_now(), self._epsilon, self.dtype)
         self._rows.add(positions, multiply_by_parts(coefficients[: len(positions)], self._parts, positions))
 
     def signals(self, batch_size: int, exchange: Exchange) -> Signals:

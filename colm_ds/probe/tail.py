@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from colm_ds.batching.micro_batch import MicroBatch
 from colm_ds.errors import ProbeError
 from colm_ds.models.architecture import Architecture
 from colm_ds.models.example_loss import loss_sums
 from colm_ds.models.patch import Forward, patched_forwards
-from colm_ds.models.token_loss import token_losses
+from colm_ds.models.token_loss import in_chunks, token_losses
 
 _CAST_ELEMENTS = 1 << 22
 """Weight elements cast at a time (16 MB in float32)."""
+
+_OWN_CODE = (
+    *("transformers.models.", "transformers.activations", "transformers.pytorch_utils", "transformers_modules."),
+    "torch.nn.modules.",
+)
+"""Modules of models, which compute with their weights in any dtype; those of quantisation libraries do not."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +38,19 @@ class TailInput:
         args: further positional arguments of the layer.
         kwargs: its keyword arguments (mask, rotary embeddings, positions).
         batch: the micro-batch, with its labelled positions.
+        num_outputs: length of the tuple that a layer of the model returns; 0 for hidden states alone.
     """
 
     hidden: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     batch: MicroBatch
+    num_outputs: int = 0
 
     def cast(self, dtype: torch.dtype) -> TailInput:
         """Return the same with every floating-point tensor cast to a dtype."""
-        return TailInput(_cast(self.hidden, dtype), _cast(self.args, dtype), _cast(self.kwargs, dtype), self.batch)
+        hidden, args, kwargs = (_cast(part, dtype) for part in (self.hidden, self.args, self.kwargs))
+        return replace(self, hidden=hidden, args=args, kwargs=kwargs)
 
 
 def run_trunk(
@@ -56,17 +66,23 @@ def run_trunk(
     """
     captured: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
-    def capture(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def capture(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         captured.append((hidden_states, args, kwargs))
-        return hidden_states
+        return _as_layer_output(hidden_states, num_outputs[-1])
 
-    skip: dict[nn.Module, Forward] = {
-        architecture.last_layer: capture,
-        architecture.norm: _first_position,
-        architecture.head: _same,
-    }
+    def look(module: nn.Module, inputs: Any, output: Any) -> None:
+        num_outputs.append(len(output) if isinstance(output, (tuple, list)) else 0)
+
+    num_outputs = [2 if "tuple" in str(type(architecture.last_layer).forward.__annotations__.get("return")) else 0]
+    skip: dict[nn.Module, Forward] = {architecture.last_layer: capture}
+    if architecture.norm is None:
+        skip[architecture.head] = lambda hidden: _like_logits(architecture, hidden[:, :1])
+    else:
+        skip |= {architecture.norm: _first_position, architecture.head: _same}
     lower = torch.autocast(batch.input_ids.device.type, dtype=dtype) if dtype else nullcontext()
-    with torch.no_grad(), patched_forwards(skip), lower:
+    with ExitStack() as hooks, torch.no_grad(), patched_forwards(skip), lower:
+        for layer in list(architecture.layers)[-2:-1]:
+            hooks.callback(layer.register_forward_hook(look).remove)
         model(input_ids=batch.input_ids, use_cache=False)
     if len(captured) != 1:
         raise ProbeError(f"the last decoder layer ran {len(captured)} times in one forward; expected once.")
@@ -76,8 +92,8 @@ def run_trunk(
             f"{tokens} tokens became {states} hidden states, so labels would meet the wrong ones. "
             "Train without added tokens (no prompt tuning), with LoRA for example."
         )
-    tail = TailInput(*captured[0], batch)
-    return tail if dtype is None else tail.cast(next(architecture.norm.parameters()).dtype)
+    tail = TailInput(*captured[0], batch, num_outputs[-1])
+    return tail if dtype is None else tail.cast(next(architecture.last_layer.parameters()).dtype)
 
 
 def _same(hidden: Tensor) -> Tensor:
@@ -88,39 +104,90 @@ def _first_position(hidden: Tensor) -> Tensor:
     return hidden[:, :1]
 
 
-def labelled_hidden(architecture: Architecture, tail: TailInput) -> Tensor:
-    """Return the hidden states after the final norm at labelled positions, `[num_labels, hidden]`.
+def last_states(architecture: Architecture, tail: TailInput) -> Tensor:
+    """Return the last layer's output at labelled positions, `[num_labels, hidden]`.
 
-    Runs the last layer's attention on all positions, its MLP and the norm on labelled ones, as nothing after the
-    attention mixes positions. Hooks on the layer's modules apply.
+    Runs the attention on all positions and an MLP of its own kind (`Architecture.mlp`) on labelled ones, as nothing
+    after the attention mixes positions. Hooks on the layer's modules apply.
 
     Args:
         architecture: the model's parts.
         tail: input of the last layer.
     """
-    batch = tail.batch
-    mlp = architecture.last_layer.mlp
-    plain_mlp: Callable[[Tensor], Tensor] = mlp.forward  # type: ignore[union-attr]
+    batch, mlp = tail.batch, architecture.mlp
+    patched: dict[nn.Module, Forward] = {}
+    if mlp is not None:
+        plain_mlp: Callable[[Tensor], Tensor] = mlp.forward
 
-    def labelled_mlp(states: Tensor) -> Tensor:
-        values = plain_mlp(states[batch.places])
-        return values.new_zeros(states.shape).index_put(batch.places, values)
+        def labelled_mlp(states: Tensor) -> Tensor:
+            values = plain_mlp(states[batch.places])
+            return values.new_zeros(states.shape).index_put(batch.places, values)
 
-    with patched_forwards({mlp: labelled_mlp}):  # type: ignore[dict-item]
+        patched[mlp] = labelled_mlp
+    with patched_forwards(patched):
         output = architecture.last_layer(tail.hidden, *tail.args, **tail.kwargs)
-    output = output[0] if isinstance(output, tuple) else output
-    hidden: Tensor = architecture.norm(output[batch.rows, batch.positions])
-    return hidden
+    output = output[0] if isinstance(output, (tuple, list)) else output
+    states: Tensor = output[batch.rows, batch.positions]
+    return states
+
+
+def closing_logits(architecture: Architecture, states: Tensor, num_outputs: int) -> Tensor:
+    """Run what the model itself does after its last layer: norm, head, scales, soft-caps.
+
+    Every state is an example of one token, so that masks and positions are those of nothing; no layer runs.
+
+    Args:
+        architecture: the model's parts.
+        states: output of the last layer, `[n, hidden]`.
+        num_outputs: see `TailInput`.
+
+    Returns:
+        Logits, `[n, vocabulary]`.
+    """
+    output = _as_layer_output(states[:, None], num_outputs)
+    skipped: dict[nn.Module, Forward] = {layer: lambda *args, **kwargs: output for layer in architecture.layers}
+    tokens = torch.zeros(len(states), 1, dtype=torch.int64, device=states.device)
+    with patched_forwards(skipped):  # not by __call__: a forward of ZeRO-3's own begins with the outermost module's
+        logits: Tensor = architecture.model.forward(input_ids=tokens, use_cache=False).logits
+    return logits[:, 0]
+
+
+def labelled_hidden(architecture: Architecture, tail: TailInput) -> Tensor:
+    """Return the hidden states that enter the head at labelled positions, `[num_labels, hidden]`.
+
+    Args:
+        architecture: the model's parts.
+        tail: input of the last layer.
+    """
+    states = last_states(architecture, tail)
+    if architecture.norm is not None:
+        hidden: Tensor = architecture.norm(states)
+        return hidden
+    entering: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        entering.append(hidden)
+        return _like_logits(architecture, hidden)
+
+    with patched_forwards({architecture.head: keep}):
+        closing_logits(architecture, states, tail.num_outputs)
+    return entering[0].reshape(len(states), -1)
 
 
 def tail_losses(architecture: Architecture, tail: TailInput) -> Tensor:
-    """Return the loss of every example in nats, float32 `[batch]`; see `labelled_hidden` and `loss_sums`."""
+    """Return the loss of every example in nats, float32 `[batch]`; see `last_states` and `loss_sums`."""
     return loss_sums(label_losses(architecture, tail), tail.batch) / tail.batch.counts.clamp_min(1.0)
 
 
 def label_losses(architecture: Architecture, tail: TailInput) -> Tensor:
     """Return the loss of every label in nats, float32 `[num_labels]`."""
     head, targets = architecture.head, tail.batch.targets
+    if architecture.norm is None:
+
+        def closing(states: Tensor) -> Tensor:
+            return closing_logits(architecture, states, tail.num_outputs)
+
+        return token_losses(closing, last_states(architecture, tail), targets, architecture.vocabulary_size)
     plain_head: Callable[[Tensor], Tensor] = head.forward
 
     def loss_head(states: Tensor) -> Tensor:
@@ -130,6 +197,33 @@ def label_losses(architecture: Architecture, tail: TailInput) -> Tensor:
     with patched_forwards({head: loss_head}):
         losses: Tensor = head(hidden)
     return losses
+
+
+def top_probabilities(architecture: Architecture, tail: TailInput) -> Tensor:
+    """Return the probability of the likeliest token at every label, float32 `[num_labels]`, without gradients."""
+    head, size = architecture.head, architecture.vocabulary_size
+
+    def largest(logits: Tensor) -> Tensor:
+        return logits.float().softmax(dim=-1).amax(dim=-1)
+
+    if architecture.norm is None:
+        states = last_states(architecture, tail)
+        return in_chunks(lambda part: largest(closing_logits(architecture, part, tail.num_outputs)), states, size)
+    plain_head = head.forward
+    hidden = labelled_hidden(architecture, tail)
+    with patched_forwards({head: lambda states: in_chunks(lambda part: largest(plain_head(part)), states, size)}):
+        probabilities: Tensor = head(hidden)
+    return probabilities
+
+
+def _like_logits(architecture: Architecture, hidden: Tensor) -> Tensor:
+    """Return a tensor of the logits' shape without their memory, for the code that comes after the head."""
+    return hidden[..., :1].expand(*hidden.shape[:-1], architecture.vocabulary_size)
+
+
+def _as_layer_output(hidden: Tensor, num_outputs: int) -> Any:
+    """Return hidden states in the form in which the model's layers return them: alone or first in a tuple."""
+    return (hidden, *[None] * (num_outputs - 1)) if num_outputs else hidden
 
 
 @contextmanager
@@ -149,19 +243,21 @@ def precise_tail(architecture: Architecture, dtype: torch.dtype = torch.float32)
             'Load the model with attn_implementation="sdpa", or use "estimator": "exact" or "sketch".'
         )
     forwards: dict[nn.Module, Forward] = {}
-    casting = []
-    for part in (architecture.last_layer, architecture.norm, architecture.head):
-        for name, module in part.named_modules():
-            if getattr(module, "cast_input_dtype_enabled", False):
-                casting.append(module)
-            forward = _precise_forward(name, module, dtype)
-            if forward is not None:
-                forwards[module] = forward
+    casting: list[Any] = []
+    own_code = architecture.norm is None
+    for name, module in _tail_modules(architecture):
+        if getattr(module, "cast_input_dtype_enabled", False):
+            casting.append(module)
+        forward = _precise_forward(name, module, dtype, own_code)
+        if forward is not None:
+            forwards[module] = forward
+    experts = _plain_experts(architecture) if own_code else nullcontext()
     for module in casting:  # LoRA layers would round their input to the adapter's dtype
         module.cast_input_dtype_enabled = False
     try:
         device_type = str(architecture.head.weight.device.type)
-        with patched_forwards(forwards), _full_products(), torch.autocast(device_type, enabled=False):
+        lower = torch.autocast(device_type, enabled=False)
+        with patched_forwards(forwards), full_products(), lower, TailPrecision(dtype), experts:
             yield
     finally:
         for module in casting:
@@ -169,7 +265,26 @@ def precise_tail(architecture: Architecture, dtype: torch.dtype = torch.float32)
 
 
 @contextmanager
-def _full_products() -> Iterator[None]:
+def _plain_experts(architecture: Architecture) -> Iterator[None]:
+    """Compute experts one after the other, in any dtype: grouped products exist in 16 and 32 bits only."""
+    owners: list[Any] = [module for module in architecture.last_layer.modules() if _has_experts(module)]
+    configs = {id(owner.config): owner.config for owner in owners}
+    saved = [(config, config._experts_implementation) for config in configs.values()]
+    try:
+        for config, _ in saved:
+            config._experts_implementation = "eager"
+        yield
+    finally:
+        for config, implementation in saved:
+            config._experts_implementation = implementation
+
+
+def _has_experts(module: Any) -> bool:
+    return getattr(getattr(module, "config", None), "_experts_implementation", None) is not None
+
+
+@contextmanager
+def full_products() -> Iterator[None]:
     """Compute float32 matrix products in float32 even if the user allows TF32; then restore the settings."""
     backends = [backend.matmul for backend in (torch.backends.cuda, torch.backends.mkldnn)]
     settings = [getattr(backend, "fp32_precision", None) for backend in backends]  # since torch 2.9
@@ -191,14 +306,28 @@ def _full_products() -> Iterator[None]:
                 backend.fp32_precision = setting
 
 
-def _precise_forward(name: str, module: nn.Module, dtype: torch.dtype) -> Forward | None:
+def _tail_modules(architecture: Architecture) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of the last layer, and those outside the layers that run before or after it, with names."""
+    if architecture.norm is not None:
+        for part in (architecture.last_layer, architecture.norm, architecture.head):
+            yield from part.named_modules()
+        return
+    within = {module for layer in architecture.layers for module in layer.modules()}
+    yield from architecture.last_layer.named_modules()
+    yield from ((name, module) for name, module in architecture.model.named_modules() if module not in within)
+
+
+def _precise_forward(name: str, module: nn.Module, dtype: torch.dtype, own_code: bool) -> Forward | None:
     """Return a forward in a higher dtype for a module with weights in a lower one; None if its own forward will do."""
     weights = [parameter for parameter in module.parameters(recurse=False) if parameter.dtype != dtype]
+    has_buffers = any(buffer.is_floating_point() and buffer.dtype != dtype for buffer in module.buffers(recurse=False))
+    if not weights and own_code and has_buffers and type(module).__module__.startswith(_OWN_CODE):
+        return _with_cast_weights(module, dtype)
     if not weights:
         return None
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:  # not a quantised one
         return _precise_linear(module, dtype)
-    if isinstance(module, nn.LayerNorm):
+    if isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward:
         layer_norm = module
 
         def forward(hidden: Tensor) -> Tensor:
@@ -206,6 +335,10 @@ def _precise_forward(name: str, module: nn.Module, dtype: torch.dtype) -> Forwar
             return F.layer_norm(hidden, layer_norm.normalized_shape, weight, bias, layer_norm.eps)
 
         return forward
+    if own_code and isinstance(module, nn.Embedding):
+        return _cast_output(module, dtype)
+    if own_code and type(module).__module__.startswith(_OWN_CODE) and all(p.is_floating_point() for p in weights):
+        return _with_cast_weights(module, dtype)
     if "RMSNorm" in type(module).__name__:
         return _precise_rms_norm(module, dtype)
     raise ProbeError(
@@ -226,9 +359,63 @@ def _precise_rms_norm(module: nn.Module, dtype: torch.dtype) -> Forward | None:
     return forward
 
 
+def _cast_output(module: nn.Module, dtype: torch.dtype) -> Forward:
+    plain: Forward = module.forward
+    return lambda *args, **kwargs: _cast(plain(*args, **kwargs), dtype)
+
+
+def _with_cast_weights(module: nn.Module, dtype: torch.dtype) -> Forward:
+    """Return the module's own forward with cast copies of its weights in their places while it runs."""
+    plain: Forward = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        weights, buffers = dict(module._parameters), dict(module._buffers)
+        try:
+            for name, weight in weights.items():
+                if weight is not None:
+                    module._parameters[name] = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+            module._buffers.update({name: _cast(buffer, dtype) for name, buffer in buffers.items()})
+            return plain(*_cast(args, dtype), **_cast(kwargs, dtype))
+        finally:
+            for name, weight in weights.items():
+                module._parameters[name] = weight
+            module._buffers.update(buffers)
+
+    return forward
+
+
+_PRODUCTS = (F.linear, F.conv1d, torch.conv1d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+"""Operations that refuse factors of different dtypes."""
+
+
+class TailPrecision(TorchFunctionMode):
+    """Let a model's own code compute in the tail's dtype.
+
+    Factors of products are cast to it where they differ, as weights are that a module reads of another one; and float64
+    tensors stay in float64 where the code asks for float32, as norms and softmaxes do.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation."""
+        kwargs = kwargs or {}
+        if func in _PRODUCTS:
+            return func(*_cast(args, self._dtype), **_cast(kwargs, self._dtype))
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            if torch.float32 in args or kwargs.get("dtype") is torch.float32:
+                args = tuple(torch.float64 if each is torch.float32 else each for each in args)
+                kwargs = {key: torch.float64 if each is torch.float32 else each for key, each in kwargs.items()}
+        return func(*args, **kwargs)
+
+
 def _precise_linear(module: nn.Linear, dtype: torch.dtype) -> Forward:
     def forward(hidden: Tensor) -> Tensor:
-        weight, bias = module.weight, module.bias
+        weight, bias, hidden = module.weight, module.bias, hidden.to(dtype)
         if weight.numel() <= _CAST_ELEMENTS:
             return F.linear(hidden, weight.to(dtype), _cast(bias, dtype))
         output = hidden.new_empty(*hidden.shape[:-1], weight.shape[0])

@@ -15,8 +15,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from colm_ds.errors import ConfigError, Problems
+from colm_ds.models.architecture import attention_projections
 from colm_ds.models.families import FAMILIES, set_pad_token
 from colm_ds.recipes.sections import LoraConfig, ModelConfig
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -76,7 +79,7 @@ def precision_sections(dtype: str) -> dict[str, Any]:
 def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    options = {"dtype": DTYPES[config.dtype], "attn_implementation": config.attention}
+    options: dict[str, Any] = {"dtype": DTYPES[config.dtype]}
     try:
         if config.config is not None:
             values = dict(config.config)
@@ -84,13 +87,17 @@ def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
             values.setdefault("vocab_size", -(-len(tokenizer) // multiple) * multiple)
             ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
             values = {**ids, "pad_token_id": tokenizer.pad_token_id, **values}
-            return AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values), **options)
+            made = AutoConfig.for_model(values.pop("model_type"), **values)
+            options["attn_implementation"] = attention_for(made, config.attention)
+            return AutoModelForCausalLM.from_config(made, **options)
         gguf = {"gguf_file": config.gguf_file} if config.gguf_file else {}
         path = str(config.name_or_path)
         if gguf and not (Path(path) / str(config.gguf_file)).is_file():
             raise ConfigError(f"model.gguf_file = {config.gguf_file!r}: no such file in {path}.")
         if (Path(path) / "adapter_config.json").is_file():
             raise _is_adapter(path)
+        described = AutoConfig.from_pretrained(path, **gguf)
+        options["attn_implementation"] = attention_for(described, config.attention)
         with contextlib.redirect_stderr(io.StringIO()) if gguf else contextlib.nullcontext():  # a bar per rank
             model, report = AutoModelForCausalLM.from_pretrained(
                 path, **gguf, **options, output_loading_info=True, ignore_mismatched_sizes=True
@@ -107,6 +114,29 @@ def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
             f"model {name} cannot be built: {_first_line(error)} "
             "Name a whole model folder or a hub name; a file that was cut off must be fetched again."
         ) from None
+
+
+def attention_for(config: Any, attention: str) -> str:
+    """Return the attention implementation to load a model with: `eager` where `sdpa` cannot be had.
+
+    That is where the model's class has no `sdpa`, and where scores are soft-capped, which `sdpa` does not do.
+
+    Args:
+        config: the model's configuration.
+        attention: what the recipe asks for.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if attention != "sdpa":
+        return attention
+    text = config.get_text_config()
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    is_capped = getattr(text, "attn_logit_softcapping", None) is not None
+    if not is_capped and getattr(kind, "_supports_sdpa", True):
+        return attention
+    why = "soft-caps its attention" if is_capped else "has no sdpa attention"
+    logger.info("attention: eager, as a model of type %r %s", config.model_type, why)
+    return "eager"
 
 
 def check_loaded(path: str, model: nn.Module, report: Mapping[str, Any]) -> None:
@@ -164,12 +194,15 @@ def add_lora(model: Any, config: LoraConfig) -> nn.Module:
     import peft
 
     model_type = model.config.model_type
-    if config.targets == "auto" and model_type not in FAMILIES:
+    family = FAMILIES.get(model_type)
+    targets = list(family.lora_targets) if family is not None else attention_projections(model)
+    if config.targets != "auto":
+        targets = list(config.targets)
+    elif not targets:
         raise ConfigError(
-            f"lora.targets = 'auto': no targets known for a model of type {model_type!r} "
-            f"(known: {', '.join(sorted(FAMILIES))}). List the modules to adapt."
+            f"lora.targets = 'auto': no attention with linear projections found in a model of type {model_type!r}. "
+            "List the modules to adapt."
         )
-    targets = list(FAMILIES[model_type].lora_targets) if config.targets == "auto" else list(config.targets)
     try:
         return peft.get_peft_model(
             model,

@@ -14,7 +14,7 @@ from colm_ds.config.colm import CoLMSection
 from colm_ds.config.resolve import ResolvedConfig, resolve_config, selection_config
 from colm_ds.engine.coreset_selector import small_source_ids
 from colm_ds.errors import CoLMError, ConfigError
-from tests.engine.training import NO_DROPOUT, Case, start, step
+from tests.engine.training import Case, start, step
 from tests.ranks import Ranks
 
 STAGES = (0, 1, 2, 3)
@@ -307,7 +307,7 @@ def messages(cases: list[Case], arguments: list[dict[str, Any]]) -> list[str]:
 
 @pytest.mark.distributed
 def test_mistakes_found_with_model_and_data(pools: dict[int, Ranks]) -> None:
-    gpt2 = Case("gpt2", family="gpt2", model=NO_DROPOUT)
+    mamba = Case("mamba", family="mamba", model={"attn_implementation": "eager"})
     with_data = Case("x", colm={"large_batch_size": 124})
     expected: list[tuple[Case, dict[str, Any], str]] = [
         (
@@ -317,7 +317,7 @@ def test_mistakes_found_with_model_and_data(pools: dict[int, Ranks]) -> None:
             "Its sources: 'algebra', 'biology', 'code', 'drama', 'essays'.",
         ),
         (with_data, {}, "SelectionError: large_batch_size = 124: more than the 123 examples of the dataset."),
-        (gpt2, {}, "ProbeError: model of type 'gpt2': the probe knows the families llama, mistral, "),
+        (mamba, {}, "ProbeError: model of type 'mamba': its last layer, MambaBlock, has no attention"),
         (Case("x"), {"training_data": None}, "ConfigError: colm_ds.initialize: model, config and training_data"),
         (Case("x"), {"config": None}, "ConfigError: colm_ds.initialize: model, config and training_data"),
         (Case("x", deepspeed={"optimizer": {}}), {}, 'ConfigError: optimizer: none. Add "optimizer": {'),

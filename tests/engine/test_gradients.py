@@ -25,6 +25,8 @@ FURTHER = [
     (Case("full", colm={"selector": "full", "coreset_size": LARGE}, stage=1), 2),
     (Case("full", colm={"selector": "full", "coreset_size": None, "loss_normalization": "token"}), 1),
     (Case("unknown family", family="gpt2", model=NO_DROPOUT, colm={"selector": "random"}, stage=3), 2),
+    (Case("norms of queries and keys", family="qwen3", colm=EXACT, stage=3, zero=NOTHING_PERSISTS), 2),
+    (Case("fused by head", family="gpt_neox", stage=3, zero=NOTHING_PERSISTS), 2),
     (Case("fused projection", family="phi3", colm=EXACT, stage=3, zero=NOTHING_PERSISTS), 2),
     (Case("biases", family="phi", lora=True, colm=EXACT, stage=2), 2),
     (Case("tied head", model={"tie_word_embeddings": True}, colm=SKETCH, stage=3, zero=NOTHING_PERSISTS), 2),
@@ -43,6 +45,10 @@ DEEP = {"num_hidden_layers": 3}
 REPLAYS = [
     (Case("replay", checkpointing=True, model=DEEP, colm={"replay": "on", "weights": "cluster", **EXACT}), 2),
     (Case("replay", checkpointing=True, model=DEEP, lora=True, colm={"replay": "on", **SKETCH}, stage=2), 2),
+    (
+        Case("replay, four norms", "gemma3_text", checkpointing=True, model=DEEP, colm={"replay": "on", **EXACT}),
+        2,
+    ),
     (
         # Of micro-batches of one example some rank has fewer: it goes through the same layers with a place holder.
         Case(

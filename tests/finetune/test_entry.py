@@ -187,8 +187,8 @@ BAD_INPUT = {
     "missing file": (lambda f: [f"data.train={f}/nothing.jsonl"], "no such file"),
     "empty output": (lambda f: [f"data.train={empty_output(f)}"], "empty.jsonl:7"),
     "unknown family": (
-        lambda f: ["model.config={model_type: gpt2, n_embd: 32, n_layer: 2, n_head: 2}"],
-        "model of type 'gpt2'",
+        lambda f: ["model.config={model_type: mamba, hidden_size: 32, num_hidden_layers: 2}"],
+        "model of type 'mamba'",
     ),
 }
 

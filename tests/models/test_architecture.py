@@ -95,15 +95,14 @@ def config_of(family: str) -> Any:
     return AutoConfig.for_model(family, **tiny_config())
 
 
-def gpt2() -> Any:
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=2, vocab_size=97))
+def mamba() -> Any:
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=1))
 
 
 @pytest.mark.parametrize(
     ("make", "wrong", "advice"),
     [
-        (gpt2, "type 'gpt2'", "knows the families llama, mistral"),
-        (lambda: AutoModelForCausalLM.from_config(config_of("qwen3")), "type 'qwen3'", "selector without a probe"),
+        (mamba, "type 'mamba': its last layer, MambaBlock, has no attention with a V", "selector without a probe"),
         (lambda: nn.Linear(2, 2), "type 'Linear'", "selector without a probe"),
         (lambda: AutoModel.from_config(config_of("llama")), "LlamaModel", "AutoModelForCausalLM"),
         (lambda: AutoModel.from_config(config_of("phi")), "PhiModel", "AutoModelForCausalLM"),
@@ -119,8 +118,7 @@ def gpt2() -> Any:
         (disabled, "disabled: True", "exactly one active"),
     ],
     ids=[
-        "gpt2",
-        "qwen3",
+        "mamba",
         "no model",
         "decoder",
         "phi decoder",

@@ -237,9 +237,9 @@ KINDS: dict[str, tuple[Callable[[Path], str], str]] = {
         model_folder(lambda folder: [path.unlink() for path in folder.glob("token*")]),  # type: ignore[func-returns-value, arg-type, return-value]
         "tokenizer",
     ),
-    "model: unknown family": (
-        changed(model={"config": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2}}),
-        "model of type 'gpt2': the probe knows the families",
+    "model: no attention": (
+        changed(model={"config": {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2}}),
+        "model of type 'mamba': its last layer, MambaBlock, has no attention with a V projection",
     ),
     "checkpoint: truncated": (old_run("stopped", True), "step_1: colm.pt has 7 bytes, not 10"),
     "checkpoint: of another recipe": (
