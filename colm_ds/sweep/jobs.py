@@ -20,7 +20,7 @@ from typing import Any
 from colm_ds.errors import ConfigError
 from colm_ds.recipes.recipe import read_values
 from colm_ds.report import Run, compare, load_run, result_tables
-from colm_ds.run_folder.contents import METRICS
+from colm_ds.run_folder.contents import EVALUATION, METRICS, RESULTS
 from colm_ds.run_folder.files import read_object
 from colm_ds.run_folder.read import is_finished
 from colm_ds.sweep.grid import Grid, SweepJob, jobs_of
@@ -37,7 +37,7 @@ class Place:
 
 def is_done(grid: Grid, job: SweepJob) -> bool:
     """Return whether a job's run is finished, and evaluated if the grid requires that."""
-    return is_finished(job.folder) and (grid.evaluate is None or (job.folder / "evaluation" / "results.json").exists())
+    return is_finished(job.folder) and (grid.evaluate is None or (job.folder / EVALUATION / RESULTS).exists())
 
 
 def run_sweep(grid: Grid, say: Callable[[str], None] = print) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -176,12 +177,27 @@ def test_what_can_not_be_prepared(tmp_path: Path) -> None:
         run_sweep(load_grid(write_grid(tmp_path, prepare={str(path): command})), say=lambda line: None)
 
 
-def test_device_groups(faked: list[str], tmp_path: Path) -> None:
+def test_device_groups_run_at_once_and_one_run_each(
+    faked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     grid = load_grid(write_grid(tmp_path, launch={"device_groups": ["0,1", "2,3"]}, arms={"plain": [], "CoLM": []}))
-    run_sweep(grid, say=lambda line: None)
-    used = {(job.folder / "devices").read_text() for job in jobs_of(grid)}
-    assert used <= {"0,1", "2,3"}
-    assert len(faked) == 6
+    both = threading.Barrier(2, timeout=60)
+    busy: set[str | None] = set()
+    order: list[str | None] = []
+
+    def run(grid: Grid, job: SweepJob, place: Place) -> str:
+        assert place.devices not in busy
+        busy.add(place.devices)
+        order.append(place.devices)
+        both.wait()  # six runs in pairs: passes only if a run of the other group is there
+        busy.remove(place.devices)
+        return fake_run(grid, job, place)
+
+    monkeypatch.setattr(sweep, "_run", run)
+    result = run_sweep(grid, say=lambda line: None)
+    assert result["failures"] == {}
+    assert sorted(map(str, order)) == ["0,1"] * 3 + ["2,3"] * 3
+    assert {(job.folder / "devices").read_text() for job in jobs_of(grid)} == {"0,1", "2,3"}
 
 
 def test_one_seed_has_no_error(faked: list[str], tmp_path: Path) -> None:
