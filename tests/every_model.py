@@ -100,7 +100,14 @@ OWN: dict[str, dict[str, Any]] = {
     "minicpm3": _LATENT,
     "sarvam_mla": _LATENT,
     "youtu": _LATENT,
-    "dots1": {"layer_types": ["full_attention"] * 2},
+    "dots1": {"layer_types": ["full_attention"] * 2, "n_routed_experts": 4, "n_shared_experts": 1},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 24}},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "laurel_rank": 8},
+    "gemma4_text": {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "global_head_dim": 8},
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_d_ssm": 64},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8},
+    "musicgen_decoder": {"dropout": 0.0},
     "ernie4_5_moe": {"moe_layer_start_index": 1},
     "hunyuan_v1_dense": _MANY,
     "hunyuan_v1_moe": _MANY | {"moe_topk": 2},
@@ -138,24 +145,27 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
 def _small(kind: Any, own: dict[str, Any]) -> Any:
     default = kind()
     parts = {
-        name: part for name, part in (getattr(default, "sub_configs", None) or {}).items() if part is not AutoConfig
+        name: part
+        for name, part in (getattr(default, "sub_configs", None) or {}).items()
+        if part is not AutoConfig and name not in ("attn_config", "ffn_config")
     }
     values: dict[str, Any] = {name: _small(part, OWN.get(part.model_type, {})) for name, part in parts.items()}
     values |= {key: value for key, value in SMALL.items() if _takes(default, key)}
     values |= {key: value for key, value in SMALL.items() if key.endswith("token_id")}
     kinds = getattr(default, "layer_types", None)
-    if kinds and not isinstance(getattr(kind, "layer_types", None), property):
+    computed = any(isinstance(getattr(kind, name, None), property) for name in ("layer_types", "layers_block_type"))
+    if kinds and not computed:
         values["layer_types"] = [*kinds[: NUM_LAYERS - 1], kinds[-1]]
     return kind(**values | own)
 
 
 def _takes(default: Any, key: str) -> bool:
-    """Whether a configuration has a value of this name that can be set."""
+    """Return whether a configuration has a value of this name that can be set."""
     try:
         known = getattr(type(default), key, None)
         return not isinstance(known, property) and getattr(default, key, None) is not None
-    except ValueError:  # varies from layer to layer
-        return False
+    except Exception:  # it varies from layer to layer
+        return True
 
 
 def tiny_causal_lm(model_type: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:

@@ -18,7 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from colm_ds.batching.micro_batch import MicroBatch
 from colm_ds.errors import ConfigError
@@ -282,6 +286,17 @@ class Tracer:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
+        try:
+            with self._dataless():
+                yield
+        except (DynamicOutputShapeException, DataDependentOutputException) as error:
+            raise ConfigError(
+                f"a model of type {self.spec.config.model_type!r}: the memory of its activations depends on the data, "
+                "as with experts that take the tokens routed to them, so it cannot be planned. Measure a step instead."
+            ) from error
+
+    @contextmanager
+    def _dataless(self) -> Iterator[None]:
         with self._mode, no_packing(), gpu_dropout() if self.spec.device_type == "cuda" else nullcontext():
             yield
 
@@ -297,7 +312,8 @@ def build_dataless(spec: ModelSpec, num_layers: int, vocabulary: int, mode: Fake
     config = copy.deepcopy(spec.config)
     config.num_hidden_layers, config.vocab_size, config.pad_token_id = num_layers, vocabulary, None
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:num_layers]
+        kinds = list(config.layer_types)
+        config.layer_types = (kinds + kinds[-1:] * num_layers)[:num_layers]
     attention = attention_for(config, "eager" if spec.attention == "eager" else "sdpa")
     with torch.device("meta"):
         try:

@@ -186,7 +186,8 @@ class ReplayStore:
 
         try:
             for number, layer in enumerate(self._layers):
-                layer.__dict__["_gradient_checkpointing_func"] = self._replay_of(number, positions)
+                ordinary = layer._gradient_checkpointing_func
+                layer.__dict__["_gradient_checkpointing_func"] = self._replay_of(number, positions, ordinary)
             self._last.__dict__["gradient_checkpointing"] = False  # its recomputation would cost a forward
             with patched_forwards({module: _bind(drop, module) for module in self._dropouts}):
                 yield
@@ -195,8 +196,10 @@ class ReplayStore:
                 _restore(layer, "_gradient_checkpointing_func", function)
             _restore(self._last, "gradient_checkpointing", last_setting)
 
-    def _replay_of(self, number: int, positions: Sequence[int]) -> Callable[..., Any]:
+    def _replay_of(self, number: int, positions: Sequence[int], ordinary: Any) -> Callable[..., Any]:
         def replay(run: Callable[..., Any], hidden: Tensor, *args: Any) -> Any:
+            if _require_gradients((args, getattr(run, "keywords", {}))):  # as Gemma 4's embeddings for every layer do
+                return ordinary(run, hidden, *args)
             output = self._assemble(number, positions, hidden)
             if self._attach is None:
                 self._attach = torch.zeros(1, device=hidden.device, requires_grad=True)
@@ -240,6 +243,15 @@ class ReplayStore:
                 if place.micro_batch == micro_batch:
                     mask[row, : place.length] = whole[place.row, : place.length]
         return mask
+
+
+def _require_gradients(values: Any) -> bool:
+    """Return whether any tensor of a nested structure requires a gradient."""
+    if isinstance(values, Tensor):
+        return values.requires_grad
+    if isinstance(values, (tuple, list)):
+        return any(_require_gradients(each) for each in values)
+    return isinstance(values, dict) and _require_gradients(list(values.values()))
 
 
 def _keys(positions: Sequence[int]) -> list[_Row]:

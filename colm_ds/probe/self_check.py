@@ -52,13 +52,15 @@ def check_architecture(model: nn.Module, architecture: Architecture, tail_dtype:
 
 
 def _check(model: nn.Module, architecture: Architecture, tail_dtype: torch.dtype | None) -> None:
-    parameter = next(architecture.last_layer.parameters())
-    is_exact = parameter.dtype in (torch.float32, torch.float64)
-    examples = _examples(architecture, parameter.device)
-    batch = make_micro_batch([Example(ids, ids, 0, index) for index, ids in enumerate(examples)]).to(parameter.device)
+    device = next(architecture.last_layer.parameters()).device
+    dtypes = {parameter.dtype for parameter in architecture.last_layer.parameters()}
+    is_exact = dtypes <= {torch.float32, torch.float64}
+    examples = _examples(architecture)
+    batch = make_micro_batch([Example(ids, ids, 0, index) for index, ids in enumerate(examples)]).to(device)
     with eval_mode(model), torch.no_grad(), full_products() if is_exact else nullcontext():
         cuts = [_Cut(target) for target in architecture.targets]
         first, gradients = _own_gradients(model, examples[0], cuts)
+        is_exact = is_exact and not any(cut.is_lowered for cut in cuts)
         own = torch.stack([first, *(_own_loss(model, ids) for ids in examples[1:])])
         if not bool(torch.isfinite(own).all()):
             return  # the model is broken, which is not for the probe to say
@@ -75,10 +77,12 @@ def _check(model: nn.Module, architecture: Architecture, tail_dtype: torch.dtype
             _check_rows(model, architecture, examples[1][:1])
 
 
-def _examples(architecture: Architecture, device: torch.device) -> list[Tensor]:
+def _examples(architecture: Architecture) -> list[Tensor]:
     """Draw token ids of every example, the same on all ranks."""
     generator = private_generator(0, "self-check")
-    size = architecture.vocabulary_size
+    embedding: Any = architecture.model
+    embedding = embedding.get_input_embeddings()
+    size = min(architecture.vocabulary_size, int(getattr(embedding, "num_embeddings", architecture.vocabulary_size)))
     return [torch.randint(0, size, (length,), generator=generator) for length in _LENGTHS]
 
 
@@ -99,6 +103,7 @@ class _Cut:
         width: of the output.
         inputs: of the module, `[..., in]`.
         leaf: its output, which requires a gradient.
+        is_lowered: whether it runs under autocast, as in models that accelerate has wrapped.
     """
 
     def __init__(self, target: ProbeTarget) -> None:
@@ -106,9 +111,11 @@ class _Cut:
         self.width = 0
         self.inputs: Tensor | None = None
         self.leaf: Tensor | None = None
+        self.is_lowered = False
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         self.width = output.shape[-1]
+        self.is_lowered = torch.is_autocast_enabled(output.device.type)
         self.inputs, self.leaf = inputs[0].detach(), output.detach().requires_grad_(True)
         torch.set_grad_enabled(True)  # until the block without gradients around this forward ends
         return self.leaf.clone()  # later operations may change it in place

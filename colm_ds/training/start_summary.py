@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from colm_ds.checkpoints.atomic import Checkpoint
+from colm_ds.errors import ConfigError
 from colm_ds.memory.meter import GIB
 from colm_ds.planner.job import Job, job_of_data
 from colm_ds.planner.plan import Planner
@@ -144,7 +145,7 @@ def _memory(job: Job | None, planner: Planner) -> str:
     assert job is not None
     try:
         plan = planner.memory(job)
-    except TimeoutError:
+    except (TimeoutError, ConfigError):  # too long, or the memory depends on the data
         states = planner.states(job)
         size = (states.weights + states.gradients + states.optimizer) / GIB
         return f"{size:.2f} GiB planned on a rank for weights, gradients and optimizer (all of it: colm-ds plan)"

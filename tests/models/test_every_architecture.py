@@ -16,9 +16,9 @@ from colm_ds.models.example_loss import find_loss_head, label_losses
 from colm_ds.models.values import ValueRows
 from colm_ds.probe.scores import confidences, last_hidden
 from colm_ds.probe.self_check import check_architecture
-from colm_ds.recipes.model import add_lora
+from colm_ds.recipes.model import add_lora, attention_for
 from colm_ds.recipes.sections import LoraConfig
-from tests.every_model import causal_types, tiny_causal_lm
+from tests.every_model import causal_types, tiny_causal_lm, tiny_config
 from tests.models.table import EXACT, PAGE, REPLAY, SPSA, exact_error, measure, replay_error, spsa_error
 from tests.probe.oracles import make_examples, relative_error, trunk
 from tests.tiny_models import randomise
@@ -72,9 +72,9 @@ def test_the_promised_types_are_in_the_table() -> None:
     assert set(measured()) <= set(causal_types())
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "bloom", "falcon"])
+@pytest.mark.parametrize("model_type", ["qwen3", "bloom", "falcon", "gemma4_text"])
 def test_replayed_gradients_are_those_of_checkpointing(model_type: str) -> None:
-    """Also where layers return tuples."""
+    """Also where layers return tuples, or take embeddings of their own."""
     assert replay_error(tiny_causal_lm(model_type, torch.float64), make_examples((7, 9, 5))) < REPLAY
 
 
@@ -175,6 +175,21 @@ def test_lora(model_type: str, names: list[str]) -> None:
     assert exact_error(adapted, make_examples((7, 9, 5))) < EXACT
 
 
+@pytest.mark.parametrize(
+    ("model_type", "asked", "attention"),
+    [
+        ("qwen3", "sdpa", "sdpa"),
+        ("gemma2", "sdpa", "eager"),
+        ("gpt_oss", "sdpa", "eager"),
+        ("bloom", "sdpa", "eager"),
+        ("qwen3", "eager", "eager"),
+        ("gemma2", "flash_attention_2", "flash_attention_2"),
+    ],
+)
+def test_eager_attention_where_sdpa_cannot_be_had(model_type: str, asked: str, attention: str) -> None:
+    assert attention_for(tiny_config(model_type), asked) == attention
+
+
 class TestSelfCheck:
     """What it refuses."""
 
@@ -212,6 +227,18 @@ class TestSelfCheck:
         for model_type in ("qwen3", "gemma3_text", "gpt_neox"):
             model = tiny_causal_lm(model_type, torch.bfloat16)
             check_architecture(model, find_architecture(model), torch.float32)
+
+    def test_autocast_within_the_forward(self) -> None:
+        """As accelerate does for `bf16=True`: the model's own loss is then one of 16 bits."""
+        model = tiny_causal_lm("qwen3")
+        plain = model.forward
+
+        def lowered(*args: Any, **kwargs: Any) -> Any:
+            with torch.autocast("cpu", torch.bfloat16):
+                return plain(*args, **kwargs)
+
+        model.forward = lowered
+        check_architecture(model, find_architecture(model), torch.float64)
 
     def test_leaves_the_model_as_it_was(self) -> None:
         model = tiny_causal_lm("qwen3").train()

@@ -15,15 +15,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from colm_ds.batching.micro_batch import MicroBatch
 from colm_ds.cli import main
 from colm_ds.config.colm import CoLMSection
+from colm_ds.errors import ConfigError
 from colm_ds.memory.counted import counted_allocations
 from colm_ds.models.example_loss import example_loss_sums, find_loss_head
-from colm_ds.planner.activations import ModelSpec, Parameters, Tracer, even_rows
+from colm_ds.planner.activations import ModelSpec, Parameters, Rows, Tracer, even_rows
 from colm_ds.planner.job import KNOWN_MODELS, Job, known_model
 from colm_ds.planner.plan import Planner, largest_that
 from colm_ds.planner.plan_report import comparison, format_comparison, plan_report
 from colm_ds.planner.suggestions import best_of_each_key, list_changes, make_fit
 from colm_ds.planner.zero_states import ZeroSettings, model_states, zero_settings
 from colm_ds.recipes.sections import LoraConfig
+from tests.every_model import tiny_config as tiny_causal_config
 
 FAMILIES = ("llama", "mistral", "qwen2", "phi", "phi3", "stablelm")
 SHAPE: dict[str, Any] = {
@@ -346,3 +348,17 @@ def test_all_recipes_plan(name: str, repo_root: Path, capsys: pytest.CaptureFixt
     assert main(["plan", str(repo_root / f"finetune/recipes/{name}_math.yaml"), "--json"]) == 0
     arms = json.loads(capsys.readouterr().out)["arms"]
     assert all(arm["fits"] for arm in arms.values())
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt_neox"])
+def test_models_found_by_structure(family: str) -> None:
+    tracer = Tracer(ModelSpec(tiny_causal_config(family), torch.bfloat16))
+    rows = Rows(4, 32, 64)
+    assert tracer.training(rows).kept > 0
+    assert all(tracer.probe(rows, name, 1, torch.float32) > 0 for name in ("exact", "spsa", "score"))
+
+
+def test_experts_cannot_be_planned() -> None:
+    tracer = Tracer(ModelSpec(tiny_causal_config("mixtral"), torch.bfloat16))
+    with pytest.raises(ConfigError, match="depends on the data"):
+        tracer.training(Rows(4, 32, 64))
