@@ -49,11 +49,11 @@ def fake_run(grid: Grid, job: SweepJob, place: Place) -> str:
     loss = (1.0 if job.arm == "plain" else 0.9) + 0.1 * job.seed**2 - (0.02 * job.seed if job.arm == "CoLM" else 0)
     heldout = {"overall": loss, "per_source": {"web": loss, "code": 2 * loss}, "accuracy": 0.5}
     summary = {"status": "finished", "heldout": heldout, "step_s": {"median": 2.0}}
-    (job.folder / "summary.json").write_text(json.dumps(summary))
     counts = {"web": 90, "code": 5}
     config = {"name": job.arm, "seed": job.seed, "sources": counts, "small_sources": [], "colm": {}}
     (job.folder / "config.json").write_text(json.dumps(config))
     (job.folder / "devices").write_text(str(place.devices))
+    (job.folder / "summary.json").write_text(json.dumps(summary))  # the last file, as of a run
     return ""
 
 

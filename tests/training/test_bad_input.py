@@ -227,7 +227,7 @@ KINDS: dict[str, tuple[Callable[[Path], str], str]] = {
     "data: truncated gzip": (data(lambda lines: lines, "bad.jsonl.gz"), "bad.jsonl.gz"),
     "model: folder without config.json": (
         model_folder(lambda folder: (folder / "config.json").unlink()),
-        "can not be ",
+        "cannot be ",
     ),
     "model: truncated weights": (
         model_folder(lambda folder: truncate(folder / "model.safetensors")),
