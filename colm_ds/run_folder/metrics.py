@@ -6,7 +6,7 @@ metrics.jsonl, the monitors, summary.json, report, watch and the Trainer's log l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -205,12 +205,12 @@ def with_computed(entry: Mapping[str, Any]) -> dict[str, Any]:
     for metric in METRICS:
         value = None if metric.compute is None else metric.compute(complete)
         if value is not None:
-            place, *inner = reversed(metric.name.split("."))
+            *outer, last = metric.name.split(".")
             holder: dict[str, Any] = complete
-            for key in reversed(inner):
+            for key in outer:
                 holder[key] = dict(holder.get(key) or {})
                 holder = holder[key]
-            holder[place] = value
+            holder[last] = value
     return complete
 
 
@@ -281,14 +281,6 @@ def log_means(entries: Iterable[Mapping[str, Any]], *, brief: bool) -> dict[str,
                 for name, value in metric.values(entry).items():
                     means.setdefault(f"colm/{metric.log.format(name)}", []).append(value)
     return {name: float(np.mean(values)) for name, values in means.items()}
-
-
-def totals(entries: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Metric, dict[str, float]]]:
-    """Yield every metric that a run sums up, with what its steps come to by name."""
-    for metric in METRICS:
-        values = metric.over(entries)
-        if values:
-            yield metric, values
 
 
 def _flat(name: str) -> str:
