@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LAZY = {
     "initialize": "colm_ds.engine",
@@ -40,7 +40,7 @@ _MOVED = {
     "colm_ds.seeds": "colm_ds.randomness",
     "colm_ds.training_loss": "colm_ds.models.example_loss",
 }
-"""Modules of version 0.1.0 that scripts may import, and where they are now; the old names go with the next version."""
+"""Modules of version 0.1.0 that scripts may import, and where they are now; the old names go with 0.3."""
 
 
 class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):

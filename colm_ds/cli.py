@@ -6,15 +6,18 @@ What a command needs is imported when it is chosen, so that `colm-ds --help` ans
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from colm_ds.errors import CoLMError, ConfigError
 from colm_ds.process.exit_codes import ExitCode
+from colm_ds.process.launch import relaunch
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,13 @@ class Command:
         description: what its own help begins with.
         set_up: adds its arguments to a parser, and as default `run` the function that takes them; that one returns an
             exit code, or None for 0.
+        example: words after its name, shown in its help.
     """
 
     summary: str
     description: str
     set_up: Callable[[argparse.ArgumentParser], None]
+    example: str
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,15 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = next((word for word in words if not word.startswith("-")), "")
+    if words[:1] == ["--print-completion"]:
+        return _print_completion(words[1:])
     if name not in COMMANDS:
         _show_commands(words)
     words.remove(name)
-    command = COMMANDS[name]
-    parser = argparse.ArgumentParser(prog=f"colm-ds {name}", description=command.description)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the environment has it as LOCAL_RANK
-    command.set_up(parser)
+    parser = _parser_of(name)
     options = parser.parse_intermixed_args(words)
     try:
+        if hasattr(options, "num_gpus") and name in ON_RANKS:
+            relaunch(name, words, options)
         code: int | None = options.run(options)
     except CoLMError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -60,18 +66,99 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code or ExitCode.DONE
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that suggests the nearest option for one that it does not know."""
+
+    def error(self, message: str) -> NoReturn:
+        known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        unknown = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
+        nearest = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1)]
+        super().error(f"{message}. Did you mean {', '.join(nearest)}?" if nearest else message)
+
+
+def _parser_of(name: str) -> argparse.ArgumentParser:
+    """Return the parser of a subcommand."""
+    command = COMMANDS[name]
+    parser = _Parser(prog=f"colm-ds {name}", description=command.description)
+    _set_up(parser, name)
+    return parser
+
+
+def _set_up(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add a subcommand's arguments and its example to a parser."""
+    command = COMMANDS[name]
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the environment has it as LOCAL_RANK
+    command.set_up(parser)
+    example = f"Example: colm-ds {name} {command.example}".rstrip()
+    parser.epilog = f"{example}\n\n{parser.epilog}" if parser.epilog else example
+    if parser.formatter_class is argparse.HelpFormatter:
+        parser.formatter_class = _ExampleAsItIs
+
+
+class _ExampleAsItIs(argparse.HelpFormatter):
+    """Fill paragraphs, but leave an example, which may be copied, in one line."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("Example: ") else super()._fill_text(text, width, indent)
+
+
+def _all_commands() -> tuple[argparse.ArgumentParser, Any]:
+    """Return the parser of `colm-ds` itself, and its choice of subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="colm-ds",
+        description="Train on mini-batch coresets, and what goes with it.",
+        epilog="colm-ds COMMAND --help explains a command, with an example. Completion for this shell: "
+        'eval "$(colm-ds --print-completion bash)" (or zsh).',
+    )
+    return parser, parser.add_subparsers(required=True, metavar="COMMAND")
+
+
 def _show_commands(words: Sequence[str]) -> NoReturn:
-    """Show the help that was asked for, or say which word is no command; and exit."""
-    parser = argparse.ArgumentParser(prog="colm-ds", description="Train on mini-batch coresets, and what goes with it.")
-    choices = parser.add_subparsers(required=True, metavar="COMMAND")
+    """Show the help that was asked for, or say which word is no command and which is nearest; and exit."""
+    parser, choices = _all_commands()
     for name, command in COMMANDS.items():
         choices.add_parser(name, help=command.summary, add_help=False)
+    given = next((word for word in words if not word.startswith("-")), "")
+    if given:
+        nearest = difflib.get_close_matches(given, COMMANDS, n=1)
+        hint = f"Did you mean {nearest[0]!r}?" if nearest else f"Choose from {', '.join(COMMANDS)}."
+        parser.error(f"COMMAND {given!r} is unknown. {hint}")
     parser.parse_args(words)
-    parser.error("give a command")
+    parser.error("give a COMMAND")
+
+
+def _print_completion(words: Sequence[str]) -> int:
+    """Print the completion script of a shell; return the exit code."""
+    try:
+        import shtab
+    except ImportError:
+        print("colm-ds --print-completion needs shtab: pip install 'colm_ds[completion]'", file=sys.stderr)
+        return ExitCode.BAD_INPUT
+    parser, choices = _all_commands()
+    for name, command in COMMANDS.items():
+        _set_up(choices.add_parser(name, help=command.summary), name)
+    shell = words[0] if words else ""
+    if shell not in shtab.SUPPORTED_SHELLS:
+        print(f"--print-completion {shell!r}: choose from {', '.join(shtab.SUPPORTED_SHELLS)}.", file=sys.stderr)
+        return ExitCode.BAD_INPUT
+    print(shtab.complete(parser, shell))
+    return ExitCode.DONE
 
 
 def _set_up_train(parser: argparse.ArgumentParser) -> None:
     from colm_ds.training.train_command import add_arguments
+
+    add_arguments(parser)
+
+
+def _set_up_pretrain(parser: argparse.ArgumentParser) -> None:
+    from colm_ds.sweep.pretraining_pipeline import add_arguments
+
+    add_arguments(parser)
+
+
+def _set_up_demo(parser: argparse.ArgumentParser) -> None:
+    from colm_ds.sweep.demo import add_arguments
 
     add_arguments(parser)
 
@@ -230,13 +317,17 @@ def _plan(options: argparse.Namespace) -> None:
         if value is not None and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} {value:g}: not more than 0.")
     recipe = load_recipe(options.recipe, options.overrides, needs_files=False)
-    job = job_of_recipe(
-        recipe,
-        options.num_gpus,
-        mean_length=options.mean_length,
-        label_share=min(1.0, options.label_share),
-        candidate_tokens=options.candidate_tokens,
-    )
+    try:
+        job = job_of_recipe(
+            recipe,
+            options.num_gpus,
+            mean_length=options.mean_length,
+            label_share=min(1.0, options.label_share),
+            candidate_tokens=options.candidate_tokens,
+        )
+    except ConfigError as error:
+        made_by = f"\n  The files of this recipe are made by: {recipe.made_by}" if recipe.made_by else ""
+        raise ConfigError(f"{error}{made_by}") from None
     limits = {"gpu_memory_gib": options.gpu_memory_gib, "reserve_gib": options.reserve_gib}
     if options.compare:
         compared = comparison(job, **limits)
@@ -252,6 +343,14 @@ COMMANDS: dict[str, Command] = {
         "Train a language model on coresets of its batches, as a recipe says: fine-tuning, or pretraining on the store "
         "of colm-ds prepare.",
         _set_up_train,
+        "finetune/recipes/smollm2_math_tokens.yaml data.train=MathInstruct.json --num-gpus 4",
+    ),
+    "pretrain": Command(
+        "pretrain in one go: prepare the store, train, evaluate, report",
+        "Prepare the token store, train, evaluate perplexity by source and write a report, on generated text if the "
+        "recipe's sources are generated ones. The same command skips what is finished and resumes what is not.",
+        _set_up_pretrain,
+        "pretrain/recipes/cpu_pile5.yaml --data pile/ --num-gpus 4",
     ),
     "prepare": Command(
         "make the token store of a pretraining recipe",
@@ -259,11 +358,13 @@ COMMANDS: dict[str, Command] = {
         "with a held-out part and, unless one is named, a tokenizer of its own. A run that was stopped resumes with "
         "the same command; the store does not depend on the number of processes.",
         _set_up_prepare,
+        "pretrain/recipes/cpu_pile5.yaml --data pile/",
     ),
     "evaluate": Command(
         "score a run, adapter or model: math, SuperGLUE, SQuAD, perplexity",
         "Score a run, an adapter or a model: math by programs and words, SuperGLUE, SQuAD, perplexity per source.",
         _set_up_evaluate,
+        "runs/smollm2_math --data math_eval/ --num-gpus 2",
     ),
     "sweep": Command(
         "run arms times seeds as a grid says, ending in a table",
@@ -271,12 +372,14 @@ COMMANDS: dict[str, Command] = {
         "is finished is skipped, a run that was stopped resumes, and one that fails does not stop the others. Writes "
         "results.md, results.json and the report (report.html, report.md, report.json) into the grid's folder.",
         _set_up_sweep,
+        "finetune/grids/table1_cpu.yaml",
     ),
     "plan": Command(
         "what a recipe will need: memory of every phase, what fits, what to switch on, time",
         "Plan a run without a GPU, weights, data or network: peak memory per GPU by phase and part, the "
         "largest micro-batch that fits, what every switch saves, and the time of a step by the cost model.",
         _set_up_plan,
+        "finetune/recipes/phi2_math.yaml --num-gpus 4 --gpu-memory-gib 48",
     ),
     "check": Command(
         "what selection is worth on a recipe's model and data, measured before training: which way, or none",
@@ -285,37 +388,53 @@ COMMANDS: dict[str, Command] = {
         "with one recommendation, also where nothing pays. Takes a forward and backward pass of every example, on one "
         "process. docs/WHEN.md says how to read the table.",
         _set_up_check,
+        "finetune/recipes/smollm2_math_tokens.yaml data.train=MathInstruct.json",
     ),
     "preview": Command(
         "what a recipe would train on: sources, lengths, examples, one selected coreset",
         "Show without training: sources with counts and which are small, lengths, examples with the "
         "trained tokens between >>> and <<<, and what is kept of the first large batch, from which source and why.",
         _set_up_preview,
+        "finetune/recipes/smollm2_math.yaml data.train=MathInstruct.json",
     ),
     "report": Command(
         "compare runs: a table here, report.html, report.md and report.json in a folder",
         "Compare finished or running runs: quality, time and memory side by side.",
         _set_up_report,
+        "runs/plain runs/colm --out runs/compared",
     ),
     "watch": Command(
         "a run in the terminal while it trains: loss, rate, memory, coreset by source, time left",
         "Show a run from its metrics.jsonl, live until it ends, or a finished one. Needs the files only: "
         "the folder may be mounted from elsewhere. Without a terminal it prints a line of what is new every 30 s.",
         _set_up_watch,
+        "runs/smollm2_math",
     ),
     "export": Command(
         "write a run's weights as a PEFT adapter or a Hugging Face model",
         "Write a run's weights for use without colm_ds: a PEFT adapter after LoRA, else a whole model. "
         "Needs the run's folder and the base model; no GPU and no launcher.",
         _set_up_export,
+        "runs/smollm2_math --merge",
+    ),
+    "demo": Command(
+        "train six arms on a small mixture made here: a table, a report, an answer; minutes on two cores",
+        "Train a small Llama on a mixture that this command writes itself, plainly and on chosen coresets, at equal "
+        "steps and at equal seconds, and say what was won at which price. Needs no data, no weights and no network.",
+        _set_up_demo,
+        "--out runs/demo",
     ),
     "memory-report": Command(
         "compare plain and coreset training of a recipe for memory, time and quality",
         "Run plain b, CoLM b of r and plain r with equal accumulation steps and with an equal micro-batch, then a few "
         "steps of further batch sizes, and compare them on one page. Runs that are finished are skipped.",
         _set_up_memory_report,
+        "finetune/recipes/smollm2_math.yaml data.train=MathInstruct.json",
     ),
 }
+
+ON_RANKS = ("train", "evaluate")
+"""Subcommands that run on every rank: with `--num-gpus` the command starts them by DeepSpeed's launcher."""
 
 
 if __name__ == "__main__":

@@ -95,11 +95,12 @@ class Problems:
     Example:
         >>> problems = Problems("zero2.json")
         >>> problems.add("colm.coreset_size", 200, "more than large_batch_size = 128", "Choose at most 128.")
-        >>> problems.raise_if_any()  # ConfigError listing every problem
+        >>> problems.raise_if_any()  # ConfigError listing every problem, and then what was noted in `notes`
     """
 
     where: str
     messages: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, key: str, value: object, why: str, fix: str = "") -> None:
         """Record one problem: the key, its value, why it is wrong and what to write instead."""
@@ -116,7 +117,7 @@ class Problems:
             return
         count = len(self.messages)
         head = f"{count} problem{'s' if count > 1 else ''} in {self.where}"
-        raise error("\n  ".join([head, *self.messages]))
+        raise error("\n  ".join([head, *self.messages, *self.notes]))
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:

@@ -39,7 +39,7 @@ if [[ "$(python -c 'import torch; print(torch.cuda.device_count())')" == 0 ]]; t
 
 options=(--port "${MASTER_PORT:-29640}" --size-steps "${SIZE_STEPS:-6}" --script "${SCRIPT:-finetune/train.py}")
 [[ -z "${OUT-}" ]] || options+=(--out "$([[ "$OUT" == /* ]] && echo "$OUT" || echo "$here/$OUT")")
-[[ -z "${RANKS-}" ]] || options+=(--ranks "$RANKS")
+[[ -z "${RANKS-}" ]] || options+=(--num-gpus "$RANKS")
 if [[ -n "${SIZES+set}" ]]; then
     read -ra sizes <<< "$SIZES"
     options+=(--sizes "${sizes[@]}")

@@ -35,7 +35,7 @@ done
 
 absolute() { [[ "$1" == /* ]] && echo "$1" || echo "$here/$1"; }
 options=(--port "${MASTER_PORT:-29650}" --megabytes "${MEGABYTES:-4}")
-[[ -z "${RANKS-}" ]] || options+=(--ranks "$RANKS")
+[[ -z "${RANKS-}" ]] || options+=(--num-gpus "$RANKS")
 [[ -z "${QUESTIONS-}" ]] || options+=(--questions "$(absolute "$QUESTIONS")")
 if [[ -n "${DATA-}" ]]; then
     read -ra given <<< "$DATA"
@@ -52,4 +52,4 @@ recipe="${recipe#"$PWD"/}"     # as in the commands of the report
 bash launch/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [[ "$(python -c 'import torch; print(torch.cuda.device_count())')" == 0 ]]; then export DS_ACCELERATOR=cpu; fi
-exec python -m colm_ds.sweep.pretraining_pipeline "$recipe" "$@" "${options[@]}"
+exec colm-ds pretrain "$recipe" "$@" "${options[@]}"

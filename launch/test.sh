@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs every check: set-up of .venv, ruff (lint and format), mypy, pytest. Fails if one fails, but runs them all.
+# Runs every check: set-up of .venv, ruff (lint and format), mypy, the documentation's links, pytest. Fails if one fails, but runs them all.
 #
 #   bash launch/test.sh                      # what continuous integration runs
 #   bash launch/test.sh -k quotas            # further arguments go to pytest; paths count from the repository root
@@ -38,6 +38,8 @@ for folder in colm_ds finetune pretrain; do
     [[ -d "$folder" && -n "$(find "$folder" -name '*.py' -print -quit)" ]] && typed_folders+=("$folder")
 done
 [[ ${#typed_folders[@]} -gt 0 ]] && check "mypy ${typed_folders[*]}" python -m mypy "${typed_folders[@]}"
+
+check "mkdocs build --strict" env NO_MKDOCS_2_WARNING=1 python -m mkdocs build --quiet --strict --site-dir "$(mktemp -d)"
 
 # Last, so that its summary line closes the output; tests/conftest.py names the failed checks just above that line.
 echo "test: pytest $*"

@@ -18,6 +18,7 @@ import pretrain.prepare
 import pretrain.train
 from colm_ds import cli
 from colm_ds.errors import ConfigError
+from colm_ds.process import launch
 
 SCRIPTS = {
     finetune.train: "train",
@@ -101,3 +102,68 @@ def test_bad_input_of_every_kind_of_program_ends_alike(tmp_path: Path, capsys: p
     for words in (["prepare", "nothing.yaml", "--data", str(tmp_path)], ["sweep", "nothing.yaml"], ["plan", "no.yaml"]):
         assert cli.main(words) == 2
         assert capsys.readouterr().err.startswith(f"{ConfigError.__name__}: no")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["tarin", "recipe.yaml"], "Did you mean 'train'?"),
+        (["frobnicate"], "Choose from train, "),
+        (["plan", "recipe.yaml", "--num-gpu-memory", "4"], "unrecognized arguments: --num-gpu-memory"),
+        (["report", "RUN", "--max-arm5", "4"], "Did you mean --max-arms?"),
+    ],
+)
+def test_the_nearest_word_is_suggested(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(words)
+    assert end.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_example_in_a_help_parses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Example: ")]
+    words = line.split()
+    assert words[:4] == ["Example:", "colm-ds", name, *cli.COMMANDS[name].example.split()[:1]]
+    options = cli._parser_of(name).parse_intermixed_args(words[3:])
+    assert callable(options.run)
+
+
+def test_completion_knows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    assert cli.main(["--print-completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert f"({' '.join(cli.COMMANDS)})" in script
+    assert "--max-arms" in script
+    assert cli.main(["--print-completion", "cobol"]) == 2
+    assert "choose from bash" in capsys.readouterr().err
+
+
+def test_several_ranks_are_started_by_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(launch.os, "execv", lambda program, command: started.append(command))
+    monkeypatch.setattr("colm_ds.training.train_command.run", lambda options: None)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert cli.main(["train", "--num-gpus", "2", "recipe.yaml", "steps=3", "--port=29999"]) == 0
+    assert cli.main(["train", "recipe.yaml", "--num-gpus=1"]) == 0
+    assert cli.main(["train", "recipe.yaml"]) == 0
+    (command,) = started
+    assert command[1:4] == ["-m", "deepspeed.launcher.runner", "-q"]
+    assert command[4:] == [
+        *("--num_gpus", "2", "--master_port", "29999", "--module", "colm_ds.cli", "train", "recipe.yaml", "steps=3")
+    ]
+
+
+def test_a_rank_does_not_start_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["train", "recipe.yaml", "--num-gpus", "2"]) == 2
+    assert "WORLD_SIZE in the environment" in capsys.readouterr().err
+
+
+def test_a_file_that_the_demo_makes_is_said(capsys: pytest.CaptureFixture[str], repo_root: Path) -> None:
+    recipe = str(repo_root / "finetune" / "recipes" / "demo.yaml")
+    assert cli.main(["preview", recipe, "data.train=runs/not_there/data/train.jsonl"]) == 2
+    assert "colm-ds demo" in capsys.readouterr().err

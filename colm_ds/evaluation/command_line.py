@@ -24,6 +24,7 @@ from colm_ds.evaluation.question_files import find_set, parse_places
 from colm_ds.evaluation.question_log import EvaluationFolder
 from colm_ds.evaluation.sandbox import sandbox
 from colm_ds.process.exit_codes import ExitCode
+from colm_ds.process.launch import add_num_gpus
 from colm_ds.recipes.model import DTYPES, quiet_libraries
 from colm_ds.run_folder.environment import describe_environment
 
@@ -76,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LEVEL",
         help="weakest isolation of model-written programs to accept: landlock (default) or namespaces",
     )
+    add_num_gpus(parser, "the ranks of the launcher that started this, else one")
     add("--backend", help=argparse.SUPPRESS)  # removed; `_options` raises
     parser.set_defaults(run=run)
 

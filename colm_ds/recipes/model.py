@@ -37,6 +37,8 @@ def load_tokenizer(model: ModelConfig, place: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     path = place or model.name_or_path
+    if path and not Path(path).is_dir() and (path.count("/") > 1 or path.startswith((".", "/"))):
+        raise ConfigError(f"tokenizer {path!r}: no such folder. Name one with tokenizer.json or tokenizer.model.")
     gguf = {"gguf_file": model.gguf_file} if model.gguf_file and path == model.name_or_path else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **gguf)

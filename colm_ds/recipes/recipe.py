@@ -38,6 +38,9 @@ class BaseRecipe(Section):
     """Keys of the `data` section that name files or folders."""
 
     name: str = Field("run", description="name in reports")
+    made_by: str | None = Field(
+        None, description="command that makes the files named here; said where they are missing"
+    )
     output_dir: str = Field(description="folder that the run is written to; relative to the working folder")
     overwrite: bool = Field(False, description="start a new run, replacing one in output_dir, finished or not")
     steps: int = Field(0, ge=0, description="optimizer steps; or 'N epochs': see epochs")
@@ -223,6 +226,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, needs_files:
         _override(loaded, override, problems)
     kind = kind_of_recipe(loaded)
     _resolve_paths(kind, loaded, path.parent, problems if needs_files else Problems(""))
+    if problems.messages and loaded.get("made_by"):
+        problems.notes.append(f"The files of this recipe are made by: {loaded['made_by']}")
     _resolve(loaded, "deepspeed", path.parent, problems, must_exist=True)
     recipe = validate_section(kind, loaded, "", problems)
     if isinstance(recipe, BaseRecipe):

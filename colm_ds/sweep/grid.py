@@ -43,8 +43,8 @@ class Grid(Section):
     common: list[str] = Field([], description="key=value changes to the recipe for all arms")
     arms: dict[str, list[str]] = Field(min_length=1, description="key=value changes to the recipe, by arm")
     launch: LaunchConfig = LaunchConfig()
-    script: str = Field("finetune/train.py", description="what to run")
-    evaluate: str | None = Field(None, description="after each run: options of finetune/evaluate.py, e.g. --tasks math")
+    script: str | None = Field(None, description="a training script of your own; default: colm-ds train")
+    evaluate: str | None = Field(None, description="after each run: options of colm-ds evaluate, e.g. --tasks math")
 
 
 @dataclass(frozen=True)

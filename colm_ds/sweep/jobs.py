@@ -18,6 +18,7 @@ from queue import Queue
 from typing import Any
 
 from colm_ds.errors import ConfigError
+from colm_ds.process.launch import ranks_command
 from colm_ds.recipes.recipe import read_values
 from colm_ds.report import Run, compare, load_run, result_tables
 from colm_ds.run_folder.contents import EVALUATION, METRICS, RESULTS
@@ -164,25 +165,27 @@ def _run(grid: Grid, job: SweepJob, place: Place) -> str:
     job.log.write_text("", encoding="utf-8")
     if not is_finished(job.folder):
         job.record.write_text(json.dumps(_asked(job), indent=2, default=str) + "\n", encoding="utf-8")
-        code = _call([*_launcher(grid, place), grid.script, *job.arguments], job.log, place.num_threads)
+        arguments = job.arguments if grid.script else ["train", *job.arguments]
+        code = _call(_command(grid, place, arguments, grid.script), job.log, place.num_threads)
         if code or not is_finished(job.folder):
             return _what_failed(code, job.log)
     if grid.evaluate is not None:
-        command = [*_launcher(grid, place), "finetune/evaluate.py", str(job.folder), *shlex.split(grid.evaluate)]
+        command = _command(grid, place, ["evaluate", str(job.folder), *shlex.split(grid.evaluate)])
         code = _call(command, job.log, place.num_threads)
         if code or not is_done(grid, job):
             return f"evaluation {_what_failed(code, job.log)}"
     return ""
 
 
-def _launcher(grid: Grid, place: Place) -> list[str]:
-    """Return the beginning of a run's command; a single rank needs no launcher, whose start takes seconds."""
-    num_ranks = grid.launch.num_gpus or default_ranks()
-    if place.devices is None and num_ranks == 1:
-        return [sys.executable]
-    where = ["--num_gpus", str(num_ranks)] if place.devices is None else ["--include", f"localhost:{place.devices}"]
-    port = str(grid.launch.master_port + place.number)
-    return [sys.executable, "-m", "deepspeed.launcher.runner", "-q", *where, "--master_port", port]
+def _command(grid: Grid, place: Place, arguments: Sequence[str], script: str | None = None) -> list[str]:
+    """Return the command of a run at its place."""
+    return ranks_command(
+        arguments,
+        grid.launch.num_gpus or default_ranks(),
+        port=grid.launch.master_port + place.number,
+        devices=place.devices,
+        script=script,
+    )
 
 
 def _call(command: Sequence[str], log: Path, num_threads: int) -> int:

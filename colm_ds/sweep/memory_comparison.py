@@ -11,6 +11,7 @@ from pathlib import Path
 
 from colm_ds.errors import ConfigError
 from colm_ds.process.exit_codes import ExitCode
+from colm_ds.process.launch import add_num_gpus
 from colm_ds.recipes.recipe import BaseRecipe, load_recipe
 from colm_ds.report import compare, format_table, load_run
 from colm_ds.run_folder.contents import CONFIG
@@ -136,7 +137,7 @@ def run_arms(
     launch: LaunchConfig,
     sizes: Sequence[int] | None = None,
     size_steps: int = SIZE_STEPS,
-    script: str = "finetune/train.py",
+    script: str | None = None,
 ) -> int:
     """Run the arms that are not finished and write the report.
 
@@ -147,7 +148,7 @@ def run_arms(
         launch: settings for starting runs.
         sizes: see `plan_arms`.
         size_steps: steps of the runs for memory only.
-        script: training script.
+        script: a training script; None: `colm-ds train`.
 
     Returns:
         Number of failed runs.
@@ -216,13 +217,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe, for all arms"
     )
     parser.add_argument("--out", type=Path, help="folder of runs and report (default: runs/memory_report/RECIPE)")
-    parser.add_argument("--ranks", type=int, help="ranks of a run (default: one per GPU, two without any)")
-    parser.add_argument("--port", type=int, default=29640, help="port of the launcher")
+    add_num_gpus(parser, "one per GPU, two without any")
     parser.add_argument("--sizes", type=int, nargs="*", metavar="R", help="large batch sizes (default: r/2, r, 2r)")
     parser.add_argument(
         "--size-steps", type=int, default=SIZE_STEPS, help=f"steps of runs for the batch sizes ({SIZE_STEPS})"
     )
-    parser.add_argument("--script", default="finetune/train.py", help="training script (default: finetune/train.py)")
+    parser.add_argument("--script", help="a training script of your own (default: colm-ds train)")
     parser.set_defaults(run=run)
 
 
@@ -240,7 +240,7 @@ def run(options: argparse.Namespace) -> int:
         options.recipe,
         options.overrides,
         out,
-        launch=LaunchConfig(num_gpus=options.ranks, device_groups=None, master_port=options.port),
+        launch=LaunchConfig(num_gpus=options.num_gpus, device_groups=None, master_port=options.port),
         sizes=options.sizes,
         size_steps=options.size_steps,
         script=options.script,

@@ -1,4 +1,4 @@
-"""Prepare, train, evaluate and report in one command, for `launch/pretrain.sh`."""
+"""`colm-ds pretrain`: prepare, train, evaluate and report in one command."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from colm_ds.data.generated.text import SHARES, write_text
 from colm_ds.data.pretraining.token_store import MANIFEST, TokenStore
 from colm_ds.errors import CoLMError, ConfigError
 from colm_ds.process.exit_codes import ExitCode
+from colm_ds.process.launch import add_num_gpus, ranks_command
 from colm_ds.recipes.recipe import PretrainingRecipe, load_recipe
 from colm_ds.report import compare, load_run
 from colm_ds.report.tables import format_terminal
@@ -21,7 +22,7 @@ from colm_ds.training.start_or_resume import check_finished, check_same_data
 
 
 class PartFailedError(CoLMError):
-    """A program of pretrain/ ended with an exit code other than 0, after its own message.
+    """A part ended with an exit code other than 0, after its own message.
 
     Attributes:
         code: the exit code.
@@ -65,9 +66,6 @@ def run_all(
         raise ConfigError(f"QUESTIONS = {questions}: no such folder.")
     arguments = [recipe_path, *overrides]
     _prepare(recipe, arguments, data, megabytes)
-    launcher = [sys.executable]
-    if num_ranks > 1:
-        launcher += ["-m", "deepspeed.launcher.runner", "-q", "--num_gpus", str(num_ranks), "--master_port", str(port)]
     out = Path(recipe.output_dir)
     if is_finished(out) and not recipe.overwrite:
         check_finished(recipe)
@@ -75,12 +73,13 @@ def run_all(
         _say(f"{out}: already trained")
     else:
         _say(f"training, {num_ranks} rank{'s' * (num_ranks > 1)}")
-        _call("training", [*launcher, "pretrain/train.py", *arguments])
+        _call("training", ranks_command(["train", *arguments], num_ranks, port=port))
     _say("evaluating")
     places = [*([questions] if questions else []), f"perplexity={recipe.data.store}"]
     overwriting = ["--overwrite"] if recipe.overwrite else []
     tasks = ["--tasks", "pretrain" if questions else "perplexity"]
-    _call("evaluation", [*launcher, "pretrain/evaluate.py", str(out), *tasks, "--data", *places, *overwriting])
+    words = ["evaluate", str(out), *tasks, "--data", *places, *overwriting]
+    _call("evaluation", ranks_command(words, num_ranks, port=port))
     report = compare([load_run(out)], out)
     if "perplexity" in report.tables:
         print(format_terminal(report.tables["perplexity"]))
@@ -97,13 +96,13 @@ def _prepare(recipe: PretrainingRecipe, arguments: Sequence[str], data: Sequence
         places = [str(text)]
     if places:
         _say(f"preparing {store}")
-        _call("preparation", [sys.executable, "pretrain/prepare.py", *arguments, "--data", *places])
+        _call("preparation", ranks_command(["prepare", *arguments, "--data", *places]))
     elif (store / MANIFEST).exists():
         _say(f"{store}: already prepared")
     else:
         raise ConfigError(
             f"data.store = {store}: not prepared, and no data was named. Name files in the Pile's format: "
-            'DATA="FILE_OR_FOLDER ..." bash launch/pretrain.sh RECIPE'
+            "--data FILE_OR_FOLDER ..., or with launch/pretrain.sh in the variable DATA."
         )
 
 
@@ -126,17 +125,23 @@ def _say(message: str) -> None:
     print(f"pretrain: {message}", file=sys.stderr, flush=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; return 2 on bad input, else the exit code of the part that failed."""
-    parser = argparse.ArgumentParser(prog="python -m colm_ds.sweep.pretraining_pipeline", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add recipe, changes, data and ranks."""
     parser.add_argument("recipe", help="YAML file, for example pretrain/recipes/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
     parser.add_argument("--data", nargs="+", default=[], metavar="PLACE", help=".jsonl, .jsonl.gz, .jsonl.zst, folders")
-    parser.add_argument("--megabytes", type=float, default=4.0, help="megabytes of generated text (4)")
+    parser.add_argument("--megabytes", type=float, default=4.0, help="megabytes of generated text (default: 4)")
     parser.add_argument("--questions", metavar="FOLDER", help="with WiC, COPA and SQuAD (default: perplexity only)")
-    parser.add_argument("--ranks", type=int, help="ranks of a run (default: one per GPU, two without any)")
-    parser.add_argument("--port", type=int, default=29650, help="port of the launcher (29650)")
-    options = parser.parse_intermixed_args(arguments)
+    add_num_gpus(parser, "one per GPU, two without any")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run what is left of a pretraining run; return the exit code of the part that failed, or 0.
+
+    Raises:
+        ConfigError: see `run_all`.
+    """
     try:
         page = run_all(
             options.recipe,
@@ -144,21 +149,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             data=options.data,
             megabytes=options.megabytes,
             questions=options.questions,
-            num_ranks=options.ranks or default_ranks(),
+            num_ranks=options.num_gpus or default_ranks(),
             port=options.port,
         )
     except PartFailedError as error:
         print(f"pretrain: {error}", file=sys.stderr)
         return error.code
-    except CoLMError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return ExitCode.BAD_INPUT
     except KeyboardInterrupt:
         print("pretrain: stopped; the same command resumes", file=sys.stderr)
         return ExitCode.STOPPED
     _say(f"done; open {page}")
     return ExitCode.DONE
-
-
-if __name__ == "__main__":
-    sys.exit(main())

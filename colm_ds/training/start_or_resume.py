@@ -21,7 +21,7 @@ from colm_ds.run_folder.read import is_finished, status_of
 from colm_ds.run_folder.write import no_run_of
 
 _MAY_CHANGE = {
-    *("name", "output_dir", "overwrite", "save_every", "keep_last", "resume", "monitor", "verbose"),
+    *("name", "made_by", "output_dir", "overwrite", "save_every", "keep_last", "resume", "monitor", "verbose"),
     *("evaluation", "tokenizer", "deepspeed", "data.train", "data.heldout", "data.cache_dir", "model.name_or_path"),
     *("data.store", "prepare", "keep_best"),
     *("model.attention", "model.activation_checkpointing", "colm.num_workers", "colm.micro_batch_tokens"),

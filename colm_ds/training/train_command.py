@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from colm_ds.process.launch import add_num_gpus
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add recipe and changes, and list every key of a recipe below the help."""
@@ -15,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="changes, e.g. steps=20 colm.coreset_size=8"
     )
+    add_num_gpus(parser, "the ranks of the launcher that started this, else one")
     parser.set_defaults(run=run)
 
 

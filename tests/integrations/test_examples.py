@@ -1,4 +1,4 @@
-"""The examples and the README's section run as they stand, with a tiny model."""
+"""The examples and the section of docs/INTEGRATIONS.md run as they stand, with a tiny model."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def readme_section() -> str:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return text.split("## In a plain loop, Hugging Face Trainer, TRL")[1].split("\n## ")[0]
+    text = (ROOT / "docs" / "INTEGRATIONS.md").read_text(encoding="utf-8")
+    return text.split("## A plain loop, Trainer, TRL")[1].split("\n## ")[0]
 
 
 def test_hf_trainer(run: Callable[..., str], tmp_path: Path) -> None:

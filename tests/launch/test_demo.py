@@ -1,4 +1,4 @@
-"""launch/demo.sh, the README's first command, with two steps on one rank: six runs, a table and a report."""
+"""launch/demo.sh with two steps on one rank (six runs, a report, an answer), then the commands of docs/START.md."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.ports import worker_port
+
+pytestmark = pytest.mark.timeout(900)
 
 ROOT = Path(__file__).resolve().parents[2]
 ARMS = {
@@ -24,10 +27,11 @@ ARMS = {
 """By folder of each run: its name, and the examples that it trains on in a step."""
 
 
-@pytest.mark.distributed
-@pytest.mark.skipif(not (ROOT / ".venv" / "bin" / "python").exists(), reason="the demo would install .venv")
-def test_the_demo_trains_six_arms_and_compares_them(tmp_path: Path) -> None:
-    changes = {"OUT": str(tmp_path / "demo"), "RANKS": "1", "MASTER_PORT": str(worker_port(21))}
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder in which the demo was run with two steps on one rank, and what it printed."""
+    folder = tmp_path_factory.mktemp("start")
+    changes = {"OUT": str(folder / "runs" / "demo"), "RANKS": "1", "MASTER_PORT": str(worker_port(21))}
     done = subprocess.run(
         ["bash", str(ROOT / "launch" / "demo.sh"), "steps=2", "evaluation.every=0"],
         env=os.environ | changes,
@@ -37,11 +41,51 @@ def test_the_demo_trains_six_arms_and_compares_them(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    for folder, (name, size) in ARMS.items():
-        summary = json.loads((tmp_path / "demo" / folder / "summary.json").read_text())
-        steps = 1 if folder == "plain_half" else 2
+    return folder, done.stdout
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not (ROOT / ".venv" / "bin" / "python").exists(), reason="the demo would install .venv")
+def test_the_demo_trains_six_arms_and_compares_them(demo: tuple[Path, str]) -> None:
+    folder, shown = demo[0] / "runs" / "demo", demo[1]
+    losses = {}
+    for name, (label, size) in ARMS.items():
+        summary = json.loads((folder / name / "summary.json").read_text())
+        steps = 1 if name == "plain_half" else 2
         assert summary["status"] == "finished"
         assert (summary["steps"], summary["examples_trained"]) == (steps, steps * size)
-        assert (summary["examples_probed"] > 0) == (folder == "colm")
-        assert re.search(rf"^{re.escape(name)} +1 ", done.stdout, re.MULTILINE), name
-    assert (tmp_path / "demo" / "report.html").read_text().count("<svg") > 3
+        assert (summary["examples_probed"] > 0) == (name == "colm")
+        assert re.search(rf"^{re.escape(label)} +[0-9]", shown, re.MULTILINE), label
+        losses[name] = summary["heldout"]["overall"]
+    assert (folder / "report.html").read_text().count("<svg") > 3
+    difference = losses["plain_b"] - losses["tokens"]
+    word = "lower" if difference >= 0 else "higher"
+    assert f"{abs(difference):.3f} nats per token {word}: {losses['tokens']:.3f} against" in shown
+    assert f"ends at {losses['plain_half']:.3f}" in shown
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not (ROOT / ".venv" / "bin" / "python").exists(), reason="the demo would install .venv")
+def test_every_command_of_the_start_page_runs(demo: tuple[Path, str]) -> None:
+    folder = demo[0]
+    text = (ROOT / "docs" / "START.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    assert len(lines) > 6
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    for line in lines:
+        words = line.replace("steps=20", "steps=2 evaluation.every=0").replace("finetune/", f"{ROOT}/finetune/").split()
+        assert words[0] == "colm-ds"
+        if words[1] == "demo":
+            continue  # the fixture's
+        done = subprocess.run(
+            [sys.executable, "-m", "colm_ds.cli", *words[1:]],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
+    assert (folder / "runs" / "demo" / "three" / "report.html").exists()
+    assert (folder / "runs" / "first_model" / "config.json").exists()

@@ -1,0 +1,181 @@
+"""`colm-ds demo`: six arms on a generated mixture, a report, and in plain words what was won at which price."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from colm_ds.data.generated.mixture import write_mixture
+from colm_ds.errors import CoLMError, ConfigError
+from colm_ds.process.launch import add_num_gpus, ranks_command
+from colm_ds.recipes.recipe import load_recipe
+from colm_ds.report import compare, load_run
+from colm_ds.report.arms import Arm, make_arms
+from colm_ds.report.facts import LOSS, Curve
+from colm_ds.report.tables import Column, Table, compact, format_terminal
+from colm_ds.sweep.jobs import default_ranks
+
+RECIPE = Path(str(files("colm_ds.sweep") / "demo.yaml"))
+
+PLAIN, TOKENS, HALF, CONTROL, PAPER, LARGE = (
+    "plain 32",
+    "tokens 32 of 128",
+    "plain 64, half the steps",
+    "keep small + random",
+    "CoLM 32 of 64",
+    "plain 64",
+)
+
+
+@dataclass(frozen=True)
+class DemoArm:
+    """One run: its folder, its name and its changes to the recipe."""
+
+    folder: str
+    name: str
+    changes: tuple[str, ...]
+    part_of_steps: int = 1
+
+
+ARMS = (
+    DemoArm("plain_b", PLAIN, ("colm.selector=full", "colm.large_batch_size=32", "colm.coreset_size=32")),
+    DemoArm("tokens", TOKENS, ("colm={large_batch_size: 128, coreset_size: 32, probe: {estimator: tokens}}",)),
+    DemoArm("plain_half", HALF, ("colm.selector=full", "colm.large_batch_size=64", "colm.coreset_size=64"), 2),
+    DemoArm("keep", CONTROL, ("colm.selector=keep_random",)),
+    DemoArm("colm", PAPER, ()),
+    DemoArm("plain_r", LARGE, ("colm.selector=full", "colm.large_batch_size=64", "colm.coreset_size=64")),
+)
+"""The arms; the first gives the price that the others are compared with."""
+
+
+class DemoFailedError(CoLMError):
+    """A run of the demo ended with an exit code other than 0, after its own message."""
+
+
+def run_demo(out: Path, changes: Sequence[str], num_ranks: int, port: int) -> str:
+    """Write the mixture, train all arms, write the report; return the table and the answer.
+
+    Args:
+        out: folder of data, runs and report.
+        changes: `key=value` changes to the recipe, for all arms.
+        num_ranks: ranks of a run.
+        port: port of the launcher.
+
+    Raises:
+        ConfigError: if a change is wrong, before anything is written.
+        DemoFailedError: if a run fails.
+    """
+    data = out / "data"
+    paths = [f"tokenizer={data}/tokenizer", f"data.train={data}/train.jsonl", f"data.heldout={data}/heldout.jsonl"]
+    steps = load_recipe(RECIPE, [*paths, *changes], needs_files=False).steps
+    if not isinstance(steps, int):
+        raise ConfigError(f"steps = {steps!r}: the demo counts steps. Write a whole number.")
+    _say(f"writing the mixture to {data}")
+    write_mixture(data)
+    for arm in ARMS:
+        folder = out / arm.folder
+        _say(f"{arm.name}, {num_ranks} rank{'s' * (num_ranks > 1)}")
+        words = [f"name={arm.name}", f"output_dir={folder}", *paths, *arm.changes, *changes]
+        words.append(f"steps={-(-steps // arm.part_of_steps)}")
+        environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        command = ranks_command(["train", str(RECIPE), *words], num_ranks, port=port)
+        code = subprocess.run(command, check=False, env=environment).returncode
+        if code:
+            raise DemoFailedError(f"{arm.name} ended with exit code {code}.")
+    runs = [load_run(out / arm.folder) for arm in ARMS]
+    compare(runs, out)
+    arms = {arm.name: arm for arm in make_arms({arm.name: [run] for arm, run in zip(ARMS, runs, strict=True)})}
+    return "\n".join([format_terminal(budget_table(arms)), "", *answer(arms)])
+
+
+def budget_table(arms: dict[str, Arm]) -> Table:
+    """Make the table of arms at the same steps and at the same seconds: those that the first arm takes."""
+    seconds = _seconds(arms[PLAIN])
+    columns = [
+        Column("arm"),
+        Column("s a step", compact),
+        Column("all its steps, s", compact),
+        Column("held-out loss", LOSS),
+        Column("small sources", LOSS),
+        Column(f"loss after {seconds:.0f} s", LOSS),
+    ]
+    rows = []
+    for arm in arms.values():
+        small = arm.mean("heldout.small")
+        rows.append([arm.name, arm.mean("step_s.median"), _seconds(arm), _end(arm), small, _at(arm, seconds)])
+    note = "Seconds of training alone, evaluation not counted. A dash: that arm had already ended, or not yet begun."
+    return Table("demo", "Equal steps, and equal seconds", columns, rows, note)
+
+
+def answer(arms: dict[str, Arm]) -> list[str]:
+    """Say what was won and at what price, in sentences."""
+    plain, tokens, paper, large, control, half = (arms[name] for name in (PLAIN, TOKENS, PAPER, LARGE, CONTROL, HALF))
+    won, all_of_it = _end(plain) - _end(tokens), _end(plain) - _end(large)
+    lines = [
+        f"Choosing 32 of 128 by token embeddings takes {_ratio(tokens, plain)} of the time of {PLAIN} and ends "
+        f"{_lower(won)}: {_end(tokens):.3f} against {_end(plain):.3f}.",
+        f"{LARGE} takes {_ratio(large, plain)} of the time and ends {_lower(all_of_it)}; with the seconds of {PLAIN} "
+        f"(half its steps) it ends at {_end(half):.3f}.",
+        f"{PAPER}, which passes the model over all 64, takes {_ratio(paper, plain)} of the time and ends at "
+        f"{_end(paper):.3f}; the same shares of the sources chosen at random ({CONTROL}) end at {_end(control):.3f}.",
+    ]
+    if all_of_it > 0 and won > 0:
+        lines.append(f"So {min(won / all_of_it, 9.99):.0%} of what doubling the batch is worth, for nothing.")
+    elif won <= 0:
+        lines.append("Here choosing wins nothing: train plainly.")
+    lines.append(
+        "One seed, a small model from random weights, a mixture made here: `colm-ds check RECIPE` measures your own."
+    )
+    return lines
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add folder, changes and ranks."""
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes, for example steps=60")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of everything (default: runs/demo)")
+    add_num_gpus(parser, "one per GPU, two without any")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the demo and print its table and its answer."""
+    started = time.monotonic()
+    print(run_demo(options.out, options.overrides, options.num_gpus or default_ranks(), options.port))
+    _say(f"done in {time.monotonic() - started:.0f} s; open {options.out}/report.html")
+
+
+def _curve(arm: Arm) -> Curve:
+    return arm.curves(lambda facts: facts.heldout()).get("overall", Curve())
+
+
+def _seconds(arm: Arm) -> float:
+    curve = _curve(arm)
+    return curve.seconds[-1] if curve.seconds else 0.0
+
+
+def _at(arm: Arm, seconds: float) -> float | None:
+    return _curve(arm).at("seconds", seconds)
+
+
+def _end(arm: Arm) -> float:
+    loss = arm.mean("heldout.overall")
+    return float("nan") if loss is None else loss
+
+
+def _ratio(arm: Arm, other: Arm) -> str:
+    one, two = arm.mean("step_s.median"), other.mean("step_s.median")
+    return f"{one / two:.0%}" if one and two else "an unknown part"
+
+
+def _lower(difference: float) -> str:
+    return f"{abs(difference):.3f} nats per token {'lower' if difference >= 0 else 'higher'}"
+
+
+def _say(message: str) -> None:
+    print(f"demo: {message}", flush=True)

@@ -1,0 +1,39 @@
+"""The documentation: pages written from the code are current, and every relative link of the README leads somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.docs import configuration
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_configuration_page_is_what_the_code_says() -> None:
+    written = configuration.PAGE.read_text(encoding="utf-8")
+    assert written == configuration.page(), "write it anew: python -m tests.docs.configuration"
+    for key in ("large_batch_size", "probe.estimator", "optimizer.lr", "lora.rank", "data.store", "launch.parallel"):
+        assert f"| `{key}` |" in written, key
+
+
+@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "pretrain/README.md"])
+def test_links_outside_the_site_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    assert links or page == "CHANGELOG.md"
+    for link in links:
+        assert ((ROOT / page).parent / link).exists(), link
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert pages == set(re.findall(r"[\w]+\.md", navigation))
+
+
+def test_the_readme_is_read_in_three_minutes() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
