@@ -3,6 +3,7 @@
 #
 #   bash launch/setup.sh                     # from any directory: minutes the first time, at once when all is there
 #   PYTHON=python3.12 bash launch/setup.sh   # the interpreter to make .venv with (default: python3)
+#   TORCH_INDEX=URL bash launch/setup.sh     # take torch from another package index, for a build for your CUDA version
 #
 # No C++ compiler and no CUDA toolkit is needed: DeepSpeed builds its extensions when they are first used, colm_ds
 # switches off the one that would be built at start-up (shm_comm), and "torch_adam": true avoids the fused Adam.
@@ -51,7 +52,13 @@ retry="Run it again once the cause is gone; what is installed already stays."
 
 # torch goes first and stays: a later package must not bring another build of it (CUDA over CPU, say).
 say "installing $torch_pin (a large download the first time)"
-install "$torch_pin" || fail "installing $torch_pin failed. $retry"
+install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$torch_pin" || fail "installing $torch_pin failed. $retry"
+if nvidia-smi -L >/dev/null 2>&1; then
+    # On Linux the default build is the one for CUDA, but an index, or an earlier installation, may bring the CPU's.
+    "$python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' ||
+        fail "this machine has an NVIDIA GPU, and torch was installed without CUDA. Delete .venv, and name an index with
+       CUDA builds of torch: TORCH_INDEX=URL bash launch/setup.sh"
+fi
 constraint="$venv/torch_constraint.txt"
 echo "$torch_pin" > "$constraint"
 say "installing colm_ds, editable, with its test tools"
