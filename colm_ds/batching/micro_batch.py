@@ -54,6 +54,8 @@ class CandidateGroups:
 class MicroBatch:
     """Right-padded examples. No mask is needed: causal attention never sees padding to the right.
 
+    In a packed one (`batching.packing`) a row holds several examples, and positions start anew with each.
+
     Attributes:
         input_ids: int64 `[rows, length]`; a row for every example, or some for a classification example.
         rows: row of every labelled position, int64 `[num_labels]`.
@@ -62,6 +64,8 @@ class MicroBatch:
         counts: labelled tokens of every example, float32 `[batch]`; 1 for classification.
         lengths: tokens of every row.
         groups: for classification; None: a row is an example.
+        position_ids: place of every token in its example, int64 `[rows, length]`, where rows are packed.
+        packed: example of every labelled position, int64 `[num_labels]`, where rows are packed.
     """
 
     input_ids: Tensor
@@ -71,6 +75,8 @@ class MicroBatch:
     counts: Tensor
     lengths: tuple[int, ...] = ()
     groups: CandidateGroups | None = None
+    position_ids: Tensor | None = None
+    packed: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return a copy on the device; for a GPU through pinned memory, without synchronising."""
@@ -83,6 +89,11 @@ class MicroBatch:
         if self.groups is None:
             return self.rows, self.positions
         return self.groups.distinct[0], self.groups.distinct[1]
+
+    @property
+    def owners(self) -> Tensor:
+        """Example of every labelled position, int64 `[num_labels]`; not for classification."""
+        return self.rows if self.packed is None else self.packed
 
     def by_row(self, values: Sequence[int]) -> list[int]:
         """Repeat values of examples for each of their rows; unchanged for a placeholder, which has none."""

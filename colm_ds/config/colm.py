@@ -222,6 +222,11 @@ class CoLMSection(Section):
     micro_batch_tokens: int | None = Field(
         None, ge=1, description="maximum padded tokens of one training micro-batch, beside its number of examples"
     )
+    packing: Literal["off", "on"] | Annotated[int, Field(ge=1)] = Field(
+        "off",
+        description="lay chosen examples one after another in rows, each attending to itself alone: on: rows as long "
+        "as the dataset's longest example; or tokens of a row. A micro-batch then has micro_batch_size rows",
+    )
     mask: MaskConfig = MaskConfig()
     probe: ProbeConfig = ProbeConfig()
     replay: Literal["auto", "on", "off", "offload"] = Field(
@@ -258,7 +263,7 @@ class CoLMSection(Section):
     def _fill_in_preset(cls, values: Any) -> Any:
         return with_preset(values)
 
-    @field_validator("replay", mode="before")
+    @field_validator("replay", "packing", mode="before")
     @classmethod
     def _yaml_switch(cls, value: Any) -> Any:
         """Read a bare on or off, which YAML makes a truth value, as text."""

@@ -110,6 +110,9 @@ def selection_config(config: CoLMSection | Mapping[str, Any], num_processes: int
     if values.get("variance_every"):
         what = "is measured in the step of colm_ds.initialize"
         raise ConfigError(f"colm.variance_every = {values['variance_every']}: {what}. Call gradient_variance instead.")
+    if values.get("packing", "off") not in ("off", False):
+        what = "packs the micro-batches of colm_ds.initialize and CoLMTrainer, and those here are yours"
+        raise ConfigError(f"colm.packing = {values['packing']!r}: {what}. Remove it.")
     off = {"replay": "off"}  # nothing would train from the states
     section = config.model_copy(update=off) if isinstance(config, CoLMSection) else values | off
     try:
@@ -164,6 +167,9 @@ def _resolve_batch(colm: CoLMSection, deepspeed: dict[str, Any], world_size: int
         if number < world_size:
             problems.add(key, number, f"fewer than the {world_size} ranks", f"Choose at least {world_size}.")
     _check_mask_and_probe(colm, problems)
+    if colm.packing != "off" and colm.replay in ("on", "offload"):
+        why = f"examples packed into rows (colm.packing = {colm.packing!r}) are not where the probe passed them"
+        problems.add("colm.replay", colm.replay, why, 'Write "auto" or "off", or remove colm.packing.')
     _check_deepspeed(deepspeed, problems)
     if colm.variance_every and (deepspeed.get("zero_optimization") or {}).get("stage") == 3:
         why = "the gradients of all layers are sketched at ZeRO stage 0, 1 or 2"

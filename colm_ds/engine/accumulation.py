@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from colm_ds.batching.assign import micro_batches, training_ranks
 from colm_ds.batching.micro_batch import make_micro_batch
 from colm_ds.batching.move import move_examples
+from colm_ds.batching.packing import Packing, pack_micro_batch, pack_micro_batches
 from colm_ds.engine.out_of_memory import of_micro_batch
 from colm_ds.models.example_loss import example_loss_sums
 from colm_ds.probe.replay import ReplayStore
@@ -30,12 +32,14 @@ class Placement:
         plans: micro-batches of each rank, as lists of positions.
         padding_fraction: share of padding among the tokens computed, over all ranks.
         largest_tokens: padded tokens of the largest micro-batch.
+        row_sizes: examples in each row of this rank's micro-batches, where examples are packed.
     """
 
     examples: dict[int, Example]
     plans: list[list[list[int]]]
     padding_fraction: float
     largest_tokens: int
+    row_sizes: list[list[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ def assign_and_move(
     *,
     max_examples: int,
     max_tokens: int | None,
+    packing: Packing | None = None,
 ) -> Placement:
     """Spread chosen examples over the ranks and move their tokens; all ranks call it together.
 
@@ -73,8 +78,9 @@ def assign_and_move(
         replay: the probe's hidden states, if training starts from them; every example then stays on their rank.
         exchange: the ranks.
         rank: this rank.
-        max_examples: maximum examples of a micro-batch.
+        max_examples: maximum examples of a micro-batch; with packing maximum rows.
         max_tokens: maximum tokens of a micro-batch, padding included.
+        packing: how to pack examples into rows, or None.
     """
     world_size = exchange.num_processes
     if replay is None:
@@ -85,10 +91,23 @@ def assign_and_move(
     moves = [(p, int(batch.home[p]), ranks[p]) for p in sorted(positions) if ranks[p] != int(batch.home[p])]
     arrived = move_examples(batch, moves, rank, exchange)
     by_rank = [[p for p in positions if ranks[p] == each] for each in range(world_size)]
-    plans = micro_batches(by_rank, batch.padded_lengths, max_examples=max_examples, max_tokens=max_tokens)
-    sizes = [_padded_tokens(micro, batch) for plan in plans for micro in plan if micro]
+    row_sizes = None
+    if packing is None:
+        plans = micro_batches(by_rank, batch.padded_lengths, max_examples=max_examples, max_tokens=max_tokens)
+        sizes = [_padded_tokens(micro, batch) for plan in plans for micro in plan if micro]
+    else:
+        packed = pack_micro_batches(
+            by_rank, batch.lengths, packing.row_tokens, max_rows=max_examples, max_tokens=max_tokens
+        )
+        if packing.one_row:
+            packed = [[[list(chain(*micro))] if micro else [] for micro in plan] for plan in packed]
+        row_sizes = [[len(row) for row in micro] for micro in packed[rank]]
+        plans = [[list(chain(*micro)) for micro in plan] for plan in packed]
+        sizes = [
+            len(micro) * max(int(batch.lengths[row].sum()) for row in micro) for p in packed for micro in p if micro
+        ]
     padding = 1.0 - sum(int(batch.lengths[p]) for p in positions) / sum(sizes) if sizes else 0.0
-    return Placement({**batch.examples, **arrived}, plans, padding, max(sizes, default=0))
+    return Placement({**batch.examples, **arrived}, plans, padding, max(sizes, default=0), row_sizes)
 
 
 def accumulate(
@@ -117,8 +136,11 @@ def accumulate(
     world_size = len(placement.plans)
     total = torch.zeros((), dtype=torch.float64, device=device)
     passed: list[Tensor] = []
-    for mine in placement.plans[rank]:
-        micro = make_micro_batch([placement.examples[position] for position in mine]).to(device)
+    for number, mine in enumerate(placement.plans[rank]):
+        micro = make_micro_batch([placement.examples[position] for position in mine])
+        if placement.row_sizes is not None and mine:
+            micro = pack_micro_batch(micro, placement.row_sizes[number])
+        micro = micro.to(device)
         scales = torch.zeros(len(micro.counts))
         scales[: len(mine)] = scale[mine]
         scales = to_device(scales, device)

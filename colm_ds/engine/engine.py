@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from colm_ds.batching.loader import LargeBatchLoader, RecordDataset, source_counts
+from colm_ds.batching.packing import Packing
 from colm_ds.batching.sources import small_source_ids
 from colm_ds.checkpoints.atomic import Checkpoint
 from colm_ds.checkpoints.engine_state import find_on_all_ranks, load_engine, save_engine
@@ -35,6 +36,7 @@ from colm_ds.errors import ConfigError, SelectionError
 from colm_ds.memory.meter import Meter
 from colm_ds.memory.recorder import MemoryRecorder
 from colm_ds.models.example_loss import find_loss_head
+from colm_ds.models.packing import check_packing
 from colm_ds.process.watchdog import Watchdog
 from colm_ds.run_folder.metrics import events
 from colm_ds.types import LargeBatch, SourcedDataset, StepStats
@@ -116,6 +118,7 @@ class CoLMEngine:
         num_samples: examples trained on so far, over all ranks.
         data_use: part of the dataset inspected and trained on.
         loss_head: from `find_loss_head`.
+        packing: how chosen examples are packed into rows, or None.
         skipped: counts steps that changed nothing because their gradient was not finite.
         watchdog: ends this rank if a phase lasts longer than `colm.phase_timeout_s`.
         monitor: TensorBoard, W&B, Comet and CSV, if the configuration enables them.
@@ -133,6 +136,7 @@ class CoLMEngine:
         self._source_names = list(dataset.source_names)
         self._exchange = make_exchange(self._device)
         self.loss_head = find_loss_head(engine.module)
+        self.packing = self._find_packing(dataset)
         self.skipped = SkippedSteps(config.colm.max_skipped_steps)
         self.watchdog = Watchdog(config.colm.phase_timeout_s, self._rank)
         self.monitor = RunMonitor(config.deepspeed)
@@ -162,6 +166,14 @@ class CoLMEngine:
             dataset=dataset,
         )
         self._batches: Iterator[LargeBatch] = self._read()
+
+    def _find_packing(self, dataset: SourcedDataset) -> Packing | None:
+        """Return how examples are packed: into rows as long as the longest of the dataset, or as configured."""
+        packing = self.config.colm.packing
+        if packing == "off":
+            return None
+        row_tokens = int(dataset.lengths.max()) if packing == "on" else packing
+        return check_packing(self.deepspeed_engine.module, packing, row_tokens, self.config.micro_batch_size)
 
     def __getattr__(self, name: str) -> Any:
         if "deepspeed_engine" not in self.__dict__:  # accessed before __init__, as copy and pickle do
@@ -228,16 +240,16 @@ class CoLMEngine:
         """Place the coreset, accumulate its gradient, take the optimizer's step, and read its results.
 
         A loss that is not finite spoils the sum of all gradients. The optimizer then skips, and the other examples are
-        passed through again.
+        passed through again. In a packed row it spoils its neighbours' losses too, so first all are passed unpacked.
         """
         inner, batch, positions = self.deepspeed_engine, selection.batch, selection.positions.tolist()
         broken: list[int] = []
-        token_bytes = 0
+        token_bytes, packing = 0, self.packing
         while True:
             kept = [position for position in positions if position not in broken]
             with meter.phase("train"):
                 with self._exchange.counting("tokens") as count:
-                    placement = self._place(selection, kept)
+                    placement = self._place(selection, kept, packing)
                 token_bytes += count.num_bytes
                 scale = loss_scale(batch, selection.coreset, self.config.colm.loss_normalization, broken)
                 done = accumulate(
@@ -254,14 +266,17 @@ class CoLMEngine:
             with meter.phase("step"):
                 inner.step()
             totals, losses, grad_norm = read_step(done, batch, inner.get_global_grad_norm(), self._exchange)
+            skipped = not inner.was_step_applied()
+            if totals.num_broken > 0 and skipped and packing is not None:
+                packing = None
+                continue
             if totals.num_broken > 0:
                 broken += broken_positions(done, batch, self._exchange)
-            skipped = not inner.was_step_applied()
             if totals.num_broken == 0 or not skipped or len(broken) == len(positions):
                 loss = None if len(broken) == len(positions) else totals.loss
                 return _Update(placement, token_bytes, loss, losses, grad_norm, skipped, sorted(broken))
 
-    def _place(self, selection: Selection, positions: Sequence[int]) -> Placement:
+    def _place(self, selection: Selection, positions: Sequence[int], packing: Packing | None) -> Placement:
         return assign_and_move(
             selection.batch,
             positions,
@@ -270,6 +285,7 @@ class CoLMEngine:
             self._rank,
             max_examples=self.config.micro_batch_size,
             max_tokens=self.config.colm.micro_batch_tokens,
+            packing=packing,
         )
 
     def _record(

@@ -59,6 +59,9 @@ class CoLMConfig:
     loss_normalization: Literal["example", "token"] = field(
         default="example", metadata=_help("mean over examples or tokens")
     )
+    packing: str = field(
+        default="off", metadata=_help("examples one after another in rows: on, off, or tokens of a row")
+    )
     mask: dict | str | None = field(default=None, metadata=_help("size, criterion of compared coordinates"))
     probe: dict | str | None = field(default=None, metadata=_help("estimator, layer, epsilon, ..."))
     schedule: dict | str | None = field(default=None, metadata=_help("start_step and every"))
@@ -161,8 +164,9 @@ def resolve_section(
             "Remove it, or change those.",
         )
     try:
-        filled = {**config.model_dump(exclude_unset=True), "coreset_size": coreset_size, "replay": "off"}
-        return selection_config(filled, num_processes)
+        filled = {**config.model_dump(exclude_unset=True), "coreset_size": coreset_size}
+        checked = selection_config(filled | {"replay": "off", "packing": "off"}, num_processes)
+        return checked.model_copy(update={"packing": config.packing})  # the Trainer's micro-batches are ours
     except ConfigError as error:
         problems.messages.extend(str(error).split("\n  ")[1:])
         return None

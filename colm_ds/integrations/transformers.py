@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from colm_ds.batching.gather import gather_large_batch
+from colm_ds.batching.packing import Packing
 from colm_ds.batching.sources import looks_at_sources, small_source_ids
 from colm_ds.config.colm import CoLMSection
 from colm_ds.distributed.exchange import make_exchange
@@ -36,6 +38,7 @@ from colm_ds.integrations.statistics import SelectionStatistics
 from colm_ds.integrations.trainer_checks import check_arguments, check_sizes, is_trl
 from colm_ds.memory.meter import Meter
 from colm_ds.models.example_loss import example_loss_sums, find_loss_head
+from colm_ds.models.packing import check_packing
 from colm_ds.types import Coreset, Example
 
 __all__ = ["CoLMArguments", "CoLMConfig", "CoLMMixin", "CoLMTrainer"]
@@ -84,6 +87,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         self.coreset_selector: CoresetSelector | None = None
         self.last_selection: Selection | None = None
         self._colm_saved: dict[str, Any] | None = None
+        self._packing: Packing | None = None
         section = read_section(self._find_section(colm))
         self.data_collator = WithoutSource(self.data_collator, section.pop("source_column", "source"))
         self._logs_all = pop_log(section) == "all"
@@ -110,6 +114,9 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
             num_processes=args.world_size,
             problems=problems,
         )
+        if config is not None and config.packing != "off" and is_trl(self._loss_owner):
+            why = "TRL computes its metrics from unpacked rows"
+            problems.add("packing", config.packing, why, 'Write "off", or use CoLMTrainer.')
         dataset = self.train_dataset
         # A packed dataset has no sources and other sizes, and packing is already reported.
         packed = getattr(args, "packing", False) or getattr(args, "padding_free", False)
@@ -183,6 +190,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         batch = gather_large_batch(read, self.state.global_step + 1, rank, exchange)
         if batch.size == 0:
             return [], None
+        packing = self._find_packing(int(batch.lengths.max()))
         meter = Meter(self.args.device)
         selection = self.last_selection = selector(batch, meter)
         coreset = selection.coreset
@@ -201,6 +209,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
             num_batches=num_batches,
             max_examples=self._train_batch_size,
             pad_token_id=self._pad_token_id(),
+            packing=packing,
         )
         return micro_batches, self._get_num_items_in_batch(micro_batches, device)
 
@@ -231,6 +240,16 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         self._statistics = SelectionStatistics(selector.source_names, brief=not self._logs_all)
         self._loss_head = find_loss_head(self.model)
         return selector
+
+    def _find_packing(self, longest: int) -> Packing | None:
+        """Return how examples are packed: into rows as long as the large batch's longest, or as configured."""
+        packing = self.colm_config.packing
+        if packing == "off":
+            return None
+        row_tokens = longest if packing == "on" else packing
+        if self._packing is None:
+            self._packing = check_packing(self.model, packing, row_tokens, self._train_batch_size)
+        return replace(self._packing, row_tokens=row_tokens)
 
     def _pad_token_id(self) -> int:
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
@@ -270,7 +289,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does; the history of the selection starts empty or from the checkpoint."""
-        self.coreset_selector, self._colm_saved = None, None
+        self.coreset_selector, self._colm_saved, self._packing = None, None, None
         return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

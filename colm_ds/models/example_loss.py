@@ -83,8 +83,11 @@ def label_losses(forward: Callable[..., Any], head: nn.Module | None, batch: Mic
             ZeRO-3 has gathered its weight. None takes the model's logits.
         batch: the micro-batch, on the device.
     """
+    inputs = {"input_ids": batch.input_ids}
+    if batch.position_ids is not None:
+        inputs["position_ids"] = batch.position_ids
     if head is None:
-        logits = forward(input_ids=batch.input_ids, use_cache=False).logits
+        logits = forward(**inputs, use_cache=False).logits
         return token_losses(_same, logits[batch.rows, batch.positions], batch.targets, logits.shape[-1])
     plain_head: Callable[[Tensor], Tensor] = head.forward
     vocabulary_size = int(head.out_features)  # type: ignore[arg-type]
@@ -94,7 +97,7 @@ def label_losses(forward: Callable[..., Any], head: nn.Module | None, batch: Mic
         return token_losses(plain_head, states, batch.targets, vocabulary_size)
 
     with patched_forwards({head: loss_head}):
-        losses: Tensor = forward(input_ids=batch.input_ids, use_cache=False).logits
+        losses: Tensor = forward(**inputs, use_cache=False).logits
     return losses
 
 
@@ -113,7 +116,7 @@ def loss_sums(losses: Tensor, batch: MicroBatch) -> Tensor:
         batch: the micro-batch.
     """
     if batch.groups is None:
-        return sums_by_row(losses, batch.rows, len(batch.counts))
+        return sums_by_row(losses, batch.owners, len(batch.counts))
     return F.cross_entropy(candidate_scores(losses, batch.groups), batch.groups.golds, reduction="none")
 
 

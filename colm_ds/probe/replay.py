@@ -293,6 +293,8 @@ def choose_replay(
         return None, None
     offload = config.replay == "offload"
     reason = why_not_replay(architecture)
+    if config.packing != "off":
+        reason = "training packs examples into rows (colm.packing)"
     if config.probe.dtype != "auto":
         reason = "the probe computes in another dtype than training (colm.probe.dtype)"
     if reason is None and not offload:

@@ -13,8 +13,9 @@ from colm_ds.batching.micro_batch import make_micro_batch
 from colm_ds.errors import ProbeError
 from colm_ds.models.architecture import Architecture, ProbeTarget
 from colm_ds.models.patch import eval_mode
+from colm_ds.models.precision import full_products
 from colm_ds.probe.factors import example_gradients, gradient_factors
-from colm_ds.probe.tail import full_products, precise_tail, run_trunk, tail_losses
+from colm_ds.probe.tail import precise_tail, run_trunk, tail_losses
 from colm_ds.randomness import private_generator
 from colm_ds.types import Example
 

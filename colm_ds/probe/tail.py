@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from colm_ds.errors import ProbeError
 from colm_ds.models.architecture import Architecture
 from colm_ds.models.example_loss import loss_sums
 from colm_ds.models.patch import Forward, patched_forwards
+from colm_ds.models.precision import full_products
 from colm_ds.models.token_loss import in_chunks, token_losses
 
 _CAST_ELEMENTS = 1 << 22
@@ -281,29 +282,6 @@ def _plain_experts(architecture: Architecture) -> Iterator[None]:
 
 def _has_experts(module: Any) -> bool:
     return getattr(getattr(module, "config", None), "_experts_implementation", None) is not None
-
-
-@contextmanager
-def full_products() -> Iterator[None]:
-    """Compute float32 matrix products in float32 even if the user allows TF32; then restore the settings."""
-    backends = [backend.matmul for backend in (torch.backends.cuda, torch.backends.mkldnn)]
-    settings = [getattr(backend, "fp32_precision", None) for backend in backends]  # since torch 2.9
-    precision = None
-    with suppress(RuntimeError):  # torch refuses the older interface if the newer one is in use
-        precision = torch.get_float32_matmul_precision()
-    try:
-        if precision is not None:
-            torch.set_float32_matmul_precision("highest")
-        for backend, setting in zip(backends, settings, strict=True):
-            if setting is not None:
-                backend.fp32_precision = "ieee"
-        yield
-    finally:
-        if precision is not None:
-            torch.set_float32_matmul_precision(precision)
-        for backend, setting in zip(backends, settings, strict=True):
-            if setting is not None:
-                backend.fp32_precision = setting
 
 
 def _tail_modules(architecture: Architecture) -> Iterator[tuple[str, nn.Module]]:

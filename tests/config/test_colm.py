@@ -93,7 +93,7 @@ def test_section_object_is_checked_too() -> None:
     assert problems({**given, "colm": section}) == problems(given)
 
 
-@pytest.mark.parametrize("values", [{}, {"replay": "on"}, {"variance_every": 2}, {"selector": "full"}])
+@pytest.mark.parametrize("values", [{}, {"replay": "on"}, {"variance_every": 2}, {"packing": 64}, {"selector": "full"}])
 def test_section_object_without_coreset_size_outside_deepspeed(values: dict[str, Any]) -> None:
     """Is treated as its keys and values are."""
 
@@ -386,3 +386,21 @@ def test_configuration_for_hugging_face_trains(pools: dict[int, Ranks]) -> None:
     width = case.build_model().config.hidden_size
     wanted = {"lr": 2e-5, "clipping": 1.0, "bucket": width**2, "bf16": True, "optimizer": "AdamW"}
     assert pools[2].run(settings_in_use, case) == [wanted, wanted]
+
+
+@pytest.mark.parametrize(("written", "read"), [(True, "on"), (False, "off"), ("on", "on"), (256, 256), ("256", 256)])
+def test_packing_as_written(written: Any, read: Any) -> None:
+    assert CoLMSection.model_validate({"large_batch_size": 16, "packing": written}).packing == read
+
+
+def test_packing_and_replay() -> None:
+    for replay in ("on", "offload"):
+        message = "".join(problems(config({"train_batch_size": 64}, packing=256, replay=replay)))
+        assert f"colm.replay = '{replay}': examples packed into rows (colm.packing = 256) are not where" in message
+    assert resolve_config(config({"train_batch_size": 64}, packing=256, replay="auto"), 2).colm.replay == "auto"
+    assert "colm.packing" in "".join(problems(config({"train_batch_size": 64}, packing=0)))
+
+
+def test_packing_in_a_loop_of_ones_own() -> None:
+    with pytest.raises(ConfigError, match=r"colm\.packing = 64: packs the micro-batches of colm_ds\.initialize"):
+        selection_config({"large_batch_size": 16, "coreset_size": 8, "packing": 64})

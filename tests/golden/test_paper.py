@@ -13,7 +13,7 @@ from tests.golden.paper import CASES, load, run
 from tests.ranks import Ranks
 
 DECIDES_NOTHING = {
-    "": {"preset", "micro_batch_tokens", "replay", "variance_every", "memory", "num_workers"}
+    "": {"preset", "micro_batch_tokens", "packing", "replay", "variance_every", "memory", "num_workers"}
     | {"max_skipped_steps", "phase_timeout_s"},
     "probe": {"dtype", "precision", "max_tokens"},
     "mask": set[str](),

@@ -68,6 +68,19 @@ def test_trainer_is_the_engine(
     same(engine_runs(setting, 1), engine_runs(setting, 2))
 
 
+@pytest.mark.parametrize(("world_size", "stage", "packing"), [(1, None, "on"), (2, None, 64), (2, 3, 64)])
+def test_packed_trainer_is_the_engine(
+    world_size: int, stage: int | None, packing: Any, pools: dict[int, Ranks], engine_runs: Any, tmp_path: Path
+) -> None:
+    """As many micro-batches, but rows of several examples fill the first ones, and the last hold less or nothing."""
+    setting = "sketches, matched weights, by tokens"
+    colm = {**SETTINGS[setting], "packing": packing}
+    for run in pools[world_size].run(with_trainer, str(tmp_path), colm, STEPS, stage):
+        same(run, engine_runs(setting, world_size))
+        assert len(run.shapes) == STEPS * CORESET // 3 // world_size
+        assert sum(run.shapes) <= 0.8 * STEPS * CORESET // world_size
+
+
 def test_trainer_under_zero_3(pools: dict[int, Ranks], engine_runs: Any, tmp_path: Path) -> None:
     """Weights are cut up: every forward of the probe gathers them, so all ranks run as many."""
     setting = "the paper's"

@@ -103,3 +103,8 @@ def test_rows_packed_source_by_source_are_examples(tmp_path: Path) -> None:
     trainer = make(tmp_path, blocks, SIZES, max_steps=1)
     trainer.train()
     assert trainer.last_coreset.size == CORESET
+
+
+def test_packing_by_colm_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"packing = 64: TRL computes its metrics from unpacked rows\. Write \"off\""):
+        make(tmp_path, records(SOURCES), {**SIZES, "packing": 64})
