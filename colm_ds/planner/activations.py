@@ -30,7 +30,7 @@ from colm_ds.models.architecture import Architecture, find_architecture
 from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 from colm_ds.models.patch import eval_mode
 from colm_ds.planner.choice_rows import choice_micro_batch
-from colm_ds.planner.live_tensors import LiveBytes, gpu_dropout, make_dataless, no_packing, stage3_linear
+from colm_ds.planner.live_tensors import LiveBytes, gpu_dropout, make_dataless, rows_packed, stage3_linear
 from colm_ds.probe.factors import gradient_factors
 from colm_ds.probe.spsa import spsa_coefficients
 from colm_ds.probe.tail import run_trunk, tail_losses
@@ -73,12 +73,14 @@ class Rows:
         length: tokens of each, padding included; for classification with the longest candidate.
         labels: labelled tokens in total.
         candidates: for classification, tokens of each candidate of an example.
+        packed: whether a row holds several examples, which attention has to tell apart.
     """
 
     count: int
     length: int
     labels: int
     candidates: tuple[int, ...] = ()
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,8 @@ class Tracer:
         last = find_architecture(model).last_layer if replay else None
         model.train()
         live, batch = LiveBytes(), self._micro_batch(rows)
-        with self._running(), _plain_layer(last):
+        masked = rows.packed and not self.spec.attention.startswith("flash")
+        with self._running(masked), _plain_layer(last):
             for parameter in model.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.empty_like(parameter)
@@ -282,12 +285,13 @@ class Tracer:
         with self._mode:
             places = torch.zeros(rows.labels, dtype=torch.int64)
             tokens = torch.zeros(rows.count, rows.length, dtype=torch.int64)
-            return MicroBatch(tokens, places, places.clone(), places.clone(), torch.zeros(rows.count))
+            batch = MicroBatch(tokens, places, places.clone(), places.clone(), torch.zeros(rows.count))
+            return replace(batch, position_ids=tokens.clone(), packed=places.clone()) if rows.packed else batch
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
+    def _running(self, packed: bool = False) -> Iterator[None]:
         try:
-            with self._dataless():
+            with self._dataless(packed):
                 yield
         except (DynamicOutputShapeException, DataDependentOutputException) as error:
             raise ConfigError(
@@ -296,8 +300,8 @@ class Tracer:
             ) from error
 
     @contextmanager
-    def _dataless(self) -> Iterator[None]:
-        with self._mode, no_packing(), gpu_dropout() if self.spec.device_type == "cuda" else nullcontext():
+    def _dataless(self, packed: bool) -> Iterator[None]:
+        with self._mode, rows_packed(packed), gpu_dropout() if self.spec.device_type == "cuda" else nullcontext():
             yield
 
 

@@ -72,6 +72,32 @@ class Job:
         """Tokens computed for one of the longest examples."""
         return self.num_rows * (self.length - 1) if self.candidates else self.length
 
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row that training computes: of one of the longest examples, or of a packed row."""
+        packing = self.colm.packing
+        return max(self.padded_length, packing) if isinstance(packing, int) else self.padded_length
+
+    @property
+    def packs(self) -> bool:
+        """Return whether training packs examples into rows."""
+        return self.colm.packing != "off"
+
+    @property
+    def rows_of_step(self) -> int:
+        """Rows that a rank trains on in a step: examples of the mean length if they are packed, without a gap."""
+        share = math.ceil(self.size / self.zero.world_size)
+        return min(share, math.ceil(share * self.mean_length / self.row_tokens)) if self.packs else share
+
+    def training_rows(self, count: int) -> Rows:
+        """Return a training micro-batch of the longest examples, or of full packed rows."""
+        if not self.packs:
+            return self.rows(count)
+        if not self.candidates:
+            return replace(even_rows(count, self.row_tokens, self.label_share), packed=True)
+        examples = count * math.ceil(self.row_tokens / self.padded_length)
+        return Rows(count, self.row_tokens, examples * sum(self.candidates), packed=True)
+
     def rows(self, count: int) -> Rows:
         """Return a micro-batch of the longest examples."""
         if self.candidates:
@@ -91,7 +117,7 @@ class Job:
     @property
     def replays(self) -> bool:
         """Return whether training starts from the probe's hidden states."""
-        can = self.probes and self.spec.checkpointing and int(self.spec.config.num_hidden_layers) > 1
+        can = self.probes and not self.packs and self.spec.checkpointing and int(self.spec.config.num_hidden_layers) > 1
         return can and self.colm.replay != "off" and self.colm.probe.dtype == "auto"
 
     def plain(self, size: int) -> Job:
@@ -101,7 +127,8 @@ class Job:
 
     def by_tokens(self) -> Job:
         """Return the same job with b of 4 b chosen by token embeddings, without a pass of the model."""
-        section = {"large_batch_size": 4 * self.size, "coreset_size": self.size, "probe": {"estimator": "tokens"}}
+        section: dict[str, Any] = {"large_batch_size": 4 * self.size, "coreset_size": self.size}
+        section |= {"probe": {"estimator": "tokens"}, "packing": self.colm.packing}
         return replace(self, colm=CoLMSection.model_validate(section))
 
     def with_colm(self, **changes: object) -> Job:

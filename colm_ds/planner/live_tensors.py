@@ -102,10 +102,11 @@ def gpu_dropout() -> Iterator[None]:
 
 
 @contextmanager
-def no_packing() -> Iterator[None]:
-    """Tell transformers that rows are whole examples, which it cannot see in tensors without data.
+def rows_packed(packed: bool) -> Iterator[None]:
+    """Tell transformers whether rows are packed, which it cannot see in tensors without data.
 
-    Otherwise it would make a mask, and with a mask attention expands keys and values of grouped queries.
+    Of whole examples it would otherwise make a mask, and with a mask attention expands keys and values of grouped
+    queries.
     """
     from transformers import masking_utils
 
@@ -114,7 +115,7 @@ def no_packing() -> Iterator[None]:
     if own is None:  # another version
         yield
         return
-    setattr(masking_utils, name, lambda *_, **__: None)
+    setattr(masking_utils, name, lambda position_ids, *_, **__: position_ids.cumsum(-1) if packed else None)
     try:
         yield
     finally:

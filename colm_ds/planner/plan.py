@@ -80,7 +80,7 @@ class Planner:
         states, width = self.states(job), job.spec.dtype.itemsize
         kept, probing, selecting = self._selection(job)
         replay_all, replay_kept = self._replay(job, width)
-        rows = job.rows(job.micro_batch)
+        rows = job.training_rows(job.micro_batch)
         stage3 = job.zero.stage == 3
         active = tracer.training(rows, replay=job.replays, whole_logits=whole_logits, stage3=stage3)
         held = {"weights": states.weights, "optimizer": states.optimizer, "selection": kept}
@@ -111,7 +111,7 @@ class Planner:
 
     def largest_micro_batch(self, job: Job, budget: int) -> int:
         """Return the examples of the largest micro-batch whose peak is within a budget of bytes; 0 if none is."""
-        most = math.ceil(job.size / job.zero.world_size)
+        most = job.rows_of_step
 
         def fits(count: int) -> bool:
             return self.memory(replace(job, micro_batch=count)).peak <= budget

@@ -37,7 +37,7 @@ def plan_report(
         arms[f"{job.colm.selector} {b} of {r}"] = job
         if job.probes:
             arms[f"tokens {b} of {4 * b}"] = job.by_tokens()
-        wide = math.ceil(r / (world * steps))
+        wide = math.ceil(job.plain(r).rows_of_step / steps)
         arms[f"plain {r}, equal micro-batch"] = job.plain(r)
         arms[f"plain {r}, equal accumulation steps"] = replace(job, micro_batch=wide).plain(r)
     changes = [
@@ -65,6 +65,7 @@ def plan_report(
         "stage": job.zero.stage,
         "checkpointing": job.spec.checkpointing,
         "replay": job.replays,
+        "packed_row_tokens": job.row_tokens if job.packs else None,
         "arms": {name: _arm(planner, arm, budget, tflops) for name, arm in arms.items()},
         "stages": [
             {"stage": n, "peak_gib": plan.peak / GIB, "fits": plan.peak <= budget} for n, plan in enumerate(stages)
@@ -91,11 +92,12 @@ def comparison(
         gpu_memory_gib: memory of one device.
         reserve_gib: part of it that is reserved.
     """
-    planner, world, steps = Planner(), job.zero.world_size, accumulation_steps(job)
+    planner, steps = Planner(), accumulation_steps(job)
     ratio = job.colm.large_batch_size / job.size
 
-    def peak(changed: Job, size: int, equal_steps: bool) -> float:
-        micro = math.ceil(size / (world * steps)) if equal_steps else min(job.micro_batch, math.ceil(size / world))
+    def peak(changed: Job, equal_steps: bool) -> float:
+        rows = changed.rows_of_step
+        micro = math.ceil(rows / steps) if equal_steps else min(job.micro_batch, rows)
         return planner.memory(replace(changed, micro_batch=micro)).peak / GIB
 
     rows = []
@@ -105,12 +107,12 @@ def comparison(
         row: dict[str, Any] = {"b": b, "r": r}
         for name, equal_steps in (("equal_steps", True), ("equal_micro_batch", False)):
             row[name] = {
-                "plain_b_gib": peak(job.plain(b), b, equal_steps),
-                "colm_gib": peak(colm, b, equal_steps),
-                "plain_r_gib": peak(job.plain(r), r, equal_steps),
+                "plain_b_gib": peak(job.plain(b), equal_steps),
+                "colm_gib": peak(colm, equal_steps),
+                "plain_r_gib": peak(job.plain(r), equal_steps),
             }
             if job.probes:
-                row[name]["tokens_gib"] = peak(colm.by_tokens(), b, equal_steps)
+                row[name]["tokens_gib"] = peak(colm.by_tokens(), equal_steps)
         rows.append(row)
     return {
         "accumulation_steps": steps,
@@ -122,7 +124,7 @@ def comparison(
 
 def accumulation_steps(job: Job) -> int:
     """Return the micro-batches of a step on one rank."""
-    return math.ceil(job.size / (job.zero.world_size * job.micro_batch))
+    return math.ceil(job.rows_of_step / job.micro_batch)
 
 
 def format_plan(report: dict[str, Any]) -> str:
@@ -130,11 +132,13 @@ def format_plan(report: dict[str, Any]) -> str:
     sizes = report["parameters"]
     room = report["gpu_memory_gib"] - report["reserve_gib"]
     replay = ", replay" if report["replay"] else ""
+    packed = report["packed_row_tokens"]
+    rows_of = "" if packed is None else f", packed into rows of {packed}"
     lines = [
         f"{sizes['total'] / 1e9:.2f}e9 parameters, {sizes['trained'] / 1e6:.1f}e6 trained, {report['dtype']}, "
         f"ZeRO-{report['stage']}, activation checkpointing {'on' if report['checkpointing'] else 'off'}{replay}",
         f"{report['num_gpus']} GPUs of {report['gpu_memory_gib']:g} GiB, of which {room:g} are planned with; "
-        f"examples of {report['length']} tokens (mean {report['mean_length']:g}){_candidates_text(report)}",
+        f"examples of {report['length']} tokens (mean {report['mean_length']:g}){_candidates_text(report)}{rows_of}",
         "",
     ]
     rows = [["", "micro-batch", "steps", "peak GiB", "in", "fits", "largest micro-batch", "forwards", "s/step", "h"]]

@@ -41,13 +41,11 @@ def step_cost(job: Job, parameters: Parameters, tflops: float | None) -> TimePla
         seen, probed = large if job.replays else large * probe.sample, large * probe.sample
         trunk = 1.0 - _tail_flops(job, parameters) / forward
         of_probe = seen * trunk + probed * tail_passes(job) * probed_tail_flops(job, parameters) / forward
-    forwards = step_forwards(
-        job.size,
-        lora=job.spec.lora is not None,
-        checkpointing=job.spec.checkpointing,
-        replay=job.replays,
-        probe=of_probe,
-    )
+    lora, checkpointing = job.spec.lora is not None, job.spec.checkpointing
+    forwards = step_forwards(job.size, lora=lora, checkpointing=checkpointing, replay=job.replays, probe=of_probe)
+    if job.packs:
+        trained = step_forwards(job.size, lora=lora, checkpointing=checkpointing, replay=False, probe=0.0)
+        forwards += trained * _packed_attention(job) / forward
     flops = forwards * forward
     seconds = None if tflops is None else flops / (tflops * 1e12 * job.zero.world_size)
     return TimePlan(forwards, flops, seconds, None if seconds is None or not job.steps else seconds * job.steps / 3600)
@@ -90,3 +88,14 @@ def _labelled(job: Job) -> float:
 def _layer_attention(job: Job) -> float:
     """Return the operations of queries, keys and values in one layer, for rows of one length; half, as it is causal."""
     return 2.0 * job.mean_length**2 / job.num_rows * int(job.spec.config.hidden_size)
+
+
+def _packed_attention(job: Job) -> float:
+    """Return the operations that attention does for an example in a packed row beyond those for it alone.
+
+    With a mask every token is compared with all of the row, on both sides of it; flash attention skips other documents.
+    """
+    if job.spec.attention.startswith("flash"):
+        return 0.0
+    layers, hidden = int(job.spec.config.num_hidden_layers), int(job.spec.config.hidden_size)
+    return layers * (4.0 * job.mean_length * job.row_tokens * hidden - _layer_attention(job))

@@ -107,7 +107,8 @@ def _data(sources: Mapping[str, int], small: Sequence[str]) -> str:
 def _batch(start: Start) -> str:
     section, micro = start.described["colm"], start.recipe.micro_batch_size
     looked_at, trained = section["large_batch_size"], section["coreset_size"]
-    return f"r = {looked_at} looked at, b = {trained} trained on, micro-batches of {micro} on a rank"
+    packed = " packed rows" if section["packing"] != "off" else ""
+    return f"r = {looked_at} looked at, b = {trained} trained on, micro-batches of {micro}{packed} on a rank"
 
 
 def _selector(start: Start, find_price: Callable[[], float]) -> str:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from colm_ds.batching.micro_batch import MicroBatch
+from colm_ds.batching.micro_batch import MicroBatch, make_micro_batch
+from colm_ds.batching.packing import pack_micro_batch
 from colm_ds.cli import main
 from colm_ds.config.colm import CoLMSection
 from colm_ds.errors import ConfigError
@@ -21,10 +22,11 @@ from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 from colm_ds.planner.activations import ModelSpec, Parameters, Rows, Tracer, even_rows
 from colm_ds.planner.job import KNOWN_MODELS, Job, known_model
 from colm_ds.planner.plan import Planner, largest_that
-from colm_ds.planner.plan_report import comparison, format_comparison, plan_report
+from colm_ds.planner.plan_report import accumulation_steps, comparison, format_comparison, format_plan, plan_report
 from colm_ds.planner.suggestions import best_of_each_key, list_changes, make_fit
 from colm_ds.planner.zero_states import ZeroSettings, model_states, zero_settings
 from colm_ds.recipes.sections import LoraConfig
+from colm_ds.types import Example
 from tests.every_model import tiny_config as tiny_causal_config
 
 FAMILIES = ("llama", "mistral", "qwen2", "phi", "phi3", "stablelm")
@@ -74,6 +76,66 @@ def test_shapes_need_what_the_run_allocates(family: str, checkpointing: bool) ->
     step()  # gradients are there from now on
     assert planned.backward == pytest.approx(counted_allocations(step).peak, rel=0.02)
     assert 0 < planned.kept <= planned.forward <= planned.backward
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_shapes_need_what_the_run_allocates(family: str, attention: str) -> None:
+    """With the mask that keeps documents apart, and for grouped queries copies of keys and values."""
+    spec = ModelSpec(configuration(family, num_key_value_heads=2), torch.float32, attention, device_type="cpu")
+    rows = job(spec=spec, colm={"packing": 96}).training_rows(2)
+    assert (rows.count, rows.length) == (2, 96)
+    planned = Tracer(spec).training(rows)
+    model = AutoModelForCausalLM.from_config(
+        copy.deepcopy(spec.config), dtype=torch.float32, attn_implementation=attention
+    ).train()
+    ids = torch.arange(48)
+    batch = pack_micro_batch(make_micro_batch([Example(ids, ids, 0, 0)] * 4), [2, 2])
+
+    def step() -> None:
+        example_loss_sums(model, find_loss_head(model), batch).sum().backward()
+
+    step()
+    counted = counted_allocations(step).peak
+    assert planned.backward == pytest.approx(counted, rel=0.02)
+    unpacked = Tracer(spec).training(replace(rows, packed=False)).backward
+    assert planned.backward > unpacked
+
+
+def test_packed_rows_of_a_job() -> None:
+    """16 examples of 20 tokens in the mean on 2 ranks, with at most 64, in rows of 64 or 160, by hand."""
+    one = replace(job(colm={"packing": "on"}), mean_length=20.0)
+    assert (one.row_tokens, one.rows_of_step, accumulation_steps(one)) == (64, 2, 1)
+    long = one.with_colm(packing=160)
+    assert (long.row_tokens, long.rows_of_step, long.training_rows(3).length) == (160, 1, 160)
+    assert one.with_colm(packing=30).row_tokens == 64
+    assert one.with_colm(packing="off").rows_of_step == 4
+    checkpointing = replace(one.spec, checkpointing=True)
+    assert not replace(one, spec=checkpointing).replays
+    assert replace(one, spec=checkpointing).with_colm(packing="off").replays
+    assert one.by_tokens().packs
+    choice = replace(one, candidates=(1, 3))
+    assert choice.training_rows(2).labels == 2 * 1 * 4
+    assert choice.with_colm(packing=4 * choice.padded_length).training_rows(2).labels == 2 * 4 * 4
+
+
+def test_time_of_packed_attention() -> None:
+    """Every trained token meets the 64 of its row, in keys and in values, in each of 5 layers; alone half of its 20."""
+    planner, plain = Planner(), replace(job(), mean_length=20.0)
+    packed = plain.with_colm(packing="on")
+    trained = 3 * 8  # forward, and a backward pass of two
+    more = trained * 5 * (4 * 20 * 64 - 2 * 20 * 20) * 128
+    assert planner.time(packed, None).flops - planner.time(plain, None).flops == pytest.approx(more)
+    flash = replace(packed, spec=replace(packed.spec, attention="flash_attention_2"))
+    assert planner.time(flash, None).flops == pytest.approx(planner.time(plain, None).flops)
+    assert planner.memory(flash).peaks["forward"] < planner.memory(packed).peaks["forward"]
+
+
+def test_report_says_how_rows_are_packed() -> None:
+    report = plan_report(replace(job(colm={"packing": 160}), mean_length=20.0), gpu_memory_gib=1.0, reserve_gib=0.1)
+    assert report["packed_row_tokens"] == 160
+    assert "examples of 64 tokens (mean 20), packed into rows of 160\n" in format_plan(report)
+    assert [arm["accumulation_steps"] for arm in report["arms"].values()] == [1] * 5
 
 
 def test_layers_are_extended_exactly() -> None:
