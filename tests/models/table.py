@@ -1,5 +1,7 @@
 """Which causal LMs the probe reads: `python -m tests.models.table` measures every type and writes docs/MODELS.md.
 
+With `--packing` only the part about packed rows is measured and written anew.
+
 For every type a tiny model is built from its configuration, and `exact`, `spsa` and forward replay are compared with
 plain autograd in float64, of one unpadded example at a time.
 """
@@ -7,6 +9,7 @@ plain autograd in float64, of one unpadded example at a time.
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 import warnings
@@ -20,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from colm_ds.batching.micro_batch import make_micro_batch
-from colm_ds.errors import ProbeError
+from colm_ds.errors import ConfigError, ProbeError
 from colm_ds.models.architecture import Architecture, find_architecture
 from colm_ds.models.example_loss import example_loss_sums, find_loss_head
+from colm_ds.models.packing import check_packing
 from colm_ds.models.patch import eval_mode
 from colm_ds.models.values import is_conv1d
 from colm_ds.probe.directions import Directions
@@ -47,6 +51,9 @@ MOST_PARAMETERS = 20_000_000
 """Types whose parts outside the text model cannot be made small by name are left out."""
 
 SECONDS = 120
+
+PACKING = "## Packed rows"
+"""Heading of the last part of the page."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +184,41 @@ def measure(model_type: str) -> Row:
     return Row(model_type, row.layout, row.exact, row.spsa, replay, attention, note)
 
 
+def why_not_packed(model_type: str) -> str | None:
+    """Why the check at start refuses packed rows of a type in float32; None if it does not."""
+    try:
+        check_packing(tiny_causal_lm(model_type), "on", 24, 2)
+    except ConfigError as error:
+        difference = re.search(r"a relative difference of (\S+)", str(error))
+        return difference[1] if difference else str(error).split("attention: ")[-1].split(". Packed documents")[0]
+    return None
+
+
+def packing_section(reasons: dict[str, str | None]) -> str:
+    """The part about packed rows, from the reason of every type."""
+    packed = [name for name, reason in reasons.items() if reason is None]
+    refused = [f"{name} ({reason})" for name, reason in reasons.items() if reason is not None]
+    lines = [
+        f"{PACKING} ({len(packed)} of {len(reasons)})",
+        "",
+        "`colm.packing` needs a model that keeps the documents of a row apart by their `position_ids`. With the",
+        "attention of the tables above these do:",
+        "",
+        ", ".join(packed) + ".",
+        "",
+        "These do not, and are refused at the start of a run (in brackets by how much a document's loss behind others",
+        "in a row differs from that alone, relatively). Their layers carry a state on, look in both directions, take",
+        "positions from a mask or the place in a row, or their code makes masks without positions (gpt_oss):",
+        "",
+        ", ".join(refused) + ".",
+        "",
+        "Tiny models in float32, rows of 24 tokens, by `python -m tests.models.table --packing`;",
+        "`tests/models/test_packing.py` holds the verdicts against gradients in float64.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def _reason(error: Exception) -> str:
     text = str(error).replace("\n", " ")
     for mark in ("self-check: ", "its last layer"):
@@ -245,11 +287,18 @@ def main() -> None:
     """Measure the named types, or all of them and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", help="types to measure and print; default: all, written to docs/MODELS.md")
+    parser.add_argument("--packing", action="store_true", help="only packed rows, of all types in the tables")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    if options.packing:
+        text = PAGE.read_text(encoding="utf-8").split(f"\n{PACKING}")[0]
+        types = re.findall(r"^\| ([a-z][\w.-]*) \|", text, re.MULTILINE)
+        reasons = {name: why_not_packed(name) for name in dict.fromkeys(types) if name != "type"}
+        PAGE.write_text(f"{text}\n{packing_section(reasons)}", encoding="utf-8")
+        return
 
     def stop(*_: Any) -> None:
         raise TimeoutError(f"takes more than {SECONDS} s")
@@ -265,7 +314,9 @@ def main() -> None:
         signal.alarm(0)
         print(rows[-1], file=sys.stderr, flush=True)
     if not options.types:
-        PAGE.write_text(page(rows), encoding="utf-8")
+        built = [row for row in rows if row.is_probed or row.note.startswith("refused")]
+        packed = packing_section({row.model_type: why_not_packed(row.model_type) for row in built})
+        PAGE.write_text(f"{page(rows)}\n{packed}", encoding="utf-8")
 
 
 if __name__ == "__main__":
