@@ -10,7 +10,6 @@ import os
 import platform
 import queue
 import select
-import shutil
 import signal
 import struct
 import subprocess
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from colm_ds.errors import CoLMError, ConfigError
+from colm_ds.evaluation.sandbox.folders import remove_folder
 
 LEVELS = ("landlock", "namespaces")
 """Levels of isolation, the weaker first; a machine that offers neither runs no program."""
@@ -32,6 +32,7 @@ _REMOVED_LEVEL = "rlimits"
 _SERVER = Path(__file__).with_name("server.py")
 _START = "import sys, runpy; del sys.path[0]; runpy.run_path(sys.argv[1], run_name='__main__')"
 _START_S = 120.0  # a cold numpy on a busy machine
+_END_S = 2.0
 _GRACE_S = 40.0  # beyond a program's wall time, before its server is given up
 
 
@@ -191,12 +192,19 @@ class _Server:
 
     def _stop(self) -> bytes:
         """End the server with all its children and remove its folder; return its stderr."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()  # a server that waits for a program ends by itself
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(_END_S)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
+        self.process.stdin = None
         said = self.process.communicate()[1]
-        if self.base is not None:
-            shutil.rmtree(self.base, ignore_errors=True)
+        deadline = time.monotonic() + _END_S
+        while self.base is not None and not remove_folder(self.base) and time.monotonic() < deadline:
+            time.sleep(0.02)  # a program that is being killed may still write
         return said
 
     def close(self) -> None:

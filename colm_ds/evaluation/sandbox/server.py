@@ -3,6 +3,11 @@
 `sandbox.py` starts this file without site-packages and with an empty environment; nothing imports it. Frames on
 stdin and stdout are four bytes of length and a JSON text. The modules that a program may import are loaded before
 access to the file system is closed, so that a program needs no file at all.
+
+Three processes stay or come and go. The keeper is the one that was started: it removes the programs' folder at the end.
+Its child, the server, never reads a frame: it waits until there is something to read, and forks. The monitor that it
+forks reads one program, runs it in a fork of itself, writes the answer and ends, so that no program is forked from a
+process that held the source or the output of an earlier one.
 """
 
 from __future__ import annotations
@@ -16,7 +21,6 @@ import json
 import os
 import resource
 import select
-import shutil
 import signal
 import struct
 import sys
@@ -38,15 +42,24 @@ LATER = (
 )  # fmt: skip
 OUT_OF_MEMORY = 97  # exit status of a program that ended with MemoryError
 ISOLATED = b"\x06"  # what a child writes to stderr first, as soon as it is isolated and before it runs anything
+READ, BEGUN, DONE = b"r", b"b", b"d"  # what a monitor says of its question and its answer
 SET_UP_S = 15.0  # maximum time for that on a busy machine; the program's own time starts afterwards
 
 
-def read_frame(stream: BinaryIO) -> Any:
-    """Read the next frame's content; None at the end of the stream."""
-    head = stream.read(4)
+def read_frame(descriptor: int) -> Any:
+    """Read the next frame's content and not a byte more; None at the end of the stream."""
+    head = read_bytes(descriptor, 4)
     if len(head) < 4:
         return None
-    return json.loads(stream.read(struct.unpack(">I", head)[0]))
+    return json.loads(read_bytes(descriptor, struct.unpack(">I", head)[0]))
+
+
+def read_bytes(descriptor: int, size: int) -> bytes:
+    """Read so many bytes, fewer only at the end of the stream."""
+    content = bytearray()
+    while len(content) < size and (part := os.read(descriptor, min(1 << 20, size - len(content)))):
+        content += part
+    return bytes(content)
 
 
 def write_frame(stream: BinaryIO, content: Any) -> None:
@@ -140,9 +153,10 @@ def run_source(source: str) -> int:
 class Server:
     """State of the server: what the machine offers, and which part of it is used."""
 
-    def __init__(self, settings: dict[str, Any], kernel: Any) -> None:
+    def __init__(self, settings: dict[str, Any], kernel: Any, folders: Any) -> None:
         self.settings = settings
         self.kernel = kernel
+        self.folders = folders
         self.null = os.open(os.devnull, os.O_RDWR)
         with open("/proc/self/statm") as file:
             self.base_bytes = int(file.read().split()[0]) * resource.getpagesize()
@@ -215,7 +229,7 @@ class Server:
         texts = {out_read: bytearray(), err_read: bytearray()}
         reason, code, cpu_s, seconds = watch(pid, texts, err_read, used["wall_s"], used["output_kib"] << 10)
         if not used["namespaces"]:
-            shutil.rmtree(folder, ignore_errors=True)
+            self.folders.remove_folder(folder)
         if not texts[err_read].startswith(ISOLATED):
             said = texts[err_read].decode("utf-8", "replace").strip()
             return refused(said or f"not isolated when its process ended ({describe_end(reason, code, False, '')[1]})")
@@ -224,8 +238,8 @@ class Server:
         status, message = describe_end(reason, code, cpu_s >= used["cpu_s"] - 0.5, said)
         return {"status": status, "printed": printed, "seconds": round(seconds, 4), "message": message[:500]}
 
-    def run(self, source: str) -> dict[str, Any]:
-        """Run one program in its own monitor process, whose namespaces end with it."""
+    def run(self, source: str) -> Any:
+        """Run one program in its own monitor process, whose namespaces end with it; for `probe`."""
         return self.in_fork(lambda: self.monitor(source))
 
     def in_fork(self, work: Callable[[], Any]) -> Any:
@@ -244,10 +258,63 @@ class Server:
             finally:
                 os._exit(0)
         os.close(write)
-        with os.fdopen(read, "rb") as stream:
-            result = read_frame(stream)
+        result = read_frame(read)
+        os.close(read)
         os.waitpid(pid, 0)
         return result or refused("its monitor ended without a result")
+
+    def serve(self, requests: int, answers: int) -> None:
+        """Fork a monitor for each program that waits to be read, until nobody asks any more."""
+        waiting, asking = select.poll(), select.poll()
+        waiting.register(requests, select.POLLIN)
+        asking.register(requests, 0)  # says only that the other end was closed
+        while any(events & select.POLLIN for _, events in waiting.poll()):
+            said, say = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    os.close(said)
+                    self.answer_one(requests, answers, say)
+                finally:
+                    os._exit(1)
+            os.close(say)
+            asking.register(said, select.POLLIN)
+            words = b""
+            while True:
+                events = dict(asking.poll())
+                if requests in events:
+                    os.kill(pid, signal.SIGKILL)  # its program ends with it
+                    os.waitpid(pid, 0)
+                    return
+                part = os.read(said, 16)
+                if not part:
+                    break
+                words += part
+            asking.unregister(said)
+            os.close(said)
+            os.waitpid(pid, 0)
+            if words == READ:  # and ended without beginning its answer
+                with os.fdopen(os.dup(answers), "wb") as stream:
+                    write_frame(stream, refused("its monitor ended without a result"))
+            elif words != READ + BEGUN + DONE:
+                return  # nobody knows how much of the question or of the answer is in the pipes
+
+    def answer_one(self, requests: int, answers: int, say: int) -> None:
+        """Read one program, run it and write its result; in a process of its own, which it ends."""
+        self.kernel.die_with_parent()
+        request = read_frame(requests)
+        if request is None:
+            os._exit(0)
+        os.write(say, READ)
+        try:
+            result = self.monitor(request["source"])
+        except BaseException as problem:
+            result = refused(f"{type(problem).__name__}: {problem}")
+        os.write(say, BEGUN)
+        with os.fdopen(answers, "wb", closefd=False) as stream:
+            write_frame(stream, result)
+        os.write(say, DONE)
+        os._exit(0)
 
 
 def refused(why: str) -> dict[str, Any]:
@@ -344,34 +411,56 @@ def probe(server: Server) -> dict[str, str]:
     return report
 
 
-def load_kernel() -> Any:
-    """Load the module beside this file, without the package around it."""
-    location = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernel.py")
-    spec = importlib.util.spec_from_file_location("sandbox_kernel", location)
+def load_beside(name: str) -> Any:
+    """Load a module beside this file, without the package around it."""
+    location = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"sandbox_{name}", location)
     if spec is None or spec.loader is None:
         raise ImportError(location)
-    kernel = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(kernel)
-    return kernel
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def keep(folders: Any, base: str) -> None:
+    """Fork the server, in which this returns; wait for its end here, whatever it is, remove the folder, and end.
+
+    The keeper stays the user who made the folder. It also outlives an evaluation that a signal ended: the server ends
+    when nobody is left to ask it.
+    """
+    pid = os.fork()
+    if pid == 0:
+        return
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    os.closerange(0, 256)
+    os.waitpid(pid, 0)
+    for _ in range(100):  # a program that is being killed may still write
+        if folders.remove_folder(base):
+            break
+        time.sleep(0.05)
+    os._exit(0)
 
 
 def main(settings: dict[str, Any]) -> None:
     """Serve programs from stdin until it ends, or report what the machine offers."""
-    kernel = load_kernel()
-    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    kernel, folders = load_beside("kernel"), load_beside("folders")
+    if settings["base"] and not settings["probe"]:
+        keep(folders, settings["base"])
+    requests, answers = os.dup(0), os.dup(1)
     load_modules(settings["numpy_parent"])
-    server = Server(settings, kernel)
+    server = Server(settings, kernel, folders)
     for target in (0, 1):
         os.dup2(server.null, target)
-    if settings["probe"]:
-        write_frame(answers, {"report": probe(server), "landlock_abi": kernel.landlock_abi()})
-        return
-    server.prepare()
-    kernel.die_with_parent()  # after the change of user, which clears it
-    gc.freeze()
-    write_frame(answers, {"ready": True})
-    while (request := read_frame(requests)) is not None:
-        write_frame(answers, server.run(request["source"]))
+    with os.fdopen(os.dup(answers), "wb") as stream:
+        if settings["probe"]:
+            write_frame(stream, {"report": probe(server), "landlock_abi": kernel.landlock_abi()})
+            return
+        server.prepare()
+        kernel.die_with_parent()  # after the change of user, which clears it
+        gc.freeze()
+        write_frame(stream, {"ready": True})
+    server.serve(requests, answers)
 
 
 if __name__ == "__main__":

@@ -136,4 +136,70 @@ HOSTILE = [
     Hostile("deeply nested source", "(" * 50000 + ")" * 50000, frozenset({"error", "memory", "killed"})),
     Hostile("long sum in the source", "x = " + "+".join("1" for _ in range(100000)),
             frozenset({"ok", "error", "memory", "killed"})),
+    # What is left for those who clean up
+    stopped("nested folders", "for _ in range(1500):\n  os.mkdir('d')\n  os.chdir('d')\nprint('deep')", "ok", "error"),
+    Hostile("folders that cannot be listed", PRELUDE + "os.umask(0)\nfor mode in (0o300, 0o100, 0):\n"
+            "  os.mkdir(f'm{mode}')\n  open(f'm{mode}/f', 'w').close()\n  os.mkdir(f'm{mode}/inner', 0)\n"
+            "  os.rename(f'm{mode}', f'x{mode}')\nos.mkdir('big', 0o300)\nopen('big/f', 'w').close()\n"
+            "os.mkdir('shut', 0)", frozenset({"ok", "error"})),
+    Hostile("names that are no text", PRELUDE + "for n in range(1, 256):\n  if n not in (46, 47):\n"
+            "    os.mkdir(bytes([n]) * 255)\n    open(bytes([n]) * 255 + b'/' + bytes([n]), 'w').close()"),
+    Hostile("wide and deep folders", PRELUDE + "for a in range(8):\n  for b in range(8):\n    for c in range(8):\n"
+            "      try: os.makedirs(f'{a}/{b}/{c}')\n      except OSError: pass"),
+    # Reading and writing by other calls
+    refused("opens by other calls", "libc.syscall(437, -100, b'/etc/passwd', bytes(24), 24)",
+            "libc.syscall(303, -100, b'/', bytes(128), bytes(8), 0)", "libc.syscall(304, -100, bytes(128), 0)",
+            "os.listxattr('/') or None", "os.statvfs('/')", "libc.open(b'/proc/self/mem', 2)", "libc.acct(b'x')",
+            "os.open('..', os.O_TMPFILE | os.O_RDWR)", "os.open('/tmp', os.O_TMPFILE | os.O_RDWR)"),
+    refused("copies between descriptors", "os.sendfile(1, 0, 0, 1)", "os.splice(0, 1, 1)",
+            "os.copy_file_range(0, 1, 1)", "libc.syscall(278, 1, bytes(16), 1, 0)", "libc.tee(0, 1, 1, 0)"),
+    refused("queues and shared segments", "libc.msgget(1, 0o1666)", "libc.semget(1, 1, 0o1666)",
+            "libc.shmat(0, None, 0)", "libc.syscall(240, b'q', 0o102, 0o666, None)", "os.eventfd(0)",
+            "libc.syscall(447, 0)", "libc.signalfd(-1, bytes(8), 0)", "libc.timerfd_create(0, 0)",
+            "libc.epoll_create(1)", "libc.inotify_init()"),
+    refused("keys and counters of the kernel", "libc.syscall(248, b'user', b'k', b'v', 1, -3)",
+            "libc.syscall(250, 0, -3, 1)", "libc.syscall(298, bytes(128), 0, -1, -1, 0)", "libc.syscall(323, 0)",
+            "libc.syscall(300, 0, 0)", "libc.syscall(103, 3, None, 0)", "libc.personality(0xffffffff)",
+            "libc.syscall(312, os.getpid(), @OTHER@, 0, 0, 0)", "libc.syscall(438, 0, 0, 0)",
+            "libc.syscall(434, @OTHER@, 0)", "libc.ptrace(0, 0, None, None)", "libc.iopl(3)",
+            "libc.syscall(444, None, 0, 1)", "libc.syscall(317, 1, 0, bytes(16))", "libc.mlockall(1)"),
+    refused("calls of the x32 numbers",
+            *(f"libc.syscall({0x40000000 + n}, 0, 0, 0)" for n in (39, 41, 56, 57, 59, 62))),
+    Hostile("calls of 32 bits", PRELUDE + """
+mmap = libc.mmap
+mmap.restype, mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+def call(number):  # mov eax, number; int 0x80; ret
+    code = bytes([0xB8, number, 0, 0, 0, 0xCD, 0x80, 0xC3])
+    at = mmap(None, 4096, 7, 0x22, -1, 0)
+    ctypes.memmove(at, code, len(code))
+    return max(-1, ctypes.CFUNCTYPE(ctypes.c_int)(at)())
+for number in (2, 20, 190):  # fork, getpid, vfork
+    attempt(lambda: call(number))
+""", frozenset({"ok", "killed", "error"})),
+    # Tricks with the interpreter around it
+    Hostile("replaces the end of the process", PRELUDE + "os._exit = sys.exit = lambda *a: None\nprint('still here')",
+            frozenset({"ok", "error", "killed", "timeout"})),
+    stopped("an error that cannot be told", "class Odd(Exception):\n  def __str__(self): raise Odd()\nraise Odd()",
+            "error"),
+    stopped("changes the frames that called it", "frame = sys._getframe()\nwhile frame:\n"
+            "  for name in list(frame.f_globals): frame.f_globals[name] = None\n  frame = frame.f_back\n1 / 0",
+            "error", "ok"),
+    stopped("formats without end", "print('%*d' % (1 << 40, 1))", "memory", "error"),
+    stopped("reports itself isolated and floods stderr", "while True: os.write(2, b'\\x06' * 4096)", "output"),
 ]  # fmt: skip
+
+SLOW = [
+    Hostile("works when all is done", PRELUDE + "sys.modules['builtins'].exit = None\nclass Late:\n"
+            "  def __del__(self):\n    while True: pass\nlate = Late()\nprint('done')"),
+    stopped("output that never flushes", "class Out:\n  def write(self, text): pass\n  def flush(self):\n"
+            "    while True: pass\nsys.stdout = Out()", "timeout"),
+    stopped("an error that takes for ever to tell", "class Slow(Exception):\n  def __str__(self):\n"
+            "    while True: pass\nraise Slow()", "timeout"),
+    stopped("goes on after its CPU time", "signal.signal(signal.SIGXCPU, lambda *a: None)\nwhile True: pass",
+            "timeout"),
+    stopped("traces everything", "def slow(*a):\n  time.sleep(0.01)\n  return slow\nsys.settrace(slow)\n"
+            "def f(n): return n and f(n - 1)\nwhile True: f(50)", "timeout"),
+    stopped("one number of a million digits", "sys.set_int_max_str_digits(0)\nx = 7 ** 3000000\nprint(len(str(x)))",
+            "ok", "timeout", "memory", "output"),
+]  # fmt: skip
+"""Further ones, each of which takes all the time that it is given."""

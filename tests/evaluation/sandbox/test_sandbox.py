@@ -7,8 +7,10 @@ import dataclasses
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -21,7 +23,7 @@ import pytest
 from colm_ds.errors import ConfigError
 from colm_ds.evaluation.sandbox import sandbox
 from colm_ds.evaluation.sandbox.sandbox import Isolation, Limits, ProgramResult, run_isolated, run_programs
-from tests.evaluation.sandbox.hostile_programs import HOSTILE, Hostile
+from tests.evaluation.sandbox.hostile_programs import HOSTILE, SLOW, Hostile
 
 SECRET = "s3cr3t-of-the-parent"
 SMALL = Limits(wall_s=2.0, cpu_s=1, memory_mib=256, files_mib=4, output_kib=16, open_files=16)
@@ -38,13 +40,15 @@ def isolation_at(level: str) -> Isolation:
 
 
 def descendants() -> set[int]:
-    """Numbers of this process's children and theirs, from /proc."""
+    """Numbers of this process's living children and theirs, from /proc."""
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
         except OSError:
             continue
+        if state != "Z":  # ended, and only not asked for by whoever adopted it
+            parents[int(folder.name)] = int(parent)
     found = {os.getpid()}
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
@@ -116,8 +120,12 @@ def outside(repo_root: Path) -> Iterator[Outside]:
 @pytest.fixture(scope="module", params=["namespaces", "landlock"])
 def hostile_run(request: pytest.FixtureRequest, outside: Outside) -> dict[str, Any]:
     """Every hostile program followed by an ordinary one, at one level; and pictures of the outside around it."""
-    isolation = isolation_at(request.param)
-    programs = [text for program in HOSTILE for text in (outside.fill_in(program.source), GOOD)]
+    return run_all(HOSTILE, request.param, outside)
+
+
+def run_all(hostile: list[Hostile], level: str, outside: Outside) -> dict[str, Any]:
+    isolation = isolation_at(level)
+    programs = [text for program in hostile for text in (outside.fill_in(program.source), GOOD)]
     before = outside.picture()
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir="/tmp") as folder:
         os.chmod(folder, 0o755)
@@ -130,7 +138,11 @@ def hostile_run(request: pytest.FixtureRequest, outside: Outside) -> dict[str, A
 @pytest.mark.parametrize("program", HOSTILE, ids=lambda program: program.name.replace(" ", "_"))
 def test_hostile_program_is_held(program: Hostile, hostile_run: dict[str, Any]) -> None:
     index = 2 * HOSTILE.index(program)
-    result, following = hostile_run["results"][index : index + 2]
+    is_held(program, *hostile_run["results"][index : index + 2])
+
+
+def is_held(program: Hostile, result: ProgramResult, following: ProgramResult) -> None:
+    """Assert that a program ended as it may, and that the ordinary one after it was not disturbed."""
     assert result.status in program.statuses, result
     assert "YES" not in result.printed, result.printed
     assert SECRET not in result.printed + result.message
@@ -139,9 +151,78 @@ def test_hostile_program_is_held(program: Hostile, hostile_run: dict[str, Any]) 
     assert (following.status, following.printed) == ("ok", "42\n"), f"the evaluation did not go on: {following}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["namespaces", "landlock"])
+def test_slow_hostile_programs_are_held(level: str, outside: Outside) -> None:
+    ran = run_all(SLOW, level, outside)
+    for index, program in enumerate(SLOW):
+        is_held(program, *ran["results"][2 * index : 2 * index + 2])
+    test_nothing_outside_changes(ran)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="not root")
+def test_all_of_this_as_an_ordinary_user(repo_root: Path) -> None:
+    """All tests of this folder once more, as nobody; skips where nobody cannot run Python or read what it imports."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as home:
+        os.chmod(home, 0o777)
+        packages = Path(pytest.__file__).parents[1]
+        environment = {**os.environ, "PYTHONPATH": f"{repo_root}:{packages}", "HOME": home, "TMPDIR": home}
+
+        def run(*command: str) -> subprocess.CompletedProcess[str]:
+            as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *command]
+            return subprocess.run(as_nobody, cwd=repo_root, env=environment, capture_output=True, text=True)
+
+        ready = "import subprocess, sys, torch, tests.conftest; subprocess.run([sys.executable, '-c', ''], check=True)"
+        usable = [each for each in (sys.executable, "/usr/bin/python3") if run(each, "-c", ready).returncode == 0]
+        if not usable:
+            pytest.skip("nobody cannot run this Python, or read the repository")
+        options = ["-q", "-p", "no:cacheprovider", f"--basetemp={home}/base", "-m", "slow or not slow"]
+        done = run(usable[0], "-B", "-m", "pytest", *options, "tests/evaluation/sandbox")
+        assert done.returncode == 0, done.stdout[-5000:]
+        assert " passed, 1 skipped" in done.stdout, done.stdout[-500:]  # this one alone
+
+
 def test_nothing_outside_changes(hostile_run: dict[str, Any]) -> None:
     assert hostile_run["after"] == hostile_run["before"]
     assert hostile_run["folders"] == []
+
+
+ENDED = """
+import dataclasses, glob, os, signal, sys, tempfile, threading, time
+from colm_ds.evaluation.sandbox import sandbox
+tempfile.tempdir = sys.argv[1]
+means = dataclasses.replace(sandbox.detect(), namespaces="not wanted")
+program = '''
+import sys, time
+os = sys.modules["os"]
+os.mkdir("big", 0o300)
+open("big/f", "w").close()
+time.sleep(50)
+'''
+def end():
+    while not glob.glob(sys.argv[1] + "/*/program*/big/f"):
+        time.sleep(0.05)
+    os.kill(os.getpid(), int(sys.argv[2]))
+threading.Thread(target=end, daemon=True).start()
+sandbox.run_isolated([program], sandbox.Limits(wall_s=60.0, cpu_s=60), 1, means)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda number: number.name)
+def test_nothing_stays_when_the_evaluation_is_ended(number: signal.Signals, tmp_path: Path, repo_root: Path) -> None:
+    """No folder and no process, while a program was running."""
+    isolation_at("landlock")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        command = [sys.executable, "-c", ENDED, folder, str(int(number))]
+        environment = {**os.environ, "PYTHONPATH": ":".join([str(repo_root), *filter(None, sys.path)])}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == -number, done.stderr
+        deadline = time.monotonic() + 10
+        while os.listdir(folder) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert os.listdir(folder) == []
 
 
 def test_no_connection_reaches_a_listener() -> None:
@@ -209,6 +290,35 @@ def test_programs_leave_nothing_to_the_next_one() -> None:
         assert results[0].printed == results[2].printed
         assert results[0].printed.startswith("3.1416 2 ")
         assert results[2].message.startswith("FileNotFoundError")
+
+
+LOOKS_AROUND = """
+import sys, re
+os, ctypes = sys.modules["os"], sys.modules["ctypes"]
+libc = ctypes.CDLL(None)
+libc.write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+libc.sbrk.restype, libc.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_long]
+end, here = libc.sbrk(0), id([]) & -4096
+read, write = os.pipe()
+seen, pages = set(), 0
+for low, high in ((end - (64 << 20), end), (here - (64 << 20), here + (64 << 20))):
+    for page in range(low & -4096, high, 4096):
+        if libc.write(write, page, 4096) == 4096:  # the kernel says which pages there are
+            pages += 1
+            seen |= set(re.findall(rb"LE[A]K_[a-z]{6}", os.read(read, 4096)))
+print(pages > 1000, sorted(seen))
+"""
+
+
+@pytest.mark.parametrize("level", ["namespaces", "landlock"])
+def test_no_program_can_read_the_one_before(level: str) -> None:
+    """Neither its source nor what it printed is in the memory that the next one was forked from."""
+    says = "text = 'LEAK_source'\nprint('LEAK_' + 'tnirp'[::-1] + 'x')\n" + "#" * 70000
+    limits = Limits(wall_s=20.0, cpu_s=20)
+    own = LOOKS_AROUND.replace("import sys", "mine = 'LEAK_myself'\nimport sys", 1)
+    *_, blind, sighted = run_isolated([says, says, says, LOOKS_AROUND, own], limits, 1, isolation_at(level))
+    assert (blind.status, blind.printed) == ("ok", "True []\n"), blind
+    assert sighted.printed == "True [b'LEAK_myself']\n", "the search itself must work"
 
 
 @pytest.mark.parametrize("module", ["os", "socket", "subprocess", "torch", "sympy", "ctypes", "numpy.distutils_x"])
