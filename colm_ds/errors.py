@@ -6,9 +6,18 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from colm_ds.untrusted.printable import visible
+
 
 class CoLMError(Exception):
-    """Base class: an error whose message is meant for the user, shown without a traceback."""
+    """Base class: an error whose message is meant for the user, shown without a traceback.
+
+    Names and values from files are in the message as they are; as text, it has nothing that a terminal would obey.
+    """
+
+    def __str__(self) -> str:
+        """Return the message, safe to show."""
+        return visible(super().__str__())
 
 
 ColmError = CoLMError
@@ -104,7 +113,7 @@ class Problems:
 
     def add(self, key: str, value: object, why: str, fix: str = "") -> None:
         """Record one problem: the key, its value, why it is wrong and what to write instead."""
-        shown = f"{key} = {value!r}" if not isinstance(value, (int, float)) else f"{key} = {value}"
+        shown = f"{key} = {_short(value)}"
         self.messages.append(f"{shown}: {why}" + (f". {fix}" if fix else ""))
 
     def add_unknown(self, key: str, known: Iterable[str]) -> None:
@@ -118,6 +127,22 @@ class Problems:
         count = len(self.messages)
         head = f"{count} problem{'s' if count > 1 else ''} in {self.where}"
         raise error("\n  ".join([head, *self.messages, *self.notes]))
+
+
+_MOST_SHOWN = 300
+"""Characters of a value in a message."""
+
+
+def _short(value: object) -> str:
+    text = repr(value) if not isinstance(value, (int, float)) else _number(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}... ({len(text):,} characters)"
+
+
+def _number(value: float) -> str:
+    try:
+        return str(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return hex(int(value))
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from colm_ds.config.deepspeed import check_auto, check_keys, check_monitors
 from colm_ds.config.section import validate_section
 from colm_ds.errors import ConfigError, Problems
 from colm_ds.selection import SELECTORS
+from colm_ds.untrusted.json_text import read_json
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ def load_config(config: str | Path | dict[str, Any]) -> tuple[dict[str, Any], st
         return copy.deepcopy(config), "the DeepSpeed configuration"
     path = Path(config)
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        loaded = read_json(path)
     except FileNotFoundError:
         near = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) if path.parent.is_dir() else ""
         raise ConfigError(f"{path}: no such file." + (f" In that folder: {near}." if near else "")) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise ConfigError(f"{path}: not readable as JSON: {error}. Write one JSON object.") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: a {type(loaded).__name__}. Write one JSON object.")

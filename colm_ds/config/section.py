@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,6 +22,8 @@ def validate_section(kind: type[Section], values: Any, prefix: str, problems: Pr
     Returns:
         The section, or None if there were problems.
     """
+    if not _check_texts(values, prefix, problems):
+        return None
     try:
         return kind.model_validate(values, strict=False)
     except ValidationError as error:
@@ -40,6 +43,22 @@ def validate_section(kind: type[Section], values: Any, prefix: str, problems: Pr
         for key, (value, names, *messages) in wrong.items():
             problems.add(key, value, " or ".join(messages), _describe(kind, names))
         return None
+
+
+def _check_texts(values: Any, key: str, problems: Problems) -> bool:
+    """Record texts that can be no path, key or name anywhere: with a NUL character, or half of a surrogate pair."""
+    good = True
+    if isinstance(values, dict):
+        for name, value in values.items():
+            good &= _check_texts(name, key, problems)
+            good &= _check_texts(value, f"{key}.{name}" if key else str(name), problems)
+    elif isinstance(values, list):
+        for value in values:
+            good &= _check_texts(value, key, problems)
+    elif isinstance(values, str) and re.search("[\\0\\ud800-\\udfff]", values):
+        problems.add(key, values, "holds a NUL character or half of a surrogate pair", "Write it without.")
+        good = False
+    return good
 
 
 def _is_union_branch(part: Any, kind: type[Section]) -> bool:

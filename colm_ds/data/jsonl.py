@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from colm_ds.errors import DataError
+from colm_ds.untrusted.json_text import parse_json
+from colm_ds.untrusted.lines import MAX_LINE_BYTES
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 _CHUNK_BYTES = 1 << 20
+_ZSTD_PIECE_BYTES = 1 << 8  # one piece becomes at most 8 MiB: 4 bytes may stand for 128 KiB
 _ZSTD_WINDOW_BYTES = 1 << 31  # needed by files compressed with `zstd --long=31`; costs nothing for small files
 
 PathLike = str | Path
@@ -127,13 +130,18 @@ def raw_lines(path: Path, on_read: Callable[[int], object] | None = None) -> Ite
         on_read: called with the bytes of the file read so far.
 
     Raises:
-        DataError: if compressed data is broken or cut off.
+        DataError: if compressed data is broken or cut off, or a line is longer than `MAX_LINE_BYTES`.
     """
     number = 0
     try:
         for line in split_lines(_read_chunks(path, on_read)):
             yield line
             number += 1
+    except _LineTooLongError:
+        raise DataError(
+            f"{path}:{number + 1}: a line of more than {MAX_LINE_BYTES >> 20} MiB. Write one record per line, or cut "
+            "long texts into several records."
+        ) from None
     except (EOFError, gzip.BadGzipFile, zlib.error, _ZstdError) as error:
         kind = "zstd" if isinstance(error, _ZstdError) else "gzip"
         raise DataError(
@@ -157,13 +165,13 @@ def parse_line(line: bytes, where: str, first: bool = False) -> dict[str, Any]:
 
 def _parse_object(where: str, text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{where}: not JSON: {error.msg} at column {error.colno}. Write one complete JSON object per line."
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: JSON that cannot be read: {error}") from error
+    except ValueError as error:
+        raise DataError(f"{where}: JSON that cannot be read: {error}. Write flat records.") from error
     if not isinstance(value, dict):
         raise DataError(f'{where}: a JSON {_kind(value)}, not an object. Write {{"key": value, ...}}.')
     return value
@@ -174,14 +182,14 @@ def _read_array(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not text.strip():
         return
     try:
-        items = json.loads(text)
+        items = parse_json(text)
     except json.JSONDecodeError as error:
         fix = "Close the array." if text.lstrip().startswith("[") else "Write one array [{...}, {...}]."
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             fix = "It looks like one object per line: name the file .jsonl."
         raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}. {fix}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: JSON that cannot be read: {error}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: JSON that cannot be read: {error}. Write flat records.") from error
     if not isinstance(items, list):
         raise DataError(f"{path}: a JSON {_kind(items)}, not an array. Write [{{...}}, {{...}}], or use .jsonl.")
     for number, item in enumerate(items, start=1):
@@ -212,18 +220,30 @@ def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
     Yields:
         The lines; the last one also without a line end, unless it is empty.
+
+    Raises:
+        _LineTooLongError: for a line that grows beyond `MAX_LINE_BYTES`, as soon as it does.
     """
     pending: list[bytes] = []
+    size = 0
     for chunk in chunks:
         head, *rest = chunk.split(b"\n")
         pending.append(head)
+        size += len(head)
+        if size > MAX_LINE_BYTES:
+            raise _LineTooLongError
         if rest:
             yield b"".join(pending)
             yield from rest[:-1]
             pending = [rest[-1]]
+            size = len(rest[-1])
     last = b"".join(pending)
     if last:
         yield last
+
+
+class _LineTooLongError(Exception):
+    """A line that nobody wrote by hand: damage, or a file made to fill the memory."""
 
 
 class _ZstdError(Exception):
@@ -233,7 +253,7 @@ class _ZstdError(Exception):
 def _read_chunks(path: Path, on_read: Callable[[int], object] | None = None) -> Iterator[bytes]:
     with path.open("rb") as raw:
         if path.name.endswith(".zst"):
-            chunks = _unzstd(iter(lambda: raw.read(_CHUNK_BYTES), b""))
+            chunks = _unzstd(iter(lambda: raw.read(_ZSTD_PIECE_BYTES), b""))
         elif path.name.endswith(".gz"):
             stream = gzip.open(raw)  # noqa: SIM115 (it holds nothing but `raw`)
             chunks = iter(lambda: stream.read1(_CHUNK_BYTES), b"")

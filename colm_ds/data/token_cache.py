@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from colm_ds.untrusted.json_text import read_json
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -81,7 +83,7 @@ def load_arrays(
     if not folder.is_dir():
         return None
     try:
-        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+        meta = read_json(folder / _META)
         arrays: Arrays = {}
         for name, dtype in dtypes.items():
             size = int(meta["sizes"][name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -10,6 +11,8 @@ from typing import Any, TextIO
 from colm_ds.errors import ConfigError, DataError
 from colm_ds.evaluation.task import Row
 from colm_ds.run_folder.files import replacing, write_whole
+from colm_ds.untrusted.json_text import parse_json, read_json
+from colm_ds.untrusted.lines import bounded_lines
 
 
 class EvaluationFolder:
@@ -89,7 +92,9 @@ class EvaluationFolder:
 
     def _remove(self) -> None:
         """Remove the files of an evaluation, and nothing else in the folder."""
-        names = list(self._read_json("settings.json").get("tasks", {}))
+        tasks = self._read_json("settings.json").get("tasks")
+        # A file that others wrote names no path: `../notes` is none of ours.
+        names = [name for name in tasks if re.fullmatch(r"\w[\w.-]*", name)] if isinstance(tasks, dict) else []
         files = [self.path / f"{name}.jsonl" for name in names]
         files += [part for name in names for part in self.path.glob(f"{name}.part-*.jsonl")]
         for file in [*files, *(self.path / name for name in ("results.json", "results.md", "settings.json"))]:
@@ -97,7 +102,7 @@ class EvaluationFolder:
 
     def _read_json(self, name: str) -> dict[str, Any]:
         try:
-            values = json.loads((self.path / name).read_text(encoding="utf-8"))
+            values = read_json(self.path / name)
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
@@ -128,11 +133,11 @@ def read_rows(file: Path) -> list[Row]:
     """Read the whole rows of a file; none if it is missing."""
     rows: list[Row] = []
     if file.exists():
-        with file.open(encoding="utf-8", errors="replace", newline="\n") as lines:
-            for line in lines:
+        with file.open("rb") as lines:
+            for line in bounded_lines(lines):
                 try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
+                    row = parse_json((line or b"").decode("utf-8", errors="replace"))
+                except ValueError:
                     continue
                 if isinstance(row, dict) and isinstance(row.get("index"), int):
                     rows.append(row)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from colm_ds.config.colm import CoLMSection
 from colm_ds.config.resolve import selection_config
 from colm_ds.config.section import validate_section
 from colm_ds.errors import ConfigError, Problems
+from colm_ds.untrusted.json_text import parse_json
+from colm_ds.untrusted.yaml_text import read_yaml
 
 OWN_TO_THE_ENGINE = {
     "micro_batch_tokens": "The Trainer's micro-batches have per_device_train_batch_size examples",
@@ -178,10 +177,10 @@ def _parse(given: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     text = str(given)
     try:
         if not text.lstrip().startswith("{"):
-            loaded = yaml.safe_load(Path(text).read_text(encoding="utf-8"))  # JSON is YAML
+            loaded = read_yaml(Path(text))  # JSON is YAML
         else:
-            loaded = json.loads(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+            loaded = parse_json(text)
+    except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise ConfigError(f"colm = {text!r}: not readable: {reason}. Give JSON, or a YAML or JSON file.") from None
     loaded = loaded.get("colm", loaded) if isinstance(loaded, dict) else loaded

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-import yaml
 from pydantic import Field, model_validator
 
 from colm_ds.config.colm import CoLMSection
@@ -29,6 +28,7 @@ from colm_ds.recipes.sections import (
     PerplexityConfig,
     PrepareConfig,
 )
+from colm_ds.untrusted.yaml_text import parse_yaml, read_yaml
 
 
 class BaseRecipe(Section):
@@ -247,12 +247,12 @@ def read_values(path: Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
         ConfigError: if a file is missing, is not YAML or no mapping, or recipes extend each other in a cycle.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = read_yaml(path)
     except FileNotFoundError:
         near = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
         raise ConfigError(f"{path}: no such recipe." + (f" In that folder: {near}." if near else "")) from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {_what_is_wrong(error)}. Write `key: value` lines.") from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}. Write `key: value` lines.") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: holds a {type(loaded).__name__}. Write keys and values.")
     other = loaded.pop("extends", None)
@@ -284,12 +284,6 @@ def describe_keys(kind: type[Section] = Recipe, prefix: str = "") -> list[str]:
     return lines
 
 
-def _what_is_wrong(error: Exception) -> str:
-    """Return a parser's error message on one line, with its line number."""
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    return f"line {mark.line + 1}: {problem}" if mark and problem else str(error)
-
-
 def _override(values: dict[str, Any], override: str, problems: Problems) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -305,9 +299,9 @@ def _override(values: dict[str, Any], override: str, problems: Problems) -> None
             return
         values = inner
     try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        problems.add("override", override, "the value is not YAML", "Quote it.")
+        values[last] = parse_yaml(text)
+    except ValueError as error:
+        problems.add("override", override, f"the value is not YAML: {error}", "Quote it.")
         return
     if isinstance(values[last], str):
         values[last] = _number(values[last])

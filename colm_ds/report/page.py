@@ -9,7 +9,8 @@ from typing import Any
 
 from colm_ds.report.section import ReportSection
 from colm_ds.report.svg import COLORS
-from colm_ds.report.tables import Table, clean, visible
+from colm_ds.report.tables import Table, clean
+from colm_ds.untrusted.printable import visible
 
 _SHAPES = {  # outlines of the markers, in legends
     "o": "M14.4 6 a3.6 3.6 0 1 0 7.2 0 a3.6 3.6 0 1 0 -7.2 0 Z",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from colm_ds.report.statistics import Difference, Measure
+from colm_ds.untrusted.printable import visible
 
 MISSING = "–"
 SEEDS_NOTE = "± is the standard error of the mean over seeds."
@@ -195,13 +196,8 @@ def compact(value: float) -> str:
     return f"{value:.{digits}f}" if digits <= 6 else f"{value:.2g}"
 
 
-def visible(text: Any) -> str:
-    """Return text without characters that XML forbids."""
-    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]", "\ufffd", str(text))
-
-
 def clean(text: Any) -> str:
-    """Return text on one line without characters that XML forbids."""
+    """Return text on one line without characters that XML forbids or a terminal or browser obeys."""
     return " ".join(visible(text).split())
 
 

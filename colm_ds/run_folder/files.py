@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from colm_ds.untrusted.json_text import read_json
+
 
 def read_object(path: Path, problems: list[str] | None = None) -> dict[str, Any]:
     """Return the JSON object in a file; empty if the file is missing or broken.
@@ -21,8 +23,8 @@ def read_object(path: Path, problems: list[str] | None = None) -> dict[str, Any]
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (ValueError, OSError, RecursionError):
+        content = read_json(path, errors="replace")
+    except (ValueError, OSError):
         problem = f"{path.name} cannot be read as JSON."
     else:
         if isinstance(content, dict):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from colm_ds.run_folder.read import parse_entry
+from colm_ds.untrusted.lines import bounded_lines
 
 _REMEMBERED = 256
 
@@ -37,14 +38,22 @@ class MetricsTail:
                 if replaced:
                     self._offset, self._before = 0, b""
                 file.seek(self._offset)
-                content = file.read()
+                return self._entries(file), replaced
         except OSError:
             return [], False
-        whole = content[: content.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        self._before = (self._before + whole)[-_REMEMBERED:]
-        lines = whole.decode("utf-8", errors="replace").split("\n")
-        return [entry for line in lines if (entry := parse_entry(line)) is not None], replaced
+
+    def _entries(self, file: Any) -> list[dict[str, Any]]:
+        """Return the entries of the lines that are whole; a line that is too long is passed over."""
+        entries = []
+        for line in bounded_lines(file):
+            if line is not None and not line.endswith(b"\n"):
+                break
+            self._offset = file.tell()
+            self._before = b"" if line is None else (self._before + line)[-_REMEMBERED:]
+            entry = None if line is None else parse_entry(line.decode("utf-8", errors="replace"))
+            if entry is not None:
+                entries.append(entry)
+        return entries
 
     def _continues(self, file: Any) -> bool:
         """Return whether the file still holds what was read last: a resumed run drops later steps and writes others."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,9 +11,13 @@ from typing import Any
 from colm_ds.errors import DataError
 from colm_ds.run_folder.contents import CONFIG, FINISHED, METRICS, SUMMARY
 from colm_ds.run_folder.files import read_object
+from colm_ds.untrusted.json_text import parse_json
+from colm_ds.untrusted.lines import bounded_lines
 
 _OUR_KEYS = ("colm", "recipe", "small_sources", "git_revision", "num_trainable", "command")
 _STEP_START = '{"step"'
+_MOST_HALVES = 32
+"""Entries that kills left half-written in one line; more than that is no line of ours."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +100,13 @@ def read_metrics(path: Path, problems: list[str] | None = None) -> list[dict[str
         return []
     by_step: dict[int, dict[str, Any]] = {}
     num_broken = 0
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            entry = parse_entry(line)
+    with path.open("rb") as file:
+        for line in bounded_lines(file):
+            entry = None if line is None else parse_entry(line.decode("utf-8", errors="replace"))
             if entry is not None:
                 by_step[entry["step"]] = entry
             else:
-                num_broken += bool(line.strip())
+                num_broken += line is None or bool(line.strip())
     if num_broken and problems is not None:
         problems.append(f"{num_broken} line{'s' * (num_broken > 1)} of {path.name} could not be read.")
     return [by_step[step] for step in sorted(by_step)]
@@ -119,10 +122,12 @@ def parse_entry(line: str) -> dict[str, Any] | None:
         An object whose `step` is an integer of 0 or more.
     """
     start = 0
-    while start >= 0:
+    for _ in range(_MOST_HALVES):
+        if start < 0:
+            break
         try:
-            entry = json.loads(line[start:])
-        except (ValueError, RecursionError):
+            entry = parse_json(line[start:])
+        except ValueError:
             start = line.find(_STEP_START, start + 1)
             continue
         step = number(entry.get("step")) if isinstance(entry, dict) else None

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from pydantic import Field
 
 from colm_ds.config.section import Section, validate_section
 from colm_ds.errors import ConfigError, Problems
+from colm_ds.untrusted.yaml_text import read_yaml
 
 
 class LaunchConfig(Section):
@@ -87,8 +87,8 @@ def load_grid(path: str | Path, changes: Sequence[str] = (), seeds: Sequence[int
     """
     path = Path(path)
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        loaded = read_yaml(path)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not readable as a grid: {error}. Write a YAML file.") from None
     problems = Problems(str(path))
     grid = validate_section(Grid, loaded if isinstance(loaded, dict) else {}, "", problems)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -193,3 +195,51 @@ def test_find_files_errors(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             find_files(paths)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_line_without_end_is_refused_while_it_is_read(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 MiB of zeros, which are 40 KB or less when compressed; no more than the bound and a piece are ever held."""
+    monkeypatch.setattr("colm_ds.data.jsonl.MAX_LINE_BYTES", 1 << 20)
+    good = json.dumps({"a": "x" * 1000}).encode() + b"\n"
+    path = save(tmp_path / f"zeros.jsonl{suffix}", good * 2000 + bytes(40 << 20) + b"\n" + good)
+    tracemalloc.start()
+    message = failure(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert f"{path}:2001: a line of more than 1 MiB. Write one record per line" in message
+    assert peak < 36 << 20  # a piece of zstd may become 8 MiB, and is joined from smaller ones
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_compressed_line_of_one_and_a_half_gigabytes(tmp_path: Path, suffix: str) -> None:
+    """As others may send it: refused with a process of under 300 MB, torch included."""
+    path = tmp_path / f"zeros.jsonl{suffix}"
+    if suffix == ".gz":
+        with gzip.open(path, "wb", compresslevel=1) as file:
+            for _ in range(1500):
+                file.write(bytes(1 << 20))
+    else:
+        zstandard = pytest.importorskip("zstandard")
+        with path.open("wb") as raw, zstandard.ZstdCompressor().stream_writer(raw) as file:
+            for _ in range(1500):
+                file.write(bytes(1 << 20))
+    program = (
+        "import sys\nfrom colm_ds.data import read_records\nfrom colm_ds.errors import DataError\n"
+        "try: list(read_records(sys.argv[1]))\nexcept DataError as error: print(error)\n"
+        "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
+    said, peak_kib = done.stdout.strip().splitlines()
+    assert "a line of more than 64 MiB" in said
+    assert int(peak_kib) < 300 * 1000
+
+
+def test_a_deeply_nested_record(tmp_path: Path) -> None:
+    for depth in (100, 950, 10_000):
+        deep = b'{"a": ' + b"[" * depth + b"]" * depth + b"}\n"
+        assert "nested more than 64 levels deep" in failure(save(tmp_path / "a.jsonl", deep))
+        assert "nested more than 64 levels deep" in failure(save(tmp_path / "a.json", b"[" + deep + b"]"))

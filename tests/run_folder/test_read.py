@@ -10,6 +10,7 @@ import pytest
 from colm_ds.errors import DataError
 from colm_ds.report import compare, load_run
 from colm_ds.report.facts import group, run_facts, small_sources
+from colm_ds.run_folder.follow import MetricsTail
 from tests.report.run_folders import SMALL, write_run
 
 
@@ -133,3 +134,27 @@ def test_small_sources_listed_or_by_the_rule(tmp_path: Path) -> None:
     config = {key: value for key, value in listed.config.items() if key != "small_sources"}
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
     assert small_sources([load_run(tmp_path / "a")]) == list(SMALL)
+
+
+def test_lines_and_files_that_are_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line without end, deep nesting and thousands of beginnings are broken lines, and cost no time."""
+    monkeypatch.setattr("colm_ds.untrusted.lines.bounded_lines.__defaults__", (1000,))
+    lines = [
+        b'{"step": 1, "loss": 3.0}',
+        b"0" * 100_000,
+        b'{"step": 2, "loss": 2.5}',
+        b'{"step": 3, "loss": ' + b"[" * 400 + b"]" * 400 + b"}",
+        b'{"step"' * 140,
+        b'{"step": 4, "loss": 2.0}',
+        b"0" * 5000,
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "config.json").write_text('{"colm": ' * 5000 + "1" + "}" * 5000)
+    run = load_run(tmp_path)
+    assert [step["loss"] for step in run.steps] == [3.0, 2.5, 2.0]
+    assert run.problems == ["config.json cannot be read as JSON.", "4 lines of metrics.jsonl could not be read."]
+    tail = MetricsTail(tmp_path / "metrics.jsonl")
+    assert [entry["loss"] for entry in tail.read()[0]] == [3.0, 2.5, 2.0]
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'\n{"step": 5, "loss": 1.0}\n')
+    assert [entry["loss"] for entry in tail.read()[0]] == [1.0]

@@ -43,6 +43,7 @@ from colm_ds.data.token_cache import describe_tokenizer
 from colm_ds.errors import ConfigError, DataError
 from colm_ds.process.progress import Progress
 from colm_ds.run_folder.files import write_whole
+from colm_ds.untrusted.json_text import read_json
 
 FORMAT_VERSION = 1
 _SETTINGS, _SCAN = "settings.json", "scan.json"
@@ -120,7 +121,7 @@ def _claim(wanted: Preparation, files: Sequence[Path], overwrite: bool) -> None:
     if overwrite and path.exists():
         shutil.rmtree(folder)
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = _own_json(path)
         differences = [
             f"{key}: {before.get(key)!r} there, {settings.get(key)!r} here"
             for key in {**before, **settings}
@@ -140,6 +141,18 @@ def _claim(wanted: Preparation, files: Sequence[Path], overwrite: bool) -> None:
     write_whole(path, (json.dumps(settings, indent=1) + "\n").encode())
 
 
+def _own_json(path: Path) -> dict[str, Any]:
+    """Read an object that an earlier preparation wrote."""
+    try:
+        content = read_json(path)
+        if isinstance(content, dict):
+            return content
+        reason = "not an object"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    raise DataError(f"{path}: not readable: {reason}. Prepare the data again with --overwrite.")
+
+
 def _settings(wanted: Preparation, files: Sequence[Path]) -> dict[str, Any]:
     """Return every setting that decides what the store holds, as JSON."""
     given = asdict(wanted)
@@ -156,7 +169,7 @@ def _scan_or_resume(wanted: Preparation, files: Sequence[Path], num_processes: i
     """Scan the files and get the tokenizer, or read the result of an earlier, finished scan."""
     path = wanted.folder / _SCAN
     if path.exists():
-        return Scan(**json.loads(path.read_text(encoding="utf-8")))
+        return Scan(**_own_json(path))
     if wanted.weights is None:
         keys, budgets = None, {"": wanted.sample_mb * 1e6}
     else:
@@ -203,7 +216,7 @@ def _given_tokenizer(place: str) -> Any:
         return load_sentencepiece(Path(place))
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # whatever a library makes of a broken file
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"tokenizer {place!r} cannot be loaded: {reason} Name a folder or a .model file.") from None
     if tokenizer.eos_token_id is None:
@@ -302,7 +315,7 @@ def _finish(wanted: Preparation, contents: Scan) -> None:
                 total[key] += counted[key]
     manifest = {
         "version": FORMAT_VERSION,
-        "settings": json.loads((wanted.folder / _SETTINGS).read_text(encoding="utf-8")),
+        "settings": _own_json(wanted.folder / _SETTINGS),
         "dtype": token_dtype(len(tokenizer)),
         "vocabulary_size": len(tokenizer),
         "tokenizer": describe_tokenizer(tokenizer),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from colm_ds.errors import DataError
 from colm_ds.run_folder.files import write_whole
+from colm_ds.untrusted.json_text import read_json
 
 MANIFEST = "manifest.json"
 PARTS = "parts"
@@ -57,20 +59,43 @@ def read_part(folder: Path, name: str, *, verify: bool = False) -> dict[str, Any
         verify: also read the tokens and compare their checksum.
     """
     try:
-        meta = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        meta = read_json(folder / f"{name}.json")
         path = folder / f"{name}.bin"
         if path.stat().st_size != meta["bytes"]:
             return None
         if verify and checksum(path.read_bytes()) != meta["checksum"]:
             return None
-    except (OSError, ValueError, KeyError):
+        return dict(meta)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return dict(meta)
 
 
 def checksum(data: bytes) -> str:
     """Return a hash of a part's tokens."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _check_manifest(manifest: Any) -> None:
+    """Raise `ValueError` unless a manifest has what a store reads of it, each of its kind."""
+    kinds: dict[str, type] = {"sources": dict, "parts": list, "dtype": str, "tokenizer": str, "vocabulary_size": int}
+    if not isinstance(manifest, dict):
+        raise ValueError("not an object")
+    for key, kind in kinds.items():
+        if not isinstance(manifest.get(key), kind):
+            raise ValueError(f"{key} is missing or no {kind.__name__}")
+    if manifest["dtype"] not in (token_dtype(0), token_dtype(1 << 20)):
+        raise ValueError(f"dtype {manifest['dtype']!r} is not one of tokens")
+    for part in manifest["parts"]:
+        if not isinstance(part, dict) or not re.fullmatch(r"\w[\w.-]*", str(part.get("name"))):
+            raise ValueError("a part without a name")
+        segments = part.get("segments")
+        tokens: list[Any] = [each.get("tokens") if isinstance(each, dict) else None for each in segments or ()]
+        if not isinstance(segments, list) or not all(isinstance(number, int) and number >= 0 for number in tokens):
+            raise ValueError(f"part {part['name']} without the tokens of its segments")
+        if any(each.get("split") not in SPLITS or each.get("source") not in manifest["sources"] for each in segments):
+            raise ValueError(f"part {part['name']} has a segment of no split or source")
+        if part.get("bytes") != sum(tokens) * np.dtype(manifest["dtype"]).itemsize:
+            raise ValueError(f"part {part['name']} has other bytes than its tokens")
 
 
 class TokenStore:
@@ -90,7 +115,8 @@ class TokenStore:
         """
         self.folder = Path(folder)
         try:
-            manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+            manifest = read_json(self.folder / MANIFEST)
+            _check_manifest(manifest)
         except FileNotFoundError:
             unfinished = (self.folder / PARTS).is_dir()
             why = "is not finished: run pretrain/prepare.py again" if unfinished else "holds no prepared data"

@@ -17,6 +17,7 @@ from colm_ds.data.token_cache import describe_tokenizer
 from colm_ds.errors import ConfigError
 from colm_ds.recipes.recipe import PretrainingRecipe
 from colm_ds.run_folder.contents import BEST_MODEL
+from colm_ds.run_folder.files import read_object
 from colm_ds.training.tasks.base import InTraining, measure_heldout_loss
 
 """Folder of the weights with the lowest held-out loss, in a run's folder."""
@@ -95,7 +96,7 @@ class PretrainingTask:
     def finish(self, run: InTraining) -> dict[str, Any]:
         """See `TrainingTask.finish`: step and loss of the best weights."""
         best = Path(self._recipe.output_dir) / BEST_MODEL / "best.json"
-        return {"best": json.loads(best.read_text(encoding="utf-8"))} if best.exists() else {}
+        return {"best": read_object(best)} if best.exists() else {}
 
     def describe(self) -> dict[str, Any]:
         """See `TrainingTask.describe`."""
@@ -124,6 +125,6 @@ class PretrainingTask:
 def _best_so_far(folder: Path) -> float:
     """Return the loss of the best weights of a resumed run."""
     try:
-        return float(json.loads((folder / "best.json").read_text(encoding="utf-8"))["heldout_loss"])
-    except (OSError, ValueError, KeyError):
+        return float(read_object(folder / "best.json")["heldout_loss"])
+    except (ValueError, KeyError, TypeError):
         return math.inf

@@ -1,0 +1,1 @@
+"""Read text that others wrote within bounds, and make it safe to show."""
