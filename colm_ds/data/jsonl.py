@@ -16,7 +16,7 @@ from colm_ds.untrusted.lines import MAX_LINE_BYTES
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 _CHUNK_BYTES = 1 << 20
-_ZSTD_PIECE_BYTES = 1 << 8  # one piece becomes at most 8 MiB: 4 bytes may stand for 128 KiB
+_ZSTD_PIECE_BYTES = 1 << 7  # one piece becomes at most 4 MiB: 4 bytes may stand for 128 KiB
 _ZSTD_WINDOW_BYTES = 1 << 31  # needed by files compressed with `zstd --long=31`; costs nothing for small files
 
 PathLike = str | Path
