@@ -7,7 +7,6 @@ the rank checked. While it is written its name begins with a dot; so does the na
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -24,6 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from colm_ds.checkpoints.manifest import name_of, read_manifest, write_manifest
+from colm_ds.checkpoints.tensors_only import load_tensors, tensors_only, why_not_tensors
 from colm_ds.distributed.agreement import first_failure
 from colm_ds.errors import CheckpointError
 from colm_ds.run_folder.files import sync_folder, write_whole
@@ -104,8 +105,8 @@ def save(
     _agree(target, failures, partial)
     with _noting(failures):
         checked = {str(path.relative_to(partial)): _read_back(path) for path in _written(partial)[rank::world_size]}
-        manifest = {"step": step, "world_size": world_size, "files": checked}
-        write_whole(partial / _manifest_name(rank), json.dumps(manifest | ({"facts": facts} if rank == 0 else {})))
+        own_facts = facts if rank == 0 else None
+        write_manifest(partial, rank, step=step, world_size=world_size, files=checked, facts=own_facts)
     _agree(target, failures, partial)
     if rank == 0:
         with _noting(failures):
@@ -153,45 +154,64 @@ def find(folder: Path, tag: str | None = None, *, repair: bool = False) -> Check
 
 
 def describe(path: Path, passed_over: Sequence[str] = ()) -> Checkpoint:
-    """Read the facts of a whole checkpoint from its manifest."""
-    first = json.loads((path / _manifest_name(0)).read_text(encoding="utf-8"))
-    return Checkpoint(path, first["step"], first["world_size"], first["facts"], tuple(passed_over))
+    """Read the facts of a whole checkpoint from its manifest.
+
+    Raises:
+        CheckpointError: if it is not one.
+    """
+    try:
+        first = read_manifest(path, 0)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable: {error}. Take another checkpoint.") from None
+    return Checkpoint(path, first.step, first.world_size, first.facts, tuple(passed_over))
 
 
 def why_not_whole(path: Path) -> str | None:
     """Return how a checkpoint's files differ from what was written; None if they do not."""
     if not path.is_dir():
         return "no such checkpoint"
-    if not (path / _manifest_name(0)).exists():
+    if not (path / name_of(0)).exists():
         return (
             "holds no state of colm_ds: it is not complete, or a plain DeepSpeed engine saved it "
             "(engine.deepspeed_engine.load_checkpoint continues from such weights)"
         )
     try:
-        first = json.loads((path / _manifest_name(0)).read_text(encoding="utf-8"))
-        files = dict(first["files"])
-        for rank in range(1, first["world_size"]):
-            files |= json.loads((path / _manifest_name(rank)).read_text(encoding="utf-8"))["files"]
+        first = read_manifest(path, 0)
+        files = dict(first.files)
+        for rank in range(1, first.world_size):
+            other = read_manifest(path, rank)
+            if (other.step, other.world_size) != (first.step, first.world_size):
+                return f"{name_of(rank)} is of step {other.step} and {other.world_size} ranks"
+            files |= other.files
         for name, (size, checksum) in files.items():
             num_bytes = (path / name).stat().st_size
             if num_bytes != size:
                 return f"{name} has {num_bytes} bytes, not {size}"
             if _checksum(path / name) != checksum:
                 return f"{name} is not what was written (CRC-32)"
-        names = {SHARED, *(_own_name(rank) for rank in range(first["world_size"]))}
+        names = {SHARED, *(_own_name(rank) for rank in range(first.world_size))}
         if missing := sorted(names - files.keys()):
             return f"{missing[0]} is not in its manifest"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        held = {str(file.relative_to(path)) for file in _written(path) if file.suffix == ".pt"}  # DeepSpeed looks for
+        if extra := sorted(held - files.keys()):
+            return f"{extra[0]} is not in its manifest"
+        for name in files:
+            if name.endswith(".pt") and (reason := why_not_tensors(path / name)) is not None:
+                return reason
+    except (OSError, ValueError) as error:
         return f"not readable: {error}"
     return None
 
 
 def read_state(checkpoint: Checkpoint, rank: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Return the state given to `save`: the shared one, and this rank's own (None for a rank that did not exist)."""
-    shared = torch.load(checkpoint.path / SHARED, map_location="cpu", weights_only=False)
-    if rank >= checkpoint.world_size:
-        return shared, None
-    return shared, torch.load(checkpoint.path / _own_name(rank), map_location="cpu", weights_only=False)
+    """Return the state given to `save`: the shared one, and this rank's own (None for a rank that did not exist).
+
+    Raises:
+        OSError: if a file cannot be read.
+        ValueError: if one holds something else than tensors and plain values.
+    """
+    shared = load_tensors(checkpoint.path / SHARED)
+    return shared, load_tensors(checkpoint.path / _own_name(rank)) if rank < checkpoint.world_size else None
 
 
 def load(engine: Any, checkpoint: Checkpoint, **options: Any) -> None:
@@ -213,7 +233,8 @@ def load(engine: Any, checkpoint: Checkpoint, **options: Any) -> None:
         tag = f"{_UNIVERSAL}{tag}"
     engine._config.load_universal_checkpoint = resharded
     try:
-        path, _ = engine.load_checkpoint(str(folder), tag, **options)
+        with tensors_only():
+            path, _ = engine.load_checkpoint(str(folder), tag, **options)
     finally:
         engine._config.load_universal_checkpoint = False
     if path is None:
@@ -231,10 +252,6 @@ def _written(partial: Path) -> list[Path]:
 
 def _own_name(rank: int) -> str:
     return f"colm_rank_{rank:05d}.pt"
-
-
-def _manifest_name(rank: int) -> str:
-    return f"manifest_{rank:05d}.json"
 
 
 @contextmanager
@@ -295,6 +312,8 @@ def _read_back(path: Path) -> tuple[int, int]:
             raise OSError(f"{path.name}: {broken} did not read back as written")
     elif path.suffix == ".pt":
         raise OSError(f"{path.name} did not read back as a torch file")
+    if path.suffix == ".pt" and (reason := why_not_tensors(path)) is not None:
+        raise OSError(reason)  # it could never be loaded
     return path.stat().st_size, _checksum(path)
 
 
@@ -342,8 +361,8 @@ def _by_age(folder: Path) -> list[Path]:
 
     def steps(path: Path) -> tuple[int, str]:
         try:
-            return int(json.loads((path / _manifest_name(0)).read_text(encoding="utf-8"))["step"]), path.name
-        except (OSError, ValueError, KeyError, TypeError):
+            return read_manifest(path, 0).step, path.name
+        except (OSError, ValueError):
             number = re.search(r"(\d+)$", path.name)
             return int(number[1]) if number else -1, path.name
 
@@ -353,7 +372,7 @@ def _by_age(folder: Path) -> list[Path]:
 def _prune(folder: Path, keep_last: int) -> None:
     for path in _by_age(folder)[max(1, keep_last) :]:
         trash = folder / f"{_TRASH}{path.name}"
-        (path / _manifest_name(0)).unlink(missing_ok=True)  # from here on it is not a checkpoint any more
+        (path / name_of(0)).unlink(missing_ok=True)  # from here on it is not a checkpoint any more
         os.replace(path, trash)
         shutil.rmtree(trash, ignore_errors=True)
 
@@ -361,7 +380,7 @@ def _prune(folder: Path, keep_last: int) -> None:
 def _make_universal(source: Path, target: Path) -> None:
     """Convert to DeepSpeed's universal format, from which any number of ranks can load."""
     shutil.rmtree(target, ignore_errors=True)
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [sys.executable, "-m", "colm_ds.checkpoints.to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(source), "--output_folder", str(target)]
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

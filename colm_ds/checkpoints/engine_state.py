@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,27 @@ def load_engine(engine: Any, checkpoint: atomic.Checkpoint, **options: Any) -> d
             )
     if _has_frozen(engine):
         options = {"load_module_strict": False, **options}
-    atomic.load(engine.deepspeed_engine, checkpoint, **options)
-    shared, own = atomic.read_state(checkpoint, dist.get_rank())
-    client_state: dict[str, Any] = shared.pop("client_state")
-    engine.load_state_dict(shared)
-    if own is not None:
-        restore_random_state(own["random_state"])
+    with _damage_told(checkpoint):
+        atomic.load(engine.deepspeed_engine, checkpoint, **options)
+        shared, own = atomic.read_state(checkpoint, dist.get_rank())
+        client_state: dict[str, Any] = shared.pop("client_state")
+        engine.load_state_dict(shared)
+        if own is not None:
+            restore_random_state(own["random_state"])
     return client_state
+
+
+@contextmanager
+def _damage_told(checkpoint: atomic.Checkpoint) -> Iterator[None]:
+    """Turn what files that fit their manifest, but not each other, make of loading into one message."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OverflowError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{checkpoint.path}: its files do not make a state of this run: {type(error).__name__}: {reason}. Move it "
+            "away to resume from an older one."
+        ) from error
 
 
 def find_on_all_ranks(folder: Path, tag: str | None = None) -> atomic.Checkpoint | None:

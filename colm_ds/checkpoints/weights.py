@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from colm_ds.checkpoints.atomic import Checkpoint
+from colm_ds.checkpoints.tensors_only import load_tensors, tensors_only
 from colm_ds.errors import CheckpointError
 from colm_ds.run_folder.contents import ADAPTER, MODEL
 
@@ -119,8 +120,9 @@ def checkpoint_tensors(
     path, trained = checkpoint.path, checkpoint.facts["trained"]
     try:
         state = _partitioned_state(path) if checkpoint.facts["stage"] == 3 else _module_state(path)
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path}: its weights cannot be read: {error}. Take another checkpoint.") from None
+    except Exception as error:  # whatever DeepSpeed makes of files that do not fit together
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{path}: its weights cannot be read: {reason}. Take another checkpoint.") from None
     names = [*trained, *buffers]
     missing = [name for name in names if name not in state]
     if missing:
@@ -135,16 +137,15 @@ def checkpoint_tensors(
 
 def _module_state(folder: Path) -> dict[str, Any]:
     """Read stages 0 to 2, where rank 0 wrote the whole model."""
-    file = folder / "mp_rank_00_model_states.pt"
-    state: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
-    return dict(state)
+    return dict(load_tensors(folder / "mp_rank_00_model_states.pt", mmap=True)["module"])
 
 
 def _partitioned_state(folder: Path) -> dict[str, Any]:
     """Read stage 3, where every rank wrote its part; `contiguous()` on a returned weight assembles it."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+    quiet = io.StringIO()  # its progress bars
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), tensors_only():
         return dict(
             get_fp32_state_dict_from_zero_checkpoint(
                 str(folder.parent), folder.name, exclude_frozen_parameters=True, lazy_mode=True

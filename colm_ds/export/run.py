@@ -197,7 +197,10 @@ def _find_source(run: Path, tag: str | None, final: str) -> _Source:
             f"{run}: nothing to export. The run is {state}, and checkpoints/ holds no checkpoint. "
             "Let it finish, or train with save_every=N."
         )
-    if not checkpoint.facts.get("trained") or "stage" not in checkpoint.facts:
+    trained = checkpoint.facts.get("trained")
+    shapes = list(trained.values()) if isinstance(trained, dict) else []
+    has_shapes = all(isinstance(shape, list) and all(isinstance(size, int) for size in shape) for shape in shapes)
+    if not shapes or not has_shapes or checkpoint.facts.get("stage") not in (0, 1, 2, 3):
         raise CheckpointError(f"{checkpoint.path}: its manifest names no trained tensors. Take another checkpoint.")
     return _Source(checkpoint.path, checkpoint.step, checkpoint)
 
