@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from colm_ds.errors import CoLMError, ConfigError
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.process.launch import relaunch
+from colm_ds.untrusted.printable import visible
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ def _export(options: argparse.Namespace) -> None:
         dtype=options.dtype,
     )
     for reason in done.passed_over:
-        print(f"passed over {reason}", file=sys.stderr)
+        print(visible(f"passed over {reason}"), file=sys.stderr)
     step = "" if done.step is None else f" after step {done.step}"
     print(f"{done.num_tensors} trained tensors{step}, from {done.source}")
     print(f"{done.folder}: {done.kind} in {done.dtype}")
@@ -274,7 +275,7 @@ def _preview(options: argparse.Namespace) -> None:
 
     quiet_libraries()
     recipe = load_recipe(options.recipe, options.overrides)
-    print(preview(recipe, num_examples=options.examples, with_coreset=not options.no_coreset))
+    print(visible(preview(recipe, num_examples=options.examples, with_coreset=not options.no_coreset)))
 
 
 def _set_up_check(parser: argparse.ArgumentParser) -> None:
@@ -334,7 +335,7 @@ def _plan(options: argparse.Namespace) -> None:
         print(json.dumps(compared, indent=2) if options.json else format_comparison(compared))
     else:
         report = {"name": recipe.name, **plan_report(job, **limits, tflops=options.tflops)}
-        print(json.dumps(report, indent=2) if options.json else f"{recipe.name}\n{format_plan(report)}")
+        print(json.dumps(report, indent=2) if options.json else visible(f"{recipe.name}\n{format_plan(report)}"))
 
 
 COMMANDS: dict[str, Command] = {

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from colm_ds.errors import ConfigError
+from colm_ds.untrusted.printable import visible
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +76,6 @@ def run(options: argparse.Namespace) -> None:
         max_tokens=options.max_tokens,
         progress=True,
     )
-    print(format_check(result))
+    print(visible(format_check(result)))
     write_check(result, folder)
     print(f"Numbers and picture: {folder}/check.json, {folder}/check.svg")

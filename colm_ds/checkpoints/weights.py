@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,7 @@ def save_trained(engine: Any, tokenizer: Any, folder: Path, *, is_main: bool) ->
 
     Raises:
         CheckpointError: if there is nothing to write.
+        OSError, SafetensorError: if it cannot be written, as on a full disk; nothing of it is left.
     """
     model = engine.module
     is_adapter = hasattr(model, "peft_config")
@@ -64,11 +67,19 @@ def save_trained(engine: Any, tokenizer: Any, folder: Path, *, is_main: bool) ->
         tied = getattr(model, "_tied_weights_keys", None)
         if tied and not is_adapter and getattr(model.config, "tie_word_embeddings", False):
             state = with_tied(model, state)
-        if is_adapter:
-            model.save_pretrained(target, state_dict=state)
-        else:
-            save_model(model, target, state)
-        tokenizer.save_pretrained(target)
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            if is_adapter:
+                model.save_pretrained(partial, state_dict=state)
+            else:
+                save_model(model, partial, state)
+            tokenizer.save_pretrained(partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # half of it would only fill the disk
+            raise
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return target

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from colm_ds.errors import CoLMError
+from colm_ds.errors import CoLMError, ConfigError, Problems
 from colm_ds.process.exit_codes import ExitCode
 
 Result = TypeVar("Result")
@@ -88,15 +88,62 @@ _STARTED_BY = (
 
 
 def single_process_environment() -> None:
-    """Take the rank that mpirun or srun gave this process; without a launcher, make it the only rank."""
+    """Take the rank that mpirun or srun gave this process; without a launcher, make it the only rank.
+
+    Raises:
+        ConfigError: if the environment has a rank, but not all that goes with one.
+    """
     if "RANK" in os.environ:
+        _check_environment()
         return
     for names in _STARTED_BY:
         if "MASTER_ADDR" in os.environ and all(name in os.environ for name in names.values()):
             os.environ.update({ours: os.environ[theirs] for ours, theirs in names.items()})
+            _check_environment()
             return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(alone)
+
+
+def _check_environment() -> None:
+    """Raise a `ConfigError` listing what is wrong with the variables that a launcher sets."""
+    problems = Problems("the environment, which has RANK, as a launcher sets it")
+    advice = "Start with deepspeed, torchrun, mpirun or srun, or unset RANK for a single process."
+    os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])  # on one machine they are the same
+    for name, most in (("RANK", 1 << 20), ("WORLD_SIZE", 1 << 20), ("LOCAL_RANK", 1 << 20), ("MASTER_PORT", 65535)):
+        text = os.environ.get(name)
+        if text is None:
+            problems.add(name, None, "missing", advice)
+        elif not text.isascii() or not text.isdigit() or not (name == "WORLD_SIZE") <= int(text[:20]) <= most:
+            problems.add(name, text, "not a number that it can be", advice)
+    if "MASTER_ADDR" not in os.environ:
+        problems.add("MASTER_ADDR", None, "missing", advice)
+    problems.raise_if_any()
+    if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        size = os.environ["WORLD_SIZE"]
+        problems.add("RANK", os.environ["RANK"], f"not less than WORLD_SIZE = {size}", advice)
+    problems.raise_if_any()
+
+
+def meet(join: Callable[[], object]) -> None:
+    """Join the other ranks.
+
+    Args:
+        join: makes the process group.
+
+    Raises:
+        ConfigError: if they cannot be met where the environment says: the port is taken, the address unknown, or they
+            do not come.
+    """
+    try:
+        join()
+    except (RuntimeError, ValueError, OSError) as error:
+        where = f"MASTER_ADDR = {os.environ.get('MASTER_ADDR')}, MASTER_PORT = {os.environ.get('MASTER_PORT')}"
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        taken = "EADDRINUSE" in str(error) or "address already in use" in str(error)
+        reason = "another process has that port" if taken else lines[0][:300] if lines else type(error).__name__
+        advice = "Choose another port (deepspeed --master_port, torchrun --master-port)" if taken else "Check both"
+        raise ConfigError(f"{where}: the ranks cannot meet there: {reason}. {advice}.") from None

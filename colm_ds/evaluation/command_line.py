@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from colm_ds.distributed.agreement import single_process_environment, together
+from colm_ds.distributed.agreement import meet, single_process_environment, together
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.errors import CoLMError, ConfigError
 from colm_ds.evaluation.backend import Backend, TransformersBackend
@@ -27,6 +27,7 @@ from colm_ds.process.exit_codes import ExitCode
 from colm_ds.process.launch import add_num_gpus
 from colm_ds.recipes.model import DTYPES, quiet_libraries
 from colm_ds.run_folder.environment import describe_environment
+from colm_ds.untrusted.printable import visible
 
 DEFAULT_CHUNK_TOKENS = 1024
 
@@ -112,7 +113,8 @@ def _join_ranks() -> torch.device:
         local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world_size)))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=RANK_WAITS)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        meet(lambda: dist.init_process_group(backend, timeout=RANK_WAITS))
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -140,7 +142,7 @@ def _evaluate(parsed: argparse.Namespace, device: torch.device) -> None:
         exchange=exchange,
         rank=rank,
         device=device,
-        say=lambda message: print(message, file=sys.stderr, flush=True),
+        say=lambda message: print(visible(message), file=sys.stderr, flush=True),
         progress=True,
     )
     print_results(results, folder)

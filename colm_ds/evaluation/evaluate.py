@@ -25,6 +25,7 @@ from colm_ds.evaluation.squad import SquadTask
 from colm_ds.evaluation.task import EvaluationTask, Row
 from colm_ds.process.progress import Progress
 from colm_ds.selection import SINGLE_PROCESS, Exchange
+from colm_ds.untrusted.printable import visible
 
 SCORING_VERSION = 1
 """Version; raise it whenever the same model and questions would give different answers or scores."""
@@ -287,5 +288,5 @@ def _write_results(
 def print_results(results: Mapping[str, Any] | None, folder: EvaluationFolder) -> None:
     """Print the tables, and where they were written."""
     if results is not None:
-        print(markdown(results))
+        print(visible(markdown(results)))
         print(f"written to {folder.path / 'results.json'} and results.md")

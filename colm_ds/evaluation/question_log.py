@@ -44,8 +44,12 @@ class EvaluationFolder:
                 self._remove()
             self.path.mkdir(parents=True, exist_ok=True)
             settings = self._read_json("settings.json")
-            differences = compare(settings.get("model", model), model, "model")
             earlier = settings.get("tasks", {})
+            if not all(isinstance(each, dict) for each in (settings.get("model", {}), earlier, *_values(earlier))):
+                raise ConfigError(
+                    f"{self.path / 'settings.json'}: is not an evaluation's. Remove the file or the folder."
+                )
+            differences = compare(settings.get("model", model), model, "model")
             for name, values in tasks.items():
                 differences += compare(earlier.get(name, values), values, name)
             if differences:
@@ -152,6 +156,10 @@ def compare(earlier: Mapping[str, Any], now: Mapping[str, Any], where: str) -> l
         for key in sorted({*earlier, *now})
         if earlier.get(key) != now.get(key)
     ]
+
+
+def _values(mapping: Any) -> list[Any]:
+    return list(mapping.values()) if isinstance(mapping, dict) else []
 
 
 def _line(row: Row) -> str:

@@ -314,7 +314,12 @@ def model_configuration(recipe: BaseRecipe) -> Any:
     else:
         name = str(model.name_or_path)
         if (Path(name) / "config.json").is_file():
-            return AutoConfig.from_pretrained(name, local_files_only=True)
+            try:
+                return AutoConfig.from_pretrained(name, local_files_only=True)
+            except Exception as error:  # whatever a library makes of a broken file
+                reason = str(error).strip().split("\n")[0] or type(error).__name__
+                advice = "Name a whole model folder, or give model.config"
+                raise ConfigError(f"{name}/config.json: cannot be used: {reason}. {advice}.") from None
         known = known_model(name)
         if known is None:
             try:

@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from colm_ds.untrusted.printable import visible
+
 _SAID, _CODE = "colm_ds/last_words", "colm_ds/exit_code"
 
 
@@ -24,7 +26,7 @@ def end_all(message: str, code: int) -> NoReturn:
         if store is not None and first:
             store.set(_CODE, str(int(code)))
     if first:
-        print(message, file=sys.stderr, flush=True)
+        print(visible(message), file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, TextIO
 
+from colm_ds.untrusted.printable import visible
+
 LINE_EVERY_S = 30.0
 """Seconds between two lines where there is no terminal."""
 
@@ -104,7 +106,7 @@ class Progress:
             parts.append(f"took {duration(now - self._started)}")
         elif self.done > before:
             parts.append(f"{duration((self.total - self.done) * (now - since) / (self.done - before))} left")
-        return ", ".join(part for part in parts if part)
+        return visible(", ".join(part for part in parts if part))
 
     def _print(self) -> None:
         print(self.line(), file=self._stream, flush=True)

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from colm_ds.errors import ConfigError, Problems
+from colm_ds.errors import CoLMError, ConfigError, Problems
 from colm_ds.models.architecture import attention_projections
 from colm_ds.models.families import FAMILIES, set_pad_token
 from colm_ds.recipes.sections import LoraConfig, ModelConfig
@@ -42,7 +41,7 @@ def load_tokenizer(model: ModelConfig, place: str | None = None) -> Any:
     gguf = {"gguf_file": model.gguf_file} if model.gguf_file and path == model.name_or_path else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **gguf)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # whatever a library makes of a broken file
         raise ConfigError(
             f"tokenizer {path!r} cannot be loaded: {_first_line(error)} "
             "Name a folder with tokenizer.json or tokenizer.model, or a hub name."
@@ -110,7 +109,9 @@ def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
         if gguf and hasattr(model.config, "quantization_config"):
             del model.config.quantization_config  # the weights are plain now; a saved copy must load as such
         return model
-    except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except CoLMError:
+        raise
+    except Exception as error:  # whatever a library makes of a broken file, a pickle that it refuses included
         name = config.name_or_path or f"config of type {(config.config or {}).get('model_type')!r}"
         raise ConfigError(
             f"model {name} cannot be built: {_first_line(error)} "

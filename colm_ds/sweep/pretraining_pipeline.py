@@ -19,6 +19,7 @@ from colm_ds.report.tables import format_terminal
 from colm_ds.run_folder.read import is_finished
 from colm_ds.sweep import default_ranks
 from colm_ds.training.start_or_resume import check_finished, check_same_data
+from colm_ds.untrusted.printable import visible
 
 
 class PartFailedError(CoLMError):
@@ -122,7 +123,7 @@ def _call(what: str, command: Sequence[str]) -> None:
 
 
 def _say(message: str) -> None:
-    print(f"pretrain: {message}", file=sys.stderr, flush=True)
+    print(visible(f"pretrain: {message}"), file=sys.stderr, flush=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

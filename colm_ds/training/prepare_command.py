@@ -11,6 +11,7 @@ from pathlib import Path
 
 from colm_ds.errors import ConfigError
 from colm_ds.process.exit_codes import ExitCode
+from colm_ds.untrusted.printable import visible
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command resumes", file=sys.stderr)
         return ExitCode.STOPPED
-    print(format_table(store, data.chunk_tokens, data.weights))
+    print(visible(format_table(store, data.chunk_tokens, data.weights)))
     return ExitCode.DONE
 
 
@@ -80,4 +81,4 @@ def _sort_out(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _say(message: str) -> None:
-    print(f"prepare: {message}", file=sys.stderr, flush=True)
+    print(visible(f"prepare: {message}"), file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 
 from colm_ds.batching.loader import source_counts
@@ -24,7 +25,7 @@ from colm_ds.checkpoints.atomic import Checkpoint
 from colm_ds.checkpoints.engine_state import on_all_ranks
 from colm_ds.checkpoints.weights import save_trained
 from colm_ds.config.resolve import ResolvedConfig, load_config, resolve_config
-from colm_ds.distributed.agreement import single_process_environment, together
+from colm_ds.distributed.agreement import meet, single_process_environment, together
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.engine import CoLMEngine, initialize, prepare_deepspeed
 from colm_ds.errors import CheckpointError, CoLMError, ConfigError, DeviceMemoryError, DivergenceError, SelectionError
@@ -68,6 +69,7 @@ from colm_ds.training.start_or_resume import (
 from colm_ds.training.start_summary import Start, start_summary
 from colm_ds.training.tasks import InTraining, TrainingTask, load_task, with_steps
 from colm_ds.types import StepStats
+from colm_ds.untrusted.printable import visible
 
 
 def run(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
@@ -88,7 +90,7 @@ def run(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
     accelerator = deepspeed.get_accelerator()
     if torch.cuda.is_available():
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(verbose=False)
+    meet(lambda: deepspeed.init_distributed(verbose=False))
     device = torch.device(accelerator.current_device_name())
     recipe = together(lambda: load_recipe(recipe_path, overrides), device)
     with crashes_explained():
@@ -110,8 +112,8 @@ def crashes_explained() -> Iterator[None]:
         end_all(f"rank {dist.get_rank()}: {error}\nTry a smaller evaluation.max_tokens.", ExitCode.OUT_OF_MEMORY)
     except CoLMError as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    except OSError as error:
-        sys.exit(f"rank {dist.get_rank()}: {error}. Restarting resumes from the last checkpoint.")
+    except (OSError, SafetensorError) as error:
+        sys.exit(f"rank {dist.get_rank()}: {visible(error)}. Restarting resumes from the last checkpoint.")
     except RuntimeError as error:
         if not any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection")):
             raise
@@ -205,9 +207,9 @@ class TrainingRun:
             described = self._describe()
             self.folder.write_config(described)
             start = Start(recipe, described, self.task.train, self.model.config, self.device.type, self.resumed)
-            print("\n".join(start_summary(start)), file=sys.stderr, flush=True)
+            print(visible("\n".join(start_summary(start))), file=sys.stderr, flush=True)
             for line in self.task.losses_of_data():
-                print(f"{recipe.name}: {line}", file=sys.stderr)
+                print(visible(f"{recipe.name}: {line}"), file=sys.stderr)
         if self.stop.agreed(self.device):
             return self._stopped(recipe.steps, f"before step {self.first_step}")
         if self.first_step == 1:
@@ -269,7 +271,7 @@ class TrainingRun:
         if self.folder:
             for example in stats.coreset["nonfinite_examples"]:
                 what = f"the {example['what']} of example {example['index']} ({example['source']}) is not finite"
-                print(f"step {step}: {what}; it is left out", file=sys.stderr)
+                print(visible(f"step {step}: {what}; it is left out"), file=sys.stderr)
 
     def _save(self) -> bool:
         """Write a checkpoint; return whether it was written. Where it cannot be, say so and let training continue."""
@@ -293,9 +295,8 @@ class TrainingRun:
     def _stopped(self, step: int, where: str, saved: bool = True) -> int:
         if self.folder:
             self.folder.write_summary({"status": STOPPED, "steps": step})
-            print(
-                f"{self.recipe.name}: stopped {where} ({self.stop.reason or 'asked on another rank'}).", file=sys.stderr
-            )
+            reason = self.stop.reason or "asked on another rank"
+            print(visible(f"{self.recipe.name}: stopped {where} ({reason})."), file=sys.stderr)
         return ExitCode.STOPPED if saved else ExitCode.FAILED
 
     def _diverged(self, error: CoLMError) -> int:
@@ -357,9 +358,9 @@ class TrainingRun:
             assert self.weights is not None
             write_model_card(self.weights, folder, kind=ADAPTER if self.recipe.lora else MODEL)
             self.folder.write_summary({**summary, "status": FINISHED})  # the last file of a run
-            print(f"{self.recipe.name}: {self.recipe.steps} steps done, written to {self.recipe.output_dir}")
+            print(visible(f"{self.recipe.name}: {self.recipe.steps} steps done, written to {self.recipe.output_dir}"))
             if summary["coherence"]:
-                print(f"{self.recipe.name}: {summary['coherence']['verdict']}")
+                print(visible(f"{self.recipe.name}: {summary['coherence']['verdict']}"))
 
     def _resume(self, start: Checkpoint | None) -> int:
         """Load the checkpoint that rank 0 found whole, if it found one; return the step that comes next."""
@@ -378,7 +379,7 @@ class TrainingRun:
             )
         if start:
             for reason in start.passed_over:
-                print(f"not used: {reason}", file=sys.stderr)
+                print(visible(f"not used: {reason}"), file=sys.stderr)
         return self.engine.step_count + 1
 
     def _make_folder(self) -> RunFolder | None:

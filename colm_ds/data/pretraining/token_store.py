@@ -86,16 +86,21 @@ def _check_manifest(manifest: Any) -> None:
     if manifest["dtype"] not in (token_dtype(0), token_dtype(1 << 20)):
         raise ValueError(f"dtype {manifest['dtype']!r} is not one of tokens")
     for part in manifest["parts"]:
-        if not isinstance(part, dict) or not re.fullmatch(r"\w[\w.-]*", str(part.get("name"))):
-            raise ValueError("a part without a name")
+        name = part.get("name") if isinstance(part, dict) else None
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(f"the name of a part is {name!r}")
         segments = part.get("segments")
-        tokens: list[Any] = [each.get("tokens") if isinstance(each, dict) else None for each in segments or ()]
-        if not isinstance(segments, list) or not all(isinstance(number, int) and number >= 0 for number in tokens):
-            raise ValueError(f"part {part['name']} without the tokens of its segments")
-        if any(each.get("split") not in SPLITS or each.get("source") not in manifest["sources"] for each in segments):
-            raise ValueError(f"part {part['name']} has a segment of no split or source")
-        if part.get("bytes") != sum(tokens) * np.dtype(manifest["dtype"]).itemsize:
-            raise ValueError(f"part {part['name']} has other bytes than its tokens")
+        if not isinstance(segments, list) or not all(_is_segment(each, manifest["sources"]) for each in segments):
+            raise ValueError(f"part {name} has segments of no split, source or number of tokens")
+        if part.get("bytes") != sum(each["tokens"] for each in segments) * np.dtype(manifest["dtype"]).itemsize:
+            raise ValueError(f"part {name} has other bytes than its tokens")
+
+
+def _is_segment(value: Any, sources: Mapping[str, Any]) -> bool:
+    if not isinstance(value, dict) or value.get("split") not in SPLITS or not isinstance(value.get("source"), str):
+        return False
+    tokens = value.get("tokens")
+    return value["source"] in sources and isinstance(tokens, int) and not isinstance(tokens, bool) and tokens >= 0
 
 
 class TokenStore:
