@@ -32,8 +32,8 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from colm_ds.data.formats import find_files  # noqa: E402
 from colm_ds.data.generated.text import write_text  # noqa: E402
-from colm_ds.data.jsonl import find_files  # noqa: E402
 from colm_ds.data.pretraining.store_preparation import Preparation, prepare  # noqa: E402
 from colm_ds.data.pretraining.token_store import TokenStore  # noqa: E402
 

@@ -285,13 +285,13 @@ def tokenise(model: Path, data: Path) -> None:
     """Fill the token cache, so that the processes find it."""
     from transformers import AutoTokenizer
 
-    from colm_ds.data import load_instructions
+    from colm_ds.data import load_examples
     from colm_ds.models.families import set_pad_token
 
     start = time.monotonic()
     tokenizer = AutoTokenizer.from_pretrained(model)
     set_pad_token(tokenizer)
-    load_instructions(str(data), tokenizer, 256, source_key="source", cache_dir=WORK / "tokens")
+    load_examples(str(data), tokenizer, 256, source_key="source", cache_dir=WORK / "tokens")
     print(f"train: data tokenised in {time.monotonic() - start:.1f} s", flush=True)
 
 

@@ -2,21 +2,24 @@
 
 from colm_ds.batching.collate import length_sorted_batches, pad_batch, padding_fraction
 from colm_ds.batching.mixture import MixtureSampler
+from colm_ds.data.entries import DataEntry
+from colm_ds.data.examples import load_examples
+from colm_ds.data.formats import find_files, read_records
 from colm_ds.data.holdout import split_holdout
-from colm_ds.data.instructions import InstructionDataset, load_instructions
-from colm_ds.data.jsonl import find_files, read_records
 from colm_ds.data.prompt import encode_example, encode_examples, encode_prompt, format_prompt
+from colm_ds.data.token_dataset import TokenDataset
 
 __all__ = [
-    "InstructionDataset",
+    "DataEntry",
     "MixtureSampler",
+    "TokenDataset",
     "encode_example",
     "encode_examples",
     "encode_prompt",
     "find_files",
     "format_prompt",
     "length_sorted_batches",
-    "load_instructions",
+    "load_examples",
     "pad_batch",
     "padding_fraction",
     "read_records",

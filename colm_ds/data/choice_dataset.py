@@ -16,10 +16,9 @@ from colm_ds.batching.candidates import computed_rows
 from colm_ds.batching.collate import IGNORE_INDEX
 from colm_ds.batching.mixture import seeded_permutation
 from colm_ds.data.choices import WRITERS, ChoiceQuestion
-from colm_ds.data.instructions import ONE_SOURCE
-from colm_ds.data.jsonl import PathLike
+from colm_ds.data.examples import ONE_SOURCE
+from colm_ds.data.formats import PathLike, find_places, read_place
 from colm_ds.data.prompt import Continuation, encode_pairs, leading_special_ids
-from colm_ds.data.records import find_places, read_place
 from colm_ds.data.token_cache import cache_key, describe_tokenizer, load_arrays, store_arrays
 from colm_ds.errors import ConfigError, DataError, Problems
 from colm_ds.types import CandidateTable, Example

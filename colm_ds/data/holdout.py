@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from colm_ds.batching.mixture import seeded_permutation
-from colm_ds.data.instructions import InstructionDataset
+from colm_ds.data.token_dataset import TokenDataset
 from colm_ds.errors import ConfigError
 
 
 def split_holdout(
-    dataset: InstructionDataset, *, fraction: float | None = None, per_source: int | None = None, seed: int = 0
-) -> tuple[InstructionDataset, InstructionDataset]:
+    dataset: TokenDataset, *, fraction: float | None = None, per_source: int | None = None, seed: int = 0
+) -> tuple[TokenDataset, TokenDataset]:
     """Take held-out examples out of every source.
 
     Examples with the same prompt stay on one side, whatever their source and response; so a source may give fewer than
-    asked for where many of its examples share a prompt.
+    asked for where many of its examples share a prompt. Texts without a prompt are compared as wholes.
 
     Args:
         dataset: the examples to split.
@@ -40,17 +41,36 @@ def split_holdout(
         wanted = [round(fraction * count) for count in counts]
     else:
         wanted = [min(per_source or 0, count // 2) for count in counts]
-    groups: dict[bytes, list[int]] = {}
-    for index in range(len(dataset)):
-        start = int(dataset.starts[index])
-        prompt = dataset.tokens[start : start + int(dataset.prompt_lengths[index])]
-        groups.setdefault(prompt.tobytes(), []).append(index)
-    members = list(groups.values())
+    groups = _by_prompt(dataset)
     held = np.zeros(len(dataset), dtype=bool)
-    for chosen in seeded_permutation(len(members), seed, "holdout"):
-        group = np.array(members[chosen])
+    for chosen in seeded_permutation(len(groups), seed, "holdout"):
+        if not any(wanted):
+            break
+        group = groups[chosen]
         needed = np.bincount(dataset.source_ids[group], minlength=len(counts)).tolist()
         if all(need <= want for need, want in zip(needed, wanted, strict=True)):
             held[group] = True
             wanted = [want - need for need, want in zip(needed, wanted, strict=True)]
     return dataset.subset(np.flatnonzero(~held)), dataset.subset(np.flatnonzero(held))
+
+
+def _by_prompt(dataset: TokenDataset) -> list[npt.NDArray[np.int64]]:
+    """Return the indices of the examples of every prompt, the prompts in the order of their first examples."""
+    keys = np.empty(len(dataset), dtype="V16")
+    for index in range(len(dataset)):
+        keys[index] = dataset.prompt_key(index)
+    _, firsts, numbers = np.unique(keys, return_index=True, return_inverse=True)
+    place = np.empty(len(firsts), dtype=np.int64)
+    place[np.argsort(firsts)] = np.arange(len(firsts))
+    order = np.argsort(place[numbers], kind="stable")
+    return np.split(order, np.cumsum(np.bincount(place[numbers]))[:-1])
+
+
+def count_common(train: TokenDataset, heldout: TokenDataset) -> int:
+    """Return how many held-out examples are also trained on, token by token."""
+    keys = {heldout.example_key(index): 0 for index in range(len(heldout))}
+    for index in np.flatnonzero(np.isin(train.lengths, heldout.lengths)):
+        key = train.example_key(int(index))
+        if key in keys:
+            keys[key] = 1
+    return sum(keys[heldout.example_key(index)] for index in range(len(heldout)))

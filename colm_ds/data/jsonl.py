@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
+import codecs
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,112 +15,10 @@ from colm_ds.errors import DataError
 from colm_ds.untrusted.json_text import parse_json
 from colm_ds.untrusted.lines import MAX_LINE_BYTES
 
-SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 _CHUNK_BYTES = 1 << 20
 _ZSTD_PIECE_BYTES = 1 << 7  # one piece becomes at most 4 MiB: 4 bytes may stand for 128 KiB
 _ZSTD_WINDOW_BYTES = 1 << 31  # needed by files compressed with `zstd --long=31`; costs nothing for small files
-
-PathLike = str | Path
-
-
-def find_files(paths: PathLike | Sequence[PathLike]) -> list[Path]:
-    """Resolve a file, a folder or a list of these to data files.
-
-    A folder stands for all of its files with a supported suffix, sorted by name (subfolders and hidden files are left
-    out); the order of a list is kept.
-
-    Args:
-        paths: a file, a folder, or a sequence of files and folders.
-
-    Returns:
-        The files, at least one.
-
-    Raises:
-        DataError: if a path is missing, has an unsupported suffix or is listed twice, or if a folder has no such file.
-    """
-    given = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    if not given:
-        raise DataError("no data files given. Name a file, a folder or a list of these.")
-    files: list[Path] = []
-    for path in map(Path, given):
-        files.extend(_files_of_folder(path) if path.is_dir() else [path])
-    seen: set[Path] = set()
-    for file in files:
-        _check_file(file)
-        if file.resolve() in seen:
-            raise DataError(f"{file}: listed twice. Name every file once, or its folder alone.")
-        seen.add(file.resolve())
-    return files
-
-
-def read_records(path: PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read the JSON objects of one file, one line at a time.
-
-    Lines end at `\\n` only: other line separators, such as U+2028, are legal inside JSON strings. Blank lines are
-    allowed at the end of the file. A `.json` file is one array of objects and is read whole.
-
-    Args:
-        path: file ending in `.json`, `.jsonl`, `.jsonl.gz` or `.jsonl.zst`.
-
-    Yields:
-        `("file:line", object)`, lines counted from 1; for `.json` `("file[item i]", object)`, items counted from 1.
-
-    Raises:
-        DataError: if the file is missing, empty, cut off or not UTF-8, or a line is not a JSON object.
-    """
-    path = Path(path)
-    _check_file(path)
-    records = _read_array(path) if path.name.endswith(".json") else _read_lines(path)
-    empty = True
-    for record in records:
-        empty = False
-        yield record
-    if empty:
-        raise DataError(f"{path}: no records in the file. It must hold at least one JSON object.")
-
-
-def _files_of_folder(folder: Path) -> list[Path]:
-    files = sorted(
-        file
-        for file in folder.iterdir()
-        if file.is_file() and file.name.endswith(SUFFIXES) and not file.name.startswith(".")
-    )
-    if not files:
-        raise DataError(f"{folder}: no data files in the folder. It must hold files ending in {', '.join(SUFFIXES)}.")
-    return files
-
-
-def _check_file(path: Path) -> None:
-    if not path.exists():
-        raise DataError(f"{path}: no such file. {_similar_names(path)}")
-    if path.is_dir():
-        raise DataError(f"{path}: a folder, not a file. Name a file in it.")
-    if not path.name.endswith(SUFFIXES):
-        raise DataError(f"{path}: unsupported kind of file. Use one ending in {', '.join(SUFFIXES)}.")
-
-
-def _similar_names(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"The folder {path.parent} does not exist either."
-    names = sorted(file.name for file in path.parent.iterdir())
-    close = difflib.get_close_matches(path.name, names, n=3)
-    if close:
-        return f"Did you mean {' or '.join(close)}?"
-    if not names:
-        return f"The folder {path.parent} is empty."
-    return f"The folder holds {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}."
-
-
-def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    blank = 0
-    for number, line in enumerate(raw_lines(path), start=1):
-        if not line.strip():
-            blank = blank or number
-            continue
-        if blank:
-            raise DataError(f"{path}:{blank}: a blank line. Write one JSON object per line, or remove the line.")
-        where = f"{path}:{number}"
-        yield where, parse_line(line, where, first=number == 1)
+_BLANK = re.compile(r"[ \t\r\n]*")
 
 
 def raw_lines(path: Path, on_read: Callable[[int], object] | None = None) -> Iterator[bytes]:
@@ -177,10 +76,88 @@ def _parse_object(where: str, text: str) -> dict[str, Any]:
     return value
 
 
-def _read_array(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def array_items(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+    """Yield the items of a file that holds one JSON array, without holding all of them in memory.
+
+    Yields:
+        `("file[item i]", object)`, items counted from 1; a `DataError` in place of an item that is no object.
+
+    Raises:
+        DataError: if the file is not UTF-8 or not one JSON array.
+    """
+    try:
+        for number, item in enumerate(_stream_items(path), start=1):
+            where = f"{path}[item {number}]"
+            if isinstance(item, dict):
+                yield where, item
+            else:
+                yield where, DataError(f"{where}: a JSON {_kind(item)}, not an object. Write {{...}}.")
+    except (ValueError, RecursionError) as error:
+        _explain_array(path)
+        raise DataError(f"{path}: JSON that cannot be read: {error}") from error
+
+
+def _stream_items(path: Path) -> Iterator[Any]:
+    """Yield the items of an array as they are read.
+
+    Raises:
+        ValueError: if the file is not UTF-8 or not one array.
+    """
+    decoder, decode = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")().decode
+    text, place, size = "", 0, _CHUNK_BYTES
+
+    with path.open("rb") as raw:
+
+        def more() -> bool:
+            """Read on, twice as much each time within an item; return whether there was anything."""
+            nonlocal text, place, size
+            data = raw.read(size)
+            size *= 2
+            text, place = text[place:] + decode(data, final=not data), 0
+            return bool(data)
+
+        def next_character() -> str:
+            nonlocal place
+            while True:
+                match = _BLANK.match(text, place)
+                place = match.end() if match else place
+                if place < len(text) or not more():
+                    return text[place : place + 1]
+
+        first = next_character()
+        if not first:
+            return
+        if first != "[":
+            raise ValueError("not an array")
+        place += 1
+        if next_character() != "]":
+            while True:
+                next_character()
+                while True:
+                    try:
+                        item, end = decoder.raw_decode(text, place)
+                    except json.JSONDecodeError:
+                        if not more():
+                            raise
+                        continue
+                    if end < len(text) or not more():  # a number may continue behind what was read
+                        break
+                yield item
+                place, size = end, _CHUNK_BYTES
+                mark = next_character()
+                if mark == "]":
+                    break
+                if mark != ",":
+                    raise ValueError("neither a comma nor the end of the array")
+                place += 1
+        place += 1
+        if next_character():
+            raise ValueError("text behind the array")
+
+
+def _explain_array(path: Path) -> None:
+    """Raise a DataError that says where a file is not one JSON array; it is read whole for that."""
     text = _decode(path.read_bytes(), str(path), first=True)
-    if not text.strip():
-        return
     try:
         items = parse_json(text)
     except json.JSONDecodeError as error:
@@ -192,10 +169,6 @@ def _read_array(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{path}: JSON that cannot be read: {error}. Write flat records.") from error
     if not isinstance(items, list):
         raise DataError(f"{path}: a JSON {_kind(items)}, not an array. Write [{{...}}, {{...}}], or use .jsonl.")
-    for number, item in enumerate(items, start=1):
-        if not isinstance(item, dict):
-            raise DataError(f"{path}[item {number}]: a JSON {_kind(item)}, not an object. Write {{...}}.")
-        yield f"{path}[item {number}]", item
 
 
 def _decode(data: bytes, where: str, first: bool) -> str:

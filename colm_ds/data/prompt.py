@@ -15,6 +15,11 @@ PROMPT_TEMPLATE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
+PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
 
 
 def format_prompt(instruction: str) -> str:
@@ -78,15 +83,33 @@ def encode_examples(
         ConfigError: if `max_length` is below 1 or the tokenizer has no eos token.
     """
     check_encoding(tokenizer, max_length)
-    eos_id: int = tokenizer.eos_token_id
+    whole = encode_completions(tokenizer, list(map(format_prompt, instructions)), outputs)
+    return [(ids[:max_length], min(prompt_length, len(ids), max_length)) for ids, prompt_length in whole]
+
+
+def encode_completions(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], responses: Sequence[str]
+) -> list[tuple[list[int], int]]:
+    """Encode prompts with their responses and eos, each part alone, without a maximum length.
+
+    Args:
+        tokenizer: any Hugging Face tokenizer with an eos token.
+        prompts: whole prompts as text, `[n]`.
+        responses: texts that follow them, `[n]`.
+
+    Returns:
+        `(input_ids, prompt_length)` of each, `[n]`.
+    """
     leading = leading_special_ids(tokenizer)
-    prompts = _encode(tokenizer, [format_prompt(instruction) for instruction in instructions])
-    responses = _encode(tokenizer, list(outputs))
-    examples = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        input_ids = [*leading, *prompt, *response, eos_id][:max_length]
-        examples.append((input_ids, min(len(leading) + len(prompt), len(input_ids))))
-    return examples
+    eos_id: int = tokenizer.eos_token_id
+    encoded = zip(_encode(tokenizer, list(prompts)), _encode(tokenizer, list(responses)), strict=True)
+    return [([*leading, *prompt, *response, eos_id], len(leading) + len(prompt)) for prompt, response in encoded]
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Encode texts with eos behind each and with the special tokens that the tokenizer puts in front, `[n]`."""
+    leading = leading_special_ids(tokenizer)
+    return [[*leading, *ids, tokenizer.eos_token_id] for ids in _encode(tokenizer, list(texts))]
 
 
 def check_encoding(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:

@@ -9,10 +9,12 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from colm_ds.untrusted.json_text import read_json
 
@@ -100,13 +102,83 @@ def load_arrays(
         return None
 
 
+class ArrayWriter:
+    """Writes a cache entry piece by piece, so that its arrays need not fit into memory.
+
+    Nobody sees the entry before `commit`, even if others write the same one meanwhile.
+
+    Args:
+        cache_dir: folder of all entries, made if missing.
+        key: name of the entry.
+        dtypes: of the one-dimensional arrays by name.
+
+    Raises:
+        OSError: if the folder cannot be made.
+    """
+
+    def __init__(self, cache_dir: Path, key: str, dtypes: Mapping[str, str]) -> None:
+        self._cache_dir, self._key, self._dtypes = cache_dir, key, dict(dtypes)
+        self._folder = cache_dir / f".{key}.{uuid.uuid4().hex}"
+        self._folder.mkdir(parents=True)
+        self._sizes = dict.fromkeys(dtypes, 0)
+        self._files: dict[str, BinaryIO] = {}
+
+    def append(self, name: str, values: npt.ArrayLike) -> None:
+        """Append values to an array.
+
+        Raises:
+            OSError: if the disk is full.
+        """
+        if name not in self._files:
+            self._files[name] = (self._folder / f"{name}.npy").open("w+b")
+            self._write_header(name)
+        array = np.ascontiguousarray(values, dtype=self._dtypes[name])
+        self._files[name].write(array.data)
+        self._sizes[name] += array.size
+
+    def commit(self, facts: Mapping[str, Any], is_valid: Check) -> None:
+        """Give the entry its name.
+
+        A valid entry of the same key is kept, because others may have it mapped; a damaged one is replaced.
+
+        Args:
+            facts: further JSON values to store.
+            is_valid: as for `load_arrays`.
+
+        Raises:
+            OSError: if the disk is full or read-only.
+        """
+        for name in self._dtypes:
+            self.append(name, [])
+            self._files[name].seek(0)
+            self._write_header(name)
+            self._files[name].close()
+        meta = {"sizes": self._sizes, "facts": dict(facts)}
+        (self._folder / _META).write_text(json.dumps(meta), encoding="utf-8")
+        while not _rename(self._folder, self._cache_dir / self._key):
+            if load_arrays(self._cache_dir, self._key, self._dtypes, is_valid) is not None:
+                return
+            _remove(self._cache_dir / self._key)
+
+    def close(self) -> None:
+        """Remove what was not committed."""
+        for file in self._files.values():
+            with suppress(OSError):  # a full disk, where what is left in a buffer cannot be written
+                file.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _write_header(self, name: str) -> None:
+        """Write the header of an array of its present size; numpy leaves room for any."""
+        header = {"descr": np.dtype(self._dtypes[name]).str, "fortran_order": False, "shape": (self._sizes[name],)}
+        np.lib.format.write_array_header_1_0(self._files[name], header)
+
+
 def store_arrays(
     cache_dir: Path, key: str, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any], is_valid: Check
 ) -> None:
-    """Write a cache entry atomically, even if others write the same one meanwhile.
+    """Write a cache entry in one go; see `ArrayWriter`.
 
-    A valid entry of the same key is kept, because others may have it mapped; a damaged one is replaced. A full or
-    read-only disk loses the cache entry (which is logged), not the run.
+    A full or read-only disk loses the cache entry (which is logged), not the run.
 
     Args:
         cache_dir: folder of all entries, made if missing.
@@ -115,22 +187,22 @@ def store_arrays(
         facts: further JSON values to store.
         is_valid: as for `load_arrays`.
     """
-    temporary = cache_dir / f".{key}.{uuid.uuid4().hex}"
-    dtypes = {name: str(array.dtype) for name, array in arrays.items()}
+    writer = None
     try:
-        temporary.mkdir(parents=True)
+        writer = ArrayWriter(cache_dir, key, {name: str(array.dtype) for name, array in arrays.items()})
         for name, array in arrays.items():
-            np.save(temporary / f"{name}.npy", array, allow_pickle=False)
-        meta = {"sizes": {name: len(array) for name, array in arrays.items()}, "facts": dict(facts)}
-        (temporary / _META).write_text(json.dumps(meta), encoding="utf-8")
-        while not _rename(temporary, cache_dir / key):
-            if load_arrays(cache_dir, key, dtypes, is_valid) is not None:
-                return
-            _remove(cache_dir / key)
+            writer.append(name, array)
+        writer.commit(facts, is_valid)
     except OSError as error:
-        _log.warning("the tokens could not be cached in %s (%s); continuing without a cache", cache_dir, error)
+        log_uncached(cache_dir, error)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if writer is not None:
+            writer.close()
+
+
+def log_uncached(cache_dir: Path, error: OSError) -> None:
+    """Log that tokens could not be written to the cache."""
+    _log.warning("the tokens could not be cached in %s (%s); continuing without a cache", cache_dir, error)
 
 
 def _rename(source: Path, target: Path) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from colm_ds.data.choices import ChoiceQuestion
-from colm_ds.data.records import Records
+from colm_ds.data.formats import Records
 from colm_ds.evaluation.backend import Backend
 from colm_ds.evaluation.results import accuracy_summary
 from colm_ds.evaluation.task import Answered, Row

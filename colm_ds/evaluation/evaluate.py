@@ -11,7 +11,7 @@ import torch
 
 from colm_ds.batching.assign import home_ranks
 from colm_ds.data.choices import WRITERS
-from colm_ds.data.records import read_place
+from colm_ds.data.formats import read_place
 from colm_ds.distributed.agreement import together
 from colm_ds.errors import ConfigError, DataError, nearest_key
 from colm_ds.evaluation.backend import Backend

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from colm_ds.batching.assign import home_ranks, micro_batches
-from colm_ds.data.instructions import ONE_SOURCE
-from colm_ds.data.prompt import encode_prompt
-from colm_ds.data.records import find_places, read_place
+from colm_ds.data.chat import ChatEncoder
+from colm_ds.data.entries import DataEntry
+from colm_ds.data.examples import find_parts
+from colm_ds.data.formats import read_records
+from colm_ds.data.prompt import encode_text, leading_special_ids
+from colm_ds.data.schemas import Conversation, Text, read_sample
+from colm_ds.errors import DataError
 from colm_ds.models.patch import eval_mode
 from colm_ds.selection import Exchange
 
@@ -25,21 +30,58 @@ def final_answer(text: str) -> str:
     return answer.strip().split("\n")[0].strip().removesuffix(".").strip(" :")
 
 
-def load_questions(paths: str | Sequence[str], source_key: str | None = "source") -> list[tuple[str, str, str]]:
-    """Load (source, instruction, gold answer) of every record: its `answer`, or the end of its `output`."""
+@dataclass(frozen=True)
+class Question:
+    """A held-out prompt with its answer.
+
+    Attributes:
+        source: of the row.
+        prompt: token ids up to where the answer begins.
+        answer: the gold one.
+        end: id of a token that ends an answer, besides eos; None: eos alone does.
+    """
+
+    source: str
+    prompt: tuple[int, ...]
+    answer: str
+    end: int | None = None
+
+
+def load_questions(entries: Sequence[DataEntry], tokenizer: Any, chat: ChatEncoder | None = None) -> list[Question]:
+    """Load the questions of held-out rows: everything before a row's last answer.
+
+    The gold answer is the row's `answer`, or the end of that last answer.
+
+    Args:
+        entries: of the held-out data.
+        tokenizer: the model's tokenizer.
+        chat: encodes conversations, where there are any.
+
+    Raises:
+        DataError: for a row that cannot be read, or a text, which has no question.
+    """
     questions = []
-    for place in find_places(paths):
-        for _, record in read_place(place):
-            source = str(record[source_key]) if source_key else ONE_SOURCE
-            answer = final_answer(str(record.get("answer") or record["output"]))
-            questions.append((source, record["instruction"], answer))
+    leading = leading_special_ids(tokenizer)
+    for part in find_parts(entries):
+        for where, row in read_records(part.place, part.split):
+            sample = read_sample(row, part.schema, part.style)
+            source = str(row[part.source_key]) if part.source_key and row.get(part.source_key) else part.source
+            if isinstance(sample, Text):
+                raise DataError(f"{where}: a text has no question. Set evaluation.exact_match=false.")
+            if isinstance(sample, Conversation):
+                assert chat is not None
+                prompt, gold = chat.encode_prompt(sample), str(sample.messages[-1]["content"])
+                end = chat.end_of_turn(chat.encode(sample))
+            else:
+                prompt, gold, end = encode_text(tokenizer, sample.prompt, leading), sample.response, None
+            questions.append(Question(source, tuple(prompt), final_answer(str(row.get("answer") or gold)), end))
     return questions
 
 
 def exact_match(
     model: nn.Module,
     tokenizer: Any,
-    questions: Sequence[tuple[str, str, str]],
+    questions: Sequence[Question],
     *,
     device: torch.device,
     exchange: Exchange,
@@ -53,7 +95,7 @@ def exact_match(
     Args:
         model: model with a `generate` method.
         tokenizer: the model's tokenizer.
-        questions: (source, instruction, gold answer).
+        questions: from `load_questions`.
         device: where the model runs.
         exchange: the ranks.
         rank: this rank.
@@ -64,21 +106,22 @@ def exact_match(
     Returns:
         `overall`, `per_source` by name, `num_questions`.
     """
-    prompts = [encode_prompt(tokenizer, instruction) for _, instruction, _ in questions]
+    prompts = [list(question.prompt) for question in questions]
+    ends = {tokenizer.eos_token_id, *(question.end for question in questions if question.end is not None)}
     lengths = torch.tensor([len(prompt) + max_new_tokens for prompt in prompts])
     home = home_ranks(lengths, exchange.num_processes)
     by_rank = [(home == process).nonzero().flatten().tolist() for process in range(exchange.num_processes)]
     plan = micro_batches(by_rank, lengths, max_tokens=max_tokens)[rank]
-    names = sorted({source for source, _, _ in questions})
+    names = sorted({question.source for question in questions})
     counts = torch.zeros(2, len(names), dtype=torch.float64)
     with eval_mode(model), torch.no_grad():
         for indices in plan:
             batch = [prompts[index] for index in indices] or [prompts[0]]
-            texts = _generate(model, tokenizer, batch, device, max_new_tokens, synced)
+            texts = _generate(model, tokenizer, batch, device, max_new_tokens, synced, sorted(ends))
             for index, text in zip(indices, texts, strict=False):
-                source, _, gold = questions[index]
-                counts[0, names.index(source)] += final_answer(text) == gold
-                counts[1, names.index(source)] += 1
+                source = names.index(questions[index].source)
+                counts[0, source] += final_answer(text) == questions[index].answer
+                counts[1, source] += 1
     right, asked = exchange.sum(counts.to(device)).cpu()
     return {
         "overall": float(right.sum() / asked.sum()),
@@ -88,7 +131,13 @@ def exact_match(
 
 
 def _generate(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], device: torch.device, max_new_tokens: int, synced: bool
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    device: torch.device,
+    max_new_tokens: int,
+    synced: bool,
+    ends: list[int],
 ) -> list[str]:
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id
@@ -106,7 +155,7 @@ def _generate(
             do_sample=False,
             num_beams=1,
             pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=ends if len(ends) > 1 else ends[0],
             synced_gpus=synced,
         )
     return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from colm_ds.data.formats import Records
 from colm_ds.data.prompt import format_prompt
-from colm_ds.data.records import Records, text_of
+from colm_ds.data.records import text_of
 from colm_ds.errors import DataError
 from colm_ds.evaluation.backend import Backend
 from colm_ds.evaluation.generate import Generation

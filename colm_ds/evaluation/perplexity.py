@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from colm_ds.data.formats import Records
 from colm_ds.data.pretraining.chunks import ChunkDataset
 from colm_ds.data.pretraining.pile import source_of
 from colm_ds.data.pretraining.token_store import HELDOUT, MANIFEST, TokenStore
 from colm_ds.data.prompt import leading_special_ids
-from colm_ds.data.records import Records, text_of
+from colm_ds.data.records import text_of
 from colm_ds.data.token_cache import describe_tokenizer
 from colm_ds.errors import ConfigError
 from colm_ds.evaluation.backend import Backend

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from colm_ds.batching.mixture import seeded_permutation
-from colm_ds.data.jsonl import SUFFIXES
+from colm_ds.data.formats import SUFFIXES
 from colm_ds.errors import ConfigError, nearest_key
 
 

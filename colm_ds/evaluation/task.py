@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from colm_ds.data.records import Records
+from colm_ds.data.formats import Records
 from colm_ds.evaluation.backend import Backend
 
 Row = dict[str, Any]

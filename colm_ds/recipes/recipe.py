@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 
 from colm_ds.config.colm import CoLMSection
 from colm_ds.config.section import Section, validate_section
-from colm_ds.data.records import HUB
+from colm_ds.data.entries import as_entries
+from colm_ds.data.formats import HUB
 from colm_ds.errors import ConfigError, Problems
 from colm_ds.recipes.choices import ChoiceDataConfig, ClusterConfig
 from colm_ds.recipes.sections import (
@@ -125,9 +126,9 @@ class BaseRecipe(Section):
 
 
 class Recipe(BaseRecipe):
-    """A run on instruction data."""
+    """A run on instructions, conversations, prompts with completions, or texts."""
 
-    data_paths: ClassVar[tuple[str, ...]] = ("train", "heldout")
+    data_paths: ClassVar[tuple[str, ...]] = ("train", "heldout", "chat_template")
 
     task: Literal["instructions"] = Field("instructions", description="what is trained on")
     data: DataConfig
@@ -140,9 +141,11 @@ class Recipe(BaseRecipe):
         data, evaluation = self.data, self.evaluation
         if self.clusters is not None and self.steps:
             self.clusters.check(self.steps, self.colm, problems)
-        if data.heldout is not None and data.holdout_per_source:
-            key = "data.holdout_per_source"
-            problems.add(key, data.holdout_per_source, "there is a held-out file", "Remove one of the two.")
+        data.check(problems)
+        if self.clusters is not None and any(entry.weight is not None for entry in as_entries(data.train)):
+            problems.add(
+                "data.train", "weight", "clusters take the place of the sources", "Remove weights or clusters."
+            )
         heldout = data.heldout is not None or data.holdout_per_source > 0
         if not heldout and (evaluation.every or evaluation.exact_match):
             key = "every" if evaluation.every else "exact_match"
@@ -331,11 +334,13 @@ def _resolve(
     value = values.get(key)
     if isinstance(value, list):
         values[key] = [_find(item, prefix + key, folder, problems, must_exist) for item in value]
-    elif isinstance(value, str):
+    elif isinstance(value, (str, dict)):
         values[key] = _find(value, prefix + key, folder, problems, must_exist)
 
 
 def _find(value: Any, key: str, folder: Path, problems: Problems, must_exist: bool) -> Any:
+    if isinstance(value, dict) and "path" in value:  # an entry of the data
+        return {**value, "path": _find(value["path"], f"{key}.path", folder, problems, must_exist)}
     if not isinstance(value, str):
         return value
     if value.startswith(HUB):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from colm_ds.config.section import Section
+from colm_ds.data.entries import DataEntry, RowReading, as_entries
+from colm_ds.errors import Problems
 
 PACKAGE_PREFIX = "package:"
 """Marks the name of an installed Python package whose folder is meant."""
@@ -57,16 +59,55 @@ class LoraConfig(Section):
     targets: Literal["auto"] | list[str] = Field("auto", description="adapted modules; auto: the family's")
 
 
-class DataConfig(Section):
-    """Instruction data to train on and to hold out."""
+class DataConfig(RowReading):
+    """Rows to train on and to hold out, and how they become tokens."""
 
-    train: str | list[str] = Field(description="file, folder, hub:NAME:CONFIG:SPLIT or list: .json, .jsonl, .gz, .zst")
-    heldout: str | list[str] | None = Field(None, description="held-out file, folder or hub:NAME:CONFIG:SPLIT")
+    train: DataEntry | str | list[DataEntry | str] = Field(
+        description="file, folder, hub:NAME:CONFIG:SPLIT, {path: ..., name: ..., weight: ...}, or a list of these"
+    )
+    heldout: DataEntry | str | list[DataEntry | str] | None = Field(
+        None, description="what the held-out loss is measured on, written as train"
+    )
     holdout_per_source: int = Field(0, ge=0, description="without a held-out file: examples of each source to hold out")
     max_length: int = Field(512, ge=2, description="maximum tokens of an example; longer ones are truncated")
-    source_key: str | None = Field("source", description="key that names a record's source; null: one source")
+    train_on: Literal["all", "last"] = Field("all", description="turns of the assistant in a conversation with a loss")
+    chat_template: str | None = Field(None, description="Jinja file; default: the tokenizer's own chat template")
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="further variables of the chat template, such as {enable_thinking: false}"
+    )
+    source_key: str | None = Field(
+        "source", description="key that names a row's source; rows without it are of the file's name; null: one source"
+    )
     limit: int | None = Field(None, ge=1, description="use at most this many examples, drawn at random")
     cache_dir: str | None = Field("~/.cache/colm_ds/tokens", description="where tokens are kept; null: nowhere")
+    num_processes: int = Field(0, ge=0, description="processes that tokenise; 0: as many as there are cores, up to 16")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_entries(cls, values: Any) -> Any:
+        """Let entries inherit schema, prompt and source_key where they do not give them."""
+        if not isinstance(values, dict):
+            return values
+        shared = {key: values[key] for key in ("schema", "prompt", "source_key") if key in values}
+
+        def complete(given: Any) -> Any:
+            if isinstance(given, list):
+                return [complete(one) for one in given]
+            return {**shared, **given} if isinstance(given, dict) else given
+
+        return {**values, **{key: complete(values[key]) for key in ("train", "heldout") if key in values}}
+
+    def check(self, problems: Problems) -> None:
+        """Add what does not fit together."""
+        if self.heldout is not None and self.holdout_per_source:
+            key = "data.holdout_per_source"
+            problems.add(key, self.holdout_per_source, "there is a held-out file", "Remove one of the two.")
+        weighted = [entry.weight is not None for entry in as_entries(self.train)]
+        if any(weighted) and not all(weighted):
+            missing = as_entries(self.train)[weighted.index(False)].path
+            problems.add("data.train", missing, "has no weight, but others have", "Give every entry one, or none.")
+        if self.heldout is not None and any(entry.weight is not None for entry in as_entries(self.heldout)):
+            problems.add("data.heldout", "weight", "held-out examples are all measured", "Remove the weights.")
 
 
 class OptimizerConfig(Section):

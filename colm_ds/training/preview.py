@@ -9,8 +9,9 @@ import numpy as np
 
 from colm_ds.batching.loader import LargeBatchLoader, source_counts
 from colm_ds.batching.sources import small_source_ids
-from colm_ds.data import InstructionDataset
+from colm_ds.data import TokenDataset
 from colm_ds.data.choice_dataset import ChoiceDataset
+from colm_ds.data.examples import describe_read
 from colm_ds.engine.coreset_selector import CoresetSelector
 from colm_ds.errors import ConfigError
 from colm_ds.recipes.model import load_model, load_tokenizer
@@ -20,7 +21,7 @@ from colm_ds.training.tasks.choices import load_choice_data
 from colm_ds.training.tasks.instructions import load_data
 from colm_ds.types import Coreset, Example, LargeBatch
 
-Data = InstructionDataset | ChoiceDataset
+Data = TokenDataset | ChoiceDataset
 
 _BAR = 40
 _BINS = 12
@@ -38,7 +39,7 @@ def preview(recipe: BaseRecipe, *, num_examples: int = 3, with_coreset: bool = T
         ConfigError, DataError, ProbeError: as training would.
     """
     if not isinstance(recipe, (Recipe, ChoiceRecipe)):
-        raise ConfigError("preview shows instruction data and classification tasks; this recipe is of another kind.")
+        raise ConfigError("preview shows rows of text and classification tasks; this recipe is of another kind.")
     tokenizer = load_tokenizer(recipe.model, recipe.tokenizer_place)
     train: Data
     heldout: Data | None
@@ -47,6 +48,7 @@ def preview(recipe: BaseRecipe, *, num_examples: int = 3, with_coreset: bool = T
     else:
         train, heldout = load_data(recipe, tokenizer)
     parts = [
+        *(["\n".join(read)] if (read := describe_read(getattr(train, "read", {}))) else []),
         describe_sources(recipe, train, heldout),
         describe_lengths(train, recipe.data.max_length),
         *(describe_example(train, index, tokenizer) for index in one_of_each(train.source_ids, num_examples)),
@@ -105,19 +107,22 @@ def describe_example(train: Data, index: int, tokenizer: Any) -> str:
     """Show one example as the model sees it, with trained tokens between >>> and <<<."""
     example = train[index]
     trained = example.labels != -100
-    first = int(trained.nonzero()[0]) if bool(trained.any()) else len(trained)
-    prompt = tokenizer.decode(example.input_ids[:first])
-    answers = _answers(example, tokenizer)
     name = train.source_names[int(train.source_ids[index])]
     if example.candidates is not None:
+        prompt = tokenizer.decode(example.input_ids[: int(trained.nonzero()[0])])
+        answers = _answers(example, tokenizer)
         head = f"example {index:,} ({name}): {int(train.lengths[index])} tokens computed, {len(answers)} candidates"
         return f"{head}\n{prompt}>>>{answers.pop(example.candidates.gold)}<<< and not {' or '.join(answers)}"
-    head = f"example {index:,} ({name}): {len(trained)} tokens, {int(trained.sum())} of them trained"
-    return f"{head}\n{prompt}>>>{answers[0]}<<<"
+    num_trained = int(train.num_label_tokens[index])
+    head = f"example {index:,} ({name}): {len(trained)} tokens, {num_trained} of them trained"
+    starts = [0, *(trained.diff().nonzero().flatten() + 1).tolist(), len(trained)]
+    parts = [tokenizer.decode(example.input_ids[start:end]) for start, end in pairwise(starts)]
+    marked = (f">>>{part}<<<" if trained[start] else part for part, start in zip(parts, starts, strict=False))
+    return head + "\n" + "".join(marked)
 
 
 def _answers(example: Example, tokenizer: Any) -> list[str]:
-    """Return the texts after the prompt: one response, or the candidates."""
+    """Return the texts after the prompt: the responses from the first on, or the candidates."""
     sizes = [len(example.labels)] if example.candidates is None else list(example.candidates.lengths)
     parts = zip(example.input_ids.split(sizes), example.labels.split(sizes), strict=True)
     return [tokenizer.decode(ids[int((labels != -100).nonzero()[0]) :]) for ids, labels in parts]

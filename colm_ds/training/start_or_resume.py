@@ -15,6 +15,7 @@ from colm_ds.config.deepspeed import MONITOR_SECTIONS
 from colm_ds.config.section import Section
 from colm_ds.errors import ConfigError
 from colm_ds.recipes.recipe import BaseRecipe
+from colm_ds.recipes.sections import DataConfig
 from colm_ds.run_folder.contents import CHECKPOINTS, CONFIG, METRICS, NOT_EVALUATED, own_entries
 from colm_ds.run_folder.files import read_object
 from colm_ds.run_folder.read import is_finished, status_of
@@ -23,7 +24,7 @@ from colm_ds.run_folder.write import no_run_of
 _MAY_CHANGE = {
     *("name", "made_by", "output_dir", "overwrite", "save_every", "keep_last", "resume", "monitor", "verbose"),
     *("evaluation", "tokenizer", "deepspeed", "data.train", "data.heldout", "data.cache_dir", "model.name_or_path"),
-    *("data.store", "prepare", "keep_best"),
+    *("data.store", "prepare", "keep_best", "data.schema", "data.chat_template", "data.num_processes"),
     *("model.attention", "model.activation_checkpointing", "colm.num_workers", "colm.micro_batch_tokens"),
     *("colm.max_skipped_steps", "colm.phase_timeout_s", "colm.replay", "colm.variance_every"),
     *("colm.probe.max_tokens", "colm.memory", "colm.packing", "micro_batch_size"),
@@ -214,8 +215,9 @@ def _as_now(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
     Keys that an earlier version did not know have their default, which is what that version did; `num_probes` is the
     number that "auto" stands for, `small_share` 1 where all are kept, as that version always did, and
-    `quotas` independent, as they were then.
+    `quotas` independent, as they were then. So have keys of `data`.
     """
+    recipe = {**recipe, "data": _data_as_now(recipe)}
     known = _known(CoLMSection, recipe.get("colm") or {})
     known.setdefault("quotas", "independent")
     try:
@@ -230,6 +232,15 @@ def _as_now(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if "small_share" not in known or (size and section.small_share == "auto" and section.large_batch_size <= 2 * size):
         colm["small_share"] = 1.0
     return {**recipe, "colm": colm}
+
+
+def _data_as_now(recipe: Mapping[str, Any]) -> Any:
+    data = recipe.get("data")
+    if recipe.get("task", "instructions") != "instructions" or not isinstance(data, Mapping):
+        return data
+    fields = DataConfig.model_fields
+    later = {name: field.default for name, field in fields.items() if name not in data and not field.is_required()}
+    return {**later, **data}
 
 
 def _known(kind: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from colm_ds.data import MixtureSampler, encode_prompt, load_instructions, pad_batch, read_records
+from colm_ds.data import MixtureSampler, encode_prompt, load_examples, pad_batch, read_records
 from colm_ds.data.generated.mixture import TASKS, VOCABULARY_SIZE, generate_records, main, write_mixture
 from colm_ds.errors import ConfigError
 from colm_ds.types import Example
@@ -99,7 +99,7 @@ def test_tokenizer(folder: Path) -> None:
 def test_loads_as_instructions(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     for name in ("train", "heldout"):
-        dataset = load_instructions(folder / f"{name}.jsonl", tokenizer, 96)
+        dataset = load_examples(folder / f"{name}.jsonl", tokenizer, 96)
         assert len(dataset) == len(list(read_records(folder / f"{name}.jsonl")))
         assert dataset.num_dropped == {"no_labels_after_truncation": 0}
         assert dataset.lengths.max() < 96  # nothing is truncated
@@ -119,7 +119,7 @@ def test_command_line(tmp_path: Path, repo_root: Path, capsys: pytest.CaptureFix
 def test_tiny_llama_learns(folder: Path) -> None:
     """A Llama of half a million parameters, 150 steps of 32 (15 s): every source's held-out loss falls clearly."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    train, heldout = (load_instructions(folder / f"{name}.jsonl", tokenizer, 96) for name in ("train", "heldout"))
+    train, heldout = (load_examples(folder / f"{name}.jsonl", tokenizer, 96) for name in ("train", "heldout"))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(

@@ -168,8 +168,8 @@ def test_missing_file_names_similar_ones(tmp_path: Path) -> None:
 
 
 def test_unsupported_suffix_and_folder(tmp_path: Path) -> None:
-    save(tmp_path / "a.csv", b"x")
-    assert "unsupported kind of file" in failure(tmp_path / "a.csv")
+    save(tmp_path / "a.txt", b"x")
+    assert "unsupported kind of file" in failure(tmp_path / "a.txt")
     assert "a folder, not a file" in failure(tmp_path)
 
 

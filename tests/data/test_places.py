@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from colm_ds.data import InstructionDataset, load_instructions
+from colm_ds.data import TokenDataset, load_examples
 from colm_ds.errors import DataError
 
 from .conftest import Writer
-from .test_instructions import RECORDS, contents
+from .test_examples import RECORDS, contents
 
 
 def test_one_source(write_jsonl: Writer, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [{key: value for key, value in row.items() if key != "source"} for row in RECORDS]
-    dataset = load_instructions(write_jsonl(rows), tokenizer, 1000, source_key=None)
+    dataset = load_examples(write_jsonl(rows), tokenizer, 1000, source_key=None)
     assert dataset.source_counts() == {"all": 5}
 
 
@@ -36,16 +36,16 @@ def test_hub_name(
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
 
-    def load() -> InstructionDataset:
-        return load_instructions("hub:a/math", tokenizer, 1000, cache_dir=tmp_path / "cache")
+    def load() -> TokenDataset:
+        return load_examples("hub:a/math", tokenizer, 1000, cache_dir=tmp_path / "cache")
 
-    expected = contents(load_instructions(write_jsonl(RECORDS), tokenizer, 1000))
+    expected = contents(load_examples(write_jsonl(RECORDS), tokenizer, 1000))
     assert contents(load()) == contents(load()) == expected
     assert set(calls) == {("a/math", None, "train")}
     assert len(list((tmp_path / "cache").iterdir())) == 1
     rows[0]["output"] = "another"
     assert contents(load()) != expected
-    both = load_instructions([write_jsonl(RECORDS), "hub:a/math:main:test"], tokenizer, 1000)
+    both = load_examples([write_jsonl(RECORDS), "hub:a/math:main:test"], tokenizer, 1000)
     assert len(both) == 10
     assert calls[-1] == ("a/math", "main", "test")
     del rows[2]["source"]

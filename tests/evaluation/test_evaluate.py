@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from colm_ds.data.records import read_place
+from colm_ds.data.formats import read_place
 from colm_ds.errors import ConfigError, DataError
 from colm_ds.evaluation.evaluate import TASK_NAMES, Options, evaluate, read_tasks, task_names
 from colm_ds.evaluation.question_files import DataPlaces, find_set, parse_places, subset

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from colm_ds.data import load_instructions
+from colm_ds.data import load_examples
 from colm_ds.data.generated.mixture import write_mixture
 from colm_ds.export.run import export_run
 from tests.finetune.test_entry import ROOT, recipe_of, start
@@ -46,7 +46,7 @@ def load_as_the_card_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict
 
 def heldout_loss(model: Any, tokenizer: Any, path: Path) -> float:
     """Mean loss of a labelled token, one example after the other."""
-    dataset = load_instructions(path, tokenizer, 96, source_key="source", cache_dir=None)
+    dataset = load_examples(path, tokenizer, 96, source_key="source", cache_dir=None)
     total, count = 0.0, 0
     for index in range(len(dataset)):
         tokens, labels = torch.as_tensor(dataset[index].input_ids), torch.as_tensor(dataset[index].labels)

@@ -47,7 +47,7 @@ def message_of(folder: Path, recipe: Any, *overrides: str) -> str:
     """Everything that a run reads and checks before it trains, in a run's order; the message, empty if all is well."""
     from colm_ds.batching.loader import source_counts
     from colm_ds.config.resolve import resolve_config
-    from colm_ds.data import load_instructions
+    from colm_ds.data import load_examples
     from colm_ds.engine.coreset_selector import small_source_ids
     from colm_ds.models.architecture import find_architecture
     from colm_ds.recipes.model import load_model, load_tokenizer
@@ -64,7 +64,7 @@ def message_of(folder: Path, recipe: Any, *overrides: str) -> str:
         config = resolve_config(deepspeed_config(loaded), 2)
         start = where_to_start(loaded)
         tokenizer = load_tokenizer(loaded.model, loaded.tokenizer_place)
-        data = load_instructions(
+        data = load_examples(
             loaded.data.train, tokenizer, loaded.data.max_length, source_key=loaded.data.source_key, cache_dir=None
         )
         small_source_ids(config.colm, source_counts(data))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from colm_ds.data.jsonl import PathLike
+from colm_ds.data.formats import PathLike
 from colm_ds.data.prompt import format_prompt
 from colm_ds.errors import ConfigError
 

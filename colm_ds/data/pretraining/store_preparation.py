@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from colm_ds.data.jsonl import find_files
+from colm_ds.data.formats import find_files
 from colm_ds.data.pretraining.part_pool import map_parts
 from colm_ds.data.pretraining.pile import PART_BYTES, BadLine, Part, documents, total_bytes
 from colm_ds.data.pretraining.scan import (

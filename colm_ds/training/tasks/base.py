@@ -54,7 +54,7 @@ class TrainingTask(Protocol):
         ...
 
     def losses_of_data(self) -> list[str]:
-        """Return lines about data that is left out or truncated, if any."""
+        """Return lines about the rows that were read, and about data that is left out or truncated."""
         ...
 
     def describe(self) -> dict[str, Any]:

@@ -1,19 +1,28 @@
-"""Train on instruction data: tokenised examples, their held-out loss and exact match."""
+"""Train on instructions, conversations and texts: tokenised examples, their held-out loss and exact match."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from colm_ds.data import InstructionDataset, load_instructions, split_holdout
-from colm_ds.evaluation.exact_match import exact_match, load_questions
+from colm_ds.data import TokenDataset, load_examples, split_holdout
+from colm_ds.data.chat import ChatEncoder, writes_date
+from colm_ds.data.entries import DataEntry, as_entries
+from colm_ds.data.examples import describe_read
+from colm_ds.data.formats import find_places
+from colm_ds.data.holdout import count_common
+from colm_ds.data.workers import MAX_PROCESSES, usable_cores
+from colm_ds.errors import ConfigError
+from colm_ds.evaluation.exact_match import Question, exact_match, load_questions
 from colm_ds.recipes.recipe import Recipe
 from colm_ds.training.tasks.base import InTraining, check_large_batch, measure_heldout_loss
 
 
 class InstructionTask:
-    """Implements `TrainingTask` for a recipe on instruction data."""
+    """Implements `TrainingTask` for a recipe on rows of text."""
 
     def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
         """Read and tokenise; see `load_data` for what it raises."""
@@ -21,8 +30,15 @@ class InstructionTask:
         self._place = str(recipe.data.train)
         self._max_length = recipe.data.max_length
         self.train, self._heldout = load_data(recipe, tokenizer)
-        questions = recipe.data.heldout if recipe.evaluation.exact_match else None
-        self._questions = load_questions(questions, recipe.data.source_key) if questions else []
+        by_file = recipe.data.heldout is not None and self._heldout is not None
+        self._num_common = count_common(self.train, self._heldout) if by_file and self._heldout is not None else 0
+        self._writes_date = self.train.trained is not None and writes_date(tokenizer, recipe.data.chat_template_kwargs)
+        self._questions: list[Question] = []
+        if recipe.evaluation.exact_match and recipe.data.heldout is not None and self._heldout is not None:
+            chat = None
+            if self._heldout.trained is not None:
+                chat = ChatEncoder(tokenizer, None, recipe.data.train_on, recipe.data.chat_template_kwargs)
+            self._questions = load_questions(_entries(recipe, recipe.data.heldout), tokenizer, chat)
 
     def identity(self) -> dict[str, dict[str, str]]:
         """See `TrainingTask.identity`: the training examples."""
@@ -66,7 +82,7 @@ class InstructionTask:
 
     def losses_of_data(self) -> list[str]:
         """See `TrainingTask.losses_of_data`."""
-        parts = []
+        parts = describe_read(self.train.read)
         for what, key in (("rows were left out, as their prompt fills", "dropped"), ("responses were cut at", "cut")):
             by_source = self.train.lost[key]
             if by_source:
@@ -74,6 +90,17 @@ class InstructionTask:
                 parts.append(f"{sum(by_source.values()):,} {what} data.max_length = {self._max_length}: {named}.")
         if gone := self._gone():
             parts.append(f"WARNING: nothing is left of {', '.join(gone)}. Choose a larger data.max_length.")
+        if self.train.num_special:
+            parts.append(f"WARNING: {self.train.num_special:,} conversations hold the text of a special token.")
+        if self._num_common and self._heldout is not None:
+            parts.append(
+                f"WARNING: {self._num_common:,} of {len(self._heldout):,} held-out examples are trained on too."
+            )
+        if self._writes_date:
+            parts.append(
+                "WARNING: the chat template writes today's date into the prompts, so that a run resumed on another day "
+                "finds other data unless its cache is there. Give it one: data.chat_template_kwargs={date_string: ...}."
+            )
         return parts
 
     def _gone(self) -> list[str]:
@@ -81,8 +108,10 @@ class InstructionTask:
         return [name for name, count in self.train.source_counts().items() if count == 0]
 
 
-def load_data(recipe: Recipe, tokenizer: Any) -> tuple[InstructionDataset, InstructionDataset | None]:
+def load_data(recipe: Recipe, tokenizer: Any) -> tuple[TokenDataset, TokenDataset | None]:
     """Load the training and held-out data of a recipe.
+
+    A template file of the recipe becomes the tokenizer's own, so that it is saved with the trained weights.
 
     Args:
         recipe: recipe with files, lengths, cache and held-out data.
@@ -90,25 +119,61 @@ def load_data(recipe: Recipe, tokenizer: Any) -> tuple[InstructionDataset, Instr
 
     Raises:
         DataError: naming file and line.
-        ConfigError: if the large batch is larger than the data.
+        ConfigError: if the large batch is larger than the data, a file is both trained on and held out, or schema,
+            prompt or chat template do not fit.
     """
     data = recipe.data
-    cache = None if data.cache_dir is None else Path(data.cache_dir).expanduser()
-
-    def load(paths: Any, limit: int | None) -> InstructionDataset:
-        return load_instructions(
-            paths,
-            tokenizer,
-            data.max_length,
-            source_key=data.source_key,
-            cache_dir=cache,
-            limit=limit,
-            seed=recipe.seed,
-        )
-
-    train = load(data.train, data.limit)
-    heldout = load(data.heldout, None) if data.heldout is not None else None
+    if data.chat_template is not None:
+        tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
+    if data.heldout is not None:
+        check_apart(_entries(recipe, data.train), _entries(recipe, data.heldout))
+    train = _load(recipe, data.train, tokenizer, data.limit)
+    heldout = _load(recipe, data.heldout, tokenizer, None) if data.heldout is not None else None
     if data.holdout_per_source:
         train, heldout = split_holdout(train, per_source=data.holdout_per_source, seed=recipe.seed)
     check_large_batch(recipe, train)
     return train, heldout
+
+
+def check_apart(train: Sequence[DataEntry], heldout: Sequence[DataEntry]) -> None:
+    """Raise a ConfigError if a file, or a split of a data set, is both trained on and held out."""
+
+    def places(entries: Sequence[DataEntry]) -> set[tuple[str, str]]:
+        named = set()
+        for entry in entries:
+            for place in find_places(entry.path):
+                is_file = isinstance(place, Path) and not place.is_dir()
+                named.add((str(place.resolve() if isinstance(place, Path) else place), "" if is_file else entry.split))
+        return named
+
+    if both := sorted(places(train) & places(heldout)):
+        raise ConfigError(
+            f"data.heldout: {', '.join(place for place, _ in both)} is trained on too. Name another file, or leave "
+            "data.heldout out and set data.holdout_per_source."
+        )
+
+
+def _entries(recipe: Recipe, data: Any) -> list[DataEntry]:
+    """Return an entry for each place of `data.train` or `data.heldout`."""
+    return as_entries(data, recipe.data.schema, recipe.data.prompt, recipe.data.source_key)
+
+
+def _load(recipe: Recipe, data: Any, tokenizer: Any, limit: int | None) -> TokenDataset:
+    section = recipe.data
+    cache = None if section.cache_dir is None else Path(section.cache_dir).expanduser()
+    # without a cache all ranks of this machine tokenise at the same time
+    ranks = 1 if cache is not None else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return load_examples(
+        data,
+        tokenizer,
+        section.max_length,
+        schema=section.schema,
+        prompt=section.prompt,
+        source_key=section.source_key,
+        train_on=section.train_on,
+        chat_template_kwargs=section.chat_template_kwargs,
+        cache_dir=cache,
+        limit=limit,
+        seed=recipe.seed,
+        num_processes=section.num_processes or max(1, min(MAX_PROCESSES, usable_cores() // ranks)),
+    )

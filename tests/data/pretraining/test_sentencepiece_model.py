@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from colm_ds.data.formats import read_records
 from colm_ds.data.generated.text import write_text
 from colm_ds.data.pretraining.sentencepiece_model import load_sentencepiece, train_sentencepiece
-from colm_ds.data.records import read_records
 from colm_ds.errors import ConfigError, DataError
 
 GIVEN = ("mistral_v1/tokenizer", "sp_small_2k/m", "sp_tiny_bytefallback/tokenizer", "t5/spiece")

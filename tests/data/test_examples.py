@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from colm_ds.data import InstructionDataset, encode_example, instructions, load_instructions, token_cache
+from colm_ds.data import TokenDataset, encode_example, examples, formats, load_examples, token_cache
 from colm_ds.errors import ConfigError, DataError
 from colm_ds.types import SourcedDataset
 
@@ -29,12 +29,12 @@ def record(number: int, source: str = "b", output: str | None = None) -> dict[st
 RECORDS = [record(1), record(2, "c"), record(3, "a"), record(1), record(40, "c", "x" * 30)]
 
 
-def contents(dataset: InstructionDataset) -> list[tuple[Any, ...]]:
+def contents(dataset: TokenDataset) -> list[tuple[Any, ...]]:
     return [(example.input_ids.tolist(), example.labels.tolist(), example.source, example.index) for example in dataset]
 
 
 def test_examples(write_jsonl: Writer, tokenizer: PreTrainedTokenizerBase) -> None:
-    dataset: SourcedDataset = load_instructions(write_jsonl(RECORDS), tokenizer, 1000)
+    dataset: SourcedDataset = load_examples(write_jsonl(RECORDS), tokenizer, 1000)
     assert list(dataset.source_names) == ["a", "b", "c"]
     assert dataset.source_ids.tolist() == [1, 2, 0, 1, 2]
     assert len(dataset) == len(RECORDS)
@@ -55,7 +55,7 @@ def test_examples(write_jsonl: Writer, tokenizer: PreTrainedTokenizerBase) -> No
 
 
 def test_compact_types_and_counts(write_jsonl: Writer, tokenizer: PreTrainedTokenizerBase) -> None:
-    dataset = load_instructions(write_jsonl(RECORDS), tokenizer, 1000)
+    dataset = load_examples(write_jsonl(RECORDS), tokenizer, 1000)
     assert dataset.source_counts() == {"a": 1, "b": 2, "c": 2}
     arrays = (dataset.tokens, dataset.starts, dataset.prompt_lengths, dataset.source_ids, dataset.lengths)
     assert [array.dtype.name for array in arrays] == ["int32", "int64", "int32", "int32", "int32"]
@@ -66,43 +66,43 @@ def test_truncation_drops_and_counts(write_jsonl: Writer, tokenizer: PreTrainedT
     rows = [*RECORDS, {"source": "long", "instruction": "y" * 500, "output": "1"}]
     path = write_jsonl(rows)
     prompt_length = encode_example(tokenizer, RECORDS[0]["instruction"], "2", 1000)[1]
-    dataset = load_instructions(path, tokenizer, prompt_length + 2)
+    dataset = load_examples(path, tokenizer, prompt_length + 2)
     assert dataset.num_dropped == {"no_labels_after_truncation": 1}
     assert dataset.source_counts() == {"a": 1, "b": 2, "c": 2, "long": 0}
     assert dataset.lengths.max() == prompt_length + 2
     assert dataset.num_label_tokens.tolist() == [2, 2, 2, 2, 1]
     with pytest.raises(DataError, match=r"no examples left: all 6 prompts fill max_length = 20 tokens"):
-        load_instructions(path, tokenizer, 20)
+        load_examples(path, tokenizer, 20)
 
 
 def test_example_with_one_labelled_token_is_kept(write_jsonl: Writer, tokenizer: PreTrainedTokenizerBase) -> None:
     prompt_length = encode_example(tokenizer, RECORDS[0]["instruction"], "2", 1000)[1]
     path = write_jsonl(RECORDS[:1])
-    assert load_instructions(path, tokenizer, prompt_length + 1).num_label_tokens.tolist() == [1]
+    assert load_examples(path, tokenizer, prompt_length + 1).num_label_tokens.tolist() == [1]
     with pytest.raises(DataError, match="no examples left"):
-        load_instructions(path, tokenizer, prompt_length)
+        load_examples(path, tokenizer, prompt_length)
 
 
 def test_chunks_do_not_matter(
     write_jsonl: Writer, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_jsonl([record(number, "abc"[number % 3]) for number in range(11)])
-    whole = contents(load_instructions(path, tokenizer, 1000))
-    monkeypatch.setattr(instructions, "_CHUNK_EXAMPLES", 3)
-    assert contents(load_instructions(path, tokenizer, 1000)) == whole
+    whole = contents(load_examples(path, tokenizer, 1000))
+    monkeypatch.setattr(formats, "CHUNK_ROWS", 3)
+    assert contents(load_examples(path, tokenizer, 1000)) == whole
 
 
 def test_several_files_and_other_source_key(write_jsonl: Writer, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [{**row, "kind": row.pop("source"), "level": 3, "input": "  "} for row in map(dict, RECORDS)]
     paths = [write_jsonl(rows[:2], "z.jsonl"), write_jsonl(rows[2:], "y.jsonl")]
-    dataset = load_instructions(paths, tokenizer, 1000, source_key="kind")
+    dataset = load_examples(paths, tokenizer, 1000, source_key="kind")
     assert dataset.source_ids.tolist() == [1, 2, 0, 1, 2]
-    folder = load_instructions(paths[0].parent, tokenizer, 1000, source_key="kind")
+    folder = load_examples(paths[0].parent, tokenizer, 1000, source_key="kind")
     assert folder.source_ids.tolist() == [0, 1, 2, 1, 2]  # y.jsonl first
 
 
 def test_subset(write_jsonl: Writer, tokenizer: PreTrainedTokenizerBase) -> None:
-    dataset = load_instructions(write_jsonl(RECORDS), tokenizer, 1000)
+    dataset = load_examples(write_jsonl(RECORDS), tokenizer, 1000)
     part = dataset.subset(np.array([4, 1]))
     assert part.source_names == dataset.source_names
     assert part.source_counts() == {"a": 0, "b": 0, "c": 2}
@@ -114,10 +114,10 @@ def test_subset(write_jsonl: Writer, tokenizer: PreTrainedTokenizerBase) -> None
 
 def test_limit_draws_at_random(write_jsonl: Writer, tokenizer: PreTrainedTokenizerBase) -> None:
     path = write_jsonl([record(number, "abc"[number % 3]) for number in range(60)])
-    whole = [ids for ids, *_ in contents(load_instructions(path, tokenizer, 1000))]
+    whole = [ids for ids, *_ in contents(load_examples(path, tokenizer, 1000))]
 
     def drawn(limit: int, seed: int) -> list[int]:
-        dataset = load_instructions(path, tokenizer, 1000, limit=limit, seed=seed)
+        dataset = load_examples(path, tokenizer, 1000, limit=limit, seed=seed)
         assert list(dataset.source_names) == ["a", "b", "c"]
         return [whole.index(ids) for ids, *_ in contents(dataset)]
 
@@ -141,7 +141,7 @@ def test_limit_draws_at_random(write_jsonl: Writer, tokenizer: PreTrainedTokeniz
         ({"instruction": "\u3000"}, "example with an empty instruction"),
         ({"source": " "}, "example with an empty source"),
         ({"output": "\ud800"}, "half of a surrogate pair"),
-        ({"input": "3 and 4"}, "key 'input' would be ignored. Append its text to 'instruction'"),
+        ({"input": ["3", "4"]}, "'input' is a list. Write one text, or a row for each entry"),
         ({"output": ...}, "no key 'output'. Add it; the record has 'source', 'instruction'"),
         ({"source": ...}, "or name the right key in source_key"),
     ],
@@ -152,7 +152,7 @@ def test_bad_record(
     bad = {key: value for key, value in {**record(1), **change}.items() if value is not ...}
     path = write_jsonl([record(1), bad, record(2)])
     with pytest.raises(DataError) as caught:
-        load_instructions(path, tokenizer, 1000)
+        load_examples(path, tokenizer, 1000)
     assert f"1 problem in {path}\n  {path}:2: " in str(caught.value)
     assert message in str(caught.value)
 
@@ -160,13 +160,13 @@ def test_bad_record(
 def test_problems_are_collected(write_jsonl: Writer, tokenizer: PreTrainedTokenizerBase) -> None:
     path = write_jsonl([record(1), {}, {**record(2), "output": ""}])
     with pytest.raises(DataError) as caught:
-        load_instructions(path, tokenizer, 1000)
+        load_examples(path, tokenizer, 1000)
     lines = str(caught.value).splitlines()
     assert lines[0] == f"4 problems in {path}"
     assert [line.split(": ")[0].rsplit(":", 1)[-1] for line in lines[1:]] == ["2", "2", "2", "3"]
     path = write_jsonl([{**record(1), "output": ""}] * 50)
     with pytest.raises(DataError) as caught:
-        load_instructions(path, tokenizer, 1000)
+        load_examples(path, tokenizer, 1000)
     assert str(caught.value).startswith(f"20 problems in {path} (stopped reading after 20)")
     assert len(str(caught.value).splitlines()) == 21
 
@@ -175,19 +175,19 @@ def test_broken_line_after_bad_records(write_jsonl: Writer, tokenizer: PreTraine
     path = write_jsonl([{**record(1), "output": ""}])
     path.write_text(path.read_text() + "{broken\n")
     with pytest.raises(DataError, match=r"2 problems(.|\n)*:1: example with an empty output(.|\n)*:2: not JSON"):
-        load_instructions(path, tokenizer, 1000)
+        load_examples(path, tokenizer, 1000)
 
 
 def test_bad_arguments(write_jsonl: Writer) -> None:
     path = write_jsonl(RECORDS)
     tokenizer = byte_tokenizer()
     with pytest.raises(ConfigError, match="limit = 0: must be at least 1"):
-        load_instructions(path, tokenizer, 100, limit=0)
+        load_examples(path, tokenizer, 100, limit=0)
     with pytest.raises(ConfigError, match="max_length = 0"):
-        load_instructions(path, tokenizer, 0)
+        load_examples(path, tokenizer, 0)
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="no eos token"):
-        load_instructions(path, tokenizer, 100)
+        load_examples(path, tokenizer, 100)
 
 
 # The cache
@@ -205,12 +205,12 @@ def test_cache_hit_is_equal_and_mapped(
     write_jsonl: Writer, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, cache = write_jsonl([*RECORDS, record(5, "only_dropped", "1")]), tmp_path / "deep" / "cache"
-    fresh = load_instructions(path, tokenizer, 1000)
-    first = load_instructions(path, tokenizer, 1000, cache_dir=cache)
+    fresh = load_examples(path, tokenizer, 1000)
+    first = load_examples(path, tokenizer, 1000, cache_dir=cache)
     os.utime(path, (1, 1))  # the time does not matter
     tokenizer(["a", "bb"], padding=True, truncation=True, max_length=2)  # leaves its mark on the tokenizer
-    monkeypatch.setattr(instructions, "encode_examples", no_tokenising)
-    second = load_instructions(path, tokenizer, 1000, cache_dir=str(cache))
+    monkeypatch.setattr(examples, "encode_completions", no_tokenising)
+    second = load_examples(path, tokenizer, 1000, cache_dir=str(cache))
     assert contents(fresh) == contents(first) == contents(second)
     assert fresh.source_names == second.source_names
     assert fresh.num_dropped == second.num_dropped
@@ -234,15 +234,15 @@ def test_cache_depends_on_everything(write_jsonl: Writer, tokenizer: PreTrainedT
         {"limit": 3, "seed": 1},
         {"limit": 4},
         {"source_key": "instruction"},
-        {"paths": write_jsonl(RECORDS, "other_name.jsonl")},
+        {"data": write_jsonl(RECORDS, "other_name.jsonl")},
     ]
     for number, change in enumerate(changes, start=1):
-        arguments = {"paths": path, "tokenizer": tokenizer, "max_length": 1000, "cache_dir": cache, **change}
-        cached = load_instructions(**arguments)
+        arguments = {"data": path, "tokenizer": tokenizer, "max_length": 1000, "cache_dir": cache, **change}
+        cached = load_examples(**arguments)
         assert len(entries(cache)) == number, change
-        assert contents(cached) == contents(load_instructions(**{**arguments, "cache_dir": None}))
+        assert contents(cached) == contents(load_examples(**{**arguments, "cache_dir": None}))
     write_jsonl([*RECORDS[:-1], record(41, "c", "x" * 30)])  # the same size, another content
-    assert load_instructions(path, tokenizer, 1000, cache_dir=cache)[4].input_ids.tolist() != cached[4].input_ids
+    assert load_examples(path, tokenizer, 1000, cache_dir=cache)[4].input_ids.tolist() != cached[4].input_ids
     assert len(entries(cache)) == len(changes) + 1
 
 
@@ -255,7 +255,7 @@ def test_damaged_entry_is_built_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     path, cache = write_jsonl(RECORDS), tmp_path / "cache"
-    good = contents(load_instructions(path, tokenizer, 1000, cache_dir=cache))
+    good = contents(load_examples(path, tokenizer, 1000, cache_dir=cache))
     entry = cache / entries(cache)[0]
     if damage == "cut":
         file = entry / "tokens.npy"
@@ -277,11 +277,11 @@ def test_damaged_entry_is_built_again(
         entry.rmdir()
         entry.write_text("")
     with caplog.at_level(logging.WARNING):
-        assert contents(load_instructions(path, tokenizer, 1000, cache_dir=cache)) == good
+        assert contents(load_examples(path, tokenizer, 1000, cache_dir=cache)) == good
     assert damage == "not_a_folder" or "damaged" in caplog.text
     assert entries(cache) == [entry.name]
     caplog.clear()
-    assert isinstance(load_instructions(path, tokenizer, 1000, cache_dir=cache).tokens, np.memmap)
+    assert isinstance(load_examples(path, tokenizer, 1000, cache_dir=cache).tokens, np.memmap)
     assert caplog.text == ""
 
 
@@ -289,19 +289,19 @@ def test_stopped_writer_leaves_no_entry(
     write_jsonl: Writer, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, cache = write_jsonl(RECORDS), tmp_path / "cache"
-    save = np.save
+    append = token_cache.ArrayWriter.append
 
-    def stop(file: Path, *arguments: Any, **keywords: Any) -> None:
-        if file.name == "prompt_lengths.npy":
+    def stop(writer: token_cache.ArrayWriter, name: str, values: Any) -> None:
+        if name == "prompt_lengths":
             raise KeyboardInterrupt
-        save(file, *arguments, **keywords)
+        append(writer, name, values)
 
-    monkeypatch.setattr(np, "save", stop)
+    monkeypatch.setattr(token_cache.ArrayWriter, "append", stop)
     with pytest.raises(KeyboardInterrupt):
-        load_instructions(path, tokenizer, 1000, cache_dir=cache)
+        load_examples(path, tokenizer, 1000, cache_dir=cache)
     monkeypatch.undo()
     assert entries(cache) == []
-    assert len(load_instructions(path, tokenizer, 1000, cache_dir=cache)) == len(RECORDS)
+    assert len(load_examples(path, tokenizer, 1000, cache_dir=cache)) == len(RECORDS)
 
 
 def test_cache_that_can_not_be_written(
@@ -309,14 +309,14 @@ def test_cache_that_can_not_be_written(
 ) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     with caplog.at_level(logging.WARNING):
-        dataset = load_instructions(write_jsonl(RECORDS), tokenizer, 1000, cache_dir=tmp_path / "cache")
+        dataset = load_examples(write_jsonl(RECORDS), tokenizer, 1000, cache_dir=tmp_path / "cache")
     assert len(dataset) == len(RECORDS)
     assert "could not be cached" in caplog.text
 
 
 def test_concurrent_writers(write_jsonl: Writer, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path, cache = write_jsonl(RECORDS), tmp_path / "cache"
-    good = contents(load_instructions(path, tokenizer, 1000))
+    good = contents(load_examples(path, tokenizer, 1000))
     arrays: dict[str, np.ndarray] = {
         "tokens": np.arange(6, dtype=np.int32),
         "offsets": np.array([0, 6], np.int64),
@@ -330,8 +330,8 @@ def test_concurrent_writers(write_jsonl: Writer, tokenizer: PreTrainedTokenizerB
     def work() -> None:
         barrier.wait()
         for key in range(20):
-            token_cache.store_arrays(cache, str(key), arrays, facts, instructions._is_consistent)
-            found = token_cache.load_arrays(cache, str(key), instructions._DTYPES, instructions._is_consistent)
+            token_cache.store_arrays(cache, str(key), arrays, facts, examples._is_consistent)
+            found = token_cache.load_arrays(cache, str(key), examples._DTYPES, examples._is_consistent)
             results.append(found is not None and found[0]["tokens"].tolist() == list(range(6)))
 
     threads = [threading.Thread(target=work) for _ in range(6)]
@@ -341,7 +341,7 @@ def test_concurrent_writers(write_jsonl: Writer, tokenizer: PreTrainedTokenizerB
         thread.join()
     assert results == [True] * 120
     assert entries(cache) == sorted(str(key) for key in range(20))
-    assert contents(load_instructions(path, tokenizer, 1000, cache_dir=cache)) == good
+    assert contents(load_examples(path, tokenizer, 1000, cache_dir=cache)) == good
 
 
 def test_valid_entry_of_another_writer_is_kept(tmp_path: Path) -> None:
@@ -355,14 +355,14 @@ def test_valid_entry_of_another_writer_is_kept(tmp_path: Path) -> None:
 
 def test_real_data(shared_data: Path, gpt2: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path = shared_data / "math_instruct" / "train.jsonl.gz"
-    dataset = load_instructions(path, gpt2, 512, cache_dir=tmp_path, limit=2000)
+    dataset = load_examples(path, gpt2, 512, cache_dir=tmp_path, limit=2000)
     assert len(dataset) + dataset.num_dropped["no_labels_after_truncation"] == 2000
     assert len(dataset.source_names) == 17
     assert dataset.lengths.max() <= 512
     assert dataset.num_label_tokens.min() >= 1
     assert json.loads(json.dumps(dataset.source_counts())) == dataset.source_counts()
     start = time.perf_counter()
-    again = load_instructions(path, gpt2, 512, cache_dir=tmp_path, limit=2000)
+    again = load_examples(path, gpt2, 512, cache_dir=tmp_path, limit=2000)
     assert time.perf_counter() - start < 5
     assert again.lengths.tolist() == dataset.lengths.tolist()
 
@@ -376,7 +376,7 @@ def test_what_max_length_takes_away_is_known_by_source(tmp_path: Path, tokenizer
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     for _ in range(2):  # also from the cache
-        dataset = load_instructions(path, tokenizer, 300, cache_dir=tmp_path / "cache")
+        dataset = load_examples(path, tokenizer, 300, cache_dir=tmp_path / "cache")
         assert dataset.lost == {"dropped": {"long question": 1}, "cut": {"long answer": 1}}
         assert dataset.subset([0]).lost == dataset.lost
         assert dataset.source_counts() == {"long answer": 1, "long question": 0, "short": 1}

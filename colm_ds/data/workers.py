@@ -1,0 +1,82 @@
+"""Work on parts of data in other processes, in order, with few parts in memory."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from colm_ds.errors import DataError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+NUM_HERE = 8
+"""Parts that are worked on in this process before others are started, which takes seconds."""
+
+MAX_PROCESSES = 16
+"""More than this one process cannot feed."""
+
+_work: Callable[[Any], Any] | None = None
+
+
+def map_in_order(work: Callable[[Item], Result], items: Iterable[Item], num_processes: int) -> Iterator[Result]:
+    """Map a function over items in parallel; results come in the order of the items.
+
+    The processes are started from a fresh one, as this one may have threads and devices. They are not started for fewer
+    than `NUM_HERE` items.
+
+    Args:
+        work: function or object that can be pickled; it is sent once to each process.
+        items: read on demand, with at most three per process in memory.
+        num_processes: number of processes; 1 works in this process.
+
+    Raises:
+        DataError: if a process was killed.
+    """
+    items = iter(items)
+    yield from map(work, items if num_processes == 1 else itertools.islice(items, NUM_HERE))
+    following = next(items, None)
+    if following is None:
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["transformers", work.__class__.__module__])
+    with ProcessPoolExecutor(num_processes, context, initializer=_start, initargs=(work,)) as pool:
+        pending: deque[Future[Any]] = deque()
+        try:
+            for item in itertools.chain([following], items):
+                pending.append(pool.submit(_run, item))
+                if len(pending) >= 3 * num_processes:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool:
+            raise DataError(
+                "a process that tokenises ended abruptly, as when memory runs out. Try fewer with data.num_processes."
+            ) from None
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start(work: Callable[[Any], Any]) -> None:
+    global _work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives it and reports
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _work = work
+
+
+def _run(item: Any) -> Any:
+    assert _work is not None
+    return _work(item)
