@@ -68,14 +68,22 @@ def _is_union_branch(part: Any, kind: type[Section]) -> bool:
 
 def _section_at(kind: type[Section], names: list[str]) -> type[Section] | None:
     for name in names:
+        if name.isdigit():  # an item of a list, whose section was found with the list
+            continue
         field = kind.model_fields.get(name)
-        inner = field.annotation if field else None
-        candidates = [inner, *getattr(inner, "__args__", ())]
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+        section = _section_in(field.annotation) if field else None
         if section is None:
             return None
         kind = section
     return kind
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """Return the first section that a type is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    inner = (_section_in(part) for part in getattr(annotation, "__args__", ()))
+    return next((section for section in inner if section is not None), None)
 
 
 def _known_keys(kind: type[Section], names: list[str]) -> list[str]:

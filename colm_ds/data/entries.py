@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from colm_ds.config.section import Section
 from colm_ds.data.formats import HUB, PathLike
@@ -40,6 +40,20 @@ class DataEntry(RowReading):
     split: str = Field("train", description="split of a saved data set or hub name that says none")
     source_key: str | None = Field("source", description="key that names a row's source; null: the entry's name")
 
+
+def _form(value: Any) -> str:
+    """Return the tag of the form that a place is written in; brackets keep it out of messages."""
+    if isinstance(value, (dict, DataEntry)):
+        return "entry[]"
+    return "list[]" if isinstance(value, list) else "str"
+
+
+_Path = Annotated[str, Tag("str")]
+_Entry = Annotated[DataEntry, Tag("entry[]")]
+_List = Annotated[list[Annotated[_Path | _Entry, Discriminator(_form)]], Tag("list[]")]
+
+Places = Annotated[_Path | _Entry | _List, Discriminator(_form)]
+"""A key of a recipe that names data: a place, an entry, or a list of these."""
 
 Data = PathLike | DataEntry | Sequence[PathLike | DataEntry]
 

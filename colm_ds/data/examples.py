@@ -58,6 +58,7 @@ FORMAT_VERSION = 2  # of the cache; raise it whenever the same files would give 
 SOURCE = "source"  # key of a row's source by default, which rows need not have
 ONE_SOURCE = "all"  # source of rows where no key is to name it
 MAX_PROBLEMS = 20  # shown for one file
+_PRELOADED = ("transformers",)  # by processes that tokenise
 _LOOKED_AT = 100  # rows that tell the schema
 _DTYPES = {"tokens": "int32", "offsets": "int64", "prompt_lengths": "int32", "source_ids": "int32"}
 _MASK_DTYPES = {"trained": "bool", "num_trained": "int32"}  # of conversations
@@ -556,7 +557,7 @@ def _tokenise(
     parts = encode.parts
     chosen, rows = None, _RowCount(parts)
     if limit is not None:
-        for some in map_in_order(encode, _jobs(parts, np.zeros(0, bool)), num_processes):
+        for some in map_in_order(encode, _jobs(parts, np.zeros(0, bool)), num_processes, _PRELOADED):
             rows.add(some)
         rows.check()
         chosen = np.zeros(rows.num_rows, dtype=bool)
@@ -569,7 +570,7 @@ def _tokenise(
     num_tokens = num_special = 0
     entry_counts = [0] * (max(part.entry for part in parts) + 1)
     sink.append("offsets", [0])
-    for some in map_in_order(encode, _jobs(parts, chosen), num_processes):
+    for some in map_in_order(encode, _jobs(parts, chosen), num_processes, _PRELOADED):
         sources = np.array(rows.add(some), dtype=np.int32)
         source_ids.append(sources[some.kept])
         ends = np.cumsum(some.lengths, dtype=np.int64)

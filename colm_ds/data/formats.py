@@ -25,7 +25,7 @@ LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 SUFFIXES = (".json", *LINES, ".parquet", ".csv")
 
 CHUNK_ROWS = 512  # read at once
-_CHUNK_BYTES = 1 << 21  # or fewer rows, where they are long
+_CHUNK_BYTES = 1 << 19  # or fewer rows, where they are long
 
 PathLike = str | Path
 Row = dict[str, Any]

@@ -6,8 +6,9 @@ import itertools
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -26,16 +27,19 @@ MAX_PROCESSES = 16
 _work: Callable[[Any], Any] | None = None
 
 
-def map_in_order(work: Callable[[Item], Result], items: Iterable[Item], num_processes: int) -> Iterator[Result]:
+def map_in_order(
+    work: Callable[[Item], Result], items: Iterable[Item], num_processes: int, preload: Sequence[str] = ()
+) -> Iterator[Result]:
     """Map a function over items in parallel; results come in the order of the items.
 
     The processes are started from a fresh one, as this one may have threads and devices. They are not started for fewer
-    than `NUM_HERE` items.
+    than `NUM_HERE` items, and end when this one does, however it ends.
 
     Args:
         work: function or object that can be pickled; it is sent once to each process.
         items: read on demand, with at most three per process in memory.
         num_processes: number of processes; 1 works in this process.
+        preload: modules that the processes share, besides that of `work`.
 
     Raises:
         DataError: if a process was killed.
@@ -46,7 +50,7 @@ def map_in_order(work: Callable[[Item], Result], items: Iterable[Item], num_proc
     if following is None:
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers", work.__class__.__module__])
+    context.set_forkserver_preload([*preload, type(work).__module__])
     with ProcessPoolExecutor(num_processes, context, initializer=_start, initargs=(work,)) as pool:
         pending: deque[Future[Any]] = deque()
         try:
@@ -72,9 +76,18 @@ def usable_cores() -> int:
 
 def _start(work: Callable[[Any], Any]) -> None:
     global _work
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives it and reports
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _work = work
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of the process that asked for this one, which may be killed, and end with it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run(item: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from colm_ds.config.section import Section
-from colm_ds.data.entries import DataEntry, RowReading, as_entries
+from colm_ds.data.entries import Places, RowReading, as_entries
 from colm_ds.errors import Problems
 
 PACKAGE_PREFIX = "package:"
@@ -62,12 +62,11 @@ class LoraConfig(Section):
 class DataConfig(RowReading):
     """Rows to train on and to hold out, and how they become tokens."""
 
-    train: DataEntry | str | list[DataEntry | str] = Field(
-        description="file, folder, hub:NAME:CONFIG:SPLIT, {path: ..., name: ..., weight: ...}, or a list of these"
+    train: Places = Field(
+        description="file, folder, hub:NAME:CONFIG:SPLIT, {path: ..., name: ..., weight: ...}, or a list of these: "
+        "finetune/README.md"
     )
-    heldout: DataEntry | str | list[DataEntry | str] | None = Field(
-        None, description="what the held-out loss is measured on, written as train"
-    )
+    heldout: Places | None = Field(None, description="what the held-out loss is measured on, written as train")
     holdout_per_source: int = Field(0, ge=0, description="without a held-out file: examples of each source to hold out")
     max_length: int = Field(512, ge=2, description="maximum tokens of an example; longer ones are truncated")
     train_on: Literal["all", "last"] = Field("all", description="turns of the assistant in a conversation with a loss")
