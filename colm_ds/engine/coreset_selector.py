@@ -29,6 +29,7 @@ from colm_ds.memory.breakdown import tensors_of
 from colm_ds.memory.meter import Meter
 from colm_ds.models.architecture import Architecture, find_architecture
 from colm_ds.models.patch import eval_mode
+from colm_ds.models.quantized import keep_trainable
 from colm_ds.probe.estimators import Estimator, Observer
 from colm_ds.probe.gradient_sketch import MAX_TOKENS, GradientSketch
 from colm_ds.probe.parameters import reading_parameters
@@ -146,6 +147,7 @@ class CoresetSelector:
             ConfigError: if the configuration cannot work or a listed small source is not in the dataset.
         """
         model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        keep_trainable(model)
         device = device if device is not None else next(model.parameters()).device
         exchange = exchange if exchange is not None else make_exchange(device)
         if optimizer is not None:

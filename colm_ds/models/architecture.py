@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from colm_ds.errors import ProbeError
+from colm_ds.models.dora import OutputHook, hooked
 from colm_ds.models.families import FAMILIES
+from colm_ds.models.quantized import float_weight
 from colm_ds.models.values import (
     ValueRows,
     Values,
@@ -43,6 +46,7 @@ class ProbeTarget:
         stop: one past the last.
         in_features: width of the module's input.
         groups: parts of equal size that the output is divided into.
+        norm: under DoRA, what computes the norm of the adapted weight by passing the identity through the module.
     """
 
     name: str
@@ -51,6 +55,7 @@ class ProbeTarget:
     stop: int
     in_features: int
     groups: int = 1
+    norm: nn.Module | None = None
 
     @property
     def out_features(self) -> int:
@@ -76,10 +81,13 @@ class ProbeTarget:
         parts = grouped[..., : self.start], rows.unflatten(-1, (self.groups, -1)), grouped[..., self.stop :]
         return torch.cat(parts, dim=-1).flatten(-2)
 
+    def hooking(self, hook: OutputHook) -> AbstractContextManager[None]:
+        """Call a forward hook for what passes through the module in the block; see `hooked`."""
+        return hooked(self.module, hook, self.norm)
+
     def weight_rows(self) -> Tensor:
         """Return the probed rows of the module's weight, `[out, in]`; under ZeRO-3 while the module runs only."""
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
+        weight = float_weight(self.module)
         if is_conv1d(self.module):
             return self.rows_of(weight).T
         return weight[self.start : self.stop] if self.groups == 1 else self.rows_of(weight.T).T
@@ -140,7 +148,7 @@ def find_architecture(model: nn.Module, layer: str = "v_proj") -> Architecture:
     """
     base: Any = unwrap(model)
     config = getattr(base, "config", None)
-    layers, head = _decoder_layers(base), find_head(base)
+    layers, head = decoder_layers(base), find_head(base)
     if config is None or layers is None or head is None:
         raise ProbeError(
             f"{type(base).__name__}, model of type {_model_type(base)!r}: no decoder layers or head with logits. Give "
@@ -179,7 +187,7 @@ def attention_projections(model: nn.Module) -> list[str]:
     Args:
         model: a Hugging Face causal LM.
     """
-    layers = _decoder_layers(unwrap(model)) or nn.ModuleList()
+    layers = decoder_layers(unwrap(model)) or nn.ModuleList()
     names: dict[str, None] = {}
     for layer in layers:
         values = find_values(layer, model.config)
@@ -201,7 +209,7 @@ def find_head(base: Any) -> Any:
         return None
 
 
-def _decoder_layers(base: Any) -> nn.ModuleList | None:
+def decoder_layers(base: Any) -> nn.ModuleList | None:
     """Return the decoder's layers: of the lists that are least deep in it the longest; None if there is none."""
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
     decoder = decoder if isinstance(decoder, nn.Module) else base
@@ -247,14 +255,17 @@ def _find_target(
     if has_lora and not is_adapted and layer != "v_proj":
         raise ProbeError(
             f"probe.layer = {layer!r}: {name} of the last layer has no LoRA adapter, so its gradient is of weights "
-            f"that are not trained. Add {name} to lora.targets, or probe 'v_proj'."
+            f"that are not trained. Add {name} to lora.targets (and the last layer to layers_to_transform), or probe "
+            "'v_proj'."
         )
     start, stop, groups = rows or ValueRows(0, out_features(projection), 1)
     module = _lora_b(projection, name) if is_adapted else projection
     if not is_linear(module):
         raise ProbeError(f"{name} of the last layer is a {type(module).__name__}; the probe reads linear modules only.")
     full_name = next((known for known, candidate in model.named_modules() if candidate is module), name)
-    return ProbeTarget(full_name, module, start, stop, in_features(module), groups)
+    norms = getattr(projection, "lora_magnitude_vector", None) if is_adapted else None
+    norm = norms[projection.active_adapters[0]] if norms else None
+    return ProbeTarget(full_name, module, start, stop, in_features(module), groups, norm)
 
 
 def _lora_b(projection: Any, name: str) -> Any:
@@ -265,6 +276,11 @@ def _lora_b(projection: Any, name: str) -> Any:
             f"{projection.disable_adapters}). Train with exactly one active, unmerged adapter."
         )
     module = projection.lora_B[active[0]]
-    if active[0] in getattr(projection, "lora_variant", {}) or not isinstance(module, nn.Module):
-        raise ProbeError(f"{name} of the last layer uses a LoRA variant (DoRA, AdaLoRA or the like). Use plain LoRA.")
+    variant = type(getattr(projection, "lora_variant", {}).get(active[0])).__name__
+    if variant not in ("NoneType", "DoraLinearVariant") or not isinstance(module, nn.Module):
+        raise ProbeError(
+            f"{name} of the last layer is adapted by a variant of LoRA that the probe does not know "
+            f"({variant if variant != 'NoneType' else type(projection).__name__}). Use LoRA, rsLoRA or DoRA, "
+            f"{WITHOUT_PROBE}."
+        )
     return module

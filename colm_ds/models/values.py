@@ -111,8 +111,9 @@ def output_projection(last: nn.Module, values: Values) -> tuple[str, nn.Module]:
     parts = [
         (name, module) for owner, name, module in _children(last, _MLP_OUTPUT) if id(module) not in within and owner
     ]
-    if isinstance(getattr(last, "mlp", None), nn.Module):
-        parts = [(name, module) for owner, name, module in _children(last, _MLP_OUTPUT) if owner is last.mlp]
+    mlp = active_module(getattr(last, "mlp", None))
+    if isinstance(mlp, nn.Module):
+        parts = [(name, module) for owner, name, module in _children(last, _MLP_OUTPUT) if owner is mlp]
     if len(parts) != 1:
         wanted = next((name for name in _MLP_OUTPUT if parts and name == parts[0][0]), "down_proj")
         what = f"{len(parts)} modules like mlp.{wanted}" if parts else f"no mlp.{wanted}"
@@ -142,13 +143,23 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(inside, nn.Linear) or is_conv1d(inside)
 
 
+_NOT_WITHIN = ("cross", "encoder_attn", "lora_", "expert", "indexer", "compressor", "original_module")
+"""Parts of the paths of modules that are not a layer's own attention; `modules_to_save` replaces the last one."""
+
+
+def active_module(module: Any) -> Any:
+    """Return the copy that is trained of a module in PEFT's `modules_to_save`; others as they are."""
+    copies = getattr(module, "modules_to_save", None)
+    return copies[module.active_adapters[0]] if isinstance(copies, nn.ModuleDict) and len(copies) else module
+
+
 def _children(layer: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Yield linear modules of these names with their owners, outermost first; not those of cross-attention."""
     for path, owner in layer.named_modules():
-        if any(word in path.lower() for word in ("cross", "encoder_attn", "lora_", "expert", "indexer", "compressor")):
+        if any(word in path.lower() for word in _NOT_WITHIN):
             continue
         for name in names:
-            module = getattr(owner, name, None)
+            module = active_module(getattr(owner, name, None))
             if isinstance(module, nn.Module) and is_linear(module):
                 yield owner, name, module
 

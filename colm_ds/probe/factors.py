@@ -41,7 +41,7 @@ def gradient_factors(architecture: Architecture, tail: TailInput) -> list[tuple[
 
     with ExitStack() as hooks:
         for place, target in enumerate(architecture.targets):
-            hooks.callback(target.module.register_forward_hook(cut(place, target)).remove)
+            hooks.enter_context(target.hooking(cut(place, target)))
         with torch.enable_grad():
             losses = tail_losses(architecture, tail)
             leaves = [leaf for _, leaf in seen]

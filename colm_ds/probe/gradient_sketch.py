@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from colm_ds.batching.micro_batch import MicroBatch
 from colm_ds.errors import ProbeError
 from colm_ds.models.architecture import ProbeTarget
+from colm_ds.models.dora import hooked, norms_by_adapter
 from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 from colm_ds.models.patch import eval_mode
 from colm_ds.randomness import private_generator
@@ -69,6 +70,7 @@ def trained_linears(model: nn.Module) -> list[LinearModule]:
     """
     in_head = {id(module) for module in _head_modules(model)}
     fresh = is_fresh_adapter(model)
+    of_tensors = {id(module) for module in _adapters_of_tensors(model)}
     linears = []
     for name, module in model.named_modules():
         sizes = _sizes(module)
@@ -77,6 +79,11 @@ def trained_linears(model: nn.Module) -> list[LinearModule]:
             continue
         if fresh and ".lora_A." in name:
             continue
+        if id(module) in of_tensors:
+            raise ProbeError(
+                f"{name}: adapts a tensor of experts (lora.target_parameters), so its gradients cannot be told apart "
+                "by example. Leave the measurement out (colm.variance_every)."
+            )
         linears.append(LinearModule(name, module, *sizes))
     if not linears:
         raise ProbeError(
@@ -84,6 +91,14 @@ def trained_linears(model: nn.Module) -> list[LinearModule]:
             "gradients to sketch. Train at least one, or leave out variance_every."
         )
     return linears
+
+
+def _adapters_of_tensors(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the `lora_A` and `lora_B` of tensors that are no modules, which PEFT multiplies without running them."""
+    for module in model.modules():
+        if hasattr(module, "parameter_name") and hasattr(module, "lora_A"):
+            for part in (module.lora_A, module.lora_B):
+                yield from part.children()  # type: ignore[union-attr]
 
 
 def is_fresh_adapter(model: nn.Module) -> bool:
@@ -140,6 +155,7 @@ class GradientSketch:
         self.side = side
         self.width = sum(linear.size(side) for linear in self.linears)
         self._model = model
+        self._norms = norms_by_adapter(model)
         self._head = find_loss_head(model)
         self._exact = tuple(exact)
         self.num_exact = sum(target.num_coordinates for target in self._exact)
@@ -184,13 +200,13 @@ class GradientSketch:
                 part = sketches[:, start : start + linear.size(self.side)]
                 start += part.shape[1]
                 reader = _Reader(linear.name, micro, owners, part, left, right)
-                stack.enter_context(_tapped(linear.module, reader, anchor))
+                stack.enter_context(_tapped(linear.module, reader, anchor, self._norms.get(linear.module)))
             start = 0
             for target in self._exact:
                 part = exact[:, start : start + target.num_coordinates]
                 start += part.shape[1]
                 reader = _Reader(target.name, micro, owners, part, None, None, target)
-                stack.enter_context(_tapped(target.module, reader, anchor))
+                stack.enter_context(_tapped(target.module, reader, anchor, target.norm))
             sums = example_loss_sums(self._model, self._head, micro)
             # In fp16 the gradient of a mean over many tokens underflows; that of their sum does not.
             summed = any(p.dtype == torch.float16 for p in self._model.parameters())
@@ -277,18 +293,15 @@ class _Tap(torch.autograd.Function):
 
 
 @contextmanager
-def _tapped(module: nn.Module, reader: _Reader, anchor: Tensor) -> Iterator[None]:
+def _tapped(module: nn.Module, reader: _Reader, anchor: Tensor, norm: nn.Module | None) -> Iterator[None]:
     """Let a reader see the inputs and output gradients of every call of a module; remove the hook afterwards."""
 
     def hook(called: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         tapped: Tensor = _apply(output, anchor, reader, reader.seen(inputs[0]))
         return tapped
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with hooked(module, hook, norm):
         yield
-    finally:
-        handle.remove()
 
 
 _apply: Callable[..., Any] = _Tap.apply

@@ -20,6 +20,7 @@ from colm_ds.errors import ConfigError
 from colm_ds.memory.meter import GIB, free_bytes
 from colm_ds.models.architecture import Architecture
 from colm_ds.models.patch import patched_forwards
+from colm_ds.models.quantized import float_dtype
 from colm_ds.randomness import private_generator
 from colm_ds.selection.transfer import to_device
 
@@ -74,10 +75,18 @@ def why_not_replay(architecture: Architecture) -> str | None:
         if float(getattr(config, name, 0.0) or 0.0) > 0:
             return f"{name} is {getattr(config, name)}: the noise of the router cannot be repeated"
     inside = {module for layer in layers for module in layer.modules()}
+    if any(_drops_under_dora(module) for module in inside):
+        return "DoRA leaves its dropout out of every pass but training's; set the dropout of the adapters to 0"
     outside = [module for module in architecture.model.modules() if module not in inside]
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in outside):
         return "there is dropout outside the decoder layers"
     return None
+
+
+def _drops_under_dora(module: Any) -> bool:
+    """Return whether a module is adapted by DoRA with dropout."""
+    dropouts = module.lora_dropout.values() if getattr(module, "lora_magnitude_vector", None) else ()
+    return any(isinstance(each, nn.Dropout) and each.p > 0 for each in dropouts)
 
 
 class ReplayStore:
@@ -298,7 +307,7 @@ def choose_replay(
     if config.probe.dtype != "auto":
         reason = "the probe computes in another dtype than training (colm.probe.dtype)"
     if reason is None and not offload:
-        size = next(architecture.last_layer.parameters()).element_size()
+        size = float_dtype(architecture.last_layer).itemsize
         needed = (len(architecture.layers) - 1) * num_tokens * architecture.hidden_size * size
         free = free_bytes(device)
         if needed > free / 2 and config.replay == "auto":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from colm_ds.errors import ProbeError
 from colm_ds.models.architecture import Architecture, ProbeTarget
 from colm_ds.models.patch import eval_mode
 from colm_ds.models.precision import full_products
+from colm_ds.models.quantized import float_weight, quantized_linears, rounds_inputs
 from colm_ds.probe.factors import example_gradients, gradient_factors
 from colm_ds.probe.tail import precise_tail, run_trunk, tail_losses
 from colm_ds.randomness import private_generator
@@ -54,8 +55,10 @@ def check_architecture(model: nn.Module, architecture: Architecture, tail_dtype:
 
 def _check(model: nn.Module, architecture: Architecture, tail_dtype: torch.dtype | None) -> None:
     device = next(architecture.last_layer.parameters()).device
-    dtypes = {parameter.dtype for parameter in architecture.last_layer.parameters()}
-    is_exact = dtypes <= {torch.float32, torch.float64}
+    layer = architecture.last_layer
+    dtypes = {parameter.dtype for parameter in layer.parameters() if parameter.is_floating_point()}
+    dtypes |= {float_weight(module).dtype for _, module in quantized_linears(layer)}
+    is_exact = dtypes <= {torch.float32, torch.float64} and not any(rounds_inputs(each) for each in layer.modules())
     examples = _examples(architecture)
     batch = make_micro_batch([Example(ids, ids, 0, index) for index, ids in enumerate(examples)]).to(device)
     with eval_mode(model), torch.no_grad(), full_products() if is_exact else nullcontext():
@@ -134,13 +137,11 @@ def _own_gradients(model: nn.Module, ids: Tensor, cuts: list[_Cut]) -> tuple[Ten
 
 
 def _differentiated(model: nn.Module, ids: Tensor, cuts: list[_Cut]) -> tuple[Tensor, list[Tensor]]:
-    handles = [cut.target.module.register_forward_hook(cut) for cut in cuts]
-    try:
+    with ExitStack() as hooks:
+        for cut in cuts:
+            hooks.enter_context(cut.target.hooking(cut))
         with torch.no_grad():
             loss = _own_loss(model, ids)
-    finally:
-        for handle in handles:
-            handle.remove()
     leaves = [cut.leaf for cut in cuts if cut.leaf is not None]
     deltas = torch.autograd.grad(loss, leaves, allow_unused=True)
     return loss.detach(), [

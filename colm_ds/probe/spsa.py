@@ -35,11 +35,8 @@ def shifted_output(target: ProbeTarget, direction: Tensor, epsilon: float) -> It
             return output.add(moved, alpha=epsilon)
         return target.with_rows(output, target.rows_of(output).add(moved, alpha=epsilon))
 
-    handle = target.module.register_forward_hook(shift)
-    try:
+    with target.hooking(shift):
         yield
-    finally:
-        handle.remove()
 
 
 def spsa_coefficients(

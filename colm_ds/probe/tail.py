@@ -18,6 +18,7 @@ from colm_ds.models.architecture import Architecture
 from colm_ds.models.example_loss import loss_sums
 from colm_ds.models.patch import Forward, patched_forwards
 from colm_ds.models.precision import full_products
+from colm_ds.models.quantized import float_dtype, float_weight, is_quantized
 from colm_ds.models.token_loss import in_chunks, token_losses
 
 _CAST_ELEMENTS = 1 << 22
@@ -94,7 +95,7 @@ def run_trunk(
             "Train without added tokens (no prompt tuning), with LoRA for example."
         )
     tail = TailInput(*captured[0], batch, num_outputs[-1])
-    return tail if dtype is None else tail.cast(next(architecture.last_layer.parameters()).dtype)
+    return tail if dtype is None else tail.cast(float_dtype(architecture.last_layer))
 
 
 def _same(hidden: Tensor) -> Tensor:
@@ -297,6 +298,10 @@ def _tail_modules(architecture: Architecture) -> Iterator[tuple[str, nn.Module]]
 
 def _precise_forward(name: str, module: nn.Module, dtype: torch.dtype, own_code: bool) -> Forward | None:
     """Return a forward in a higher dtype for a module with weights in a lower one; None if its own forward will do."""
+    if is_quantized(module):
+        return _precise_quantized(module, dtype)
+    if type(module).__name__ in ("DoraLinearLayer", "ParametrizationList"):
+        return None  # multiplies one by one, so that factors are promoted; the second makes floats of quantized experts
     weights = [parameter for parameter in module.parameters(recurse=False) if parameter.dtype != dtype]
     has_buffers = any(buffer.is_floating_point() and buffer.dtype != dtype for buffer in module.buffers(recurse=False))
     if not weights and own_code and has_buffers and type(module).__module__.startswith(_OWN_CODE):
@@ -403,6 +408,15 @@ def _precise_linear(module: nn.Linear, dtype: torch.dtype) -> Forward:
             part = None if bias is None else _cast(bias[start:stop], dtype)
             output[..., start:stop] = F.linear(hidden, weight[start:stop].to(dtype), part)
         return output
+
+    return forward
+
+
+def _precise_quantized(module: Any, dtype: torch.dtype) -> Forward:
+    """Return a forward with the floats that a quantized weight stands for, and inputs that are not rounded."""
+
+    def forward(hidden: Tensor) -> Tensor:
+        return F.linear(hidden.to(dtype), float_weight(module).to(dtype), _cast(module.bias, dtype))
 
     return forward
 

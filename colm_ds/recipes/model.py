@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import logging
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +16,10 @@ import torch
 from torch import nn
 
 from colm_ds.errors import CoLMError, ConfigError, Problems
-from colm_ds.models.architecture import attention_projections
+from colm_ds.models.architecture import attention_projections, decoder_layers
 from colm_ds.models.families import FAMILIES, set_pad_token
+from colm_ds.models.quantized import fused_experts, keep_trainable, quantize_experts
+from colm_ds.recipes.adapter import ADAPTER_CONFIG, load_adapter
 from colm_ds.recipes.sections import LoraConfig, ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -52,20 +56,24 @@ def load_tokenizer(model: ModelConfig, place: str | None = None) -> Any:
     return tokenizer
 
 
-def load_model(model: ModelConfig, lora: LoraConfig | None, tokenizer: Any) -> nn.Module:
+def load_model(model: ModelConfig, lora: LoraConfig | None, tokenizer: Any, *, fresh: bool = False) -> nn.Module:
     """Load a model, or build it with random weights that follow the global seed; add LoRA and activation checkpointing.
 
     Args:
         model: where its weights or its configuration are.
         lora: adapters to put on it; None for none.
         tokenizer: its length is the vocabulary's, where the configuration says none.
+        fresh: leave out the weights of the adapter that `lora.adapter` names, as others will take their place.
 
     Raises:
         ConfigError: if the model cannot be loaded or LoRA cannot be applied.
+        CheckpointError: if the adapter to start from does not fit.
     """
     loaded = _base_model(model, tokenizer)
     if lora is not None:
         loaded = add_lora(loaded, lora)
+        if lora.adapter is not None and not fresh:
+            load_adapter(loaded, lora.adapter)
     if model.activation_checkpointing:
         enable = getattr(loaded, "activation_checkpointing_enable", None) or loaded.gradient_checkpointing_enable
         enable({"use_reentrant": False})
@@ -95,10 +103,12 @@ def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
         path = str(config.name_or_path)
         if gguf and not (Path(path) / str(config.gguf_file)).is_file():
             raise ConfigError(f"model.gguf_file = {config.gguf_file!r}: no such file in {path}.")
-        if (Path(path) / "adapter_config.json").is_file():
+        if (Path(path) / ADAPTER_CONFIG).is_file():
             raise _is_adapter(path)
         described = AutoConfig.from_pretrained(path, **gguf)
         options["attn_implementation"] = attention_for(described, config.attention)
+        if config.quantization is not None:
+            options["quantization_config"] = _quantization(config, described)
         with contextlib.redirect_stderr(io.StringIO()) if gguf else contextlib.nullcontext():  # a bar per rank
             model, report = AutoModelForCausalLM.from_pretrained(
                 path, **gguf, **options, output_loading_info=True, ignore_mismatched_sizes=True
@@ -106,6 +116,9 @@ def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
         if getattr(model, "_hf_peft_config_loaded", False):
             raise _is_adapter(path)
         check_loaded(path, model, report)
+        keep_trainable(model)
+        if config.quantization is not None:
+            _quantize_experts(config, model)
         if gguf and hasattr(model.config, "quantization_config"):
             del model.config.quantization_config  # the weights are plain now; a saved copy must load as such
         return model
@@ -117,6 +130,41 @@ def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
             f"model {name} cannot be built: {_first_line(error)} "
             "Name a whole model folder or a hub name; a file that was cut off must be fetched again."
         ) from None
+
+
+def _quantization(config: ModelConfig, described: Any) -> Any:
+    """Return the settings of bitsandbytes for a model, by the classes of transformers."""
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"model.quantization = {config.quantization!r}: bitsandbytes is not installed. "
+            "Run pip install --no-deps bitsandbytes, or remove the key."
+        )
+    if getattr(described, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"model.quantization = {config.quantization!r}: the weights in {config.name_or_path} are quantized "
+            "already. Remove the key."
+        )
+    if config.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=DTYPES[config.dtype],
+    )
+
+
+def _quantize_experts(config: ModelConfig, model: nn.Module) -> None:
+    if config.quantization == "4bit":
+        quantize_experts(model, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
+    elif experts := fused_experts(model):
+        owner, name = type(experts[0][0]).__name__, experts[0][1]
+        raise ConfigError(
+            f"model.quantization = '8bit': {name} of {owner} holds all experts in one tensor, which bitsandbytes "
+            "keeps in 4 bits only. Write 4bit."
+        )
 
 
 def attention_for(config: Any, attention: str) -> str:
@@ -183,8 +231,9 @@ def _named(keys: Sequence[str]) -> str:
 
 def _is_adapter(path: str) -> ConfigError:
     return ConfigError(
-        f"model.name_or_path = {path}: a LoRA adapter, not a model. Merge it into its base first (`colm-ds export RUN "
-        "--merge`, or PEFT's merge_and_unload) and name the merged folder; a `lora:` section then adds a new adapter."
+        f"model.name_or_path = {path}: a LoRA adapter, not a model. To train it further name its base here and this "
+        "folder in lora.adapter. To add a new one instead merge it first (`colm-ds export RUN --merge`, or PEFT's "
+        "merge_and_unload) and name the merged folder here."
     )
 
 
@@ -192,33 +241,78 @@ def add_lora(model: Any, config: LoraConfig) -> nn.Module:
     """Put LoRA adapters on a model's targets.
 
     Raises:
-        ConfigError: if no targets are known or none of them is in the model.
+        ConfigError: listing names and layers of the section that are not in the model.
     """
     import peft
 
     model_type = model.config.model_type
-    family = FAMILIES.get(model_type)
-    targets = list(family.lora_targets) if family is not None else attention_projections(model)
-    if config.targets != "auto":
-        targets = list(config.targets)
-    elif not targets:
+    targets = lora_targets(model, config)
+    if not targets and not config.target_parameters:
         raise ConfigError(
             f"lora.targets = 'auto': no attention with linear projections found in a model of type {model_type!r}. "
             "List the modules to adapt."
         )
+    _check_names(model, config, targets)
+    settings: dict[str, Any] = {
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": targets,
+        "task_type": "CAUSAL_LM",
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "layers_to_transform": config.layers_to_transform,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "target_parameters": config.target_parameters or None,
+        "modules_to_save": config.modules_to_save or None,
+    }
     try:
-        return peft.get_peft_model(
-            model,
-            peft.LoraConfig(
-                r=config.rank,
-                lora_alpha=config.alpha,
-                lora_dropout=config.dropout,
-                target_modules=targets,
-                task_type="CAUSAL_LM",
-            ),
-        )
+        return peft.get_peft_model(model, peft.LoraConfig(**settings))
     except ValueError as error:
         raise ConfigError(f"lora.targets = {targets}: {_first_line(error)}") from None
+
+
+def lora_targets(model: Any, config: LoraConfig) -> str | list[str]:
+    """Return the modules to adapt as PEFT takes them: names, `all-linear`, or a regular expression."""
+    if config.targets != "auto":
+        return config.targets if isinstance(config.targets, str) else list(config.targets)
+    family = FAMILIES.get(model.config.model_type)
+    return list(family.lora_targets) if family is not None else attention_projections(model)
+
+
+def _check_names(model: nn.Module, config: LoraConfig, targets: str | list[str]) -> None:
+    """Raise for names of a `lora` section that PEFT would pass over in silence."""
+    problems = Problems("the lora section")
+    modules = [name for name, _ in model.named_modules()]
+    parameters = [name for name, _ in model.named_parameters()]
+
+    def held(wanted: str, names: list[str]) -> bool:
+        return any(name == wanted or name.endswith(f".{wanted}") for name in names)
+
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in modules if name and not name.rsplit(".", 1)[-1].isdigit()})
+    has = f"A {type(model).__name__} has {', '.join(leaves)}."
+    named = {"targets": targets if isinstance(targets, list) else [], "modules_to_save": config.modules_to_save}
+    for key, wanted in named.items():
+        for name in wanted:
+            if not held(name, modules):
+                problems.add(f"lora.{key}", name, "no module of this name is in the model", has)
+    for name in config.target_parameters:
+        if not held(name, parameters):
+            fused = sorted({each.split(".", 3)[-1] for each in parameters if "experts." in each})
+            advice = f"There are {', '.join(fused)}." if fused else "The model has no fused experts."
+            problems.add("lora.target_parameters", name, "no parameter of this name is in the model", advice)
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key):
+            if not any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in [*modules, *parameters]):
+                problems.add(f"lora.{key}", pattern, "matches no module", has)
+    layers = decoder_layers(model)
+    count = 0 if layers is None else len(layers)
+    outside = [number for number in config.layers_to_transform or [] if not 0 <= number < count]
+    if outside:
+        advice = f"The model has {count}, from 0 to {count - 1}."
+        problems.add("lora.layers_to_transform", config.layers_to_transform, f"no layers {outside}", advice)
+    problems.raise_if_any()
 
 
 def quiet_libraries() -> None:

@@ -15,6 +15,7 @@ from colm_ds.config.section import Section, validate_section
 from colm_ds.data.entries import as_entries
 from colm_ds.data.formats import HUB
 from colm_ds.errors import ConfigError, Problems
+from colm_ds.recipes.adapter import with_adapter
 from colm_ds.recipes.choices import ChoiceDataConfig, ClusterConfig
 from colm_ds.recipes.sections import (
     PACKAGE_PREFIX,
@@ -123,6 +124,25 @@ class BaseRecipe(Section):
             problems.add("model.config", model.config, "has no model_type", "For example model_type: llama.")
         if model.config is not None and (self.tokenizer_place or model.name_or_path) is None:
             problems.add("tokenizer", None, "a model built from its config brings none", "Name a tokenizer folder.")
+        if self.lora is not None:
+            self.lora.check(problems)
+        self._check_quantization(problems)
+
+    def _check_quantization(self, problems: Problems) -> None:
+        model = self.model
+        if model.quantization != "4bit":
+            for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
+                if (value := getattr(model, key)) != ModelConfig.model_fields[key].default:
+                    problems.add(f"model.{key}", value, "for quantization: 4bit only", "Remove it.")
+        if model.quantization is None:
+            return
+        key = "model.quantization"
+        if self.lora is None:
+            problems.add(key, model.quantization, "quantized weights are not trained", "Add a lora section.")
+        if model.config is not None:
+            problems.add(key, model.quantization, "a model from random weights has to be trained whole", "Remove it.")
+        if model.gguf_file is not None:
+            problems.add(key, model.quantization, "bitsandbytes reads no GGUF files", "Name a folder of safetensors.")
 
 
 class Recipe(BaseRecipe):
@@ -232,6 +252,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, needs_files:
     if problems.messages and loaded.get("made_by"):
         problems.notes.append(f"The files of this recipe are made by: {loaded['made_by']}")
     _resolve(loaded, "deepspeed", path.parent, problems, must_exist=True)
+    _take_adapter(loaded, problems)
     recipe = validate_section(kind, loaded, "", problems)
     if isinstance(recipe, BaseRecipe):
         recipe.check(problems)
@@ -321,11 +342,18 @@ def _number(text: str) -> str | float:
 def _resolve_paths(kind: type[BaseRecipe], values: dict[str, Any], folder: Path, problems: Problems) -> None:
     """Make the paths of a recipe findable from anywhere: as written, else relative to the recipe."""
     _resolve(values, "tokenizer", folder, problems, must_exist=False)
-    for section, keys in (("model", ("name_or_path",)), ("data", kind.data_paths)):
+    for section, keys in (("model", ("name_or_path",)), ("lora", ("adapter",)), ("data", kind.data_paths)):
         inner = values.get(section)
         if isinstance(inner, dict):
             for key in keys:
                 _resolve(inner, key, folder, problems, must_exist=section == "data", prefix=f"{section}.")
+
+
+def _take_adapter(values: dict[str, Any], problems: Problems) -> None:
+    """Fill the `lora` section with the settings of the adapter that it starts from."""
+    lora = values.get("lora")
+    if isinstance(lora, dict) and isinstance(lora.get("adapter"), str):
+        values["lora"] = with_adapter(lora, problems)
 
 
 def _resolve(

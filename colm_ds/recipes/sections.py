@@ -32,6 +32,13 @@ class ModelConfig(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention implementation")
     activation_checkpointing: bool = Field(False, description="recompute activations: less memory, one more forward")
     vocabulary_multiple: int = Field(8, ge=1, description="with config: round the tokenizer's vocabulary up to this")
+    quantization: Literal["4bit", "8bit"] | None = Field(
+        None, description="hold the frozen weights of linear maps in 4 or 8 bits by bitsandbytes; needs a lora section"
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4bit: the sixteen values of a weight")
+    bnb_4bit_use_double_quant: bool = Field(
+        True, description="4bit: quantize the scales too (0.52 bytes a weight instead of 0.56)"
+    )
 
     @field_validator("dtype")
     @classmethod
@@ -51,12 +58,52 @@ def native_dtype() -> Literal["float32", "bfloat16"]:
 
 
 class LoraConfig(Section):
-    """LoRA; leave the section out to train all parameters."""
+    """LoRA; leave the section out to train all parameters. Keys that PEFT has are called as there."""
 
     rank: int = Field(128, ge=1, description="rank of the adapters")
     alpha: float = Field(512, gt=0, description="scale: updates are multiplied by alpha / rank")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout in front of the adapters while training")
-    targets: Literal["auto"] | list[str] = Field("auto", description="adapted modules; auto: the family's")
+    targets: str | list[str] = Field(
+        "auto",
+        description="adapted modules: auto (the family's), all-linear (all but the head), a list of names, or a "
+        "regular expression",
+    )
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead (rsLoRA)")
+    use_dora: bool = Field(False, description="train the length of every row beside its direction (DoRA); slower")
+    layers_to_transform: list[int] | None = Field(None, description="adapt these decoder layers only, from 0")
+    rank_pattern: dict[str, int] = Field(
+        default_factory=dict, description="other ranks, by name or regular expression of the module"
+    )
+    alpha_pattern: dict[str, float] = Field(
+        default_factory=dict, description="other alphas, by name or regular expression of the module"
+    )
+    target_parameters: list[str] = Field(
+        default_factory=list,
+        description="adapted tensors that are no modules, as fused experts: mlp.experts.gate_up_proj; needs dropout 0",
+    )
+    modules_to_save: list[str] = Field(
+        default_factory=list, description="modules trained whole beside the adapters, such as lm_head or norm"
+    )
+    adapter: str | None = Field(
+        None,
+        description="folder of a trained adapter to start from; every other key but dropout is then the adapter's",
+    )
+
+    @field_validator("rank_pattern")
+    @classmethod
+    def _positive_ranks(cls, ranks: dict[str, int]) -> dict[str, int]:
+        if any(rank < 1 for rank in ranks.values()):
+            raise ValueError("ranks must be at least 1")
+        return ranks
+
+    def check(self, problems: Problems) -> None:
+        """Add what does not fit together."""
+        if self.target_parameters and self.dropout:
+            problems.add("lora.dropout", self.dropout, "target_parameters change weights, not outputs", "Write 0.")
+        if self.target_parameters and self.use_dora:
+            problems.add("lora.use_dora", True, "DoRA does not exist for target_parameters", "Remove one of the two.")
+        if not self.targets and not self.target_parameters:
+            problems.add("lora.targets", self.targets, "nothing would be adapted", "Write auto or name modules.")
 
 
 class DataConfig(RowReading):

@@ -15,7 +15,7 @@ from colm_ds.config.deepspeed import MONITOR_SECTIONS
 from colm_ds.config.section import Section
 from colm_ds.errors import ConfigError
 from colm_ds.recipes.recipe import BaseRecipe
-from colm_ds.recipes.sections import DataConfig
+from colm_ds.recipes.sections import DataConfig, LoraConfig, ModelConfig
 from colm_ds.run_folder.contents import CHECKPOINTS, CONFIG, METRICS, NOT_EVALUATED, own_entries
 from colm_ds.run_folder.files import read_object
 from colm_ds.run_folder.read import is_finished, status_of
@@ -211,19 +211,18 @@ def recipe_differences(before: Mapping[str, Any], recipe: BaseRecipe, free: Coll
 
 
 def _as_now(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a dumped recipe whose `"colm"` section has the keys of this version.
+    """Return a dumped recipe whose `"colm"`, `model`, `lora` and `data` sections have the keys of this version.
 
     Keys that an earlier version did not know have their default, which is what that version did; `num_probes` is the
     number that "auto" stands for, `small_share` 1 where all are kept, as that version always did, and
-    `quotas` independent, as they were then. So have keys of `data`.
+    `quotas` independent, as they were then.
     """
-    recipe = {**recipe, "data": _data_as_now(recipe)}
     known = _known(CoLMSection, recipe.get("colm") or {})
     known.setdefault("quotas", "independent")
     try:
         section = CoLMSection.model_validate(known)
     except ValidationError:
-        return dict(recipe)  # the differences say what it had
+        return _filled(dict(recipe))  # the differences say what it had
     colm = json.loads(section.model_dump_json())
     colm["probe"]["num_probes"] = section.probe.resolved_num_probes
     if section.probe.passes_model:
@@ -231,16 +230,25 @@ def _as_now(recipe: Mapping[str, Any]) -> dict[str, Any]:
     size = section.coreset_size
     if "small_share" not in known or (size and section.small_share == "auto" and section.large_batch_size <= 2 * size):
         colm["small_share"] = 1.0
-    return {**recipe, "colm": colm}
+    return _filled({**recipe, "colm": colm})
 
 
-def _data_as_now(recipe: Mapping[str, Any]) -> Any:
-    data = recipe.get("data")
-    if recipe.get("task", "instructions") != "instructions" or not isinstance(data, Mapping):
-        return data
-    fields = DataConfig.model_fields
-    later = {name: field.default for name, field in fields.items() if name not in data and not field.is_required()}
-    return {**later, **data}
+def _filled(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a dumped recipe in which keys that its version did not know have their defaults."""
+    filled = dict(recipe)
+    sections: list[tuple[str, type[Section]]] = [("model", ModelConfig), ("lora", LoraConfig)]
+    if recipe.get("task", "instructions") == "instructions":
+        sections.append(("data", DataConfig))
+    for key, kind in sections:
+        if isinstance(recipe.get(key), Mapping):
+            filled[key] = {**_defaults(kind), **recipe[key]}
+    return filled
+
+
+def _defaults(kind: type[Section]) -> dict[str, Any]:
+    """Return a section's defaults; keys that have none are left out."""
+    fields = kind.model_fields.items()
+    return {name: field.get_default(call_default_factory=True) for name, field in fields if not field.is_required()}
 
 
 def _known(kind: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
