@@ -223,7 +223,7 @@ def _load(recipe: BaseRecipe, tokenizer: Any, at: str | Path | None) -> tuple[nn
     from transformers import set_seed
 
     set_seed(recipe.seed)
-    model = load_model(recipe.model, recipe.lora, tokenizer)
+    model = load_model(recipe.model, recipe.lora, tokenizer, fresh=at is not None)
     if at is None:
         return model, "as training begins"
     path, step = put_trained(model, recipe.lora, at, recipe.model.dtype)

@@ -29,7 +29,7 @@ from colm_ds.memory.breakdown import tensors_of
 from colm_ds.memory.meter import Meter
 from colm_ds.models.architecture import Architecture, find_architecture
 from colm_ds.models.patch import eval_mode
-from colm_ds.models.quantized import keep_trainable
+from colm_ds.models.quantized import check_adapters, keep_trainable
 from colm_ds.probe.estimators import Estimator, Observer
 from colm_ds.probe.gradient_sketch import MAX_TOKENS, GradientSketch
 from colm_ds.probe.parameters import reading_parameters
@@ -144,9 +144,12 @@ class CoresetSelector:
 
         Raises:
             ProbeError: if the selector needs a signal that the probe cannot read from this model.
-            ConfigError: if the configuration cannot work or a listed small source is not in the dataset.
+            ConfigError: if the configuration or the adapters cannot work, or a listed small source is not in the
+                dataset.
         """
         model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+        check_adapters(model, 3 if partitioned else 0)
         keep_trainable(model)
         device = device if device is not None else next(model.parameters()).device
         exchange = exchange if exchange is not None else make_exchange(device)
@@ -154,7 +157,7 @@ class CoresetSelector:
             group = optimizer.param_groups[0]
             betas, eps = group.get("betas", betas), group.get("eps", eps)
         if equal_counts is None:
-            equal_counts = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+            equal_counts = partitioned
         if rank is None:
             rank = dist.get_rank() if exchange.num_processes > 1 else 0
         if dataset is None and not isinstance(source_counts, (Mapping, Sequence)):

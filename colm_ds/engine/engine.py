@@ -37,6 +37,7 @@ from colm_ds.memory.meter import Meter
 from colm_ds.memory.recorder import MemoryRecorder
 from colm_ds.models.example_loss import find_loss_head
 from colm_ds.models.packing import check_packing
+from colm_ds.models.quantized import check_adapters, without_quantized_state
 from colm_ds.process.watchdog import Watchdog
 from colm_ds.run_folder.metrics import events
 from colm_ds.types import LargeBatch, SourcedDataset, StepStats
@@ -83,6 +84,7 @@ def initialize(
     resolved = resolve_config(config, dist.get_world_size())
     hidden_size, dtype = model_facts(model)
     resolved = replace(resolved, deepspeed=resolve_auto(resolved.deepspeed, hidden_size=hidden_size, dtype=dtype))
+    check_adapters(model, int((resolved.deepspeed.get("zero_optimization") or {}).get("stage", 0)))
     if optimizer is None and not resolved.deepspeed.get("optimizer"):
         raise ConfigError('optimizer: none. Add "optimizer": {"type": "AdamW", ...} to the configuration or give one.')
     dataset = training_data if _is_sourced(training_data) else RecordDataset(training_data)
@@ -422,8 +424,10 @@ class CoLMEngine:
         Raises:
             CheckpointError: on every rank, if any could not write; earlier checkpoints are untouched.
         """
-        with self.watchdog.watching(f"saving the checkpoint of step {self.step_count}"), self.memory.saving():
-            save_engine(self, Path(save_dir), tag or f"step_{self.step_count}", client_state or {}, keep_last)
+        tag, without_base = tag or f"step_{self.step_count}", without_quantized_state(self.deepspeed_engine.module)
+        watching = self.watchdog.watching(f"saving the checkpoint of step {self.step_count}")
+        with watching, self.memory.saving(), without_base:
+            save_engine(self, Path(save_dir), tag, client_state or {}, keep_last)
         return True
 
     def load_checkpoint(

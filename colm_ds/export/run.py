@@ -18,8 +18,10 @@ from colm_ds.checkpoints.weights import checkpoint_tensors, save_model, with_tie
 from colm_ds.config.section import validate_section
 from colm_ds.errors import CheckpointError, ConfigError, Problems
 from colm_ds.export.model_card import MERGED, write_model_card
+from colm_ds.models.quantized import dequantize
 from colm_ds.randomness import random_state, restore_random_state
-from colm_ds.recipes.model import DTYPES, load_model, load_tokenizer
+from colm_ds.recipes.adapter import trained_names
+from colm_ds.recipes.model import DTYPES, add_lora, load_model, load_tokenizer
 from colm_ds.recipes.recipe import BaseRecipe, kind_of_recipe
 from colm_ds.recipes.sections import LoraConfig, ModelConfig
 from colm_ds.run_folder.contents import ADAPTER, CHECKPOINTS, CONFIG, FINISHED, MODEL, SUMMARY
@@ -101,12 +103,13 @@ def export_run(
         trained, num_tensors = _final_model(source.path, base.dtype)
     else:
         if kind == MERGED:
+            assert recipe.lora is not None
             trained = _base_with_lora(base, recipe.lora, recipe.seed, loaded_tokenizer)
         else:
             trained = _skeleton(base, recipe.lora, loaded_tokenizer)
         num_tensors = _fill(trained, source, torch.float32 if kind == MERGED else DTYPES[base.dtype], kind)
     if kind == MERGED:
-        trained = _merge(trained, DTYPES[base.dtype])
+        trained = merge_adapter(trained, DTYPES[base.dtype])
     elif kind == ADAPTER:
         trained.peft_config["default"].base_model_name_or_path = base.name_or_path
     partial = target.with_name(f".{target.name}.partial")
@@ -252,10 +255,10 @@ def _skeleton(model: ModelConfig, lora: LoraConfig | None, tokenizer: Any) -> An
     """Build the model of a run with all names and shapes but without weights."""
     shape = model
     if model.config is None:
-        values = {"config": _base_config(model), "name_or_path": None, "gguf_file": None}
+        values = {"config": _base_config(model), "name_or_path": None, "gguf_file": None, "quantization": None}
         shape = model.model_copy(update=values)
     with torch.device("meta"):
-        skeleton: Any = load_model(shape, lora, tokenizer)
+        skeleton: Any = load_model(shape, lora, tokenizer, fresh=True)
     if model.config is None and lora is None:
         _take_generation_config(skeleton, str(model.name_or_path))
     return skeleton
@@ -271,14 +274,17 @@ def _take_generation_config(model: Any, path: str) -> None:
         return
 
 
-def _base_with_lora(model: ModelConfig, lora: LoraConfig | None, seed: int, tokenizer: Any) -> Any:
-    """Load the base model with its weights and LoRA; random weights are as in training, from the run's seed."""
+def _base_with_lora(model: ModelConfig, lora: LoraConfig, seed: int, tokenizer: Any) -> Any:
+    """Load the base model with its weights and LoRA; random weights are as in training, from the run's seed.
+
+    Quantized weights become the floats that training computed with.
+    """
     from transformers import set_seed
 
     state = random_state()
     try:
         set_seed(seed)
-        return load_model(model, lora, tokenizer)
+        return add_lora(dequantize(load_model(model, None, tokenizer), torch.float32), lora)
     except ConfigError as error:
         raise ConfigError(_not_loaded(model, str(error))) from None
     finally:
@@ -304,9 +310,9 @@ def _final_broken(folder: Path, reason: str) -> str:
     return f"{folder}: cannot be read: {reason}. Choose a checkpoint of the run with --checkpoint."
 
 
-def _final_adapter(folder: Path, names: Iterable[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _final_adapter(folder: Path, model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Yield the adapter that LoRA training wrote at its end, by the model's names; raise if names differ."""
-    saved_as = {_saved_name(name): name for name in names}
+    saved_as = {saved: name for name, saved in trained_names(model).items()}
     file = folder / _ADAPTER_FILE
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -315,11 +321,6 @@ def _final_adapter(folder: Path, names: Iterable[str], dtype: torch.dtype) -> It
                 yield name, tensors.get_tensor(saved).to(dtype)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(_final_broken(file, str(error))) from None
-
-
-def _saved_name(name: str) -> str:
-    """Return PEFT's name in files for a parameter of its only adapter."""
-    return name.replace(".default", "")
 
 
 def _fill(model: Any, source: _Source, dtype: torch.dtype, kind: str) -> int:
@@ -333,7 +334,7 @@ def _fill(model: Any, source: _Source, dtype: torch.dtype, kind: str) -> int:
         _compare_shapes(source.path, shapes, source.checkpoint.facts["trained"])
         tensors = checkpoint_tensors(source.checkpoint, buffers, dtype)
     else:
-        tensors = _final_adapter(source.path, shapes, dtype)
+        tensors = _final_adapter(source.path, model, dtype)
     state = {}
     for name, value in _checked(source.path, tensors):
         if name in shapes and value.shape != shapes[name]:
@@ -385,8 +386,18 @@ def _check_values(where: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
         pass
 
 
-def _merge(model: Any, dtype: torch.dtype) -> nn.Module:
-    """Add the adapter to the weights, one layer at a time in float32, and remove LoRA from the model."""
+def merge_adapter(model: Any, dtype: torch.dtype) -> nn.Module:
+    """Add the adapter to the weights, one layer at a time in float32, and remove LoRA from the model.
+
+    Modules that were trained whole replace the base's. A head that was tied to the embeddings is not any more then.
+
+    Args:
+        model: a `PeftModel` whose base is not quantized.
+        dtype: dtype of the merged weights.
+
+    Raises:
+        ConfigError: if an adapted weight is shared with another module.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     owners: dict[int, list[str]] = {}
@@ -400,14 +411,18 @@ def _merge(model: Any, dtype: torch.dtype) -> nn.Module:
         layer.float()
         layer.merge()
         layer.to(dtype)
-    merged: nn.Module = model.unload().to(dtype)
+    merged: Any = model.unload().to(dtype)
+    embeddings, head = merged.get_input_embeddings(), merged.get_output_embeddings()
+    if head is not None and embeddings.weight is not head.weight:
+        merged.config.tie_word_embeddings = False
     return merged
 
 
 def _check_written(folder: Path, model: Any, kind: str) -> None:
     """Read back names and shapes of the written weights, as the libraries that load them will."""
     if kind == ADAPTER:
-        wanted = {_saved_name(name): p.shape for name, p in model.named_parameters() if p.requires_grad}
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        wanted = {saved: shapes[name] for name, saved in trained_names(model).items()}
         with safe_open(folder / _ADAPTER_FILE, framework="pt") as tensors:
             held = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
         _compare_shapes(folder, wanted, held)

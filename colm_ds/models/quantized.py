@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from colm_ds.errors import Problems
 
 _KINDS = ("Linear4bit", "Linear8bitLt")
 
@@ -113,7 +116,71 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     config: Any = getattr(model, "config", None)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
-        if getattr(model, flag, False):
-            setattr(model, flag, False)
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method", "hf_quantizer"):
+        vars(model).pop(flag, None)
     return model
+
+
+@contextmanager
+def without_quantized_state(model: nn.Module) -> Iterator[None]:
+    """Leave weights that are not trained, and the scales beside them, out of the model's state dict in the block.
+
+    Nothing is changed for a model without quantized weights.
+    """
+    if not has_quantized(model):
+        yield
+        return
+    kept = {name for name, value in model.named_parameters() if value.requires_grad}
+    kept |= {name for name, _ in model.named_buffers()}
+
+    def drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in [name for name in state if name.removeprefix(prefix) not in kept]:
+            del state[name]
+
+    handle = model.register_state_dict_post_hook(drop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def has_quantized(model: nn.Module) -> bool:
+    """Return whether any weight of a model is quantized, as linear map or as tensor of experts."""
+    return any(is_quantized(module) or "Bnb4bitParametrization" in type(module).__name__ for module in model.modules())
+
+
+def adapts_tensor(module: nn.Module) -> bool:
+    """Return whether a module is PEFT's wrapper of a tensor that is no module (`target_parameters`)."""
+    return hasattr(module, "parameter_name") and hasattr(module, "lora_A")
+
+
+def check_adapters(model: nn.Module, stage: int) -> None:
+    """Raise for combinations of quantized or adapted weights that training cannot work with.
+
+    Args:
+        model: as given by the user, before DeepSpeed sees it.
+        stage: ZeRO stage.
+
+    Raises:
+        ConfigError: listing them.
+    """
+    problems = Problems("the model and its DeepSpeed configuration")
+    key = "zero_optimization.stage"
+    if has_quantized(model):
+        if stage == 3:
+            why = "it partitions weights, and bitsandbytes needs whole ones beside scales that are not partitioned"
+            problems.add(key, 3, why, "Use stage 0, 1 or 2 with model.quantization, or no quantization")
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            why = "quantized weights are not trained, and the model has no other trained ones"
+            problems.add("model", type(model).__name__, why, "Put LoRA on it (peft.get_peft_model, or a lora section)")
+    if stage == 3 and any(adapts_tensor(module) for module in model.modules()):
+        why = "it partitions the adapters of experts' tensors, which PEFT multiplies without running them as modules"
+        problems.add(key, 3, why, "Use stage 0, 1 or 2 with target_parameters, or adapt linear modules only")
+    for name, module in model.named_modules():
+        inside: Any = getattr(module, "base_layer", None)
+        if getattr(module, "lora_magnitude_vector", None) and inside is not None and rounds_inputs(inside):
+            if inside.weight.device.type == "cpu":
+                why = "PEFT's DoRA loses weights of 8 bits on a CPU"
+                problems.add("use_dora", name, why, "Quantize to 4 bits, or use LoRA without DoRA")
+            break
+    problems.raise_if_any()

@@ -143,8 +143,8 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(inside, nn.Linear) or is_conv1d(inside)
 
 
-_NOT_WITHIN = ("cross", "encoder_attn", "lora_", "expert", "indexer", "compressor", "original_module")
-"""Parts of the paths of modules that are not a layer's own attention; `modules_to_save` replaces the last one."""
+_NOT_WITHIN = ("cross", "encoder_attn", "lora_", "expert", "indexer", "compressor")
+"""Parts of the paths of modules that are not a layer's own attention."""
 
 
 def active_module(module: Any) -> Any:

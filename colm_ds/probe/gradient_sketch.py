@@ -22,6 +22,7 @@ from colm_ds.models.architecture import ProbeTarget
 from colm_ds.models.dora import hooked, norms_by_adapter
 from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 from colm_ds.models.patch import eval_mode
+from colm_ds.models.quantized import adapts_tensor
 from colm_ds.randomness import private_generator
 from colm_ds.selection.transfer import to_device
 
@@ -96,7 +97,7 @@ def trained_linears(model: nn.Module) -> list[LinearModule]:
 def _adapters_of_tensors(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the `lora_A` and `lora_B` of tensors that are no modules, which PEFT multiplies without running them."""
     for module in model.modules():
-        if hasattr(module, "parameter_name") and hasattr(module, "lora_A"):
+        if adapts_tensor(module):
             for part in (module.lora_A, module.lora_B):
                 yield from part.children()  # type: ignore[union-attr]
 

@@ -328,12 +328,12 @@ def test_what_can_not_be_asked_for(lora_run: tuple[Path, dict[str, Tensor]], tmp
 def test_tied_weights_are_not_merged_into(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    from colm_ds.export.run import _merge
+    from colm_ds.export.run import merge_adapter
     from tests.tiny_models import tiny_model
 
     model = get_peft_model(tiny_model("llama", tie_word_embeddings=True), LoraConfig(r=2, target_modules=["lm_head"]))
     with pytest.raises(ConfigError, match="tied"):
-        _merge(model, torch.float32)
+        merge_adapter(model, torch.float32)
 
 
 def test_another_base_gives_other_logits(lora_run: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:

@@ -56,14 +56,14 @@ def adapted(family: str = "llama", dtype: torch.dtype = torch.float64, **setting
     return model.to(dtype).eval()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+BOTH_WAYS = [pytest.param("llama"), pytest.param("qwen3", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("family", BOTH_WAYS)
 @pytest.mark.parametrize("name", WAYS)
 def test_signals_are_those_of_autograd(name: str, family: str) -> None:
     """Of a family with the short way through norm and head, and of one where the model's own code is run."""
-    if family not in ("llama",):
-        model = qwen3(**WAYS[name])
-    else:
-        model = adapted(**WAYS[name])
+    model = adapted(**WAYS[name]) if family == "llama" else qwen3(**WAYS[name])
     assert exact_error(model, EXAMPLES) < EXACT
     assert spsa_error(model, EXAMPLES) < SPSA
     check_architecture(model.float(), find_architecture(model), torch.float64)
