@@ -54,7 +54,7 @@ class CandidateGroups:
 class MicroBatch:
     """Right-padded examples. No mask is needed: causal attention never sees padding to the right.
 
-    In a packed one (`batching.packing`) a row holds several examples, and positions start anew with each.
+    In a packed one (`batching.packing`) a row holds several examples, and each has positions from 0.
 
     Attributes:
         input_ids: int64 `[rows, length]`; a row for every example, or some for a classification example.

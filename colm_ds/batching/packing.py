@@ -18,7 +18,7 @@ PackedBatches = list[list[list[int]]]
 
 @dataclass(frozen=True)
 class Packing:
-    """How rows are laid out for a model.
+    """Layout of rows for a model.
 
     Attributes:
         row_tokens: tokens that a row may hold; a longer example has a row to itself.

@@ -88,7 +88,7 @@ class DataFile:
 
     @property
     def may_lack_source(self) -> bool:
-        """Whether rows need no source, as nobody named the key of it."""
+        """Return true where nobody named the key of the source, so that rows need none."""
         return self.source_key in (None, SOURCE)
 
 

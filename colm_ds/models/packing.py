@@ -101,13 +101,13 @@ def _compare(model: nn.Module, row_tokens: int, num_rows: int, one_row: bool) ->
         if not bool(torch.isfinite(alone).all()):
             return None  # the model is broken, which is not for packing to say
         others, own = (_losses(model, _packed(each, row_sizes)) for each in (changed, renewed))
-    found, wanted = (sums_by_row(each, owners, len(sizes)) for each in (losses, alone))
-    differences = (found - wanted).abs() / wanted.abs().clamp_min(1e-6)
+    packed, wanted = (sums_by_row(each, owners, len(sizes)) for each in (losses, alone))
+    differences = (packed - wanted).abs() / wanted.abs().clamp_min(1e-6)
     worst, most = int(differences.argmax()), TOLERANCE if is_exact else TOLERANCE_16_BITS
     if not float(differences[worst]) <= most:
         return (
             f"a document of {sizes[worst]} tokens has a loss of {float(wanted[worst]) / (sizes[worst] - 1):.6g} alone "
-            f"and {float(found[worst]) / (sizes[worst] - 1):.6g} behind others in a row, a relative difference of "
+            f"and {float(packed[worst]) / (sizes[worst] - 1):.6g} behind others in a row, a relative difference of "
             f"{float(differences[worst]):.1e} (at most {most:g})"
         )
     inside = torch.isin(owners, torch.tensor(last))

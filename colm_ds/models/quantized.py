@@ -71,12 +71,12 @@ def float_dtype(module: nn.Module) -> torch.dtype:
 
 def fused_experts(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """Return the weights `[experts, out, in]` of a model with their owners: tensors, no linear maps."""
-    found = []
+    experts = []
     for module in model.modules():
         for name, value in module.named_parameters(recurse=False):
             if "expert" in type(module).__name__.lower() and value.dim() == 3 and value.is_floating_point():
-                found.append((module, name))
-    return found
+                experts.append((module, name))
+    return experts
 
 
 def quantize_experts(model: nn.Module, quant_type: str, double_quant: bool) -> int:

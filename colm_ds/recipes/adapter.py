@@ -34,7 +34,7 @@ _HARMLESS = {
     *("inference_mode", "init_lora_weights", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config"),
     *("loftq_config", "layers_pattern"),
 }
-"""Further keys that need not be known to go on training."""
+"""Further keys, which training that continues from an adapter need not know."""
 
 
 def with_adapter(lora: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
