@@ -36,6 +36,7 @@ from colm_ds.errors import ConfigError, SelectionError
 from colm_ds.memory.meter import Meter
 from colm_ds.memory.recorder import MemoryRecorder
 from colm_ds.models.example_loss import find_loss_head
+from colm_ds.models.model_fit import check_model_fits
 from colm_ds.models.packing import check_packing
 from colm_ds.models.quantized import check_adapters, without_quantized_state
 from colm_ds.process.watchdog import Watchdog
@@ -137,6 +138,7 @@ class CoLMEngine:
         self._device = torch.device(engine.device)
         self._source_names = list(dataset.source_names)
         self._exchange = make_exchange(self._device)
+        check_model_fits(engine.module, dataset)
         self.loss_head = find_loss_head(engine.module)
         self.packing = self._find_packing(dataset)
         self.skipped = SkippedSteps(config.colm.max_skipped_steps)

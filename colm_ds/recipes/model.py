@@ -96,7 +96,9 @@ def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
             values.setdefault("vocab_size", -(-len(tokenizer) // multiple) * multiple)
             ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
             values = {**ids, "pad_token_id": tokenizer.pad_token_id, **values}
+            _check_config(values)
             made = AutoConfig.for_model(values.pop("model_type"), **values)
+            _check_heads(made)
             options["attn_implementation"] = attention_for(made, config.attention)
             return AutoModelForCausalLM.from_config(made, **options)
         gguf = {"gguf_file": config.gguf_file} if config.gguf_file else {}
@@ -130,6 +132,34 @@ def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
             f"model {name} cannot be built: {_first_line(error)} "
             "Name a whole model folder or a hub name; a file that was cut off must be fetched again."
         ) from None
+
+
+def _check_config(values: Mapping[str, Any]) -> None:
+    """Raise on keys of `model.config` that the configuration's class does not know, which it would keep and ignore."""
+    from transformers import AutoConfig
+
+    known = AutoConfig.for_model(values["model_type"])
+    problems = Problems("model.config")
+    for key in values:
+        if key != "model_type" and not hasattr(known, key):
+            problems.add_unknown(key, [*known.to_dict(), *known.attribute_map])
+    problems.raise_if_any()
+
+
+def _check_heads(config: Any) -> None:
+    """Raise if a model's heads divide neither its hidden size nor each other."""
+    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    groups = getattr(config, "num_key_value_heads", None)
+    problems = Problems("model.config")
+    if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1:
+        return
+    if getattr(config, "head_dim", None) in (None, hidden // heads) and hidden % heads:
+        problems.add("num_attention_heads", heads, f"does not divide hidden_size = {hidden}", "Choose a divisor.")
+    if isinstance(groups, int) and groups > 0 and heads % groups:
+        problems.add(
+            "num_key_value_heads", groups, f"does not divide num_attention_heads = {heads}", "Choose a divisor."
+        )
+    problems.raise_if_any()
 
 
 def _quantization(config: ModelConfig, described: Any) -> Any:

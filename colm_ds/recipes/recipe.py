@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -248,6 +249,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, needs_files:
     for override in overrides:
         _override(loaded, override, problems)
     kind = kind_of_recipe(loaded)
+    _expand_paths(loaded, problems)
     _resolve_paths(kind, loaded, path.parent, problems if needs_files else Problems(""))
     if problems.messages and loaded.get("made_by"):
         problems.notes.append(f"The files of this recipe are made by: {loaded['made_by']}")
@@ -337,6 +339,38 @@ def _number(text: str) -> str | float:
         return float(text)
     except ValueError:
         return text
+
+
+_PATHS = {
+    None: ("output_dir", "tokenizer", "resume"),
+    "data": ("train", "heldout", "folder", "store", "cache_dir", "chat_template"),
+    "model": ("name_or_path",),
+    "lora": ("adapter",),
+    "prepare": ("tokenizer",),
+}
+"""Keys that hold paths, by section."""
+
+
+def _expand_paths(values: dict[str, Any], problems: Problems) -> None:
+    """Replace `~`, `$NAME` and `${NAME}` in paths."""
+
+    def expand(value: Any, key: str) -> Any:
+        if isinstance(value, list):
+            return [expand(each, key) for each in value]
+        if isinstance(value, dict):
+            return {**value, "path": expand(value["path"], f"{key}.path")} if "path" in value else value
+        if not isinstance(value, str):
+            return value
+        expanded = os.path.expanduser(os.path.expandvars(value))
+        if unknown := re.search(r"\$(\w+|\{\w+\})", expanded):
+            problems.add(key, value, f"there is no environment variable {unknown.group(1)}", "Export it.")
+        return expanded
+
+    for section, keys in _PATHS.items():
+        inner = values if section is None else values.get(section)
+        for key in keys:
+            if isinstance(inner, dict) and key in inner:
+                inner[key] = expand(inner[key], key if section is None else f"{section}.{key}")
 
 
 def _resolve_paths(kind: type[BaseRecipe], values: dict[str, Any], folder: Path, problems: Problems) -> None:

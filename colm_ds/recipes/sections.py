@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from colm_ds.config.section import Section
 from colm_ds.data.entries import Places, RowReading, as_entries
 from colm_ds.errors import Problems
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 PACKAGE_PREFIX = "package:"
 """Marks the name of an installed Python package whose folder is meant."""
@@ -159,10 +161,10 @@ class DataConfig(RowReading):
 class OptimizerConfig(Section):
     """AdamW."""
 
-    lr: float = Field(2e-5, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="beta1 and beta2, also of the selection's geometry")
-    eps: float = Field(1e-8, gt=0, description="eps, also of the selection's geometry")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    lr: float = Field(2e-5, gt=0, allow_inf_nan=False, description="peak learning rate")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="beta1 and beta2, also of the selection's geometry")
+    eps: float = Field(1e-8, gt=0, allow_inf_nan=False, description="eps, also of the selection's geometry")
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="decoupled weight decay")
 
 
 class LrScheduleConfig(Section):
@@ -192,7 +194,7 @@ class ChunkDataConfig(Section):
 
     store: str = Field(description="folder that pretrain/prepare.py writes; relative to the working folder")
     chunk_tokens: int = Field(1024, ge=2, description="tokens of a chunk: the sequence length")
-    weights: dict[str, float] | None = Field(
+    weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
         None, description="shares of the chunks by source, of any sum; leave out for natural proportions"
     )
 

@@ -14,6 +14,7 @@ from colm_ds.data.choice_dataset import ChoiceDataset
 from colm_ds.data.examples import describe_read
 from colm_ds.engine.coreset_selector import CoresetSelector
 from colm_ds.errors import ConfigError
+from colm_ds.models.model_fit import check_model_fits
 from colm_ds.recipes.model import load_model, load_tokenizer
 from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe, Recipe
 from colm_ds.training.tasks import with_steps
@@ -133,8 +134,10 @@ def describe_coreset(recipe: Recipe | ChoiceRecipe, train: Data, tokenizer: Any)
     from transformers import set_seed
 
     set_seed(recipe.seed)
+    model = load_model(recipe.model, recipe.lora, tokenizer)
+    check_model_fits(model, train)
     selector = CoresetSelector(
-        load_model(recipe.model, recipe.lora, tokenizer),
+        model,
         recipe.colm,
         train,
         betas=recipe.optimizer.betas,

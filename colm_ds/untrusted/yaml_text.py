@@ -53,6 +53,19 @@ class _BoundedLoader(yaml.SafeLoader):
         self._num_nodes = 0
         self._sizes: dict[str, int] = {}  # by anchor: the nodes that an alias of it stands for
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        if isinstance(node, yaml.MappingNode):
+            first: dict[Any, int] = {}
+            for key, _ in node.value:
+                if key.tag == "tag:yaml.org,2002:merge" or not isinstance(key, yaml.ScalarNode):
+                    continue
+                line = key.start_mark.line + 1
+                if key.value in first:
+                    problem = f"the key {key.value!r} is there twice, first in line {first[key.value]}"
+                    raise yaml.MarkedYAMLError(None, None, problem, key.start_mark)
+                first[key.value] = line
+        return super().construct_mapping(node, deep)
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
         mark, anchor = event.start_mark, event.anchor

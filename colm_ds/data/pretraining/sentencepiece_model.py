@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,10 @@ def train_sentencepiece(texts: Iterator[str], vocabulary_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
+        needed = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
+        advice = f"Choose at least {needed.group(1)}" if needed else "Choose a smaller one"
         raise DataError(
-            f"a vocabulary of {vocabulary_size} cannot be trained on this text: {error}. Choose a smaller one."
+            f"a vocabulary of {vocabulary_size} cannot be trained on this text: {error}. {advice}."
         ) from None
     return model.getvalue()
 

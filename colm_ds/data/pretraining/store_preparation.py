@@ -41,6 +41,7 @@ from colm_ds.data.pretraining.token_store import (
 from colm_ds.data.prompt import leading_special_ids
 from colm_ds.data.token_cache import describe_tokenizer
 from colm_ds.errors import ConfigError, DataError
+from colm_ds.models.families import set_pad_token
 from colm_ds.process.progress import Progress
 from colm_ds.run_folder.files import write_whole
 from colm_ds.untrusted.json_text import read_json
@@ -221,6 +222,7 @@ def _given_tokenizer(place: str) -> Any:
         raise ConfigError(f"tokenizer {place!r} cannot be loaded: {reason} Name a folder or a .model file.") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"tokenizer {place!r} has no eos token, which marks the end of a document.")
+    set_pad_token(tokenizer)  # as training does, so that both describe the same tokenizer
     return tokenizer
 
 

@@ -21,9 +21,11 @@ STOP_STRINGS: tuple[str, ...] = (
 
 _ANY_TRIGGER = re.compile("|".join(map(re.escape, TRIGGERS)))
 _BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
-_NUMBER = re.compile(r"-?\d+/?\.?\d*", re.ASCII)
+_NUMBER = re.compile(r"-?\d+/?\.?\d*|-?(?<![\d.])\.\d+", re.ASCII)
 _WITH_EXPONENT = re.compile(r"(?<![\w.])(-?)(\d+)(?:\.(\d+))?[eE]([+-]?\d{1,3})(?![\w.]\d|\w)", re.ASCII)
-_DECIMAL = re.compile(r"(-?)(\d+)(?:\.(\d*))?", re.ASCII)
+_DECIMAL = re.compile(r"(-?)(\d*)(?:\.(\d*))?", re.ASCII)
+_MINUS = str.maketrans("\u2212\u2010\u2011\uff0d\ufe63", "-----")
+"""Minus signs of typography, which count as the keyboard's."""
 _LETTER = re.compile(r"\b[A-E]\b")
 _DAY_OR_MONTH = re.compile(
     r"\b(?:(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|January|February|March|April|May|June|July|August|September"
@@ -53,6 +55,7 @@ def extract(task: str, text: str) -> str:
         ConfigError: for an unknown task.
     """
     _check_task(task)
+    text = text.translate(_MINUS)
     if task == "math":
         return _extract_math(text)
     text = text.strip("\n")
