@@ -116,8 +116,8 @@ def recognise(place: str, rows: Iterable[Mapping[str, Any]]) -> Schema:
         return fitting[0]
     if fitting:
         named = " and ".join(f"{name} ({', '.join(NEEDED[name])})" for name in fitting)
-        advice = " or ".join(f"schema: {name}" for name in fitting)
-        raise ConfigError(f"{place}: its rows can be read as {named}. Say which with the key `{advice}` of the data.")
+        advice = " or ".join(f"`schema: {name}`" for name in fitting)
+        raise ConfigError(f"{place}: its rows can be read as {named}. Say which: {advice}.")
     known = "; ".join(f"{name}: {', '.join(NEEDED[name])}" for name in SCHEMAS)
     raise ConfigError(
         f"{place}: its rows have the keys {', '.join(map(repr, keys)) or '(none)'}, which no schema has. Rename them: "

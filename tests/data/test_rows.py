@@ -250,7 +250,7 @@ def test_a_file_that_breaks_off_after_bad_rows(tmp_path: Path) -> None:
 def test_a_schema_that_is_named(write_jsonl: Writer) -> None:
     rows = [{**row, "text": "unused"} for row in rows_of("alpaca")]
     path = write_jsonl(rows)
-    with pytest.raises(ConfigError, match=r"schema: alpaca or schema: text"):
+    with pytest.raises(ConfigError, match=r"`schema: alpaca` or `schema: text`"):
         load_examples(path, chat_tokenizer(), 999)
     assert load_examples(path, chat_tokenizer(), 999, schema="text").read == {"text": 9}
     with pytest.raises(DataError, match=r"train.jsonl:1: no key 'messages'. Add it"):

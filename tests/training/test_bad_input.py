@@ -47,7 +47,6 @@ def message_of(folder: Path, recipe: Any, *overrides: str) -> str:
     """Everything that a run reads and checks before it trains, in a run's order; the message, empty if all is well."""
     from colm_ds.batching.loader import source_counts
     from colm_ds.config.resolve import resolve_config
-    from colm_ds.data import load_examples
     from colm_ds.engine.coreset_selector import small_source_ids
     from colm_ds.models.architecture import find_architecture
     from colm_ds.recipes.model import load_model, load_tokenizer
@@ -55,6 +54,7 @@ def message_of(folder: Path, recipe: Any, *overrides: str) -> str:
     from colm_ds.run_folder.write import RunFolder
     from colm_ds.training.run import deepspeed_config
     from colm_ds.training.start_or_resume import may_restart, where_to_start
+    from colm_ds.training.tasks.instructions import load_data
 
     path = folder / "recipe.yaml"
     if recipe is not None:
@@ -64,9 +64,7 @@ def message_of(folder: Path, recipe: Any, *overrides: str) -> str:
         config = resolve_config(deepspeed_config(loaded), 2)
         start = where_to_start(loaded)
         tokenizer = load_tokenizer(loaded.model, loaded.tokenizer_place)
-        data = load_examples(
-            loaded.data.train, tokenizer, loaded.data.max_length, source_key=loaded.data.source_key, cache_dir=None
-        )
+        data, _ = load_data(loaded, tokenizer)
         small_source_ids(config.colm, source_counts(data))
         find_architecture(load_model(loaded.model, loaded.lora, tokenizer))
         restart = loaded.overwrite or (start is None and may_restart(loaded))
@@ -119,6 +117,42 @@ def data(change: Callable[[list[str]], list[str]], name: str = "bad.jsonl") -> C
 def line(number: int, text: str) -> Callable[[list[str]], list[str]]:
     """Put a text in place of one line."""
     return lambda lines: [*lines[: number - 1], text, *lines[number:]]
+
+
+def file(name: str, write: Callable[[Path], object]) -> Callable[[Path], str]:
+    """Training data in a file of its own."""
+
+    def run(folder: Path) -> str:
+        write(folder / name)
+        return message_of(folder, recipe_of(folder), f"data.train={folder / name}")
+
+    return run
+
+
+CHATML = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+THINKING = CHATML.replace(
+    "\n{{ m.content }}", "\n{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"
+)
+
+
+def chat(*roles: str, content: Any = "x", template: str = CHATML) -> Callable[[Path], str]:
+    """Conversations, the second of which has these roles."""
+
+    def run(folder: Path) -> str:
+        good = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        rows = [good, [{"role": role, "content": content} for role in roles], *[good] * 20]
+        path = folder / "bad.jsonl"
+        path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+        overrides = [f"data.train={path}"]
+        if template:
+            (folder / "chat.jinja").write_text(template)
+            overrides.append(f"data.chat_template={folder / 'chat.jinja'}")
+        return message_of(folder, recipe_of(folder), *overrides)
+
+    return run
 
 
 def model_folder(change: Callable[[Path], None]) -> Callable[[Path], str]:
@@ -225,6 +259,43 @@ KINDS: dict[str, tuple[Callable[[Path], str], str]] = {
     "data: not UTF-8": (data(line(2, RECORD.replace("x", "\udcff"))), "bad.jsonl:2: not UTF-8"),
     "data: empty file": (data(lambda lines: []), "bad.jsonl: "),
     "data: truncated gzip": (data(lambda lines: lines, "bad.jsonl.gz"), "bad.jsonl.gz"),
+    "data: rows of two schemas": (
+        data(lambda lines: [line.replace('"output":', '"text": "x", "output":') for line in lines]),
+        "can be read as alpaca (instruction, output) and text (text). Say which: `schema: alpaca` or `schema: text`.",
+    ),
+    "data: rows of no schema": (
+        data(lambda lines: [line.replace('"output":', '"answer":') for line in lines]),
+        "its rows have the keys 'source', 'instruction', 'answer', which no schema has.",
+    ),
+    "data: some rows without a source": (
+        data(line(2, '{"instruction": "x", "output": "y"}')),
+        "bad.jsonl:2: no key 'source'. Add it, or name the right key in source_key",
+    ),
+    "data: CSV row with too many values": (
+        file("bad.csv", lambda path: path.write_text("prompt,completion\n2+2=,4\nyes, no,4\n")),
+        "bad.csv:3: 3 values, but the header names 2 columns.",
+    ),
+    "data: damaged Parquet": (
+        file("bad.parquet", lambda path: path.write_bytes(b"PAR1 and nothing else")),
+        "bad.parquet: not a whole Parquet file",
+    ),
+    "data: roles out of order": (chat("user", "user", "assistant"), "bad.jsonl:2: message 2 is of the user, after"),
+    "data: no answer at the end": (chat("user", "assistant", "user"), "bad.jsonl:2: the last message is of the user."),
+    "data: unknown role": (chat("user", "bot"), "bad.jsonl:2: message 2: role = 'bot'."),
+    "data: empty turn": (chat("user", "assistant", content=""), "bad.jsonl:2: message 1, of the user, is empty."),
+    "data: image": (
+        chat("user", "assistant", content=[{"type": "image_url", "image_url": "x"}]),
+        "bad.jsonl:2: message 1 has a part of type 'image_url'. Only text is trained on",
+    ),
+    "data: no chat template": (chat("user", "assistant", template=""), "the tokenizer has no chat template"),
+    "data: template that changes earlier turns": (
+        chat(*["user", "assistant"] * 2, template=THINKING),
+        "bad.jsonl:2: message 2, of the assistant, is rendered otherwise once more messages follow",
+    ),
+    "data: trained on and held out": (
+        lambda folder: message_of(folder, recipe_of(folder), f"data.heldout={folder / 'data' / 'train.jsonl'}"),
+        "train.jsonl is trained on too. Name another file",
+    ),
     "model: folder without config.json": (
         model_folder(lambda folder: (folder / "config.json").unlink()),
         "cannot be ",

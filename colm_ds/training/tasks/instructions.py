@@ -124,7 +124,12 @@ def load_data(recipe: Recipe, tokenizer: Any) -> tuple[TokenDataset, TokenDatase
     """
     data = recipe.data
     if data.chat_template is not None:
-        tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"data.chat_template = {data.chat_template!r}: cannot be read: {error}. Name a text file in UTF-8."
+            ) from None
     if data.heldout is not None:
         check_apart(_entries(recipe, data.train), _entries(recipe, data.heldout))
     train = _load(recipe, data.train, tokenizer, data.limit)
@@ -138,18 +143,20 @@ def load_data(recipe: Recipe, tokenizer: Any) -> tuple[TokenDataset, TokenDatase
 def check_apart(train: Sequence[DataEntry], heldout: Sequence[DataEntry]) -> None:
     """Raise a ConfigError if a file, or a split of a data set, is both trained on and held out."""
 
-    def places(entries: Sequence[DataEntry]) -> set[tuple[str, str]]:
-        named = set()
+    def places(entries: Sequence[DataEntry]) -> dict[tuple[str, str], str]:
+        named = {}
         for entry in entries:
             for place in find_places(entry.path):
                 is_file = isinstance(place, Path) and not place.is_dir()
-                named.add((str(place.resolve() if isinstance(place, Path) else place), "" if is_file else entry.split))
+                key = str(place.resolve() if isinstance(place, Path) else place), "" if is_file else entry.split
+                named[key] = str(place)
         return named
 
-    if both := sorted(places(train) & places(heldout)):
+    trained = places(train)
+    if both := [place for key, place in places(heldout).items() if key in trained]:
         raise ConfigError(
-            f"data.heldout: {', '.join(place for place, _ in both)} is trained on too. Name another file, or leave "
-            "data.heldout out and set data.holdout_per_source."
+            f"data.heldout: {', '.join(both)} is trained on too. Name another file, or leave data.heldout out and set "
+            "data.holdout_per_source."
         )
 
 
