@@ -30,29 +30,35 @@ def packed(kind: str, packing: str | int = "on", colm: dict[str, Any] | None = N
     return Case(f"packed {kind}", colm={"packing": packing, **(colm or {})}, steps=3, **settings)
 
 
-RUNS = [
+BY_DEFAULT = [
     (packed("alone", 64, {"weights": "matched", **EXACT}), 1),
-    (packed("alone", 64, {"weights": "cluster", "loss_normalization": "token", **SKETCH}, family="mistral"), 2),
     (packed("lora", 64, {"weights": "matched", **EXACT}, family="phi", lora=True, stage=1, checkpointing=True), 2),
     (packed("plain", "on", {"selector": "full", "coreset_size": LARGE}, family="stablelm", stage=2), 2),
-    (packed("random", 100, {"selector": "random", "loss_normalization": "token"}, stage=2, deepspeed=ONE), 2),
-    (packed("absolute positions", 64, {"selector": "random"}, family="gpt2", model=NO_DROPOUT), 1),
-    (packed("by tokens", 64, {"micro_batch_tokens": 70, **EXACT}, family="qwen2", stage=3, zero=NOTHING_PERSISTS), 1),
     (
         packed("fused", 100, EXACT, family="phi3", stage=3, zero=NOTHING_PERSISTS, checkpointing=True, deepspeed=ONE),
         2,
     ),
+]
+SLOW = [
+    (packed("alone", 64, {"weights": "cluster", "loss_normalization": "token", **SKETCH}, family="mistral"), 2),
+    (packed("random", 100, {"selector": "random", "loss_normalization": "token"}, stage=2, deepspeed=ONE), 2),
+    (packed("absolute positions", 64, {"selector": "random"}, family="gpt2", model=NO_DROPOUT), 1),
+    (packed("by tokens", 64, {"micro_batch_tokens": 70, **EXACT}, family="qwen2", stage=3, zero=NOTHING_PERSISTS), 1),
     (packed("lora", 64, SKETCH, family="phi3", lora=True, stage=3, zero=NOTHING_PERSISTS), 2),
+]
+RUNS = [
+    *(pytest.param(*run, id=name(run)) for run in BY_DEFAULT),
+    *(pytest.param(*run, id=name(run), marks=pytest.mark.slow) for run in SLOW),
 ]
 
 
-@pytest.mark.parametrize(("case", "world_size"), RUNS, ids=map(name, RUNS))
+@pytest.mark.parametrize(("case", "world_size"), RUNS)
 def test_update_is_the_plain_one(case: Case, world_size: int, outcomes: Runner, plain_runs: Oracle) -> None:
     check(case, world_size, outcomes, plain_runs)
     assert not any(seen.replays for seen in outcomes(case, world_size))
 
 
-@pytest.mark.parametrize(("case", "world_size"), RUNS, ids=map(name, RUNS))
+@pytest.mark.parametrize(("case", "world_size"), RUNS)
 def test_rows(case: Case, world_size: int, outcomes: Runner) -> None:
     """Few rows of the length asked for, as many micro-batches on every rank, and the step's numbers say so."""
     ranks, config = outcomes(case, world_size), case.config()
@@ -71,11 +77,13 @@ def test_rows(case: Case, world_size: int, outcomes: Runner) -> None:
             assert one.stats["micro_batches"]["largest_tokens"] == max(rows * columns for rows, columns in shapes)
 
 
-@pytest.mark.parametrize("estimator", [EXACT, {"probe": {"estimator": "spsa"}}, {"probe": {"estimator": "tokens"}}])
-def test_the_choice_is_that_without_packing(estimator: dict[str, Any], pools: dict[int, Ranks]) -> None:
+@pytest.mark.parametrize(
+    "estimator", ["exact", pytest.param("spsa", marks=pytest.mark.slow), pytest.param("tokens", marks=pytest.mark.slow)]
+)
+def test_the_choice_is_that_without_packing(estimator: str, pools: dict[int, Ranks]) -> None:
     """Bitwise: at a learning rate of 0, so that round-off of training has no part in it."""
     still = {"optimizer": {"type": "AdamW", "params": {"lr": 0.0, "weight_decay": 0.0}}}
-    case = packed("still", 64, estimator, deepspeed=still)
+    case = packed("still", 64, {"probe": {"estimator": estimator}}, deepspeed=still)
     unpacked = replace(case, colm={**case.colm, "packing": "off"})
     for seen, wanted in zip(*(pools[2].run(train, each) for each in (case, unpacked)), strict=True):
         for one, other in zip(seen.steps, wanted.steps, strict=True):
@@ -89,7 +97,7 @@ def train_in_one_row(case: Case) -> Outcome:
     return train(case)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_one_row_for_each_micro_batch(world_size: int, pools: dict[int, Ranks]) -> None:
     case = packed("by documents", 40, EXACT, model={"attn_implementation": NAME}, stage=2)
     ranks = pools[world_size].run(train_in_one_row, case)
@@ -111,7 +119,7 @@ def train_on_choices(case: Case) -> Any:
         engine.destroy()
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_candidates(stage: int, pools: dict[int, Ranks]) -> None:
     """Classification examples, each with its sequences one after another."""
     zero = NOTHING_PERSISTS if stage == 3 else {}
@@ -171,7 +179,7 @@ def fail(case: Case) -> str:
     return ""
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_model_that_cannot_be_packed_is_refused_on_every_rank(stage: int, pools: dict[int, Ranks]) -> None:
     zero = NOTHING_PERSISTS if stage == 3 else {}
     case = packed("refused", family="bloom", colm={"selector": "random"}, stage=stage, zero=zero, model=BLOOM)

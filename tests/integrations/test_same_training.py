@@ -68,7 +68,14 @@ def test_trainer_is_the_engine(
     same(engine_runs(setting, 1), engine_runs(setting, 2))
 
 
-@pytest.mark.parametrize(("world_size", "stage", "packing"), [(1, None, "on"), (2, None, 64), (2, 3, 64)])
+@pytest.mark.parametrize(
+    ("world_size", "stage", "packing"),
+    [
+        pytest.param(1, None, "on", marks=pytest.mark.slow),
+        (2, None, 64),
+        pytest.param(2, 3, 64, marks=pytest.mark.slow),
+    ],
+)
 def test_packed_trainer_is_the_engine(
     world_size: int, stage: int | None, packing: Any, pools: dict[int, Ranks], engine_runs: Any, tmp_path: Path
 ) -> None:

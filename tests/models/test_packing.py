@@ -22,7 +22,7 @@ from tests.models.test_every_architecture import measured
 from tests.probe.oracles import make_examples
 from tests.tiny_models import tiny_model
 
-BY_DEFAULT = ("gpt2", "gemma3_text", "mixtral", "falcon", "bloom", "opt", "bamba", "qwen3_next", "deepseek_v3")
+BY_DEFAULT = ("gpt2", "gemma3_text", "mixtral", "falcon", "bloom", "opt", "bamba", "deepseek_v3")
 """Learned positions, windows, experts, ALiBi, positions from a mask, states that run on, latent values."""
 
 WEIGHTS = torch.tensor([0.5, 1.5, 0.25, 2.0, 1.0])

@@ -78,8 +78,7 @@ def test_shapes_need_what_the_run_allocates(family: str, checkpointing: bool) ->
     assert 0 < planned.kept <= planned.forward <= planned.backward
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("family", "attention"), [("llama", "sdpa"), ("phi3", "eager")])
 def test_packed_shapes_need_what_the_run_allocates(family: str, attention: str) -> None:
     """With the mask that keeps documents apart, and for grouped queries copies of keys and values."""
     spec = ModelSpec(configuration(family, num_key_value_heads=2), torch.float32, attention, device_type="cpu")
