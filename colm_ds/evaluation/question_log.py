@@ -13,6 +13,7 @@ from colm_ds.evaluation.task import Row
 from colm_ds.run_folder.files import replacing, write_whole
 from colm_ds.untrusted.json_text import parse_json, read_json
 from colm_ds.untrusted.lines import bounded_lines
+from colm_ds.untrusted.printable import escaped
 
 
 class EvaluationFolder:
@@ -88,7 +89,7 @@ class EvaluationFolder:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file atomically."""
-        self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        self.write_text(name, escaped(json.dumps(content, indent=2, ensure_ascii=False)) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file in one go."""

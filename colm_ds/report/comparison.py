@@ -31,6 +31,7 @@ from colm_ds.report.setup import compared_section, problems_of, repeat_section
 from colm_ds.report.summary import caveats, summary
 from colm_ds.report.tables import SEEDS_NOTE, Column, Table, clean, format_terminal, listed, plain, quoted
 from colm_ds.run_folder.read import Run, lookup
+from colm_ds.untrusted.printable import escaped
 
 _LONGEST_TITLE = 90
 
@@ -115,7 +116,7 @@ def compare(
         title, _about(arms, when), when, summary(view), warned, arms, list(view.small), sections, files
     )
     words = (title, comparison.about, comparison.summary, warned, sections)
-    numbers = json.dumps(_finite(comparison.as_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    numbers = escaped(json.dumps(_finite(comparison.as_dict()), indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
     try:
         out.mkdir(parents=True, exist_ok=True)
         for key, text in (("html", render_page(*words)), ("markdown", render_markdown(*words)), ("json", numbers)):

@@ -12,6 +12,7 @@ from colm_ds.report.section import SEEDS, Item, ReportSection, View, shown_name
 from colm_ds.report.tables import MISSING, SEEDS_NOTE, Column, Table, compact, whole
 from colm_ds.run_folder.metrics import METRICS
 from colm_ds.run_folder.read import Run, lookup, number, numbers
+from colm_ds.untrusted.printable import escaped
 
 _REVISION = 12  # characters of a git revision in the table; the configuration has all
 
@@ -39,8 +40,8 @@ def compared_section(view: View) -> ReportSection:
 def repeat_section(view: View) -> ReportSection:
     """List runs with their commands, machine and versions, all numbers of the steps, and every configuration."""
     listings = {
-        f"Resolved configuration of {run_label(arm, run)}": json.dumps(
-            run.config, indent=2, ensure_ascii=False, default=str
+        f"Resolved configuration of {run_label(arm, run)}": escaped(
+            json.dumps(run.config, indent=2, ensure_ascii=False, default=str)
         )
         for arm in view.arms
         for run in arm.runs

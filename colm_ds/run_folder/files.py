@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from colm_ds.untrusted.json_text import read_json
+from colm_ds.untrusted.printable import escaped
 
 
 def read_object(path: Path, problems: list[str] | None = None) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def write_whole(path: Path, content: str | bytes, *, sync: bool = True) -> None:
 
 def write_object(path: Path, content: Any, *, sync: bool = False) -> None:
     """Write an object as indented JSON in one go; what JSON does not know is written as text."""
-    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", sync=sync)
+    write_whole(path, escaped(json.dumps(content, indent=2, ensure_ascii=False, default=str)) + "\n", sync=sync)
 
 
 def sync_folder(folder: Path) -> None:

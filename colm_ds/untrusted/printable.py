@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -19,3 +20,8 @@ _UNSAFE = re.compile(
 def visible(text: Any) -> str:
     """Return text in which each unsafe character is replaced by U+FFFD; tabs and line ends stay."""
     return _UNSAFE.sub("\ufffd", str(text))
+
+
+def escaped(text: str) -> str:
+    """Return JSON text in which each unsafe character is written as its `\\u` escape: the same value, safe to show."""
+    return _UNSAFE.sub(lambda found: json.dumps(found[0])[1:-1], text)

@@ -19,7 +19,7 @@ from tests.report.run_folders import ARMS, write_run
 
 SECTIONS = ["compared", "quality", "costs", "sources", "selected", "repeat"]
 DATE = datetime(2025, 1, 2, 3, 4, tzinfo=timezone.utc)
-NASTY = '<script>alert("1")</script> & $x_1$ | *b* `c` \x07 größe 数'
+NASTY = '<script>alert("1")</script> & $x_1$ | *b* `c` \x07 \u202e größe 数'
 
 
 class PageReader(HTMLParser):

@@ -15,7 +15,7 @@ import yaml
 from colm_ds.errors import ConfigError, Problems
 from colm_ds.untrusted.json_text import MAX_DEPTH, parse_json, read_json
 from colm_ds.untrusted.lines import bounded_lines
-from colm_ds.untrusted.printable import visible
+from colm_ds.untrusted.printable import escaped, visible
 from colm_ds.untrusted.yaml_text import parse_yaml, read_yaml
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -112,6 +112,14 @@ def test_no_character_is_left_that_is_obeyed() -> None:
             assert after == "\ufffd", hex(ord(before))
         elif kind[0] in "LNPS" or kind == "Mn":
             assert after == before or 0xE0000 <= ord(before) < 0xE1000 or before == "\ufffd", hex(ord(before))
+
+
+def test_escaped_json_is_the_same_value() -> None:
+    value = {chr(code): [chr(code)] for code in range(0x110000) if not 0xD800 <= code < 0xE000}
+    for indent in (None, 1):
+        text = escaped(json.dumps(value, ensure_ascii=False, indent=indent))
+        assert json.loads(text) == value
+        assert visible(text) == text
 
 
 def test_messages_are_safe_and_short() -> None:

@@ -89,6 +89,8 @@ def _check_manifest(manifest: Any) -> None:
         name = part.get("name") if isinstance(part, dict) else None
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
             raise ValueError(f"the name of a part is {name!r}")
+        if not isinstance(part.get("checksum"), str):
+            raise ValueError(f"part {name} has no checksum")
         segments = part.get("segments")
         if not isinstance(segments, list) or not all(_is_segment(each, manifest["sources"]) for each in segments):
             raise ValueError(f"part {name} has segments of no split, source or number of tokens")
