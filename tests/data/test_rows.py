@@ -129,7 +129,7 @@ def test_truncated_conversations(write_jsonl: Writer) -> None:
     ids, labels = as_chatml(tokenizer, rows_of("messages", 1)[0]["messages"], [2, 4])
     trained = [place for place, label in enumerate(labels) if label != -100]
     path = write_jsonl(rows_of("messages", 1))
-    for length in (trained[0] + 1, trained[0] + 5, len(ids)):
+    for length in (trained[0] + 1, trained[0] + 5, trained[-1], len(ids)):
         dataset = load_examples(path, tokenizer, length)
         assert contents(dataset)[0][:2] == (ids[:length], labels[:length])
         assert dataset.lost["cut"] == ({"train": 1} if trained[-1] >= length else {})
@@ -295,6 +295,7 @@ list(workers.map_in_order(WaitInWorker(sys.argv[1]), range(9), 2))
 """
 
 
+@pytest.mark.slow
 def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     def alive() -> list[int]:
         pids = [int(path.stem) for path in tmp_path.glob("*.pid")]
@@ -336,6 +337,7 @@ print(json.dumps([len(dataset), anonymous() - before]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, write_jsonl: Writer) -> None:
     """40 MB of rows take less than half of that of the process's own memory, as they lie in the cache."""
