@@ -110,6 +110,8 @@ def crashes_explained() -> Iterator[None]:
         end_all(f"{type(error).__name__}: {error}", ExitCode.OUT_OF_MEMORY)
     except torch.OutOfMemoryError as error:  # outside a step: evaluating, saving
         end_all(f"rank {dist.get_rank()}: {error}\nTry a smaller evaluation.max_tokens.", ExitCode.OUT_OF_MEMORY)
+    except ConfigError as error:
+        end_all(f"{type(error).__name__}: {error}", ExitCode.BAD_INPUT)
     except CoLMError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except (OSError, SafetensorError) as error:
