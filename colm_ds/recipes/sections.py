@@ -113,7 +113,7 @@ class DataConfig(RowReading):
 
     train: Places = Field(
         description="file, folder, hub:NAME:CONFIG:SPLIT, {path: ..., name: ..., weight: ...}, or a list of these: "
-        "finetune/README.md"
+        "docs/DATA.md"
     )
     heldout: Places | None = Field(None, description="what the held-out loss is measured on, written as train")
     holdout_per_source: int = Field(0, ge=0, description="without a held-out file: examples of each source to hold out")

@@ -1,4 +1,4 @@
-"""The section "Your own data" of finetune/README.md, executed: its rows, its recipe, its script, its commands."""
+"""docs/DATA.md, executed: its rows, its recipe, its script, its commands."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.data.test_formats import FORMATS, write_rows
 from tests.data.test_rows import rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXT = (ROOT / "finetune" / "README.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs" / "DATA.md").read_text(encoding="utf-8")
 TINY = {
     "model_type": "llama",
     "hidden_size": 32,
@@ -37,7 +37,7 @@ TINY = {
 
 
 def blocks(opening: str) -> list[str]:
-    """Return the blocks of the README that open with this line."""
+    """Return the blocks of the page that open with this line."""
     return re.findall(rf"```{re.escape(opening)}\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
