@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import io
 import logging
+import pickle
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -357,5 +358,7 @@ def quiet_libraries() -> None:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # torch's own text is about its versions
+        return "its weights are a pickle that holds something else than tensors, so nothing of it was loaded or run."
     text = str(error).strip().split("\n")[0] or type(error).__name__
     return text if text[-1] in ".:?!" else f"{text}."

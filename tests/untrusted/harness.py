@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import select
@@ -79,6 +80,7 @@ def tried(work: Callable[[], str], limit_s: float) -> End:
 
 def _run(work: Callable[[], str], write: int) -> None:
     """Run in the fork; does not return."""
+    faulthandler.disable()  # pytest's would print a crash beside the test's own words
     try:
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
