@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -79,6 +80,9 @@ _ADVICE = {
 }
 
 
+_EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d{1,2}")
+
+
 def check_keys(config: Mapping[str, Any], problems: Problems) -> None:
     """Record top-level keys that DeepSpeed would ignore, with the nearest known key, and keys that it has removed.
 
@@ -99,6 +103,39 @@ def check_keys(config: Mapping[str, Any], problems: Problems) -> None:
         if not advice.startswith("Did you mean"):  # all sixty would bury the other problems
             advice = f"DeepSpeed would ignore it. Remove it, or write '_{key}' to keep it as a note."
         problems.messages.append(f"{key}: unknown key. {advice}")
+
+
+def check_zero(config: Mapping[str, Any], problems: Problems) -> None:
+    """Record values of `zero_optimization` that DeepSpeed's own section does not take.
+
+    Args:
+        config: the DeepSpeed configuration; "auto" values are left out.
+        problems: where they are recorded.
+    """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    given = {key: value for key, value in (config.get("zero_optimization") or {}).items() if value != "auto"}
+    try:
+        DeepSpeedZeroConfig(**given)
+    except ValidationError as error:
+        for problem in error.errors():
+            key = ".".join(map(str, ("zero_optimization", *problem["loc"])))
+            problems.add(key, problem["input"], problem["msg"], "See DeepSpeed's documentation of the section.")
+    for key, value in given.items():
+        if key.endswith("bucket_size") and value == 0:
+            problems.add(f"zero_optimization.{key}", value, "a bucket holds nothing", "Choose 2e8, for example.")
+
+
+def as_numbers(values: Any) -> Any:
+    """Return nested values in which texts such as 5e8, which YAML does not read as numbers, are numbers."""
+    if isinstance(values, Mapping):
+        return {key: as_numbers(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [as_numbers(value) for value in values]
+    if isinstance(values, str) and _EXPONENT.fullmatch(values):
+        number = float(values)
+        return int(number) if number.is_integer() else number
+    return values
 
 
 def check_monitors(config: Mapping[str, Any], problems: Problems) -> None:

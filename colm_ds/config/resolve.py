@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from colm_ds.config.colm import CoLMSection, MaskConfig
-from colm_ds.config.deepspeed import check_auto, check_keys, check_monitors
+from colm_ds.config.deepspeed import as_numbers, check_auto, check_keys, check_monitors, check_zero
 from colm_ds.config.section import validate_section
 from colm_ds.errors import ConfigError, Problems
 from colm_ds.selection import SELECTORS
@@ -49,7 +49,7 @@ def load_config(config: str | Path | dict[str, Any]) -> tuple[dict[str, Any], st
         ConfigError: if the file is missing or not a JSON object.
     """
     if isinstance(config, dict):
-        return copy.deepcopy(config), "the DeepSpeed configuration"
+        return as_numbers(copy.deepcopy(config)), "the DeepSpeed configuration"
     path = Path(config)
     try:
         loaded = read_json(path)
@@ -60,7 +60,7 @@ def load_config(config: str | Path | dict[str, Any]) -> tuple[dict[str, Any], st
         raise ConfigError(f"{path}: not readable as JSON: {error}. Write one JSON object.") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: a {type(loaded).__name__}. Write one JSON object.")
-    return loaded, str(path)
+    return as_numbers(loaded), str(path)
 
 
 def resolve_config(config: Config, world_size: int) -> ResolvedConfig:
@@ -263,6 +263,7 @@ def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems) -> None:
             problems.add(key, deepspeed[key], "not a section of keys and values", "Write an object: {...}.")
             deepspeed[key] = {}
     check_auto(deepspeed, problems)
+    check_zero(deepspeed, problems)
     zero = deepspeed.get("zero_optimization") or {}
     if zero.get("overlap_comm") is True and zero.get("stage", 0) in (0, 1):
         problems.add(

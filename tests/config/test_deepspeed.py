@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -330,3 +331,31 @@ def test_facts_of_a_plain_module_and_of_several_widths() -> None:
     model = nn.Linear(3, 4)
     model.config = types.SimpleNamespace(hidden_sizes=[32, 160, 64])  # type: ignore[assignment]
     assert model_facts(model) == (160, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"reduce_bucket_size": 15099494.4}, "zero_optimization.reduce_bucket_size = 15099494.4"),
+        ({"reduce_bucket_size": 0}, "a bucket holds nothing"),
+        ({"stage": 7}, "zero_optimization.stage = 7"),
+        ({"stage": 2, "ovrlap_comm": True}, "zero_optimization.ovrlap_comm"),
+    ],
+)
+def test_values_that_deepspeed_refuses_are_said_at_once(section: dict[str, Any], says: str) -> None:
+    config = {"train_batch_size": 4, "zero_optimization": section, "colm": {"large_batch_size": 8}}
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        resolve_config(config, 1)
+
+
+def test_numbers_with_exponents_written_as_text_are_numbers() -> None:
+    section = {
+        "stage": 2,
+        "reduce_bucket_size": "5e8",
+        "allgather_bucket_size": "2.5E7",
+        "stage3_max_live_parameters": "auto",
+    }
+    config = {"train_batch_size": 4, "zero_optimization": section, "colm": {"large_batch_size": 8}}
+    zero = resolve_config(config, 1).deepspeed["zero_optimization"]
+    assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (500_000_000, 25_000_000)
+    assert section["reduce_bucket_size"] == "5e8"
