@@ -155,8 +155,7 @@ def main(seed: int, number: int) -> None:
         for name, content in inputs(seed, number, folder / "run"):
             wrong, end = fault(folder, name, content, right, folder)
             ends[end] += 1
-            if wrong:
-                print(f"{name}: {wrong}", flush=True)
+            print(f"{name}: {wrong or end}", flush=True)
         print(dict(ends))
 
 
