@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import logging
 import os
 import re
 import sys
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         _show_commands(words)
     words.remove(name)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # advice at import about kernels that a CPU may use
     parser = _parser_of(name)
     options = parser.parse_intermixed_args(words)
     try:
