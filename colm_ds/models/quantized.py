@@ -15,7 +15,11 @@ _KINDS = ("Linear4bit", "Linear8bitLt")
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Return whether a module is a linear map of bitsandbytes with quantized weights."""
+    """Return whether a module is a linear map with quantized weights: one of bitsandbytes, or a plan's shape of one."""
+    return getattr(type(module), "is_quantized", False) is True or _is_of_bitsandbytes(module)
+
+
+def _is_of_bitsandbytes(module: nn.Module) -> bool:
     if type(module).__name__ not in _KINDS or not type(module).__module__.startswith("bitsandbytes."):
         return False
     weight = module.weight
@@ -29,12 +33,12 @@ def quantized_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def rounds_inputs(module: nn.Module) -> bool:
     """Return whether a linear map rounds its inputs too, as those of 8 bits do, so that no slope can be measured."""
-    return is_quantized(module) and type(module).__name__ == "Linear8bitLt"
+    return _is_of_bitsandbytes(module) and type(module).__name__ == "Linear8bitLt"
 
 
 def float_weight(module: Any) -> Tensor:
     """Return the weight of a linear map, `[out, in]`: a quantized one as the floats that it computes with."""
-    if not is_quantized(module):
+    if not _is_of_bitsandbytes(module):
         weight: Tensor = module.weight
         return weight
     import bitsandbytes
@@ -94,6 +98,8 @@ def quantize_experts(model: nn.Module, quant_type: str, double_quant: bool) -> i
 
     experts = fused_experts(model)
     for module, name in experts:
+        if torch.cuda.is_available():  # where the scales stay, which are not moved with the module
+            getattr(module, name).data = getattr(module, name).data.to(torch.cuda.current_device())
         replace_parameter_4bit(module, name, compress_statistics=double_quant, quant_type=quant_type)
         module.parametrizations[name].original.requires_grad_(False)  # type: ignore[index,union-attr]
     return len(experts)

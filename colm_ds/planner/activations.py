@@ -30,7 +30,16 @@ from colm_ds.models.architecture import Architecture, find_architecture
 from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 from colm_ds.models.patch import eval_mode
 from colm_ds.planner.choice_rows import choice_micro_batch
-from colm_ds.planner.live_tensors import LiveBytes, gpu_dropout, make_dataless, rows_packed, stage3_linear
+from colm_ds.planner.live_tensors import (
+    LiveBytes,
+    gpu_dropout,
+    grouped_products,
+    make_dataless,
+    one_expert_at_a_time,
+    rows_packed,
+    stage3_linear,
+)
+from colm_ds.planner.quantized_weights import is_packed, num_elements, quantize_shapes
 from colm_ds.probe.factors import gradient_factors
 from colm_ds.probe.spsa import spsa_coefficients
 from colm_ds.probe.tail import run_trunk, tail_losses
@@ -54,6 +63,8 @@ class ModelSpec:
         lora: adapters, or None for full training.
         checkpointing: whether activations are recomputed in the backward pass.
         device_type: `cuda` or `cpu`: dropout keeps different masks on each.
+        quantization: "4bit" or "8bit", of the frozen linear maps; None for none.
+        double_quant: whether the scales of 4 bits are quantized too.
     """
 
     config: Any
@@ -62,6 +73,8 @@ class ModelSpec:
     lora: LoraConfig | None = None
     checkpointing: bool = False
     device_type: str = "cuda"
+    quantization: str | None = None
+    double_quant: bool = True
 
 
 @dataclass(frozen=True)
@@ -112,6 +125,8 @@ class Parameters:
         buffers: bytes of buffers.
         mlp: elements of a decoder layer's MLP.
         sizes: number of parameters by their elements.
+        quantized: elements, of all, that are held in 4 or 8 bits.
+        quantized_bytes: bytes of these with their scales.
     """
 
     total: int
@@ -123,6 +138,12 @@ class Parameters:
     buffers: int
     mlp: int = 0
     sizes: tuple[tuple[int, int], ...] = ()
+    quantized: int = 0
+    quantized_bytes: int = 0
+
+    def weight_bytes(self, width: int) -> int:
+        """Return the bytes of all weights; `width` is that of one that is not quantized."""
+        return (self.total - self.quantized) * width + self.quantized_bytes
 
     def below(self, most: int) -> int:
         """Return the elements in parameters of at most `most` elements."""
@@ -179,6 +200,8 @@ class Tracer:
             sizes=tuple(
                 (size, extended(lambda model, size=size: _sizes(model)[size])) for size in sorted(_sizes(large))
             ),
+            quantized=extended(_num_quantized),
+            quantized_bytes=extended(_quantized_bytes),
         )
 
     def training(
@@ -227,7 +250,8 @@ class Tracer:
 
     def _train(self, layers: int, rows: Rows, replay: bool, whole_logits: bool) -> TrainingActivations:
         self._check_time()
-        vocabulary = self._vocabulary(rows) if self.spec.lora is not None and not whole_logits else None
+        shrinks = self.spec.lora is not None and not whole_logits and not self._trains_vocabulary
+        vocabulary = self._vocabulary(rows) if shrinks else None
         model = self._model(layers, vocabulary)
         head = None if whole_logits else find_loss_head(model)
         last = find_architecture(model).last_layer if replay else None
@@ -255,7 +279,8 @@ class Tracer:
             tail = run_trunk(model, architecture, batch)
             if estimator == "spsa":
                 directions: Any = _Directions(num_probes, architecture.num_coordinates)
-                spsa_coefficients(architecture, tail, directions, 1e-3, tail_dtype)
+                with one_expert_at_a_time(model):
+                    spsa_coefficients(architecture, tail, directions, 1e-3, tail_dtype)
             elif estimator != "score":
                 gradient_factors(architecture, tail)
             else:
@@ -267,6 +292,12 @@ class Tracer:
         if key not in self._models:
             self._models[key] = build_dataless(self.spec, *key, self._mode)
         return self._models[key]
+
+    @cached_property
+    def _trains_vocabulary(self) -> bool:
+        """True if any trained parameter has a row for every token, as a head in `modules_to_save` has."""
+        size = int(self.spec.config.vocab_size)
+        return any(size in p.shape for p in self._model(min(_FEW, self.num_layers)).parameters() if p.requires_grad)
 
     def _check_time(self) -> None:
         """Raise a TimeoutError if time is up: only between passes, as within one an exception may abort the process."""
@@ -301,7 +332,12 @@ class Tracer:
 
     @contextmanager
     def _dataless(self, packed: bool) -> Iterator[None]:
-        with self._mode, rows_packed(packed), gpu_dropout() if self.spec.device_type == "cuda" else nullcontext():
+        with (
+            self._mode,
+            rows_packed(packed),
+            grouped_products(),
+            gpu_dropout() if self.spec.device_type == "cuda" else nullcontext(),
+        ):
             yield
 
 
@@ -315,6 +351,7 @@ def build_dataless(spec: ModelSpec, num_layers: int, vocabulary: int, mode: Fake
 
     config = copy.deepcopy(spec.config)
     config.num_hidden_layers, config.vocab_size, config.pad_token_id = num_layers, vocabulary, None
+    vars(config).pop("quantization_config", None)
     if getattr(config, "layer_types", None):
         kinds = list(config.layer_types)
         config.layer_types = (kinds + kinds[-1:] * num_layers)[:num_layers]
@@ -324,6 +361,8 @@ def build_dataless(spec: ModelSpec, num_layers: int, vocabulary: int, mode: Fake
             model: Any = AutoModelForCausalLM.from_config(config, dtype=spec.dtype, attn_implementation=attention)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"model: cannot be built from its configuration: {error}") from None
+        if spec.quantization is not None:
+            quantize_shapes(model, spec.quantization, spec.double_quant, spec.dtype)
         if spec.lora is not None:
             model = add_lora(model, spec.lora)
     if spec.checkpointing:
@@ -368,7 +407,15 @@ def _base(model: Any) -> Any:
 
 
 def _num_elements(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+    return sum(num_elements(p) for p in model.parameters())
+
+
+def _num_quantized(model: nn.Module) -> int:
+    return sum(num_elements(p) for p in model.parameters() if is_packed(p))
+
+
+def _quantized_bytes(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if is_packed(p))
 
 
 def _num_mlp_elements(architecture: Architecture) -> int:
@@ -381,7 +428,7 @@ def _num_trained(model: nn.Module) -> int:
 
 
 def _sizes(model: nn.Module) -> Counter[int]:
-    return Counter(p.numel() for p in model.parameters())
+    return Counter(num_elements(p) for p in model.parameters())
 
 
 def _buffer_bytes(model: nn.Module) -> int:

@@ -16,9 +16,11 @@ from colm_ds.config.resolve import load_config, resolve_config
 from colm_ds.data.pretraining.chunks import ChunkDataset
 from colm_ds.data.pretraining.token_store import MANIFEST, TokenStore
 from colm_ds.errors import ConfigError
+from colm_ds.models.quantized import quantized_linears, rounds_inputs
 from colm_ds.planner.activations import ModelSpec, Rows, choice_rows, even_rows
 from colm_ds.planner.choice_rows import CANDIDATE_TOKENS, num_rows
 from colm_ds.planner.zero_states import ZeroSettings, zero_settings
+from colm_ds.recipes.adapter import section_of
 from colm_ds.recipes.model import DTYPES, load_tokenizer
 from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe, PretrainingRecipe, Recipe
 from colm_ds.recipes.sections import LoraConfig
@@ -173,11 +175,19 @@ def job_of_recipe(
         lora=recipe.lora,
         checkpointing=recipe.model.activation_checkpointing,
         device_type="cuda" if on_gpu else "cpu",
+        quantization=recipe.model.quantization,
+        double_quant=recipe.model.bnb_4bit_use_double_quant,
     )
+    zero = zero_settings(resolved.deepspeed, world_size, on_gpu=on_gpu)
+    if spec.quantization is not None and zero.stage == 3:
+        raise ConfigError(
+            f"model.quantization = {spec.quantization!r}: ZeRO-3 partitions weights, and bitsandbytes needs whole "
+            "ones. Use a deepspeed configuration of stage 0, 1 or 2."
+        )
     key, length = _length(recipe)
     job = Job(
         spec,
-        zero_settings(resolved.deepspeed, world_size, on_gpu=on_gpu),
+        zero,
         resolved.colm,
         resolved.micro_batch_size,
         length,
@@ -255,13 +265,7 @@ def job_of_engine(engine: Any, batch: LargeBatch) -> Job:
     adapters = getattr(module, "peft_config", {})
     lora = None
     if adapters:
-        adapter = next(iter(adapters.values()))
-        lora = LoraConfig(
-            rank=adapter.r,
-            alpha=adapter.lora_alpha,
-            dropout=adapter.lora_dropout,
-            targets=sorted(adapter.target_modules),
-        )
+        lora = LoraConfig.model_validate(section_of(next(iter(adapters.values())).to_dict()))
     device = engine.deepspeed_engine.device
     weight = next(parameter for parameter in base.parameters() if parameter.is_floating_point())
     spec = ModelSpec(
@@ -271,6 +275,7 @@ def job_of_engine(engine: Any, batch: LargeBatch) -> Job:
         lora=lora,
         checkpointing=any(getattr(inner, "gradient_checkpointing", False) for inner in base.modules()),
         device_type=torch.device(device).type,
+        quantization=_quantization(base),
     )
     world_size = engine.deepspeed_engine.world_size
     zero = zero_settings(config.deepspeed, world_size, on_gpu=spec.device_type == "cuda")
@@ -286,6 +291,11 @@ def job_of_engine(engine: Any, batch: LargeBatch) -> Job:
         candidates=_candidate_tokens(batch) if is_choice else (),
         length_key=CHUNK_KEY if isinstance(engine.loader.dataset, ChunkDataset) else LENGTH_KEY,
     )
+
+
+def _quantization(model: torch.nn.Module) -> str | None:
+    linears = [module for _, module in quantized_linears(model)]
+    return None if not linears else "8bit" if rounds_inputs(linears[0]) else "4bit"
 
 
 def _candidate_tokens(batch: LargeBatch) -> tuple[int, ...]:

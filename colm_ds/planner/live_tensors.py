@@ -14,6 +14,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from colm_ds.models.patch import patched_forwards
+from colm_ds.models.quantized import fused_experts
+
 
 def make_dataless(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace a model's parameters and buffers (on the meta device) by tensors without data that count as on a CPU.
@@ -33,6 +36,7 @@ def make_dataless(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | N
                     kind = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
                     data = torch.empty(parameter.shape, dtype=kind)
                     made[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+                    vars(made[id(parameter)]).update(vars(parameter))
                 module._parameters[name] = made[id(parameter)]
             for name, buffer in module._buffers.items():
                 if buffer is not None:
@@ -120,6 +124,66 @@ def rows_packed(packed: bool) -> Iterator[None]:
         yield
     finally:
         setattr(masking_utils, name, own)
+
+
+@contextmanager
+def one_expert_at_a_time(model: nn.Module) -> Iterator[None]:
+    """Let fused experts run as one expert that takes all tokens: the most that a loop over experts can need.
+
+    How many tokens an expert really gets depends on the data, which tensors without data do not have.
+    """
+
+    def forward_of(experts: Any) -> Any:
+        def forward(hidden: Tensor, *routing: Any) -> Tensor:
+            states = hidden
+            for name in ("gate_up_proj", "up_proj", "down_proj"):
+                weight = getattr(experts, name, None)
+                if weight is None:
+                    continue
+                weight = weight[0].t() if getattr(experts, "is_transposed", False) else weight[0]
+                states = F.linear(states, weight)
+                if name == "gate_up_proj":
+                    gate, up = states.chunk(2, dim=-1)
+                    states = F.silu(gate) * up
+            return hidden.new_zeros(hidden.shape).add(states)
+
+        return forward
+
+    owners = {owner for owner, _ in fused_experts(model)}
+    owners |= {module for module in model.modules() if hasattr(module, "parametrizations")}
+    with patched_forwards({owner: forward_of(owner) for owner in owners}):
+        yield
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """A product of the rows of every group with a matrix of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, matrices: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, matrices)
+        return rows.new_empty(rows.shape[0], matrices.shape[2])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows, matrices = ctx.saved_tensors
+        for_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        return for_rows, torch.empty_like(matrices) if ctx.needs_input_grad[1] else None
+
+
+@contextmanager
+def grouped_products() -> Iterator[None]:
+    """Let grouped products, with which transformers runs experts, work on tensors without data of every dtype."""
+    functions: Any = F
+    own = functions.grouped_mm
+
+    def grouped(rows: Tensor, matrices: Tensor, *, offs: Tensor | None = None, **options: Any) -> Any:
+        return _GroupedProduct.apply(rows, matrices)
+
+    functions.grouped_mm = grouped
+    try:
+        yield
+    finally:
+        functions.grouped_mm = own
 
 
 class _InputKept(torch.autograd.Function):

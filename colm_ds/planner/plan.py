@@ -64,7 +64,8 @@ class Planner:
     def tracer(self, spec: ModelSpec) -> Tracer:
         """Return the tracer of a model's shapes."""
         lora = None if spec.lora is None else spec.lora.model_dump_json()
-        key = id(spec.config), spec.dtype, spec.attention, lora, spec.checkpointing, spec.device_type
+        key: tuple[object, ...] = id(spec.config), spec.dtype, spec.attention, lora, spec.checkpointing
+        key += spec.device_type, spec.quantization, spec.double_quant
         if key not in self._tracers:
             self._tracers[key] = Tracer(spec, time.thread_time() + self.limit_s)
         return self._tracers[key]

@@ -49,7 +49,8 @@ def plan_report(
         }
         for change in list_changes(planner, job)
     ]
-    stages = [planner.memory(job if stage == job.zero.stage else _stage(job, stage)) for stage in range(4)]
+    count = 4 if job.spec.quantization is None else 3
+    stages = [planner.memory(job if stage == job.zero.stage else _stage(job, stage)) for stage in range(count)]
     fitting = make_fit(planner, job, budget)
     whole = planner.memory(job, whole_logits=True).peaks["backward"] - planner.memory(job).peaks["backward"]
     return {
@@ -62,6 +63,7 @@ def plan_report(
         "rows_per_example": job.num_rows,
         "parameters": {"total": parameters.total, "trained": parameters.trained},
         "dtype": str(job.spec.dtype).removeprefix("torch."),
+        "quantization": job.spec.quantization,
         "stage": job.zero.stage,
         "checkpointing": job.spec.checkpointing,
         "replay": job.replays,
@@ -134,8 +136,9 @@ def format_plan(report: dict[str, Any]) -> str:
     replay = ", replay" if report["replay"] else ""
     packed = report["packed_row_tokens"]
     rows_of = "" if packed is None else f", packed into rows of {packed}"
+    held = f" (frozen linear maps in {report['quantization']})" if report["quantization"] else ""
     lines = [
-        f"{sizes['total'] / 1e9:.2f}e9 parameters, {sizes['trained'] / 1e6:.1f}e6 trained, {report['dtype']}, "
+        f"{sizes['total'] / 1e9:.2f}e9 parameters, {sizes['trained'] / 1e6:.1f}e6 trained, {report['dtype']}{held}, "
         f"ZeRO-{report['stage']}, activation checkpointing {'on' if report['checkpointing'] else 'off'}{replay}",
         f"{report['num_gpus']} GPUs of {report['gpu_memory_gib']:g} GiB, of which {room:g} are planned with; "
         f"examples of {report['length']} tokens (mean {report['mean_length']:g}){_candidates_text(report)}{rows_of}",

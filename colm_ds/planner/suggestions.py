@@ -114,10 +114,11 @@ def _changes(job: Job) -> Iterator[tuple[str, str, Job]]:
         if tokens > one:
             fewer = job.colm.probe.model_copy(update={"max_tokens": max(one, tokens // 2)})
             yield f"colm.probe.max_tokens={fewer.max_tokens}", "probe", job.with_colm(probe=fewer)
-    for stage in range(zero.stage + 1, 4):
+    last = 3 if spec.quantization is None else 2  # see `check_adapters`
+    for stage in range(zero.stage + 1, last + 1):
         yield f"deepspeed=ds_configs/zero{stage}.json", "stage", replace(job, zero=at_stage(zero, stage))
     for stage in (2, 3):
-        if stage >= zero.stage and not zero.offload_optimizer:
+        if last >= stage >= zero.stage and not zero.offload_optimizer:
             away = replace(at_stage(zero, stage), offload_optimizer=True, offload_parameters=stage == 3)
             yield f"deepspeed=ds_configs/zero{stage}_offload.json", "offload", replace(job, zero=away)
     if job.length > _SHORT:

@@ -144,7 +144,7 @@ def model_states(parameters: Parameters, settings: ZeroSettings, weight_bytes: i
         width * min(settings.reduce_bucket, trained),
     )
     adam = 0 if settings.fused_adam else 2 * _FLOAT32  # torch's AdamW: the root and its quotient
-    weights = parameters.total * width + parameters.buffers
+    weights = parameters.weight_bytes(width) + parameters.buffers
     optimizer = share * (2 * _FLOAT32 + (_FLOAT32 if half or settings.stage else 0))
     gathered = always = host = always_buckets = forward_buckets = backward_buckets = reduced = 0
     training, saving_host = largest * width, max(trained * width, share * _FLOAT32)  # the flat tensors

@@ -34,7 +34,7 @@ _HARMLESS = {
     *("inference_mode", "init_lora_weights", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config"),
     *("loftq_config", "layers_pattern"),
 }
-"""Further keys, which training that continues from an adapter need not know."""
+"""Further keys that training an adapter further does not depend on."""
 
 
 def with_adapter(lora: Mapping[str, Any], problems: Problems) -> dict[str, Any]:

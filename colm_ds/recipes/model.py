@@ -112,6 +112,8 @@ def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
         options["attn_implementation"] = attention_for(described, config.attention)
         if config.quantization is not None:
             options["quantization_config"] = _quantization(config, described)
+            if any(getattr(described.get_text_config(), name, None) for name in _EXPERTS):
+                options["device_map"] = {"": "cpu"}  # on a device the experts would take four times their room at first
         with contextlib.redirect_stderr(io.StringIO()) if gguf else contextlib.nullcontext():  # a bar per rank
             model, report = AutoModelForCausalLM.from_pretrained(
                 path, **gguf, **options, output_loading_info=True, ignore_mismatched_sizes=True
@@ -185,6 +187,10 @@ def _quantization(config: ModelConfig, described: Any) -> Any:
         bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=DTYPES[config.dtype],
     )
+
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Keys of configurations that say how many experts a layer has."""
 
 
 def _quantize_experts(config: ModelConfig, model: nn.Module) -> None:

