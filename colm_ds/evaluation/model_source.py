@@ -167,6 +167,8 @@ def describe(source: ModelSource, model: Any = None) -> dict[str, Any]:
     """
     base = source.base
     values: dict[str, Any] = {"base": base.name_or_path, "gguf_file": base.gguf_file, "dtype": base.dtype}
+    if base.quantization is not None:
+        values["quantization"] = base.quantization
     if base.config is not None:
         values |= {"config": base.config, "seed": source.seed}
     elif Path(str(base.name_or_path)).is_dir():

@@ -100,7 +100,7 @@ def model_card(
         f"# {clean(run.name)}",
         _opening(run, facts, kind, step, path, gguf),
         "## Load",
-        _loading(kind, path, gguf, dtype),
+        _loading(kind, path, gguf, dtype, lookup(model, "quantization")),
         *_section("Data", [_data_text(config), _sources(run, facts)]),
         *_section("Recipe", [_bullets(_recipe_lines(run, facts, dtype))]),
         *_section("Numbers", [_numbers(run, facts)]),
@@ -138,7 +138,7 @@ def _opening(run: Run, facts: Facts, kind: str, step: int | None, path: str | No
     return text + "."
 
 
-def _loading(kind: str, path: str | None, gguf: str | None, dtype: str) -> str:
+def _loading(kind: str, path: str | None, gguf: str | None, dtype: str, quantization: str | None = None) -> str:
     start = "Run in this folder, or put its path or hub name where the dots are.\n\n"
     if kind != ADAPTER:
         lines = [
@@ -161,6 +161,11 @@ def _loading(kind: str, path: str | None, gguf: str | None, dtype: str) -> str:
             'model = PeftModel.from_pretrained(base, ".")',
         ]
     lines.append('tokenizer = AutoTokenizer.from_pretrained(".")')
+    if kind == ADAPTER and quantization:
+        start += (
+            f"The adapter was trained on a base of {quantization[0]}-bit weights: give `from_pretrained` the recipe's "
+            "`quantization_config` too for the same outputs.\n\n"
+        )
     return start + "\n".join(["```python", *lines, "```"])
 
 

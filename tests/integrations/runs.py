@@ -139,7 +139,9 @@ def make_trainer(output: str, colm: Any, steps: int, stage: int | None = None, *
     } | arguments
     extras = {key: given.pop(key) for key in ("train_dataset", "eval_dataset", "sources") if key in given}
     extras.setdefault("train_dataset", records(SOURCES))
-    model = tiny_model("llama").train()  # before the arguments: they would have ZeRO-3 cut its weights up unmade
+    model = (
+        given.pop("model", None) or tiny_model("llama").train()
+    )  # before the arguments: they would have ZeRO-3 cut its weights up unmade
     colm = {**colm, "log": "all"} if isinstance(colm, dict) else colm
     trainer = Noting(model, TrainingArguments(output, **given), pad, colm=colm, **extras)
     trainer.chosen, trainer.shapes = [], []
