@@ -198,7 +198,7 @@ def pair(folder: Path, bits: int, dtype: torch.dtype = torch.float32, **settings
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj"]], ids=["v adapted", "v frozen"])
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["lora", "dora"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow), "mixtral"])
 def test_four_bits(folders: dict[str, Path], family: str, settings: dict[str, Any], targets: list[str]) -> None:
     """The signals are those of the floats that the weights stand for; of a frozen V also of its quantized weight."""
     model, reference = pair(folders[family], 4, target_modules=targets, **settings)

@@ -458,7 +458,7 @@ def counted_step(model: Any) -> Any:
     return counted_allocations(run)
 
 
-@pytest.mark.parametrize(("quantization", "bound"), [("4bit", 0.05), ("8bit", 0.1)])
+@pytest.mark.parametrize(("quantization", "bound"), [("4bit", 0.05), pytest.param("8bit", 0.1, marks=pytest.mark.slow)])
 def test_quantized_weights_need_what_bitsandbytes_allocates(quantization: str, bound: float, tmp_path: Path) -> None:
     """Bytes of the weights with their scales, and those of a step, in which floats are made of them."""
     pytest.importorskip("bitsandbytes")

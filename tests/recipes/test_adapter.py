@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import yaml
 
 from colm_ds.errors import CheckpointError, ConfigError
 from colm_ds.recipes.adapter import load_adapter, section_of, trained_names
-from colm_ds.recipes.model import add_lora
+from colm_ds.recipes.model import add_lora, load_model
 from colm_ds.recipes.recipe import load_recipe
-from colm_ds.recipes.sections import LoraConfig
+from colm_ds.recipes.sections import LoraConfig, ModelConfig
 from colm_ds.training.start_or_resume import recipe_differences
 from tests.tiny_models import randomise, tiny_model
 
@@ -166,3 +167,16 @@ def test_runs_of_earlier_versions_can_be_resumed(tmp_path: Path) -> None:
     assert recipe_differences(before, recipe, set()) == []
     other = load_recipe(write_recipe(tmp_path, lora={"rank": 4, "use_dora": True}))
     assert recipe_differences(before, other, set()) == ["lora.use_dora: False there, True here"]
+
+
+def test_quantization_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    tiny_model("mixtral", num_local_experts=3).save_pretrained(tmp_path / "experts")
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        section = ModelConfig.model_validate({"name_or_path": str(tmp_path / "experts"), "quantization": "8bit"})
+        with pytest.raises(ConfigError, match=r"gate_up_proj of MixtralExperts .* Write 4bit"):
+            load_model(section, LoraConfig(), None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    section = ModelConfig.model_validate({"name_or_path": str(tmp_path / "base"), "quantization": "4bit"})
+    with pytest.raises(ConfigError, match="Run pip install --no-deps bitsandbytes"):
+        load_model(section, LoraConfig(), None)
