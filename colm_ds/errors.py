@@ -40,6 +40,10 @@ class SelectionError(CoLMError):
     """Sizes or arguments with which no coreset can be selected."""
 
 
+class LoopError(CoLMError):
+    """A training loop that does not do with the engine's micro-batches what a step needs."""
+
+
 class DivergenceError(CoLMError):
     """Training that cannot continue: the gradient is not finite step after step."""
 

@@ -75,6 +75,71 @@ def training_ranks(positions: Sequence[int], lengths: Tensor, home: Tensor, worl
     return {position: rank for rank, mine in enumerate(held) for position in mine}
 
 
+def equal_ranks(positions: Sequence[int], lengths: Tensor, home: Tensor, world_size: int) -> dict[int, int]:
+    """Return the rank that trains each chosen example, in equal numbers: surplus examples move, shortest first.
+
+    Args:
+        positions: chosen positions.
+        lengths: tokens of every example, `[r]`.
+        home: rank that holds every example, `[r]`.
+        world_size: W.
+
+    Returns:
+        Rank by position; the ranks' counts differ by at most one.
+    """
+    held: list[list[int]] = [[] for _ in range(world_size)]
+    for position in sorted(positions, key=lambda position: (-int(lengths[position]), position)):
+        held[int(home[position])].append(position)
+    while True:
+        counts = [len(mine) for mine in held]
+        most, least = counts.index(max(counts)), counts.index(min(counts))
+        if counts[most] - counts[least] <= 1:
+            return {position: rank for rank, mine in enumerate(held) for position in mine}
+        held[least].append(held[most].pop())
+
+
+def equal_slots(
+    by_rank: Sequence[Sequence[int]], home: Tensor, lengths: Tensor, *, num_slots: int, max_examples: int
+) -> tuple[list[Batches], int]:
+    """Cut every rank's examples into the same number of micro-batches; the first of them hold what never moved.
+
+    An example can be replayed only where it was probed, and under ZeRO-3 all ranks must replay the same micro-batches.
+    So the number of replayed ones is the largest with which every rank's examples fit, at most `max_examples` in each.
+
+    Args:
+        by_rank: positions of each rank, at most `num_slots * max_examples`.
+        home: rank that holds every example, `[r]`.
+        lengths: tokens of every example, `[r]`.
+        num_slots: micro-batches of each rank.
+        max_examples: maximum examples of a micro-batch.
+
+    Returns:
+        For every rank its micro-batches, each with the longest example first, some empty; and how many of the first
+        ones have no example away from its home.
+    """
+
+    def longest_first(positions: Sequence[int]) -> list[int]:
+        return sorted(positions, key=lambda position: (-int(lengths[position]), position))
+
+    stayed = [longest_first([p for p in mine if int(home[p]) == rank]) for rank, mine in enumerate(by_rank)]
+    moved = [[p for p in mine if int(home[p]) != rank] for rank, mine in enumerate(by_rank)]
+
+    def fits(num_home: int) -> bool:
+        room, rest = num_home * max_examples, (num_slots - num_home) * max_examples
+        return all(len(s) - min(len(s), room) + len(m) <= rest for s, m in zip(stayed, moved, strict=True))
+
+    num_home = next(number for number in range(num_slots, -1, -1) if fits(number))
+    plans = []
+    for here, arrived in zip(stayed, moved, strict=True):
+        first, rest = here[: num_home * max_examples], longest_first([*here[num_home * max_examples :], *arrived])
+        plans.append(_slots(first, num_home, max_examples) + _slots(rest, num_slots - num_home, max_examples))
+    return plans, num_home
+
+
+def _slots(positions: Sequence[int], number: int, size: int) -> Batches:
+    return [list(positions[start : start + size]) for start in range(0, number * size, size)]
+
+
 def micro_batches(
     by_rank: Sequence[Sequence[int]],
     lengths: Tensor,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,10 +14,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from colm_ds.batching.assign import home_ranks
+from colm_ds.batching.gather import NUM_SHOWN
 from colm_ds.batching.mixture import MixtureSampler, Sampler
 from colm_ds.batching.resourced import WithSources
 from colm_ds.errors import DataError
 from colm_ds.types import Candidates, CandidateTable, Example, LargeBatch, SourcedDataset
+
+logger = logging.getLogger(__name__)
 
 _Arrays = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int, int, Candidates | None]
 
@@ -206,41 +210,74 @@ class RecordDataset:
     """A `SourcedDataset` over any map-style dataset of records with `input_ids`, `labels` and `source`.
 
     Lengths and sources are read once from every record. `labels` default to `input_ids` (a prediction at every token).
+    Records without a label to train on are left out, with one line that counts them.
+
+    Attributes:
+        num_dropped: how many were left out.
     """
 
-    def __init__(self, records: Any, source_key: str = "source") -> None:
+    def __init__(
+        self,
+        records: Any,
+        source_key: str = "source",
+        *,
+        collate_fn: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+        needs_sources: bool = True,
+        says_what: bool = True,
+    ) -> None:
         """Read lengths and sources.
 
         Args:
             records: has `len` and integer indexing; items are mappings, for example a Hugging Face dataset.
             source_key: key of the source's name or number.
+            collate_fn: makes a batch with `input_ids` and `labels` of records, here of one at a time.
+            needs_sources: False: records without a source are all of one, `all`.
+            says_what: write the line about records that are left out.
 
         Raises:
-            DataError: if a record lacks a key or has no labelled token.
+            DataError: if a record lacks a key, or none has a labelled token.
         """
         self._records = records
-        names, lengths, labelled = [], [], []
+        self._source_key = source_key
+        self._collate = collate_fn
+        kept: list[int] = []
+        dropped: list[int] = []
+        names: list[str | int] = []
+        lengths: list[int] = []
+        labelled: list[int] = []
         for index in range(len(records)):
             record = records[index]
-            missing = [key for key in ("input_ids", source_key) if key not in record]
+            needed = [source_key] if needs_sources else []
+            needed += [] if collate_fn else ["input_ids"]
+            missing = [key for key in needed if key not in record]
             if missing:
                 raise DataError(f"example {index}: no {missing[0]!r}. Its keys: {', '.join(map(str, record))}.")
             try:
-                ids, labels = _tokens(record)
-            except (TypeError, ValueError, IndexError, RuntimeError) as error:
+                ids, labels = self._tokens_of(record)
+            except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
                 reason = str(error).split("\n")[0]
                 raise DataError(
                     f"example {index}: {reason}. Give input_ids, labels and attention_mask as lists of equal length."
                 ) from None
+            if len(ids) != len(labels):
+                raise DataError(f"example {index}: {len(ids)} tokens, {len(labels)} labels. Give one label per token.")
             count = int((labels[1:] != -100).sum())
-            if len(ids) != len(labels) or count == 0:
-                raise DataError(
-                    f"example {index}: {len(ids)} tokens, {len(labels)} labels, {count} of them trained. "
-                    "Give labels of the same length with at least one that is not -100 after the first."
-                )
-            names.append(_source_name(record[source_key], index))
+            if count == 0:
+                dropped.append(index)
+                continue
+            kept.append(index)
+            names.append(_source_name(record[source_key], index) if source_key in record else "all")
             lengths.append(len(ids))
             labelled.append(count)
+        self.num_dropped = len(dropped)
+        if not kept:
+            raise DataError(
+                f"none of {len(records)} examples has a label that is not -100 after the first token, so there is "
+                "nothing to train on. Give labels."
+            )
+        if dropped and says_what:
+            logger.warning(left_out(dropped, len(records)))
+        self._kept = np.array(kept, dtype=np.int64)
         by_name = {str(name): name for name in names}  # 2 and "2" are one source
         self.source_names: Sequence[str] = sorted(
             by_name, key=lambda name: (isinstance(by_name[name], str), by_name[name])
@@ -254,8 +291,30 @@ class RecordDataset:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Example:
-        ids, labels = _tokens(self._records[index])
+        ids, labels = self._tokens_of(self._records[int(self._kept[index])])
         return Example(ids, labels, int(self.source_ids[index]), index)
+
+    def record(self, index: int) -> Any:
+        """Return the record of an example, without its source."""
+        return self._without_source(self._records[int(self._kept[index])])
+
+    def _tokens_of(self, record: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._collate is None:
+            return _tokens(record)
+        batch = self._collate([self._without_source(record)])
+        return _tokens({key: batch[key][0] for key in ("input_ids", "labels", "attention_mask") if key in batch})
+
+    def _without_source(self, record: Any) -> Any:
+        return {key: value for key, value in record.items() if key != self._source_key}
+
+
+def left_out(dropped: Sequence[int], total: int) -> str:
+    """Return a line about examples without a label, by their indices."""
+    first = ", ".join(map(str, dropped[:NUM_SHOWN])) + (", ..." if len(dropped) > NUM_SHOWN else "")
+    return (
+        f"{len(dropped)} of {total} examples have no label that is not -100 after the first token, so nothing to train "
+        f"on, and are left out: {first}"
+    )
 
 
 def source_counts(dataset: SourcedDataset) -> dict[str, int]:

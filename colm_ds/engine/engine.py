@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,25 +15,36 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from torch import Tensor, nn
 
 from colm_ds.batching.loader import LargeBatchLoader, RecordDataset, source_counts
 from colm_ds.batching.packing import Packing
-from colm_ds.batching.sources import small_source_ids
+from colm_ds.batching.sources import looks_at_sources, small_source_ids
 from colm_ds.checkpoints.atomic import Checkpoint
 from colm_ds.checkpoints.engine_state import find_on_all_ranks, load_engine, save_engine
 from colm_ds.config.deepspeed import MONITOR_SECTIONS, model_facts, resolve_auto
 from colm_ds.config.resolve import Config, ResolvedConfig, resolve_config
 from colm_ds.distributed.exchange import make_exchange
-from colm_ds.engine.accumulation import Placement, accumulate, assign_and_move, broken_positions, loss_scale, read_step
+from colm_ds.engine.accumulation import (
+    Accumulated,
+    Placement,
+    accumulate,
+    assign_and_move,
+    broken_positions,
+    loss_scale,
+    read_step,
+)
+from colm_ds.engine.arguments import check_collated, check_initialize, is_sourced
 from colm_ds.engine.choose_ahead import ChooseAhead
 from colm_ds.engine.coreset_selector import CoresetSelector, Selection
 from colm_ds.engine.data_use import DataUse
+from colm_ds.engine.micro_batch_loop import LOOP, Collate, MicroBatchLoader, OpenStep, place_equally
 from colm_ds.engine.monitor import RunMonitor
 from colm_ds.engine.out_of_memory import memory_error
 from colm_ds.engine.skipped_steps import SkippedSteps, guard_plain_optimizer
 from colm_ds.engine.step_stats import describe_coreset
-from colm_ds.errors import ConfigError, SelectionError
+from colm_ds.errors import ConfigError, LoopError, SelectionError
 from colm_ds.memory.meter import Meter
 from colm_ds.memory.recorder import MemoryRecorder
 from colm_ds.models.example_loss import find_loss_head
@@ -52,45 +64,74 @@ def initialize(
     optimizer: Any = None,
     model_parameters: Any = None,
     training_data: Any = None,
-    lr_scheduler: Callable[[Any], Any] | None = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = TORCH_DISTRIBUTED_DEFAULT_PORT,
+    mpu: Any = None,
     dist_init_required: bool | None = None,
+    collate_fn: Collate | None = None,
     config: Config | None = None,
-) -> tuple[CoLMEngine, Any, LargeBatchLoader, Any]:
+    mesh_param: Any = None,
+    config_params: Config | None = None,
+) -> tuple[CoLMEngine, Any, MicroBatchLoader, Any]:
     """Initialize like `deepspeed.initialize`, for training on coresets, with a `"colm"` section in the configuration.
+
+    The arguments are those of `deepspeed.initialize`, in its order.
 
     Args:
         args: parsed arguments; `deepspeed_config` in it is used if `config` is not given.
         model: a Hugging Face causal LM, bare or in a `PeftModel`.
         optimizer: a torch optimizer or a function of parameters, instead of the configuration's.
-        model_parameters: parameters to train; default: all that require a gradient.
-        training_data: a `SourcedDataset`, or a map-style dataset of records with `input_ids`, `labels`, `source`.
-        lr_scheduler: a function of the optimizer, instead of the configuration's.
+        model_parameters: parameters to train, or groups of them; default: all that require a gradient.
+        training_data: a `SourcedDataset`, or a map-style dataset of records with `input_ids`, `labels`, and `source`
+            if the selection looks at sources. Records without a label to train on are left out, and counted in a line.
+        lr_scheduler: a scheduler or a function of the optimizer, instead of the configuration's.
+        distributed_port: port of rank 0, if the process group is made here.
+        mpu: must be None: the probe needs whole layers.
         dist_init_required: as in DeepSpeed.
+        collate_fn: makes a batch of records; it may give `input_ids` and `labels` of records that have none, and
+            further fields, which the loader's batches then have.
         config: path, dict or `ResolvedConfig`; `train_batch_size` in the first two is b.
+        mesh_param: must be None: a sequence is not split over ranks.
+        config_params: the same as `config`, as in DeepSpeed.
 
     Returns:
-        Engine, optimizer, loader of large batches, learning-rate scheduler.
+        Engine, optimizer, loader of micro-batches (see `MicroBatchLoader`), learning-rate scheduler.
 
     Raises:
-        ConfigError: listing every problem of the configuration.
+        ConfigError: listing every problem of the arguments, or of the configuration.
         ProbeError: if the selector needs a signal that cannot be read from this model.
         DataError: if a record lacks a key that training needs.
     """
-    config = config if config is not None else getattr(args, "deepspeed_config", None)
-    if config is None or model is None or training_data is None:
-        raise ConfigError("colm_ds.initialize: model, config and training_data are needed. Give all three.")
+    given = check_initialize(
+        args=args,
+        model=model,
+        training_data=training_data,
+        mpu=mpu,
+        collate_fn=collate_fn,
+        config=config,
+        mesh_param=mesh_param,
+        config_params=config_params,
+    )
+    assert model is not None
     prepare_deepspeed()
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_init_required=dist_init_required)
-    resolved = resolve_config(config, dist.get_world_size())
+        deepspeed.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
+    resolved = resolve_config(given.config, dist.get_world_size())
     hidden_size, dtype = model_facts(model)
     resolved = replace(resolved, deepspeed=resolve_auto(resolved.deepspeed, hidden_size=hidden_size, dtype=dtype))
     check_adapters(model, int((resolved.deepspeed.get("zero_optimization") or {}).get("stage", 0)))
     if optimizer is None and not resolved.deepspeed.get("optimizer"):
         raise ConfigError('optimizer: none. Add "optimizer": {"type": "AdamW", ...} to the configuration or give one.')
-    dataset = training_data if _is_sourced(training_data) else RecordDataset(training_data)
+    dataset = training_data
+    if not is_sourced(training_data):
+        if collate_fn is not None:
+            check_collated(collate_fn, training_data, model)
+        dataset = RecordDataset(
+            training_data, collate_fn=collate_fn, needs_sources=looks_at_sources(resolved.colm), says_what=_is_first()
+        )
     _prefer_torch_adam(resolved.deepspeed)
     inner, optimizer, _, scheduler = deepspeed.initialize(
+        args=given.args,
         model=model,
         optimizer=optimizer,
         model_parameters=model_parameters or [p for p in model.parameters() if p.requires_grad],
@@ -100,7 +141,18 @@ def initialize(
         config={key: value for key, value in resolved.deepspeed.items() if key not in MONITOR_SECTIONS},
     )
     engine = CoLMEngine(inner, resolved, dataset)
-    return engine, optimizer, engine.loader, scheduler
+    pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None)
+    loader = MicroBatchLoader(
+        engine,
+        getattr(dataset, "record", None),
+        collate_fn,
+        pad_token_id if isinstance(pad_token_id, int) else 0,
+    )
+    return engine, optimizer, loader, scheduler
+
+
+def _is_first() -> bool:
+    return dist.get_rank() == 0
 
 
 def prepare_deepspeed() -> None:
@@ -126,6 +178,8 @@ class CoLMEngine:
         watchdog: ends this rank if a phase lasts longer than `colm.phase_timeout_s`.
         monitor: TensorBoard, W&B, Comet and CSV, if the configuration enables them.
         memory: measures every step.
+        open_step: step that a loop over the micro-batch loader is at, or None.
+        last_stats: numbers of the last step, or None.
     """
 
     def __init__(self, engine: Any, config: ResolvedConfig, dataset: SourcedDataset) -> None:
@@ -134,6 +188,9 @@ class CoLMEngine:
         self.step_count = 0
         self.num_samples = 0
         self.data_use = DataUse(len(dataset))
+        self.open_step: OpenStep | None = None
+        self.last_stats: StepStats | None = None
+        self._contexts = ExitStack()
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._device = torch.device(engine.device)
         self._source_names = list(dataset.source_names)
@@ -185,8 +242,156 @@ class CoLMEngine:
         return getattr(self.deepspeed_engine, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a forward of the model, as on a DeepSpeed engine."""
-        return self.deepspeed_engine(*args, **kwargs)
+        """Run a forward of the model; of a micro-batch of the loader, return its `CoresetOutput`.
+
+        Raises:
+            LoopError: if a micro-batch of the loader comes with more than its text.
+        """
+        step = self.open_step
+        if step is None or not step.takes(args, kwargs):
+            return self.deepspeed_engine(*args, **kwargs)
+        with self._naming_what_ran_out(step.selection.batch):
+            return step.forward(args, kwargs)
+
+    forward = __call__
+
+    def backward(self, loss: Any, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+        """Run the backward pass of a micro-batch of the loader.
+
+        Args:
+            loss: the loss that the engine returned for it, as it is.
+            retain_graph: keep the graph, as in DeepSpeed.
+            scale_wrt_gas: must be True: the loss is divided by the micro-batches of the step here.
+
+        Returns:
+            This micro-batch's part of the step's loss.
+
+        Raises:
+            LoopError: if the loss is not that of the micro-batch.
+        """
+        step = self.open_step
+        if step is None or not step.is_given:
+            raise LoopError(
+                "engine.backward: no micro-batch of the loader that colm_ds.initialize returned is at work, so the "
+                f"loss is not one of a coreset. Write {LOOP}, or call engine.train_batch()."
+            )
+        if not scale_wrt_gas:
+            raise LoopError("engine.backward: scale_wrt_gas=False: the loss is of the whole step. Leave it out.")
+        with self._naming_what_ran_out(step.selection.batch):
+            return step.backward(loss, retain_graph)
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """Take the optimizer's step after the last micro-batch of a coreset; after the others do nothing.
+
+        The step's numbers are then in `last_stats`.
+
+        Args:
+            lr_kwargs: arguments of the learning-rate scheduler, as in DeepSpeed.
+
+        Raises:
+            LoopError: if the micro-batch's backward pass was not made, or other token ids came in than the loader's.
+        """
+        step = self.open_step
+        if step is None or not step.is_done:
+            where = "no micro-batch of the loader is at work" if step is None else f"{step.name} had no backward pass"
+            raise LoopError(f"engine.step: {where}. Write {LOOP}, or call engine.train_batch().")
+        if not step.is_last:
+            return
+        selection = step.selection
+        with self._naming_what_ran_out(selection.batch), self.watchdog.watching(f"step {selection.batch.step}"):
+            done, differs = step.accumulated()
+            if float(self._exchange.sum(differs.float())) > 0:
+                raise LoopError(
+                    f"step {selection.batch.step}: the engine was given other input_ids than the loader's. A coreset "
+                    f"is trained on as it was chosen: write {LOOP}, and evaluate under torch.no_grad()."
+                )
+            lr = float(self.deepspeed_engine.get_lr()[0])
+            update = self._update(selection, step.meter, _Passed(step.placement, step.token_bytes, done, lr_kwargs))
+            self._contexts.close()
+        self.open_step = None
+        time_s = {"data": step.data_s, **self.memory.seconds(), "total": time.perf_counter() - step.start}
+        self._record(selection, update, step.variance, lr, time_s)
+
+    def next_micro_batch(self) -> OpenStep:
+        """Go on to the next micro-batch, of the step under way or of a new one; `MicroBatchLoader` calls it.
+
+        Raises:
+            LoopError: if the step was not taken after its last micro-batch.
+        """
+        step = self.open_step
+        if step is None:
+            step = self.open_step = self._begin()
+        elif step.is_done:
+            if step.is_last:
+                raise LoopError(f"{step.name}: engine.step() was not called after engine.backward. Write {LOOP}.")
+            step.advance()
+        return step
+
+    def _begin(self) -> OpenStep:
+        """Read and choose the next coreset, and place it for a loop over its micro-batches."""
+        if self.packing is not None:
+            raise LoopError(
+                "colm.packing: a loop over the loader hands out examples one by one. Call engine.train_batch(), or "
+                "remove colm.packing."
+            )
+        self.skipped.check(self.step_count)
+        self.monitor.open()
+        with self.watchdog.watching(f"step {self.step_count + 1}"), ExitStack() as contexts:
+            start = time.perf_counter()
+            batch = self._next_batch()
+            data_s = time.perf_counter() - start
+            contexts.enter_context(self._naming_what_ran_out(batch))
+            meter = contexts.enter_context(self._measuring(batch))
+            selection = self._select(batch, meter)
+            variance = self._gradient_variance(selection)
+            with meter.phase("train"), self._exchange.counting("tokens") as count:
+                placement, num_replayed = place_equally(
+                    selection,
+                    self._exchange,
+                    self._rank,
+                    num_micro_batches=self.gradient_accumulation_steps(),
+                    max_examples=self.config.micro_batch_size,
+                )
+            step = OpenStep(
+                self.deepspeed_engine,
+                self.loss_head,
+                selection,
+                placement,
+                num_replayed=num_replayed,
+                scale=loss_scale(batch, selection.coreset, self.config.colm.loss_normalization),
+                rank=self._rank,
+                token_bytes=count.num_bytes,
+                variance=variance,
+                meter=meter,
+                start=start,
+                data_s=data_s,
+            )
+            self._contexts = contexts.pop_all()
+            self._contexts.callback(step.close)
+            return step
+
+    def _close_step(self, what: str) -> None:
+        """Forget a step of which no backward pass was made.
+
+        Raises:
+            LoopError: if one was made.
+        """
+        step = self.open_step
+        if step is None:
+            return
+        if step.place or step.is_done:
+            raise LoopError(f"engine.{what}: a loop over the loader is at {step.name}. Let it take that step first.")
+        self.open_step = None
+        self._contexts.close()
+
+    def gradient_accumulation_steps(self) -> int:
+        """Return the micro-batches of a coreset in a loop over the loader, on every rank."""
+        per_rank = math.ceil(self.config.coreset_size / self._world_size)
+        return math.ceil(per_rank / self.config.micro_batch_size)
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Return whether a loop over the loader is at the last micro-batch of a coreset, or after it."""
+        return self.open_step is None or self.open_step.is_last
 
     def train_batch(self, batch: LargeBatch | None = None) -> StepStats:
         """Take one optimizer step on the coreset of a large batch.
@@ -199,28 +404,45 @@ class CoLMEngine:
             DeviceMemoryError: if memory runs out, with the phase and advice.
             DivergenceError: if the gradient was not finite in the last `colm.max_skipped_steps` steps.
         """
+        if self.open_step is not None:
+            raise LoopError(
+                f"engine.train_batch: a loop over the loader is at {self.open_step.name}. Let it take that step, or "
+                "call train_batch in place of the loop."
+            )
         self.skipped.check(self.step_count)
         self.monitor.open()
         with self.watchdog.watching(f"step {self.step_count + 1}"):  # covers the time between its phases
             start = time.perf_counter()
-            with self.watchdog.watching(f"reading the batch of step {self.step_count + 1}"):
-                batch = batch if batch is not None else next(self._batches)
+            batch = batch if batch is not None else self._next_batch()
             data_s = time.perf_counter() - start
-            try:
+            with self._naming_what_ran_out(batch):
                 return self._train_batch(batch, start, data_s)
-            except torch.OutOfMemoryError as error:
-                raise memory_error(error, batch, self.memory, self._rank) from error
+
+    def _next_batch(self) -> LargeBatch:
+        with self.watchdog.watching(f"reading the batch of step {self.step_count + 1}"):
+            return next(self._batches)
+
+    @contextmanager
+    def _naming_what_ran_out(self, batch: LargeBatch) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise memory_error(error, batch, self.memory, self._rank) from error
 
     def _train_batch(self, batch: LargeBatch, start: float, data_s: float) -> StepStats:
         inner = self.deepspeed_engine
         inner.train()
-        with self.memory.step(batch.step, partial(self._watching, batch.step), inner.module, inner.optimizer) as meter:
+        with self._measuring(batch) as meter:
             selection = self._select(batch, meter)
             variance = self._gradient_variance(selection)
             lr = float(inner.get_lr()[0])
             update = self._update(selection, meter)
         time_s = {"data": data_s, **self.memory.seconds(), "total": time.perf_counter() - start}
         return self._record(selection, update, variance, lr, time_s)
+
+    def _measuring(self, batch: LargeBatch) -> AbstractContextManager[Meter]:
+        inner = self.deepspeed_engine
+        return self.memory.step(batch.step, partial(self._watching, batch.step), inner.module, inner.optimizer)
 
     def _select(self, batch: LargeBatch, meter: Meter) -> Selection:
         selection = self.coreset_selector(batch, meter)
@@ -240,35 +462,46 @@ class CoLMEngine:
         with self._watching(step, "variance"):
             return self.coreset_selector.gradient_variance(selection)
 
-    def _update(self, selection: Selection, meter: Meter) -> _Update:
+    def _update(self, selection: Selection, meter: Meter, passed: _Passed | None = None) -> _Update:
         """Place the coreset, accumulate its gradient, take the optimizer's step, and read its results.
 
         A loss that is not finite spoils the sum of all gradients. The optimizer then skips, and the other examples are
         passed through again. In a packed row it spoils its neighbours' losses too, so first all are passed unpacked.
+
+        Args:
+            selection: the choice.
+            meter: measures the phases.
+            passed: the passes of a loop over the loader, whose step is to be taken.
         """
         inner, batch, positions = self.deepspeed_engine, selection.batch, selection.positions.tolist()
         broken: list[int] = []
-        token_bytes, packing = 0, self.packing
+        token_bytes, replay, packing = 0, selection.replay, self.packing
+        lr_kwargs: dict[str, Any] | None = None
         while True:
             kept = [position for position in positions if position not in broken]
-            with meter.phase("train"):
-                with self._exchange.counting("tokens") as count:
-                    placement = self._place(selection, kept, packing)
-                token_bytes += count.num_bytes
-                scale = loss_scale(batch, selection.coreset, self.config.colm.loss_normalization, broken)
-                done = accumulate(
-                    inner,
-                    self.loss_head,
-                    placement,
-                    scale,
-                    selection.replay,
-                    rank=self._rank,
-                    device=self._device,
-                    part=meter.part,
-                )
-            self.memory.note_trained(inner.module, inner.optimizer, selection.replay)
+            if passed is not None:
+                placement, done, lr_kwargs = passed.placement, passed.done, passed.lr_kwargs
+                token_bytes, passed = passed.token_bytes, None
+                selection = replace(selection, replay=None)  # a second pass places examples elsewhere
+            else:
+                with meter.phase("train"):
+                    with self._exchange.counting("tokens") as count:
+                        placement = self._place(selection, kept, packing)
+                    token_bytes += count.num_bytes
+                    scale = loss_scale(batch, selection.coreset, self.config.colm.loss_normalization, broken)
+                    done = accumulate(
+                        inner,
+                        self.loss_head,
+                        placement,
+                        scale,
+                        selection.replay,
+                        rank=self._rank,
+                        device=self._device,
+                        part=meter.part,
+                    )
+            self.memory.note_trained(inner.module, inner.optimizer, replay)
             with meter.phase("step"):
-                inner.step()
+                inner.step(lr_kwargs)
             totals, losses, grad_norm = read_step(done, batch, inner.get_global_grad_norm(), self._exchange)
             skipped = not inner.was_step_applied()
             if totals.num_broken > 0 and skipped and packing is not None:
@@ -334,6 +567,7 @@ class CoLMEngine:
             ),
         )
         self.memory.save = None
+        self.last_stats = stats
         if self.monitor.enabled:
             self.monitor.write_events(events(stats.as_dict(), stats.samples))
         return stats
@@ -347,6 +581,7 @@ class CoLMEngine:
             names: names of the sources.
             ids: source id of every example of the dataset, `[n]`.
         """
+        self._close_step("set_sources")
         self._choose_by(names, ids)
         self.loader.set_sources(names, ids, self.coreset_selector.small)
         self._batches = self._read()
@@ -392,6 +627,7 @@ class CoLMEngine:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken; every rank is given rank 0's."""
+        self._close_step("load_state_dict")
         self.step_count, self.num_samples = state["step_count"], state["num_samples"]
         self.skipped.load_state_dict(state["skipped"])
         if "data_use" in state:
@@ -426,6 +662,11 @@ class CoLMEngine:
         Raises:
             CheckpointError: on every rank, if any could not write; earlier checkpoints are untouched.
         """
+        if self.open_step is not None:
+            raise LoopError(
+                f"engine.save_checkpoint: a loop over the loader is at {self.open_step.name}, whose gradients no "
+                "checkpoint holds. Save after its engine.step(): where engine.is_gradient_accumulation_boundary()."
+            )
         tag, without_base = tag or f"step_{self.step_count}", without_quantized_state(self.deepspeed_engine.module)
         watching = self.watchdog.watching(f"saving the checkpoint of step {self.step_count}")
         with watching, self.memory.saving(), without_base:
@@ -476,6 +717,23 @@ class CoLMEngine:
 
 
 @dataclass(frozen=True)
+class _Passed:
+    """The passes of a loop over a coreset's micro-batches.
+
+    Attributes:
+        placement: assignment of examples to ranks.
+        token_bytes: payload of moving their tokens.
+        done: results of the passes.
+        lr_kwargs: arguments of the learning-rate scheduler.
+    """
+
+    placement: Placement
+    token_bytes: int
+    done: Accumulated
+    lr_kwargs: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
 class _Update:
     """Results of training on one coreset.
 
@@ -506,7 +764,3 @@ def _prefer_torch_adam(config: dict[str, Any]) -> None:
     if section.get("type") in _ADAM:
         section.setdefault("params", {}).setdefault("torch_adam", True)
     config.setdefault("zero_force_ds_cpu_optimizer", False)
-
-
-def _is_sourced(dataset: Any) -> bool:
-    return all(hasattr(dataset, name) for name in ("source_names", "source_ids", "lengths", "num_label_tokens"))

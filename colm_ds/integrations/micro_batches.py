@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from colm_ds.batching.assign import equal_ranks
 from colm_ds.batching.collate import IGNORE_INDEX, pad_batch
 from colm_ds.batching.micro_batch import PLACE_HOLDER, MicroBatch, make_micro_batch
 from colm_ds.batching.move import move_examples
@@ -32,29 +33,6 @@ class Weighted:
 
     batch: MicroBatch
     scales: Tensor
-
-
-def equal_ranks(positions: Sequence[int], lengths: Tensor, home: Tensor, world_size: int) -> dict[int, int]:
-    """Return the rank that trains each chosen example, in equal numbers: surplus examples move, shortest first.
-
-    Args:
-        positions: chosen positions.
-        lengths: tokens of every example, `[r]`.
-        home: rank that holds every example, `[r]`.
-        world_size: W.
-
-    Returns:
-        Rank by position; the ranks' counts differ by at most one.
-    """
-    held: list[list[int]] = [[] for _ in range(world_size)]
-    for position in sorted(positions, key=lambda position: (-int(lengths[position]), position)):
-        held[int(home[position])].append(position)
-    while True:
-        counts = [len(mine) for mine in held]
-        most, least = counts.index(max(counts)), counts.index(min(counts))
-        if counts[most] - counts[least] <= 1:
-            return {position: rank for rank, mine in enumerate(held) for position in mine}
-        held[least].append(held[most].pop())
 
 
 def coreset_micro_batches(

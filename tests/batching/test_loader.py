@@ -88,6 +88,29 @@ def test_another_source_key() -> None:
     assert list(dataset.source_names) == ["web"]
 
 
+def test_records_without_a_label_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    good = {"input_ids": [1, 2, 3], "source": "a"}
+    empty = [{"input_ids": [1, 2], "labels": [1, -100]}, {"input_ids": [1]}, {"input_ids": []}]
+    records = [{"source": "b", **empty[0]}, good, {"source": "a", **empty[1]}, {"source": "a", **empty[2]}, good]
+    with caplog.at_level("WARNING"):
+        dataset = RecordDataset(records)
+    assert [record.getMessage() for record in caplog.records] == [
+        "3 of 5 examples have no label that is not -100 after the first token, so nothing to train on, and are left "
+        "out: 0, 2, 3"
+    ]
+    assert dataset.num_dropped == 3
+    assert source_counts(dataset) == {"a": 2}
+    assert [dataset[index].input_ids.tolist() for index in range(len(dataset))] == [[1, 2, 3]] * 2
+    assert [dataset[index].index for index in range(len(dataset))] == [0, 1]
+    with pytest.raises(DataError, match="none of 1 examples has a label"):
+        RecordDataset([{"source": "b", **empty[0]}])
+
+
+def test_sources_are_needed_only_where_they_are_looked_at() -> None:
+    dataset = RecordDataset([{"input_ids": [1, 2, 3]}, {"input_ids": [1, 2]}], needs_sources=False)
+    assert source_counts(dataset) == {"all": 2}
+
+
 @pytest.mark.parametrize(
     ("record", "says"),
     [
@@ -96,9 +119,6 @@ def test_another_source_key() -> None:
         ({"input_ids": [1, 2], "source": None}, "example 1: source None. Give a name or a whole number"),
         ({"input_ids": [1, 2], "source": 1.5}, "example 1: source 1.5"),
         ({"input_ids": [1, 2, 3], "labels": [1, 2], "source": "a"}, "example 1: 3 tokens, 2 labels"),
-        ({"input_ids": [1, 2], "labels": [1, -100], "source": "a"}, "example 1: 2 tokens, 2 labels, 0 of them trained"),
-        ({"input_ids": [1], "source": "a"}, "example 1: 1 tokens, 1 labels, 0 of them trained"),
-        ({"input_ids": [], "source": "a"}, "example 1: 0 tokens"),
         ({"input_ids": [1, 2], "attention_mask": [1], "source": "a"}, "example 1: .*attention_mask"),
         ({"input_ids": "text", "source": "a"}, "example 1: .*as lists"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import types
 from pathlib import Path
@@ -12,10 +13,13 @@ import torch
 import torch.distributed as dist
 
 from colm_ds.config.resolve import resolve_config
+from colm_ds.engine.arguments import check_collated
+from colm_ds.errors import ConfigError, DataError
 from tests.config.test_colm import FILES
 from tests.engine.conftest import Runner
 from tests.engine.training import LARGE, NO_DROPOUT, Case, start, step
 from tests.ranks import Ranks
+from tests.tiny_models import tiny_model
 
 
 @pytest.mark.distributed
@@ -26,6 +30,47 @@ def test_unknown_family_trains_without_a_probe(outcomes: Runner) -> None:
         assert len(steps) == 5
         assert all(0 < step.stats["loss"] < 20 for step in steps)
         assert all(step.stats["examples_probed"] == 0 for step in steps)
+
+
+def test_arguments_are_deepspeeds() -> None:
+    import deepspeed
+
+    import colm_ds
+
+    ours, theirs = (inspect.signature(each.initialize).parameters for each in (colm_ds, deepspeed))
+    assert [(name, each.default) for name, each in ours.items()] == [
+        (name, each.default) for name, each in theirs.items()
+    ]
+
+
+def test_arguments_that_cannot_be_used_are_refused_together() -> None:
+    import colm_ds
+
+    args = types.SimpleNamespace(deepspeed_config="here.json", local_rank=0)
+    with pytest.raises(ConfigError) as raised:
+        colm_ds.initialize(args, mpu=object(), mesh_param=(2, 1), config={}, collate_fn=3, training_data=iter([]))
+    message = str(raised.value)
+    assert message.startswith("6 problems in the arguments of colm_ds.initialize")
+    for said in (
+        "config and args.deepspeed_config: one configuration is enough",
+        "model: missing",
+        "mpu: the probe needs whole layers",
+        "mesh_param: a sequence is not split over ranks",
+        "training_data = 'list_iterator': not numbered",
+        "collate_fn = 'int': not a function",
+    ):
+        assert said in message, message
+    with pytest.raises(ConfigError, match=r"training_data: missing.* use colm_ds\.CoresetSelector"):
+        colm_ds.initialize(model=torch.nn.Linear(1, 1), config={})
+
+
+def test_what_a_collate_fn_gives_is_checked() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ConfigError, match="gives position_ids, which the model would read"):
+        check_collated(lambda rows: dict.fromkeys(("input_ids", "labels", "position_ids", "number")), [{}], model)
+    with pytest.raises(DataError, match=r"collate_fn: gives input_ids\. Have it give labels too"):
+        check_collated(lambda rows: {"input_ids": rows}, [{}], model)
+    check_collated(lambda rows: dict.fromkeys(("input_ids", "labels", "number")), [{}], model)
 
 
 def run_from_arguments(path: str) -> dict[str, Any]:
@@ -41,6 +86,16 @@ def run_from_arguments(path: str) -> dict[str, Any]:
     engine.destroy()
     engine = start(case, config=resolve_config(case.config(), dist.get_world_size()))
     found["resolved"] = step(engine).chosen
+    engine.destroy()
+    args = types.SimpleNamespace(deepspeed_config=None, local_rank=dist.get_rank())
+    engine = start(case, config=None, config_params=case.config(), args=args, model_parameters=None)
+    found["config_params"] = step(engine).chosen
+    engine.destroy()
+    model = case.build_model()
+    optimizer = torch.optim.AdamW([{"params": [p], "lr": 1e-3} for p in model.parameters()])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, halved)
+    engine = start(case, model=model, optimizer=optimizer, lr_scheduler=schedule)
+    found["scheduler"] = [step(engine).stats["lr"] for _ in range(3)]
     engine.destroy()
     by_config = Case("x", deepspeed={"optimizer": {}}, stage=2)
     engine = start(by_config, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-4, betas=(0.8, 0.9)))
@@ -66,7 +121,8 @@ def test_arguments_of_initialize(pools: dict[int, Ranks], outcomes: Runner, tmp_
     path.write_text(json.dumps(Case("x").config()), encoding="utf-8")
     wanted = outcomes(Case("x"), 2)[0].steps[0].chosen
     for found in pools[2].run(run_from_arguments, str(path)):
-        assert found["by arguments"] == found["resolved"] == wanted
+        assert found["by arguments"] == found["resolved"] == found["config_params"] == wanted
+        assert found["scheduler"] == pytest.approx([1e-3, 5e-4, 2.5e-4])
         assert found["train_batch_size"] == 13
         assert found["own batch"] == (4, 2, 26)
         assert tuple(found["forward"]) == (1, 3, 97)

@@ -1,0 +1,118 @@
+"""Check the arguments of `colm_ds.initialize`, which are those of `deepspeed.initialize`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from deepspeed.pipe import PipelineModule
+from torch import nn
+
+from colm_ds.config.resolve import Config
+from colm_ds.errors import ConfigError, DataError, Problems
+
+TEXT = ("input_ids", "labels", "attention_mask", "token_type_ids")
+"""Fields of a batch that describe its text, which a step knows already."""
+
+_NAME = "colm_ds.initialize"
+
+
+@dataclass(frozen=True)
+class Given:
+    """Arguments after the check.
+
+    Attributes:
+        config: the configuration, wherever it was given.
+        args: the script's, without the configuration; None if there were none.
+    """
+
+    config: Config
+    args: Any
+
+
+def check_initialize(
+    *,
+    args: Any,
+    model: Any,
+    training_data: Any,
+    mpu: Any,
+    collate_fn: Any,
+    config: Config | None,
+    mesh_param: Any,
+    config_params: Config | None,
+) -> Given:
+    """Check arguments without a process group, a configuration file or data being read.
+
+    Raises:
+        ConfigError: naming every argument that cannot be used, and why.
+    """
+    problems = Problems(f"the arguments of {_NAME}")
+    where = {"config": config, "config_params": config_params}
+    where |= {f"args.{name}": getattr(args, name, None) for name in ("deepspeed_config", "deepscale_config")}
+    configs = {name: value for name, value in where.items() if value is not None}
+    if not configs:
+        problems.messages.append("config: missing. Give a path or a dict, or args with deepspeed_config.")
+    elif len(configs) > 1:
+        problems.messages.append(f"{' and '.join(configs)}: one configuration is enough. Leave out all but one.")
+    if model is None:
+        problems.messages.append("model: missing. Give a causal LM.")
+    elif isinstance(model, PipelineModule):
+        problems.messages.append("model: a PipelineModule, whose layers the probe cannot reach. Give the bare model.")
+    if mpu is not None:
+        problems.messages.append("mpu: the probe needs whole layers, and every rank its own examples. Leave it out.")
+    if mesh_param is not None:
+        problems.messages.append("mesh_param: a sequence is not split over ranks. Leave it out.")
+    _check_data(training_data, collate_fn, problems)
+    problems.raise_if_any()
+    if args is not None:
+        args = copy.copy(args)
+        for name in ("deepspeed_config", "deepscale_config"):
+            if hasattr(args, name):
+                setattr(args, name, None)
+    return Given(next(iter(configs.values())), args)
+
+
+def _check_data(training_data: Any, collate_fn: Any, problems: Problems) -> None:
+    if training_data is None:
+        problems.messages.append(
+            "training_data: missing: coresets are chosen from large batches of it. Give the dataset; with a data "
+            "loader of your own use colm_ds.CoresetSelector."
+        )
+    elif not (hasattr(training_data, "__len__") and hasattr(training_data, "__getitem__")):
+        problems.add("training_data", type(training_data).__name__, "not numbered", "Give a map-style dataset.")
+    elif len(training_data) == 0:
+        problems.messages.append("training_data: empty.")
+    if collate_fn is None:
+        return
+    if not callable(collate_fn):
+        problems.add("collate_fn", type(collate_fn).__name__, "not a function", "Give one of a list of records.")
+    elif is_sourced(training_data):
+        problems.messages.append("collate_fn: the dataset gives Examples, not records. Leave it out.")
+
+
+def is_sourced(dataset: Any) -> bool:
+    """Return whether a dataset is a `SourcedDataset`."""
+    return all(hasattr(dataset, name) for name in ("source_names", "source_ids", "lengths", "num_label_tokens"))
+
+
+def check_collated(collate_fn: Callable[[list[Any]], Any], records: Any, model: nn.Module) -> None:
+    """Check what a `collate_fn` makes of the first record.
+
+    Raises:
+        ConfigError: if the model would read more of it than the text.
+        DataError: if it has no `input_ids` and `labels`.
+    """
+    batch = collate_fn([{key: value for key, value in records[0].items() if key != "source"}])
+    missing = [key for key in ("input_ids", "labels") if key not in batch]
+    if missing:
+        raise DataError(f"collate_fn: gives {', '.join(map(str, batch))}. Have it give {' and '.join(missing)} too.")
+    forward = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward)
+    read = [key for key in batch if key in forward.parameters and key not in TEXT]
+    if read:
+        raise ConfigError(
+            f"collate_fn: gives {', '.join(read)}, which the model would read. Examples are probed and trained on by "
+            "their input_ids and labels alone. Have it give fields that the model does not read."
+        )
