@@ -42,17 +42,22 @@ def token_losses(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tens
     return torch.cat([part for part in parts if part is not None])
 
 
-def in_chunks(function: Callable[[Tensor], Tensor], hidden: Tensor, vocabulary_size: int) -> Tensor:
+def in_chunks(
+    function: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, targets: Tensor, vocabulary_size: int
+) -> Tensor:
     """Apply a function that computes logits to one chunk of positions at a time, without gradients.
 
     Args:
-        function: maps `[n, hidden]` to one number for each row, `[n]`.
+        function: maps `[n, hidden]` and targets `[n]` to one number for each row, `[n]`.
         hidden: `[n, hidden]`.
+        targets: int64 `[n]`.
         vocabulary_size: width of the logits in between.
     """
     size = max(1, _CHUNK_LOGITS // vocabulary_size)
     with torch.no_grad():
-        return torch.cat([function(part) for part in hidden.split(size)])
+        return torch.cat(
+            [function(part, target) for part, target in zip(hidden.split(size), targets.split(size), strict=True)]
+        )
 
 
 def sums_by_row(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:

@@ -1,8 +1,9 @@
-"""Signals of the baselines: one number per example, or its last hidden state, from the same pass as the probe."""
+"""Scores: numbers of an example, or its last hidden state, from the same pass as the probe; several at once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +14,11 @@ from colm_ds.models.example_loss import candidate_scores
 from colm_ds.models.token_loss import sums_by_row
 from colm_ds.probe.estimators import VectorRows
 from colm_ds.probe.factors import gradient_factors
-from colm_ds.probe.tail import TailInput, label_losses, labelled_hidden, tail_losses, top_probabilities
+from colm_ds.probe.tail import LabelFunction, TailInput, from_logits, label_losses, labelled_hidden, tail_losses
 from colm_ds.selection import Exchange, Signals
 from colm_ds.types import Coreset
 
-SCORES = ("loss", "confidence", "gradient_norm", "hidden")
+SCORES = ("loss", "confidence", "gradient_norm", "hidden", "margin", "el2n")
 
 
 def confidences(architecture: Architecture, tail: TailInput) -> Tensor:
@@ -30,8 +31,51 @@ def confidences(architecture: Architecture, tail: TailInput) -> Tensor:
     batch = tail.batch
     if batch.groups is not None:
         return candidate_scores(label_losses(architecture, tail), batch.groups).softmax(dim=1).amax(dim=1).float()
-    largest = top_probabilities(architecture, tail)
+    largest = from_logits(architecture, tail, lambda logits, targets: logits.float().softmax(dim=-1).amax(dim=-1))
     return sums_by_row(largest, batch.rows, len(batch.counts)) / batch.counts.clamp_min(1.0)
+
+
+def margins(architecture: Architecture, tail: TailInput) -> Tensor:
+    """Return the mean over labelled tokens of p(token) less the largest other p, float32 `[batch]`, from -1 to 1.
+
+    Args:
+        architecture: the model's parts.
+        tail: input of the last layer.
+    """
+
+    def margin(logits: Tensor, targets: Tensor) -> Tensor:
+        probability = logits.float().softmax(dim=-1)
+        own = probability.gather(1, targets[:, None])
+        other = probability.scatter(1, targets[:, None], 0.0).amax(dim=-1)
+        return own[:, 0] - other
+
+    return _mean_of_labels(architecture, tail, margin)
+
+
+def el2n(architecture: Architecture, tail: TailInput) -> Tensor:
+    """Return the mean over labelled tokens of the norm of one-hot label less probabilities, float32 `[batch]`.
+
+    Args:
+        architecture: the model's parts.
+        tail: input of the last layer.
+    """
+
+    def error(logits: Tensor, targets: Tensor) -> Tensor:
+        probability = logits.float().softmax(dim=-1)
+        own = probability.gather(1, targets[:, None])[:, 0]
+        return (1.0 - 2.0 * own + probability.square().sum(dim=-1)).clamp_min(0.0).sqrt()
+
+    return _mean_of_labels(architecture, tail, error)
+
+
+def _mean_of_labels(architecture: Architecture, tail: TailInput, function: LabelFunction) -> Tensor:
+    """Return the mean over labels of a function of their logits; of a classification example, over its candidates'."""
+    batch = tail.batch
+    if batch.groups is not None:
+        scores = candidate_scores(label_losses(architecture, tail), batch.groups)
+        return function(scores, batch.groups.golds).float()
+    values = from_logits(architecture, tail, function)
+    return sums_by_row(values, batch.rows, len(batch.counts)) / batch.counts.clamp_min(1.0)
 
 
 def gradient_norms(architecture: Architecture, tail: TailInput) -> Tensor:
@@ -70,15 +114,15 @@ def last_hidden(architecture: Architecture, tail: TailInput) -> Tensor:
 
 
 class ScoreEstimator:
-    """One score, or one hidden state, per example; all ranks get all of them."""
+    """One or several scores, or hidden states, per example; all ranks get all of them."""
 
     is_local = False
 
-    def __init__(self, architecture: Architecture, device: torch.device, kind: str) -> None:
+    def __init__(self, architecture: Architecture, device: torch.device, *kinds: str) -> None:
+        """Score by `kinds`, one or more of `SCORES`, in columns side by side."""
         self._architecture = architecture
         self._device = device
-        self._kind = kind
-        self._width = architecture.hidden_size if kind == "hidden" else 1
+        self._widths = {kind: architecture.hidden_size if kind == "hidden" else 1 for kind in kinds}
         self._rows = VectorRows()
 
     def begin(self, step: int, probed: Tensor, num_local: int, parts: Tensor | None = None) -> None:
@@ -87,12 +131,14 @@ class ScoreEstimator:
 
     def observe(self, tail: TailInput, positions: Tensor, lengths: Sequence[int]) -> None:
         """See `Estimator.observe`."""
-        scores = self._score(tail)
-        self._rows.add(positions, scores.reshape(len(scores), -1)[: len(positions)])
+        columns = [self._score(kind, tail) for kind in self._widths]
+        scores = torch.cat([column.reshape(len(column), -1).float() for column in columns], dim=1)
+        self._rows.add(positions, scores[: len(positions)])
 
     def signals(self, batch_size: int, exchange: Exchange) -> Signals:
         """See `Estimator.signals`."""
-        return self._rows.gather(batch_size, self._width, self._device, exchange)
+        signals = self._rows.gather(batch_size, sum(self._widths.values()), self._device, exchange)
+        return replace(signals, widths=self._widths)
 
     def update(self, coreset: Coreset, exchange: Exchange) -> None:
         """Do nothing: there is nothing to learn."""
@@ -104,12 +150,17 @@ class ScoreEstimator:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Do nothing: there is no state."""
 
-    def _score(self, tail: TailInput) -> Tensor:
-        if self._kind == "gradient_norm":
+    def _score(self, kind: str, tail: TailInput) -> Tensor:
+        if kind == "gradient_norm":
             return gradient_norms(self._architecture, tail)
         with torch.no_grad():
-            if self._kind == "loss":
-                return tail_losses(self._architecture, tail).float()
-            if self._kind == "confidence":
-                return confidences(self._architecture, tail)
-            return last_hidden(self._architecture, tail)
+            return _WITHOUT_GRADIENT[kind](self._architecture, tail)
+
+
+_WITHOUT_GRADIENT: dict[str, Callable[[Architecture, TailInput], Tensor]] = {
+    "loss": lambda architecture, tail: tail_losses(architecture, tail).float(),
+    "confidence": confidences,
+    "hidden": last_hidden,
+    "margin": margins,
+    "el2n": el2n,
+}

@@ -201,21 +201,35 @@ def label_losses(architecture: Architecture, tail: TailInput) -> Tensor:
     return losses
 
 
-def top_probabilities(architecture: Architecture, tail: TailInput) -> Tensor:
-    """Return the probability of the likeliest token at every label, float32 `[num_labels]`, without gradients."""
-    head, size = architecture.head, architecture.vocabulary_size
+LabelFunction = Callable[[Tensor, Tensor], Tensor]
+"""Maps logits `[n, vocabulary]` and targets `[n]` to one number for each, `[n]`."""
 
-    def largest(logits: Tensor) -> Tensor:
-        return logits.float().softmax(dim=-1).amax(dim=-1)
 
+def from_logits(architecture: Architecture, tail: TailInput, function: LabelFunction) -> Tensor:
+    """Return a function of the logits at every label, float32 `[num_labels]`, without gradients; logits in chunks.
+
+    Args:
+        architecture: the model's parts.
+        tail: input of the last layer.
+        function: see `LabelFunction`.
+    """
+    head, size, targets = architecture.head, architecture.vocabulary_size, tail.batch.targets
     if architecture.norm is None:
         states = last_states(architecture, tail)
-        return in_chunks(lambda part: largest(closing_logits(architecture, part, tail.num_outputs)), states, size)
+
+        def closing(part: Tensor, labels: Tensor) -> Tensor:
+            return function(closing_logits(architecture, part, tail.num_outputs), labels)
+
+        return in_chunks(closing, states, targets, size)
     plain_head = head.forward
     hidden = labelled_hidden(architecture, tail)
-    with patched_forwards({head: lambda states: in_chunks(lambda part: largest(plain_head(part)), states, size)}):
-        probabilities: Tensor = head(hidden)
-    return probabilities
+
+    def head_function(states: Tensor) -> Tensor:
+        return in_chunks(lambda part, labels: function(plain_head(part), labels), states, targets, size)
+
+    with patched_forwards({head: head_function}):
+        values: Tensor = head(hidden)
+    return values
 
 
 def _like_logits(architecture: Architecture, hidden: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -82,6 +82,9 @@ class Signals:
         parts: weight of every example in the divisor of the step's mean, float `[r]` on the CPU: its labelled tokens
             in a mean over tokens, by which its signal was multiplied; None: 1.
         unprobed: examples outside small sources that were excluded from the probe, and so from the choice, bool `[r]`.
+        widths: columns of each score in `vectors` by its name, in order, if several were asked for.
+        target: signals of the target examples, float32 `[m, K]`, for selectors that compare with a target.
+        target_indices: their places in the target data, `[m]`.
     """
 
     positions: Tensor
@@ -91,6 +94,9 @@ class Signals:
     parameters: Tensor | None = None
     parts: Tensor | None = None
     unprobed: Tensor | None = None
+    widths: Mapping[str, int] = field(default_factory=dict)
+    target: Tensor | None = None
+    target_indices: Sequence[int] = ()
 
 
 def select_coreset(
