@@ -108,6 +108,21 @@ class SourcedDataset(Protocol):
 
 
 @dataclass(frozen=True)
+class PastLosses:
+    """Losses that training itself found for the examples of a large batch in earlier steps.
+
+    Attributes:
+        last: mean token loss when each was last trained on, in nats, float32 `[r]`; NaN: never.
+        first: the same when it was first trained on, float32 `[r]`.
+        num_examples: N, examples of the dataset.
+    """
+
+    last: Tensor
+    first: Tensor
+    num_examples: int
+
+
+@dataclass(frozen=True)
 class LargeBatch:
     """The r examples of one step as one rank sees them: all of the facts, its own share of the tokens.
 
@@ -125,6 +140,10 @@ class LargeBatch:
         chosen: what to train on, where that was decided before the examples were read; `home` and `examples` are then
             those of the chosen ones alone.
         carry: by source id, what the quotas of earlier steps were short of; see `selection.sources.carried_quotas`.
+        past: losses of these examples in earlier steps, for selectors that use them.
+        reference: losses of these examples under a reference model in nats, float32 `[r]`, NaN where unknown; None:
+            there is no table of them.
+        lr: learning rate of the step, if known.
     """
 
     step: int
@@ -137,6 +156,9 @@ class LargeBatch:
     candidates: CandidateTable | None = None
     chosen: Chosen | None = None
     carry: dict[int, float] = field(default_factory=dict)
+    past: PastLosses | None = None
+    reference: Tensor | None = None
+    lr: float | None = None
 
     @property
     def row_counts(self) -> Tensor:

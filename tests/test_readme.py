@@ -82,6 +82,10 @@ def test_every_selector_and_option_has_a_card() -> None:
     cards = [line for line in text.splitlines() if line.startswith("| `")]
     for name in SELECTORS:
         assert any(line.startswith(f"| `{name}`") for line in cards), name
+    for page in (ROOT / "docs" / "selectors").glob("*.md"):
+        assert page.read_text(encoding="utf-8").startswith(f"# `{page.stem}`")
+        assert f"(selectors/{page.name})" in text
+        assert page.stem in SELECTORS
     for section, keys in ((CoLMSection, ("geometry", "metric", "weights")), (ProbeConfig, ("estimator", "layer"))):
         for key in keys:
             values = get_args(section.model_fields[key].annotation)

@@ -38,7 +38,7 @@ def small_source_ids(config: CoLMSection, source_counts: Mapping[str, int]) -> l
 
 def looks_at_sources(config: CoLMSection) -> bool:
     """Return whether the choice depends on an example's source."""
-    return sees_sources(config.selector) and (config.per_source or config.small_sources != "none")
+    return sees_sources(config.selector, config.outer_rules) and (config.per_source or config.small_sources != "none")
 
 
 def known_counts(

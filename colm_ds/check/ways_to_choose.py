@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from colm_ds.selection import (
     SelectorContext,
     Signals,
     make_selector,
+    needs_of,
     signal_of,
 )
 from colm_ds.types import Coreset, LargeBatch
@@ -41,6 +43,8 @@ class WayToChoose:
         settings: settings of the selection.
         small: ids of sources that are kept whole.
         keys: the keys of a recipe for it.
+        options: options of the selector.
+        outer_rules: see `SelectorContext`.
     """
 
     name: str
@@ -49,11 +53,13 @@ class WayToChoose:
     settings: SelectionSettings
     small: tuple[int, ...] = ()
     keys: tuple[str, ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+    outer_rules: str = "auto"
 
     @property
     def needs_signal(self) -> bool:
         """Return whether it needs estimated gradients."""
-        return signal_of(self.selector) is not None
+        return signal_of(self.selector, dict(self.options)) is not None
 
     @property
     def passes_model(self) -> bool:
@@ -63,7 +69,8 @@ class WayToChoose:
     def same_choice(self, other: WayToChoose) -> bool:
         """Return whether both always make the same choice."""
         mine, theirs = (
-            (way.selector, way.settings, way.small, way.probe if way.needs_signal else None) for way in (self, other)
+            (*(way.selector, way.settings, way.small, way.options, way.outer_rules), way.needs_signal and way.probe)
+            for way in (self, other)
         )
         return mine == theirs
 
@@ -89,7 +96,10 @@ class WayToChoose:
             home=torch.zeros_like(examples),
             examples={},
         )
-        selector = make_selector(self.selector, SelectorContext(size, self.small, self.settings))
+        context = SelectorContext(
+            size, self.small, self.settings, options=dict(self.options), outer_rules=self.outer_rules
+        )
+        selector = make_selector(self.selector, context)
         return selector.select(batch, signals, SINGLE_PROCESS)
 
 
@@ -155,9 +165,14 @@ def ways_to_choose(
 def _add_recipe(
     compared: WaysCompared, config: CoLMSection, small: Sequence[int], facts: SampleFacts, hidden_size: int | None
 ) -> None:
-    signal = signal_of(config.selector)
+    needs = needs_of(config.selector, config.options)
+    signal = needs.signal
     if signal not in (None, "gradient"):
         compared.notes.append(f"The recipe's selector {config.selector!r} goes by a score; it is not compared.")
+        return
+    if needs.target or needs.past:
+        what = "a target" if needs.target else "losses of earlier steps"
+        compared.notes.append(f"The recipe's selector {config.selector!r} needs {what}; it is not compared.")
         return
     if config.selector in ("random", "full"):
         return
@@ -175,7 +190,16 @@ def _add_recipe(
         mask_criterion=config.mask.criterion if config.mask.criterion in ("grad", "random") else "grad",
         seed=config.seed,
     )
-    way = WayToChoose(RECIPE, config.selector, config.probe, settings, tuple(small), ("as it is",))
+    way = WayToChoose(
+        RECIPE,
+        config.selector,
+        config.probe,
+        settings,
+        tuple(small),
+        ("as it is",),
+        tuple(config.options.items()),
+        config.outer_rules,
+    )
     if any(way.same_choice(other) for other in compared.ways):
         return
     compared.ways.append(way)

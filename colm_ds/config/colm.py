@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from colm_ds.config.section import Section
-from colm_ds.selection import signal_of
+from colm_ds.selection import Needs, needs_of
 
 
 class MaskConfig(Section):
@@ -76,10 +76,26 @@ class ScheduleConfig(Section):
 
     start_step: int = Field(0, ge=0, description="plain steps before the first selection")
     every: int = Field(1, ge=1, description="select in every n-th step from then on")
+    end_step: int = Field(0, ge=0, description="last step in which the selector runs; 0: no last one")
+    plain_every: int = Field(0, ge=0, description="every n-th step of the run is plain; 0: none")
 
     def selects(self, step: int) -> bool:
         """Return whether the selector runs in a 1-based step."""
-        return step > self.start_step and (step - self.start_step - 1) % self.every == 0
+        started = step > self.start_step and (step - self.start_step - 1) % self.every == 0
+        ended = 0 < self.end_step < step
+        return started and not ended and not (self.plain_every and step % self.plain_every == 0)
+
+
+class TargetConfig(Section):
+    """Examples that selectors with a target compare with; they are never trained on."""
+
+    data: str | None = Field(
+        None, description="file of records like those of the training data; a script gives target_data instead"
+    )
+    size: int = Field(32, ge=1, description="m: examples drawn from it for the run")
+    batch: int = Field(8, ge=1, description="of them passed through the model at each refresh")
+    refresh: int = Field(1, ge=1, description="steps between refreshes; each takes the next of the m, shuffled")
+    mix: Literal["given", "equal"] = Field("given", description="draw them as they come, or as many of every source")
 
 
 class MemoryConfig(Section):
@@ -118,7 +134,10 @@ PAPER: dict[str, Any] = {
         "token_sample": 1.0,
         "length_power": 1 / 3,
     },
-    "schedule": {"start_step": 0, "every": 1},
+    "schedule": {"start_step": 0, "every": 1, "end_step": 0, "plain_every": 0},
+    "options": {},
+    "outer_rules": "auto",
+    "target": {},
 }
 """Every key of the section that decides what is chosen and how it is weighted, as in the paper."""
 
@@ -155,11 +174,16 @@ def with_preset(values: Any) -> Any:
         probe = probe.model_dump(exclude_unset=True)
     tokens = isinstance(probe, Mapping) and probe.get("estimator") == "tokens"
     fitting = dict(FITS_TOKENS if tokens else FITS_GRADIENTS)
-    if tokens and values.get("selector") == "balanced":
+    needs = _needs_in(values)
+    if tokens and (values.get("selector") == "balanced" or needs.vectors):
         fitting["weights"] = "uniform"
+    if needs.vectors and not tokens:
+        fitting["geometry"] = "adam" if values.get("selector") == "opus" else "plain"
     preset = PRESETS.get(str(values.get("preset")), {})
     filled = {key: value for key, value in values.items() if not (key in fitting and _is_auto(value))}
-    if tokens:
+    if needs.vectors and (probe is None or (isinstance(probe, Mapping) and "estimator" not in probe)):
+        filled["probe"] = {**(probe or {}), "estimator": "sketch"}
+    if tokens or needs.vectors:
         filled = {**fitting, **filled}
     for key, pinned in preset.items():
         written = filled.get(key, {})
@@ -170,6 +194,12 @@ def with_preset(values: Any) -> Any:
             filled[key] = {name: value for name, value in pinned.items() if not (other and name == "num_probes")}
             filled[key] |= written
     return {**fitting, **filled}
+
+
+def _needs_in(values: Mapping[str, Any]) -> Needs:
+    """Return what the selector that is written in a section needs."""
+    options = values.get("options")
+    return needs_of(str(values.get("selector", "colm")), options if isinstance(options, Mapping) else {})
 
 
 def _is_auto(value: Any) -> bool:
@@ -187,9 +217,19 @@ class CoLMSection(Section):
     selector: str = Field(
         "colm",
         description="colm; balanced (unbiased draws by the same signal); random, keep_random, full (plain training on "
-        "b, small sources kept, all r); or a baseline: big_loss, gradient_norm, middle_perplexity, completion_length, "
-        "least_confidence, hidden_medoids",
+        "b, small sources kept, all r); a baseline: big_loss, gradient_norm, middle_perplexity, completion_length, "
+        "least_confidence, hidden_medoids; or another system: ccs, simcore, goracs, vector_sum, selective_backprop, "
+        "greats, opus, grab, rho_loss, infobatch, loss_band, delta_loss",
     )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="options of the selector by name, see its page in docs/selectors"
+    )
+    outer_rules: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="small sources kept and quotas by source around the selector's rule; auto: on, but off for random, "
+        "full and the baselines, which ignore sources",
+    )
+    target: TargetConfig = TargetConfig()
     small_sources: Literal["auto", "below_mean", "none"] | list[str | int] = Field(
         "auto",
         description="kept whole: below_mean (those of fewer than |V|/c examples), none, or a list of names or ids; "
@@ -253,10 +293,19 @@ class CoLMSection(Section):
     seed: int = Field(0, ge=0, description="seeds the data order and every random choice of the selection")
 
     @property
+    def needs(self) -> Needs:
+        """Return what the selector needs with its options."""
+        return needs_of(self.selector, self.options, self.outer_rules)
+
+    @property
+    def signal(self) -> str | None:
+        """Return the signal that the selector needs with its options."""
+        return self.needs.signal
+
+    @property
     def probes_model(self) -> bool:
         """Return whether the selector's signal takes a pass of the model over the large batch."""
-        signal = signal_of(self.selector)
-        return signal is not None and (signal != "gradient" or self.probe.passes_model)
+        return self.signal is not None and (self.signal != "gradient" or self.probe.passes_model)
 
     @model_validator(mode="before")
     @classmethod

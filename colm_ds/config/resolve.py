@@ -13,7 +13,7 @@ from colm_ds.config.colm import CoLMSection, MaskConfig
 from colm_ds.config.deepspeed import as_numbers, check_auto, check_keys, check_monitors, check_zero
 from colm_ds.config.section import validate_section
 from colm_ds.errors import ConfigError, Problems
-from colm_ds.selection import SELECTORS
+from colm_ds.selection import SELECTORS, takes_outer_rules, wrong_options
 from colm_ds.untrusted.json_text import read_json
 
 
@@ -113,12 +113,35 @@ def selection_config(config: CoLMSection | Mapping[str, Any], num_processes: int
     if values.get("packing", "off") not in ("off", False):
         what = "packs the micro-batches of colm_ds.initialize and CoLMTrainer, and those here are yours"
         raise ConfigError(f"colm.packing = {values['packing']!r}: {what}. Remove it.")
+    if isinstance(config, CoLMSection):
+        _check_needs_the_engine(config)
     off = {"replay": "off"}  # nothing would train from the states
     section = config.model_copy(update=off) if isinstance(config, CoLMSection) else values | off
     try:
-        return resolve_config({"colm": section}, num_processes).colm
+        resolved = resolve_config({"colm": section}, num_processes).colm
     except ConfigError as error:
         raise ConfigError(str(error).replace("the DeepSpeed configuration", "the colm configuration")) from None
+    _check_needs_the_engine(resolved)
+    return resolved
+
+
+def _check_needs_the_engine(colm: CoLMSection) -> None:
+    """Raise if the selector needs what only the step of `colm_ds.initialize` provides."""
+    needs = colm.needs
+    missing = [
+        what
+        for needed, what in (
+            (needs.past, "the losses of earlier steps"),
+            (needs.target, "target examples"),
+            (needs.reference, "each example's index in the dataset"),
+        )
+        if needed
+    ]
+    if missing:
+        raise ConfigError(
+            f"colm.selector = {colm.selector!r}: needs {' and '.join(missing)}, which the step of colm_ds.initialize "
+            "provides. Train with that, or choose another selector."
+        )
 
 
 def _resolve_batch(colm: CoLMSection, deepspeed: dict[str, Any], world_size: int, problems: Problems) -> ResolvedConfig:
@@ -131,6 +154,8 @@ def _resolve_batch(colm: CoLMSection, deepspeed: dict[str, Any], world_size: int
         size = large if colm.selector == "full" else size
     if colm.selector not in SELECTORS:
         problems.add("colm.selector", colm.selector, "unknown", f"Choose one of {', '.join(SELECTORS)}.")
+    else:
+        _check_selector(colm, problems)
     if size is None:
         problems.add("colm.coreset_size", None, "missing", "Write b here or as train_batch_size.")
         problems.raise_if_any()
@@ -236,6 +261,40 @@ def _check_mask_and_probe(colm: CoLMSection, problems: Problems) -> None:
     if colm.probe.estimator != "spsa" and colm.probe.direction_rank != "full":
         what = f"{colm.probe.estimator} takes no random step"
         problems.add("colm.probe.direction_rank", colm.probe.direction_rank, what, "Remove it.")
+
+
+def _check_selector(colm: CoLMSection, problems: Problems) -> None:
+    """Record options that the selector does not have, and keys that do not go together with it."""
+    for wrong in wrong_options(colm.selector, colm.options):
+        problems.add(f"colm.options.{wrong.name}", wrong.value, wrong.why, wrong.fix)
+    if colm.outer_rules != "auto" and not takes_outer_rules(colm.selector):
+        fix = "Write small_sources: none and per_source: false to switch them off, or remove it."
+        problems.add("colm.outer_rules", colm.outer_rules, f"{colm.selector!r} has rules of its own", fix)
+    needs, probe = colm.needs, colm.probe
+    if needs.vectors:
+        if probe.estimator == "exact":
+            what = f"{colm.selector!r} compares short vectors on one rank, not whole gradients"
+            problems.add("colm.probe.estimator", "exact", what, "Write sketch.")
+        if colm.weights != "uniform":
+            problems.add("colm.weights", colm.weights, f"{colm.selector!r} has weights of its own", 'Write "uniform".')
+        steps_meet = needs.average > 0.0 or (needs.target and colm.target.refresh > 1)
+        if steps_meet and probe.passes_model and probe.refresh == "step":
+            what = f"{colm.selector!r} compares signals of several steps, which need the same directions"
+            problems.add("colm.probe.refresh", "step", what, "Write run.")
+    if needs.vectors and needs.target and not probe.passes_model:
+        what = f"{colm.selector!r} compares gradients, and token embeddings are none"
+        problems.add("colm.probe.estimator", probe.estimator, what, "Write sketch.")
+    if colm.selector == "opus" and (colm.geometry, probe.estimator) != ("adam", "sketch"):
+        what = "'opus' scales gradients as Adam does, in the sketch"
+        problems.add("colm.geometry", colm.geometry, what, "Write adam, and probe.estimator: sketch.")
+    if needs.reference and not colm.options.get("table"):
+        what = f"{colm.selector!r} needs a table of reference losses"
+        problems.add("colm.options.table", colm.options.get("table"), what, "Write the file of colm-ds score.")
+    if colm.target.batch > colm.target.size:
+        problems.add("colm.target.batch", colm.target.batch, f"more than size = {colm.target.size}", "Write less.")
+    if colm.target.data is not None and not needs.target:
+        what = f"{colm.selector!r} compares with no target"
+        problems.add("colm.target.data", colm.target.data, what, "Remove it.")
 
 
 def _check_tokens(colm: CoLMSection, problems: Problems) -> None:

@@ -22,9 +22,12 @@ from colm_ds.config.colm import CoLMSection
 from colm_ds.config.resolve import selection_config
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.accumulation import loss_scale
+from colm_ds.engine.loss_store import LossStore
 from colm_ds.engine.out_of_memory import of_micro_batch
+from colm_ds.engine.reference_losses import read_reference_losses
+from colm_ds.engine.target_stream import TargetStream
 from colm_ds.engine.token_table import mean_table, means_of, occurring_ids
-from colm_ds.errors import SelectionError
+from colm_ds.errors import ConfigError, SelectionError
 from colm_ds.memory.breakdown import tensors_of
 from colm_ds.memory.meter import Meter
 from colm_ds.models.architecture import Architecture, find_architecture
@@ -49,7 +52,6 @@ from colm_ds.selection import (
     SelectorContext,
     Signals,
     make_selector,
-    signal_of,
 )
 from colm_ds.selection.exchange import broadcast_coreset
 from colm_ds.selection.sources import most_kept
@@ -123,6 +125,8 @@ class CoresetSelector:
         rank: int | None = None,
         mean_length: float = 0.0,
         dataset: NumberedExamples | None = None,
+        target: SourcedDataset | None = None,
+        learning_rate: Callable[[], float] | None = None,
     ) -> None:
         """Prepare for a model and a dataset.
 
@@ -140,7 +144,10 @@ class CoresetSelector:
                 if ZeRO-3 partitions the model's parameters.
             rank: this rank; default: that in the process group.
             mean_length: mean tokens of an example, from which the memory of a replay is estimated.
-            dataset: the training data, if available: `tokens` standardises embeddings by the ids that occur in it.
+            dataset: the training data, if available: `tokens` standardises embeddings by the ids that occur in it, and
+                losses of earlier steps and of a reference model are kept by its indices.
+            target: target data, for selectors that compare with one.
+            learning_rate: returns that of the next step; default: the optimizer's.
 
         Raises:
             ProbeError: if the selector needs a signal that the probe cannot read from this model.
@@ -156,6 +163,7 @@ class CoresetSelector:
         if optimizer is not None:
             group = optimizer.param_groups[0]
             betas, eps = group.get("betas", betas), group.get("eps", eps)
+            learning_rate = learning_rate or (lambda: float(group["lr"]))
         if equal_counts is None:
             equal_counts = partitioned
         if rank is None:
@@ -188,20 +196,36 @@ class CoresetSelector:
             mask_criterion=config.mask.criterion,
             seed=config.seed,
         )
-        self._context = context = SelectorContext(config.coreset_size, self.small, settings, betas, eps)
+        self._context = context = SelectorContext(
+            config.coreset_size, self.small, settings, betas, eps, config.options, config.outer_rules
+        )
         self.selector: Selector = make_selector(config.selector, context)
-        self.plain: Selector = make_selector("random", context)
+        self.plain: Selector = make_selector("random", replace(context, options={}, outer_rules="auto"))
+        self._learning_rate = learning_rate
+        needs = config.needs
+        self._losses = LossStore(_length_of(dataset, config.selector)) if needs.past else None
+        self._reference: Tensor | None = None
+        if needs.reference:
+            table = config.options["table"]
+            self._reference = read_reference_losses(table, _length_of(dataset, config.selector))
+        self._target: TargetStream | None = None
+        if needs.target:
+            if target is None:
+                raise ConfigError(f"colm.selector = {config.selector!r}: compares with a target. Give target_data.")
+            if getattr(dataset, "candidates", None) is not None:
+                raise ConfigError(f"colm.selector = {config.selector!r}: not for classification data.")
+            self._target = TargetStream(target, config.target, config.seed, exchange.num_processes)
         self._architecture = architecture
         self._estimator: Estimator | TokensEstimator | None = None
         self._trunk_dtype = torch.bfloat16 if config.probe.dtype == "bfloat16" else None
         self._known_means: tuple[SourcedDataset, Tensor, Callable[[Sequence[int]], Tensor]] | None = None
         self._store: ReplayStore | None = None
         self.why_not_replay: str | None = None
-        if signal_of(config.selector) is not None and not config.probes_model:
+        if config.signal is not None and not config.probes_model:
             occurs = None if dataset is None else occurring_ids(dataset, vocabulary_size(model), exchange, rank)
             vectors = vectors_of_model(model, config.seed, exchange, occurs)
             self._estimator = TokensEstimator(vectors, config.probe.length_power)
-        elif architecture is not None and signal_of(config.selector) is not None:
+        elif architecture is not None and config.signal is not None:
             num_tokens = config.large_batch_size / exchange.num_processes * mean_length
             self._store, self.why_not_replay = choose_replay(config, architecture, num_tokens, device)
             if self.why_not_replay and rank == 0:
@@ -215,6 +239,9 @@ class CoresetSelector:
                 eps=eps,
                 adam=config.geometry == "adam",
                 signal=self.selector.signal or "gradient",
+                also=needs.also,
+                targets_from=config.large_batch_size if needs.target else None,
+                absolute=config.options.get("scale") == "raw",
             )
             tail_dtype = self._estimator.dtype if isinstance(self._estimator, SpsaEstimator) else None
             check_architecture(model, architecture, tail_dtype)
@@ -235,7 +262,14 @@ class CoresetSelector:
         if not isinstance(batch, LargeBatch):
             batch = self._gather(batch)
         self.step_count = batch.step
-        selection = self._selected(replace(batch, carry=self.carry), meter or Meter(self._device))
+        batch = replace(
+            batch,
+            carry=self.carry,
+            past=None if self._losses is None else self._losses.of(batch.indices),
+            reference=None if self._reference is None else self._reference[batch.indices],
+            lr=None if self._learning_rate is None else self._learning_rate(),
+        )
+        selection = self._selected(batch, meter or Meter(self._device))
         if selection.coreset.carry is not None:
             self.carry = selection.coreset.carry
         return selection
@@ -256,10 +290,14 @@ class CoresetSelector:
         replay = self._store if len(probed) else None
         by_token = self._config.loss_normalization == "token"
         parts = batch.num_label_tokens.float() if by_token else None
+        refreshes = self._target is not None and self._target.due(batch.step)
+        observed = self._target.extend(batch, self._rank) if self._target is not None and refreshes else batch
         with meter.phase("probe"):
-            weights = self._probe(batch, probed, self._estimator, replay, parts)
+            weights = self._probe(observed, batch.size, probed, self._estimator, replay, parts)
         with meter.phase("exchange"), self._exchange.counting("signals") as signal_bytes:
-            signals = self._estimator.signals(batch.size, self._exchange)
+            signals = self._estimator.signals(observed.size, self._exchange)
+            if self._target is not None:
+                signals = self._target.split(signals, batch, refreshes)
         signals = replace(signals, parameters=weights, parts=parts, unprobed=self._unprobed(batch, probed))
         with meter.phase("select"), self._exchange.counting("selection") as selection_bytes:
             coreset = self._select(batch, signals, self._estimator)
@@ -352,18 +390,27 @@ class CoresetSelector:
 
     def kept_tensors(self) -> list[Tensor]:
         """Return the tensors that selector and estimator keep between steps: histories and directions."""
-        return [tensor for keeper in (self.selector, self._estimator) for _, tensor in tensors_of(keeper)]
+        keepers = (self.selector, self._estimator, self._losses, self._target)
+        return [tensor for keeper in keepers for _, tensor in tensors_of(keeper)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the last step and the histories of selector and estimator; complete on rank 0."""
         estimator = self._estimator.state_dict() if self._estimator else {}
-        state = {"step": self.step_count, "carry": dict(self.carry)}
+        state: dict[str, Any] = {"step": self.step_count, "carry": dict(self.carry)}
+        if self._losses is not None:
+            state["losses"] = self._losses.state_dict()
+        if self._target is not None:
+            state["target"] = self._target.state_dict()
         return {**state, "selector": self.selector.state_dict(), "estimator": estimator}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore step and histories; every rank is given rank 0's."""
         self.step_count = state.get("step", 0)
         self.carry = dict(state.get("carry", {}))
+        if self._losses is not None and "losses" in state:
+            self._losses.load_state_dict(state["losses"])
+        if self._target is not None:
+            self._target.load_state_dict(state.get("target", {}), self._device)
         self.selector.load_state_dict(state["selector"])
         if self._estimator and state["estimator"]:
             self._estimator.load_state_dict(state["estimator"])
@@ -383,10 +430,31 @@ class CoresetSelector:
     def _select(self, batch: LargeBatch, signals: Signals, estimator: Estimator | TokensEstimator) -> Coreset:
         if estimator.is_local:
             return self.selector.select(batch, signals, self._exchange)
-        coreset = self.selector.select(batch, signals, SINGLE_PROCESS) if self._exchange.is_main else None
+        coreset: Coreset | None = None
+        failure: SelectionError | None = None
+        if self._exchange.is_main:
+            try:
+                coreset = self.selector.select(batch, signals, SINGLE_PROCESS)
+            except SelectionError as error:
+                failure = error
         told = broadcast_coreset(coreset, self._config.coreset_size or 0, len(self.source_names), self._exchange)
-        assert told is not None
+        if failure is not None:
+            raise failure
+        if told is None:
+            raise SelectionError(f"step {batch.step}: rank 0 could not choose; its message says why.")
         return told
+
+    def note_losses(self, batch: LargeBatch, positions: Sequence[int], losses: Tensor) -> None:
+        """Remember the losses that training found, if the selector goes by those of earlier steps.
+
+        Args:
+            batch: the large batch.
+            positions: positions that were trained on.
+            losses: mean token loss by position, `[r]`, the same on every rank.
+        """
+        if self._losses is not None:
+            trained = torch.tensor(list(positions), dtype=torch.int64)
+            self._losses.note(batch.indices[trained], losses[trained])
 
     def _to_probe(self, batch: LargeBatch) -> Tensor:
         """Return the positions whose signal is needed in this step: none from small sources, ascending int64 `[n]`."""
@@ -405,12 +473,15 @@ class CoresetSelector:
     def _probe(
         self,
         batch: LargeBatch,
+        size: int,
         probed: Tensor,
         estimator: Estimator | TokensEstimator,
         store: ReplayStore | None,
         parts: Tensor | None,
     ) -> Tensor | None:
         """Run the trunk and the tail over the examples whose signal is needed; with replay the trunk over all.
+
+        Target examples, at positions from `size` on, are probed with all of their labels and not replayed.
 
         Returns:
             The probed weights, if the mask needs them, float32 `[d]`.
@@ -423,12 +494,19 @@ class CoresetSelector:
             estimator.look_up({position: batch.examples[position] for position in mine})
             return None
         offsets = self._token_offsets(batch)
+        is_target = torch.arange(batch.size) >= size
+        if batch.size > size:
+            probed = torch.cat([probed, is_target.nonzero().flatten()])
+            parts = None if parts is None else torch.cat([parts, torch.ones(batch.size - size)])
         with eval_mode(self._model), torch.no_grad(), self._reading_weights() as weights:
-            estimator.begin(batch.step, probed, int((is_probed & (batch.home == self._rank)).sum()), parts)
+            counted = (is_probed | is_target) & (batch.home == self._rank)
+            estimator.begin(batch.step, probed, int(counted.sum()), parts)
             for positions in self._plan(batch, is_probed):
                 self._probe_micro_batch(batch, positions, estimator, store, offsets)
+            for positions in self._plan(batch, is_target) if batch.size > size else ():
+                self._probe_micro_batch(batch, positions, estimator, None)
             if store is not None:
-                for positions in self._plan(batch, ~is_probed):
+                for positions in self._plan(batch, ~is_probed & ~is_target):
                     self._probe_micro_batch(batch, positions, None, store)
         return weights()
 
@@ -494,3 +572,9 @@ class CoresetSelector:
         if config.mask.size != "auto":
             return config.mask.size
         return architecture.hidden_size if architecture is not None else None
+
+
+def _length_of(dataset: NumberedExamples | None, selector: str) -> int:
+    if dataset is None:
+        raise ConfigError(f"colm.selector = {selector!r}: goes by examples' indices in the dataset. Give the dataset.")
+    return len(dataset)

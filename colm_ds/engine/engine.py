@@ -72,10 +72,11 @@ def initialize(
     config: Config | None = None,
     mesh_param: Any = None,
     config_params: Config | None = None,
+    target_data: Any = None,
 ) -> tuple[CoLMEngine, Any, MicroBatchLoader, Any]:
     """Initialize like `deepspeed.initialize`, for training on coresets, with a `"colm"` section in the configuration.
 
-    The arguments are those of `deepspeed.initialize`, in its order.
+    The arguments are those of `deepspeed.initialize`, in its order, and `target_data`.
 
     Args:
         args: parsed arguments; `deepspeed_config` in it is used if `config` is not given.
@@ -93,6 +94,7 @@ def initialize(
         config: path, dict or `ResolvedConfig`; `train_batch_size` in the first two is b.
         mesh_param: must be None: a sequence is not split over ranks.
         config_params: the same as `config`, as in DeepSpeed.
+        target_data: as training_data, for selectors that compare with a target; never trained on.
 
     Returns:
         Engine, optimizer, loader of micro-batches (see `MicroBatchLoader`), learning-rate scheduler.
@@ -122,6 +124,7 @@ def initialize(
     check_adapters(model, int((resolved.deepspeed.get("zero_optimization") or {}).get("stage", 0)))
     if optimizer is None and not resolved.deepspeed.get("optimizer"):
         raise ConfigError('optimizer: none. Add "optimizer": {"type": "AdamW", ...} to the configuration or give one.')
+    _check_target(resolved, target_data)
     dataset = training_data
     if not is_sourced(training_data):
         if collate_fn is not None:
@@ -129,6 +132,7 @@ def initialize(
         dataset = RecordDataset(
             training_data, collate_fn=collate_fn, needs_sources=looks_at_sources(resolved.colm), says_what=_is_first()
         )
+    target = target_data if target_data is None or is_sourced(target_data) else RecordDataset(target_data)
     _prefer_torch_adam(resolved.deepspeed)
     inner, optimizer, _, scheduler = deepspeed.initialize(
         args=given.args,
@@ -140,7 +144,7 @@ def initialize(
         # Its monitors are opened by `RunMonitor`: DeepSpeed's own events count examples by a size that is not b.
         config={key: value for key, value in resolved.deepspeed.items() if key not in MONITOR_SECTIONS},
     )
-    engine = CoLMEngine(inner, resolved, dataset)
+    engine = CoLMEngine(inner, resolved, dataset, target)
     pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None)
     loader = MicroBatchLoader(
         engine,
@@ -182,7 +186,9 @@ class CoLMEngine:
         last_stats: numbers of the last step, or None.
     """
 
-    def __init__(self, engine: Any, config: ResolvedConfig, dataset: SourcedDataset) -> None:
+    def __init__(
+        self, engine: Any, config: ResolvedConfig, dataset: SourcedDataset, target: SourcedDataset | None = None
+    ) -> None:
         self.deepspeed_engine = engine
         self.config = config
         self.step_count = 0
@@ -225,6 +231,8 @@ class CoLMEngine:
             rank=self._rank,
             mean_length=float(dataset.lengths.mean()),
             dataset=dataset,
+            target=target,
+            learning_rate=lambda: float(engine.get_lr()[0]),
         )
         self._batches: Iterator[LargeBatch] = self._read()
 
@@ -535,6 +543,9 @@ class CoLMEngine:
     ) -> StepStats:
         """Count the step and report it to the monitors."""
         batch, placement = selection.batch, update.placement
+        self.coreset_selector.note_losses(
+            batch, [p for p in selection.positions.tolist() if p not in update.broken], update.losses
+        )
         self.step_count += 1
         self.skipped.note(update.skipped)
         trained = [] if update.skipped else [p for p in selection.positions.tolist() if p not in update.broken]
@@ -754,6 +765,16 @@ class _Update:
     grad_norm: float | None
     skipped: bool
     broken: list[int]
+
+
+def _check_target(config: ResolvedConfig, target_data: Any) -> None:
+    """Raise unless target data is given where the selector compares with a target, and only there."""
+    selector, target = config.colm.selector, config.colm.target
+    if config.colm.needs.target and target_data is None:
+        hint = f" (colm.target.data = {target.data!r} is read by recipes)" if target.data else ""
+        raise ConfigError(f"colm.selector = {selector!r}: compares with a target{hint}. Give target_data.")
+    if target_data is not None and not config.colm.needs.target:
+        raise ConfigError(f"target_data: the selector {selector!r} compares with no target. Leave it out.")
 
 
 def _prefer_torch_adam(config: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 from colm_ds.config.colm import CoLMSection
 from colm_ds.errors import CoLMError, Problems
 from colm_ds.models.architecture import find_architecture
-from colm_ds.selection import signal_of
 
 _REORDERING = {"group_by_length": "sorts by length", "batch_rebalance": "cuts batches by length"}
 
@@ -60,7 +59,7 @@ def check_sizes(trainer: Any, config: CoLMSection, problems: Problems) -> None:
     num_examples = len(trainer.train_dataset)
     if large > num_examples:
         problems.add("large_batch_size", large, f"train_dataset has {num_examples} examples", "Write less or add data.")
-    if signal_of(config.selector) is not None:
+    if config.signal is not None:
         try:
             find_architecture(trainer.model, config.probe.layer)
         except CoLMError as error:

@@ -16,7 +16,6 @@ from colm_ds.planner.selection_state import replay_bytes, selection_bytes
 from colm_ds.planner.step_cost import TimePlan, step_cost
 from colm_ds.planner.zero_states import States, model_states
 from colm_ds.probe.tokens import WIDTH
-from colm_ds.selection import signal_of
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class Planner:
         share = math.ceil(job.colm.large_batch_size / job.zero.world_size)
         rows = job.rows(max(1, min(share, most // job.padded_length)))
         estimator = "score"
-        if signal_of(job.colm.selector) == "gradient":
+        if job.colm.signal == "gradient":
             estimator = probe.estimator
             rows = replace(rows, labels=math.ceil(rows.labels * probe.token_sample))
         on_cpu = job.spec.device_type == "cpu"
@@ -134,7 +133,7 @@ class Planner:
         return tracer.probe(rows, estimator, probe.resolved_num_probes, tail_dtype, probe.layer)
 
     def _selection(self, job: Job) -> tuple[int, int, int]:
-        if signal_of(job.colm.selector) == "gradient" and not job.colm.probes_model:
+        if job.colm.signal == "gradient" and not job.colm.probes_model:
             on_device = job.spec.device_type == "cpu"  # token vectors are in host memory
             return (4 * WIDTH * int(job.spec.config.vocab_size) if on_device else 0), 0, 0
         if not job.probes:

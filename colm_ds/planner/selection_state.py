@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from colm_ds.config.colm import CoLMSection
 from colm_ds.models.architecture import Architecture
-from colm_ds.selection import signal_of
 
 _CACHED_DIRECTIONS = 32 << 20  # maximum kept by colm_ds.probe.directions
 
@@ -35,14 +34,14 @@ def selection_bytes(colm: CoLMSection, architecture: Architecture, world_size: i
         architecture: parts of the model; the probed matrices have d entries in total.
         world_size: W; rank 0 selects for all.
     """
-    signal, probe, r = signal_of(colm.selector), colm.probe, colm.large_batch_size
+    signal, probe, r = colm.signal, colm.probe, colm.large_batch_size
     if signal is None:
         return SelectionBytes(0, 0, 0)
     d, k, hidden_size = architecture.num_coordinates, probe.resolved_num_probes, architecture.hidden_size
     edges = sum(target.out_features + target.in_features for target in architecture.targets)
     similarity = 3 * 8 * r * r  # float64, with temporaries of the distances
     if signal != "gradient":
-        width = hidden_size if signal == "hidden" else 1
+        width = (hidden_size if signal == "hidden" else 1) + len(colm.needs.also)
         return SelectionBytes(0, 4 * r * width, 4 * r * width + similarity)
     h = min(d, hidden_size if colm.mask.size == "auto" else colm.mask.size)
     if probe.estimator == "sketch":

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from colm_ds.planner.activations import Parameters
 from colm_ds.planner.job import Job
-from colm_ds.selection import signal_of
 from colm_ds.selection.price import step_forwards
 
 
@@ -53,7 +52,7 @@ def step_cost(job: Job, parameters: Parameters, tflops: float | None) -> TimePla
 
 def tail_passes(job: Job) -> int:
     """Return the probe's passes through the last layer and the head; a backward pass of activations counts as one."""
-    if signal_of(job.colm.selector) != "gradient":
+    if job.colm.signal != "gradient":
         return 1
     return 2 * job.colm.probe.resolved_num_probes if job.colm.probe.estimator == "spsa" else 2
 
@@ -70,7 +69,7 @@ def probed_tail_flops(job: Job, parameters: Parameters) -> float:
 
     That is the last layer's attention at all positions, its MLP and the head at those with a loss.
     """
-    gradient = signal_of(job.colm.selector) == "gradient"
+    gradient = job.colm.signal == "gradient"
     looked_at = _labelled(job) * (job.colm.probe.token_sample if gradient else 1.0)
     weights = parameters.layer - parameters.mlp + (parameters.mlp + parameters.head) * looked_at
     return 2.0 * weights * job.mean_length + _layer_attention(job)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from colm_ds.config.colm import ProbeConfig
@@ -25,6 +27,9 @@ def make_estimator(
     eps: float,
     adam: bool,
     signal: str = "gradient",
+    also: Sequence[str] = (),
+    targets_from: int | None = None,
+    absolute: bool = False,
 ) -> Estimator:
     """Make the estimator of the `"probe"` section, or that of a baseline's score.
 
@@ -37,16 +42,27 @@ def make_estimator(
         eps: eps of the optimizer in use.
         adam: whether gradients are compared in Adam's geometry; `spsa` and `exact` leave that to the selector.
         signal: signal that the selector needs: "gradient", or one of `SCORES`.
+        also: further scores of the same pass, beside a score.
+        targets_from: first position of target examples, whose gradients are not scaled; None: there are none.
+        absolute: scale gradients by the history's own size, not relative to it (`sketch` with `adam`).
     """
     if signal != "gradient":
-        return ScoreEstimator(architecture, device, signal)
+        return ScoreEstimator(architecture, device, signal, *also)
     every_step = config.refresh == "step"
     if config.estimator == "exact":
         return ExactEstimator(architecture, device)
     num_probes = config.resolved_num_probes
     if config.estimator == "sketch":
         return SketchEstimator(
-            architecture, device, num_probes=num_probes, every_step=every_step, beta2=betas[1], seed=seed, adam=adam
+            architecture,
+            device,
+            num_probes=num_probes,
+            every_step=every_step,
+            beta2=betas[1],
+            seed=seed,
+            adam=adam,
+            targets_from=targets_from,
+            absolute=absolute,
         )
     if config.estimator == "projection":
         history = AdamHistory(architecture.num_coordinates, betas, eps, device) if adam else None

@@ -15,6 +15,7 @@ from colm_ds.probe.estimators import VectorRows, multiply_by_parts
 from colm_ds.probe.factors import gradient_factors
 from colm_ds.probe.tail import TailInput
 from colm_ds.selection import Exchange, Signals
+from colm_ds.selection.transfer import to_device
 from colm_ds.types import Coreset
 
 _FLOOR = 1e-4
@@ -79,6 +80,11 @@ class FactoredHistory:
         """Return inverse roots for delta `[out]` and x `[in]`, relative to their means; ones before any update."""
         return _inverse_root(self.row), _inverse_root(self.column)
 
+    def size(self) -> Tensor:
+        """Return 1 / sqrt of the mean second moment, by which relative scales become absolute; 1 before any update."""
+        mean = self.row.mean()
+        return torch.where(mean > 0, mean.clamp_min(1e-38).rsqrt(), torch.ones_like(mean))
+
     def update(self, row_mean: Tensor, column_mean: Tensor) -> None:
         """Update with the means over this step's selected examples."""
         self.row.mul_(self._beta2).add_(row_mean, alpha=1.0 - self._beta2)
@@ -106,6 +112,8 @@ class SketchEstimator:
         beta2: float,
         seed: int,
         adam: bool = True,
+        targets_from: int | None = None,
+        absolute: bool = False,
     ) -> None:
         self._architecture = architecture
         self._device = device
@@ -113,6 +121,8 @@ class SketchEstimator:
         self._every_step = every_step
         self._seed = seed
         self._adam = adam
+        self._targets_from = targets_from
+        self._absolute = absolute
         self._rows = VectorRows()
         self._moments: dict[int, Tensor] = {}
         self._parts: Tensor | None = None
@@ -138,8 +148,7 @@ class SketchEstimator:
         factors = gradient_factors(self._architecture, tail)
         for (delta, inputs), (rows, columns), history in zip(factors, self._signs, self._histories, strict=True):
             delta, inputs = delta[: len(positions)], inputs[: len(positions)]
-            row_scale, column_scale = history.scales()
-            vectors.append(sketch_vectors(delta, inputs, rows * row_scale, columns * column_scale))
+            vectors.append(self._sketch(delta, inputs, rows, columns, history, positions))
             if self._adam:
                 moments += second_moments(delta, inputs, rows, columns)
         # Each matrix has its own signs, so the sum of their sketches is a sketch of all together.
@@ -147,6 +156,28 @@ class SketchEstimator:
         if self._adam:
             squares = multiply_by_parts(torch.cat(moments, dim=1), self._parts, positions, power=2)
             self._moments |= dict(zip(positions.tolist(), squares, strict=True))
+
+    def _sketch(
+        self,
+        delta: Tensor,
+        inputs: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        history: FactoredHistory,
+        positions: Tensor,
+    ) -> Tensor:
+        """Sketch gradients, scaled by the history, and targets' as they are: products are then <D g_i, g_target>."""
+        row_scale, column_scale = history.scales()
+        if self._absolute:
+            row_scale = row_scale * history.size() / (delta.shape[2] * inputs.shape[2]) ** 0.5
+        scaled = sketch_vectors(delta, inputs, rows * row_scale, columns * column_scale)
+        if self._targets_from is None or not self._adam:
+            return scaled
+        targets = positions >= self._targets_from
+        if not bool(targets.any()):
+            return scaled
+        plain = sketch_vectors(delta, inputs, rows, columns)
+        return torch.where(to_device(targets, delta.device)[:, None], plain, scaled)
 
     def signals(self, batch_size: int, exchange: Exchange) -> Signals:
         """See `Estimator.signals`: all ranks get all sketches."""

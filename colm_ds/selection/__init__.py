@@ -6,7 +6,17 @@ from colm_ds.selection.facility_location import Medoids, facility_location, pair
 from colm_ds.selection.gradients import DenseGradients, Gradients, LowRankGradients, finite_rows
 from colm_ds.selection.history import AdamHistory
 from colm_ds.selection.mask import mask_coordinates
-from colm_ds.selection.registry import SELECTORS, make_selector, sees_sources, signal_of
+from colm_ds.selection.pools import Picks, PoolExamples, PoolSelector
+from colm_ds.selection.registry import (
+    SELECTORS,
+    Needs,
+    make_selector,
+    needs_of,
+    sees_sources,
+    signal_of,
+    takes_outer_rules,
+    wrong_options,
+)
 from colm_ds.selection.selectors import Selector, SelectorContext, StatelessSelector
 from colm_ds.selection.sources import coreset_quotas, share_out, split_sources
 from colm_ds.selection.weights import cluster_weights, matched_weights
@@ -21,6 +31,10 @@ __all__ = [
     "Gradients",
     "LowRankGradients",
     "Medoids",
+    "Needs",
+    "Picks",
+    "PoolExamples",
+    "PoolSelector",
     "SelectionSettings",
     "Selector",
     "SelectorContext",
@@ -34,10 +48,13 @@ __all__ = [
     "make_selector",
     "mask_coordinates",
     "matched_weights",
+    "needs_of",
     "pairwise_similarity",
     "sees_sources",
     "select_coreset",
     "share_out",
     "signal_of",
     "split_sources",
+    "takes_outer_rules",
+    "wrong_options",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -28,6 +28,8 @@ class SelectorContext:
         settings: settings of the selection; `seed` seeds every random choice.
         betas: beta1 and beta2 of the optimizer in use.
         eps: eps of the optimizer in use.
+        options: options of the selector by name.
+        outer_rules: whether small sources are kept and pools are made by source: `auto`, `on` or `off`.
     """
 
     size: int
@@ -35,6 +37,8 @@ class SelectorContext:
     settings: SelectionSettings = field(default_factory=SelectionSettings)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    options: Mapping[str, Any] = field(default_factory=dict)
+    outer_rules: str = "auto"
 
 
 class Selector(Protocol):

@@ -116,7 +116,7 @@ def _selector(start: Start, find_price: Callable[[], float]) -> str:
     name = section["selector"]
     if name == "full":
         return "full: plain training on all r"
-    text = f"{name} with {section['probe']['estimator']}" if signal_of(name) == "gradient" else name
+    text = f"{name} with {section['probe']['estimator']}" if signal_of(name, section["options"]) == "gradient" else name
     with suppress(Exception):
         text += f": a step at {find_price():.2f} times the price of plain training on b"
     return text

@@ -30,8 +30,9 @@ def test_links_outside_the_site_lead_somewhere(page: str) -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
-    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
-    assert pages == set(re.findall(r"[\w]+\.md", navigation))
+    docs = ROOT / "docs"
+    pages = {path.relative_to(docs).as_posix() for folder in (docs, docs / "selectors") for path in folder.glob("*.md")}
+    assert pages == set(re.findall(r"[\w/]+\.md", navigation))
 
 
 def test_the_readme_is_read_in_three_minutes() -> None:

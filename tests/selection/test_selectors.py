@@ -65,7 +65,8 @@ def test_registry() -> None:
         selector = make_selector(name, context())
         assert isinstance(selector, kind)
         assert selector.signal in (None, "gradient", "loss", "confidence", "gradient_norm", "hidden")
-        assert selector.keeps_small is (name in ("colm", "balanced"))
+        assert getattr(selector, "name", name) == name
+        assert selector.keeps_small is (name in ("colm", "balanced") or getattr(selector, "outer", False))
     with pytest.raises(SelectionError, match="selector 'greedy' is unknown"):
         make_selector("greedy", context())
 
