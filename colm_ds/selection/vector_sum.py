@@ -14,41 +14,50 @@ from colm_ds.selection.options import option
 from colm_ds.selection.pools import Picks, PoolExamples, PoolSelector
 from colm_ds.selection.weights import mean_one
 
-_EMPTY = 1e-14
+_RANK = 1e-10
+"""Singular values below this, relative to the largest, are directions that the points do not have."""
+
+_EMPTY = 1e-12
 """A weight this far below the uniform one is 0."""
 
 
 def caratheodory(points: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Find weights on at most q + 1 of n points under which their mean is that of all (Caratheodory's theorem).
 
-    From equal weights, q + 2 weighted points at a time move along a direction in which neither the sum of the weights
-    nor the mean changes, until one of them is 0.
+    From equal weights, move along directions in which neither the sum of the weights nor the mean changes, each time
+    until one more weight is 0; directions that would move that one are then eliminated, with the largest as pivot.
 
     Args:
-        points: `[n, q]`.
-        generator: takes the points in random order; None: in order of their places.
+        points: `[n, q]`; the free directions take n^2 numbers.
+        generator: mixes the directions at random, so that no point is preferred for its place; None: takes the first.
 
     Returns:
         Weights of sum 1, at least 0, float64 `[n]`.
     """
-    n, q = points.shape
+    n = len(points)
     lifted = torch.cat([torch.ones(n, 1, dtype=torch.float64), points.double()], dim=1)
+    left, values, _ = torch.linalg.svd(lifted, full_matrices=True)
+    rank = int((values > _RANK * values[0]).sum())
+    free = left[:, rank:].clone()
     weights = torch.full((n,), 1.0 / n, dtype=torch.float64)
-    waiting = (torch.arange(n) if generator is None else torch.randperm(n, generator=generator)).tolist()
-    held, waiting = waiting[: q + 2], waiting[q + 2 :]
-    while len(held) == q + 2:
-        direction = torch.linalg.svd(lifted[held].T, full_matrices=True)[2][-1]
-        if not bool((direction > 0).any()):
-            direction = -direction
-        rising = direction > 1e-15
-        ratio = torch.where(rising, weights[held] / direction.clamp_min(1e-300), torch.inf)
+    while free.shape[1]:
+        if generator is None:
+            direction = free[:, 0]
+        else:
+            direction = free @ torch.randn(free.shape[1], generator=generator, dtype=torch.float64)
+        falling = direction < -1e-12 * float(direction.abs().max())
+        if not bool(falling.any()):
+            direction, falling = -direction, direction > 0.0
+        ratio = torch.where(falling, weights / (-direction).clamp_min(1e-300), torch.inf)
         emptied = int(ratio.argmin())
-        moved = (weights[held] - ratio[emptied] * direction).clamp_min(0.0)
-        moved[emptied] = 0.0
-        weights[held] = torch.where(moved > _EMPTY / n, moved, 0.0)
-        held = [place for place in held if float(weights[place]) > 0.0]
-        room = q + 2 - len(held)
-        held, waiting = held + waiting[:room], waiting[room:]
+        weights = (weights + ratio[emptied] * direction).clamp_min(0.0)
+        weights[emptied] = 0.0
+        pivot = int(free[emptied].abs().argmax())
+        factors = free[emptied] / free[emptied, pivot]
+        free = free - torch.outer(free[:, pivot], factors)
+        free = torch.cat([free[:, :pivot], free[:, pivot + 1 :]], dim=1)
+        free[emptied] = 0.0
+    weights[weights < _EMPTY / n] = 0.0
     return weights / weights.sum()
 
 
