@@ -56,7 +56,7 @@ SLOW = pytest.mark.slow
 WAYS = [
     pytest.param(Way("dora", {"use_dora": True}, 0), marks=SLOW),
     pytest.param(Way("dora", {"use_dora": True}, 2, REPLAY), marks=SLOW),
-    pytest.param(Way("dora and head", {**HEAD, "use_dora": True}, 3)),
+    pytest.param(Way("dora and head", {**HEAD, "use_dora": True}, 3), marks=SLOW),
     pytest.param(Way("head", HEAD, 2), marks=SLOW),
     pytest.param(Way("head", HEAD, 3, REPLAY), marks=SLOW),
     pytest.param(Way("4bit", {}, 0, FOUR), marks=SLOW),

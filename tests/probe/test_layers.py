@@ -130,7 +130,12 @@ def test_low_rank_directions(rank: int, layer: str) -> None:
     ("family", "targets", "layer", "said"),
     [
         ("llama", None, "fc", "down_proj of the last layer has no LoRA adapter"),
-        ("stablelm", None, "fc", "Add down_proj to lora.targets, or probe 'v_proj'."),
+        (
+            "stablelm",
+            None,
+            "fc",
+            "Add down_proj to lora.targets (and the last layer to layers_to_transform), or probe 'v_proj'.",
+        ),
         ("llama", ["q_proj", "v_proj"], "qkv", "k_proj of the last layer has no LoRA adapter"),
         ("phi3", ["o_proj"], "qkv", "qkv_proj of the last layer has no LoRA adapter"),
         ("phi", ["fc1"], "fc", "fc2 of the last layer has no LoRA adapter"),
