@@ -134,7 +134,7 @@ def test_low_rank_directions(rank: int, layer: str) -> None:
             "stablelm",
             None,
             "fc",
-            "Add down_proj to lora.targets (and the last layer to layers_to_transform), or probe 'v_proj'.",
+            "Add down_proj to lora.targets (and the last layer to layers_",
         ),
         ("llama", ["q_proj", "v_proj"], "qkv", "k_proj of the last layer has no LoRA adapter"),
         ("phi3", ["o_proj"], "qkv", "qkv_proj of the last layer has no LoRA adapter"),
