@@ -113,35 +113,12 @@ def selection_config(config: CoLMSection | Mapping[str, Any], num_processes: int
     if values.get("packing", "off") not in ("off", False):
         what = "packs the micro-batches of colm_ds.initialize and CoLMTrainer, and those here are yours"
         raise ConfigError(f"colm.packing = {values['packing']!r}: {what}. Remove it.")
-    if isinstance(config, CoLMSection):
-        _check_needs_the_engine(config)
     off = {"replay": "off"}  # nothing would train from the states
     section = config.model_copy(update=off) if isinstance(config, CoLMSection) else values | off
     try:
-        resolved = resolve_config({"colm": section}, num_processes).colm
+        return resolve_config({"colm": section}, num_processes).colm
     except ConfigError as error:
         raise ConfigError(str(error).replace("the DeepSpeed configuration", "the colm configuration")) from None
-    _check_needs_the_engine(resolved)
-    return resolved
-
-
-def _check_needs_the_engine(colm: CoLMSection) -> None:
-    """Raise if the selector needs what only the step of `colm_ds.initialize` provides."""
-    needs = colm.needs
-    missing = [
-        what
-        for needed, what in (
-            (needs.past, "the losses of earlier steps"),
-            (needs.target, "target examples"),
-            (needs.reference, "each example's index in the dataset"),
-        )
-        if needed
-    ]
-    if missing:
-        raise ConfigError(
-            f"colm.selector = {colm.selector!r}: needs {' and '.join(missing)}, which the step of colm_ds.initialize "
-            "provides. Train with that, or choose another selector."
-        )
 
 
 def _resolve_batch(colm: CoLMSection, deepspeed: dict[str, Any], world_size: int, problems: Problems) -> ResolvedConfig:

@@ -127,6 +127,7 @@ class CoresetSelector:
         dataset: NumberedExamples | None = None,
         target: SourcedDataset | None = None,
         learning_rate: Callable[[], float] | None = None,
+        by_engine: bool = False,
     ) -> None:
         """Prepare for a model and a dataset.
 
@@ -148,6 +149,8 @@ class CoresetSelector:
                 losses of earlier steps and of a reference model are kept by its indices.
             target: target data, for selectors that compare with one.
             learning_rate: returns that of the next step; default: the optimizer's.
+            by_engine: whether batches have dataset indices, and losses are reported by `note_losses`, as in the step of
+                `colm_ds.initialize`.
 
         Raises:
             ProbeError: if the selector needs a signal that the probe cannot read from this model.
@@ -203,6 +206,8 @@ class CoresetSelector:
         self.plain: Selector = make_selector("random", replace(context, options={}, outer_rules="auto"))
         self._learning_rate = learning_rate
         needs = config.needs
+        if not by_engine:
+            _check_needs_the_engine(config)
         self._losses = LossStore(_length_of(dataset, config.selector)) if needs.past else None
         self._reference: Tensor | None = None
         if needs.reference:
@@ -572,6 +577,22 @@ class CoresetSelector:
         if config.mask.size != "auto":
             return config.mask.size
         return architecture.hidden_size if architecture is not None else None
+
+
+def _check_needs_the_engine(config: CoLMSection) -> None:
+    """Raise if the selector needs what only the step of `colm_ds.initialize` provides."""
+    needs = config.needs
+    provided = {
+        "the losses of earlier steps": needs.past,
+        "target examples": needs.target,
+        "each example's index in the dataset": needs.reference,
+    }
+    missing = [what for what, needed in provided.items() if needed]
+    if missing:
+        raise ConfigError(
+            f"colm.selector = {config.selector!r}: needs {' and '.join(missing)}, which the step of colm_ds.initialize "
+            "provides. Train with that, or choose another selector."
+        )
 
 
 def _length_of(dataset: NumberedExamples | None, selector: str) -> int:

@@ -233,6 +233,7 @@ class CoLMEngine:
             dataset=dataset,
             target=target,
             learning_rate=lambda: float(engine.get_lr()[0]),
+            by_engine=True,
         )
         self._batches: Iterator[LargeBatch] = self._read()
 

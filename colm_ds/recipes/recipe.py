@@ -40,6 +40,9 @@ class BaseRecipe(Section):
     data_paths: ClassVar[tuple[str, ...]] = ()
     """Keys of the `data` section that name files or folders."""
 
+    reads_target: ClassVar[bool] = False
+    """Whether a target's data can be read as the training data is."""
+
     name: str = Field("run", description="name in reports")
     made_by: str | None = Field(
         None, description="command that makes the files named here; said where they are missing"
@@ -117,6 +120,12 @@ class BaseRecipe(Section):
     def check(self, problems: Problems) -> None:
         """Add what does not fit together."""
         model = self.model
+        if self.colm.needs.target and not self.reads_target:
+            what = "compares with a target, which is read for task: instructions only"
+            problems.add("colm.selector", self.colm.selector, what, "Choose another selector.")
+        elif self.colm.needs.target and self.colm.target.data is None:
+            what = f"{self.colm.selector!r} compares with a target"
+            problems.add("colm.target.data", None, what, "Name a file of records like those of data.train.")
         if self.epochs is None and self.steps == 0:
             problems.add("steps", self.steps, "neither steps nor epochs", "For example 200, or 3 epochs.")
         if (model.name_or_path is None) == (model.config is None):
@@ -149,7 +158,8 @@ class BaseRecipe(Section):
 class Recipe(BaseRecipe):
     """A run on instructions, conversations, prompts with completions, or texts."""
 
-    data_paths: ClassVar[tuple[str, ...]] = ("train", "heldout", "chat_template")
+    data_paths: ClassVar[tuple[str, ...]] = ("train", "heldout", "chat_template", "subset")
+    reads_target: ClassVar[bool] = True
 
     task: Literal["instructions"] = Field("instructions", description="what is trained on")
     data: DataConfig
@@ -343,7 +353,7 @@ def _number(text: str) -> str | float:
 
 _PATHS = {
     None: ("output_dir", "tokenizer", "resume"),
-    "data": ("train", "heldout", "folder", "store", "cache_dir", "chat_template"),
+    "data": ("train", "heldout", "folder", "store", "cache_dir", "chat_template", "subset"),
     "model": ("name_or_path",),
     "lora": ("adapter",),
     "prepare": ("tokenizer",),
@@ -376,11 +386,22 @@ def _expand_paths(values: dict[str, Any], problems: Problems) -> None:
 def _resolve_paths(kind: type[BaseRecipe], values: dict[str, Any], folder: Path, problems: Problems) -> None:
     """Make the paths of a recipe findable from anywhere: as written, else relative to the recipe."""
     _resolve(values, "tokenizer", folder, problems, must_exist=False)
-    for section, keys in (("model", ("name_or_path",)), ("lora", ("adapter",)), ("data", kind.data_paths)):
-        inner = values.get(section)
+    places = {
+        "model": ("name_or_path",),
+        "lora": ("adapter",),
+        "data": kind.data_paths,
+        "colm.target": ("data",),
+        "colm.options": ("table",),
+    }
+    for section, keys in places.items():
+        inner: Any = values
+        for name in section.split("."):
+            inner = inner.get(name) if isinstance(inner, dict) else None
         if isinstance(inner, dict):
             for key in keys:
-                _resolve(inner, key, folder, problems, must_exist=section == "data", prefix=f"{section}.")
+                _resolve(
+                    inner, key, folder, problems, must_exist=section not in ("model", "lora"), prefix=f"{section}."
+                )
 
 
 def _take_adapter(values: dict[str, Any], problems: Problems) -> None:

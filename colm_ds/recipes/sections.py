@@ -127,6 +127,9 @@ class DataConfig(RowReading):
         "source", description="key that names a row's source; rows without it are of the file's name; null: one source"
     )
     limit: int | None = Field(None, ge=1, description="use at most this many examples, drawn at random")
+    subset: str | None = Field(
+        None, description="index file of colm-ds select: train on these of the examples, held-out ones taken out before"
+    )
     cache_dir: str | None = Field("~/.cache/colm_ds/tokens", description="where tokens are kept; null: nowhere")
     num_processes: int = Field(0, ge=0, description="processes that tokenise; 0: as many as there are cores, up to 16")
 

@@ -19,7 +19,7 @@ from colm_ds.recipes.model import load_model, load_tokenizer
 from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe, Recipe
 from colm_ds.training.tasks import with_steps
 from colm_ds.training.tasks.choices import load_choice_data
-from colm_ds.training.tasks.instructions import load_data
+from colm_ds.training.tasks.instructions import load_data, load_target
 from colm_ds.types import Coreset, Example, LargeBatch
 
 Data = TokenDataset | ChoiceDataset
@@ -142,6 +142,10 @@ def describe_coreset(recipe: Recipe | ChoiceRecipe, train: Data, tokenizer: Any)
         train,
         betas=recipe.optimizer.betas,
         eps=recipe.optimizer.eps,
+        dataset=train,
+        target=_target_of(recipe, tokenizer, train),
+        learning_rate=lambda: recipe.optimizer.lr,
+        by_engine=True,
     )
     kept_sources = small_source_ids(recipe.colm, source_counts(train))
     loader = LargeBatchLoader(
@@ -150,6 +154,11 @@ def describe_coreset(recipe: Recipe | ChoiceRecipe, train: Data, tokenizer: Any)
     batch = next(iter(loader))
     coreset = selector(batch).coreset
     return "\n".join([*_by_source(train, batch, coreset), "", *_by_example(train, batch, coreset, tokenizer)])
+
+
+def _target_of(recipe: Recipe | ChoiceRecipe, tokenizer: Any, train: Data) -> TokenDataset | None:
+    is_one = isinstance(recipe, Recipe) and isinstance(train, TokenDataset)
+    return load_target(recipe, tokenizer, train) if is_one else None  # type: ignore[arg-type]
 
 
 def _by_source(train: Data, batch: LargeBatch, coreset: Coreset) -> list[str]:

@@ -67,7 +67,7 @@ from colm_ds.training.start_or_resume import (
     where_to_start,
 )
 from colm_ds.training.start_summary import Start, start_summary
-from colm_ds.training.tasks import InTraining, TrainingTask, load_task, with_steps
+from colm_ds.training.tasks import InTraining, TrainingTask, check_reference, load_task, with_steps
 from colm_ds.types import StepStats
 from colm_ds.untrusted.printable import visible
 
@@ -185,6 +185,7 @@ class TrainingRun:
         self.resumed = together(lambda: where_to_start(recipe) if self.rank == 0 else None, device)
         self.tokenizer = together(lambda: load_tokenizer(recipe.model, recipe.tokenizer_place), device)
         self.task = self._load_task()
+        together(lambda: check_reference(recipe, self.task), device)
         self.recipe = recipe = together(lambda: with_steps(recipe, self.task.train), device)
         from transformers import set_seed
 
@@ -425,6 +426,7 @@ class TrainingRun:
             model=self.model,
             config=self.config,
             training_data=self.task.train,
+            target_data=self.task.target,
             lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
         )
         return engine

@@ -75,6 +75,7 @@ def selector_of(engine: Any, variant: str, table: str) -> CoresetSelector:
         dataset=engine.loader.dataset,
         target=RecordDataset(records({"algebra": 5, "drama": 4}, seed=9)) if colm.needs.target else None,
         learning_rate=lambda: float(group["lr"]),
+        by_engine=True,
     )
 
 

@@ -18,7 +18,7 @@ from colm_ds.batching.loader import source_counts
 from colm_ds.checkpoints import atomic
 from colm_ds.checkpoints.manifest import read_manifest, write_manifest
 from colm_ds.config.resolve import resolve_config
-from colm_ds.data import load_instructions
+from colm_ds.data import load_examples
 from colm_ds.data.generated.mixture import write_mixture
 from colm_ds.data.pretraining.token_store import MANIFEST, PARTS, TokenStore, write_part
 from colm_ds.engine.coreset_selector import small_source_ids
@@ -138,7 +138,7 @@ def read_recipe(folder: Path) -> str:
 def read_data(folder: Path) -> str:
     """Data as a run reads it."""
     tokenizer = load_tokenizer(ModelConfig(name_or_path=str(folder / "model")))
-    data = load_instructions(folder / "data" / "train.jsonl", tokenizer, 96, cache_dir=None)
+    data = load_examples(folder / "data" / "train.jsonl", tokenizer, 96, cache_dir=None)
     config = resolve_config(deepspeed_config(load_recipe(folder / "recipe.yaml")), 2)
     small_source_ids(config.colm, source_counts(data))
     return f"{len(data)} examples"

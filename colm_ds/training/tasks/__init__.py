@@ -6,7 +6,7 @@ from typing import Any
 
 from colm_ds.batching.loader import make_sampler
 from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe, PretrainingRecipe, Recipe
-from colm_ds.training.tasks.base import InTraining, TrainingTask, measure_heldout_loss
+from colm_ds.training.tasks.base import InTraining, TrainingTask, check_reference, data_digest, measure_heldout_loss
 from colm_ds.training.tasks.choices import ChoiceTask
 from colm_ds.training.tasks.clusters import ClusteredTask
 from colm_ds.training.tasks.instructions import InstructionTask
@@ -20,6 +20,8 @@ __all__ = [
     "InstructionTask",
     "PretrainingTask",
     "TrainingTask",
+    "check_reference",
+    "data_digest",
     "load_task",
     "measure_heldout_loss",
     "with_steps",

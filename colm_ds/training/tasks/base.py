@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from colm_ds.engine.engine import CoLMEngine
+from colm_ds.engine.reference_losses import read_table
 from colm_ds.errors import ConfigError
 from colm_ds.evaluation.heldout import heldout_loss
 from colm_ds.recipes.recipe import BaseRecipe
@@ -32,6 +35,11 @@ class TrainingTask(Protocol):
     @property
     def train(self) -> SourcedDataset:
         """The training examples."""
+        ...
+
+    @property
+    def target(self) -> SourcedDataset | None:
+        """The target examples, for selectors that compare with a target."""
         ...
 
     def identity(self) -> dict[str, dict[str, str]]:
@@ -60,6 +68,24 @@ class TrainingTask(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return the entries of `config.json` about the data, including `num_heldout`."""
         ...
+
+
+def data_digest(task: TrainingTask) -> str:
+    """Return a digest of the training examples of a task."""
+    parts = {key: data["digest"] for key, data in task.identity().items() if key.startswith("data.")}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def check_reference(recipe: BaseRecipe, task: TrainingTask) -> None:
+    """Raise a ConfigError if the selector's table of reference losses is of other data."""
+    if not recipe.colm.needs.reference:
+        return
+    path = recipe.colm.options["table"]
+    if read_table(path)["digest"] != data_digest(task):
+        raise ConfigError(
+            f"colm.options.table = {path}: its losses are of other training data, or tokenised otherwise. "
+            "Write another with colm-ds score and this recipe."
+        )
 
 
 def check_large_batch(recipe: BaseRecipe, train: SourcedDataset) -> None:

@@ -16,6 +16,8 @@ from colm_ds.training.tasks.base import InTraining, check_large_batch, measure_h
 class ChoiceTask:
     """Implements `TrainingTask` for a recipe on a classification task."""
 
+    target = None
+
     def __init__(self, recipe: ChoiceRecipe, tokenizer: Any) -> None:
         """Read and tokenise; see `load_choice_data` for what it raises."""
         self._settings = recipe.evaluation

@@ -53,6 +53,11 @@ class ClusteredTask:
         """See `TrainingTask.train`: with the sources of the data; the engine knows the clusters."""
         return self._task.train
 
+    @property
+    def target(self) -> SourcedDataset | None:
+        """See `TrainingTask.target`."""
+        return self._task.target
+
     def identity(self) -> dict[str, dict[str, str]]:
         """See `TrainingTask.identity`."""
         return self._task.identity()

@@ -14,6 +14,7 @@ from colm_ds.data.entries import DataEntry, as_entries
 from colm_ds.data.examples import describe_read
 from colm_ds.data.formats import find_places
 from colm_ds.data.holdout import count_common
+from colm_ds.data.subset import read_subset
 from colm_ds.data.workers import MAX_PROCESSES, usable_cores
 from colm_ds.errors import ConfigError
 from colm_ds.evaluation.exact_match import Question, exact_match, load_questions
@@ -39,10 +40,15 @@ class InstructionTask:
             if self._heldout.trained is not None:
                 chat = ChatEncoder(tokenizer, None, recipe.data.train_on, recipe.data.chat_template_kwargs)
             self._questions = load_questions(_entries(recipe, recipe.data.heldout), tokenizer, chat)
+        self.target = load_target(recipe, tokenizer, self.train)
+        self._target_place = str(recipe.colm.target.data)
 
     def identity(self) -> dict[str, dict[str, str]]:
-        """See `TrainingTask.identity`: the training examples."""
-        return {"data.train": {"place": self._place, "digest": self._digest}}
+        """See `TrainingTask.identity`: the training examples, and those of the target."""
+        data = {"data.train": {"place": self._place, "digest": self._digest}}
+        if self.target is not None:
+            data["colm.target.data"] = {"place": self._target_place, "digest": self.target.digest()}
+        return data
 
     @cached_property
     def _digest(self) -> str:
@@ -136,6 +142,8 @@ def load_data(recipe: Recipe, tokenizer: Any) -> tuple[TokenDataset, TokenDatase
     heldout = _load(recipe, data.heldout, tokenizer, None) if data.heldout is not None else None
     if data.holdout_per_source:
         train, heldout = split_holdout(train, per_source=data.holdout_per_source, seed=recipe.seed)
+    if data.subset is not None:
+        train = train.subset(read_subset(data.subset, train.digest()))
     check_large_batch(recipe, train)
     return train, heldout
 
@@ -184,3 +192,31 @@ def _load(recipe: Recipe, data: Any, tokenizer: Any, limit: int | None) -> Token
         seed=recipe.seed,
         num_processes=section.num_processes or max(1, min(MAX_PROCESSES, usable_cores() // ranks)),
     )
+
+
+def load_target(recipe: Recipe, tokenizer: Any, train: TokenDataset) -> TokenDataset | None:
+    """Load the target data of a recipe whose selector compares with one; None: it does not.
+
+    Args:
+        recipe: recipe with `colm.target.data`.
+        tokenizer: from `load_tokenizer`.
+        train: the training examples, among which no target may be.
+
+    Raises:
+        DataError: naming file and line.
+        ConfigError: if examples of the target are trained on.
+    """
+    place = recipe.colm.target.data
+    if place is None:
+        return None
+    target = _load(recipe, place, tokenizer, None)
+    wanted = {example.input_ids.numpy().tobytes() for example in target}
+    lengths = {len(example.input_ids) for example in target}
+    alike = [index for index in range(len(train)) if int(train.lengths[index]) in lengths]
+    both = [index for index in alike if train[index].input_ids.numpy().tobytes() in wanted]
+    if both:
+        raise ConfigError(
+            f"colm.target.data = {place}: {len(both)} of its examples are trained on, the first as example {both[0]} "
+            "of data.train. A target must be other examples: take them out of one of the two."
+        )
+    return target

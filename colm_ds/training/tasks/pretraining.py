@@ -26,6 +26,8 @@ from colm_ds.training.tasks.base import InTraining, measure_heldout_loss
 class PretrainingTask:
     """Implements `TrainingTask` for a recipe on chunks of text."""
 
+    target = None
+
     def __init__(self, recipe: PretrainingRecipe, tokenizer: Any) -> None:
         """Open the store.
 
