@@ -286,6 +286,18 @@ def _set_up_check(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
 
 
+def _set_up_select(parser: argparse.ArgumentParser) -> None:
+    from colm_ds.choose.select_command import add_arguments
+
+    add_arguments(parser)
+
+
+def _set_up_score(parser: argparse.ArgumentParser) -> None:
+    from colm_ds.choose.score_command import add_arguments
+
+    add_arguments(parser)
+
+
 def _set_up_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="YAML file")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
@@ -383,6 +395,21 @@ COMMANDS: dict[str, Command] = {
         "largest micro-batch that fits, what every switch saves, and the time of a step by the cost model.",
         _set_up_plan,
         "finetune/recipes/phi2_math.yaml --num-gpus 4 --gpu-memory-gib 48",
+    ),
+    "select": Command(
+        "choose once from a recipe's data: CCS, SimCore, GORACS or vector sums, written as an index file",
+        "Pass all training examples through the model once, choose some of them, and write an index file that recipes "
+        "take as data.subset, with counts by source. Signals are kept in data.cache_dir. docs/selectors has a page for "
+        "each method.",
+        _set_up_select,
+        "finetune/recipes/smollm2_math_tokens.yaml --method ccs --size 0.3 --out ccs.json data.train=MathInstruct.json",
+    ),
+    "score": Command(
+        "losses of a recipe's data under a reference model, for the selector rho_loss",
+        "Pass all training examples through a reference model once and write its losses as a table, which recipes take "
+        "as colm.options.table with colm.selector=rho_loss.",
+        _set_up_score,
+        "finetune/recipes/smollm2_math_tokens.yaml --at runs/heldout --out il.pt data.train=MathInstruct.json",
     ),
     "check": Command(
         "what selection is worth on a recipe's model and data, measured before training: which way, or none",
