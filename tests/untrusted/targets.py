@@ -138,7 +138,7 @@ def read_recipe(folder: Path) -> str:
 def read_data(folder: Path) -> str:
     """Data as a run reads it."""
     tokenizer = load_tokenizer(ModelConfig(name_or_path=str(folder / "model")))
-    data = load_examples(folder / "data" / "train.jsonl", tokenizer, 96, cache_dir=None)
+    data = load_examples(str(folder / "data" / "train.jsonl"), tokenizer, 96, cache_dir=None)
     config = resolve_config(deepspeed_config(load_recipe(folder / "recipe.yaml")), 2)
     small_source_ids(config.colm, source_counts(data))
     return f"{len(data)} examples"
