@@ -38,6 +38,9 @@ def step_cost(job: Job, parameters: Parameters, tflops: float | None) -> TimePla
     if job.probes:
         probe, large = job.colm.probe, job.colm.large_batch_size
         seen, probed = large if job.replays else large * probe.sample, large * probe.sample
+        if job.colm.needs.target:
+            targets = job.colm.target.batch / job.colm.target.refresh
+            seen, probed = seen + targets, probed + targets
         trunk = 1.0 - _tail_flops(job, parameters) / forward
         of_probe = seen * trunk + probed * tail_passes(job) * probed_tail_flops(job, parameters) / forward
     lora, checkpointing = job.spec.lora is not None, job.spec.checkpointing
@@ -53,7 +56,7 @@ def step_cost(job: Job, parameters: Parameters, tflops: float | None) -> TimePla
 def tail_passes(job: Job) -> int:
     """Return the probe's passes through the last layer and the head; a backward pass of activations counts as one."""
     if job.colm.signal != "gradient":
-        return 1
+        return 2 if "gradient_norm" in job.colm.needs.also else 1
     return 2 * job.colm.probe.resolved_num_probes if job.colm.probe.estimator == "spsa" else 2
 
 

@@ -82,7 +82,7 @@ class FactoredHistory:
 
     def size(self) -> Tensor:
         """Return 1 / sqrt of the mean second moment, by which relative scales become absolute; 1 before any update."""
-        mean = self.row.mean()
+        mean = (self.row.mean() * self.column.mean()).sqrt()  # two estimates of one number
         return torch.where(mean > 0, mean.clamp_min(1e-38).rsqrt(), torch.ones_like(mean))
 
     def update(self, row_mean: Tensor, column_mean: Tensor) -> None:

@@ -313,6 +313,21 @@ def test_time_counts_how_often_the_tail_is_passed(colm: dict[str, Any], passes: 
     assert planner.time(job(colm=colm), None).forwards == pytest.approx(24 + once + (passes - 1) * tail)
 
 
+def test_targets_cost_as_examples_do() -> None:
+    """A refresh of m' targets is a probe of as many more examples; past losses cost nothing."""
+    planner = Planner()
+
+    def forwards(**colm: Any) -> float:
+        return planner.time(job(colm=colm), None).forwards
+
+    score = {"selector": "simcore", "target": {"size": 8, "batch": 4}}
+    once = (forwards(selector="big_loss") - 24) / 16
+    assert forwards(**score) == pytest.approx(24 + 20 * once)
+    assert forwards(**{**score, "target": {"size": 8, "batch": 4, "refresh": 2}}) == pytest.approx(24 + 18 * once)
+    assert forwards(selector="goracs") > forwards(selector="simcore")  # one backward of the tail for the norms
+    assert forwards(selector="infobatch") == forwards(selector="loss_band", options={"stale": True}) == 24
+
+
 def test_fewer_tokens_in_the_probe_cost_less_time_and_memory() -> None:
     """The MLP and the head see a quarter of the positions, the attention all of them."""
     planner, quarter = Planner(), {"estimator": "exact", "token_sample": 0.25}

@@ -14,7 +14,7 @@ from colm_ds.batching.micro_batch import make_micro_batch
 from colm_ds.models.architecture import find_architecture
 from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 from colm_ds.probe.factors import example_gradients, gradient_factors
-from colm_ds.probe.scores import confidences, gradient_norms, last_hidden
+from colm_ds.probe.scores import confidences, el2n, gradient_norms, last_hidden, margins
 from colm_ds.probe.tail import run_trunk, tail_losses
 from colm_ds.types import Example
 from tests.choices import plain_choice_loss, plain_scores, random_choices
@@ -101,6 +101,13 @@ def test_scores() -> None:
     tail = run_trunk(model, architecture, make_micro_batch(EXAMPLES))
     expected = torch.stack([plain_scores(model, one).softmax(0).max().detach() for one in EXAMPLES])
     assert torch.allclose(confidences(architecture, tail).double(), expected, atol=1e-6)
+    margin, error = margins(architecture, tail).detach(), el2n(architecture, tail).detach()
+    for place, one in enumerate(EXAMPLES):
+        chances, gold = plain_scores(model, one).softmax(0).detach().double(), one.candidates.gold  # type: ignore[union-attr]
+        others = torch.cat([chances[:gold], chances[gold + 1 :]])
+        one_hot = torch.eye(len(chances), dtype=torch.float64)[gold]
+        assert float(margin[place]) == pytest.approx(float(chances[gold] - others.max()), abs=1e-6)
+        assert float(error[place]) == pytest.approx(float((one_hot - chances).norm()), abs=1e-6)
     hidden = last_hidden(architecture, tail)
     for row, one in enumerate(EXAMPLES):
         prompt = one.input_ids[: int((one.labels != -100).nonzero()[0])]

@@ -14,7 +14,7 @@ from colm_ds.errors import ProbeError
 from colm_ds.models.architecture import find_architecture
 from colm_ds.models.families import FAMILIES
 from colm_ds.probe.directions import sign_vectors
-from colm_ds.probe.sketch import FactoredHistory, second_moments, sketch_vectors
+from colm_ds.probe.sketch import FactoredHistory, SketchEstimator, second_moments, sketch_vectors
 from colm_ds.randomness import private_generator
 from colm_ds.selection import SINGLE_PROCESS, SingleProcess
 from colm_ds.types import Coreset
@@ -292,3 +292,30 @@ def test_rank_without_examples_and_place_holder() -> None:
     signals = estimator.signals(3, SINGLE_PROCESS)
     assert signals.positions.tolist() == [1]
     assert signals.vectors.shape == (1, 3)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_targets_are_sketched_as_they_are(absolute: bool) -> None:
+    """Candidates are scaled by the history, targets not: products estimate those of D g_i with g_target."""
+    model, examples = tiny_model("llama"), make_examples()
+    architecture = find_architecture(model)
+    out, width = architecture.targets[0].out_features, architecture.targets[0].in_features
+    estimator = SketchEstimator(
+        architecture, CPU, num_probes=9, every_step=True, beta2=0.9, seed=0, targets_from=3, absolute=absolute
+    )
+    probe_step(estimator, model, examples)
+    estimator.update(coreset_of([0, 2]), SINGLE_PROCESS)
+    history = estimator._histories[0]
+    found = probe_step(estimator, model, examples, [[0, 3], [1, 2, 4]], step=2).vectors
+    rows, columns = signs_of(architecture, 9, epoch=2)
+    gradients = plain_gradients(model, examples)
+    row_scale, column_scale = history.scales()
+    scale = torch.outer(row_scale, column_scale).double()
+    moment = torch.outer(history.row, history.column).double() / (history.row.mean() * history.column.mean()).sqrt()
+    if absolute:  # D is 1 / sqrt(v) entry by entry, up to the floor of small moments, over the matrix's size
+        scale = scale * float(history.size()) / (out * width) ** 0.5
+        assert float((scale * (out * width * moment).sqrt()).median()) == pytest.approx(1.0, rel=0.01)
+    scaled = torch.cat([gradients[:3] * scale, gradients[3:]])
+    expected = torch.einsum("ko,boi,ki->bk", rows.double(), scaled, columns.double()) / 3.0
+    assert relative_error(found, expected) < 1e-5
+    assert float((scale - 1.0).abs().max()) > 0.1
