@@ -51,12 +51,6 @@ def split_holdout(
         if all(need <= want for need, want in zip(needed, wanted, strict=True)):
             held[group] = True
             wanted = [want - need for need, want in zip(needed, wanted, strict=True)]
-    if not held.any() and (fraction or per_source):
-        raise ConfigError(
-            f"nothing can be held out of {len(dataset)} examples in {len(counts)} sources: a source keeps at least "
-            "half of its examples, and equal prompts stay together. Name a held-out file (data.heldout), or hold "
-            "out nothing (data.holdout_per_source=0, evaluation.every=0)."
-        )
     return dataset.subset(np.flatnonzero(~held)), dataset.subset(np.flatnonzero(held))
 
 

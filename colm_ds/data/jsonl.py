@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from colm_ds.errors import DataError
-from colm_ds.untrusted.json_text import parse_json
+from colm_ds.untrusted.json_text import MAX_DEPTH, check_depth, parse_json
 from colm_ds.untrusted.lines import MAX_LINE_BYTES
 
 _CHUNK_BYTES = 1 << 20
@@ -140,8 +140,12 @@ def _stream_items(path: Path) -> Iterator[Any]:
                         if not more():
                             raise
                         continue
+                    except RecursionError:
+                        raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
                     if end < len(text) or not more():  # a number may continue behind what was read
                         break
+                if text.count("[", place, end) + text.count("{", place, end) > MAX_DEPTH:
+                    check_depth(item)
                 yield item
                 place, size = end, _CHUNK_BYTES
                 mark = next_character()

@@ -309,6 +309,7 @@ def messages(cases: list[Case], arguments: list[dict[str, Any]]) -> list[str]:
 def test_mistakes_found_with_model_and_data(pools: dict[int, Ranks]) -> None:
     mamba = Case("mamba", family="mamba", model={"attn_implementation": "eager"})
     with_data = Case("x", colm={"large_batch_size": 124})
+    arguments_of = "ConfigError: 1 problem in the arguments of colm_ds.initialize\n"
     expected: list[tuple[Case, dict[str, Any], str]] = [
         (
             Case("x", colm={"small_sources": ["drama", "poems", 9]}),
@@ -318,8 +319,12 @@ def test_mistakes_found_with_model_and_data(pools: dict[int, Ranks]) -> None:
         ),
         (with_data, {}, "SelectionError: large_batch_size = 124: more than the 123 examples of the dataset."),
         (mamba, {}, "ProbeError: model of type 'mamba': its last layer, MambaBlock, has no attention"),
-        (Case("x"), {"training_data": None}, "ConfigError: colm_ds.initialize: model, config and training_data"),
-        (Case("x"), {"config": None}, "ConfigError: colm_ds.initialize: model, config and training_data"),
+        (
+            Case("x"),
+            {"training_data": None},
+            "ConfigError: 1 problem in the arguments of colm_ds.initialize\n  training_data",
+        ),
+        (Case("x"), {"config": None}, "ConfigError: 1 problem in the arguments of colm_ds.initialize\n  config"),
         (Case("x", deepspeed={"optimizer": {}}), {}, 'ConfigError: optimizer: none. Add "optimizer": {'),
         (Case("x"), {"training_data": [{"input_ids": [1, 2]}]}, "DataError: example 0: no 'source'."),
         (Case("x"), {}, ""),
