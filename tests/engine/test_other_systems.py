@@ -265,7 +265,7 @@ def test_selectors_that_need_the_engine() -> None:
         {"selector": "rho_loss", "options": {"table": "x"}},
     ):
         with pytest.raises(ConfigError, match=r"which the step of colm_ds\.initialize"):
-            CoresetSelector(model, {**SIZES, **section}, ["a"])
+            CoresetSelector(model, {**SIZES, **section}, {"a": 64})
 
 
 def test_target_data_where_it_is_needed_and_only_there() -> None:

@@ -145,8 +145,8 @@ def load_data(recipe: Recipe, tokenizer: Any) -> tuple[TokenDataset, TokenDatase
         if len(heldout) == 0:
             raise ConfigError(
                 f"data.holdout_per_source = {data.holdout_per_source}: nothing can be held out of {len(train)} "
-                "examples: a source keeps at least half of its examples, and equal prompts stay together. Name a held-out file "
-                "(data.heldout), or hold out nothing (data.holdout_per_source=0, evaluation.every=0)."
+                "examples: a source keeps at least half of its examples, and equal prompts stay together. Name a "
+                "held-out file (data.heldout), or hold out nothing (data.holdout_per_source=0, evaluation.every=0)."
             )
     if data.subset is not None:
         train = train.subset(read_subset(data.subset, train.digest()))
