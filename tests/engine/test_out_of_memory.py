@@ -28,7 +28,8 @@ def chunks(folder: Path) -> ChunkDataset:
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
     write_part(folder / PARTS, "0", {(TRAIN, "text"): tokens}, "<u2", {})
     meta = json.loads((folder / PARTS / "0.json").read_text())
-    manifest = {"sources": {"text": {}}, "dtype": "<u2", "tokenizer": "", "vocabulary_size": 97, "parts": [{"name": "0", **meta}]}
+    manifest = {"sources": {"text": {}}, "dtype": "<u2", "parts": [{"name": "0", **meta}]}
+    manifest |= {"tokenizer": "", "vocabulary_size": VOCABULARY_SIZE}
     (folder / MANIFEST).write_text(json.dumps(manifest))
     return ChunkDataset(TokenStore(folder), TRAIN, 32)
 

@@ -138,7 +138,7 @@ def test_math_names_its_isolation(models: Path, data: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("nowhere/at/all --tasks copa", "cannot be"),
+        ("nowhere/at/all --tasks copa", "no such folder"),
         ("./nowhere --tasks copa", "./nowhere: no such folder."),
         ("package:no_such_package", "package:no_such_package: that Python package is not installed"),
         ("{models}/unfinished", "colm-ds export"),
