@@ -192,6 +192,7 @@ ENDED = """
 import dataclasses, glob, os, signal, sys, tempfile, threading, time
 from colm_ds.evaluation.sandbox import sandbox
 tempfile.tempdir = sys.argv[1]
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
 means = dataclasses.replace(sandbox.detect(), namespaces="not wanted")
 program = '''
 import sys, time
