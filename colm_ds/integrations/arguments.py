@@ -22,6 +22,7 @@ OWN_TO_THE_ENGINE = {
     "phase_timeout_s": "The Trainer has ddp_timeout",
     "memory": "colm_ds.memory has hooks for any loop",
     "variance_every": "Call the coreset selector's gradient_variance in a callback",
+    "target": "Selectors that compare with a target need the step of colm_ds.initialize",
 }
 """Keys of the `"colm"` section that only `colm_ds.initialize` uses, and what replaces them here."""
 
@@ -35,13 +36,18 @@ def _help(text: str) -> dict[str, str]:
 class CoLMConfig:
     """Selection of a trainer: the keys of the `"colm"` section, with its defaults. The seed is the TrainingArguments'.
 
-    Works with `HfArgumentParser((TrainingArguments, CoLMConfig))`; there `mask`, `probe` and `schedule` are JSON.
+    Works with `HfArgumentParser((TrainingArguments, CoLMConfig))`; there `mask`, `probe`, `schedule` and `options` are
+    JSON.
     """
 
     large_batch_size: int = field(default=0, metadata=_help("r: examples inspected in an optimizer step"))
     coreset_size: int | None = field(default=None, metadata=_help("b; default: by the Trainer's batch size"))
     preset: str | None = field(default=None, metadata=_help("paper: keys left at their defaults are the paper's"))
     selector: str = field(default="colm", metadata=_help("colm, random, keep_random, full or another"))
+    options: dict | str | None = field(default=None, metadata=_help("options of the selector, as JSON"))
+    outer_rules: Literal["auto", "on", "off"] = field(
+        default="auto", metadata=_help("small sources kept and quotas by source around the selector's rule")
+    )
     small_sources: str = field(default="auto", metadata=_help("kept whole: auto (under |V|/c), none, or a,b"))
     small_share: str = field(default="auto", metadata=_help("part of b that they may fill, 0 to 1; auto: as r = 2 b"))
     per_source: str = field(default="auto", metadata=_help("true: medoids per big source, false: of all together"))
@@ -112,7 +118,7 @@ def read_section(given: Given) -> dict[str, Any]:
     if isinstance(given, CoLMSection):
         return given.model_dump(exclude_unset=True)
     section = given.section() if isinstance(given, CoLMConfig) else _parse(given)
-    for key in ("mask", "probe", "schedule"):
+    for key in ("mask", "probe", "schedule", "options"):
         if isinstance(section.get(key), str):
             section[key] = _parse(section[key])
     return section

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from colm_ds.integrations.transformers import CoLMArguments, CoLMConfig, CoLMMixin
+from dataclasses import dataclass, field
+
+from colm_ds.integrations import transformers
+from colm_ds.integrations.transformers import CoLMArguments, CoLMMixin
 
 try:
     from trl import SFTTrainer
@@ -10,6 +13,13 @@ except ImportError as error:
     raise ImportError("colm_ds.integrations.trl needs TRL: pip install 'colm_ds[trl]'") from error
 
 __all__ = ["CoLMArguments", "CoLMConfig", "CoLMSFTTrainer"]
+
+
+@dataclass
+class CoLMConfig(transformers.CoLMConfig):
+    """As in `colm_ds.integrations.transformers`, without `packing`: SFTConfig has an option of that name."""
+
+    packing: str = field(default="off", init=False)
 
 
 class CoLMSFTTrainer(CoLMMixin, SFTTrainer):

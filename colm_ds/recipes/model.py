@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.util
 import io
 import logging
@@ -138,14 +139,15 @@ def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
 
 
 def _check_config(values: Mapping[str, Any]) -> None:
-    """Raise on keys of `model.config` that the configuration's class does not know, which it would keep and ignore."""
+    """Raise on keys of `model.config` that are nearly those of the configuration's class, which would ignore them."""
     from transformers import AutoConfig
 
     known = AutoConfig.for_model(values["model_type"])
     problems = Problems("model.config")
-    for key in values:
-        if key != "model_type" and not hasattr(known, key):
-            problems.add_unknown(key, [*known.to_dict(), *known.attribute_map])
+    names = [*known.to_dict(), *known.attribute_map]
+    for key in values:  # some keys of old files become others, and are no attributes: rope_theta, for example
+        if key != "model_type" and not hasattr(known, key) and difflib.get_close_matches(key, names, 1, cutoff=0.85):
+            problems.add_unknown(key, names)
     problems.raise_if_any()
 
 

@@ -18,7 +18,9 @@ def test_the_dataclass_has_the_keys_and_defaults_of_the_section() -> None:
     assert ours.keys() - {"source_column", "log"} == theirs.keys() - OWN_TO_THE_ENGINE.keys() - {"seed", "replay"}
     fitting = {"small_sources", "small_share", "per_source", "geometry", "metric", "weights"}  # by the estimator
     assert all(ours[name] == "auto" for name in fitting)
-    for name in ours.keys() - {"source_column", "log", "large_batch_size", "mask", "probe", "schedule"} - fitting:
+    for name in (
+        ours.keys() - {"source_column", "log", "large_batch_size", "mask", "probe", "schedule", "options"} - fitting
+    ):
         assert ours[name] == theirs[name], name
 
 

@@ -139,7 +139,8 @@ def test_length_is_changed_by_its_own_key(repo_root: Path) -> None:
 def test_a_store_says_its_vocabulary(tmp_path: Path, repo_root: Path) -> None:
     """Rounded up as training does."""
     store = f"data.store={tmp_path}"
-    (tmp_path / MANIFEST).write_text(json.dumps({"vocabulary_size": 3001, "sources": {}, "parts": []}))
+    manifest = {"vocabulary_size": 3001, "sources": {}, "parts": [], "dtype": "<u2", "tokenizer": ""}
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     assert pretraining_job(repo_root, store).spec.config.vocab_size == 3008
     assert pretraining_job(repo_root, store, "model.vocabulary_multiple=1").spec.config.vocab_size == 3001
     (tmp_path / MANIFEST).write_text("{")
