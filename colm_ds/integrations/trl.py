@@ -12,14 +12,18 @@ try:
 except ImportError as error:
     raise ImportError("colm_ds.integrations.trl needs TRL: pip install 'colm_ds[trl]'") from error
 
-__all__ = ["CoLMArguments", "CoLMConfig", "CoLMSFTTrainer"]
+__all__ = ["CoLMArguments", "CoLMConfig", "CoLMSFTConfig", "CoLMSFTTrainer"]
 
 
 @dataclass
-class CoLMConfig(transformers.CoLMConfig):
-    """As in `colm_ds.integrations.transformers`, without `packing`: SFTConfig has an option of that name."""
+class CoLMSFTConfig(transformers.CoLMConfig):
+    """`CoLMConfig` without `packing`: SFTConfig has an option of that name."""
 
     packing: str = field(default="off", init=False)
+
+
+CoLMConfig = CoLMSFTConfig
+"""The name that scripts for TRL import."""
 
 
 class CoLMSFTTrainer(CoLMMixin, SFTTrainer):
