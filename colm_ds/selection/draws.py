@@ -31,8 +31,7 @@ def weighted_draw(probabilities: Tensor, count: int, generator: torch.Generator)
     arrival = exponentials(len(probabilities), generator)
     chances = probabilities.double()
     possible = chances > 0
-    late = arrival + arrival.max().clamp_min(1.0) if len(arrival) else arrival
-    rank = torch.where(possible, arrival / chances.clamp_min(1e-300), late)
+    rank = torch.where(possible, arrival / chances.clamp_min(1e-300), arrival)
     order = torch.argsort(rank, stable=True)
     first = torch.cat([order[possible[order]], order[~possible[order]]])
     return first[:count].sort().values
