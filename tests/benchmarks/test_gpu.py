@@ -71,6 +71,7 @@ def test_step_runs_dry(pools: dict[int, Ranks], tmp_path: Path) -> None:
     assert lines["plain 4"].count(collect.NONE) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_pretrain_runs_dry(pools: dict[int, Ranks], tmp_path: Path) -> None:
     rows = dry(pools, tmp_path, "pretrain")

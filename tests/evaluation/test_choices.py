@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from colm_ds.data.choices import WRITERS
-from colm_ds.data.jsonl import read_records
+from colm_ds.data.formats import read_records
 from colm_ds.data.prompt import Continuation, encode_pair
 from colm_ds.errors import DataError
 from colm_ds.evaluation.backend import TransformersBackend

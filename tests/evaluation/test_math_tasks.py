@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from colm_ds.data.jsonl import read_records
+from colm_ds.data.formats import read_records
 from colm_ds.data.prompt import format_prompt
 from colm_ds.errors import DataError
 from colm_ds.evaluation import math_tasks

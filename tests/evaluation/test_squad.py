@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from colm_ds.data.jsonl import read_records
+from colm_ds.data.formats import read_records
 from colm_ds.errors import DataError
 from colm_ds.evaluation.squad import SquadTask, exact, f1, normalise, write_question
 from tests.evaluation.stubs import StubBackend

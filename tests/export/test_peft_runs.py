@@ -61,7 +61,7 @@ WAYS = [
     pytest.param(Way("head", HEAD, 3, REPLAY), marks=SLOW),
     pytest.param(Way("4bit", {}, 0, FOUR), marks=SLOW),
     pytest.param(Way("4bit", {}, 1, FOUR), marks=SLOW),
-    pytest.param(Way("4bit dora", {"use_dora": True}, 2, FOUR | REPLAY)),
+    pytest.param(Way("4bit dora", {"use_dora": True}, 2, FOUR | REPLAY), marks=SLOW),
     pytest.param(Way("4bit experts", {}, 2, FOUR | REPLAY, "mixtral"), marks=SLOW),
     pytest.param(Way("8bit", {}, 2, {"quantization": "8bit"}), marks=SLOW),
     pytest.param(Way("experts", {**EXPERTS, "targets": ["v_proj"]}, 0, {}, "mixtral"), marks=SLOW),

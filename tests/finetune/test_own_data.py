@@ -153,6 +153,7 @@ def test_faults_of_the_section(tmp_path: Path, tokenizer_folder: Path, data: dic
     assert [part for part in parts if part not in str(caught.value)] == [], str(caught.value)
 
 
+@pytest.mark.slow
 def test_from_instructions_to_a_chat_model(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

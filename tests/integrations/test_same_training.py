@@ -44,7 +44,7 @@ def same(one: Trained, other: Trained) -> None:
     assert largest_difference(one.parameters, other.parameters) <= 1e-5
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_plain_loop_is_the_engine(setting: str, world_size: int, pools: dict[int, Ranks], engine_runs: Any) -> None:
     plain = pools[world_size].run(with_plain_loop, SETTINGS[setting], STEPS)[0]

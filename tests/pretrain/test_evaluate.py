@@ -50,6 +50,7 @@ def test_question_sets_and_the_run_s_own_store(run: Path, tmp_path: Path) -> Non
         assert name in done.stdout
 
 
+@pytest.mark.slow
 def test_a_named_store_and_a_wrong_one(run: Path, prepared: Prepared, tmp_path: Path) -> None:
     best = str(run / "best_model")  # a model's folder: nothing says which store it was trained on
     asked = ("--tasks", "perplexity", "--out", str(tmp_path / "best"))

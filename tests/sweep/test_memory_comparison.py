@@ -91,7 +91,7 @@ def test_bad_input(
     arguments: list[str], said: str, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = recipe_file(tmp_path, data)
-    assert cli.main(["memory-report", str(path), *arguments, "--ranks", "2", "--out", str(tmp_path / "out")]) == 2
+    assert cli.main(["memory-report", str(path), *arguments, "--num-gpus", "2", "--out", str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -111,7 +111,7 @@ def test_what_is_finished_is_skipped(
     monkeypatch.setattr(jobs, "_run", fake_run)
     monkeypatch.setattr(memory_comparison, "_has_gpu", lambda: True)
     path, out = recipe_file(tmp_path, data), tmp_path / "out"
-    arguments = ["memory-report", str(path), "--ranks", "2", "--out", str(out), "--sizes", "16"]
+    arguments = ["memory-report", str(path), "--num-gpus", "2", "--out", str(out), "--sizes", "16"]
     assert cli.main(arguments) == 0
     assert started == [*(plan.name for plan in plan_arms(load_recipe(path), 2, [16]))]
     assert "## Memory against batch size" in (out / "report.md").read_text()
@@ -144,7 +144,9 @@ def test_the_script_refuses_bad_input(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_real_runs(tmp_path: Path, data: Path) -> None:
     path, out = recipe_file(tmp_path, data), tmp_path / "out"
-    assert cli.main(["memory-report", str(path), "--ranks", "2", "--port", "29645", "--out", str(out), "--sizes"]) == 0
+    assert (
+        cli.main(["memory-report", str(path), "--num-gpus", "2", "--port", "29645", "--out", str(out), "--sizes"]) == 0
+    )
     table = json.loads((out / "report.json").read_text())["tables"]["protocols"]
     row = dict(zip(table["columns"], next(row for row in table["rows"] if row[0] == "16 of 32"), strict=True))
     assert 0 < row["equal steps: × plain peak"] < row["equal micro-batch: × plain peak"]
