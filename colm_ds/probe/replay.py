@@ -166,14 +166,18 @@ class ReplayStore:
             self._places[key] = _Place(number, row, length)
 
     def keep(self, positions: Sequence[int]) -> None:
-        """Free the memory of all other examples; offloaded states have arrived, as the choice synchronised."""
+        """Free the memory of all other examples; offloaded states have arrived, as the choice synchronised.
+
+        It may be called again with fewer positions.
+        """
         wanted = set(positions)
         self._places = {key: place for key, place in self._places.items() if key[0] in wanted}
         for number, states in enumerate(self._states):
             rows = sorted(place.row for place in self._places.values() if place.micro_batch == number)
+            before = self._rows[number]
             self._rows[number] = {row: index for index, row in enumerate(rows)}
             if states:
-                index = to_device(torch.tensor(rows, dtype=torch.int64), states[0].device)
+                index = to_device(torch.tensor([before[row] for row in rows], dtype=torch.int64), states[0].device)
                 states[:] = [state[index] for state in states]
 
     def has(self, positions: Sequence[int]) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.engine.oracle import largest_difference
-from tests.engine.test_skipped_steps import poison, poisoned_records
+from tests.engine.test_skipped_steps import POISON, poison, poisoned_records
 from tests.engine.training import CORESET, NOTHING_PERSISTS, SOURCES, Case, parameters
 from tests.integrations.runs import pad
 from tests.ranks import Ranks
@@ -246,32 +246,51 @@ def test_resume_in_the_middle_of_an_epoch(pools: dict[int, Ranks], tmp_path: Pat
     assert largest_difference(whole, rest) == 0.0
 
 
-def with_a_loss_that_is_not_finite(case: Case) -> list[Any]:
-    """In a rank: one step of the loop and one of `train_batch` on examples of which some have no finite loss."""
+def with_losses_that_are_not_finite(case: Case) -> list[Any]:
+    """In a rank: an epoch of the loop and one of `train_batch` on examples of which some have no finite loss."""
+    records = poisoned_records(case)
+    for record in records:
+        if record["source"] == "drama":
+            record["input_ids"][0] = POISON
     found = []
     for by_loop in (True, False):
         model = poison(case.build_model())
         model.get_input_embeddings().weight.requires_grad_(False)
-        engine, loader = make(case, model=model, training_data=poisoned_records(case))
-        if by_loop:
-            for batch in islice(loader, engine.gradient_accumulation_steps()):
+        engine, loader = make(case, model=model, training_data=records)
+        trained, losses, skipped = [], [], []
+        for batch in loader if by_loop else range(EPOCH):
+            if not by_loop:
+                engine.train_batch()
+            else:
                 engine.backward(engine(**batch).loss)
                 engine.step()
-            stats = engine.last_stats
-        else:
-            stats = engine.train_batch()
-        found.append((stats.examples_trained, stats.loss, stats.skipped, parameters(engine)))
+            if engine.is_gradient_accumulation_boundary():
+                trained.append(engine.last_stats.examples_trained)
+                losses.append(engine.last_stats.loss)
+                skipped.append(engine.last_stats.skipped)
+        found.append((trained, losses, parameters(engine), skipped))
         engine.destroy()
     return found
 
 
-def test_a_loss_that_is_not_finite_is_left_out(pools: dict[int, Ranks]) -> None:
-    case = Case("poison", stage=2, colm={"selector": "random"}, model={"tie_word_embeddings": False})
-    looped, plain = pools[2].run(with_a_loss_that_is_not_finite, case)[0]
-    assert looped[0] == plain[0] < CORESET
+@pytest.mark.parametrize("replay", [False, True], ids=["plain", "replay"])
+def test_losses_that_are_not_finite_are_left_out(replay: bool, pools: dict[int, Ranks]) -> None:
+    """Only kept examples of small sources come to training without a finite signal; `random` takes any."""
+    colm = {"probe": {"estimator": "exact"}, "replay": "on"} if replay else {"selector": "random"}
+    case = Case(
+        "poison",
+        stage=3 if replay else 2,
+        zero=NOTHING_PERSISTS if replay else {},
+        colm=colm,
+        checkpointing=replay,
+        model={"tie_word_embeddings": False},
+    )
+    looped, plain = pools[2].run(with_losses_that_are_not_finite, case)[0]
+    assert looped[0] == plain[0]
+    assert min(looped[0]) < CORESET
     assert looped[1] == pytest.approx(plain[1], rel=1e-6)
-    assert looped[2] is plain[2] is False
-    assert largest_difference(looped[3], plain[3]) <= 1e-6
+    assert largest_difference(looped[2], plain[2]) <= 1e-6
+    assert not any(looped[3] + plain[3])
 
 
 def collated(case: Case) -> dict[str, Any]:
