@@ -209,6 +209,22 @@ def find_head(base: Any) -> Any:
         return None
 
 
+def embedding_weight(model: Any) -> Tensor | None:
+    """Return the weight of a model's input embeddings, partitioned or whole; None if it does not name one."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        weight = getattr(get(), "weight", None) if callable(get) else None
+    except (AttributeError, NotImplementedError):
+        return None
+    return weight if (isinstance(weight, Tensor) and weight.dim() == 2) or hasattr(weight, "ds_id") else None
+
+
+def num_embeddings(model: Any) -> int | None:
+    """Return the number of token ids that a model has embeddings for; None if it does not say."""
+    weight = embedding_weight(model)
+    return None if weight is None else int(getattr(weight, "ds_shape", weight.shape)[0])
+
+
 def decoder_layers(base: Any) -> nn.ModuleList | None:
     """Return the decoder's layers: of the lists that are least deep in it the longest; None if there is none."""
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base

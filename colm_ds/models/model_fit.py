@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from colm_ds.errors import ConfigError, Problems
+from colm_ds.models.architecture import num_embeddings
 from colm_ds.models.patch import eval_mode
 from colm_ds.types import SourcedDataset
 
@@ -35,7 +36,7 @@ def check_model_fits(model: nn.Module, dataset: SourcedDataset, where: str = "mo
             tokens see later ones.
     """
     problems = Problems(where)
-    rows = _embedding_rows(model)
+    rows = num_embeddings(model)
     if rows is not None:
         place, largest = largest_token(dataset)
         if largest >= rows:
@@ -91,7 +92,7 @@ def is_causal(model: nn.Module) -> bool | None:
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return False
-    rows = _embedding_rows(model)
+    rows = num_embeddings(model)
     if rows is None or rows < 4:
         return None
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -108,16 +109,6 @@ def is_causal(model: nn.Module) -> bool | None:
     spread = float((one - one.mean()).abs().max())
     is_exact = all(each.dtype in (torch.float32, torch.float64) for each in model.parameters())
     return float((one - two).abs().max()) <= (1e-5 if is_exact else 5e-3) * spread
-
-
-def _embedding_rows(model: nn.Module) -> int | None:
-    """Return the number of token embeddings; None if the model does not say."""
-    get: Any = getattr(model, "get_input_embeddings", None)
-    try:
-        weight = getattr(get(), "weight", None) if callable(get) else None
-    except (AttributeError, NotImplementedError):
-        return None
-    return None if weight is None else int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
 def _learned_positions(model: nn.Module) -> int | None:

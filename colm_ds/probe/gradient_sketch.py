@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from colm_ds.batching.micro_batch import MicroBatch
 from colm_ds.errors import ProbeError
-from colm_ds.models.architecture import ProbeTarget
+from colm_ds.models.architecture import ProbeTarget, find_head
 from colm_ds.models.dora import hooked, norms_by_adapter
 from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 from colm_ds.models.patch import eval_mode
@@ -309,11 +309,7 @@ _apply: Callable[..., Any] = _Tap.apply
 
 
 def _head_modules(model: nn.Module) -> Iterator[nn.Module]:
-    get: Any = getattr(model, "get_output_embeddings", None)
-    try:
-        head = get() if callable(get) else None
-    except (AttributeError, NotImplementedError):
-        head = None
+    head = find_head(model)
     if isinstance(head, nn.Module):
         yield from head.modules()
 

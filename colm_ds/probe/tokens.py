@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from colm_ds.batching.collate import IGNORE_INDEX
 from colm_ds.errors import ProbeError
+from colm_ds.models.architecture import embedding_weight, num_embeddings
 from colm_ds.probe.estimators import VectorRows, multiply_by_parts
 from colm_ds.randomness import private_generator
 from colm_ds.selection import Exchange, Signals
@@ -146,7 +147,7 @@ def vectors_of_model(model: nn.Module, seed: int, exchange: Exchange, occurs: Te
         exchange: the ranks.
         occurs: ids that occur in the data, bool `[vocabulary]`; see `token_vectors`.
     """
-    weight = _embedding_weight(model)
+    weight = embedding_weight(model)
     if weight is None:
         return random_vectors(vocabulary_size(model), seed)
     with _whole(weight):
@@ -162,9 +163,9 @@ def vocabulary_size(model: nn.Module) -> int:
     Raises:
         ProbeError: if it has neither input embeddings nor a `vocab_size`.
     """
-    weight = _embedding_weight(model)
-    if weight is not None:
-        return int(getattr(weight, "ds_shape", weight.shape)[0])
+    known = num_embeddings(model)
+    if known is not None:
+        return known
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     if not size:
         raise ProbeError("tokens: a model with neither input embeddings nor a vocab_size. Use another estimator.")
@@ -249,15 +250,6 @@ class TokensEstimator:
 def digest(vectors: Tensor) -> str:
     """Return a digest of token vectors' bytes."""
     return hashlib.blake2b(vectors.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
-
-
-def _embedding_weight(model: nn.Module) -> Tensor | None:
-    get: Any = getattr(model, "get_input_embeddings", None)
-    try:
-        weight = getattr(get(), "weight", None) if callable(get) else None
-    except (AttributeError, NotImplementedError):
-        return None
-    return weight if (isinstance(weight, Tensor) and weight.dim() == 2) or hasattr(weight, "ds_id") else None
 
 
 def _whole(weight: Tensor) -> Any:
