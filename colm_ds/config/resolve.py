@@ -289,6 +289,10 @@ def _check_tokens(colm: CoLMSection, problems: Problems) -> None:
         problems.add("colm.geometry", colm.geometry, "features have no Adam history", 'Write "plain".')
 
 
+def _enabled(deepspeed: dict[str, Any], section: str) -> bool:
+    return bool((deepspeed.get(section) or {}).get("enabled"))
+
+
 def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems) -> None:
     if deepspeed.get("managed_gradient_accumulation") is True:
         problems.add("managed_gradient_accumulation", True, "colm_ds accumulates gradients itself", "Remove it.")
@@ -308,5 +312,14 @@ def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems) -> None:
             "works with accumulation by colm_ds at stages 2 and 3 only",
             "Remove it, or use stage 2.",
         )
+    for name, is_on, why in (
+        ("zero_optimization.zenflow", zero.get("zenflow"), "it updates weights between the micro-batches of a step"),
+        ("hybrid_engine", _enabled(deepspeed, "hybrid_engine"), "its engine generates between steps"),
+        ("data_efficiency", _enabled(deepspeed, "data_efficiency"), "large batches are drawn from the whole dataset"),
+        ("sequence_parallel_size", deepspeed.get("sequence_parallel_size", 1) != 1, "a rank probes whole sequences"),
+        ("tensor_parallel", deepspeed.get("tensor_parallel", {}).get("autotp_size"), "the probe needs whole layers"),
+    ):
+        if is_on:
+            problems.messages.append(f"{name}: not with coresets: {why}. Remove it.")
     if (deepspeed.get("torch_autocast") or {}).get("enabled") not in (None, False, "auto"):
         problems.add("torch_autocast.enabled", True, "the probe does not run under autocast", "Use bf16 or fp16.")

@@ -22,6 +22,7 @@ from colm_ds.config.colm import CoLMSection
 from colm_ds.config.resolve import selection_config
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.accumulation import loss_scale
+from colm_ds.engine.adam_constants import adam_constants
 from colm_ds.engine.loss_store import LossStore
 from colm_ds.engine.out_of_memory import of_micro_batch
 from colm_ds.engine.reference_losses import read_reference_losses
@@ -116,7 +117,7 @@ class CoresetSelector:
         config: CoLMSection | Mapping[str, Any],
         source_counts: Mapping[str, int] | Sequence[str] | SourcedDataset | None = None,
         *,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Any = None,
         device: torch.device | None = None,
         exchange: Exchange | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -136,7 +137,8 @@ class CoresetSelector:
             config: the `"colm"` section: keys and values, or a `CoLMSection` with `coreset_size` filled in.
             source_counts: examples of every source in the dataset, in the order of their ids, or the dataset; names are
                 enough if `small_sources` is not `auto`, and None if the selection ignores sources.
-            optimizer: the model's optimizer; its betas and eps override those given here.
+            optimizer: the model's optimizer; its betas and eps, or Adam's defaults if it has none, override those given
+                here.
             device: device of the model; default: that of its parameters.
             exchange: the ranks that share the large batch; default: the process group, if there is one.
             betas: beta1 and beta2 of the optimizer.
@@ -163,9 +165,10 @@ class CoresetSelector:
         keep_trainable(model)
         device = device if device is not None else next(model.parameters()).device
         exchange = exchange if exchange is not None else make_exchange(device)
+        unlike_adam = None
         if optimizer is not None:
+            betas, eps, unlike_adam = adam_constants(optimizer)
             group = optimizer.param_groups[0]
-            betas, eps = group.get("betas", betas), group.get("eps", eps)
             learning_rate = learning_rate or (lambda: float(group["lr"]))
         if equal_counts is None:
             equal_counts = partitioned
@@ -187,6 +190,12 @@ class CoresetSelector:
         self.step_count = 0
         self.carry: dict[int, float] = {}
         self.small = small_source_ids(config, counts)
+        if unlike_adam and rank == 0 and config.geometry == "adam" and signal_of(config.selector) == "gradient":
+            logger.warning(
+                "%s has no betas and eps of Adam, so gradients are compared as Adam with betas %s and eps %s would "
+                "scale them; colm.geometry plain compares them as they are.",
+                *(unlike_adam, betas, eps),
+            )
         architecture = find_architecture(model, config.probe.layer) if config.probes_model else None
         settings = SelectionSettings(
             geometry=config.geometry,

@@ -218,15 +218,13 @@ class CoLMEngine:
             num_workers=config.colm.num_workers,
             kept_sources=small_source_ids(config.colm, source_counts(dataset)),
         )
-        group = engine.optimizer.param_groups[0]
         self.coreset_selector = CoresetSelector(
             engine.module,
             config.colm,
             source_counts(dataset),
             device=self._device,
             exchange=self._exchange,
-            betas=group.get("betas", (0.9, 0.999)),
-            eps=group.get("eps", 1e-8),
+            optimizer=engine.optimizer,
             equal_counts=engine.zero_optimization_stage() == 3,
             rank=self._rank,
             mean_length=float(dataset.lengths.mean()),

@@ -61,8 +61,9 @@ class CoLMConfig:
     weights: Literal["auto", "uniform", "cluster", "matched"] = field(
         default="auto", metadata=_help("loss weights of medoids")
     )
-    loss_normalization: Literal["example", "token"] = field(
-        default="example", metadata=_help("mean over examples or tokens")
+    loss_normalization: Literal["auto", "example", "token"] = field(
+        default="auto",
+        metadata=_help("mean over examples or tokens; auto: tokens for random and full, as the Trainer, else examples"),
     )
     packing: str = field(
         default="off", metadata=_help("examples one after another in rows: on, off, or tokens of a row")
@@ -154,6 +155,7 @@ def resolve_section(
     if not section.get("large_batch_size"):
         problems.add("large_batch_size", section.get("large_batch_size"), "missing", "Write r, for example twice b.")
         return None
+    section = with_normalization(section)
     config = validate_section(CoLMSection, {"seed": seed, **section}, "", problems)
     if not isinstance(config, CoLMSection):
         return None
@@ -175,6 +177,24 @@ def resolve_section(
     except ConfigError as error:
         problems.messages.extend(str(error).split("\n  ")[1:])
         return None
+
+
+def is_auto(section: Mapping[str, Any]) -> bool:
+    """Return whether a section leaves it open what the loss is a mean over."""
+    preset = section.get("preset") is not None and "loss_normalization" not in section
+    return section.get("loss_normalization", "auto") == "auto" and not preset
+
+
+def with_normalization(section: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what the loss is a mean over, where a section leaves it open.
+
+    The Trainer's loss is the mean over tokens. So that `random` and `full` train as it does, theirs is too; an arm that
+    selects chooses and weighs examples, and its loss is the mean over them.
+    """
+    if not is_auto(section):
+        return section
+    as_trainer = section.get("selector", "colm") in ("random", "full")
+    return {**section, "loss_normalization": "token" if as_trainer else "example"}
 
 
 def _parse(given: Mapping[str, Any] | str | Path) -> dict[str, Any]:

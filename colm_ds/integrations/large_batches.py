@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from colm_ds.batching.collate import IGNORE_INDEX
 from colm_ds.batching.gather import read_examples
 from colm_ds.batching.mixture import MixtureSampler
 from colm_ds.errors import ConfigError, DataError
@@ -38,6 +39,7 @@ class ShareSampler(Sampler[list[int]]):
         seed: int,
         epoch: Callable[[], int],
         shuffle: bool = True,
+        rows: npt.NDArray[np.int64] | None = None,
     ) -> None:
         """Prepare for a dataset.
 
@@ -49,7 +51,9 @@ class ShareSampler(Sampler[list[int]]):
             seed: seed of the order.
             epoch: returns the 0-based epoch when one begins.
             shuffle: False reads the dataset in order.
+            rows: the dataset's index of each example, if some rows are left out.
         """
+        self._rows = rows
         self._mixture = MixtureSampler(num_examples, large_batch_size, seed)
         self._num_parts, self._world_size = num_parts, world_size
         self._epoch, self._shuffle = epoch, shuffle
@@ -62,7 +66,9 @@ class ShareSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         first = self._epoch() * self.steps_per_epoch + 1
         for step in range(first, first + self.steps_per_epoch):
-            shares = self._indices(step).reshape(self._world_size, self._num_parts, self.batch_size)
+            indices = self._indices(step)
+            rows = indices if self._rows is None else self._rows[indices]
+            shares = rows.reshape(self._world_size, self._num_parts, self.batch_size)
             for part in range(self._num_parts):
                 yield from shares[:, part].tolist()
 
@@ -151,17 +157,59 @@ class ExampleCollator:
         return Example(example.input_ids, example.labels, int(self._source_ids[index]), index)
 
 
-class CollatedExamples:
-    """The examples of a dataset by index, made by a collator."""
+LOOKED_AT = 10_000
+"""Rows of a dataset without a column of labels that are looked at before training; the others when they are read."""
 
-    def __init__(self, dataset: Any, collator: ExampleCollator) -> None:
-        self._dataset, self._collator = dataset, collator
+
+def rows_with_labels(dataset: Any, examples_of: ExampleCollator) -> tuple[npt.NDArray[np.int64], int]:
+    """Find the rows with a label to train on: all of a Hugging Face dataset with `labels`, else the first `LOOKED_AT`.
+
+    Rows that are not looked at count as rows with labels.
+
+    Args:
+        dataset: a Hugging Face dataset, or any with `len` and integer indexing.
+        examples_of: makes examples of its rows.
+
+    Returns:
+        Their indices, ascending int64, and how many rows were looked at.
+    """
+    total = len(dataset)
+    if "labels" in (getattr(dataset, "column_names", None) or ()) and hasattr(dataset, "with_format"):
+        columns = dataset.with_format("arrow", columns=["labels"])
+        parts = [columns[start : start + LOOKED_AT]["labels"] for start in range(0, total, LOOKED_AT)]
+        return np.flatnonzero(np.concatenate([_has_label(part) for part in parts])), total
+    looked_at = min(total, LOOKED_AT)
+    found = [has_label(examples_of([(index, dataset[index])])[0]) for index in range(looked_at)]
+    return np.concatenate([np.flatnonzero(found), np.arange(looked_at, total)]), looked_at
+
+
+def has_label(example: Example) -> bool:
+    """Return whether an example has a label to train on."""
+    return bool((example.labels[1:] != IGNORE_INDEX).any())
+
+
+def _has_label(column: Any) -> npt.NDArray[np.bool_]:
+    """Return whether each list of an Arrow column has a label after its first, `[n]`."""
+    rows = column.combine_chunks()
+    sizes = np.array([0 if size is None else size for size in rows.value_lengths().to_pylist()])
+    values = rows.flatten().to_numpy(zero_copy_only=False)
+    row_of = np.repeat(np.arange(len(sizes)), sizes)
+    is_first = np.arange(len(values)) == (np.cumsum(sizes) - sizes)[row_of]
+    return np.bincount(row_of[(values != IGNORE_INDEX) & ~is_first], minlength=len(sizes)) > 0
+
+
+class CollatedExamples:
+    """The examples of a dataset's rows, made by a collator."""
+
+    def __init__(self, dataset: Any, collator: ExampleCollator, rows: npt.NDArray[np.int64]) -> None:
+        self._dataset, self._collator, self._rows = dataset, collator, rows
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:
-        return self._collator([(index, self._dataset[index])])[0]
+        row = int(self._rows[index])
+        return self._collator([(row, self._dataset[row])])[0]
 
 
 def dataset_sources(dataset: Any, column: str, given: Sequence[Any] | None) -> list[Any]:

@@ -4,33 +4,47 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import Trainer
+
 from colm_ds.config.colm import CoLMSection
 from colm_ds.errors import CoLMError, Problems
 from colm_ds.models.architecture import find_architecture
 
-_REORDERING = {"group_by_length": "sorts by length", "batch_rebalance": "cuts batches by length"}
+TAKEN_OVER = {
+    "compute_loss": "is called in evaluation, not for the micro-batches of a coreset",
+    "get_train_dataloader": "is not called: large batches are read instead",
+    "get_batch_samples": "is not called: coresets are chosen instead",
+}
+"""Methods that `CoLMMixin` has in front of a Trainer's, and what that means for those of a class in between."""
+
+KNOWN_TRAINERS = {
+    ("llamafactory", "CustomSeq2SeqTrainer"): {"compute_loss": ""},
+    ("axolotl", "AxolotlTrainer"): {"compute_loss": "tokens per second (include_tkps) are not counted in training"},
+}
+"""Classes, by package, whose methods the mixin may go in front of, and what is lost with it."""
 
 
-def check_arguments(trainer: Any, loss_owner: type, problems: Problems) -> None:
+def check_arguments(trainer: Any, loss_owner: type, allows_overrides: bool, problems: Problems) -> None:
     """Record arguments of a trainer that selection cannot work with.
 
     Args:
         trainer: the trainer, after its `__init__`.
         loss_owner: class whose `compute_loss` follows the mixin's.
+        allows_overrides: whether losses of the user's own may be lost.
         problems: collects problems.
     """
     args = trainer.args
     strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
-    if strategy in _REORDERING:
+    if strategy == "batch_rebalance":
         problems.add(
             "train_sampling_strategy",
             strategy,
-            f"{_REORDERING[strategy]}, so a large batch would not be a draw of the mixture",
+            "cuts batches by length, so a large batch would not be a draw of the mixture",
             'Remove it: micro-batches of a coreset are sorted by length anyway. "random" and "sequential" work.',
         )
     _check_packing(args, problems)
-    _check_loss(trainer, loss_owner, problems)
-    for key in ("auto_find_batch_size", "torch_compile", "use_liger_kernel", "save_on_each_node"):
+    _check_loss(trainer, loss_owner, allows_overrides, problems)
+    for key in ("auto_find_batch_size", "use_liger_kernel", "save_on_each_node"):
         if getattr(args, key, False):
             problems.add(key, True, "does not work with selection", "Remove it.")
     settings = args.accelerator_config
@@ -45,7 +59,7 @@ def check_arguments(trainer: Any, loss_owner: type, problems: Problems) -> None:
         problems.messages.append(f"{name}: not supported with selection. Use DDP or DeepSpeed ZeRO.")
 
 
-def check_sizes(trainer: Any, config: CoLMSection, problems: Problems) -> None:
+def check_sizes(trainer: Any, config: CoLMSection, num_examples: int, problems: Problems) -> None:
     """Record sizes that contradict each other, and a model that cannot be probed."""
     args, world_size, large = trainer.args, trainer.args.world_size, config.large_batch_size
     parts = args.gradient_accumulation_steps * world_size
@@ -56,10 +70,9 @@ def check_sizes(trainer: Any, config: CoLMSection, problems: Problems) -> None:
             f"not divisible by gradient_accumulation_steps = {args.gradient_accumulation_steps} x {world_size} ranks",
             f"Write {max(1, large // parts) * parts} or {-(-large // parts) * parts}.",
         )
-    num_examples = len(trainer.train_dataset)
     if large > num_examples:
         problems.add("large_batch_size", large, f"train_dataset has {num_examples} examples", "Write less or add data.")
-    if config.signal is not None:
+    if config.probes_model:
         try:
             find_architecture(trainer.model, config.probe.layer)
         except CoLMError as error:
@@ -67,7 +80,7 @@ def check_sizes(trainer: Any, config: CoLMSection, problems: Problems) -> None:
 
 
 def _check_packing(args: Any, problems: Problems) -> None:
-    for key in ("packing", "padding_free"):
+    for key in ("packing", "padding_free", "sample_packing"):
         if getattr(args, key, False):
             problems.add(
                 key,
@@ -79,23 +92,63 @@ def _check_packing(args: Any, problems: Problems) -> None:
             )
 
 
-def _check_loss(trainer: Any, loss_owner: type, problems: Problems) -> None:
+def _check_loss(trainer: Any, loss_owner: type, allows_overrides: bool, problems: Problems) -> None:
     args = trainer.args
-    fix = "Remove it: the loss is the weighted mean of the examples' (colm.loss_normalization)."
-    if args.label_smoothing_factor:
-        problems.add("label_smoothing_factor", args.label_smoothing_factor, "CoLM weighs examples by itself", fix)
-    if trainer.compute_loss_func is not None:
-        problems.messages.append(f"compute_loss_func: CoLM weighs the losses of examples by itself. {fix}")
+    if trainer.compute_loss_func is not None and not allows_overrides:
+        problems.messages.append(
+            "compute_loss_func: not called for a coreset, as CoLM weighs the losses of examples by itself. Remove it, "
+            "or give colm_allow_overrides=True to train without it."
+        )
+    if getattr(args, "orpo_alpha", None):
+        problems.add("orpo_alpha", args.orpo_alpha, "a loss of pairs, not of examples", "Remove it.")
     if is_trl(loss_owner):
+        if args.label_smoothing_factor:
+            problems.add("label_smoothing_factor", args.label_smoothing_factor, "TRL's loss has none", "Remove it.")
         if getattr(args, "loss_type", "nll") != "nll":
             problems.add("loss_type", args.loss_type, "has no loss per example", 'Write "nll".')
         if getattr(trainer, "aux_loss_enabled", False):
             problems.messages.append("router_aux_loss_coef: a loss of the whole batch has no weights. Write 0.")
-    elif loss_owner.__module__ != "transformers.trainer":
+
+
+def take_over(trainer: Any, mixin: type, allows_overrides: bool, problems: Problems) -> list[str]:
+    """Put the mixin's methods in front of those of classes behind it, and of functions assigned to the trainer.
+
+    The Trainer's own functions are accepted wherever they were assigned, and those of `KNOWN_TRAINERS`.
+
+    Args:
+        trainer: the trainer, after its `__init__`; functions assigned to it are removed.
+        mixin: `CoLMMixin`.
+        allows_overrides: accept every other function too.
+        problems: collects functions that are not accepted.
+
+    Returns:
+        What is lost, a line each.
+    """
+    kinds = type(trainer).__mro__
+    lost = []
+    for method, why in TAKEN_OVER.items():
+        own = getattr(Trainer, method)
+        if method in vars(trainer):
+            assigned = vars(trainer).pop(method)
+            name, function, known = f"{method} assigned to the trainer", getattr(assigned, "__func__", assigned), None
+        else:
+            kind = next(kind for kind in kinds[kinds.index(mixin) + 1 :] if method in vars(kind))
+            name, function = f"{kind.__name__}.{method}", vars(kind)[method]
+            known = KNOWN_TRAINERS.get((kind.__module__.split(".")[0], kind.__name__), {}).get(method)
+            if is_trl(kind):
+                known = ""  # its compute_loss is called for its metrics
+        if function is own or known == "":
+            continue
+        if known or allows_overrides:
+            lost.append(f"{name}: {known or why}.")
+            continue
         problems.messages.append(
-            f"{loss_owner.__name__}.compute_loss: would be ignored, as CoLM weighs the losses of examples itself. "
-            "Use transformers.Trainer or trl.SFTTrainer, or put what it adds into a class in front of CoLMMixin."
+            f"{name}: {why}. Use transformers.Trainer or trl.SFTTrainer, put what it adds into a class in front of "
+            "CoLMMixin, or give colm_allow_overrides=True to train without it."
         )
+    if trainer.compute_loss_func is not None and allows_overrides:
+        lost.append("compute_loss_func: is not called for the micro-batches of a coreset.")
+    return lost
 
 
 def is_trl(loss_owner: type) -> bool:

@@ -10,19 +10,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
 
 from colm_ds.batching.gather import gather_large_batch
+from colm_ds.batching.loader import left_out
 from colm_ds.batching.packing import Packing
 from colm_ds.batching.sources import looks_at_sources, small_source_ids
 from colm_ds.config.colm import CoLMSection
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.accumulation import loss_scale
 from colm_ds.engine.coreset_selector import CoresetSelector, Selection
-from colm_ds.errors import CheckpointError, CoLMError, ConfigError, Problems, SelectionError
-from colm_ds.integrations.arguments import CoLMArguments, CoLMConfig, Given, pop_log, read_section, resolve_section
+from colm_ds.errors import CheckpointError, CoLMError, ConfigError, DataError, Problems, SelectionError
+from colm_ds.integrations.arguments import (
+    CoLMArguments,
+    CoLMConfig,
+    Given,
+    is_auto,
+    pop_log,
+    read_section,
+    resolve_section,
+)
 from colm_ds.integrations.large_batches import (
     CollatedExamples,
     ExampleCollator,
@@ -31,11 +41,13 @@ from colm_ds.integrations.large_batches import (
     WithoutSource,
     dataset_sources,
     has_column,
+    has_label,
     number_sources,
+    rows_with_labels,
 )
 from colm_ds.integrations.micro_batches import KEY, Weighted, coreset_micro_batches
 from colm_ds.integrations.statistics import SelectionStatistics
-from colm_ds.integrations.trainer_checks import check_arguments, check_sizes, is_trl
+from colm_ds.integrations.trainer_checks import check_arguments, check_sizes, is_trl, take_over
 from colm_ds.memory.meter import Meter
 from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 from colm_ds.models.packing import check_packing
@@ -68,7 +80,12 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self, *args: Any, colm: Given | None = None, sources: Sequence[Any] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        colm: Given | None = None,
+        sources: Sequence[Any] | None = None,
+        colm_allow_overrides: bool = False,
+        **kwargs: Any,
     ) -> None:
         """Initialize the Trainer, and check its arguments for selection.
 
@@ -77,6 +94,8 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
             colm: a `CoLMConfig`, a `CoLMArguments`, keys and values, or a file with a `colm` block; default:
                 `args.colm`, or the `"colm"` section of the DeepSpeed configuration.
             sources: source of every example of `train_dataset`, if it has no such column (clusters, for example).
+            colm_allow_overrides: train without the losses and loaders of a Trainer's subclass that selection replaces;
+                a line says which.
             kwargs: the Trainer's.
 
         Raises:
@@ -88,10 +107,14 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         self.last_selection: Selection | None = None
         self._colm_saved: dict[str, Any] | None = None
         self._packing: Packing | None = None
+        self._num_without_label = 0
         section = read_section(self._find_section(colm))
         self.data_collator = WithoutSource(self.data_collator, section.pop("source_column", "source"))
         self._logs_all = pop_log(section) == "all"
-        self.colm_config = self._check(section, sources)
+        self._notes: list[str] = []
+        self._leaves_normalization_open = is_auto(section)
+        self.colm_config = self._check(section, sources, colm_allow_overrides)
+        self._say_what_differs()
 
     def _find_section(self, given: Given | None) -> Given:
         deepspeed = getattr(getattr(self.args, "hf_deepspeed_config", None), "config", {})
@@ -100,13 +123,14 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
             raise ConfigError(f"{type(self).__name__}: no colm. Give colm=CoLMConfig(large_batch_size=...).")
         return section
 
-    def _check(self, section: dict[str, Any], sources: Sequence[Any] | None) -> CoLMSection:
+    def _check(self, section: dict[str, Any], sources: Sequence[Any] | None, allows_overrides: bool) -> CoLMSection:
         """Check everything that training will need, and report all problems together."""
         args = self.args
         problems = Problems(f"the arguments of {type(self).__name__}")
         after = type(self).__mro__[type(self).__mro__.index(CoLMMixin) + 1 :]
         self._loss_owner = next(kind for kind in after if "compute_loss" in vars(kind))
-        check_arguments(self, self._loss_owner, problems)
+        self._notes += take_over(self, CoLMMixin, allows_overrides, problems)
+        check_arguments(self, self._loss_owner, allows_overrides, problems)
         config = resolve_section(
             section,
             coreset_size=self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -125,25 +149,34 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
                 "train_dataset", type(dataset).__name__, "its examples are not numbered", "Give a map-style dataset."
             )
         elif dataset is not None and config is not None and not packed:
-            check_sizes(self, config, problems)
             self._read_sources(config, sources, problems)
+            check_sizes(self, config, len(self._rows), problems)
         problems.raise_if_any()
         assert config is not None
         return config
 
     def _read_sources(self, config: CoLMSection, sources: Sequence[Any] | None, problems: Problems) -> None:
-        """Count the sources and check one example."""
+        """Count the sources, check one example, and find the rows with a label to train on."""
         dataset = self.train_dataset
+        self._rows = np.arange(len(dataset))
         column = self.data_collator.source_column
         given = sources is not None
         try:
             if sources is None and not looks_at_sources(config) and not has_column(dataset, column):
                 sources = ["all"] * len(dataset)
-            self._source_counts, source_ids = number_sources(dataset_sources(dataset, column, sources))
-            small_source_ids(config, self._source_counts)
+            counts, source_ids = number_sources(dataset_sources(dataset, column, sources))
             collator = self._get_collator_with_removed_columns(self.data_collator, description="training")
             self._examples_of = ExampleCollator(collator, source_ids)
             self._examples_of.check(0, dataset[0])
+            self._rows, looked_at = rows_with_labels(dataset, self._examples_of)
+            dropped = np.setdiff1d(np.arange(len(dataset)), self._rows)
+            if len(self._rows) == 0:
+                raise DataError(f"train_dataset: none of {len(dataset)} rows has a label to train on.")
+            if len(dropped):
+                self._notes.append(left_out(dropped.tolist(), looked_at))
+            left = np.bincount(source_ids[self._rows], minlength=len(counts)).tolist()
+            self._source_counts = dict(zip(counts, left, strict=True))
+            small_source_ids(config, self._source_counts)
             if given and getattr(self.args, "shuffle_dataset", False):
                 problems.add("shuffle_dataset", True, "sources=[...] would meet other examples", "Use a column.")
         except CoLMError as error:
@@ -155,13 +188,14 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         if dataset is None:
             return super().get_train_dataloader()  # which raises
         sampler = ShareSampler(
-            len(dataset),
+            len(self._rows),
             config.large_batch_size,
             args.gradient_accumulation_steps,
             args.world_size,
             seed=config.seed,
             epoch=lambda: self.state.global_step // sampler.steps_per_epoch,
-            shuffle=str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)) == "random",
+            shuffle=not isinstance(self._get_train_sampler(dataset), SequentialSampler),
+            rows=self._rows,
         )
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description="training")
@@ -184,11 +218,18 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         selector = self.coreset_selector = self.coreset_selector or self._make_selector()
         rank, exchange = self.args.process_index, self._exchange
 
-        def read() -> list[Example]:
-            return [example for part in islice(epoch_iterator, num_batches) for example in part]
+        step, num_read = self.state.global_step + 1, 0
 
-        batch = gather_large_batch(read, self.state.global_step + 1, rank, exchange)
+        def read() -> list[Example]:
+            nonlocal num_read
+            examples = [example for part in islice(epoch_iterator, num_batches) for example in part]
+            num_read = len(examples)
+            return self._with_labels(examples, step)
+
+        batch = gather_large_batch(read, step, rank, exchange)
         if batch.size == 0:
+            if num_read:
+                raise DataError(f"step {step}: none of the examples read has a label to train on.")
             return [], None
         packing = self._find_packing(int(batch.lengths.max()))
         meter = Meter(self.args.device)
@@ -213,6 +254,38 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         )
         return micro_batches, self._get_num_items_in_batch(micro_batches, device)
 
+    def _with_labels(self, examples: list[Example], step: int) -> list[Example]:
+        """Leave out rows without a label among those that were not looked at before training."""
+        kept = [example for example in examples if has_label(example)]
+        if len(kept) < len(examples):
+            self._num_without_label += len(examples) - len(kept)
+            logger.warning(
+                "step %d: %d rows of this rank's have no label to train on and are left out (%d so far)",
+                *(step, len(examples) - len(kept), self._num_without_label),
+            )
+        return kept
+
+    def _say_what_differs(self) -> None:
+        """Write a line, once, for everything that is not as in the Trainer alone."""
+        args, notes = self.args, self._notes
+        if self.colm_config.loss_normalization == "token":
+            notes.insert(0, f"loss: the mean over tokens, as the Trainer's (selector {self.colm_config.selector}).")
+        else:
+            notes.insert(
+                0,
+                "loss: the mean over examples, each the mean over its tokens; the Trainer's is the mean over tokens "
+                "(colm.loss_normalization token).",
+            )
+        if str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)) == "group_by_length":
+            notes.append("group_by_length: changes nothing, as the micro-batches of a coreset are sorted by length.")
+        if args.label_smoothing_factor:
+            notes.append("label_smoothing_factor: of the loss that is trained; examples are chosen by the plain one.")
+        if args.torch_compile:
+            notes.append("torch_compile: logits are computed at all positions, not only at those with a label.")
+        if args.process_index == 0:
+            for note in notes:
+                logger.warning(note)
+
     @property
     def last_coreset(self) -> Coreset | None:
         """The coreset of the last step."""
@@ -222,23 +295,22 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         """Make the selector of a `train`, restored if that resumes from a checkpoint."""
         args = self.args
         self._exchange = make_exchange(args.device)
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        group = getattr(optimizer, "param_groups", [{}])[0]
+        dataset = self.train_dataset
         selector = CoresetSelector(
             self.model,
             self.colm_config,
             self._source_counts,
             device=args.device,
             exchange=self._exchange,
-            betas=tuple(group.get("betas", (args.adam_beta1, args.adam_beta2))),
-            eps=group.get("eps", args.adam_epsilon),
+            optimizer=self.optimizer,
             rank=args.process_index,
-            dataset=None if self.train_dataset is None else CollatedExamples(self.train_dataset, self._examples_of),
+            dataset=None if dataset is None else CollatedExamples(dataset, self._examples_of, self._rows),
         )
         if self._colm_saved is not None:
             selector.load_state_dict(self._colm_saved)
         self._statistics = SelectionStatistics(selector.source_names, brief=not self._logs_all)
-        self._loss_head = find_loss_head(self.model)
+        # A head that is replaced in every micro-batch would be compiled in every micro-batch.
+        self._loss_head = None if args.torch_compile else find_loss_head(self.model)
         return selector
 
     def _find_packing(self, longest: int) -> Packing | None:
@@ -282,7 +354,8 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
             outputs = seen[0]
             sums = -outputs.log_probs.sum(dim=1)  # 0 without a label
         else:
-            sums = example_loss_sums(model, self._loss_head, weighted.batch.to(self.args.device))
+            batch = weighted.batch.to(self.args.device)
+            sums = example_loss_sums(model, self._loss_head, batch, self.args.label_smoothing_factor)
         scales = weighted.scales.to(sums.device, non_blocking=True)
         loss = (sums * scales).sum() * self.args.world_size
         return (loss, outputs) if return_outputs else loss
@@ -301,7 +374,11 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.coreset_selector is not None and self.args.process_index == 0:
-            state = {"sizes": self._sizes(), "selector": self.coreset_selector.state_dict()}
+            state = {
+                "sizes": self._sizes(),
+                "loss_normalization": self.colm_config.loss_normalization,
+                "selector": self.coreset_selector.state_dict(),
+            }
             torch.save(state, Path(output_dir) / STATE_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -317,6 +394,10 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
             raise CheckpointError(
                 f"{path}: saved with {saved['sizes']}, this run has {self._sizes()}. Resume with the former."
             )
+        before = saved.get("loss_normalization", "example")  # which it always was, if it was left open
+        if self._leaves_normalization_open and before != self.colm_config.loss_normalization:
+            logger.warning("%s: its loss was the mean over %ss, and stays it.", path, before)
+            self.colm_config = self.colm_config.model_copy(update={"loss_normalization": before})
         self._colm_saved = saved["selector"]
 
     def _sizes(self) -> dict[str, Any]:

@@ -69,12 +69,16 @@ class _DecoderOutput(tuple[Tensor, ...]):
             raise AttributeError(name)
 
 
-def example_loss_sums(forward: Callable[..., Any], head: nn.Module | None, batch: MicroBatch) -> Tensor:
-    """Sum every example's token losses in nats, float32 `[batch]`, with a graph; see `loss_sums`."""
-    return loss_sums(label_losses(forward, head, batch), batch)
+def example_loss_sums(
+    forward: Callable[..., Any], head: nn.Module | None, batch: MicroBatch, smoothing: float = 0.0
+) -> Tensor:
+    """Sum every example's token losses in nats, float32 `[batch]`, with a graph; see `label_losses` and `loss_sums`."""
+    return loss_sums(label_losses(forward, head, batch, smoothing), batch)
 
 
-def label_losses(forward: Callable[..., Any], head: nn.Module | None, batch: MicroBatch) -> Tensor:
+def label_losses(
+    forward: Callable[..., Any], head: nn.Module | None, batch: MicroBatch, smoothing: float = 0.0
+) -> Tensor:
     """Compute the loss of every label in nats, float32 `[num_labels]`, with a graph for the backward pass.
 
     Args:
@@ -82,19 +86,20 @@ def label_losses(forward: Callable[..., Any], head: nn.Module | None, batch: Mic
         head: from `find_loss_head`: computes the loss in place of the logits, inside the module's own call, so that
             ZeRO-3 has gathered its weight. None takes the model's logits.
         batch: the micro-batch, on the device.
+        smoothing: of the labels, see `token_losses`.
     """
     inputs = {"input_ids": batch.input_ids}
     if batch.position_ids is not None:
         inputs["position_ids"] = batch.position_ids
     if head is None:
         logits = forward(**inputs, use_cache=False).logits
-        return token_losses(_same, logits[batch.rows, batch.positions], batch.targets, logits.shape[-1])
+        return token_losses(_same, logits[batch.rows, batch.positions], batch.targets, logits.shape[-1], smoothing)
     plain_head: Callable[[Tensor], Tensor] = head.forward
     vocabulary_size = int(head.out_features)  # type: ignore[arg-type]
 
     def loss_head(hidden: Tensor) -> Tensor:
         states = hidden[batch.rows, batch.positions]
-        return token_losses(plain_head, states, batch.targets, vocabulary_size)
+        return token_losses(plain_head, states, batch.targets, vocabulary_size, smoothing)
 
     with patched_forwards({head: loss_head}):
         losses: Tensor = forward(**inputs, use_cache=False).logits

@@ -13,7 +13,9 @@ _CHUNK_LOGITS = 1 << 23
 """Logits of one chunk (32 MB in float32)."""
 
 
-def token_losses(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocabulary_size: int) -> Tensor:
+def token_losses(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocabulary_size: int, smoothing: float = 0.0
+) -> Tensor:
     """Compute the cross-entropy of every position in nats, float32 `[n]`.
 
     With more than one chunk under autograd each chunk's logits are recomputed in the backward pass.
@@ -23,11 +25,13 @@ def token_losses(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tens
         hidden: `[n, hidden]`, after the final norm.
         targets: int64 `[n]`.
         vocabulary_size: width of the logits.
+        smoothing: share of every target that is spread evenly over the vocabulary.
     """
 
     def chunk_loss(part: Tensor, target: Tensor) -> Tensor:
         logits = head(part)
-        return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), target, reduction="none")
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
 
     size = max(1, _CHUNK_LOGITS // vocabulary_size)
     if len(targets) <= size:

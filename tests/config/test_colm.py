@@ -307,6 +307,7 @@ def messages(cases: list[Case], arguments: list[dict[str, Any]]) -> list[str]:
 
 @pytest.mark.distributed
 def test_mistakes_found_with_model_and_data(pools: dict[int, Ranks]) -> None:
+    given = "ConfigError: 1 problem in the arguments of colm_ds.initialize\n"
     mamba = Case("mamba", family="mamba", model={"attn_implementation": "eager"})
     with_data = Case("x", colm={"large_batch_size": 124})
     expected: list[tuple[Case, dict[str, Any], str]] = [
@@ -318,12 +319,8 @@ def test_mistakes_found_with_model_and_data(pools: dict[int, Ranks]) -> None:
         ),
         (with_data, {}, "SelectionError: large_batch_size = 124: more than the 123 examples of the dataset."),
         (mamba, {}, "ProbeError: model of type 'mamba': its last layer, MambaBlock, has no attention"),
-        (
-            Case("x"),
-            {"training_data": None},
-            "ConfigError: 1 problem in the arguments of colm_ds.initialize\n  training_data",
-        ),
-        (Case("x"), {"config": None}, "ConfigError: 1 problem in the arguments of colm_ds.initialize\n  config"),
+        (Case("x"), {"training_data": None}, f"{given}  training_data: missing: coresets are chosen"),
+        (Case("x"), {"config": None}, f"{given}  config: missing. Give a path or a dict"),
         (Case("x", deepspeed={"optimizer": {}}), {}, 'ConfigError: optimizer: none. Add "optimizer": {'),
         (Case("x"), {"training_data": [{"input_ids": [1, 2]}]}, "DataError: example 0: no 'source'."),
         (Case("x"), {}, ""),

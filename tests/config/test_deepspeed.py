@@ -359,3 +359,24 @@ def test_numbers_with_exponents_written_as_text_are_numbers() -> None:
     zero = resolve_config(config, 1).deepspeed["zero_optimization"]
     assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (500_000_000, 25_000_000)
     assert section["reduce_bucket_size"] == "5e8"
+
+
+def test_engines_of_another_kind_are_refused_together() -> None:
+    config = {
+        "train_batch_size": 8,
+        "colm": {"large_batch_size": 16},
+        "zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}},
+        "hybrid_engine": {"enabled": True},
+        "data_efficiency": {"enabled": True},
+        "sequence_parallel_size": 2,
+        "tensor_parallel": {"autotp_size": 2},
+    }
+    with pytest.raises(ConfigError) as raised:
+        resolve_config(config, 1)
+    message = str(raised.value)
+    assert message.startswith("5 problems")
+    for name in ("zenflow", "hybrid_engine", "data_efficiency", "sequence_parallel_size", "tensor_parallel"):
+        assert f"{name}: not with coresets: " in message
+    off = {"enabled": False}
+    quiet = {"hybrid_engine": off, "data_efficiency": off, "sequence_parallel_size": 1, "tensor_parallel": {}}
+    resolve_config({"train_batch_size": 8, "colm": {"large_batch_size": 16}, **quiet}, 1)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from colm_ds.config.colm import CoLMSection
-from colm_ds.integrations.arguments import OWN_TO_THE_ENGINE, CoLMArguments, CoLMConfig, read_section
+from colm_ds.integrations.arguments import (
+    OWN_TO_THE_ENGINE,
+    CoLMArguments,
+    CoLMConfig,
+    read_section,
+    with_normalization,
+)
 
 
 def test_the_dataclass_has_the_keys_and_defaults_of_the_section() -> None:
@@ -18,15 +25,14 @@ def test_the_dataclass_has_the_keys_and_defaults_of_the_section() -> None:
     assert ours.keys() - {"source_column", "log"} == theirs.keys() - OWN_TO_THE_ENGINE.keys() - {"seed", "replay"}
     fitting = {"small_sources", "small_share", "per_source", "geometry", "metric", "weights"}  # by the estimator
     assert all(ours[name] == "auto" for name in fitting)
-    for name in (
-        ours.keys() - {"source_column", "log", "large_batch_size", "mask", "probe", "schedule", "options"} - fitting
-    ):
+    own = {"source_column", "log", "large_batch_size", "mask", "probe", "schedule", "options", "loss_normalization"}
+    for name in ours.keys() - own - fitting:
         assert ours[name] == theirs[name], name
 
 
 def test_auto_is_what_fits_the_estimator() -> None:
     for estimator, wanted in (("tokens", (False, "none", "matched")), ("spsa", (True, "auto", "uniform"))):
-        section = read_section(CoLMConfig(large_batch_size=32, probe={"estimator": estimator}))
+        section = with_normalization(read_section(CoLMConfig(large_batch_size=32, probe={"estimator": estimator})))
         resolved = CoLMSection.model_validate(
             {key: value for key, value in section.items() if key not in ("source_column", "log")}
         )
@@ -42,7 +48,7 @@ def test_command_line_beside_training_arguments() -> None:
     assert section["small_sources"] == ["a", "b"]
     assert section["probe"] == {"estimator": "exact"}
     assert section["weights"] == "matched"
-    values = {key: value for key, value in section.items() if key not in ("source_column", "log")}
+    values = {k: v for k, v in with_normalization(section).items() if k not in ("source_column", "log")}
     assert CoLMSection.model_validate(values).per_source is False
 
 
@@ -66,3 +72,16 @@ def test_block_of_an_arguments_file(tmp_path: Path) -> None:
     assert read_section(colm) == wanted
     assert read_section(path) == wanted
     assert read_section('{"large_batch_size": 32, "mask": {"size": 8}}') == wanted
+
+
+def test_what_the_loss_is_a_mean_over() -> None:
+    def found(**keys: Any) -> str:
+        return str(with_normalization({"large_batch_size": 32, **keys}).get("loss_normalization"))
+
+    assert [found(selector=name) for name in ("random", "full", "keep_random", "colm")] == ["token"] * 2 + [
+        "example"
+    ] * 2
+    assert found() == "example"
+    assert found(selector="random", loss_normalization="example") == "example"
+    assert found(selector="random", preset="paper") == "None"  # the preset pins it
+    assert found(loss_normalization="token") == "token"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from colm_ds.errors import ConfigError
-from colm_ds.integrations.transformers import CoLMArguments, CoLMConfig, CoLMMixin, CoLMTrainer
+from colm_ds.integrations.transformers import CoLMArguments, CoLMConfig, CoLMTrainer
 from tests.engine.training import SOURCES, Record, records
 from tests.integrations.runs import make_trainer, pad
 from tests.tiny_models import tiny_model
@@ -60,9 +60,7 @@ def test_sizes_that_do_not_fit_are_all_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"train_sampling_strategy": "group_by_length"}, "'group_by_length': sorts by length"),
         ({"train_sampling_strategy": "batch_rebalance"}, "'batch_rebalance': cuts batches by length"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor = 0.1: CoLM weighs examples by itself"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size = True"),
         ({"accelerator_config": {"split_batches": True}}, "accelerator_config.split_batches"),
     ],
@@ -90,21 +88,6 @@ def test_unsupported_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="model of type 'mamba': its last layer, MambaBlock, has no attention"):
         make("colm")
     make("keep_random")
-
-
-def test_loss_of_another_trainer(tmp_path: Path) -> None:
-    from transformers import Trainer, TrainingArguments
-
-    class Own(Trainer):
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            return super().compute_loss(*args, **kwargs)
-
-    class Both(CoLMMixin, Own):
-        pass
-
-    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=12, use_cpu=True, report_to=[])
-    with pytest.raises(ConfigError, match=r"Own.compute_loss: would be ignored"):
-        Both(tiny_model("llama"), args, pad, records(SOURCES), colm=SIZES)
 
 
 def test_collator_that_gives_more_than_text(tmp_path: Path) -> None:
