@@ -190,7 +190,7 @@ class CoresetSelector:
         self.step_count = 0
         self.carry: dict[int, float] = {}
         self.small = small_source_ids(config, counts)
-        if unlike_adam and rank == 0 and config.geometry == "adam" and signal_of(config.selector) == "gradient":
+        if unlike_adam and rank == 0 and config.geometry == "adam" and config.signal == "gradient":
             logger.warning(
                 "%s has no betas and eps of Adam, so gradients are compared as Adam with betas %s and eps %s would "
                 "scale them; colm.geometry plain compares them as they are.",

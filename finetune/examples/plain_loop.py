@@ -1,6 +1,8 @@
 """Fine-tune in a plain PyTorch loop on coresets, on one device.
 
-    python finetune/examples/plain_loop.py HuggingFaceTB/SmolLM2-135M train.jsonl out --steps 1000
+    python finetune/examples/plain_loop.py                       # a tiny model on generated rows
+    python finetune/examples/plain_loop.py HuggingFaceTB/SmolLM2-135M train.jsonl out --steps 1000 \
+        --large_batch_size 128 --coreset_size 64
 
 The data has prompt, completion and source. On several ranks wrap the model in DDP and let every rank load its part: the
 selector then chooses from all of them, and one backward pass a step averages the gradients as it should.
@@ -13,6 +15,7 @@ from collections import Counter
 from itertools import chain, islice, repeat
 from typing import Any
 
+import generated
 import torch
 from datasets import load_dataset
 from torch.utils.data import DataLoader
@@ -23,15 +26,18 @@ import colm_ds
 
 def main() -> None:
     """Train as the command line says."""
-    parser = argparse.ArgumentParser(description="Fine-tune in a plain loop on coresets.")
-    for name in ("model", "data", "output"):
-        parser.add_argument(name)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--large_batch_size", type=int, default=128, help="r")
-    parser.add_argument("--coreset_size", type=int, default=64, help="b")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="model to start from; default: a tiny random one")
+    parser.add_argument("data", nargs="?", help="JSON lines with prompt, completion and source; default: generated")
+    parser.add_argument("output", nargs="?", default="runs/examples/plain_loop", help="folder of the trained model")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--large_batch_size", type=int, default=32, help="r")
+    parser.add_argument("--coreset_size", type=int, default=16, help="b")
     parser.add_argument("--micro_batch_size", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-5)
     options = parser.parse_args()
+    if options.data is None:
+        options.model, options.data = generated.write()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()

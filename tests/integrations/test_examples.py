@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,11 +35,13 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
     """Runs an example as a program, in this process; gives what it printed."""
 
     def run(name: str, *options: str) -> str:
         monkeypatch.setattr(sys, "argv", [name, *options])
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        monkeypatch.chdir(tmp_path)
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         return capsys.readouterr().out
 
@@ -78,6 +82,45 @@ def test_plain_loop(run: Callable[..., str], tmp_path: Path) -> None:
     printed = run("plain_loop.py", str(model), str(data), str(tmp_path / "out"), *sizes)
     assert "step 4 of 4: loss" in printed
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+NAMES = ["plain_loop.py", "hf_trainer.py", "trl_sft.py"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "deepspeed_loop.py"])
+def test_help(name: str, run: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    if name.startswith("trl"):
+        pytest.importorskip("trl")
+    with pytest.raises(SystemExit) as left:
+        run(name, "--help")
+    assert left.value.code == 0
+    assert "model to start from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_arguments(name: str, run: Callable[..., str], tmp_path: Path) -> None:
+    """Ten steps on generated rows."""
+    if name.startswith("trl"):
+        pytest.importorskip("trl")
+    printed = run(name)
+    assert printed.count("loss ") + printed.count("'loss'") == 10
+    assert (tmp_path / "runs" / "examples" / name.removesuffix(".py") / "model.safetensors").exists()
+
+
+@pytest.mark.distributed
+def test_deepspeed_loop_resumes(tmp_path: Path) -> None:
+    """A second start with one more epoch goes on after the first."""
+    printed = []
+    for epochs in (1, 2):
+        command = [sys.executable, str(EXAMPLES / "deepspeed_loop.py"), "--epochs", str(epochs)]
+        environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        printed.append([line for line in done.stdout.splitlines() if line.startswith("epoch ")])
+    assert [len(lines) for lines in printed] == [15, 15]  # floor(240 / 16) steps
+    assert printed[1][0].startswith("epoch 2 step 16: loss ")
 
 
 def test_examples_are_short() -> None:

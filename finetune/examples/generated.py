@@ -1,0 +1,59 @@
+"""A tiny random model, a tokenizer of whole words and rows of three sources, for examples run without arguments.
+
+python finetune/examples/generated.py FOLDER      # writes FOLDER/model and FOLDER/train.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+FOLDER = Path("runs/examples/generated")
+
+NUMBERS = 20
+
+SMALL_SIZES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 10, "logging_steps": 1}
+"""A coreset of 8 on one rank, for a trainer."""
+
+
+def rows(number: int = 240) -> list[dict[str, str]]:
+    """Return prompts and completions: sums, differences, and the larger of two numbers as a small source."""
+    generator = random.Random(0)
+    made = []
+    for place in range(number):
+        one, other = generator.randrange(NUMBERS), generator.randrange(NUMBERS)
+        if place % 12 == 0:
+            made.append({"prompt": f"larger {one} {other} =", "completion": f" {max(one, other)}", "source": "larger"})
+        elif place % 2:
+            made.append({"prompt": f"{one} plus {other} =", "completion": f" {one + other}", "source": "sums"})
+        else:
+            answer = f" minus {other - one}" if one < other else f" {one - other}"
+            made.append({"prompt": f"{one} minus {other} =", "completion": answer, "source": "differences"})
+    return made
+
+
+def write(folder: Path = FOLDER) -> tuple[str, str]:
+    """Write the model with its tokenizer, and the rows; return their paths."""
+    model, data = folder / "model", folder / "train.jsonl"
+    model.mkdir(parents=True, exist_ok=True)
+    words = ["<pad>", "<s>", "</s>", "<unk>", "plus", "minus", "larger", "=", *map(str, range(2 * NUMBERS))]
+    inner = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=inner, **names).save_pretrained(model)
+    set_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=len(words), max_position_embeddings=64, **sizes)
+    config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
+    LlamaForCausalLM(config).save_pretrained(model)
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
+    return str(model), str(data)
+
+
+if __name__ == "__main__":
+    print(*write(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER))
