@@ -63,9 +63,12 @@ def test_the_two_line_adoption_trains() -> None:
     (section,) = readme_blocks("json")
     config = json.loads("{" + section + "}")
     assert config["train_batch_size"] == config["colm"]["coreset_size"]
-    done = run("-c", SCRIPT, json.dumps(config), "")
+    (loop,) = [block for block in readme_blocks("python") if "engine.backward(loss)" in block]
+    looped = f"{SCRIPT}\n{loop}\nprint('looped', engine.step_count, engine.last_stats.examples_trained)"
+    done = run("-c", looped, json.dumps(config), "")
     assert done.returncode == 0, done.stderr
     assert "trained 8" in done.stdout
+    assert "looped 6 8" in done.stdout  # two given batches, then an epoch of floor(64 / 16)
 
 
 @pytest.mark.distributed

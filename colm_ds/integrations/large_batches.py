@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from pyarrow.compute import list_value_length
 from torch.utils.data import Dataset, Sampler
 
 from colm_ds.batching.collate import IGNORE_INDEX
@@ -191,7 +192,7 @@ def has_label(example: Example) -> bool:
 def _has_label(column: Any) -> npt.NDArray[np.bool_]:
     """Return whether each list of an Arrow column has a label after its first, `[n]`."""
     rows = column.combine_chunks()
-    sizes = np.array([0 if size is None else size for size in rows.value_lengths().to_pylist()])
+    sizes = list_value_length(rows).fill_null(0).to_numpy(zero_copy_only=False)
     values = rows.flatten().to_numpy(zero_copy_only=False)
     row_of = np.repeat(np.arange(len(sizes)), sizes)
     is_first = np.arange(len(values)) == (np.cumsum(sizes) - sizes)[row_of]

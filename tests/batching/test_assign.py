@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from colm_ds.batching.assign import IMBALANCE, Batches, home_ranks, micro_batches, training_ranks
+from colm_ds.batching.assign import (
+    IMBALANCE,
+    Batches,
+    equal_ranks,
+    equal_slots,
+    home_ranks,
+    micro_batches,
+    training_ranks,
+)
 from colm_ds.randomness import private_generator
 
 lengths_of_examples = st.lists(st.integers(1, 60), min_size=1, max_size=40)
@@ -166,3 +174,45 @@ def test_micro_batches_hold_every_position_once(
 def test_micro_batches_of_two(by_rank: list[list[int]], wanted: list[Batches]) -> None:
     lengths = torch.tensor([9, 8, 7, 6, 5, 4])
     assert micro_batches(by_rank, lengths, max_examples=2) == wanted
+
+
+def can_be_placed(stayed: list[int], moved: list[int], home_slots: int, slots: int, size: int) -> bool:
+    """Whether some way to fill the slots exists, tried one by one: the first ones take only examples that stayed."""
+    for here, arrived in zip(stayed, moved, strict=True):
+        in_first = [number for number in range(here + 1) if number <= home_slots * size]
+        if not any(here - number + arrived <= (slots - home_slots) * size for number in in_first):
+            return False
+    return True
+
+
+@given(st.data(), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
+def test_equal_slots(data: st.DataObject, world_size: int, slots: int, size: int) -> None:
+    counts = [data.draw(st.integers(0, slots * size)) for _ in range(world_size)]
+    stay = [data.draw(st.integers(0, count)) for count in counts]
+    by_rank, home, number = [], [], 0
+    for rank, (count, here) in enumerate(zip(counts, stay, strict=True)):
+        by_rank.append(list(range(number, number + count)))
+        home += [rank] * here + [(rank + 1) % 7 + 10] * (count - here)
+        number += count
+    lengths = torch.tensor([3 + 5 * place % 11 for place in range(number)], dtype=torch.int64)
+    plans, num_home = equal_slots(by_rank, torch.tensor(home), lengths, num_slots=slots, max_examples=size)
+    moved = [count - here for count, here in zip(counts, stay, strict=True)]
+    assert num_home == max(k for k in range(slots + 1) if can_be_placed(stay, moved, k, slots, size))
+    for rank, plan in enumerate(plans):
+        assert len(plan) == slots
+        assert all(len(micro) <= size for micro in plan)
+        assert sorted(position for micro in plan for position in micro) == by_rank[rank]
+        assert all(home[position] == rank for micro in plan[:num_home] for position in micro)
+        for micro in plan:
+            assert [int(lengths[p]) for p in micro] == sorted((int(lengths[p]) for p in micro), reverse=True)
+
+
+@given(st.data(), st.integers(1, 12), st.integers(1, 4))
+def test_equal_ranks(data: st.DataObject, number: int, world_size: int) -> None:
+    home = torch.tensor([data.draw(st.integers(0, world_size - 1)) for _ in range(number)])
+    ranks = equal_ranks(list(range(number)), torch.arange(number), home, world_size)
+    counts = [list(ranks.values()).count(rank) for rank in range(world_size)]
+    assert max(counts) - min(counts) <= 1
+    held = [int((home == rank).sum()) for rank in range(world_size)]
+    fewest = sum(max(0, count - -(-number // world_size)) for count in held)
+    assert fewest <= sum(ranks[place] != int(home[place]) for place in range(number)) <= fewest + world_size - 1

@@ -107,6 +107,7 @@ def test_without_arguments(name: str, run: Callable[..., str], tmp_path: Path) -
     assert (tmp_path / "runs" / "examples" / name.removesuffix(".py") / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_deepspeed_loop_resumes(tmp_path: Path) -> None:
     """A second start with one more epoch goes on after the first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 import colm_ds
 from colm_ds.errors import ConfigError, DataError, SelectionError
+from tests.engine.oracle import largest_difference
 from tests.engine.training import Record, records
 from tests.integrations.runs import pad
 from tests.tiny_models import tiny_model
@@ -135,3 +137,29 @@ def test_names_or_nothing_where_counts_are_not_needed() -> None:
     pool = {**SIZES, "small_sources": "none", "per_source": False}
     assert colm_ds.CoresetSelector(model, pool)(examples).coreset.num_kept == 0
     assert Counter(row["source"] for row in data()) == COUNTS
+
+
+def test_a_plain_loop_resumes_exactly() -> None:
+    """Weights, optimizer and selector of a checkpoint after two steps, and the third from it."""
+
+    def loop(state: dict[str, Any] | None, steps: range) -> dict[str, Any]:
+        model = tiny_model("llama").train()
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        selector = colm_ds.CoresetSelector(
+            model, {**SIZES, "probe": {"estimator": "exact"}}, COUNTS, optimizer=optimizer
+        )
+        holders = {"model": model, "optimizer": optimizer, "selector": selector}
+        for name, holder in holders.items() if state else ():
+            holder.load_state_dict(state[name])
+        for step in steps:
+            examples = data()[step * 9 : step * 9 + 13]
+            places, weights = selector.share(selector(examples))
+            (colm_ds.example_losses(model, [examples[place] for place in places]) * weights).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return copy.deepcopy({name: holder.state_dict() for name, holder in holders.items()})
+
+    whole = loop(None, range(3))
+    rest = loop(loop(None, range(2)), range(2, 3))
+    assert largest_difference(whole["model"], rest["model"]) == 0.0
+    assert rest["selector"]["step"] == 3

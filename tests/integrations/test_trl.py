@@ -70,6 +70,16 @@ def test_same_training_as_with_the_trainer(tmp_path: Path) -> None:
     assert ours.evaluate()["eval_loss"] > 0
 
 
+def test_resume_continues_exactly(tmp_path: Path) -> None:
+    colm = {**SIZES, "probe": {"estimator": "exact"}}
+    whole = make(tmp_path, records(SOURCES), colm, max_steps=4, save_strategy="steps", save_steps=2)
+    whole.train()
+    rest = make(tmp_path, records(SOURCES), colm, max_steps=4)
+    rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert rest.coreset_selector.step_count == 4
+    assert largest_difference(rest.model.state_dict(), whole.model.state_dict()) == 0.0
+
+
 def test_completion_only_loss(tmp_path: Path) -> None:
     trainer = make(tmp_path, rows(), {"large_batch_size": LARGE}, max_steps=1)
     seen: list[dict[str, Any]] = []
