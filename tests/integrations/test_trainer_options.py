@@ -57,7 +57,7 @@ def plain_trainer(tmp_path: Path, rows: list[Record], **arguments: Any) -> Any:
     return Trainer(tiny_model("llama").train(), args, pad, train_dataset=data)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("smoothing", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
 def test_random_is_the_trainer(smoothing: float, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Ten steps on rows of many lengths, in the order in which `random` draws them."""
     ours = make_trainer(str(tmp_path), RANDOM, 10, label_smoothing_factor=smoothing)
