@@ -21,7 +21,7 @@ from colm_ds.selection.by_loss import (
 )
 from colm_ds.selection.ccs import deal, strata_of, stratified_draw, without_hardest
 from colm_ds.selection.draws import inclusion_probabilities, softmax_draw, uniform_draw, weighted_draw
-from colm_ds.selection.goracs import cover, group_costs, refine
+from colm_ds.selection.goracs import cover, group_costs, refine, swap_scores
 from colm_ds.selection.grab import balance_signs, balanced_half, herd
 from colm_ds.selection.simcore import centroids_of, retrieve, rounds, unit_rows
 from colm_ds.selection.transport import Transport
@@ -209,6 +209,19 @@ def test_transport_is_optimal_through_swaps(seed: int) -> None:
         assert float(prices.mean() + columns.mean()) == pytest.approx(plan.cost(), abs=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_swap_scores_are_the_formula(seed: int) -> None:
+    costs = torch.from_numpy(np.random.default_rng(seed).random((7, 5)))
+    members, prices = [4, 1, 6], torch.tensor([0.1, -0.05, 0.0], dtype=torch.float64)
+    found = swap_scores(costs, members, prices)
+    for row in range(7):
+        offers = [[float(costs[m, j] - p) for m, p in zip(members, prices, strict=True) if m != row] for j in range(5)]
+        gaps = [float(costs[row, j]) - min(offers[j]) for j in range(5)]
+        own = sorted(gaps, reverse=True)[math.ceil(5 / 3) - 1]
+        wanted = sum(min(gap - own, 0.0) for gap in gaps) / 5 + own / 3
+        assert float(found[row]) == pytest.approx(wanted, abs=1e-12)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_groups_are_nearly_the_best(seed: int) -> None:
     costs = torch.from_numpy(np.random.default_rng(seed).random((9, 4)))
@@ -302,6 +315,7 @@ def test_signs_are_those_of_a_plain_loop(seed: int) -> None:
         assert sign == (1.0 if float((total + vector).norm()) <= float((total - vector).norm()) else -1.0)
         total = total + sign * vector
     assert torch.allclose(after, total, atol=1e-12)
+    assert float(balance_signs(vectors)[0][0]) == 1.0  # of two equal lengths
     flipped, _ = balance_signs(-vectors)
     assert torch.equal(flipped, balance_signs(vectors)[0])
     line = (2 * torch.rand(50, 1, generator=generator(seed), dtype=torch.float64)) - 1
@@ -317,6 +331,16 @@ def test_half_of_the_examples() -> None:
     random = np.mean([_error(vectors, uniform_draw(16, 8, generator(s))) for s in range(200)])
     assert balanced < 0.8 * random
     assert float(balanced_half(torch.ones(6, 2), 3, generator())[2].abs().max()) == 0.0
+
+
+@pytest.mark.parametrize(("n", "count"), [(7, 5), (9, 8), (8, 4)])
+def test_a_pick_stands_for_its_pair(n: int, count: int) -> None:
+    """So the weighted sum differs from that of all by the running sum alone."""
+    vectors = numbers(n, 4, seed=n)
+    rows, stands_for, total = balanced_half(vectors, count, generator(1))
+    weights = 2.0 * stands_for if n == 2 * count else stands_for
+    assert float(weights.sum()) == n
+    assert torch.allclose(weights @ vectors[rows] - vectors.sum(dim=0), total, atol=1e-12)
 
 
 def _error(vectors: Tensor, rows: Tensor) -> float:
