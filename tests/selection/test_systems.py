@@ -16,6 +16,7 @@ from colm_ds.selection.by_loss import (
     band_probabilities,
     delta_probabilities,
     infobatch_draw,
+    infobatch_quotas,
     rank_probabilities,
     window,
 )
@@ -161,6 +162,16 @@ def test_retrieval() -> None:
     assert retrieve(one, 6).tolist() == one[:, 0].argsort(descending=True)[:6].tolist()
     cut = {tuple(retrieve(similarity, ends[1] + 1, generator=generator(seed)).tolist()) for seed in range(12)}
     assert len(cut) > 1
+
+
+@pytest.mark.parametrize("patience", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_retrieval_stops_before_the_first_poor_round(patience: int, seed: int) -> None:
+    similarity = numbers(24, 3, seed=seed)
+    every = list(rounds(similarity))
+    poor = [place for place in range(patience, len(every)) if every[place].value < 0.6 * every[patience - 1].value]
+    wanted = [row for one in every[: poor[0]] for row in one.rows.tolist()]
+    assert retrieve(similarity, 24, stop=True, patience=patience, threshold=0.6).tolist() == wanted
 
 
 def test_equal_similarities_go_to_the_lower_row() -> None:
@@ -435,6 +446,12 @@ def test_infobatch_sums_are_unbiased(count: int) -> None:
         kept = Counter(place in below for place in places.tolist())
         assert (kept[True], kept[False]) == (1, 4)
         assert sorted(set(weights.tolist())) == [1.0, 4.0]
+
+
+def test_few_below_the_mean_leave_their_places_to_the_others() -> None:
+    assert infobatch_quotas(1, 20, 15) == (14, 1)
+    assert infobatch_quotas(9, 3, 10) == (3, 7)
+    assert infobatch_quotas(0, 12, 5) == (5, 0)
 
 
 def test_infobatch_without_losses_is_random() -> None:
