@@ -63,7 +63,8 @@ def test_the_two_line_adoption_trains() -> None:
     (section,) = readme_blocks("json")
     config = json.loads("{" + section + "}")
     assert config["train_batch_size"] == config["colm"]["coreset_size"]
-    (loop,) = [block for block in readme_blocks("python") if "engine.backward(loss)" in block]
+    loops = readme_blocks("python", "docs/INTEGRATIONS.md")
+    (loop,) = [block for block in loops if "engine.backward(loss)" in block]
     looped = f"{SCRIPT}\n{loop}\nprint('looped', engine.step_count, engine.last_stats.examples_trained)"
     done = run("-c", looped, json.dumps(config), "")
     assert done.returncode == 0, done.stderr

@@ -320,7 +320,7 @@ class CoLMEngine:
         self._record(selection, update, step.variance, lr, time_s)
 
     def next_micro_batch(self) -> OpenStep:
-        """Go on to the next micro-batch, of the step under way or of a new one; `MicroBatchLoader` calls it.
+        """Move to the next micro-batch, of the step under way or of a new one; `MicroBatchLoader` calls it.
 
         Raises:
             LoopError: if the step was not taken after its last micro-batch.

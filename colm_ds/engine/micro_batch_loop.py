@@ -144,7 +144,7 @@ class OpenStep:
         return f"micro-batch {self.place + 1} of {self.num_micro_batches} of step {self.selection.batch.step}"
 
     def advance(self) -> None:
-        """Go on to the next micro-batch."""
+        """Move to the next micro-batch."""
         self.place += 1
         self.is_given = self.is_done = False
         self.input_ids = self.loss = None

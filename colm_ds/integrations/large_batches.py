@@ -180,8 +180,8 @@ def rows_with_labels(dataset: Any, examples_of: ExampleCollator) -> tuple[npt.ND
         parts = [columns[start : start + LOOKED_AT]["labels"] for start in range(0, total, LOOKED_AT)]
         return np.flatnonzero(np.concatenate([_has_label(part) for part in parts])), total
     looked_at = min(total, LOOKED_AT)
-    found = [has_label(examples_of([(index, dataset[index])])[0]) for index in range(looked_at)]
-    return np.concatenate([np.flatnonzero(found), np.arange(looked_at, total)]), looked_at
+    labelled = [has_label(examples_of([(index, dataset[index])])[0]) for index in range(looked_at)]
+    return np.concatenate([np.flatnonzero(labelled), np.arange(looked_at, total)]), looked_at
 
 
 def has_label(example: Example) -> bool:
