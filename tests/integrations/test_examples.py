@@ -48,9 +48,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     return run
 
 
-def readme_section() -> str:
+def section(title: str) -> str:
     text = (ROOT / "docs" / "INTEGRATIONS.md").read_text(encoding="utf-8")
-    return text.split("## A plain loop, Trainer, TRL")[1].split("\n## ")[0]
+    return text.split(f"## {title}\n")[1].split("\n## ")[0]
 
 
 def test_hf_trainer(run: Callable[..., str], tmp_path: Path) -> None:
@@ -129,16 +129,16 @@ def test_examples_are_short() -> None:
         assert len(path.read_text(encoding="utf-8").splitlines()) < 80, path
 
 
-def test_plain_loop_of_the_readme() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", readme_section(), flags=re.DOTALL)
+def test_plain_loop_of_the_page() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", section("A plain loop"), flags=re.DOTALL)
     assert len(code.strip().splitlines()) <= 15
     names = {"model": tiny_model("llama").train(), "dataset": records({"a": 20, "b": 20, "c": 5})}
     exec(code.replace("128", "16").replace("64", "8"), names)
     assert names["selector"].step_count == 2
 
 
-def test_diff_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (diff,) = re.findall(r"```diff\n(.*?)```", readme_section(), flags=re.DOTALL)
+def test_diff_of_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (diff,) = re.findall(r"```diff\n(.*?)```", section("transformers.Trainer"), flags=re.DOTALL)
     lines = diff.splitlines()
     assert sum(line[:1] in "+-" for line in lines if line) <= 6
     printed = {}
