@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from colm_ds.errors import CoLMError, ConfigError
+from colm_ds.errors import CoLMError, ConfigError, PartFailedError
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.process.launch import relaunch
 from colm_ds.untrusted.printable import visible
@@ -60,9 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser_of(name)
     options = parser.parse_intermixed_args(words)
     try:
-        if hasattr(options, "num_gpus") and name in ON_RANKS:
+        if name in ON_RANKS:
             relaunch(name, words, options)
         code: int | None = options.run(options)
+    except PartFailedError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return error.code
     except CoLMError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return ExitCode.BAD_INPUT

@@ -101,6 +101,19 @@ class CheckpointError(CoLMError):
     """A checkpoint that cannot be saved or loaded."""
 
 
+class PartFailedError(CoLMError):
+    """A program of several ended with an exit code other than 0, after its own message.
+
+    Attributes:
+        code: the exit code.
+    """
+
+    def __init__(self, part: str, code: int) -> None:
+        """Name the part and its exit code."""
+        super().__init__(f"{part} ended with exit code {code}. The same command resumes from what is done.")
+        self.code = code
+
+
 @dataclass
 class Problems:
     """Collects problems so that the user sees all of them at once.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +21,13 @@ from colm_ds.config.colm import CoLMSection, ProbeConfig
 from colm_ds.config.resolve import load_config, resolve_config
 from colm_ds.engine.token_table import occurring_ids
 from colm_ds.errors import ConfigError, ProbeError
-from colm_ds.export.run import put_trained
+from colm_ds.export.run import load_at
 from colm_ds.probe.gradient_sketch import (
     MAX_TOKENS,
 )
 from colm_ds.probe.tokens import example_features, vectors_of_model, vocabulary_size
 from colm_ds.process.progress import Progress
-from colm_ds.recipes.model import load_model, load_tokenizer
+from colm_ds.recipes.model import load_tokenizer
 from colm_ds.recipes.recipe import BaseRecipe
 from colm_ds.selection import SINGLE_PROCESS, Signals
 from colm_ds.training.tasks import load_task
@@ -103,7 +102,7 @@ def check_recipe(
     config = checked_section(recipe)
     tokenizer = load_tokenizer(recipe.model, recipe.tokenizer_place)
     data = load_task(recipe, tokenizer).train
-    model, weights = _load(recipe, tokenizer, at)
+    model, weights = load_at(recipe, tokenizer, at)
     on_gpu = torch.cuda.is_available()
     result = check_model(
         model.to("cuda" if on_gpu else "cpu"),
@@ -216,18 +215,6 @@ def check_model(
         notes=(*notes, *compared.notes),
         weights=weights,
     )
-
-
-def _load(recipe: BaseRecipe, tokenizer: Any, at: str | Path | None) -> tuple[nn.Module, str]:
-    """Return the recipe's model as training builds it, with the trained weights of `at`, and their origin."""
-    from transformers import set_seed
-
-    set_seed(recipe.seed)
-    model = load_model(recipe.model, recipe.lora, tokenizer, fresh=at is not None)
-    if at is None:
-        return model, "as training begins"
-    path, step = put_trained(model, recipe.lora, at, recipe.model.dtype)
-    return model, f"from {path}" + ("" if step is None else f", after step {step:,}")
 
 
 def _features(

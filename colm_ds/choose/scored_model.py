@@ -9,7 +9,7 @@ from torch import nn
 
 from colm_ds.data.token_cache import describe_tokenizer
 from colm_ds.errors import ConfigError
-from colm_ds.export.run import put_trained
+from colm_ds.export.run import load_at
 from colm_ds.recipes.model import load_model
 from colm_ds.recipes.model import load_tokenizer as load_its_tokenizer
 from colm_ds.recipes.recipe import BaseRecipe
@@ -26,12 +26,7 @@ def load_scored_model(recipe: BaseRecipe, tokenizer: Any, at: str | None) -> nn.
     Raises:
         ConfigError, CheckpointError: if it cannot be loaded.
     """
-    from transformers import set_seed
-
-    set_seed(recipe.seed)
-    model = load_model(recipe.model, recipe.lora, tokenizer)
-    if at is not None:
-        put_trained(model, recipe.lora, at, recipe.model.dtype)
+    model: nn.Module = load_at(recipe, tokenizer, at)[0]
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

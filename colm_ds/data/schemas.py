@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import json
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, Literal, get_args
 
 from colm_ds.data.prompt import PROMPT_TEMPLATE, PROMPT_WITH_INPUT
 from colm_ds.errors import ConfigError, DataError
+from colm_ds.untrusted.json_text import parse_json
 
 Schema = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 SCHEMAS: tuple[Schema, ...] = get_args(Schema)
@@ -228,7 +228,7 @@ def _list(row: Mapping[str, Any], key: str, problems: list[str]) -> list[Any] | 
     value = row.get(key)
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError as error:
             problems.append(f"{key!r} is a text that is no JSON list: {error}. Write a list.")
             return None

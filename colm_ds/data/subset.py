@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from colm_ds.errors import ConfigError
+from colm_ds.run_folder.files import write_whole
+from colm_ds.untrusted.json_text import parse_json
 
 
 def write_subset(path: Path, indices: Sequence[int], digest: str, facts: Mapping[str, Any]) -> None:
@@ -20,9 +22,7 @@ def write_subset(path: Path, indices: Sequence[int], digest: str, facts: Mapping
         facts: how they were chosen, for readers.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({**facts, "digest": digest, "indices": list(indices)}) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_whole(path, json.dumps({**facts, "digest": digest, "indices": list(indices)}) + "\n")
 
 
 def read_subset(path: str | Path, digest: str) -> list[int]:
@@ -36,7 +36,7 @@ def read_subset(path: str | Path, digest: str) -> list[int]:
         ConfigError: if the file is no index file, or was made for other data.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse_json(Path(path).read_text(encoding="utf-8"))
         indices, made_for = [int(index) for index in content["indices"]], content["digest"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from colm_ds.errors import ConfigError
+from colm_ds.run_folder.files import replacing
 
 KEYS = ("losses", "digest", "made_by")
 
@@ -25,9 +26,8 @@ def write_reference_losses(path: Path, losses: Tensor, digest: str, made_by: dic
         made_by: model and recipe, for readers.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    torch.save({"losses": losses.float(), "digest": digest, "made_by": json.dumps(made_by)}, part)
-    part.replace(path)
+    with replacing(path, "wb") as file:
+        torch.save({"losses": losses.float(), "digest": digest, "made_by": json.dumps(made_by)}, file)
 
 
 def read_table(path: str | Path) -> dict[str, Any]:

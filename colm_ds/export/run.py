@@ -132,6 +132,27 @@ def export_run(
     return Exported(target, kind, source.path, source.step, base.dtype, num_tensors, passed_over)
 
 
+def load_at(recipe: BaseRecipe, tokenizer: Any, at: str | Path | None) -> tuple[Any, str]:
+    """Return a recipe's model as training builds it, or with the trained weights of a run, and their origin in words.
+
+    Args:
+        recipe: names the model, its LoRA and the seed of its fresh weights.
+        tokenizer: from `load_tokenizer`.
+        at: folder of a run of this recipe's model, or of one of its checkpoints; None: as training begins.
+
+    Raises:
+        ConfigError, CheckpointError: if it cannot be loaded.
+    """
+    from transformers import set_seed
+
+    set_seed(recipe.seed)
+    model = load_model(recipe.model, recipe.lora, tokenizer, fresh=at is not None)
+    if at is None:
+        return model, "as training begins"
+    path, step = put_trained(model, recipe.lora, at, recipe.model.dtype)
+    return model, f"from {path}" + ("" if step is None else f", after step {step:,}")
+
+
 def put_trained(model: Any, lora: LoraConfig | None, place: str | Path, dtype: str) -> tuple[Path, int | None]:
     """Put the trained weights of a run into its model, as it was built for training.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -36,9 +37,6 @@ from colm_ds.untrusted.yaml_text import parse_yaml, read_yaml
 
 class BaseRecipe(Section):
     """Definition of a run, independent of its data; each kind of recipe adds its data."""
-
-    data_paths: ClassVar[tuple[str, ...]] = ()
-    """Keys of the `data` section that name files or folders."""
 
     reads_target: ClassVar[bool] = False
     """Whether a target's data can be read as the training data is."""
@@ -158,7 +156,6 @@ class BaseRecipe(Section):
 class Recipe(BaseRecipe):
     """A run on instructions, conversations, prompts with completions, or texts."""
 
-    data_paths: ClassVar[tuple[str, ...]] = ("train", "heldout", "chat_template", "subset")
     reads_target: ClassVar[bool] = True
 
     task: Literal["instructions"] = Field("instructions", description="what is trained on")
@@ -186,8 +183,6 @@ class Recipe(BaseRecipe):
 
 class ChoiceRecipe(BaseRecipe):
     """A run on a classification task; the loss is a cross-entropy over the candidates of every example."""
-
-    data_paths: ClassVar[tuple[str, ...]] = ("folder", "train", "heldout")
 
     task: Literal["choices"] = Field(description="what is trained on")
     data: ChoiceDataConfig
@@ -260,10 +255,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, needs_files:
         _override(loaded, override, problems)
     kind = kind_of_recipe(loaded)
     _expand_paths(loaded, problems)
-    _resolve_paths(kind, loaded, path.parent, problems if needs_files else Problems(""))
+    _resolve_paths(loaded, path.parent, problems, needs_files)
     if problems.messages and loaded.get("made_by"):
         problems.notes.append(f"The files of this recipe are made by: {loaded['made_by']}")
-    _resolve(loaded, "deepspeed", path.parent, problems, must_exist=True)
     _take_adapter(loaded, problems)
     recipe = validate_section(kind, loaded, "", problems)
     if isinstance(recipe, BaseRecipe):
@@ -300,9 +294,7 @@ def read_values(path: Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if place.resolve() in (*_above, path.resolve()):
         raise ConfigError(f"{path}: extends = {other!r}: that recipe extends this one. Remove one of the two.")
     inherited = read_values(place, (*_above, path.resolve()))
-    kind, ignored = kind_of_recipe({**inherited, **loaded}), Problems("")
-    _resolve_paths(kind, inherited, place.parent, ignored)  # missing files are reported with the whole recipe
-    _resolve(inherited, "deepspeed", place.parent, ignored, must_exist=True)
+    _resolve_paths(inherited, place.parent, Problems(""))  # missing files are reported with the whole recipe
     return {**inherited, **loaded}
 
 
@@ -351,14 +343,45 @@ def _number(text: str) -> str | float:
         return text
 
 
+class _Looked(Enum):
+    """Where a path of a recipe is looked for: as written, and next to the recipe."""
+
+    NOWHERE = "made by the run, in the working folder"
+    IF_THERE = "or it is a name of a hub"
+    MUST_EXIST = "else it is a problem, unless the recipe is only planned with"
+    ALWAYS = "else it is a problem"
+
+
 _PATHS = {
-    None: ("output_dir", "tokenizer", "resume"),
-    "data": ("train", "heldout", "folder", "store", "cache_dir", "chat_template", "subset"),
-    "model": ("name_or_path",),
-    "lora": ("adapter",),
-    "prepare": ("tokenizer",),
+    "deepspeed": _Looked.ALWAYS,
+    "output_dir": _Looked.NOWHERE,
+    "resume": _Looked.NOWHERE,
+    "tokenizer": _Looked.IF_THERE,
+    "prepare.tokenizer": _Looked.IF_THERE,
+    "model.name_or_path": _Looked.IF_THERE,
+    "lora.adapter": _Looked.IF_THERE,
+    "data.train": _Looked.MUST_EXIST,
+    "data.heldout": _Looked.MUST_EXIST,
+    "data.folder": _Looked.MUST_EXIST,
+    "data.chat_template": _Looked.MUST_EXIST,
+    "data.subset": _Looked.MUST_EXIST,
+    "data.store": _Looked.NOWHERE,
+    "data.cache_dir": _Looked.NOWHERE,
+    "colm.target.data": _Looked.MUST_EXIST,
+    "colm.options.table": _Looked.MUST_EXIST,
 }
-"""Keys that hold paths, by section."""
+"""Keys that hold paths, of every kind of recipe."""
+
+
+def _path_keys(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str, _Looked]]:
+    """Yield the section, the key in it, the whole key and the way to look for every path that a recipe has."""
+    for whole, looked in _PATHS.items():
+        *sections, key = whole.split(".")
+        inner: Any = values
+        for name in sections:
+            inner = inner.get(name) if isinstance(inner, dict) else None
+        if isinstance(inner, dict) and key in inner:
+            yield inner, key, whole, looked
 
 
 def _expand_paths(values: dict[str, Any], problems: Problems) -> None:
@@ -376,32 +399,20 @@ def _expand_paths(values: dict[str, Any], problems: Problems) -> None:
             problems.add(key, value, f"there is no environment variable {unknown.group(1)}", "Export it.")
         return expanded
 
-    for section, keys in _PATHS.items():
-        inner = values if section is None else values.get(section)
-        for key in keys:
-            if isinstance(inner, dict) and key in inner:
-                inner[key] = expand(inner[key], key if section is None else f"{section}.{key}")
+    for section, key, whole, _ in _path_keys(values):
+        section[key] = expand(section[key], whole)
 
 
-def _resolve_paths(kind: type[BaseRecipe], values: dict[str, Any], folder: Path, problems: Problems) -> None:
+def _resolve_paths(values: dict[str, Any], folder: Path, problems: Problems, needs_files: bool = True) -> None:
     """Make the paths of a recipe findable from anywhere: as written, else relative to the recipe."""
-    _resolve(values, "tokenizer", folder, problems, must_exist=False)
-    places = {
-        "model": ("name_or_path",),
-        "lora": ("adapter",),
-        "data": kind.data_paths,
-        "colm.target": ("data",),
-        "colm.options": ("table",),
-    }
-    for section, keys in places.items():
-        inner: Any = values
-        for name in section.split("."):
-            inner = inner.get(name) if isinstance(inner, dict) else None
-        if isinstance(inner, dict):
-            for key in keys:
-                _resolve(
-                    inner, key, folder, problems, must_exist=section not in ("model", "lora"), prefix=f"{section}."
-                )
+    for section, key, whole, looked in _path_keys(values):
+        if looked == _Looked.NOWHERE:
+            continue
+        value, must_exist = section[key], looked == _Looked.ALWAYS or (needs_files and looked == _Looked.MUST_EXIST)
+        if isinstance(value, list):
+            section[key] = [_find(item, whole, folder, problems, must_exist) for item in value]
+        else:
+            section[key] = _find(value, whole, folder, problems, must_exist)
 
 
 def _take_adapter(values: dict[str, Any], problems: Problems) -> None:
@@ -409,16 +420,6 @@ def _take_adapter(values: dict[str, Any], problems: Problems) -> None:
     lora = values.get("lora")
     if isinstance(lora, dict) and isinstance(lora.get("adapter"), str):
         values["lora"] = with_adapter(lora, problems)
-
-
-def _resolve(
-    values: dict[str, Any], key: str, folder: Path, problems: Problems, *, must_exist: bool, prefix: str = ""
-) -> None:
-    value = values.get(key)
-    if isinstance(value, list):
-        values[key] = [_find(item, prefix + key, folder, problems, must_exist) for item in value]
-    elif isinstance(value, (str, dict)):
-        values[key] = _find(value, prefix + key, folder, problems, must_exist)
 
 
 def _find(value: Any, key: str, folder: Path, problems: Problems, must_exist: bool) -> Any:

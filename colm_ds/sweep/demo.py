@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from colm_ds.data.generated.mixture import write_mixture
-from colm_ds.errors import CoLMError, ConfigError
+from colm_ds.errors import ConfigError, PartFailedError
 from colm_ds.process.launch import add_num_gpus, ranks_command
 from colm_ds.recipes.recipe import load_recipe
 from colm_ds.report import compare, load_run
@@ -54,10 +54,6 @@ ARMS = (
 """The arms; the first gives the price that the others are compared with."""
 
 
-class DemoFailedError(CoLMError):
-    """A run of the demo ended with an exit code other than 0, after its own message."""
-
-
 def run_demo(out: Path, changes: Sequence[str], num_ranks: int, port: int) -> str:
     """Write the mixture, train all arms, write the report; return the table and the answer.
 
@@ -69,7 +65,7 @@ def run_demo(out: Path, changes: Sequence[str], num_ranks: int, port: int) -> st
 
     Raises:
         ConfigError: if a change is wrong, before anything is written.
-        DemoFailedError: if a run fails.
+        PartFailedError: if a run fails.
     """
     data = out / "data"
     paths = [f"tokenizer={data}/tokenizer", f"data.train={data}/train.jsonl", f"data.heldout={data}/heldout.jsonl"]
@@ -87,7 +83,7 @@ def run_demo(out: Path, changes: Sequence[str], num_ranks: int, port: int) -> st
         command = ranks_command(["train", str(RECIPE), *words], num_ranks, port=port)
         code = subprocess.run(command, check=False, env=environment).returncode
         if code:
-            raise DemoFailedError(f"{arm.name} ended with exit code {code}.")
+            raise PartFailedError(arm.name, code)
     runs = [load_run(out / arm.folder) for arm in ARMS]
     compare(runs, out)
     arms = {arm.name: arm for arm in make_arms({arm.name: [run] for arm, run in zip(ARMS, runs, strict=True)})}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from colm_ds.data.generated.text import SHARES, write_text
 from colm_ds.data.pretraining.token_store import MANIFEST, TokenStore
-from colm_ds.errors import CoLMError, ConfigError
+from colm_ds.errors import ConfigError, PartFailedError
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.process.launch import add_num_gpus, ranks_command
 from colm_ds.recipes.recipe import PretrainingRecipe, load_recipe
@@ -20,18 +20,6 @@ from colm_ds.run_folder.read import is_finished
 from colm_ds.sweep import default_ranks
 from colm_ds.training.start_or_resume import check_finished, check_same_data
 from colm_ds.untrusted.printable import visible
-
-
-class PartFailedError(CoLMError):
-    """A part ended with an exit code other than 0, after its own message.
-
-    Attributes:
-        code: the exit code.
-    """
-
-    def __init__(self, what: str, code: int) -> None:
-        super().__init__(f"{what} ended with exit code {code}. The same command resumes from what is done.")
-        self.code = code
 
 
 def run_all(
@@ -153,9 +141,6 @@ def run(options: argparse.Namespace) -> int:
             num_ranks=options.num_gpus or default_ranks(),
             port=options.port,
         )
-    except PartFailedError as error:
-        print(f"pretrain: {error}", file=sys.stderr)
-        return error.code
     except KeyboardInterrupt:
         print("pretrain: stopped; the same command resumes", file=sys.stderr)
         return ExitCode.STOPPED

@@ -44,6 +44,10 @@ def test_paths_are_expanded(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("RUNS", "/runs")
     read = load_recipe(recipe, ["output_dir=$RUNS/one", "data.cache_dir=~/tokens"])
     assert (read.output_dir, read.data.cache_dir) == ("/runs/one", "/home/somebody/tokens")  # type: ignore[attr-defined]
+    (recipe.parent / "table.pt").write_bytes(b"")
+    monkeypatch.setenv("TABLES", str(recipe.parent))
+    table = load_recipe(recipe, ["colm.selector=rho_loss", "colm.options={table: $TABLES/table.pt}"]).colm.options
+    assert table == {"table": str(recipe.parent / "table.pt")}
     monkeypatch.delenv("RUNS")
     with pytest.raises(ConfigError, match=r"output_dir = '\$RUNS/one': there is no environment variable RUNS"):
         load_recipe(recipe, ["output_dir=$RUNS/one"])
