@@ -46,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="padded tokens of one pass through the model: the lever on memory, as activations of all layers are "
         "kept (default: 1024)",
     )
+    parser.add_argument(
+        "--all-selectors",
+        action="store_true",
+        help="measure the baselines and the other systems of docs/SELECTORS.md too: up to five more passes forward",
+    )
+    parser.add_argument("--target", metavar="FILE", help="records for those of them that compare with a target")
     parser.set_defaults(run=run)
 
 
@@ -59,6 +65,8 @@ def run(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: less than {least}.")
+    if options.target is not None and not options.all_selectors:
+        raise ConfigError("--target is for the selectors of --all-selectors. Add that, or leave --target out.")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed does not train here
     from colm_ds.check.measure import check_recipe
     from colm_ds.check.report_of_check import format_check, write_check
@@ -74,6 +82,8 @@ def run(options: argparse.Namespace) -> None:
         num_batches=options.batches,
         at=options.at,
         max_tokens=options.max_tokens,
+        all_selectors=options.all_selectors,
+        target=options.target,
         progress=True,
     )
     print(visible(format_check(result)))

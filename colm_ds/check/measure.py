@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from colm_ds.batching.loader import source_counts
 from colm_ds.batching.sources import small_source_ids
 from colm_ds.check.errors_of_coresets import CoresetError, GradientGram, LargeBatches, coreset_error
+from colm_ds.check.other_selectors import ScoredSample, other_ways, score_sample
 from colm_ds.check.prices import price_of_ways
 from colm_ds.check.sample import DrawnSample, measure_sample
 from colm_ds.check.signals_of_sample import SampleFacts
@@ -84,6 +85,8 @@ def check_recipe(
     num_batches: int = NUM_BATCHES,
     at: str | Path | None = None,
     max_tokens: int = MAX_TOKENS,
+    all_selectors: bool = False,
+    target: str | None = None,
     progress: bool = False,
 ) -> CheckResult:
     """Measure what every way to choose coresets is worth on a recipe's model and data.
@@ -94,6 +97,8 @@ def check_recipe(
         num_batches: minimum number of large batches to choose from.
         at: folder of a run or checkpoint whose trained weights are used; default: the weights at the start.
         max_tokens: padded tokens of one pass.
+        all_selectors: whether to measure the baselines and the other systems too.
+        target: file of records for those of them that compare with a target.
         progress: whether to show progress bars.
 
     Raises:
@@ -101,7 +106,11 @@ def check_recipe(
     """
     config = checked_section(recipe)
     tokenizer = load_tokenizer(recipe.model, recipe.tokenizer_place)
-    data = load_task(recipe, tokenizer).train
+    if target is not None:
+        named = recipe.colm.target.model_copy(update={"data": target})
+        recipe = recipe.model_copy(update={"colm": recipe.colm.model_copy(update={"target": named})})
+    task = load_task(recipe, tokenizer)
+    data = task.train
     model, weights = load_at(recipe, tokenizer, at)
     on_gpu = torch.cuda.is_available()
     result = check_model(
@@ -115,6 +124,9 @@ def check_recipe(
         num_examples=num_examples,
         num_batches=num_batches,
         max_tokens=max_tokens,
+        all_selectors=all_selectors,
+        target=task.target,
+        learning_rate=recipe.optimizer.lr,
         progress=progress,
     )
     if getattr(recipe, "clusters", None) is None:
@@ -153,6 +165,9 @@ def check_model(
     num_examples: int | None = None,
     num_batches: int = NUM_BATCHES,
     max_tokens: int = MAX_TOKENS,
+    all_selectors: bool = False,
+    target: SourcedDataset | None = None,
+    learning_rate: float | None = None,
     progress: bool = False,
 ) -> CheckResult:
     """Measure what every way to choose coresets is worth on a model and data.
@@ -168,6 +183,9 @@ def check_model(
         num_examples: see `check_recipe`.
         num_batches: see `check_recipe`.
         max_tokens: see `check_recipe`.
+        all_selectors: see `check_recipe`.
+        target: examples for those of them that compare with a target.
+        learning_rate: of the run's optimizer.
         progress: see `check_recipe`.
 
     Raises:
@@ -187,12 +205,19 @@ def check_model(
         features=_features(model, config, data, sample, notes),
         exact=measured.exact,
         shapes=() if architecture is None else tuple((t.out_features, t.in_features) for t in architecture.targets),
+        learning_rate=learning_rate,
     )
     small = small_source_ids(config, source_counts(data))
     hidden_size = None if architecture is None else architecture.hidden_size
     compared = ways_to_choose(config, small, facts, len(data.source_names), hidden_size)
+    scored: dict[tuple[str, ...], ScoredSample] = {}
+    if all_selectors:
+        others = other_ways(config, facts, len(data.source_names), target is not None)
+        scored = score_sample(model, config, sample, others.ways, parts, target, progress)
+        compared.ways += others.ways
+        compared.notes += others.notes
     batches = LargeBatches.draw(len(sample.examples), large, num_batches, config.seed)
-    errors = _errors(compared.ways, facts, gram, batches, size, config.seed, progress)
+    errors = _errors(compared.ways, facts, scored, gram, batches, size, config.seed, progress)
     everything = torch.arange(len(sample.examples))
     variance = gram.variance(everything) / size / gram.mean_square()
     ways = [
@@ -237,6 +262,7 @@ def _features(
 def _errors(
     ways: Sequence[WayToChoose],
     facts: SampleFacts,
+    scored: Mapping[tuple[str, ...], ScoredSample],
     gram: GradientGram,
     batches: LargeBatches,
     size: int,
@@ -250,7 +276,9 @@ def _errors(
             made: list[tuple[ProbeConfig, Signals]] = []
             for place, way in enumerate(ways):
                 signals = None
-                if way.needs_signal:
+                if way.signal_key is not None:
+                    signals = scored[way.signal_key].of(examples, number + 1)
+                elif way.needs_signal:
                     signals = next((known for probe, known in made if probe == way.probe), None)
                     if signals is None:
                         signals = facts.signals(way.probe, examples, number + 1, seed)

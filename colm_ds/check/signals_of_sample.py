@@ -29,6 +29,7 @@ class SampleFacts:
         exact: gradients of the probed matrices, concatenated, float32 `[N, d]`, on the CPU; None if the model's
             family is unknown or they are too large.
         shapes: output and input features of each of these matrices.
+        learning_rate: of the run's optimizer, for selectors that weigh a step with it.
     """
 
     sources: Tensor
@@ -39,6 +40,7 @@ class SampleFacts:
     features: Tensor | None
     exact: Tensor | None
     shapes: tuple[tuple[int, int], ...] = ()
+    learning_rate: float | None = None
 
     def can(self, estimator: str) -> bool:
         """Return whether the signals of an estimator can be computed."""

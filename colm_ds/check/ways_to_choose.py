@@ -45,6 +45,7 @@ class WayToChoose:
         keys: the keys of a recipe for it.
         options: options of the selector.
         outer_rules: see `SelectorContext`.
+        signal_key: signal and further scores that it goes by, if they are not an estimator's; see `ScoredSample`.
     """
 
     name: str
@@ -55,6 +56,7 @@ class WayToChoose:
     keys: tuple[str, ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
     outer_rules: str = "auto"
+    signal_key: tuple[str, ...] | None = None
 
     @property
     def needs_signal(self) -> bool:
@@ -95,6 +97,7 @@ class WayToChoose:
             num_label_tokens=facts.num_label_tokens[examples],
             home=torch.zeros_like(examples),
             examples={},
+            lr=facts.learning_rate,
         )
         context = SelectorContext(
             size, self.small, self.settings, options=dict(self.options), outer_rules=self.outer_rules

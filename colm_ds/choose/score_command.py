@@ -30,9 +30,9 @@ def run(options: argparse.Namespace) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed does not train here
     import torch
 
-    from colm_ds.choose.features import signals_of_dataset
     from colm_ds.choose.scored_model import load_reference_model, load_scored_model
     from colm_ds.engine.reference_losses import write_reference_losses
+    from colm_ds.probe.of_examples import signals_of_examples
     from colm_ds.recipes.model import load_tokenizer, quiet_libraries
     from colm_ds.recipes.recipe import load_recipe
     from colm_ds.training.tasks import data_digest, load_task
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
         model = load_reference_model(recipe, tokenizer, options.model)
     else:
         model = load_scored_model(recipe, tokenizer, options.at)
-    signals = signals_of_dataset(model, task.train, recipe.colm.probe, "loss", progress=True)
+    signals = signals_of_examples(model, task.train, task.train.lengths, recipe.colm.probe, "loss", progress=True)
     assert signals.vectors is not None
     losses = torch.where(signals.finite, signals.vectors[:, 0], torch.nan)
     made_by = {"reference": options.model or options.at, "recipe": str(options.recipe)}

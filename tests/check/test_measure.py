@@ -123,6 +123,43 @@ def test_kappa_is_that_of_autograd(normalization: str) -> None:
         assert kappa(result, name) == pytest.approx(plain_kappa(rows, parts, batches, coresets), abs=0.02), name
 
 
+def test_other_selectors_choose_by_plain_losses_and_gradients() -> None:
+    """`big_loss`, and `greats` at a learning rate of 0, which is alignment with the target, in float64 by autograd."""
+    data, model = RecordDataset(records(SOURCES)), tiny_model("llama", **WIDER)
+    target = RecordDataset(records({"a": 20, "c": 20}, seed=7))
+    config = CoLMSection(**SIZES, target={"size": 12, "batch": 4})
+    settings = {"price": free, "steps": 10, "num_examples": 64, "num_batches": 8, "all_selectors": True}
+    result = check_model(model, config, data, target=target, learning_rate=0.0, **settings)
+    names = {way.way.name for way in result.ways}
+    assert {"ccs, one pool", "simcore, per source", "goracs, one pool", "opus, per source"} <= names
+    assert {"vector_sum best_of by tokens, one pool", "grab, one pool", "hidden_medoids, one pool", "loss_band, per source"} <= names
+    (note,) = [note for note in result.notes if "infobatch" in note]
+    assert "delta_loss" in note
+    assert "losses of earlier steps" in note
+    examples = sampled(data, 64)
+    double = tiny_model("llama", **WIDER).double()
+    modules = [name for name, module in double.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    rows = plain_rows(double, examples, modules)
+    with torch.no_grad():
+        losses = torch.stack(
+            [double(input_ids=each.input_ids[None], labels=each.labels[None]).loss for each in examples]
+        )
+    batches = LargeBatches.draw(64, 16, 8, seed=0)
+    largest = [
+        Coreset(batch_losses.sort(descending=True, stable=True).indices[:8].sort().values, torch.ones(8), 0)
+        for batch_losses in (losses[batch] for batch in batches.examples)
+    ]
+    assert kappa(result, "big_loss, one pool") == pytest.approx(plain_kappa(rows, None, batches, largest), rel=0.02)
+
+
+def test_selectors_with_a_target_need_one() -> None:
+    result = check(tiny_model("llama"), RecordDataset(records(SOURCES)), small_sources="auto")
+    assert not any("greats" in note for note in result.notes)
+    settings = {"price": free, "steps": 10, "num_examples": 64, "num_batches": 2, "all_selectors": True}
+    result = check_model(tiny_model("llama"), CoLMSection(**SIZES), RecordDataset(records(SOURCES)), **settings)
+    assert "simcore, goracs, greats, opus: not measured for want of a target (--target)." in result.notes
+
+
 def test_every_way_is_there_and_the_table_is_sorted() -> None:
     result = check(tiny_model("llama"), RecordDataset(records(SOURCES)), small_sources="auto")
     names = [way.way.name for way in result.ways]
@@ -248,6 +285,7 @@ def test_at_the_end_of_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -
         (["--examples", "20"], "20 examples: fewer than two large batches"),
         (["--batches", "1"], "--batches 1: less than 2"),
         (["--at", "nowhere"], "nowhere: no such folder"),
+        (["--target", "some.jsonl"], "--target is for the selectors of --all-selectors"),
         (["colm.coreset_size=17"], r"more than colm\.large_batch_size = 16"),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from colm_ds.choose.features import cached_signals, signals_of_dataset
+from colm_ds.choose.features import cached_signals
 from colm_ds.choose.one_shot import choose_once, quotas_of
 from colm_ds.cli import main
 from colm_ds.config.colm import ProbeConfig
@@ -22,6 +22,7 @@ from colm_ds.data.generated.mixture import write_mixture
 from colm_ds.data.subset import read_subset, write_subset
 from colm_ds.engine.reference_losses import read_table
 from colm_ds.errors import ConfigError
+from colm_ds.probe.of_examples import signals_of_examples
 from colm_ds.recipes.model import load_model, load_tokenizer
 from colm_ds.recipes.recipe import load_recipe
 from colm_ds.selection import Signals
@@ -60,7 +61,9 @@ def parts(folder: Path) -> tuple[Any, Any, InstructionTask]:
 
 def test_losses_of_a_dataset_are_plain_ones(parts: tuple[Any, Any, InstructionTask], tmp_path: Path) -> None:
     model, _, task = parts
-    signals = signals_of_dataset(model, task.train, ProbeConfig(max_tokens=200), "loss", ("gradient_norm",))
+    signals = signals_of_examples(
+        model, task.train, task.train.lengths, ProbeConfig(max_tokens=200), "loss", ("gradient_norm",)
+    )
     assert signals.vectors is not None
     for index in range(0, len(task.train), 7):
         example = task.train[index]
