@@ -68,7 +68,7 @@ def test_without_a_command_the_commands_are_named(words: list[str], capsys: pyte
     assert "COMMAND" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("place", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2))])
 def test_changes_and_the_launchers_word_may_stand_anywhere(
     place: int, repo_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -113,10 +113,13 @@ class Planner:
         """Return the examples of the largest micro-batch whose peak is within a budget of bytes; 0 if none is."""
         most = job.rows_of_step
 
-        def fits(count: int) -> bool:
-            return self.memory(replace(job, micro_batch=count)).peak <= budget
+        def peak(count: int) -> int:
+            return self.memory(replace(job, micro_batch=count)).peak
 
-        return largest_that(fits, most)
+        guess = 1
+        if most > 1 and (left := budget - peak(1)) > 0:  # nearly linear, so that few sizes have to be looked at
+            guess += left // max(1, peak(2) - peak(1))
+        return largest_that(lambda count: peak(count) <= budget, most, guess)
 
     def _probe(self, job: Job, tracer: Tracer) -> int:
         probe = job.colm.probe
@@ -182,13 +185,20 @@ def _backward(
     return max(cases, key=lambda case: sum(case.values()))
 
 
-def largest_that(fits: Callable[[int], bool], most: int) -> int:
-    """Return the largest number from 1 to `most` that fits, 0 if none does; `fits` must be monotonic."""
-    low, high = 0, 1
-    while high <= most and fits(high):
-        low, high = high, high * 2
-    high = min(high, most + 1)
+def largest_that(fits: Callable[[int], bool], most: int, guess: int = 1) -> int:
+    """Return the largest number from 1 to `most` that fits, 0 if none does.
+
+    Args:
+        fits: whether a number fits; must be monotonic.
+        most: the largest number to consider.
+        guess: the number to look at first; the nearer it is, the fewer calls.
+    """
+    low, high, look, step = 0, most + 1, guess, 1
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        look = min(max(look, low + 1), high - 1)
+        if fits(look):
+            low, look = look, look + step if high > most else (look + high) // 2
+        else:
+            high, look = look, look - step if low == 0 else (low + look) // 2
+        step *= 2
     return low

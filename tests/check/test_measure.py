@@ -132,7 +132,12 @@ def test_other_selectors_choose_by_plain_losses_and_gradients() -> None:
     result = check_model(model, config, data, target=target, learning_rate=0.0, **settings)
     names = {way.way.name for way in result.ways}
     assert {"ccs, one pool", "simcore, per source", "goracs, one pool", "opus, per source"} <= names
-    assert {"vector_sum best_of by tokens, one pool", "grab, one pool", "hidden_medoids, one pool", "loss_band, per source"} <= names
+    assert {
+        "vector_sum best_of by tokens, one pool",
+        "grab, one pool",
+        "hidden_medoids, one pool",
+        "loss_band, per source",
+    } <= names
     (note,) = [note for note in result.notes if "infobatch" in note]
     assert "delta_loss" in note
     assert "losses of earlier steps" in note

@@ -37,7 +37,7 @@ TINY |= {f"{name}_tokens": config for name, config in TINY.items()}
 """The families' own features: fused projections, partial rotary embeddings, grouped queries."""
 
 
-BY_DEFAULT = ("phi2_math", "phi3_mini_math")
+BY_DEFAULT = ("phi3_mini_math",)
 """Families that train in a default run; the others are slow tests."""
 
 

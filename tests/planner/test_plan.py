@@ -345,7 +345,13 @@ def test_largest_micro_batch_fits_and_the_next_does_not() -> None:
     assert planner.largest_micro_batch(one, peaks[2]) == 3
     assert planner.largest_micro_batch(one, peaks[3]) == 4  # all that a rank has
     assert planner.largest_micro_batch(one, 1) == 0
-    assert [largest_that(lambda n, limit=limit: n <= limit, 10) for limit in (0, 1, 5, 10, 99)] == [0, 1, 5, 10, 10]
+    for most in range(1, 12):
+        for limit in range(14):
+            for guess in (1, 2, 5, 11, 40):
+                assert largest_that(lambda n, limit=limit: n <= limit, most, guess) == min(limit, most)
+    looked_at: list[int] = []
+    assert largest_that(lambda n: looked_at.append(n) is None and n <= 700, 10**6, 700) == 700
+    assert looked_at == [700, 701]
 
 
 def test_knobs_save_what_they_say_and_make_it_fit() -> None:

@@ -90,8 +90,8 @@ def test_help(script: Path) -> None:
         (["nothing.yaml"], {}, "pretrain: nothing.yaml: no such recipe"),
         (["steps=2", "more"], {}, "pretrain: 'more': changes to the recipe are written key=value"),
         (["steps=2"], {"DATA": "no/such/file.jsonl"}, "DATA: no/such/file.jsonl: no such file or folder"),
-        (["stepps=2"], {}, "Did you mean 'steps'"),
-        (["steps=2"], {"QUESTIONS": "nowhere"}, "nowhere: no such folder"),
+        pytest.param(["stepps=2"], {}, "Did you mean 'steps'", marks=pytest.mark.slow),
+        pytest.param(["steps=2"], {"QUESTIONS": "nowhere"}, "nowhere: no such folder", marks=pytest.mark.slow),
         ([str(ROOT / "pretrain" / "recipes" / "cpu_pile5.yaml"), "data.store=runs/none"], {}, "no data was named"),
         (
             [str(ROOT / "finetune" / "recipes" / "demo.yaml"), f"data.train={ROOT}", f"data.heldout={ROOT}"],

@@ -307,7 +307,9 @@ def keys_of_a_run(folder: Path) -> dict[str, list[str]]:
     return {name: list(json.loads(text.split("\n")[2] if name[0] == "m" else text)) for name, text in texts.items()}
 
 
-@pytest.mark.parametrize("place", range(len(WRONG)))
+@pytest.mark.parametrize(
+    "place", [0, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in range(len(WRONG)) if n not in (0, 5))]
+)
 def test_every_value_of_a_file_is_of_the_wrong_kind(tmp_path: Path, place: int) -> None:
     """Whatever stands in the place of numbers, lists and objects, the report is written."""
     keys = keys_of_a_run(tmp_path / "keys")

@@ -69,6 +69,7 @@ def test_all_ranks_end_and_a_checkpoint_is_gone_on_from(data: Path, tmp_path: Pa
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_run_whose_every_step_was_skipped(data: Path, tmp_path: Path) -> None:
     """Fewer steps than `max_skipped_steps`: it is no success all the same, and no weights are written."""
     for what in ("gradients", "nothing"):  # also where the same command goes on after the last step
@@ -79,6 +80,7 @@ def test_a_run_whose_every_step_was_skipped(data: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "run" / "model").exists()
 
 
+@pytest.mark.slow
 def test_what_is_lost_of_the_data_is_said(data: Path, tmp_path: Path) -> None:
     """At the start and in the summary: rows and ends of responses that `max_length` takes away, and a source gone."""
     rows = [{"source": "whole", "instruction": f"Add {n} and 1.", "output": str(n + 1)} for n in range(20)]

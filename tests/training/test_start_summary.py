@@ -50,6 +50,7 @@ def labels(lines: list[str]) -> list[str]:
     return [line.split()[0] for line in lines]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_in_a_terminal_and_resumed_in_a_log(folder: Path) -> None:
     program = command(folder, "stop", steps=4, save_every=1, output_dir=str(folder / "stopped"))
     raw, code = in_terminal(program, columns=120, environment=environment(), cwd=ROOT)
