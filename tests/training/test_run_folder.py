@@ -20,7 +20,7 @@ from colm_ds.recipes.recipe import load_recipe
 from colm_ds.run_folder.contents import own_entries
 from colm_ds.run_folder.lock import RunLock
 from colm_ds.run_folder.write import RunFolder
-from colm_ds.training.start_or_resume import check_same_settings, where_to_start
+from colm_ds.training.start_or_resume import check_same_data, check_same_settings, where_to_start
 from tests.finetune.test_entry import ROOT, recipe_of
 
 
@@ -126,6 +126,17 @@ def test_a_checkpoint_knows_its_settings(tmp_path: Path) -> None:
     assert "step_4: was made with other settings.\n  optimizer.lr: 0.001 there, 0.5 here" in said
     assert "deepspeed gradient_clipping: 1.0 there, 0.5 here" in said
     assert "micro_batch_size" not in said
+
+
+def test_a_checkpoint_knows_its_data() -> None:
+    before = {"data.train": {"place": "a.jsonl", "digest": "1"}}
+    check_same_data(
+        "step_4", before, {"data.train": {"place": "b.jsonl", "digest": "1"}, "data.heldout": before["data.train"]}
+    )
+    with pytest.raises(
+        ConfigError, match=r"data\.train = a\.jsonl: not what the run was trained on\.\n  step_4: a\.jsonl"
+    ):
+        check_same_data("step_4", before, {"data.train": {"place": "a.jsonl", "digest": "2"}})
 
 
 @pytest.mark.slow
