@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from colm_ds.untrusted.printable import visible
+
+Result = TypeVar("Result")
 
 
 class CoLMError(Exception):
@@ -144,6 +147,37 @@ class Problems:
         count = len(self.messages)
         head = f"{count} problem{'s' if count > 1 else ''} in {self.where}"
         raise error("\n  ".join([head, *self.messages, *self.notes]))
+
+
+class Attempts:
+    """Run checks one after another and raise what all of them found together.
+
+    Example:
+        >>> attempts = Attempts("the arguments")
+        >>> config = attempts.of(lambda: resolve_config(given, 1))  # None if it raised a CoLMError
+        >>> attempts.raise_if_any()  # what was raised, or one ConfigError with the messages of all
+    """
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._errors: list[CoLMError] = []
+
+    def of(self, work: Callable[[], Result]) -> Result | None:
+        """Return what the check returns, None if it raised a `CoLMError`."""
+        try:
+            return work()
+        except CoLMError as error:
+            self._errors.append(error)
+            return None
+
+    def raise_if_any(self) -> None:
+        """Raise the only error as it is, or one `ConfigError` with the messages of several."""
+        if len(self._errors) == 1:
+            raise self._errors[0]
+        problems = Problems(self._where)
+        for error in self._errors:
+            problems.messages.append("\n  ".join(str(error).split("\n")))
+        problems.raise_if_any()
 
 
 _MOST_SHOWN = 300

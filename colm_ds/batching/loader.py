@@ -17,6 +17,7 @@ from colm_ds.batching.assign import home_ranks
 from colm_ds.batching.gather import NUM_SHOWN
 from colm_ds.batching.mixture import MixtureSampler, Sampler
 from colm_ds.batching.resourced import WithSources
+from colm_ds.batching.row_facts import Labels, facts_of_columns, facts_of_rows, has_arrow_columns, values_of_column
 from colm_ds.errors import DataError
 from colm_ds.types import Candidates, CandidateTable, Example, LargeBatch, SourcedDataset
 
@@ -209,11 +210,13 @@ def _same(item: Any) -> Any:
 class RecordDataset:
     """A `SourcedDataset` over any map-style dataset of records with `input_ids`, `labels` and `source`.
 
-    Lengths and sources are read once from every record. `labels` default to `input_ids` (a prediction at every token).
-    Records without a label to train on are left out, with one line that counts them.
+    Lengths and sources are read once from every record, of a Hugging Face dataset by its columns. `labels` default to
+    `input_ids` (a prediction at every token). Records without a label to train on are left out, with one line that
+    counts them.
 
     Attributes:
         num_dropped: how many were left out.
+        row_facts: what is known of all records, those left out included.
     """
 
     def __init__(
@@ -240,52 +243,61 @@ class RecordDataset:
         self._records = records
         self._source_key = source_key
         self._collate = collate_fn
-        kept: list[int] = []
-        dropped: list[int] = []
-        names: list[str | int] = []
-        lengths: list[int] = []
-        labelled: list[int] = []
-        for index in range(len(records)):
-            record = records[index]
-            needed = [source_key] if needs_sources else []
-            needed += [] if collate_fn else ["input_ids"]
-            missing = [key for key in needed if key not in record]
-            if missing:
-                raise DataError(f"example {index}: no {missing[0]!r}. Its keys: {', '.join(map(str, record))}.")
-            try:
-                ids, labels = self._tokens_of(record)
-            except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-                reason = str(error).split("\n")[0]
-                raise DataError(
-                    f"example {index}: {reason}. Give input_ids, labels and attention_mask as lists of equal length."
-                ) from None
-            if len(ids) != len(labels):
-                raise DataError(f"example {index}: {len(ids)} tokens, {len(labels)} labels. Give one label per token.")
-            count = int((labels[1:] != -100).sum())
-            if count == 0:
-                dropped.append(index)
-                continue
-            kept.append(index)
-            names.append(_source_name(record[source_key], index) if source_key in record else "all")
-            lengths.append(len(ids))
-            labelled.append(count)
+        if collate_fn is None and has_arrow_columns(records):
+            given = self._column_of_sources(needs_sources)
+            facts = facts_of_columns(records, Labels("labels" if "labels" in records.column_names else None))
+        else:
+            given = []
+            facts = facts_of_rows(lambda row: self._read(row, needs_sources, given), len(records))
+        self.row_facts = facts
+        dropped = facts.without_label
         self.num_dropped = len(dropped)
-        if not kept:
+        self._kept = kept = np.flatnonzero(facts.num_label_tokens)
+        if not len(kept):
             raise DataError(
                 f"none of {len(records)} examples has a label that is not -100 after the first token, so there is "
                 "nothing to train on. Give labels."
             )
-        if dropped and says_what:
-            logger.warning(left_out(dropped, len(records)))
-        self._kept = np.array(kept, dtype=np.int64)
+        if len(dropped) and says_what:
+            logger.warning(left_out(dropped.tolist(), len(records)))
+        names = [_source_name(given[row], row) for row in kept.tolist()]
         by_name = {str(name): name for name in names}  # 2 and "2" are one source
         self.source_names: Sequence[str] = sorted(
             by_name, key=lambda name: (isinstance(by_name[name], str), by_name[name])
         )
         number = {name: source for source, name in enumerate(self.source_names)}
         self.source_ids = np.array([number[str(name)] for name in names], dtype=np.int32)
-        self.lengths = np.array(lengths, dtype=np.int32)
-        self.num_label_tokens = np.array(labelled, dtype=np.int32)
+        self.lengths = facts.lengths[kept]
+        self.num_label_tokens = facts.num_label_tokens[kept]
+
+    def _column_of_sources(self, needs_sources: bool) -> list[Any]:
+        """Return the source of every row of an Arrow dataset."""
+        records, key = self._records, self._source_key
+        if key in records.column_names:
+            return values_of_column(records, key)
+        if needs_sources:
+            raise DataError(f"example 0: no {key!r}. Its keys: {', '.join(records.column_names)}.")
+        return ["all"] * len(records)
+
+    def _read(self, row: int, needs_sources: bool, given: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return token ids and labels of a row, and put its source behind those `given`."""
+        record, key = self._records[row], self._source_key
+        needed = [key] if needs_sources else []
+        needed += [] if self._collate else ["input_ids"]
+        missing = [name for name in needed if name not in record]
+        if missing:
+            raise DataError(f"example {row}: no {missing[0]!r}. Its keys: {', '.join(map(str, record))}.")
+        try:
+            ids, labels = self._tokens_of(record)
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            reason = str(error).split("\n")[0]
+            raise DataError(
+                f"example {row}: {reason}. Give input_ids, labels and attention_mask as lists of equal length."
+            ) from None
+        if len(ids) != len(labels):
+            raise DataError(f"example {row}: {len(ids)} tokens, {len(labels)} labels. Give one label per token.")
+        given.append(record.get(key, "all"))
+        return ids, labels
 
     def __len__(self) -> int:
         return len(self.lengths)

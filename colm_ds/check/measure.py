@@ -23,6 +23,7 @@ from colm_ds.config.resolve import load_config, resolve_config
 from colm_ds.engine.token_table import occurring_ids
 from colm_ds.errors import ConfigError, ProbeError
 from colm_ds.export.run import load_at
+from colm_ds.models.model_fit import check_model_fits
 from colm_ds.probe.gradient_sketch import (
     MAX_TOKENS,
 )
@@ -189,9 +190,10 @@ def check_model(
         progress: see `check_recipe`.
 
     Raises:
-        ConfigError: if there are too few examples for two large batches.
+        ConfigError: if there are too few examples for two large batches, or the model does not fit the data.
         ProbeError: if no linear module is trained, or too many gradients are not finite.
     """
+    check_model_fits(model, data)
     size, large = int(config.coreset_size or 0), config.large_batch_size
     measured = measure_sample(model, config, data, num_examples, max_tokens=max_tokens, progress=progress)
     sample, gram, architecture, notes = measured.sample, measured.gram, measured.architecture, list(measured.notes)

@@ -32,6 +32,7 @@ def run(options: argparse.Namespace) -> None:
 
     from colm_ds.choose.scored_model import load_reference_model, load_scored_model
     from colm_ds.engine.reference_losses import write_reference_losses
+    from colm_ds.models.model_fit import check_model_fits
     from colm_ds.probe.of_examples import signals_of_examples
     from colm_ds.recipes.model import load_tokenizer, quiet_libraries
     from colm_ds.recipes.recipe import load_recipe
@@ -45,6 +46,7 @@ def run(options: argparse.Namespace) -> None:
         model = load_reference_model(recipe, tokenizer, options.model)
     else:
         model = load_scored_model(recipe, tokenizer, options.at)
+    check_model_fits(model, task.train)
     signals = signals_of_examples(model, task.train, task.train.lengths, recipe.colm.probe, "loss", progress=True)
     assert signals.vectors is not None
     losses = torch.where(signals.finite, signals.vectors[:, 0], torch.nan)

@@ -53,6 +53,7 @@ def run(options: argparse.Namespace) -> None:
     from colm_ds.choose.one_shot import choose_once
     from colm_ds.choose.scored_model import load_scored_model
     from colm_ds.data.subset import write_subset
+    from colm_ds.models.model_fit import check_model_fits
     from colm_ds.recipes.model import load_tokenizer, quiet_libraries
     from colm_ds.recipes.recipe import Recipe, load_recipe
     from colm_ds.selection import needs_of, wrong_options
@@ -89,6 +90,7 @@ def run(options: argparse.Namespace) -> None:
     if needs.signal == "gradient":
         probe = probe.model_copy(update={"estimator": "sketch", "refresh": "run", "num_probes": "auto"})
     model = load_scored_model(recipe, tokenizer, options.at)
+    check_model_fits(model, train)
     cache = None if options.no_cache or recipe.data.cache_dir is None else Path(recipe.data.cache_dir).expanduser()
     arguments: dict[str, Any] = {"folder": cache, "seed": recipe.colm.seed, "progress": True}
     signals = cached_signals(model, train, train.digest(), probe, needs.signal or "loss", needs.also, **arguments)

@@ -11,6 +11,7 @@ from typing import Any
 
 from colm_ds.config.colm import CoLMSection, MaskConfig
 from colm_ds.config.deepspeed import as_numbers, check_auto, check_keys, check_monitors, check_zero
+from colm_ds.config.optimizer import check_numbers
 from colm_ds.config.section import validate_section
 from colm_ds.errors import ConfigError, Problems
 from colm_ds.selection import SELECTORS, takes_outer_rules, wrong_options
@@ -304,6 +305,13 @@ def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems) -> None:
             deepspeed[key] = {}
     check_auto(deepspeed, problems)
     check_zero(deepspeed, problems)
+    check_numbers({"gradient_clipping": deepspeed.get("gradient_clipping")}, problems)
+    for key in ("optimizer", "scheduler"):
+        params = (deepspeed.get(key) or {}).get("params") or {}
+        if isinstance(params, dict):
+            check_numbers(params, problems, f"{key}.params.")
+        else:
+            problems.add(f"{key}.params", params, "not keys and values", "Write an object: {...}.")
     zero = deepspeed.get("zero_optimization") or {}
     if zero.get("overlap_comm") is True and zero.get("stage", 0) in (0, 1):
         problems.add(

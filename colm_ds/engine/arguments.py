@@ -17,7 +17,7 @@ from colm_ds.errors import ConfigError, DataError, Problems
 TEXT = ("input_ids", "labels", "attention_mask", "token_type_ids")
 """Fields of a batch that describe its text, which a step knows already."""
 
-_NAME = "colm_ds.initialize"
+NAME = "colm_ds.initialize"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def check_initialize(
     Raises:
         ConfigError: naming every argument that cannot be used, and why.
     """
-    problems = Problems(f"the arguments of {_NAME}")
+    problems = Problems(f"the arguments of {NAME}")
     where = {"config": config, "config_params": config_params}
     where |= {f"args.{name}": getattr(args, name, None) for name in ("deepspeed_config", "deepscale_config")}
     configs = {name: value for name, value in where.items() if value is not None}

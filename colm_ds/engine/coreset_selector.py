@@ -19,6 +19,7 @@ from colm_ds.batching.micro_batch import make_micro_batch, with_fewer_labels
 from colm_ds.batching.resourced import WithSources
 from colm_ds.batching.sources import known_counts, small_source_ids
 from colm_ds.config.colm import CoLMSection
+from colm_ds.config.optimizer import check_groups
 from colm_ds.config.resolve import selection_config
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.accumulation import loss_scale
@@ -28,10 +29,11 @@ from colm_ds.engine.out_of_memory import of_micro_batch
 from colm_ds.engine.reference_losses import read_reference_losses
 from colm_ds.engine.target_stream import TargetStream
 from colm_ds.engine.token_table import mean_table, means_of, occurring_ids
-from colm_ds.errors import ConfigError, SelectionError
+from colm_ds.errors import Attempts, ConfigError, SelectionError
 from colm_ds.memory.breakdown import tensors_of
 from colm_ds.memory.meter import Meter
 from colm_ds.models.architecture import Architecture, find_architecture
+from colm_ds.models.model_fit import ModelLimits, check_causal, check_rows_fit
 from colm_ds.models.patch import eval_mode
 from colm_ds.models.quantized import check_adapters, keep_trainable
 from colm_ds.probe.estimators import Estimator, Observer
@@ -129,6 +131,7 @@ class CoresetSelector:
         target: SourcedDataset | None = None,
         learning_rate: Callable[[], float] | None = None,
         by_engine: bool = False,
+        is_checked: bool = False,
     ) -> None:
         """Prepare for a model and a dataset.
 
@@ -153,11 +156,13 @@ class CoresetSelector:
             learning_rate: returns that of the next step; default: the optimizer's.
             by_engine: whether batches have dataset indices, and losses are reported by `note_losses`, as in the step of
                 `colm_ds.initialize`.
+            is_checked: whether model and data were checked before, as the engine and the Trainer do; by default they
+                are checked here.
 
         Raises:
             ProbeError: if the selector needs a signal that the probe cannot read from this model.
-            ConfigError: if the configuration or the adapters cannot work, or a listed small source is not in the
-                dataset.
+            ConfigError: listing what cannot work: in the configuration, the adapters, the optimizer's numbers, a model
+                that does not fit the dataset or is not causal, a listed small source that is not in the dataset.
         """
         model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
@@ -176,7 +181,18 @@ class CoresetSelector:
             rank = dist.get_rank() if exchange.num_processes > 1 else 0
         if dataset is None and not isinstance(source_counts, (Mapping, Sequence)):
             dataset = source_counts
-        config = selection_config(config, exchange.num_processes)
+        attempts = Attempts("the arguments of CoresetSelector")
+        resolved = attempts.of(lambda: selection_config(config, exchange.num_processes))
+        attempts.of(lambda: check_groups(optimizer))
+        if not (is_checked or by_engine):
+            counted: Any = dataset if hasattr(dataset, "num_label_tokens") else None
+            attempts.of(lambda: check_rows_fit(model, counted))
+        attempts.raise_if_any()
+        assert resolved is not None
+        config = resolved
+        if not (is_checked or by_engine):
+            check_causal(model)
+        self._limits = ModelLimits.of(model)
         counts = known_counts(config, source_counts)
         assert config.coreset_size is not None
         self._model = model
@@ -431,7 +447,9 @@ class CoresetSelector:
 
     def _gather(self, examples: Sequence[Any] | Mapping[str, Any]) -> LargeBatch:
         def read() -> list[Example]:
-            return read_examples(examples, self.source_names, self._source_key)
+            given = read_examples(examples, self.source_names, self._source_key)
+            self._limits.check(given)
+            return given
 
         batch = gather_large_batch(read, self.step_count + 1, self._rank, self._exchange)
         if batch.size < (self._config.coreset_size or 0):

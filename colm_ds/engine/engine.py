@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from colm_ds.batching.loader import LargeBatchLoader, RecordDataset, source_counts
 from colm_ds.batching.packing import Packing
+from colm_ds.batching.row_facts import is_looked_at
 from colm_ds.batching.sources import looks_at_sources, small_source_ids
 from colm_ds.checkpoints.atomic import Checkpoint
 from colm_ds.checkpoints.engine_state import find_on_all_ranks, load_engine, save_engine
 from colm_ds.config.deepspeed import MONITOR_SECTIONS, model_facts, resolve_auto
+from colm_ds.config.optimizer import check_groups
 from colm_ds.config.resolve import Config, ResolvedConfig, resolve_config
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.accumulation import (
@@ -35,7 +37,7 @@ from colm_ds.engine.accumulation import (
     loss_scale,
     read_step,
 )
-from colm_ds.engine.arguments import check_collated, check_initialize, is_sourced
+from colm_ds.engine.arguments import NAME, check_collated, check_initialize, is_sourced
 from colm_ds.engine.choose_ahead import ChooseAhead
 from colm_ds.engine.coreset_selector import CoresetSelector, Selection
 from colm_ds.engine.data_use import DataUse
@@ -44,11 +46,11 @@ from colm_ds.engine.monitor import RunMonitor
 from colm_ds.engine.out_of_memory import memory_error
 from colm_ds.engine.skipped_steps import SkippedSteps, guard_plain_optimizer
 from colm_ds.engine.step_stats import describe_coreset
-from colm_ds.errors import ConfigError, LoopError, SelectionError
+from colm_ds.errors import Attempts, ConfigError, LoopError, SelectionError
 from colm_ds.memory.meter import Meter
 from colm_ds.memory.recorder import MemoryRecorder
 from colm_ds.models.example_loss import find_loss_head
-from colm_ds.models.model_fit import check_model_fits
+from colm_ds.models.model_fit import ModelLimits, check_causal, check_rows_fit
 from colm_ds.models.packing import check_packing
 from colm_ds.models.quantized import check_adapters, without_quantized_state
 from colm_ds.process.watchdog import Watchdog
@@ -118,20 +120,15 @@ def initialize(
     prepare_deepspeed()
     if not dist.is_initialized():
         deepspeed.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
-    resolved = resolve_config(given.config, dist.get_world_size())
-    hidden_size, dtype = model_facts(model)
-    resolved = replace(resolved, deepspeed=resolve_auto(resolved.deepspeed, hidden_size=hidden_size, dtype=dtype))
-    check_adapters(model, int((resolved.deepspeed.get("zero_optimization") or {}).get("stage", 0)))
-    if optimizer is None and not resolved.deepspeed.get("optimizer"):
-        raise ConfigError('optimizer: none. Add "optimizer": {"type": "AdamW", ...} to the configuration or give one.')
-    _check_target(resolved, target_data)
-    dataset = training_data
-    if not is_sourced(training_data):
-        if collate_fn is not None:
-            check_collated(collate_fn, training_data, model)
-        dataset = RecordDataset(
-            training_data, collate_fn=collate_fn, needs_sources=looks_at_sources(resolved.colm), says_what=_is_first()
-        )
+    attempts = Attempts(f"the arguments of {NAME}")
+    resolved = attempts.of(lambda: _resolved(given.config, model, optimizer, target_data))
+    attempts.of(lambda: check_groups(optimizer))
+    needs_sources = resolved is not None and looks_at_sources(resolved.colm)
+    dataset = attempts.of(lambda: _sourced(training_data, collate_fn, model, needs_sources))
+    attempts.of(lambda: check_rows_fit(model, dataset))
+    attempts.raise_if_any()
+    assert resolved is not None
+    assert dataset is not None
     target = target_data if target_data is None or is_sourced(target_data) else RecordDataset(target_data)
     _prefer_torch_adam(resolved.deepspeed)
     inner, optimizer, _, scheduler = deepspeed.initialize(
@@ -153,6 +150,27 @@ def initialize(
         pad_token_id if isinstance(pad_token_id, int) else 0,
     )
     return engine, optimizer, loader, scheduler
+
+
+def _resolved(config: Config, model: nn.Module, optimizer: Any, target_data: Any) -> ResolvedConfig:
+    """Resolve the configuration, and check that model, optimizer and target data go with it."""
+    resolved = resolve_config(config, dist.get_world_size())
+    hidden_size, dtype = model_facts(model)
+    resolved = replace(resolved, deepspeed=resolve_auto(resolved.deepspeed, hidden_size=hidden_size, dtype=dtype))
+    check_adapters(model, int((resolved.deepspeed.get("zero_optimization") or {}).get("stage", 0)))
+    if optimizer is None and not resolved.deepspeed.get("optimizer"):
+        raise ConfigError('optimizer: none. Add "optimizer": {"type": "AdamW", ...} to the configuration or give one.')
+    _check_target(resolved, target_data)
+    return resolved
+
+
+def _sourced(data: Any, collate_fn: Collate | None, model: nn.Module, needs_sources: bool) -> SourcedDataset:
+    """Return the training data as a dataset that knows its sources and lengths."""
+    if is_sourced(data):
+        return data
+    if collate_fn is not None:
+        check_collated(collate_fn, data, model)
+    return RecordDataset(data, collate_fn=collate_fn, needs_sources=needs_sources, says_what=_is_first())
 
 
 def _is_first() -> bool:
@@ -201,7 +219,8 @@ class CoLMEngine:
         self._device = torch.device(engine.device)
         self._source_names = list(dataset.source_names)
         self._exchange = make_exchange(self._device)
-        check_model_fits(engine.module, dataset)
+        check_causal(engine.module)
+        self._limits = None if is_looked_at(dataset) else ModelLimits.of(engine.module)
         self.loss_head = find_loss_head(engine.module)
         self.packing = self._find_packing(dataset)
         self.skipped = SkippedSteps(config.colm.max_skipped_steps)
@@ -427,7 +446,10 @@ class CoLMEngine:
 
     def _next_batch(self) -> LargeBatch:
         with self.watchdog.watching(f"reading the batch of step {self.step_count + 1}"):
-            return next(self._batches)
+            batch = next(self._batches)
+        if self._limits is not None:
+            self._limits.check(batch.examples.values())
+        return batch
 
     @contextmanager
     def _naming_what_ran_out(self, batch: LargeBatch) -> Iterator[None]:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pyarrow.compute import list_value_length
 from torch.utils.data import Dataset, Sampler
 
 from colm_ds.batching.collate import IGNORE_INDEX
 from colm_ds.batching.gather import read_examples
 from colm_ds.batching.mixture import MixtureSampler
+from colm_ds.batching.row_facts import (
+    LOOKED_AT,
+    Labels,
+    RowFacts,
+    facts_of_columns,
+    facts_of_rows,
+    has_arrow_columns,
+    hash_rows,
+    hashes_of_columns,
+    values_of_column,
+)
 from colm_ds.errors import ConfigError, DataError
 from colm_ds.types import Example
 
@@ -125,7 +136,7 @@ class ExampleCollator:
             collator: the Trainer's, without unused columns and sources.
             source_ids: source of every example of the dataset.
         """
-        self._collator = collator
+        self.collator = collator
         self._source_ids = source_ids
 
     def __call__(self, numbered: Sequence[tuple[int, Any]]) -> list[Example]:
@@ -137,9 +148,9 @@ class ExampleCollator:
 
         Raises:
             ConfigError: if the collator returns more than text.
-            DataError: if it returns no token ids.
+            DataError: if it cannot take the record, or returns no token ids.
         """
-        collated = self._collator([record])
+        collated = self._collated(index, record)
         others = sorted({str(key) for key in collated} - TEXT_INPUTS)
         if others:
             raise ConfigError(
@@ -148,8 +159,15 @@ class ExampleCollator:
             )
         self._example(index, record)
 
+    def _collated(self, index: int, record: Any) -> Mapping[str, Any]:
+        try:
+            return self.collator([record])
+        except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise DataError(f"example {index} of the dataset: the data collator cannot take it: {reason}") from error
+
     def _example(self, index: int, record: Any) -> Example:
-        collated: Mapping[str, Any] = self._collator([record])
+        collated = self._collated(index, record)
         text = {key: value for key, value in collated.items() if key in TEXT_INPUTS - {"token_type_ids"}}
         try:
             (example,) = read_examples(text, ["all"], None)
@@ -158,30 +176,72 @@ class ExampleCollator:
         return Example(example.input_ids, example.labels, int(self._source_ids[index]), index)
 
 
-LOOKED_AT = 10_000
-"""Rows of a dataset without a column of labels that are looked at before training; the others when they are read."""
+def find_row_facts(dataset: Any, examples_of: ExampleCollator) -> RowFacts:
+    """Find what is known of a dataset's rows as they are after the data collator.
 
-
-def rows_with_labels(dataset: Any, examples_of: ExampleCollator) -> tuple[npt.NDArray[np.int64], int]:
-    """Find the rows with a label to train on: all of a Hugging Face dataset with `labels`, else the first `LOOKED_AT`.
-
-    Rows that are not looked at count as rows with labels.
+    All rows of a Hugging Face dataset with `input_ids`, by its columns, as long as the collator leaves their tokens and
+    labels as they are (or makes labels of the tokens but for padding); else the first `LOOKED_AT` rows, collated.
 
     Args:
         dataset: a Hugging Face dataset, or any with `len` and integer indexing.
         examples_of: makes examples of its rows.
 
-    Returns:
-        Their indices, ascending int64, and how many rows were looked at.
+    Raises:
+        DataError: naming a row that cannot be read.
     """
-    total = len(dataset)
-    if "labels" in (getattr(dataset, "column_names", None) or ()) and hasattr(dataset, "with_format"):
-        columns = dataset.with_format("arrow", columns=["labels"])
-        parts = [columns[start : start + LOOKED_AT]["labels"] for start in range(0, total, LOOKED_AT)]
-        return np.flatnonzero(np.concatenate([_has_label(part) for part in parts])), total
-    looked_at = min(total, LOOKED_AT)
-    labelled = [has_label(examples_of([(index, dataset[index])])[0]) for index in range(looked_at)]
-    return np.concatenate([np.flatnonzero(labelled), np.arange(looked_at, total)]), looked_at
+
+    def read(row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        (example,) = examples_of([(row, dataset[row])])
+        return example.input_ids, example.labels
+
+    return facts_by_columns(dataset, examples_of) or facts_of_rows(read, len(dataset), LOOKED_AT)
+
+
+def facts_by_columns(dataset: Any, examples_of: ExampleCollator) -> RowFacts | None:
+    """Return what the columns of a Hugging Face dataset say of all of its rows, None if the collator changes that."""
+    if not has_arrow_columns(dataset):
+        return None
+    for labels in _possible_labels(dataset, examples_of):
+        if not _explains(dataset, labels, examples_of, _spread(len(dataset))):
+            continue
+        facts = facts_of_columns(dataset, labels)
+        if _explains(dataset, labels, examples_of, _telling(facts)):
+            return facts
+    return None
+
+
+def _possible_labels(dataset: Any, examples_of: ExampleCollator) -> list[Labels]:
+    """Return where a collator may take labels from: their column, the token ids, or the token ids but padding."""
+    collator = getattr(examples_of.collator, "data_collator", examples_of.collator)  # behind that of unused columns
+    pad = getattr(getattr(collator, "tokenizer", None), "pad_token_id", None)
+    named = [Labels("labels")] if "labels" in dataset.column_names else []
+    return [*named, Labels(None), *([Labels(None, pad)] if isinstance(pad, int) else [])]
+
+
+def _spread(num_rows: int) -> list[int]:
+    """Return a few rows from all of a dataset."""
+    return sorted({round(part * (num_rows - 1) / 7) for part in range(8)})
+
+
+def _telling(facts: RowFacts) -> list[int]:
+    """Return the rows that a collator would most likely change, and those that what is said depends on."""
+    extremes = (facts.longest, facts.largest_id, facts.smallest_id, facts.largest_label, facts.smallest_label)
+    rows = {spot[0] for spot in extremes if spot is not None} | set(facts.without_label[:4].tolist())
+    return sorted(rows | {int(facts.lengths.argmin())})
+
+
+def _explains(dataset: Any, labels: Labels, examples_of: ExampleCollator, rows: Sequence[int]) -> bool:
+    """Return whether some rows are after the collator what their columns say."""
+    for row in rows:
+        (example,) = examples_of([(row, dataset[row])])
+        try:
+            facts = facts_of_columns(dataset.select([row]), labels)
+        except DataError:
+            continue  # raised with its number where all rows are read
+        own = facts_of_rows(lambda _: (example.input_ids, example.labels), 1)  # noqa: B023 (called at once)
+        if any(not np.array_equal(getattr(facts, each.name), getattr(own, each.name)) for each in fields(RowFacts)):
+            return False
+    return True
 
 
 def has_label(example: Example) -> bool:
@@ -189,14 +249,25 @@ def has_label(example: Example) -> bool:
     return bool((example.labels[1:] != IGNORE_INDEX).any())
 
 
-def _has_label(column: Any) -> npt.NDArray[np.bool_]:
-    """Return whether each list of an Arrow column has a label after its first, `[n]`."""
-    rows = column.combine_chunks()
-    sizes = list_value_length(rows).fill_null(0).to_numpy(zero_copy_only=False)
-    values = rows.flatten().to_numpy(zero_copy_only=False)
-    row_of = np.repeat(np.arange(len(sizes)), sizes)
-    is_first = np.arange(len(values)) == (np.cumsum(sizes) - sizes)[row_of]
-    return np.bincount(row_of[(values != IGNORE_INDEX) & ~is_first], minlength=len(sizes)) > 0
+def number_common(train: Any, heldout: Any) -> int:
+    """Return how many rows of one dataset are rows of the other too, token by token.
+
+    All rows of Hugging Face datasets with `input_ids` and of lists count; others, which may make their rows when they
+    are read, are not looked at.
+    """
+    trained, held = _row_hashes(train), _row_hashes(heldout)
+    return 0 if trained is None or held is None else int(np.isin(held, trained).sum())
+
+
+def _row_hashes(dataset: Any) -> npt.NDArray[np.uint64] | None:
+    if has_arrow_columns(dataset):
+        return hashes_of_columns(dataset)
+    if not isinstance(dataset, (list, tuple)) or not dataset:
+        return None
+    if not all(isinstance(row, Mapping) and "input_ids" in row for row in dataset):
+        return None
+    rows = [np.asarray(row["input_ids"], dtype=np.int64) for row in dataset]
+    return hash_rows(np.array([len(row) for row in rows]), np.concatenate(rows))
 
 
 class CollatedExamples:
@@ -232,7 +303,10 @@ def dataset_sources(dataset: Any, column: str, given: Sequence[Any] | None) -> l
         return [_plain(value) for value in given]
     if hasattr(dataset, "column_names"):
         columns = list(dataset.column_names)
-        values = list(dataset[column]) if column in columns else None
+        is_plain = has_arrow_columns(dataset)
+        values = (
+            None if column not in columns else values_of_column(dataset, column) if is_plain else list(dataset[column])
+        )
     else:
         records = [dataset[index] for index in range(len(dataset))]
         columns = list(records[0]) if records and isinstance(records[0], Mapping) else []
@@ -244,9 +318,9 @@ def dataset_sources(dataset: Any, column: str, given: Sequence[Any] | None) -> l
             "column, name it with source_column, give sources=[...] (one for every example, such as its cluster), or "
             'write small_sources "none" and per_source false for one pool of all examples.'
         )
-    wrong = next((value for value in values if not isinstance(_plain(value), (str, int))), None)
+    wrong = next((row for row, value in enumerate(values) if not isinstance(_plain(value), (str, int))), None)
     if wrong is not None:
-        raise ConfigError(f"train_dataset: source {wrong!r}. Give names or whole numbers.")
+        raise ConfigError(f"train_dataset: source {values[wrong]!r} in example {wrong}. Give names or whole numbers.")
     return [_plain(value) for value in values]
 
 

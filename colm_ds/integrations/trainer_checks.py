@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from transformers import Trainer
 
+from colm_ds.batching.row_facts import has_arrow_columns
 from colm_ds.config.colm import CoLMSection
+from colm_ds.config.optimizer import check_groups, check_numbers
 from colm_ds.errors import CoLMError, Problems
+from colm_ds.integrations.large_batches import ExampleCollator, facts_by_columns, number_common
 from colm_ds.models.architecture import find_architecture
+from colm_ds.models.model_fit import ModelLimits, add_head_problems
 
 TAKEN_OVER = {
     "compute_loss": "is called in evaluation, not for the micro-batches of a coreset",
@@ -77,6 +83,56 @@ def check_sizes(trainer: Any, config: CoLMSection, num_examples: int, problems: 
             find_architecture(trainer.model, config.probe.layer)
         except CoLMError as error:
             problems.messages.append(f"model: {error}")
+
+
+def check_optimization(trainer: Any, problems: Problems) -> None:
+    """Record numbers that no optimizer takes, of the arguments or of an optimizer that was given, and heads."""
+    args = trainer.args
+    names = ("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm")
+    check_numbers({name: getattr(args, name, None) for name in names}, problems)
+    try:
+        check_groups(trainer.optimizer)
+    except CoLMError as error:
+        problems.messages.append(str(error))
+    deepspeed = getattr(getattr(args, "hf_deepspeed_config", None), "config", {})
+    for section in ("optimizer", "scheduler"):
+        check_numbers((deepspeed.get(section) or {}).get("params") or {}, problems, f"{section}.params.")
+    add_head_problems(getattr(trainer.model, "config", None), problems)
+
+
+def check_heldout(trainer: Any, limits: ModelLimits, problems: Problems, notes: list[str]) -> None:
+    """Record evaluation data that is trained on, or that the model cannot be given.
+
+    Args:
+        trainer: the trainer; `eval_dataset` may be one dataset, several by name, or None.
+        limits: of the model.
+        problems: the training data itself as evaluation data; ids and lengths.
+        notes: gets a line about examples that are in both.
+    """
+    several = trainer.eval_dataset
+    several = several if isinstance(several, Mapping) else {"": several}
+    for name, dataset in several.items():
+        key = f"eval_dataset[{name!r}]" if name else "eval_dataset"
+        if dataset is None:
+            continue
+        train = trainer.train_dataset
+        try:
+            if has_arrow_columns(dataset):
+                collator = trainer._get_collator_with_removed_columns(trainer.data_collator, description="evaluation")
+                facts = facts_by_columns(dataset, ExampleCollator(collator, np.zeros(len(dataset), dtype=np.int64)))
+                if facts is not None:
+                    limits.add_problems(facts, problems, f" of {key}")
+            common = len(train) if dataset is train else number_common(train, dataset)
+        except CoLMError as error:
+            problems.messages.append(f"{key}: {error}")
+            continue
+        if common and common == len(dataset) == len(train):
+            problems.messages.append(
+                f"{key}: its {common:,} examples are those that are trained on, so its loss says nothing of other "
+                "texts. Hold rows out of train_dataset (train_test_split), or leave it out."
+            )
+        elif common:
+            notes.append(f"{key}: {common:,} of {len(dataset):,} examples are trained on too.")
 
 
 def _check_packing(args: Any, problems: Problems) -> None:

@@ -40,16 +40,24 @@ from colm_ds.integrations.large_batches import (
     ShareSampler,
     WithoutSource,
     dataset_sources,
+    find_row_facts,
     has_column,
     has_label,
     number_sources,
-    rows_with_labels,
 )
 from colm_ds.integrations.micro_batches import KEY, Weighted, coreset_micro_batches
 from colm_ds.integrations.statistics import SelectionStatistics
-from colm_ds.integrations.trainer_checks import check_arguments, check_sizes, is_trl, take_over
+from colm_ds.integrations.trainer_checks import (
+    check_arguments,
+    check_heldout,
+    check_optimization,
+    check_sizes,
+    is_trl,
+    take_over,
+)
 from colm_ds.memory.meter import Meter
 from colm_ds.models.example_loss import example_loss_sums, find_loss_head
+from colm_ds.models.model_fit import ModelLimits, check_causal
 from colm_ds.models.packing import check_packing
 from colm_ds.types import Coreset, Example
 
@@ -150,37 +158,55 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
             )
         elif dataset is not None and config is not None and not packed:
             self._read_sources(config, sources, problems)
+            self._read_rows(problems)
             check_sizes(self, config, len(self._rows), problems)
+            check_heldout(self, self._limits, problems, self._notes)
+        check_optimization(self, problems)
+        if dataset is not None and not problems.messages and not self.is_deepspeed_enabled:
+            check_causal(self.model, "the model")  # under DeepSpeed when it is on its device
         problems.raise_if_any()
         assert config is not None
         return config
 
     def _read_sources(self, config: CoLMSection, sources: Sequence[Any] | None, problems: Problems) -> None:
-        """Count the sources, check one example, and find the rows with a label to train on."""
+        """Find the source of every row."""
         dataset = self.train_dataset
-        self._rows = np.arange(len(dataset))
         column = self.data_collator.source_column
+        self._source_names, self._source_ids = ["all"], np.zeros(len(dataset), dtype=np.int64)
         given = sources is not None
         try:
             if sources is None and not looks_at_sources(config) and not has_column(dataset, column):
-                sources = ["all"] * len(dataset)
-            counts, source_ids = number_sources(dataset_sources(dataset, column, sources))
-            collator = self._get_collator_with_removed_columns(self.data_collator, description="training")
-            self._examples_of = ExampleCollator(collator, source_ids)
-            self._examples_of.check(0, dataset[0])
-            self._rows, looked_at = rows_with_labels(dataset, self._examples_of)
-            dropped = np.setdiff1d(np.arange(len(dataset)), self._rows)
-            if len(self._rows) == 0:
-                raise DataError(f"train_dataset: none of {len(dataset)} rows has a label to train on.")
-            if len(dropped):
-                self._notes.append(left_out(dropped.tolist(), looked_at))
-            left = np.bincount(source_ids[self._rows], minlength=len(counts)).tolist()
-            self._source_counts = dict(zip(counts, left, strict=True))
-            small_source_ids(config, self._source_counts)
-            if given and getattr(self.args, "shuffle_dataset", False):
-                problems.add("shuffle_dataset", True, "sources=[...] would meet other examples", "Use a column.")
+                return
+            counts, self._source_ids = number_sources(dataset_sources(dataset, column, sources))
+            self._source_names = list(counts)
+            small_source_ids(config, counts)
         except CoLMError as error:
             problems.messages.append(str(error))
+        if given and getattr(self.args, "shuffle_dataset", False):
+            problems.add("shuffle_dataset", True, "sources=[...] would meet other examples", "Use a column.")
+
+    def _read_rows(self, problems: Problems) -> None:
+        """Find the rows with a label to train on, and what the model cannot be given."""
+        dataset = self.train_dataset
+        self._rows = np.arange(len(dataset))
+        self._limits = ModelLimits.of(self.model)
+        try:
+            collator = self._get_collator_with_removed_columns(self.data_collator, description="training")
+            self._examples_of = ExampleCollator(collator, self._source_ids)
+            self._examples_of.check(0, dataset[0])
+            facts = find_row_facts(dataset, self._examples_of)
+        except CoLMError as error:
+            problems.messages.append(str(error))
+            return
+        self._limits.add_problems(facts, problems, " of train_dataset")
+        dropped = facts.without_label
+        self._rows = np.setdiff1d(self._rows, dropped, assume_unique=True)
+        if len(self._rows) == 0:
+            problems.messages.append(f"train_dataset: none of {len(dataset)} rows has a label to train on.")
+        elif len(dropped):
+            self._notes.append(left_out(dropped.tolist(), facts.num_read))
+        left = np.bincount(self._source_ids[self._rows], minlength=len(self._source_names)).tolist()
+        self._source_counts = dict(zip(self._source_names, left, strict=True))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Load this rank's share of each large batch, in as many parts as an optimizer step has micro-batches."""
@@ -224,6 +250,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
             nonlocal num_read
             examples = [example for part in islice(epoch_iterator, num_batches) for example in part]
             num_read = len(examples)
+            self._limits.check(examples)
             return self._with_labels(examples, step)
 
         batch = gather_large_batch(read, step, rank, exchange)
@@ -295,6 +322,8 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         """Make the selector of a `train`, restored if that resumes from a checkpoint."""
         args = self.args
         self._exchange = make_exchange(args.device)
+        if self.is_deepspeed_enabled:
+            check_causal(self.model, "the model")
         dataset = self.train_dataset
         selector = CoresetSelector(
             self.model,
@@ -305,6 +334,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
             optimizer=self.optimizer,
             rank=args.process_index,
             dataset=None if dataset is None else CollatedExamples(dataset, self._examples_of, self._rows),
+            is_checked=True,
         )
         if self._colm_saved is not None:
             selector.load_state_dict(self._colm_saved)

@@ -3,88 +3,161 @@
 from __future__ import annotations
 
 import re
-from itertools import islice
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from colm_ds.errors import ConfigError, Problems
+from colm_ds.batching.collate import IGNORE_INDEX
+from colm_ds.batching.row_facts import RowFacts, facts_of_dataset
+from colm_ds.errors import DataError, Problems
 from colm_ds.models.architecture import num_embeddings
 from colm_ds.models.patch import eval_mode
-from colm_ds.types import SourcedDataset
-
-MOST_READ = 10_000
-"""Examples that are read for their ids where a dataset does not hold its tokens in one array."""
+from colm_ds.types import Example, SourcedDataset
 
 _POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions?|position_embeddings?|pos_emb(edding)?s?)$")
-_TOKENS_AT_ONCE = 1 << 24
 _PROBED = 8
 
 
-def check_model_fits(model: nn.Module, dataset: SourcedDataset, where: str = "model") -> None:
+@dataclass(frozen=True)
+class ModelLimits:
+    """Limits of what a model can be given.
+
+    Attributes:
+        num_ids: token ids that have an embedding; None: the model does not say.
+        num_positions: learned positions; None: positions are computed, and have no end.
+    """
+
+    num_ids: int | None
+    num_positions: int | None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelLimits:
+        """Return the limits of any model of transformers, also wrapped by PEFT or partitioned by ZeRO-3."""
+        return cls(num_embeddings(model), _learned_positions(model))
+
+    def add_problems(self, facts: RowFacts, problems: Problems, of: str = "") -> None:
+        """Record ids without an embedding, labels that cannot be predicted, and examples that are too long.
+
+        Args:
+            facts: what is known of the rows.
+            problems: where they are recorded.
+            of: name of the dataset behind the numbers of examples, such as " of eval_dataset".
+        """
+        rows, positions = self.num_ids, self.num_positions
+        known = f"the model has embeddings for {rows:,} ids, 0 to {rows - 1}" if rows else ""
+        resize = "Use the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) and save that."
+        has_wrong_id = False
+        for spot, is_wrong in (
+            (facts.largest_id, lambda value: rows is not None and value >= rows),
+            (facts.smallest_id, lambda value: value < 0),
+        ):
+            if spot is not None and is_wrong(spot[1]):
+                has_wrong_id = True
+                why = f"in example {spot[0]}{of}, and {known or 'ids count from 0'}"
+                problems.add("token id", spot[1], why, resize if spot[1] >= 0 else "Ids count from 0.")
+        for spot, is_wrong in (
+            (facts.largest_label, lambda value: rows is not None and value >= rows),
+            (facts.smallest_label, lambda value: value < 0),
+        ):
+            if spot is not None and is_wrong(spot[1]) and not has_wrong_id:
+                why = f"in example {spot[0]}{of}, and {known or 'labels are token ids'}"
+                problems.add("label", spot[1], why, f"Write a token id, or {IGNORE_INDEX} for no prediction.")
+        longest = facts.longest
+        if positions is not None and longest is not None and longest[1] > positions:
+            problems.add(
+                "length",
+                longest[1],
+                f"of example {longest[0]}{of} in tokens, and the model has learned {positions} positions",
+                f"Truncate examples to at most {positions} tokens (data.max_length of a recipe, max_length of TRL).",
+            )
+
+    def check(self, examples: Iterable[Example]) -> None:
+        """Check examples that were not looked at before training.
+
+        Raises:
+            DataError: naming the first that the model cannot be given.
+        """
+        for place, example in enumerate(examples):
+            ids, labels = example.input_ids, example.labels[1:]
+            labels = labels[labels != IGNORE_INDEX]
+            is_numbered = example.index >= 0
+            where = f"example {example.index} of the dataset" if is_numbered else f"example {place} of this rank's"
+            for name, values in (("token id", ids), ("label", labels)):
+                if not len(values):
+                    continue
+                low, high = int(values.min()), int(values.max())
+                if low < 0 or (self.num_ids is not None and high >= self.num_ids):
+                    known = "" if self.num_ids is None else f"; the model has embeddings for 0 to {self.num_ids - 1}"
+                    raise DataError(
+                        f"{where}: {name} {low if low < 0 else high}{known}. Use the model's own tokenizer."
+                    )
+            if self.num_positions is not None and len(ids) > self.num_positions:
+                raise DataError(
+                    f"{where}: {len(ids)} tokens, and the model has learned {self.num_positions} positions. Truncate "
+                    "examples."
+                )
+
+
+def check_model_fits(model: nn.Module, dataset: SourcedDataset | None, where: str = "model") -> None:
     """Raise if the model cannot be trained on the data; all ranks call it together, before training.
 
     Args:
         model: any model of transformers, also wrapped by PEFT or partitioned by ZeRO-3.
-        dataset: the examples.
+        dataset: the examples; None checks the model alone.
         where: what the message names as the place of the problems.
 
     Raises:
-        ConfigError: naming token ids without an embedding, examples longer than the learned positions, a model whose
-            tokens see later ones.
+        ConfigError: as `check_rows_fit` and `check_causal`.
+    """
+    check_rows_fit(model, dataset, where)
+    check_causal(model, where)
+
+
+def check_rows_fit(model: nn.Module, dataset: SourcedDataset | None, where: str = "model") -> None:
+    """Check what needs no pass of the model.
+
+    Raises:
+        ConfigError: naming token ids without an embedding, labels that are none, examples without a label or longer
+            than the learned positions, heads that do not divide.
     """
     problems = Problems(where)
-    rows = num_embeddings(model)
-    if rows is not None:
-        place, largest = largest_token(dataset)
-        if largest >= rows:
-            problems.add(
-                "token id",
-                largest,
-                f"in example {place}, and the model has embeddings for {rows:,} ids, 0 to {rows - 1}",
-                "Use the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) and save that.",
-            )
-    positions = _learned_positions(model)
-    lengths = np.asarray(dataset.lengths)
-    if positions is not None and len(lengths) and int(lengths.max()) > positions:
-        longest = int(lengths.argmax())
-        problems.add(
-            "length",
-            int(lengths.max()),
-            f"of example {longest} in tokens, and the model has learned {positions} positions",
-            f"Truncate examples: data.max_length at most {positions}.",
-        )
-    if not problems.messages and is_causal(model) is False:
+    if dataset is not None:
+        ModelLimits.of(model).add_problems(facts_of_dataset(dataset), problems)
+        empty = np.flatnonzero(np.asarray(dataset.num_label_tokens) == 0)
+        if len(empty):
+            why = f"the first is {empty[0]}"
+            problems.add("examples without a label to train on", len(empty), why, "Leave them out.")
+    add_head_problems(getattr(model, "config", None), problems)
+    problems.raise_if_any()
+
+
+def check_causal(model: nn.Module, where: str = "model") -> None:
+    """Raise a `ConfigError` if a token of the model sees later ones; passes eight tokens through it twice."""
+    if is_causal(model) is False:
+        problems = Problems(where)
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        why = "a token sees later ones, so its next token is no prediction"
+        problems.add("model type", kind, why, "Use a causal LM.")
+        problems.raise_if_any()
+
+
+def add_head_problems(config: Any, problems: Problems) -> None:
+    """Record heads of a model's configuration that divide neither its hidden size nor each other."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    groups = getattr(config, "num_key_value_heads", None)
+    if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1:
+        return
+    if getattr(config, "head_dim", None) in (None, hidden // heads) and hidden % heads:
+        problems.add("num_attention_heads", heads, f"does not divide hidden_size = {hidden}", "Choose a divisor.")
+    if isinstance(groups, int) and groups > 0 and heads % groups:
         problems.add(
-            "model type", kind, "a token sees later ones, so its next token is no prediction", "Use a causal LM."
+            "num_key_value_heads", groups, f"does not divide num_attention_heads = {heads}", "Choose a divisor."
         )
-    problems.raise_if_any(ConfigError)
-
-
-def largest_token(dataset: SourcedDataset) -> tuple[int, int]:
-    """Return an example with the largest token id, and that id; (0, -1) of a dataset without tokens.
-
-    All tokens count if the dataset has them in one array `tokens`, else those of its first `MOST_READ` examples.
-    """
-    tokens: Any = getattr(dataset, "tokens", None)
-    starts: Any = getattr(dataset, "starts", None)
-    best = (0, -1)
-    if isinstance(tokens, np.ndarray) and isinstance(starts, np.ndarray) and len(starts):
-        first = int(starts.min())
-        for begin in range(first, len(tokens), _TOKENS_AT_ONCE):
-            part = tokens[begin : begin + _TOKENS_AT_ONCE]
-            if int(part.max()) > best[1]:
-                place = begin + int(part.argmax())
-                best = (int(np.where(starts <= place, starts, -1).argmax()), int(part.max()))
-        return best
-    for index in islice(range(len(dataset)), MOST_READ):
-        ids = dataset[index].input_ids
-        if len(ids) and int(ids.max()) > best[1]:
-            best = (index, int(ids.max()))
-    return best
 
 
 def is_causal(model: nn.Module) -> bool | None:

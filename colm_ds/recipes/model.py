@@ -20,6 +20,7 @@ from torch import nn
 from colm_ds.errors import CoLMError, ConfigError, Problems
 from colm_ds.models.architecture import attention_projections, decoder_layers
 from colm_ds.models.families import FAMILIES, set_pad_token
+from colm_ds.models.model_fit import add_head_problems
 from colm_ds.models.quantized import fused_experts, keep_trainable, quantize_experts
 from colm_ds.recipes.adapter import ADAPTER_CONFIG, load_adapter
 from colm_ds.recipes.sections import LoraConfig, ModelConfig
@@ -153,17 +154,8 @@ def _check_config(values: Mapping[str, Any]) -> None:
 
 def _check_heads(config: Any) -> None:
     """Raise if a model's heads divide neither its hidden size nor each other."""
-    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
-    groups = getattr(config, "num_key_value_heads", None)
     problems = Problems("model.config")
-    if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1:
-        return
-    if getattr(config, "head_dim", None) in (None, hidden // heads) and hidden % heads:
-        problems.add("num_attention_heads", heads, f"does not divide hidden_size = {hidden}", "Choose a divisor.")
-    if isinstance(groups, int) and groups > 0 and heads % groups:
-        problems.add(
-            "num_key_value_heads", groups, f"does not divide num_attention_heads = {heads}", "Choose a divisor."
-        )
+    add_head_problems(config, problems)
     problems.raise_if_any()
 
 

@@ -51,7 +51,7 @@ def make(tmp_path: Path, data: list[dict[str, Any]], colm: dict[str, Any], **arg
         args=args,
         train_dataset=dataset,
         processing_class=tiny_tokenizer(),
-        eval_dataset=dataset,
+        eval_dataset=dataset.select(range(len(dataset) // 2)),
         colm=colm,
     )
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from colm_ds.batching.row_facts import facts_of_dataset
 from colm_ds.errors import ConfigError
-from colm_ds.models.model_fit import check_model_fits, is_causal, largest_token
+from colm_ds.models.model_fit import check_model_fits, is_causal
 from colm_ds.types import Example
 from tests.tiny_models import tiny_model
 
@@ -20,7 +21,7 @@ class Rows:
 
     def __init__(self, rows: list[list[int]], flat: bool = False) -> None:
         self.rows = [torch.tensor(row) for row in rows]
-        self.lengths = np.array([len(row) for row in rows])
+        self.lengths = self.num_label_tokens = np.array([len(row) for row in rows])
         if flat:
             self.tokens = np.concatenate([row.numpy() for row in self.rows])
             self.starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
@@ -41,7 +42,7 @@ def test_the_largest_id_is_found(flat: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, 90, (5 + index % 7,), generator=generator).tolist() for index in range(40)]
     rows[23][2] = 91
-    assert largest_token(Rows(rows, flat)) == (23, 91)
+    assert facts_of_dataset(Rows(rows, flat)).largest_id == (23, 91)
 
 
 def test_ids_beyond_the_embeddings_are_refused() -> None:
