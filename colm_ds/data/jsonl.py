@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from colm_ds.errors import DataError
-from colm_ds.untrusted.json_text import MAX_DEPTH, check_depth, parse_json
+from colm_ds.untrusted.json_text import MAX_DEPTH, DoubledKeyError, check_depth, doubled_key, parse_json
 from colm_ds.untrusted.lines import MAX_LINE_BYTES
 
 _CHUNK_BYTES = 1 << 20
@@ -69,6 +69,8 @@ def _parse_object(where: str, text: str) -> dict[str, Any]:
         raise DataError(
             f"{where}: not JSON: {error.msg} at column {error.colno}. Write one complete JSON object per line."
         ) from error
+    except DoubledKeyError as error:
+        raise DataError(f"{where}: {error}. Keep one of them.") from error
     except ValueError as error:
         raise DataError(f"{where}: JSON that cannot be read: {error}. Write flat records.") from error
     if not isinstance(value, dict):
@@ -88,7 +90,9 @@ def array_items(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
     try:
         for number, item in enumerate(_stream_items(path), start=1):
             where = f"{path}[item {number}]"
-            if isinstance(item, dict):
+            if isinstance(item, DoubledKeyError):
+                yield where, DataError(f"{where}: {item}. Keep one of them.")
+            elif isinstance(item, dict):
                 yield where, item
             else:
                 yield where, DataError(f"{where}: a JSON {_kind(item)}, not an object. Write {{...}}.")
@@ -98,12 +102,20 @@ def array_items(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
 
 
 def _stream_items(path: Path) -> Iterator[Any]:
-    """Yield the items of an array as they are read.
+    """Yield the items of an array as they are read, a `DoubledKeyError` in place of one that has a key twice.
 
     Raises:
         ValueError: if the file is not UTF-8 or not one array.
     """
-    decoder, decode = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")().decode
+    doubled: list[str] = []
+
+    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            doubled.append(doubled_key(pairs))
+        return made
+
+    decoder, decode = json.JSONDecoder(object_pairs_hook=object_of), codecs.getincrementaldecoder("utf-8-sig")().decode
     text, place, size = "", 0, _CHUNK_BYTES
 
     with path.open("rb") as raw:
@@ -134,6 +146,7 @@ def _stream_items(path: Path) -> Iterator[Any]:
             while True:
                 next_character()
                 while True:
+                    doubled.clear()
                     try:
                         item, end = decoder.raw_decode(text, place)
                     except json.JSONDecodeError:
@@ -146,7 +159,7 @@ def _stream_items(path: Path) -> Iterator[Any]:
                         break
                 if text.count("[", place, end) + text.count("{", place, end) > MAX_DEPTH:
                     check_depth(item)
-                yield item
+                yield DoubledKeyError(doubled[0]) if doubled else item
                 place, size = end, _CHUNK_BYTES
                 mark = next_character()
                 if mark == "]":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from colm_ds.checkpoints.tensors_only import load_tensors
 from colm_ds.errors import ConfigError
 from colm_ds.run_folder.files import replacing
 
@@ -37,13 +37,13 @@ def read_table(path: str | Path) -> dict[str, Any]:
         ConfigError: if the file is missing or not such a table.
     """
     try:
-        table = torch.load(path, weights_only=True)
+        table = load_tensors(Path(path))
     except FileNotFoundError:
         raise ConfigError(f"colm.options.table = {path}: no such file. Write it with colm-ds score.") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).split("\n")[0]
-        raise ConfigError(f"colm.options.table = {path}: not readable: {reason} Write it with colm-ds score.") from None
-    if not (isinstance(table, dict) and set(KEYS) <= set(table)):
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"colm.options.table = {path}: not readable: {error} Write it with colm-ds score.") from None
+    losses = table.get("losses") if isinstance(table, dict) and set(KEYS) <= set(table) else None
+    if not (isinstance(losses, Tensor) and losses.dim() == 1 and losses.dtype == torch.float32):
         raise ConfigError(f"colm.options.table = {path}: not a table of losses. Write it with colm-ds score.")
     return table
 

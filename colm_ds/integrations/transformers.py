@@ -19,6 +19,7 @@ from colm_ds.batching.gather import gather_large_batch
 from colm_ds.batching.loader import left_out
 from colm_ds.batching.packing import Packing
 from colm_ds.batching.sources import looks_at_sources, small_source_ids
+from colm_ds.checkpoints.tensors_only import load_tensors
 from colm_ds.config.colm import CoLMSection
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.accumulation import loss_scale
@@ -419,7 +420,14 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         if not path.is_file():
             logger.warning("%s: no %s, so the history of the selection starts empty.", checkpoint, STATE_FILE)
             return
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            saved = load_tensors(path)
+            saved["sizes"], saved["selector"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path}: not readable ({type(error).__name__}: {error}). Resume from another checkpoint, or remove "
+                "the file: the history of the selection then starts empty."
+            ) from None
         if saved["sizes"] != self._sizes():
             raise CheckpointError(
                 f"{path}: saved with {saved['sizes']}, this run has {self._sizes()}. Resume with the former."

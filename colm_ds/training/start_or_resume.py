@@ -20,6 +20,7 @@ from colm_ds.run_folder.contents import CHECKPOINTS, CONFIG, METRICS, NOT_EVALUA
 from colm_ds.run_folder.files import read_object
 from colm_ds.run_folder.read import is_finished, status_of
 from colm_ds.run_folder.write import no_run_of
+from colm_ds.untrusted.json_text import parse_json
 
 _MAY_CHANGE = {
     *("name", "made_by", "output_dir", "overwrite", "save_every", "keep_last", "resume", "monitor", "verbose"),
@@ -108,6 +109,17 @@ def check_finished(recipe: BaseRecipe) -> None:
         )
 
 
+def _said(checkpoint: str, text: Any) -> Any:
+    """Parse the JSON of settings in a checkpoint's client state."""
+    try:
+        return parse_json(text)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{checkpoint}: what it says of its settings is no JSON ({error}). Take another checkpoint, or "
+            "overwrite=true to start over."
+        ) from None
+
+
 def check_same_settings(
     checkpoint: str, before: Mapping[str, Any], recipe: BaseRecipe, deepspeed: Mapping[str, Any]
 ) -> None:
@@ -132,12 +144,12 @@ def check_same_settings(
     if "recipe" in before:
         constant = recipe.lr_schedule.kind == "constant" and recipe.lr_schedule.warmup_fraction == 0
         free = _MAY_CHANGE | ({"steps"} if constant else set())
-        differences += recipe_differences(json.loads(before["recipe"]), recipe, free)
+        differences += recipe_differences(_said(checkpoint, before["recipe"]), recipe, free)
     if "deepspeed" in before:
         now = json.loads(json.dumps(deepspeed, default=str))
         differences += [
             f"deepspeed {key}: {one!r} there, {other!r} here"
-            for key, one, other in _compare(json.loads(before["deepspeed"]), now)
+            for key, one, other in _compare(_said(checkpoint, before["deepspeed"]), now)
             if not any(key == name or key.startswith(f"{name}.") for name in _DEEPSPEED_MAY_CHANGE)
         ]
     if differences:

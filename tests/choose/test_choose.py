@@ -147,12 +147,12 @@ def test_mistakes_are_named(
 def test_subsets_are_of_one_dataset(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "subset.json"
     write_subset(path, [5, 2], "abc", {"method": "ccs"})
-    assert read_subset(path, "abc") == [2, 5]
+    assert read_subset(path, "abc", 6) == [2, 5]
     with pytest.raises(ConfigError, match="was chosen from other data"):
-        read_subset(path, "abd")
+        read_subset(path, "abd", 6)
     path.write_text("[1, 2]")
     with pytest.raises(ConfigError, match="not an index file"):
-        read_subset(path, "abc")
+        read_subset(path, "abc", 6)
 
 
 def signals_of(rows: torch.Tensor, target: torch.Tensor | None = None) -> Signals:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from colm_ds.data import find_files, read_records
+from colm_ds.data.formats import read_rows
 from colm_ds.data.jsonl import split_lines
 from colm_ds.errors import DataError
 
@@ -243,3 +244,16 @@ def test_a_deeply_nested_record(tmp_path: Path) -> None:
         deep = b'{"a": ' + b"[" * depth + b"]" * depth + b"}\n"
         assert "nested more than 64 levels deep" in failure(save(tmp_path / "a.jsonl", deep))
         assert "nested more than 64 levels deep" in failure(save(tmp_path / "a.json", b"[" + deep + b"]"))
+
+
+def test_a_key_that_a_record_has_twice(tmp_path: Path) -> None:
+    """Named with its line or item; the records beside it are read."""
+    twice = b'{"a": 1, "b": {"c": 1}, "a": 2}'
+    lines = save(tmp_path / "x.jsonl", b'{"a": 1}\n' + twice + b'\n{"a": {"a": 3}}\n')
+    (rows,) = [list(rows) for rows in read_rows(lines)]
+    assert [row for _, row in rows[::2]] == [{"a": 1}, {"a": {"a": 3}}]
+    assert str(rows[1][1]) == f"{lines}:2: the key 'a' is there twice. Keep one of them."
+    items = save(tmp_path / "x.json", b'[{"a": 1},\n' + twice + b', {"a": {"a": 3}}]')
+    (rows,) = [list(rows) for rows in read_rows(items)]
+    assert [row for _, row in rows[::2]] == [{"a": 1}, {"a": {"a": 3}}]
+    assert str(rows[1][1]) == f"{items}[item 2]: the key 'a' is there twice. Keep one of them."

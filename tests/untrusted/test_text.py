@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from colm_ds.errors import ConfigError, Problems
-from colm_ds.untrusted.json_text import MAX_DEPTH, parse_json, read_json
+from colm_ds.untrusted.json_text import MAX_DEPTH, DoubledKeyError, parse_json, read_json
 from colm_ds.untrusted.lines import bounded_lines
 from colm_ds.untrusted.printable import escaped, visible
 from colm_ds.untrusted.yaml_text import parse_yaml, read_yaml
@@ -130,3 +130,17 @@ def test_messages_are_safe_and_short() -> None:
     with pytest.raises(ConfigError) as error:
         problems.raise_if_any()
     assert len(str(error.value)) < 1000
+
+
+def test_a_key_that_an_object_has_twice(tmp_path: Path) -> None:
+    for text in ('{"a": 1, "b": {"c": 1, "d": 2, "c": 3}}', '[[], {"c": [], "c": []}]', '{"c": 1, "\\u0063": 2}'):
+        with pytest.raises(DoubledKeyError, match=r"^the key 'c' is there twice$"):
+            parse_json(text)
+    same = {"a": {"a": [{"a": 1}, {"a": 2}]}, "b": '{"a": 1, "a": 2}'}
+    assert parse_json(json.dumps(same)) == same
+    (tmp_path / "file.json").write_text('{\n "x": {"lr": 1},\n "lr": "\\n lr",\n "y": [{\n"z": 2}],\n "lr" : 3\n}\n')
+    with pytest.raises(DoubledKeyError, match=r"^the key 'lr' is there twice, in line 3 and in line 6$"):
+        read_json(tmp_path / "file.json")
+    with pytest.raises(DoubledKeyError) as raised:
+        parse_json(json.dumps({"x" * 10**6: 1})[:-1] + f', "{"x" * 10**6}": 1}}')
+    assert len(str(raised.value)) < 200

@@ -149,7 +149,7 @@ def load_data(recipe: Recipe, tokenizer: Any) -> tuple[TokenDataset, TokenDatase
                 "held-out file (data.heldout), or hold out nothing (data.holdout_per_source=0, evaluation.every=0)."
             )
     if data.subset is not None:
-        train = train.subset(read_subset(data.subset, train.digest()))
+        train = train.subset(read_subset(data.subset, train.digest(), len(train)))
     check_large_batch(recipe, train)
     return train, heldout
 
