@@ -126,13 +126,11 @@ def check_heldout(trainer: Any, limits: ModelLimits, problems: Problems, notes: 
         except CoLMError as error:
             problems.messages.append(f"{key}: {error}")
             continue
-        if common and common == len(dataset) == len(train):
-            problems.messages.append(
-                f"{key}: its {common:,} examples are those that are trained on, so its loss says nothing of other "
-                "texts. Hold rows out of train_dataset (train_test_split), or leave it out."
+        if common:
+            notes.append(
+                f"{key}: {common:,} of {len(dataset):,} examples are trained on too, so its loss says less of other "
+                "texts. Hold rows out of train_dataset (train_test_split)."
             )
-        elif common:
-            notes.append(f"{key}: {common:,} of {len(dataset):,} examples are trained on too.")
 
 
 def _check_packing(args: Any, problems: Problems) -> None:
