@@ -129,6 +129,32 @@ def process_by_source(
     return whole.select(np.argsort([row for rows in rows_of.values() for row in rows]))
 
 
+def by_source(
+    function: Callable[[dict[str, list[Any]]], Mapping[str, list[Any]]], column: str = DEFAULT_COLUMN
+) -> Callable[[dict[str, list[Any]]], dict[str, list[Any]]]:
+    """Return a function for `Dataset.map(..., batched=True)` that works on the rows of each source by themselves.
+
+    So texts may be joined and cut into blocks, each of one source, which the column names: `by_source(group_texts)`.
+
+    Args:
+        function: makes a batch of any number of rows of a batch; it does not see the column.
+        column: of the sources.
+    """
+
+    def on_each_source(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        made: dict[str, list[Any]] = {}
+        for source in dict.fromkeys(batch[column]):
+            rows = [row for row, other in enumerate(batch[column]) if other == source]
+            part = {key: [values[row] for row in rows] for key, values in batch.items() if key != column}
+            result = dict(function(part))
+            result[column] = [source] * len(next(iter(result.values())))
+            for key, values in result.items():
+                made.setdefault(key, []).extend(values)
+        return made
+
+    return on_each_source
+
+
 @contextmanager
 def replaced(module: Any, **values: Any) -> Iterator[None]:
     """Replace names of a module for a while."""

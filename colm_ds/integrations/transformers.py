@@ -34,6 +34,7 @@ from colm_ds.integrations.arguments import (
     read_section,
     resolve_section,
 )
+from colm_ds.integrations.dataset_sources import by_source
 from colm_ds.integrations.large_batches import (
     CollatedExamples,
     ExampleCollator,
@@ -62,7 +63,7 @@ from colm_ds.models.model_fit import ModelLimits, check_causal
 from colm_ds.models.packing import check_packing
 from colm_ds.types import Coreset, Example
 
-__all__ = ["CoLMArguments", "CoLMConfig", "CoLMMixin", "CoLMTrainer"]
+__all__ = ["CoLMArguments", "CoLMConfig", "CoLMMixin", "CoLMTrainer", "by_source"]
 
 STATE_FILE = "colm_state.pt"
 """File beside the Trainer's own in a checkpoint."""

@@ -7,7 +7,8 @@
 #   PACKAGES="axolotl==0.19.0" bash launch/doors/run.sh axolotl   # other versions
 #
 # A tiny random model on generated rows of three data sets, on the CPU: 4 steps of 8 out of 16 with a checkpoint after 2, the
-# last 2 again from that checkpoint (the same weights), and the 4 steps on two ranks (the same up to round-off).
+# last 2 again from that checkpoint (the same weights), and the 4 steps on two ranks (the same up to round-off; not with
+# axolotl, which wants a GPU for each of several ranks).
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)"
@@ -27,8 +28,8 @@ if [[ ! -x "$python" ]]; then
     "$python" -m pip install --quiet torch==2.13.0 "deepspeed>=0.18.6" scipy rich ${PACKAGES:-$packages}
 fi
 
-export PYTHONPATH="$root" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= AXOLOTL_DO_NOT_TRACK=1
-export HF_HOME="$folder/cache" TOKENIZERS_PARALLELISM=false
+export PYTHONPATH="$root" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
+export HF_HOME="$folder/cache" TOKENIZERS_PARALLELISM=false AXOLOTL_DO_NOT_TRACK=1
 cd "$folder"
 rm -rf whole rest two prepared
 "$python" "$root/launch/doors/door.py" write "$name"
@@ -46,5 +47,5 @@ train() {
 
 train whole 1
 train rest 1
-train two 2
+[[ "$name" == axolotl ]] || train two 2
 "$python" "$root/launch/doors/door.py" compare "$name"

@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from colm_ds.errors import ConfigError, DataError, Problems
 from colm_ds.integrations.dataset_sources import (
+    by_source,
     check_block,
     dataset_names,
     process_by_source,
@@ -85,6 +86,29 @@ def test_rows_of_one_source_are_processed_as_they_are() -> None:
     seen = []
     process_by_source(rows, ["one"] * 4, "source", lambda part: (seen.append(part), part)[1])
     assert seen == [rows]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+def test_blocks_are_cut_within_a_source(batch_size: int) -> None:
+    """Every block of two numbers is of rows of one source, in their order; held against a loop over the batches."""
+    rows = table(50)
+
+    def pairs(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        assert set(batch) == {"number"}
+        numbers = batch["number"]
+        return {"pair": [numbers[start : start + 2] for start in range(0, len(numbers) - 1, 2)]}
+
+    result = rows.map(by_source(pairs), batched=True, batch_size=batch_size, remove_columns=rows.column_names)
+    wanted = []
+    for start in range(0, 50, batch_size):
+        held: dict[str, list[int]] = {}
+        for number, source in zip(
+            *(rows[start : start + batch_size][key] for key in ("number", "source")), strict=True
+        ):
+            held.setdefault(source, []).append(number)
+            if len(held[source]) == 2:
+                wanted.append((held.pop(source), source))
+    assert sorted(zip(result["pair"], result["source"], strict=True)) == sorted(wanted) if wanted else len(result) == 0
 
 
 NAMES = [
