@@ -115,14 +115,17 @@ def check_zero(config: Mapping[str, Any], problems: Problems) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     given = {key: value for key, value in (config.get("zero_optimization") or {}).items() if value != "auto"}
+    refused: set[str] = set()
     try:
         DeepSpeedZeroConfig(**given)
     except ValidationError as error:
         for problem in error.errors():
+            refused.add(str(problem["loc"][0]) if problem["loc"] else "")
             key = ".".join(map(str, ("zero_optimization", *problem["loc"])))
-            problems.add(key, problem["input"], problem["msg"], "See DeepSpeed's documentation of the section.")
+            why = problem["msg"][:1].lower() + problem["msg"][1:]
+            problems.add(key, problem["input"], why, "See DeepSpeed's documentation of the section.")
     for key, value in given.items():
-        if key.endswith("bucket_size") and value == 0:
+        if key.endswith("bucket_size") and value == 0 and key not in refused:
             problems.add(f"zero_optimization.{key}", value, "a bucket holds nothing", "Choose 2e8, for example.")
 
 

@@ -15,7 +15,7 @@ from colm_ds.config.optimizer import check_numbers
 from colm_ds.config.section import validate_section
 from colm_ds.errors import ConfigError, Problems
 from colm_ds.selection import SELECTORS, takes_outer_rules, wrong_options
-from colm_ds.untrusted.json_text import read_json
+from colm_ds.untrusted.json_text import DoubledKeyError, read_json
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ def load_config(config: str | Path | dict[str, Any]) -> tuple[dict[str, Any], st
     except FileNotFoundError:
         near = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) if path.parent.is_dir() else ""
         raise ConfigError(f"{path}: no such file." + (f" In that folder: {near}." if near else "")) from None
+    except DoubledKeyError as error:
+        raise ConfigError(f"{path}: {error}. Keep one of them.") from None
     except (ValueError, OSError) as error:
         raise ConfigError(f"{path}: not readable as JSON: {error}. Write one JSON object.") from None
     if not isinstance(loaded, dict):

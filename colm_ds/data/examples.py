@@ -165,8 +165,7 @@ class RowEncoder:
                 continue
             source, wrong = self._source(row, part)
             if part.source_key is not None and source is None and not wrong and len(result.without) < MAX_PROBLEMS:
-                keys = ", ".join(map(repr, row)) or "no keys"
-                result.without.append((number, f"{where}: {_lacks(part.source_key)}; the record has {keys}."))
+                result.without.append((number, f"{where}: {_lacks(part.source_key, row)}"))
             result.sources.append(source)
             try:
                 sample = read_sample(row, part.schema, part.style)
@@ -184,8 +183,7 @@ class RowEncoder:
         if part.source_key is None or (row.get(part.source_key) is None and part.may_lack_source):
             return None, []
         if part.source_key not in row:
-            keys = ", ".join(map(repr, row)) or "no keys"
-            return None, [f"{_lacks(part.source_key)}; the record has {keys}."]
+            return None, [_lacks(part.source_key, row)]
         problem = text_problem(row, part.source_key)
         return (str(row[part.source_key]), []) if problem is None else (None, [problem])
 
@@ -317,8 +315,12 @@ def load_examples(
     return _dataset(*cached, (folder, key), weights)
 
 
-def _lacks(source_key: str) -> str:
-    return f"no key {source_key!r}. Add it, or name the right key in source_key (null: none)"
+def _lacks(source_key: str, row: Mapping[str, Any]) -> str:
+    keys = ", ".join(map(repr, row)) or "no keys"
+    advice = "name the right key in source_key (null: none)"
+    if source_key in row:
+        return f"the key {source_key!r} is null. Write a source, or {advice}."
+    return f"no key {source_key!r}. Add it, or {advice}; the record has {keys}."
 
 
 def first_rows(place: Path | str, split: str) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ class Job:
         spec: the model.
         zero: ZeRO, ranks, offload.
         colm: the `"colm"` section with `coreset_size` filled in.
-        micro_batch: examples per rank and backward pass.
+        micro_batch: examples per rank and backward pass, no more than a rank has in a step.
         length: tokens of the longest examples, which determine peaks.
         mean_length: mean tokens computed for an example, for stored hidden states and for time.
         label_share: share of the tokens that have labels.
@@ -200,7 +200,8 @@ def job_of_recipe(
     most = getattr(spec.config, "max_position_embeddings", None)
     if isinstance(recipe, PretrainingRecipe) and most is not None and length > most:
         raise ConfigError(f"{key} = {length}: more than the model's max_position_embeddings = {most}.")
-    return replace(job, mean_length=min(mean_length or job.padded_length, job.padded_length))
+    job = replace(job, mean_length=min(mean_length or job.padded_length, job.padded_length))
+    return replace(job, micro_batch=min(job.micro_batch, job.rows_of_step))
 
 
 def job_of_data(

@@ -99,8 +99,9 @@ def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
             values.setdefault("vocab_size", -(-len(tokenizer) // multiple) * multiple)
             ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
             values = {**ids, "pad_token_id": tokenizer.pad_token_id, **values}
-            _check_config(values)
+            _check_config(config.config)
             made = AutoConfig.for_model(values.pop("model_type"), **values)
+            _check_kind(made, "model.config.model_type")
             _check_heads(made)
             options["attn_implementation"] = attention_for(made, config.attention)
             return AutoModelForCausalLM.from_config(made, **options)
@@ -111,6 +112,7 @@ def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
         if (Path(path) / ADAPTER_CONFIG).is_file():
             raise _is_adapter(path)
         described = AutoConfig.from_pretrained(path, **gguf)
+        _check_kind(described, f"model.name_or_path = {path}: model_type")
         options["attn_implementation"] = attention_for(described, config.attention)
         if config.quantization is not None:
             options["quantization_config"] = _quantization(config, described)
@@ -150,6 +152,14 @@ def _check_config(values: Mapping[str, Any]) -> None:
         if key != "model_type" and not hasattr(known, key) and difflib.get_close_matches(key, names, 1, cutoff=0.85):
             problems.add_unknown(key, names)
     problems.raise_if_any()
+
+
+def _check_kind(config: Any, key: str) -> None:
+    """Raise unless transformers has a causal LM for a configuration."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(f"{key} = {config.model_type!r}: no causal LM, but an encoder or the like. Use a causal LM.")
 
 
 def _check_heads(config: Any) -> None:

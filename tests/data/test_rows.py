@@ -159,7 +159,7 @@ def test_a_row_without_source_among_others(write_jsonl: Writer, tmp_path: Path) 
     del rows[2]["source"]
     with pytest.raises(DataError, match=r"1 problem in .*\n.*train.jsonl:3: no key 'source'. Add it"):
         load_examples(write_jsonl(rows), chat_tokenizer(), 99)
-    with pytest.raises(DataError, match=r"rows.parquet\[row 3\]: no key 'source'"):
+    with pytest.raises(DataError, match=r"rows.parquet\[row 3\]: the key 'source' is null"):
         load_examples(write_rows(rows, tmp_path / "rows.parquet"), chat_tokenizer(), 99)
 
 

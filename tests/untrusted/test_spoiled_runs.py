@@ -5,20 +5,16 @@ Slow. `python -m tests.untrusted.test_spoiled_runs SEED NUMBER` prints what ever
 
 from __future__ import annotations
 
-import atexit
 import json
-import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
-import time
-import traceback
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -28,54 +24,22 @@ from colm_ds import cli
 from colm_ds.data.generated.mixture import write_mixture
 from colm_ds.process.exit_codes import ExitCode
 from tests.finetune.test_entry import recipe_of
+from tests.untrusted.forked import Ended, forked
 from tests.untrusted.mutations import changed_bytes, changed_text
 
 LIMIT_S = 240.0
+Right = tuple[bytes, list[tuple[int, float]]]
+"""Weights of the undisturbed run, and its losses after the stop."""
+
 WEIGHTS = Path("model") / "model.safetensors"
 
 
-@dataclass(frozen=True)
-class Ended:
-    code: int | None
-    said: str
-
-
 def train(recipe: Path) -> Ended:
-    """Run `colm-ds train` in a fork of this process, where everything is imported already; None: it hung."""
-    log = recipe.with_suffix(".log")
-    pid = os.fork()
-    if pid == 0:
-        code: int | str | None = ExitCode.FAILED
-        try:
-            atexit._clear()  # what the parent does at its end, such as removing temporary folders
-            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-            sys.stdout = sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 (the process ends with it)
-            try:
-                code = cli.main(["train", str(recipe)])
-            except SystemExit as end:
-                code = end.code
-            except BaseException:
-                traceback.print_exc()
-            if isinstance(code, str):
-                print(code, file=sys.stderr)
-            sys.stderr.flush()
-        finally:
-            os._exit(ExitCode.FAILED if isinstance(code, str) else code or 0)
-    begun = time.monotonic()
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return Ended(os.waitstatus_to_exitcode(status), log.read_text(encoding="utf-8", errors="replace"))
-        if time.monotonic() - begun > LIMIT_S:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            return Ended(None, log.read_text(encoding="utf-8", errors="replace"))
-        time.sleep(0.05)
+    """Run `colm-ds train` in a fork of this process."""
+    return forked(lambda: cli.main(["train", str(recipe)]), recipe.with_suffix(".log"), LIMIT_S)
 
 
-def make_stopped_run(folder: Path) -> tuple[bytes, list[float]]:
+def make_stopped_run(folder: Path) -> Right:
     """Train to the end, then take the end away; the weights and the losses of the undisturbed run."""
     write_mixture(folder / "data", seed=1, scale=0.02)
     recipe = recipe_of(
@@ -85,7 +49,7 @@ def make_stopped_run(folder: Path) -> tuple[bytes, list[float]]:
     ended = train(folder / "recipe.yaml")
     assert ended.code == 0, ended.said
     run = folder / "run"
-    right = (run / WEIGHTS).read_bytes(), losses(run)
+    right = (run / WEIGHTS).read_bytes(), after_the_stop(run)
     shutil.rmtree(run / "model")
     shutil.rmtree(run / "checkpoints" / "step_6")
     (run / "checkpoints" / "latest").write_text("step_4")
@@ -93,9 +57,14 @@ def make_stopped_run(folder: Path) -> tuple[bytes, list[float]]:
     return right
 
 
-def losses(run: Path) -> list[float]:
-    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [entry["loss"] for entry in entries if "loss" in entry]
+def after_the_stop(run: Path) -> list[tuple[int, float]]:
+    """Steps that the resumed run took, and their losses; broken lines of earlier steps are not its own."""
+    entries: list[Any] = []
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
+            entries.append(json.loads(line))
+    entries = [entry for entry in entries if isinstance(entry, dict) and {"step", "loss"} <= {*entry}]
+    return [(entry["step"], entry["loss"]) for entry in entries if entry["step"] in (5, 6)]
 
 
 def inputs(seed: int, number: int, run: Path) -> Iterator[tuple[str, bytes]]:
@@ -110,7 +79,7 @@ def inputs(seed: int, number: int, run: Path) -> Iterator[tuple[str, bytes]]:
         yield name, changed_text(content, draw, kind) if content else changed_bytes(b"x", draw)
 
 
-def fault(folder: Path, name: str, content: bytes, right: tuple[bytes, list[float]], scratch: Path) -> tuple[str, str]:
+def fault(folder: Path, name: str, content: bytes, right: Right, scratch: Path) -> tuple[str, str]:
     """Resume a copy of the run with one changed file; what is wrong (nothing: empty), and how it ended."""
     run = folder / "run"
     kept = scratch / "kept"
@@ -127,7 +96,7 @@ def fault(folder: Path, name: str, content: bytes, right: tuple[bytes, list[floa
             return ("" if "Error: " in ended.said else f"no message: {last}"), "said"
         if (run / WEIGHTS).read_bytes() != right[0]:
             return "ended with other weights than the undisturbed run", "differs"
-        if losses(run)[4:] != right[1][4:]:
+        if after_the_stop(run) != right[1]:
             return "ended with other losses than the undisturbed run", "differs"
         return "", "worked, a checkpoint unused" if "not used: " in ended.said else "worked"
     finally:

@@ -54,10 +54,9 @@ def train_sentencepiece(texts: Iterator[str], vocabulary_size: int) -> bytes:
         )
     except RuntimeError as error:
         needed = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
+        why = f"its characters alone need {needed.group(1)}" if needed else str(error)
         advice = f"Choose at least {needed.group(1)}" if needed else "Choose a smaller one"
-        raise DataError(
-            f"a vocabulary of {vocabulary_size} cannot be trained on this text: {error}. {advice}."
-        ) from None
+        raise DataError(f"a vocabulary of {vocabulary_size} cannot be trained on this text: {why}. {advice}.") from None
     return model.getvalue()
 
 
