@@ -291,12 +291,13 @@ def load_examples(
     if any(part.style == "chat" for part in parts):
         chat = ChatEncoder(tokenizer, chat_template, train_on, chat_template_kwargs)
     encode = RowEncoder(parts, tokenizer, chat, max_length)
+    styles = list(dict.fromkeys(part.style for part in parts))
     dtypes = _DTYPES if chat is None else _DTYPES | _MASK_DTYPES
     processes = num_processes or min(MAX_PROCESSES, usable_cores())
     if cache_dir is None:
         memory = _Memory(dtypes)
         facts = _tokenise(encode, memory, limit, seed, processes)
-        return _dataset(memory.arrays(), facts, None, weights)
+        return _dataset(memory.arrays(), facts, None, weights, styles)
     folder = Path(cache_dir)
     key = _key(entries, parts, encode, train_on, chat_template_kwargs or {}, source_key, limit, seed)
     cached = load_arrays(folder, key, dtypes, _is_consistent)
@@ -311,8 +312,8 @@ def load_examples(
     if cached is None:
         memory = _Memory(dtypes)
         facts = _tokenise(encode, memory, limit, seed, processes)
-        return _dataset(memory.arrays(), facts, (folder, key), weights)
-    return _dataset(*cached, (folder, key), weights)
+        return _dataset(memory.arrays(), facts, (folder, key), weights, styles)
+    return _dataset(*cached, (folder, key), weights, styles)
 
 
 def _lacks(source_key: str, row: Mapping[str, Any]) -> str:
@@ -413,7 +414,11 @@ def _key(
 
 
 def _dataset(
-    arrays: Arrays, facts: dict[str, Any], cache: tuple[Path, str] | None, weights: Sequence[float] | None
+    arrays: Arrays,
+    facts: dict[str, Any],
+    cache: tuple[Path, str] | None,
+    weights: Sequence[float] | None,
+    styles: Sequence[str],
 ) -> TokenDataset:
     offsets = np.array(arrays["offsets"])
     entry_ids = None
@@ -441,6 +446,7 @@ def _dataset(
         num_special=facts.get("num_special", 0),
         entry_ids=entry_ids,
         weights=weights,
+        prompts=styles,
     )
 
 

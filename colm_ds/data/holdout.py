@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
@@ -41,12 +43,10 @@ def split_holdout(
         wanted = [round(fraction * count) for count in counts]
     else:
         wanted = [min(per_source or 0, count // 2) for count in counts]
-    groups = _by_prompt(dataset)
     held = np.zeros(len(dataset), dtype=bool)
-    for chosen in seeded_permutation(len(groups), seed, "holdout"):
+    for group in _prompts_in_random_order(dataset, seed):
         if not any(wanted):
             break
-        group = groups[chosen]
         needed = np.bincount(dataset.source_ids[group], minlength=len(counts)).tolist()
         if all(need <= want for need, want in zip(needed, wanted, strict=True)):
             held[group] = True
@@ -54,16 +54,18 @@ def split_holdout(
     return dataset.subset(np.flatnonzero(~held)), dataset.subset(np.flatnonzero(held))
 
 
-def _by_prompt(dataset: TokenDataset) -> list[npt.NDArray[np.int64]]:
-    """Return the indices of the examples of every prompt, the prompts in the order of their first examples."""
-    keys = np.empty(len(dataset), dtype="V16")
-    for index in range(len(dataset)):
-        keys[index] = dataset.prompt_key(index)
-    _, firsts, numbers = np.unique(keys, return_index=True, return_inverse=True)
-    place = np.empty(len(firsts), dtype=np.int64)
-    place[np.argsort(firsts)] = np.arange(len(firsts))
-    order = np.argsort(place[numbers], kind="stable")
-    return np.split(order, np.cumsum(np.bincount(place[numbers]))[:-1])
+def _prompts_in_random_order(dataset: TokenDataset, seed: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield the indices of the examples of every prompt, ascending."""
+    keys = dataset.prompt_keys()
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+    del keys
+    ends = np.append(starts[1:], len(order))
+    by_first = np.argsort(order[starts])  # prompts in the order of their first examples, as the order is drawn of these
+    for number in seeded_permutation(len(starts), seed, "holdout"):
+        place = by_first[number]
+        yield order[starts[place] : ends[place]]
 
 
 def count_common(train: TokenDataset, heldout: TokenDataset) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import mmap
 import os
 import shutil
 import uuid
@@ -100,6 +101,19 @@ def load_arrays(
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         _log.warning("cache entry %s is damaged (%s); building it again", folder, error)
         return None
+
+
+def release_pages(array: np.ndarray) -> None:
+    """Give back the memory that reading a memory-mapped array took; the file's pages are mapped anew when needed.
+
+    Args:
+        array: a memory-mapped array or a view of one; others are left as they are.
+    """
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 class ArrayWriter:

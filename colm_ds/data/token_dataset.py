@@ -15,8 +15,11 @@ import torch
 from colm_ds.batching.collate import IGNORE_INDEX
 from colm_ds.batching.mixture import MixtureSampler, Sampler
 from colm_ds.batching.weighted_mixture import WeightedSampler, counts_by_weight
-from colm_ds.data.token_cache import cache_key
+from colm_ds.data.token_cache import cache_key, release_pages
 from colm_ds.types import Example
+
+_EXAMPLES_AT_ONCE = 1 << 16  # read before their pages are given back
+_BYTES_AT_ONCE = 1 << 26
 
 
 class TokenDataset:
@@ -42,6 +45,7 @@ class TokenDataset:
         num_special: conversations in which the text of a special token became that token.
         entry_ids: entry of the recipe that each example comes from, int32 `[num_examples]`; given with `weights`.
         weights: shares of the entries in every large batch, of any sum; None: natural proportions.
+        prompts: styles of the prompts, each once, as in `schemas.check_style`.
     """
 
     def __init__(
@@ -62,11 +66,13 @@ class TokenDataset:
         num_special: int = 0,
         entry_ids: npt.NDArray[np.int32] | None = None,
         weights: Sequence[float] | None = None,
+        prompts: Sequence[str] = (),
     ) -> None:
         self.lost = lost or {"dropped": {}, "cut": {}}
         self.read = dict(read or {})
         self.num_special = num_special
         self.tokens = tokens
+        self._flat = np.asarray(tokens)  # the same as a plain array, which is quicker to take slices of than a memmap
         self.starts = starts
         self.prompt_lengths = prompt_lengths
         self.lengths: np.ndarray = lengths
@@ -81,6 +87,7 @@ class TokenDataset:
         self.cache = cache
         self.entry_ids = entry_ids
         self.weights = weights
+        self.prompts = tuple(prompts)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -90,7 +97,7 @@ class TokenDataset:
             raise IndexError(f"example {index} of a dataset of {len(self)} examples")
         index = int(index) % len(self)  # negative ones count from the end
         start, length = int(self.starts[index]), int(self.lengths[index])
-        input_ids = torch.from_numpy(self.tokens[start : start + length].astype(np.int64))
+        input_ids = torch.from_numpy(self._flat[start : start + length].astype(np.int64))
         labels = input_ids.clone()
         labels[: int(self.prompt_lengths[index])] = IGNORE_INDEX
         if self.trained is not None:
@@ -128,30 +135,40 @@ class TokenDataset:
             num_special=self.num_special,
             entry_ids=None if self.entry_ids is None else self.entry_ids[chosen],
             weights=self.weights,
+            prompts=self.prompts,
         )
 
     def digest(self) -> str:
         """Return a digest of all examples in their order: tokens, labels, sources and weights."""
         digest = hashlib.blake2b(digest_size=16)
         for array in (self.tokens, self.starts, self.lengths, self.prompt_lengths, self.source_ids):
-            digest.update(np.ascontiguousarray(array).data)
+            _update(digest, array)
         digest.update(json.dumps(list(self.source_names)).encode())
         if self.trained is not None:
-            digest.update(np.ascontiguousarray(self.trained).data)
+            _update(digest, self.trained)
         if self.weights is not None and self.entry_ids is not None:
             digest.update(np.ascontiguousarray(self.entry_ids).data)
             digest.update(json.dumps(list(self.weights)).encode())
         return digest.hexdigest()
 
-    def prompt_key(self, index: int) -> bytes:
-        """Return a digest of an example's prompt, or of all of an example that has none, 16 bytes."""
-        start, length = int(self.starts[index]), int(self.prompt_lengths[index] or self.lengths[index])
-        return hashlib.blake2b(self.tokens[start : start + length].tobytes(), digest_size=16).digest()
+    def prompt_keys(self) -> npt.NDArray[np.uint64]:
+        """Return a digest of every example's prompt, or of all of an example that has none, uint64 `[num_examples]`."""
+        keys = np.empty(len(self), dtype=np.uint64)
+        ends = self.starts + np.where(self.prompt_lengths == 0, self.lengths, self.prompt_lengths)
+        for first in range(0, len(self), _EXAMPLES_AT_ONCE):
+            places = slice(first, first + _EXAMPLES_AT_ONCE)
+            for number, (start, end) in enumerate(
+                zip(self.starts[places].tolist(), ends[places].tolist(), strict=True), start=first
+            ):
+                key = hashlib.blake2b(self._flat[start:end].tobytes(), digest_size=8).digest()
+                keys[number] = int.from_bytes(key, "little")
+            release_pages(self.tokens)
+        return keys
 
     def example_key(self, index: int) -> bytes:
         """Return a digest of an example's tokens, 16 bytes."""
         start, length = int(self.starts[index]), int(self.lengths[index])
-        return hashlib.blake2b(self.tokens[start : start + length].tobytes(), digest_size=16).digest()
+        return hashlib.blake2b(self._flat[start : start + length].tobytes(), digest_size=16).digest()
 
     def source_counts(self) -> dict[str, int]:
         """Return the examples of each source by name, in the order of the ids; 0 for a source without any left."""
@@ -182,3 +199,11 @@ class TokenDataset:
         sizes = np.bincount(self.entry_ids, minlength=len(self.weights))
         starts = np.concatenate([[0], np.cumsum(sizes)])[:-1]
         return WeightedSampler(starts.tolist(), sizes.tolist(), list(self.weights), large_batch_size, seed)
+
+
+def _update(digest: Any, array: np.ndarray) -> None:
+    """Add an array's bytes to a digest, with few of its pages in memory."""
+    content = np.ascontiguousarray(array).view(np.uint8).data
+    for start in range(0, len(content), _BYTES_AT_ONCE):
+        digest.update(content[start : start + _BYTES_AT_ONCE])
+        release_pages(array)

@@ -30,9 +30,17 @@ class Backend(Protocol):
     tokenizer: Any
 
     def generate(
-        self, prompts: Sequence[str], *, max_new_tokens: int, stop_strings: Sequence[str]
+        self, prompts: Sequence[str], *, max_new_tokens: int, stop_strings: Sequence[str], turn_end: int | None = None
     ) -> Iterator[list[tuple[int, Generation]]]:
-        """Yield greedy continuations of texts."""
+        """Yield greedy continuations of texts.
+
+        Args:
+            prompts: texts to continue.
+            max_new_tokens: maximum tokens of a continuation.
+            stop_strings: strings that end one.
+            turn_end: given for prompts that a chat template wrote, whose special tokens are tokens and which have all
+                of them: id of the token that ends an answer, besides the model's own.
+        """
         ...
 
     def score(self, questions: Sequence[tuple[str, Sequence[str]]]) -> Iterator[list[tuple[int, list[Likelihood]]]]:
@@ -78,7 +86,7 @@ class TransformersBackend:
         self._eos_ids = end_of_sequence_ids(model, tokenizer)
 
     def generate(
-        self, prompts: Sequence[str], *, max_new_tokens: int, stop_strings: Sequence[str]
+        self, prompts: Sequence[str], *, max_new_tokens: int, stop_strings: Sequence[str], turn_end: int | None = None
     ) -> Iterator[list[tuple[int, Generation]]]:
         """See `Backend.generate`. Prompts too long for the model's positions are cut on the left.
 
@@ -91,7 +99,12 @@ class TransformersBackend:
                 f"Choose at most {self._positions // 2}."
             )
         room = None if self._positions is None else self._positions - max_new_tokens
-        encoded = [encode_text(self.tokenizer, prompt, self._leading) for prompt in prompts]
+        if turn_end is None:
+            encoded = [encode_text(self.tokenizer, prompt, self._leading) for prompt in prompts]
+        else:
+            encoded = [
+                self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"] for prompt in prompts
+            ]
         fitted = [ids if room is None else ids[-room:] for ids in encoded]
         for group in length_sorted_batches([len(ids) + max_new_tokens for ids in fitted], **self._budget):
             answers = greedy(
@@ -101,7 +114,7 @@ class TransformersBackend:
                 max_new_tokens=max_new_tokens,
                 stop_strings=stop_strings,
                 device=self._device,
-                eos_ids=self._eos_ids,
+                eos_ids=self._eos_ids if turn_end is None else self._eos_ids | {turn_end},
             )
             yield [
                 (place, replace(answer, prompt_truncated=len(fitted[place]) < len(encoded[place])))

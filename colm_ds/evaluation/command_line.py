@@ -22,6 +22,7 @@ from colm_ds.evaluation.model_source import ModelSource, describe, find_model, l
 from colm_ds.evaluation.perplexity import PerplexityTask, is_store
 from colm_ds.evaluation.question_files import find_set, parse_places
 from colm_ds.evaluation.question_log import EvaluationFolder
+from colm_ds.evaluation.question_prompt import AUTO, QuestionPrompt, check_prompt, prompt_of_run
 from colm_ds.evaluation.sandbox import sandbox
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.process.launch import add_num_gpus
@@ -64,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, default=0, help="seed of the draw (default: 0)")
     add("--overwrite", action="store_true", help="discard existing answers instead of resuming from them")
+    add(
+        "--prompt",
+        default=AUTO,
+        help="how math questions are asked: alpaca, chat (the tokenizer's chat template), plain, or a template with "
+        "{instruction} (default: as the run was trained, alpaca for other models)",
+    )
     add("--dtype", choices=sorted(DTYPES), help="precision (default: float32 on a CPU, bfloat16 on a GPU)")
     add("--gguf-file", help="GGUF file in the base model's folder")
     add("--base", help="base model of an adapter, if it is not where the adapter says")
@@ -125,12 +132,15 @@ def _evaluate(parsed: argparse.Namespace, device: torch.device) -> None:
     options = together(lambda: _options(parsed, source), device)
     asks_math = bool(set(task_names(options.tasks)[0]) & set(GROUPS["math"]))
     if asks_math:
+        options = together(lambda: replace(options, prompt=_prompt(parsed.prompt, source)), device)
         together(lambda: _try_sandbox(options.minimum), device)  # now, not in an hour
     options = together(lambda: _with_its_store(options, source, parsed.chunk_tokens is None), device)
     backend, model = together(lambda: _backend(parsed, source, device), device)
     folder = EvaluationFolder(parsed.out or _default_folder(parsed.model, source))
     facts = {"environment": describe_environment(), "world_size": exchange.num_processes}
     if asks_math:
+        together(lambda: options.prompt.turn_end(backend.tokenizer), device)  # a chat template that cannot be used
+        facts["prompt"] = options.prompt.style
         facts["isolation"] = sandbox.detect().describe()
     results = evaluate(
         backend,
@@ -175,6 +185,22 @@ def _default_tasks(source: ModelSource) -> str:
     """Return the default of `--tasks`, as described in its help."""
     recipe = {} if source.run is None else read_recipe(source.run)
     return "pretrain" if recipe.get("task") == "pretraining" else "math"
+
+
+def _prompt(asked: str, source: ModelSource) -> QuestionPrompt:
+    """Return how math questions are asked, as described in the help of `--prompt`."""
+    trained = None
+    if asked in (AUTO, "chat") and source.run is not None:
+        try:
+            trained = prompt_of_run(source.run)
+        except ConfigError:
+            if asked == AUTO:
+                raise
+    if asked == AUTO:
+        return trained or QuestionPrompt()
+    if asked == "chat" and trained is not None and trained.style == "chat":
+        return trained  # with the variables of its template
+    return QuestionPrompt(check_prompt(asked))
 
 
 def _try_sandbox(minimum: str | None) -> None:

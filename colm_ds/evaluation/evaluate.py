@@ -20,6 +20,7 @@ from colm_ds.evaluation.math_tasks import MathTask
 from colm_ds.evaluation.perplexity import PerplexityTask, is_store
 from colm_ds.evaluation.question_files import DataPlaces, find_set, fingerprint, subset
 from colm_ds.evaluation.question_log import EvaluationFolder, append
+from colm_ds.evaluation.question_prompt import QuestionPrompt
 from colm_ds.evaluation.results import IN_DOMAIN, OUT_OF_DOMAIN, averages, markdown
 from colm_ds.evaluation.squad import SquadTask
 from colm_ds.evaluation.task import EvaluationTask, Row
@@ -58,6 +59,7 @@ class Options:
         workers: programs that run at the same time on each rank.
         minimum: the weakest isolation of programs to accept; None: the sandbox's default.
         overwrite: discard existing answers.
+        prompt: how math questions are asked.
     """
 
     tasks: tuple[str, ...]
@@ -69,6 +71,7 @@ class Options:
     workers: int = 2
     minimum: str | None = None
     overwrite: bool = False
+    prompt: QuestionPrompt = field(default_factory=QuestionPrompt)
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def make_task(name: str, options: Options) -> EvaluationTask:
     if name == "perplexity":
         return PerplexityTask(settings={"chunk_tokens": options.chunk_tokens})
     settings = {"max_new_tokens": options.max_new_tokens}
-    return MathTask(name, workers=options.workers, minimum=options.minimum, settings=settings)
+    return MathTask(name, workers=options.workers, minimum=options.minimum, prompt=options.prompt, settings=settings)
 
 
 def read_tasks(options: Options, backend: Backend) -> tuple[list[Asked], list[str]]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from colm_ds.data.formats import Records
-from colm_ds.data.prompt import format_prompt
 from colm_ds.data.records import text_of
 from colm_ds.errors import DataError
 from colm_ds.evaluation.backend import Backend
 from colm_ds.evaluation.generate import Generation
 from colm_ds.evaluation.math import answers
+from colm_ds.evaluation.question_prompt import QuestionPrompt
 from colm_ds.evaluation.results import accuracy_summary
 from colm_ds.evaluation.sandbox import sandbox
 from colm_ds.evaluation.task import Answered, Row
@@ -38,13 +38,19 @@ class MathTask:
     Attributes:
         workers: programs that run at the same time.
         minimum: the weakest isolation to accept; None: the sandbox's default.
-        settings: `max_new_tokens` of each pass.
+        prompt: how questions are asked.
+        settings: `max_new_tokens` of each pass, and the prompt.
     """
 
     name: str
     workers: int = 2
     minimum: str | None = None
+    prompt: QuestionPrompt = field(default_factory=QuestionPrompt)
     settings: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": 512})
+
+    def __post_init__(self) -> None:
+        """Record the prompt."""
+        self.settings = {**self.settings, **self.prompt.settings}
 
     @property
     def subpaths(self) -> tuple[str, ...]:
@@ -86,13 +92,11 @@ class MathTask:
     def _answer_some(self, backend: Backend, questions: Sequence[MathQuestion], places: Sequence[int]) -> Answered:
         """Run both passes over some questions."""
         without: list[tuple[int, Row]] = []
-        prompts = [format_prompt(questions[place].question + PROGRAM_SUFFIX) for place in places]
-        for batch in self._generate(backend, prompts):
+        for batch in self._generate(backend, [questions[place].question + PROGRAM_SUFFIX for place in places]):
             rows = self._program_rows([(places[at], questions[places[at]], written) for at, written in batch])
             without += [(place, row) for place, row in rows if row["predicted"] == ""]
             yield [(place, row) for place, row in rows if row["predicted"] != ""]
-        prompts = [format_prompt(questions[place].question) for place, _ in without]
-        for batch in self._generate(backend, prompts):
+        for batch in self._generate(backend, [questions[place].question for place, _ in without]):
             for at, written in batch:
                 place, row = without[at]
                 predicted = answers.extract(self.name, written.text)
@@ -105,9 +109,12 @@ class MathTask:
                 }
             yield [without[at] for at, _ in batch]
 
-    def _generate(self, backend: Backend, prompts: Sequence[str]) -> Any:
+    def _generate(self, backend: Backend, questions: Sequence[str]) -> Any:
         return backend.generate(
-            prompts, max_new_tokens=self.settings["max_new_tokens"], stop_strings=answers.STOP_STRINGS
+            self.prompt.write(questions, backend.tokenizer),
+            max_new_tokens=self.settings["max_new_tokens"],
+            stop_strings=answers.STOP_STRINGS,
+            turn_end=self.prompt.turn_end(backend.tokenizer),
         )
 
     def _program_rows(self, written: Sequence[tuple[int, MathQuestion, Generation]]) -> list[tuple[int, Row]]:

@@ -63,7 +63,7 @@ class StubBackend:
         self._choose = choose
 
     def generate(
-        self, prompts: Sequence[str], *, max_new_tokens: int, stop_strings: Sequence[str]
+        self, prompts: Sequence[str], *, max_new_tokens: int, stop_strings: Sequence[str], turn_end: int | None = None
     ) -> Iterator[list[tuple[int, Generation]]]:
         """See `Backend.generate`; stop strings cut as they do there."""
         for start in range(0, len(prompts), self._batch_size):

@@ -91,6 +91,7 @@ def test_several_files(tmp_path: Path, tokenizer_folder: Path) -> None:
     write_rows(rows_of("messages", 12)[7:], tmp_path / "held_out.jsonl")
     recipe = loaded(recipe_of(tmp_path, tokenizer_folder, data))  # paths are relative to the recipe
     task = InstructionTask(recipe, chat_tokenizer())
+    assert task.describe()["prompts"] == ["chat", "Question: {prompt}\nAnswer:"]
     assert task.train.source_counts() == {"chats": 9, "completions": 9, "instructions": 9}
     assert task.train.mixture_counts == {"chats": 16, "completions": 5, "instructions": 6}
     assert "WARNING: 2 of 5 held-out examples are trained on too." in task.losses_of_data()

@@ -13,7 +13,9 @@ import pytest
 
 from colm_ds.data.generated.mixture import write_mixture
 from colm_ds.models.families import FAMILIES
-from colm_ds.recipes.recipe import load_recipe
+from colm_ds.recipes.recipe import Recipe, load_recipe
+from colm_ds.training.tasks.instructions import load_data
+from tests.data.chats import CHATML, chat_tokenizer, special_texts
 from tests.finetune.test_entry import ROOT
 
 FOLDER = ROOT / "finetune" / "recipes"
@@ -69,6 +71,49 @@ def overrides_of(name: str, mixture: Path, output: Path) -> list[str]:
         "deepspeed=ds_configs/zero2.json",
         f"output_dir={output}",
     ]
+
+
+CHAT_TEMPLATES: dict[str, str | None] = {
+    "qwen3_0_6b": "qwen3",
+    "qwen3_8b": "qwen3",
+    "gemma3_1b": "gemma3",
+    "llama3_2_1b": "llama3_2",
+    "smollm3_3b": None,
+    "mixtral_8x7b": None,
+}
+"""Families with a recipe on conversations, each with TRL's copy of its model's template; None: it has none."""
+
+
+@pytest.mark.parametrize("family", CHAT_TEMPLATES)
+def test_a_chat_recipe_fits_its_models_template(family: str, tmp_path: Path) -> None:
+    """The keys of its data section read conversations of several turns: all of the last turn is trained, to its end."""
+    name = CHAT_TEMPLATES[family]
+    template = CHATML
+    if name is not None:
+        folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+        template = (folder / f"{name}.jinja").read_text(encoding="utf-8")
+    tokenizer = chat_tokenizer([*special_texts(template), "</s>"], template)
+    turns = [{"role": role, "content": f"{role} {n}."} for n in range(2) for role in ("user", "assistant")]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps({"messages": turns, "source": "ab"[n % 2]}) + "\n" for n in range(150)))
+    path = FOLDER / f"{family}_chat.yaml"
+    all_of_it = ["data.cache_dir=null", "data.holdout_per_source=0", "evaluation.every=0"]
+    recipe = load_recipe(path, [f"data.train={chats}", *all_of_it])
+    assert isinstance(recipe, Recipe)
+    train, _ = load_data(recipe, tokenizer)
+    assert (train.source_counts(), train.prompts) == ({"a": 75, "b": 75}, ("chat",))
+    example = train[0]
+    trained = tokenizer.decode(example.input_ids[example.labels != -100])
+    first = "assistant 0." if recipe.data.train_on == "all" else "assistant 1."
+    assert trained.startswith(first)
+    assert "assistant 1." in trained
+    assert trained.count("assistant") == (2 if recipe.data.train_on == "all" else 1)
+    math_recipe = load_recipe(FOLDER / f"{family}_math.yaml", [f"data.train={chats}"])
+    same = {"colm", "lora", "optimizer", "steps", "micro_batch_size", "deepspeed"}
+    assert {key: getattr(recipe, key) for key in same} == {key: getattr(math_recipe, key) for key in same}
+    assert recipe.model.model_copy(update={"name_or_path": ""}) == math_recipe.model.model_copy(
+        update={"name_or_path": ""}
+    )
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -84,7 +84,12 @@ class InstructionTask:
         """See `TrainingTask.describe`."""
         num_heldout = 0 if self._heldout is None else len(self._heldout)
         lost = {**self.train.lost, "sources": self._gone()}
-        return {"num_dropped": self.train.num_dropped, "lost": lost, "num_heldout": num_heldout}
+        return {
+            "num_dropped": self.train.num_dropped,
+            "lost": lost,
+            "num_heldout": num_heldout,
+            "prompts": list(self.train.prompts),
+        }
 
     def losses_of_data(self) -> list[str]:
         """See `TrainingTask.losses_of_data`."""
