@@ -173,7 +173,7 @@ def recipe_of(data: Path, vocabulary: int, processes: int, folder: Path) -> dict
 
 
 class Watched:
-    """What the processes of a run take together, as sampled.
+    """Hold what the processes of a run take together, as sampled.
 
     Attributes:
         allocated: peak of the bytes that they allocated, shared pages counted once.

@@ -104,7 +104,7 @@ def load_arrays(
 
 
 def release_pages(array: np.ndarray) -> None:
-    """Give back the memory that reading a memory-mapped array took; the file's pages are mapped anew when needed.
+    """Give back the memory that reading a memory-mapped array took; the file's pages are read again when needed.
 
     Args:
         array: a memory-mapped array or a view of one; others are left as they are.

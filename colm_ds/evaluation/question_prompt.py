@@ -23,7 +23,7 @@ _EMPTY = ("input", "system")
 
 @dataclass(frozen=True)
 class QuestionPrompt:
-    """How questions are asked.
+    """Say how questions are asked.
 
     Attributes:
         style: `alpaca`, `chat`, `plain`, or a template with `{instruction}` or `{prompt}`.

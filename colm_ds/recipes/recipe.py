@@ -344,7 +344,7 @@ def _number(text: str) -> str | float:
 
 
 class _Looked(Enum):
-    """Where a path of a recipe is looked for: as written, and next to the recipe."""
+    """Tell where a path of a recipe is looked for: as written, and next to the recipe."""
 
     NOWHERE = "made by the run, in the working folder"
     IF_THERE = "or it is a name of a hub"
