@@ -36,12 +36,12 @@ def read_table(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: if the file is missing or not such a table.
     """
+    if not Path(path).is_file():
+        raise ConfigError(f"colm.options.table = {path}: no such file. Write it with colm-ds score.")
     try:
         table = load_tensors(Path(path))
-    except FileNotFoundError:
-        raise ConfigError(f"colm.options.table = {path}: no such file. Write it with colm-ds score.") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"colm.options.table = {path}: not readable: {error} Write it with colm-ds score.") from None
+        raise ConfigError(f"colm.options.table = {path}: not readable: {error}. Write it with colm-ds score.") from None
     losses = table.get("losses") if isinstance(table, dict) and set(KEYS) <= set(table) else None
     if not (isinstance(losses, Tensor) and losses.dim() == 1 and losses.dtype == torch.float32):
         raise ConfigError(f"colm.options.table = {path}: not a table of losses. Write it with colm-ds score.")

@@ -264,8 +264,8 @@ KINDS: dict[str, tuple[Callable[[Path], str], str]] = {
         "can be read as alpaca (instruction, output) and text (text). Say which: `schema: alpaca` or `schema: text`.",
     ),
     "data: rows of no schema": (
-        data(lambda lines: [line.replace('"output":', '"answer":') for line in lines]),
-        "its rows have the keys 'source', 'instruction', 'answer', which no schema has.",
+        data(lambda lines: [line.replace('"output":', '"reply":') for line in lines]),
+        "its rows have the keys 'source', 'instruction', 'reply', 'answer', which no schema has.",
     ),
     "data: some rows without a source": (
         data(line(2, '{"instruction": "x", "output": "y"}')),
