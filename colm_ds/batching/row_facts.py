@@ -133,9 +133,18 @@ def facts_of_rows(read: Callable[[int], tuple[Tensor, Tensor]], num_rows: int, m
     """
     num_read = num_rows if most is None else min(num_rows, most)
     reading = _Reading(num_rows, num_read)
+    held: list[tuple[Ints, Ints]] = []  # noted many at a time, as a row alone costs as much
+    num_tokens = 0
     for row in range(num_read):
         ids, labels = read(row)
-        reading.note(np.array([row]), np.array([len(ids)]), ids.numpy(), labels.numpy())
+        held.append((ids.numpy(), labels.numpy()))
+        num_tokens += len(ids)
+        if num_tokens >= _TOKENS_AT_ONCE or len(held) == _ROWS_AT_ONCE or row == num_read - 1:
+            of_ids, of_labels = zip(*held, strict=True)
+            sizes = np.array([len(each) for each in of_ids])
+            rows = np.arange(row + 1 - len(held), row + 1)
+            reading.note(rows, sizes, np.concatenate(of_ids), np.concatenate(of_labels))
+            held, num_tokens = [], 0
     return reading.facts()
 
 
