@@ -245,6 +245,7 @@ def _trainer(kind: str) -> Callable[..., None]:
             "per_device_train_batch_size": options.micro,
             "gradient_accumulation_steps": options.coreset // options.micro,
             "max_steps": options.steps,
+            "seed": 0,  # of the order of rows, as in `batches`
             "learning_rate": LR,
             "lr_scheduler_type": "constant",
             "weight_decay": 0.0,
