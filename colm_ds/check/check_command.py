@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all-selectors",
         action="store_true",
-        help="measure the baselines and the other systems of docs/SELECTORS.md too: up to five more passes forward",
+        help="measure the baselines and the other systems of docs/SELECTORS.md too: two more passes over the examples",
     )
     parser.add_argument("--target", metavar="FILE", help="records for those of them that compare with a target")
     parser.set_defaults(run=run)

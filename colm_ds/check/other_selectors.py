@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from colm_ds.batching.collate import IGNORE_INDEX
 from colm_ds.check.sample import DrawnSample
 from colm_ds.check.signals_of_sample import SampleFacts
 from colm_ds.check.ways_to_choose import BY_SOURCE, JOINT, WaysCompared, WayToChoose
@@ -99,7 +99,7 @@ class ScoredSample:
         own: signals of the sample, `vectors` `[N, K]`.
         parts: labelled tokens of each by which its signal is multiplied, float32 `[N]`; None: 1.
         target: signals of the whole target data, float32 `[m, K]`; None without a target.
-        stream: the target examples that a step takes.
+        stream: the target examples that a step takes; None without a target.
     """
 
     own: Signals
@@ -138,7 +138,7 @@ def score_sample(
     target: SourcedDataset | None,
     progress: bool = False,
 ) -> dict[tuple[str, ...], ScoredSample]:
-    """Return the signals that ways to choose need, by their `signal_key`: one pass over the sample for each.
+    """Return the signals that ways to choose need, by their `signal_key`: one pass for all scores, one for gradients.
 
     Args:
         model: the model on its device.
@@ -149,24 +149,40 @@ def score_sample(
         target: the target data.
         progress: whether to show progress bars.
     """
-    stream = None if target is None else TargetStream(target, config.target, config.seed, 1)
-    scored: dict[tuple[str, ...], ScoredSample] = {}
+    compares: dict[tuple[str, ...], bool] = {}
     for way in ways:
-        key = way.signal_key
-        if key is None or key in scored:
-            continue
-        signal, also = key[0], key[1:]
-        settings: dict[str, Any] = {"seed": config.seed, "progress": progress}
-        own = signals_of_examples(model, sample.examples, sample.lengths, way.probe, signal, also, **settings)
-        near = None
-        if target is not None:
-            near = signals_of_examples(model, target, target.lengths, way.probe, signal, also, **settings).vectors
-            assert near is not None
-            if parts is not None and signal == "gradient":
-                near = near * _num_labels(target)[:, None]
-        scored[key] = ScoredSample(own, parts if signal == "gradient" else None, near, stream)
+        if way.signal_key is not None:
+            compares[way.signal_key] = compares.get(way.signal_key, False) or needs_of(way.selector).target
+    stream = None if target is None else TargetStream(target, config.target, config.seed, 1)
+    probe = ProbeConfig(estimator="sketch", layer=config.probe.layer)
+
+    def columns(examples: Any, lengths: Any, keys: Iterable[tuple[str, ...]]) -> dict[str, Tensor]:
+        names = list(dict.fromkeys(name for key in keys for name in key))
+        found: dict[str, Tensor] = {}
+        for several in (["gradient"], [name for name in names if name != "gradient"]):
+            if set(several) & set(names):
+                settings: dict[str, Any] = {"seed": config.seed, "progress": progress}
+                signals = signals_of_examples(model, examples, lengths, probe, several[0], several[1:], **settings)
+                assert signals.vectors is not None
+                widths = list(signals.widths.values()) or [signals.vectors.shape[1]]
+                found |= dict(zip(several, signals.vectors.split(widths, dim=1), strict=True))
+        return found
+
+    own = columns(sample.examples, sample.lengths, compares)
+    near = {}
+    if target is not None:
+        near = columns(target, target.lengths, [key for key, with_target in compares.items() if with_target])
+        if parts is not None and "gradient" in near:
+            near["gradient"] = near["gradient"] * torch.from_numpy(np.asarray(target.num_label_tokens)).float()[:, None]
+    scored = {}
+    for key, with_target in compares.items():
+        vectors = torch.cat([own[name] for name in key], dim=1)
+        widths = {} if key == ("gradient",) else {name: own[name].shape[1] for name in key}
+        finite = torch.isfinite(vectors).all(dim=1)
+        scored[key] = ScoredSample(
+            Signals(torch.arange(len(vectors)), finite, vectors=vectors, widths=widths),
+            parts if "gradient" in key else None,
+            torch.cat([near[name] for name in key], dim=1) if with_target else None,
+            stream if with_target else None,
+        )
     return scored
-
-
-def _num_labels(data: SourcedDataset) -> Tensor:
-    return torch.tensor([int((data[place].labels[1:] != IGNORE_INDEX).sum()) for place in range(len(data))]).float()
