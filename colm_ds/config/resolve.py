@@ -301,7 +301,10 @@ def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems) -> None:
         problems.add("managed_gradient_accumulation", True, "colm_ds accumulates gradients itself", "Remove it.")
     check_keys(deepspeed, problems)
     check_monitors(deepspeed, problems)
-    for key in ("bf16", "fp16", "torch_autocast", "optimizer", "scheduler", "zero_optimization"):
+    for key in (
+        *("bf16", "fp16", "torch_autocast", "optimizer", "scheduler", "zero_optimization"),
+        *("hybrid_engine", "data_efficiency", "tensor_parallel"),
+    ):
         if not isinstance(deepspeed.get(key) or {}, dict):
             problems.add(key, deepspeed[key], "not a section of keys and values", "Write an object: {...}.")
             deepspeed[key] = {}
@@ -322,12 +325,13 @@ def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems) -> None:
             "works with accumulation by colm_ds at stages 2 and 3 only",
             "Remove it, or use stage 2.",
         )
+    tensor_parallel = deepspeed.get("tensor_parallel") or {}
     for name, is_on, why in (
         ("zero_optimization.zenflow", zero.get("zenflow"), "it updates weights between the micro-batches of a step"),
         ("hybrid_engine", _enabled(deepspeed, "hybrid_engine"), "its engine generates between steps"),
         ("data_efficiency", _enabled(deepspeed, "data_efficiency"), "large batches are drawn from the whole dataset"),
         ("sequence_parallel_size", deepspeed.get("sequence_parallel_size", 1) != 1, "a rank probes whole sequences"),
-        ("tensor_parallel", deepspeed.get("tensor_parallel", {}).get("autotp_size"), "the probe needs whole layers"),
+        ("tensor_parallel", tensor_parallel.get("autotp_size"), "the probe needs whole layers"),
     ):
         if is_on:
             problems.messages.append(f"{name}: not with coresets: {why}. Remove it.")

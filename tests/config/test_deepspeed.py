@@ -378,6 +378,10 @@ def test_engines_of_another_kind_are_refused_together() -> None:
     assert message.startswith("5 problems")
     for name in ("zenflow", "hybrid_engine", "data_efficiency", "sequence_parallel_size", "tensor_parallel"):
         assert f"{name}: not with coresets: " in message
+    for name in ("hybrid_engine", "data_efficiency", "tensor_parallel"):
+        with pytest.raises(ConfigError, match=f"{name} = 'on': not a section of keys and values"):
+            resolve_config({"train_batch_size": 8, "colm": {"large_batch_size": 16}, name: "on"}, 1)
+    resolve_config({"train_batch_size": 8, "colm": {"large_batch_size": 16}, "tensor_parallel": None}, 1)
     off = {"enabled": False}
     quiet = {"hybrid_engine": off, "data_efficiency": off, "sequence_parallel_size": 1, "tensor_parallel": {}}
     resolve_config({"train_batch_size": 8, "colm": {"large_batch_size": 16}, **quiet}, 1)
