@@ -12,31 +12,38 @@ from pydantic import BaseModel, model_validator
 
 from colm_ds.batching.row_facts import Labels, facts_of_columns
 from colm_ds.errors import ConfigError, Problems
-from colm_ds.integrations.dataset_sources import check_block, dataset_names, process_by_source, row_sources
+from colm_ds.integrations.dataset_sources import (
+    NO_LOSS,
+    OWN_LOSS,
+    PACKED,
+    STREAM,
+    add_refused,
+    check_block,
+    dataset_names,
+    process_by_source,
+    row_sources,
+)
 from colm_ds.integrations.large_batches import WithoutSource
 from colm_ds.integrations.transformers import CoLMMixin
 
 __all__ = ["CoLMArgs", "CoLMPlugin"]
 
-PACKED = (
-    "a packed row holds documents of several sources, so it has no source of its own and is not an example to keep or "
-    "to leave out. Write false; to train on packed rows, pack every source by itself beforehand and give the rows a "
-    "source column"
+_PACKED = (
+    f"{PACKED} and is not an example to keep or to leave out. Write false; to train on packed rows, pack every source "
+    "by itself beforehand and give the rows a source column"
 )
 
-LOSS = "is not called for a coreset, as CoLM weighs the losses of examples by itself. Remove it"
-
 REFUSED = {
-    "sample_packing": PACKED,
-    "batch_flattening": PACKED,
-    "pretraining_dataset": "examples of a stream are not numbered. Write datasets",
-    "streaming": "examples of a stream are not numbered. Remove it",
+    "sample_packing": _PACKED,
+    "batch_flattening": _PACKED,
+    "pretraining_dataset": f"{STREAM}. Write datasets",
+    "streaming": f"{STREAM}. Remove it",
     "balance_labels": "cuts batches by labels, so a large batch would not be a draw of the mixture. Remove it",
-    "use_eaft": LOSS,
-    "use_dft": LOSS,
-    "rl": "has no loss per example that CoLM knows. Remove it",
-    "reward_model": "has no loss per example that CoLM knows. Remove it",
-    "process_reward_model": "has no loss per example that CoLM knows. Remove it",
+    "use_eaft": OWN_LOSS,
+    "use_dft": OWN_LOSS,
+    "rl": f"{NO_LOSS}. Remove it",
+    "reward_model": f"{NO_LOSS}. Remove it",
+    "process_reward_model": f"{NO_LOSS}. Remove it",
     "trainer_cls": "is another trainer. Put CoLMMixin in front of it, without this plugin",
 }
 """Keys of axolotl, and why selection does not go along with them."""
@@ -57,8 +64,7 @@ class CoLMArgs(BaseModel):
         """
         problems = Problems("the axolotl configuration")
         check_block(data.get("colm"), "the axolotl configuration", problems)
-        for key in (key for key in REFUSED if data.get(key)):
-            problems.add(key, data[key], f"{REFUSED[key]}.")
+        add_refused(data, REFUSED, problems)
         problems.raise_if_any()
         return data
 

@@ -30,6 +30,26 @@ ENDINGS = {".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt"}
 """Endings of files that datasets are read from."""
 
 
+PACKED = "a packed row holds documents of several sources, so it has no source of its own"
+STREAM = "examples of a stream are not numbered"
+OWN_LOSS = "is not called for a coreset, as CoLM weighs the losses of examples by itself. Remove it"
+NO_LOSS = "has no loss per example that CoLM knows"
+"""Reasons why selection does not go along with an option."""
+
+
+def add_refused(values: Mapping[str, Any], refused: Mapping[str, str], problems: Problems) -> None:
+    """Record the options that are set and selection does not go along with.
+
+    Args:
+        values: values of a framework's options.
+        refused: the options, and why and what to do, in words without a full stop.
+        problems: collects problems.
+    """
+    for key, why in refused.items():
+        if values.get(key):
+            problems.add(key, values[key], f"{why}.")
+
+
 def check_block(given: Given | None, where: str, problems: Problems) -> str:
     """Check the keys of a `colm:` block before a model is loaded, and return its source column.
 

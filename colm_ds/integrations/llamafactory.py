@@ -15,18 +15,28 @@ from typing import Any
 from datasets import Dataset
 
 from colm_ds.errors import ConfigError, Problems
-from colm_ds.integrations.dataset_sources import check_block, exit_with_message, replaced, row_sources
+from colm_ds.integrations.dataset_sources import (
+    NO_LOSS,
+    OWN_LOSS,
+    PACKED,
+    STREAM,
+    add_refused,
+    check_block,
+    exit_with_message,
+    replaced,
+    row_sources,
+)
 from colm_ds.integrations.transformers import CoLMMixin
 
 USAGE = "python -m colm_ds.integrations.llamafactory train config.yaml [key=value ...]"
 
 REFUSED = {
-    "packing": "a packed row holds documents of several sources, so it has no source of its own. Remove it",
-    "neat_packing": "a packed row holds documents of several sources, so it has no source of its own. Remove it",
-    "streaming": "examples of a stream are not numbered. Remove it",
-    "use_dft_loss": "is not called for a coreset, as CoLM weighs the losses of examples by itself. Remove it",
-    "use_eaft_loss": "is not called for a coreset, as CoLM weighs the losses of examples by itself. Remove it",
-    "use_asft_loss": "is not called for a coreset, as CoLM weighs the losses of examples by itself. Remove it",
+    "packing": f"{PACKED}. Remove it",
+    "neat_packing": f"{PACKED}. Remove it",
+    "streaming": f"{STREAM}. Remove it",
+    "use_dft_loss": OWN_LOSS,
+    "use_eaft_loss": OWN_LOSS,
+    "use_asft_loss": OWN_LOSS,
     "use_ray": "starts ranks that know nothing of coresets. Start with torchrun",
     "use_mca": "has a trainer of its own. Remove it",
     "use_hyper_parallel": "has a trainer of its own. Remove it",
@@ -100,9 +110,8 @@ def check_config(values: Mapping[str, Any], block: Any, where: str) -> str:
     problems = Problems(where)
     column = check_block(block, where, problems)
     if values.get("stage", "sft") != "sft":
-        problems.add("stage", values["stage"], "has no loss per example that CoLM knows", 'Write "sft".')
-    for key in (key for key in REFUSED if values.get(key)):
-        problems.add(key, values[key], f"{REFUSED[key]}.")
+        problems.add("stage", values["stage"], NO_LOSS, 'Write "sft".')
+    add_refused(values, REFUSED, problems)
     problems.raise_if_any()
     return column
 

@@ -16,6 +16,7 @@ import datasets
 from colm_ds.errors import ConfigError, Problems
 from colm_ds.integrations import transformers
 from colm_ds.integrations.dataset_sources import (
+    STREAM,
     check_block,
     dataset_names,
     exit_with_message,
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str]) -> None:
             "-m colm_ds.integrations.trl."
         )
     if script.dataset_streaming or mixture.streaming:
-        problems.messages.append("streaming: examples of a stream are not numbered. Remove it.")
+        problems.messages.append(f"streaming: {STREAM}. Remove it.")
     problems.raise_if_any()
     names = dataset_names([asdict(entry) for entry in mixture.datasets])
 
