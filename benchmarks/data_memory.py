@@ -29,7 +29,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.result_file import write_result  # noqa: E402
 from colm_ds.data.formats import read_records  # noqa: E402
 from colm_ds.data.generated.mixture import write_mixture  # noqa: E402
 
@@ -289,7 +289,7 @@ def main(arguments: list[str]) -> int:
     measured: list[dict[str, Any]] = []
     if options.keep and options.out.exists():
         measured = json.loads(options.out.read_text(encoding="utf-8"))["rows"]
-    environment = describe_environment()
+    versions = {**describe_environment()["versions"], "python": platform.python_version()}
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         folder = Path(scratch)
         write_mixture(folder / "mixture", seed=0)
@@ -325,16 +325,8 @@ def main(arguments: list[str]) -> int:
                     }
                     key = ("format", "gb", "processes", "tokenizer", "join")
                     measured = [each for each in measured if any(each[name] != row[name] for name in key)] + [row]
-                    record = {
-                        "benchmark": "data_memory",
-                        **environment,
-                        "command": shlex.join(["python", "benchmarks/data_memory.py", *arguments]),
-                        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                        "versions": {**environment["versions"], "python": platform.python_version()},
-                        "rows": measured,
-                    }
-                    options.out.parent.mkdir(parents=True, exist_ok=True)
-                    options.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+                    command = shlex.join(["python", "benchmarks/data_memory.py", *(Path(word).name for word in arguments)])
+                    write_result(options.out, "data_memory", command=command, versions=versions, rows=measured)
                     print(table({"rows": [row]}), flush=True)
     print(table({"rows": measured}))
     return 0

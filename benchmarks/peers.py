@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.result_file import write_result  # noqa: E402
 from benchmarks.step import REAL_DATA, make_model, make_records  # noqa: E402
 
 LR, WARM_UP = 1e-4, 2
@@ -390,19 +390,9 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
 
 
 def _write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    from colm_ds.run_folder.environment import describe_environment
-
     settings = {key: value for key, value in vars(options).items() if key not in ("data", "out", "run_arm")}
-    result = {
-        "benchmark": "peers",
-        **describe_environment(),
-        "trl": importlib.metadata.version("trl") if importlib.util.find_spec("trl") else None,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "settings": settings,
-        "rows": rows,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    trl = importlib.metadata.version("trl") if importlib.util.find_spec("trl") else None
+    write_result(options.out, "peers", trl=trl, settings=settings, rows=rows)
     print(f"written to {options.out}")
 
 

@@ -129,11 +129,10 @@ def main() -> int:
             )
             result[way] = json.loads(done.stdout.splitlines()[-1])
             print(way, result[way], flush=True)
-    from colm_ds.run_folder.environment import describe_environment
+    from benchmarks.result_file import write_result
 
     out = options.out or ROOT / "benchmarks" / "results" / "row_check.json"
-    record = {"benchmark": "row_check", **describe_environment(), "settings": {"rows": options.rows}, **result}
-    out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_result(out, "row_check", settings={"rows": options.rows}, **result)
     return 0
 
 
