@@ -10,8 +10,8 @@ libraries are not counted. Seconds are compared with those of pure tokenisation:
 
 Rows are those of `--rows`, a file of instructions, repeated with other numbers in them until the file is full; without
 it those of the generated mixture; `--join` makes long rows of several. `--tokenizer` is a folder, or package:NAME with
-`--gguf-file`, or `lines`, which takes a line for a token: it costs next to nothing, so that what is measured is all the
-rest, on files that take other tokenizers hours.
+`--gguf-file`, or `digits`, for which a digit is a token and all that lies between two is another: it is quick, so that
+what is measured is all the rest, on files that take other tokenizers hours.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MIB, GB = 1 << 20, 1e9
 BASELINE_GB = 0.001
 SAMPLED_S = 0.1
 MAX_LENGTH = 256
-LINES = "lines"
+DIGITS = "digits"
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -126,8 +126,8 @@ def save_tokenizer(place: str, gguf_file: str | None, folder: Path) -> int:
     from colm_ds.recipes.model import load_tokenizer
     from colm_ds.recipes.sections import PACKAGE_PREFIX, ModelConfig
 
-    if place == LINES:
-        return save_line_tokenizer(folder)
+    if place == DIGITS:
+        return save_digit_tokenizer(folder)
     path = package_folder(place.removeprefix(PACKAGE_PREFIX)) if place.startswith(PACKAGE_PREFIX) else place
     tokenizer = load_tokenizer(ModelConfig.model_validate({"name_or_path": path, "gguf_file": gguf_file}))
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
@@ -135,14 +135,15 @@ def save_tokenizer(place: str, gguf_file: str | None, folder: Path) -> int:
     return len(tokenizer)
 
 
-def save_line_tokenizer(folder: Path) -> int:
-    """Save a tokenizer to which all lines are one token; return the size of its vocabulary."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def save_digit_tokenizer(folder: Path) -> int:
+    """Save a tokenizer to which all texts without digits are one token; return the size of its vocabulary."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.WordLevel({"line": 0, "<eos>": 1}, unk_token="line"))
-    backend.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="line")
+    digits = {str(digit): 2 + digit for digit in range(10)}
+    backend = Tokenizer(models.WordLevel({"text": 0, "<eos>": 1, **digits}, unk_token="text"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("[0-9]"), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="text")
     tokenizer.chat_template = PLAIN_TEMPLATE
     tokenizer.save_pretrained(folder)
     return len(tokenizer)
@@ -173,7 +174,7 @@ def recipe_of(data: Path, vocabulary: int, processes: int, folder: Path) -> dict
 
 
 class Watched:
-    """Hold what the processes of a run take together, as sampled.
+    """Hold memory and CPU time of all processes of a run together, as sampled.
 
     Attributes:
         allocated: peak of the bytes that they allocated, shared pages counted once.
@@ -277,7 +278,7 @@ def main(arguments: list[str]) -> int:
     add("--processes", type=int, nargs="+", default=[1], help="processes that tokenise (1)")
     add("--rows", type=Path, help="file of rows with source, instruction and output")
     add("--join", type=int, default=1, help="rows that make one conversation (1)")
-    add("--tokenizer", help="folder, package:NAME, or lines (default: the generated mixture's)")
+    add("--tokenizer", help="folder, package:NAME, or digits (default: the generated mixture's)")
     add("--gguf-file", help="GGUF file in the tokenizer's folder")
     add("--pure-mb", type=float, default=20, help="megabytes of rows for pure tokenisation (20)")
     add("--scratch", type=Path, help="folder for the files, which are removed at the end")
@@ -325,7 +326,9 @@ def main(arguments: list[str]) -> int:
                     }
                     key = ("format", "gb", "processes", "tokenizer", "join")
                     measured = [each for each in measured if any(each[name] != row[name] for name in key)] + [row]
-                    command = shlex.join(["python", "benchmarks/data_memory.py", *(Path(word).name for word in arguments)])
+                    command = shlex.join(
+                        ["python", "benchmarks/data_memory.py", *(Path(word).name for word in arguments)]
+                    )
                     write_result(options.out, "data_memory", command=command, versions=versions, rows=measured)
                     print(table({"rows": [row]}), flush=True)
     print(table({"rows": measured}))
