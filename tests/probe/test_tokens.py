@@ -117,12 +117,13 @@ def test_vectors_stay_those_of_the_start() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_any_architecture_and_no_pass_of_the_model(family: str) -> None:
-    """The choice is that of the features alone, in one pool with matched weights; the model is never called."""
+    """The choice is that of the features alone, in one pool with matched weights; a selection never calls the model."""
     model = tiny_model(family)
     called: list[int] = []
-    model.register_forward_pre_hook(lambda *_: called.append(1))
     made = examples()
-    selection = CoresetSelector(model, SECTION, ["a"])(made)
+    selector = CoresetSelector(model, SECTION, ["a"])  # checks once that the model is causal, by two passes
+    model.register_forward_pre_hook(lambda *_: called.append(1))
+    selection = selector(made)
     assert not called
     assert len(selection.probed) == 0
     assert selection.coreset.size == 12
