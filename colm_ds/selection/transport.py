@@ -1,7 +1,10 @@
 """Exact optimal transport from a group of rows to all columns, both with equal masses, kept optimal as rows change.
 
 Successive shortest paths: a row enters along the cheapest chain of moves between columns. Only columns are nodes of the
-graph, so a path costs m^2 for each step, whatever the number of rows.
+graph, so a path costs m^2 for each step, whatever the number of rows; only the edges of columns that a path passed are
+computed again. While a plan is built, a row whose cheapest column has room goes there at once: a cheaper chain would
+begin at a dearer column and save by moves into room, of which the plan of fewer rows has none left. Where a row left,
+there may be some.
 """
 
 from __future__ import annotations
@@ -36,22 +39,26 @@ class Transport:
         self._mass = self._total // len(rows)
         self._flow = torch.zeros(len(rows), m, dtype=torch.int64)
         self._rows = [-1] * len(rows)
+        self._of_rows = torch.zeros(len(rows), m, dtype=torch.float64)
+        self._edges = torch.full((m, m), torch.inf, dtype=torch.float64)  # cost of moving a unit from column j to k
         self._free = torch.full((m,), self._total // m, dtype=torch.int64)
         self._tolerance = _BETTER * max(1.0, float(costs.abs().max()))
         for slot, row in enumerate(rows):
-            self._enter(slot, row)
+            self._enter(slot, row, is_built=False)
 
     def cost(self) -> float:
         """Return the transport's cost for masses of sum 1."""
-        return float((self._flow.double() * self._costs[self._rows]).sum()) / self._total
+        return float((self._flow.double() * self._of_rows).sum()) / self._total
 
     def without(self, row: int) -> Transport:
         """Return the plan without a row; another must enter in its place."""
         made = self._copy()
         slot = made._rows.index(row)
+        columns = made._flow[slot].nonzero().flatten()
         made._free += made._flow[slot]
         made._flow[slot] = 0
         made._rows[slot] = -1
+        made._update_edges(columns)
         return made
 
     def with_row(self, row: int) -> Transport:
@@ -66,9 +73,8 @@ class Transport:
         Columns' prices are the shortest distances between columns in the remaining graph, from all of them together.
         """
         distance = torch.zeros(self._costs.shape[1], dtype=torch.float64)
-        edges = self._edges()
         for _ in range(len(distance)):
-            closer = torch.minimum(distance, (distance[:, None] + edges).min(dim=0).values)
+            closer = torch.minimum(distance, (distance[:, None] + self._edges).min(dim=0).values)
             if float((distance - closer).max()) <= self._tolerance:
                 break
             distance = closer
@@ -80,19 +86,21 @@ class Transport:
         made = object.__new__(Transport)
         made.__dict__.update(self.__dict__)
         made._flow, made._free, made._rows = self._flow.clone(), self._free.clone(), list(self._rows)
+        made._of_rows, made._edges = self._of_rows.clone(), self._edges.clone()
         return made
 
-    def _edges(self) -> Tensor:
-        """Return what it costs to move a unit from column j to k, by the row for which it is cheapest, `[m, m]`."""
-        costs = self._costs[self._rows]
-        leaving = torch.where(self._flow > 0, -costs, torch.inf)
-        return (leaving[:, :, None] + costs[:, None, :]).min(dim=0).values
+    def _update_edges(self, columns: Tensor) -> None:
+        """Compute what it costs to move a unit from these columns to each, by the row for which it is cheapest."""
+        leaving = torch.where(self._flow[:, columns] > 0, -self._of_rows[:, columns], torch.inf)
+        self._edges[columns] = (leaving[:, :, None] + self._of_rows[:, None, :]).min(dim=0).values
 
-    def _enter(self, slot: int, row: int) -> None:
-        self._rows[slot] = row
+    def _enter(self, slot: int, row: int, *, is_built: bool = True) -> None:
+        self._rows[slot], self._of_rows[slot] = row, self._costs[row]
+        nearest = int(self._of_rows[slot].argmin())
         left = self._mass
         while left:
-            path = self._cheapest_path(slot)
+            at_once = not is_built and int(self._free[nearest]) > 0
+            path = [nearest] if at_once else self._cheapest_path(slot)
             movers = [self._mover(j, k) for j, k in itertools.pairwise(path)]
             amount = min(
                 left,
@@ -105,19 +113,19 @@ class Transport:
                 self._flow[mover, k] += amount
             self._free[path[-1]] -= amount
             left -= amount
+            self._update_edges(torch.tensor(path))
 
     def _mover(self, j: int, k: int) -> int:
         """Return the slot of the row that moves from column j to k at the least cost."""
-        costs = self._costs[self._rows]
+        costs = self._of_rows
         return int(torch.where(self._flow[:, j] > 0, costs[:, k] - costs[:, j], torch.inf).argmin())
 
     def _cheapest_path(self, slot: int) -> list[int]:
         """Return the columns from where a unit of a row enters to one with room (Bellman and Ford)."""
-        distance = self._costs[self._rows[slot]].clone()
+        distance = self._of_rows[slot].clone()
         before = torch.full_like(distance, -1, dtype=torch.int64)
-        edges = self._edges()
         for _ in range(len(distance)):
-            through, by = (distance[:, None] + edges).min(dim=0)
+            through, by = (distance[:, None] + self._edges).min(dim=0)
             shorter = through < distance - self._tolerance
             if not bool(shorter.any()):
                 break
