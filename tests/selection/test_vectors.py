@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from colm_ds.config.colm import ScheduleConfig
+from colm_ds.probe.directions import sign_vectors
+from colm_ds.probe.sketch import sketch_vectors
 from colm_ds.selection.alignment import adam_factor, boltzmann_greedy, greedy_by_utility
 from colm_ds.selection.balanced import balanced_draw
 from colm_ds.selection.baselines import largest
@@ -25,6 +27,7 @@ from colm_ds.selection.transport import Transport
 from colm_ds.selection.vector_sum import caratheodory, fair_shares, sizes_as_chances
 from tests.selection.test_systems import check_frequencies, generator
 
+CPU = torch.device("cpu")
 RUNS = 1500
 Read = Callable[[str], dict[str, Any]]
 
@@ -138,9 +141,29 @@ def test_opus(read: Read) -> None:
         for _ in range(RUNS):
             counts[boltzmann_greedy(scores, products, case["k"], case["temperature"], stream)] += 1
         check_frequencies(counts, case["inclusion_probability"], RUNS)
+    check_sketches(vectors["countsketch"])
     scale = vectors["adamw_scale"]
     betas = (scale["beta1"], scale["beta2"])
     assert adam_factor(scale["lr"], betas, scale["t"]) == pytest.approx(scale["value"], rel=1e-5)
+
+
+def check_sketches(vectors: dict[str, Any]) -> None:
+    """Sign sketches in place of their hashes: the same gradients, and the same products in the mean over draws."""
+    delta, inputs = tensor(vectors["delta"]).float(), tensor(vectors["inputs"]).float()
+    out, width = delta.shape[2], inputs.shape[2]
+    rows = torch.eye(out).repeat_interleave(width, dim=0)
+    entries = sketch_vectors(delta, inputs, rows, torch.eye(width).repeat(out, 1)) * (out * width) ** 0.5
+    assert torch.allclose(entries.double(), tensor(vectors["full_gradient"]), atol=1e-5)
+    wanted, draws, num_probes = tensor(vectors["exact_products"]), 4000, len(vectors["sketch"][0])
+    found = torch.zeros(draws, *wanted.shape, dtype=torch.float64)
+    for draw in range(draws):
+        signs = [sign_vectors(draw, name, 0, num_probes, size, CPU) for name, size in (("a", out), ("b", width))]
+        sketches = sketch_vectors(delta, inputs, *signs).double()
+        found[draw] = sketches @ sketches.T
+    error = found.std(dim=0) / draws**0.5
+    assert bool(((found.mean(dim=0) - wanted).abs() < 3 * error).all())
+    theirs = tensor(vectors["mean_products_over_4000_hashes"])
+    assert bool(((found.mean(dim=0) - theirs).abs() < 3 * 2**0.5 * error).all())
 
 
 def test_selective_backprop(read: Read) -> None:
