@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
     if options.shares == "target" and options.target is None:
         raise ConfigError("--shares target: there is no target. Choose another.")
     tokenizer = load_tokenizer(recipe.model, recipe.tokenizer_place)
-    train, _ = load_data(recipe, tokenizer)
+    train, heldout = load_data(recipe, tokenizer)
     size = _size(options.size, len(train))
     probe = recipe.colm.probe
     if needs.signal == "gradient":
@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
     if options.target is not None:
         named = recipe.colm.target.model_copy(update={"data": options.target})
         wanting = recipe.model_copy(update={"colm": recipe.colm.model_copy(update={"target": named})})
-        target = load_target(wanting, tokenizer, train)
+        target, _ = load_target(wanting, tokenizer, train, heldout)
         assert target is not None
         near = cached_signals(model, target, target.digest(), probe, needs.signal or "loss", needs.also, **arguments)
         signals = replace(signals, target=near.vectors, target_indices=range(len(target)))

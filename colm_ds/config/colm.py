@@ -90,7 +90,9 @@ class TargetConfig(Section):
     """Examples that selectors with a target compare with; they are never trained on."""
 
     data: str | None = Field(
-        None, description="file of records like those of the training data; a script gives target_data instead"
+        None,
+        description="file of records like those of the training data; or held_out: from the recipe's held-out part, "
+        "whose loss is then that of the rest; a script gives target_data instead",
     )
     size: int = Field(32, ge=1, description="m: examples drawn from it for the run")
     batch: int = Field(8, ge=1, description="of them passed through the model at each refresh")
@@ -99,6 +101,10 @@ class TargetConfig(Section):
 
 
 class MemoryConfig(Section):
+HELD_OUT = "held_out"
+"""In place of a file: the target is drawn from the recipe's held-out examples."""
+
+
     """Memory records beyond the peaks of every step."""
 
     count_steps: list[int] = Field(

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from colm_ds.config.colm import CoLMSection
+from colm_ds.config.colm import HELD_OUT, CoLMSection
 from colm_ds.config.section import Section, validate_section
 from colm_ds.data.entries import as_entries
 from colm_ds.data.formats import HUB
@@ -123,7 +123,16 @@ class BaseRecipe(Section):
             problems.add("colm.selector", self.colm.selector, what, "Choose another selector.")
         elif self.colm.needs.target and self.colm.target.data is None:
             what = f"{self.colm.selector!r} compares with a target"
-            problems.add("colm.target.data", None, what, "Name a file of records like those of data.train.")
+            fix = "Name a file of records like those of data.train, or held_out."
+            problems.add("colm.target.data", None, what, fix)
+        if self.colm.needs.target and self.colm.target.data == HELD_OUT:
+            data, evaluation = getattr(self, "data", None), getattr(self, "evaluation", None)
+            if getattr(data, "heldout", None) is None and not getattr(data, "holdout_per_source", 0):
+                what, fix = "nothing is held out", "Set data.holdout_per_source or data.heldout, or name a file."
+                problems.add("colm.target.data", HELD_OUT, what, fix)
+            if getattr(evaluation, "exact_match", False):
+                what = "the questions of data.heldout hold the target's"
+                problems.add("evaluation.exact_match", True, what, "Name a file as colm.target.data, or write false.")
         if self.epochs is None and self.steps == 0:
             problems.add("steps", self.steps, "neither steps nor epochs", "For example 200, or 3 epochs.")
         if (model.name_or_path is None) == (model.config is None):
@@ -406,7 +415,7 @@ def _expand_paths(values: dict[str, Any], problems: Problems) -> None:
 def _resolve_paths(values: dict[str, Any], folder: Path, problems: Problems, needs_files: bool = True) -> None:
     """Make the paths of a recipe findable from anywhere: as written, else relative to the recipe."""
     for section, key, whole, looked in _path_keys(values):
-        if looked == _Looked.NOWHERE:
+        if looked == _Looked.NOWHERE or (whole == "colm.target.data" and section[key] == HELD_OUT):
             continue
         value, must_exist = section[key], looked == _Looked.ALWAYS or (needs_files and looked == _Looked.MUST_EXIST)
         if isinstance(value, list):

@@ -55,7 +55,7 @@ def preview(recipe: BaseRecipe, *, num_examples: int = 3, with_coreset: bool = T
         *(describe_example(train, index, tokenizer) for index in one_of_each(train.source_ids, num_examples)),
     ]
     if with_coreset:
-        parts.append(describe_coreset(recipe, train, tokenizer))
+        parts.append(describe_coreset(recipe, train, tokenizer, heldout))
     return "\n\n".join(parts)
 
 
@@ -129,7 +129,7 @@ def _answers(example: Example, tokenizer: Any) -> list[str]:
     return [tokenizer.decode(ids[int((labels != -100).nonzero()[0]) :]) for ids, labels in parts]
 
 
-def describe_coreset(recipe: Recipe | ChoiceRecipe, train: Data, tokenizer: Any) -> str:
+def describe_coreset(recipe: Recipe | ChoiceRecipe, train: Data, tokenizer: Any, heldout: Data | None = None) -> str:
     """Describe the first large batch of the run on one device, and its coreset."""
     from transformers import set_seed
 
@@ -143,7 +143,7 @@ def describe_coreset(recipe: Recipe | ChoiceRecipe, train: Data, tokenizer: Any)
         betas=recipe.optimizer.betas,
         eps=recipe.optimizer.eps,
         dataset=train,
-        target=_target_of(recipe, tokenizer, train),
+        target=_target_of(recipe, tokenizer, train, heldout),
         learning_rate=lambda: recipe.optimizer.lr,
         by_engine=True,
     )
@@ -156,9 +156,10 @@ def describe_coreset(recipe: Recipe | ChoiceRecipe, train: Data, tokenizer: Any)
     return "\n".join([*_by_source(train, batch, coreset), "", *_by_example(train, batch, coreset, tokenizer)])
 
 
-def _target_of(recipe: Recipe | ChoiceRecipe, tokenizer: Any, train: Data) -> TokenDataset | None:
-    is_one = isinstance(recipe, Recipe) and isinstance(train, TokenDataset)
-    return load_target(recipe, tokenizer, train) if is_one else None  # type: ignore[arg-type]
+def _target_of(recipe: Recipe | ChoiceRecipe, tokenizer: Any, train: Data, heldout: Data | None) -> TokenDataset | None:
+    if not isinstance(recipe, Recipe) or not isinstance(train, TokenDataset):
+        return None
+    return load_target(recipe, tokenizer, train, heldout if isinstance(heldout, TokenDataset) else None)[0]
 
 
 def _by_source(train: Data, batch: LargeBatch, coreset: Coreset) -> list[str]:

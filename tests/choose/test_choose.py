@@ -238,6 +238,35 @@ def test_targets_of_a_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert set(task.identity()) == {"data.train", "colm.target.data"}
 
 
+def test_a_target_from_the_held_out_part(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the held-out examples `size` are the target, the others are evaluated on; none is trained on or lost."""
+    monkeypatch.chdir(folder)
+    words = ["colm.selector=greats", "colm.target.batch=1", "colm.target.data=held_out"]
+    with pytest.raises(ConfigError, match=r"colm\.target\.data = 'held_out': nothing is held out"):
+        load_recipe("recipe.yaml", words)
+    words += ["data.holdout_per_source=4"]
+    with pytest.raises(ConfigError, match=r"evaluation\.exact_match = True: the questions of data\.heldout hold"):
+        load_recipe("recipe.yaml", [*words, "evaluation.exact_match=true"])
+    plain = load_recipe("recipe.yaml", ["data.holdout_per_source=4"])
+    tokenizer = load_tokenizer(plain.model, plain.tokenizer_place)
+    before = load_task(plain, tokenizer)
+    size = 3
+    recipe = load_recipe("recipe.yaml", [*words, f"colm.target.size={size}", "colm.target.mix=equal"])
+    task = load_task(recipe, tokenizer)
+    assert isinstance(task, InstructionTask)
+    assert isinstance(before, InstructionTask)
+    assert task.target is not None
+    assert len(task.target) == size == len(set(task.target.source_ids.tolist()))
+    parts = [[one.input_ids.tolist() for one in part] for part in (task.target, task._heldout, before._heldout)]
+    assert sorted(parts[0] + parts[1]) == sorted(parts[2])
+    assert task.train.digest() == before.train.digest()
+    again = load_task(recipe, tokenizer).target
+    assert again is not None
+    assert again.digest() == task.target.digest()
+    with pytest.raises(ConfigError, match=r"colm\.target\.size = 500: \d+ examples are held out, and some"):
+        load_task(load_recipe("recipe.yaml", [*words, "colm.target.size=500"]), tokenizer)
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_by_target_table_and_losses_resumes(folder: Path) -> None:

@@ -8,6 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from colm_ds.config.colm import HELD_OUT
 from colm_ds.data import TokenDataset, load_examples, split_holdout
 from colm_ds.data.chat import ChatEncoder, writes_date
 from colm_ds.data.entries import DataEntry, as_entries
@@ -16,6 +19,7 @@ from colm_ds.data.formats import find_places
 from colm_ds.data.holdout import count_common
 from colm_ds.data.subset import read_subset
 from colm_ds.data.workers import MAX_PROCESSES, usable_cores
+from colm_ds.engine.target_stream import draw_targets
 from colm_ds.errors import ConfigError
 from colm_ds.evaluation.exact_match import Question, exact_match, load_questions
 from colm_ds.recipes.recipe import Recipe
@@ -40,7 +44,7 @@ class InstructionTask:
             if self._heldout.trained is not None:
                 chat = ChatEncoder(tokenizer, None, recipe.data.train_on, recipe.data.chat_template_kwargs)
             self._questions = load_questions(_entries(recipe, recipe.data.heldout), tokenizer, chat)
-        self.target = load_target(recipe, tokenizer, self.train)
+        self.target, self._heldout = load_target(recipe, tokenizer, self.train, self._heldout)
         self._target_place = str(recipe.colm.target.data)
 
     def identity(self) -> dict[str, dict[str, str]]:
@@ -205,22 +209,41 @@ def _load(recipe: Recipe, data: Any, tokenizer: Any, limit: int | None) -> Token
     )
 
 
-def load_target(recipe: Recipe, tokenizer: Any, train: TokenDataset) -> TokenDataset | None:
-    """Load the target data of a recipe whose selector compares with one; None: it does not.
+def load_target(
+    recipe: Recipe, tokenizer: Any, train: TokenDataset, heldout: TokenDataset | None
+) -> tuple[TokenDataset | None, TokenDataset | None]:
+    """Load the target data of a recipe whose selector compares with one.
+
+    `held_out` takes as many held-out examples as the target has, by its `mix`, and leaves the others to evaluation.
 
     Args:
         recipe: recipe with `colm.target.data`.
         tokenizer: from `load_tokenizer`.
         train: the training examples, among which no target may be.
+        heldout: the held-out examples, if there are any.
+
+    Returns:
+        The target, None where nothing is compared with one, and the examples that are left to evaluate on.
 
     Raises:
         DataError: naming file and line.
-        ConfigError: if examples of the target are trained on.
+        ConfigError: if examples of the target are trained on, or too few are held out.
     """
     place = recipe.colm.target.data
     if place is None:
-        return None
-    target = _load(recipe, place, tokenizer, None)
+        return None, heldout
+    if place == HELD_OUT:
+        size, num_heldout = recipe.colm.target.size, 0 if heldout is None else len(heldout)
+        if heldout is None or num_heldout <= size:
+            raise ConfigError(
+                f"colm.target.size = {size}: {num_heldout} examples are held out, and some must be left to evaluate "
+                "on. Write less, or hold out more."
+            )
+        drawn = draw_targets(heldout.source_ids, recipe.colm.target, recipe.seed).numpy()
+        rest = np.setdiff1d(np.arange(num_heldout), drawn)
+        target, heldout = heldout.subset(drawn), heldout.subset(rest)
+    else:
+        target = _load(recipe, place, tokenizer, None)
     wanted = {example.input_ids.numpy().tobytes() for example in target}
     lengths = {len(example.input_ids) for example in target}
     alike = [index for index in range(len(train)) if int(train.lengths[index]) in lengths]
@@ -230,4 +253,4 @@ def load_target(recipe: Recipe, tokenizer: Any, train: TokenDataset) -> TokenDat
             f"colm.target.data = {place}: {len(both)} of its examples are trained on, the first as example {both[0]} "
             "of data.train. A target must be other examples: take them out of one of the two."
         )
-    return target
+    return target, heldout
