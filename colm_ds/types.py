@@ -253,8 +253,9 @@ class StepStats:
         examples_trained: size of the coreset.
         padding_fraction: share of padding among the tokens computed in training, over all ranks.
         micro_batches: `count` of each rank, and `largest_tokens`, padded tokens of the largest: what the peak follows.
-        exchange_bytes: payload of the collectives: signals (what the estimator sends), selection (masked columns, sums
-            and the choice itself), tokens (of examples trained on another rank than the one that holds them).
+        exchange_bytes: payload of the collectives: signals (what the estimator sends, or sketches from training),
+            selection (masked columns, sums and the choice itself), tokens (of examples trained on another rank than the
+            one that holds them).
         selected: whether the selector ran (False for a plain step of the schedule).
         time_s: seconds of each phase on this rank: data (waiting for the large batch), probe, exchange, select, train
             (of it forward and backward), step, save (of a checkpoint since the last step; not in the total), total. 0

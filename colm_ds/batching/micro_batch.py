@@ -115,6 +115,22 @@ class MicroBatch:
         where = [to_device(torch.tensor(places), values.device) for places in (groups.owners, groups.places)]
         return laid.index_put(tuple(where), values).flatten(1, 2)
 
+    def examples_of_tokens(self) -> Tensor:
+        """Return which tokens are each example's where rows are packed, bool `[batch, rows, length]`; none of padding.
+
+        Every document of a row begins at position 0, as does the padding at its end.
+        """
+        assert self.position_ids is not None
+        device = self.input_ids.device
+        fills = to_device(torch.tensor(self.lengths), device)
+        real = torch.arange(self.input_ids.shape[1], device=device) < fills[:, None]
+        document = ((self.position_ids == 0) & real).flatten().cumsum(0) - 1
+        if self.groups is not None:
+            document = to_device(torch.tensor(self.groups.owners), device)[document]
+        owner = document.reshape(real.shape)
+        examples = torch.arange(len(self.counts), device=device)
+        return (owner == examples[:, None, None]) & real
+
 
 def _move(batch: Any, device: torch.device) -> Any:
     """Return a copy of a dataclass with its tensors on the device."""

@@ -26,6 +26,14 @@ class ProbeConfig(Section):
         description="spsa (the paper's), exact, sketch, projection of the exact gradient on random directions, or "
         "tokens: the labels' input embeddings, without any pass of the model",
     )
+    source: Literal["pass", "store"] = Field(
+        "pass",
+        description="where sketches come from: a pass over the large batch; or store: the pass that last trained each "
+        "example, which costs none (colm and balanced, in the step of colm_ds.initialize)",
+    )
+    max_age: float = Field(
+        2.0, gt=0, description="store: epochs (passes over the large batches) after which a sketch counts as missing"
+    )
     layer: Literal["v_proj", "qkv", "fc"] = Field(
         "v_proj", description="of the last layer: its V projection, all of Q, K and V, or the MLP's output projection"
     )
@@ -55,7 +63,12 @@ class ProbeConfig(Section):
     @property
     def passes_model(self) -> bool:
         """Return whether estimating gradients takes a pass of the model."""
-        return self.estimator != "tokens"
+        return self.estimator != "tokens" and not self.is_stored
+
+    @property
+    def is_stored(self) -> bool:
+        """Return whether signals are sketches that training's own passes left."""
+        return self.source == "store"
 
     @property
     def resolved_num_probes(self) -> int:
@@ -86,6 +99,10 @@ class ScheduleConfig(Section):
         return started and not ended and not (self.plain_every and step % self.plain_every == 0)
 
 
+HELD_OUT = "held_out"
+"""In place of a file: the target is drawn from the recipe's held-out examples."""
+
+
 class TargetConfig(Section):
     """Examples that selectors with a target compare with; they are never trained on."""
 
@@ -101,10 +118,6 @@ class TargetConfig(Section):
 
 
 class MemoryConfig(Section):
-HELD_OUT = "held_out"
-"""In place of a file: the target is drawn from the recipe's held-out examples."""
-
-
     """Memory records beyond the peaks of every step."""
 
     count_steps: list[int] = Field(
@@ -131,6 +144,8 @@ PAPER: dict[str, Any] = {
     "mask": {"size": "auto", "criterion": "grad"},
     "probe": {
         "estimator": "spsa",
+        "source": "pass",
+        "max_age": 2.0,
         "layer": "v_proj",
         "epsilon": 1e-3,
         "num_probes": 1,
@@ -185,11 +200,16 @@ def with_preset(values: Any) -> Any:
         fitting["weights"] = "uniform"
     if needs.vectors and not tokens:
         fitting["geometry"] = "adam" if values.get("selector") == "opus" else "plain"
+    stored = isinstance(probe, Mapping) and probe.get("source") == "store"
+    if stored:
+        fitting["geometry"] = "plain"
     preset = PRESETS.get(str(values.get("preset")), {})
     filled = {key: value for key, value in values.items() if not (key in fitting and _is_auto(value))}
     if needs.vectors and (probe is None or (isinstance(probe, Mapping) and "estimator" not in probe)):
         filled["probe"] = {**(probe or {}), "estimator": "sketch"}
-    if tokens or needs.vectors:
+    if stored and isinstance(probe, Mapping):
+        filled["probe"] = {"estimator": "sketch", "refresh": "run", **probe}
+    if tokens or needs.vectors or stored:
         filled = {**fitting, **filled}
     for key, pinned in preset.items():
         written = filled.get(key, {})
@@ -312,6 +332,11 @@ class CoLMSection(Section):
     def probes_model(self) -> bool:
         """Return whether the selector's signal takes a pass of the model over the large batch."""
         return self.signal is not None and (self.signal != "gradient" or self.probe.passes_model)
+
+    @property
+    def stores_sketches(self) -> bool:
+        """Return whether the selector goes by sketches that training's own passes left."""
+        return self.signal == "gradient" and self.probe.is_stored
 
     @model_validator(mode="before")
     @classmethod

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from colm_ds.config.colm import CoLMSection, MaskConfig
+from colm_ds.config.colm import CoLMSection, MaskConfig, ProbeConfig
 from colm_ds.config.deepspeed import as_numbers, check_auto, check_keys, check_monitors, check_zero
 from colm_ds.config.optimizer import check_numbers
 from colm_ds.config.section import validate_section
@@ -38,6 +38,10 @@ class ResolvedConfig:
 
 
 Config = str | Path | dict[str, Any] | ResolvedConfig
+
+
+STORED = ("colm", "balanced")
+"""Selectors that choose by stored sketches, and draw examples that have none yet."""
 
 
 def load_config(config: str | Path | dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -236,8 +240,13 @@ def _check_mask_and_probe(colm: CoLMSection, problems: Problems) -> None:
         problems.add("colm.mask", colm.mask.model_dump(), what, "Remove it.")
     if colm.selector == "balanced" and colm.weights != "uniform":
         problems.add("colm.weights", colm.weights, "balanced draws are unbiased with equal weights", 'Write "uniform".')
-    if not colm.probe.passes_model:
+    if colm.probe.estimator == "tokens":
         _check_tokens(colm, problems)
+    if colm.probe.is_stored:
+        _check_stored(colm, problems)
+    elif colm.probe.max_age != ProbeConfig.model_fields["max_age"].default:
+        why = "only stored sketches have an age"
+        problems.add("colm.probe.max_age", colm.probe.max_age, why, "Remove it, or write source: store.")
     if colm.probe.estimator != "spsa" and colm.probe.direction_rank != "full":
         what = f"{colm.probe.estimator} takes no random step"
         problems.add("colm.probe.direction_rank", colm.probe.direction_rank, what, "Remove it.")
@@ -258,10 +267,10 @@ def _check_selector(colm: CoLMSection, problems: Problems) -> None:
         if colm.weights != "uniform":
             problems.add("colm.weights", colm.weights, f"{colm.selector!r} has weights of its own", 'Write "uniform".')
         steps_meet = needs.average > 0.0 or (needs.target and colm.target.refresh > 1)
-        if steps_meet and probe.passes_model and probe.refresh == "step":
+        if steps_meet and probe.estimator != "tokens" and probe.refresh == "step":
             what = f"{colm.selector!r} compares signals of several steps, which need the same directions"
             problems.add("colm.probe.refresh", "step", what, "Write run.")
-    if needs.vectors and needs.target and not probe.passes_model:
+    if needs.vectors and needs.target and probe.estimator == "tokens":
         what = f"{colm.selector!r} compares gradients, and token embeddings are none"
         problems.add("colm.probe.estimator", probe.estimator, what, "Write sketch.")
     if colm.selector == "opus" and (colm.geometry, probe.estimator) != ("adam", "sketch"):
@@ -290,6 +299,29 @@ def _check_tokens(colm: CoLMSection, problems: Problems) -> None:
         problems.add("colm.replay", colm.replay, why, 'Remove it, or write "auto".')
     if colm.geometry != "plain":
         problems.add("colm.geometry", colm.geometry, "features have no Adam history", 'Write "plain".')
+
+
+def _check_stored(colm: CoLMSection, problems: Problems) -> None:
+    """Record keys that do not go together with sketches from training's own passes."""
+    why = "with probe.source = 'store' no large batch is passed through the model"
+    for key in ("sample", "token_sample", "dtype", "precision", "max_tokens"):
+        value = getattr(colm.probe, key)
+        if value != ProbeConfig.model_fields[key].default:
+            problems.add(f"colm.probe.{key}", value, why, "Remove it.")
+    if colm.replay in ("on", "offload"):
+        problems.add("colm.replay", colm.replay, why, 'Remove it, or write "auto".')
+    if colm.signal is not None and colm.selector not in STORED:
+        what = f"{colm.selector!r} takes no stored sketches, {' and '.join(STORED)} do"
+        problems.add("colm.probe.source", "store", what, 'Write "pass", or another selector.')
+    if colm.probe.estimator != "sketch":
+        what = "what training's pass leaves is a sketch"
+        problems.add("colm.probe.estimator", colm.probe.estimator, what, "Write sketch.")
+    if colm.probe.refresh != "run":
+        what = "sketches of several steps are compared, which need the same signs"
+        problems.add("colm.probe.refresh", colm.probe.refresh, what, "Write run.")
+    if colm.geometry != "plain":
+        what = "Adam's scales change from step to step, and sketches of several steps are compared"
+        problems.add("colm.geometry", colm.geometry, what, 'Write "plain".')
 
 
 def _enabled(deepspeed: dict[str, Any], section: str) -> bool:

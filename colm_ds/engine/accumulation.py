@@ -18,6 +18,7 @@ from colm_ds.batching.packing import Packing, pack_micro_batch, pack_micro_batch
 from colm_ds.engine.out_of_memory import of_micro_batch
 from colm_ds.models.example_loss import example_loss_sums
 from colm_ds.probe.replay import ReplayStore
+from colm_ds.probe.training_sketch import TrainingSketch
 from colm_ds.selection import Exchange
 from colm_ds.selection.transfer import to_cpu, to_device
 from colm_ds.types import Coreset, Example, LargeBatch
@@ -51,12 +52,14 @@ class Accumulated:
         finite: whether each example's loss is finite, bool `[n]`.
         sums: each example's summed token losses, 0 where not finite, float32 `[n]`.
         positions: positions of those examples in the large batch.
+        sketches: sketch of each one's gradient, float32 `[n, K]`; None: not wanted.
     """
 
     totals: Tensor
     finite: Tensor
     sums: Tensor
     positions: list[int]
+    sketches: Tensor | None = None
 
 
 def assign_and_move(
@@ -120,6 +123,7 @@ def accumulate(
     rank: int,
     device: torch.device,
     part: Callable[[str], AbstractContextManager[None]] | None = None,
+    sketch: TrainingSketch | None = None,
 ) -> Accumulated:
     """Run forward and backward of this rank's micro-batches, without synchronising the device in between.
 
@@ -132,8 +136,11 @@ def accumulate(
         rank: this rank.
         device: device of the model.
         part: makes the contexts of `forward` and `backward`, which do not synchronise the device.
+        sketch: sketches every example's gradient on the way, if given.
     """
     world_size = len(placement.plans)
+    if sketch is not None:
+        sketch.begin()
     total = torch.zeros((), dtype=torch.float64, device=device)
     passed: list[Tensor] = []
     for number, mine in enumerate(placement.plans[rank]):
@@ -146,11 +153,19 @@ def accumulate(
         scales = to_device(scales, device)
         # A placeholder is replayed too: under ZeRO-3 all ranks gather the same layers in the same order.
         replayed = replay is not None and (not mine or replay.has(mine))
-        with replay.replaying(micro.by_row(mine)) if replay is not None and replayed else nullcontext():
+        passed_by = sketch.of(micro, len(mine)) if sketch is not None else None
+        with (
+            replay.replaying(micro.by_row(mine)) if replay is not None and replayed else nullcontext(),
+            passed_by.hooked() if passed_by is not None else nullcontext(),
+        ):
             with of_micro_batch(micro), part("forward") if part else nullcontext():
                 sums = example_loss_sums(engine, head, micro)
+            if passed_by is not None:
+                passed_by.watch_losses(sums)
             with of_micro_batch(micro), part("backward") if part else nullcontext():
                 engine.backward((sums * scales).sum() * world_size, scale_wrt_gas=False)
+        if passed_by is not None:
+            passed_by.finish()
         sums = sums.detach()
         passed.append(sums[: len(mine)])
         total += torch.where(torch.isfinite(sums), sums * scales, 0.0).sum()
@@ -158,43 +173,71 @@ def accumulate(
     whole = torch.isfinite(losses)
     positions = [position for mine in placement.plans[rank] for position in mine]
     totals = torch.stack([total, (~whole).sum().double()])
-    return Accumulated(totals, whole, torch.where(whole, losses, 0.0), positions)
+    sketches = None if sketch is None else sketch.sketches()
+    return Accumulated(totals, whole, torch.where(whole, losses, 0.0), positions, sketches)
 
 
 @dataclass(frozen=True)
-class Totals:
-    """Numbers of a step over all ranks: the loss, and the examples whose loss is not finite."""
+class StepNumbers:
+    """Numbers of a step over all ranks.
 
-    loss: float
+    Attributes:
+        loss: weighted sum of the finite losses; None: no example has one.
+        num_broken: examples whose loss is not finite.
+        losses: mean token loss of every example by position, float64 `[r]`.
+        grad_norm: the gradient's norm, if known.
+        sketches: sketches of the trained examples in their order, float32 `[b, K]`, if they were made.
+        sketch_bytes: payload of gathering them.
+    """
+
+    loss: float | None
     num_broken: int
+    losses: Tensor
+    grad_norm: float | None
+    sketches: Tensor | None
+    sketch_bytes: int
 
 
 def read_step(
-    accumulated: Accumulated, batch: LargeBatch, grad_norm: Tensor | float | None, exchange: Exchange
-) -> tuple[Totals, Tensor, float | None]:
+    accumulated: Accumulated,
+    batch: LargeBatch,
+    trained: Sequence[int],
+    grad_norm: Tensor | float | None,
+    exchange: Exchange,
+) -> StepNumbers:
     """Read the step's numbers from the device, its only synchronisation; all ranks call it together.
 
     Args:
         accumulated: results of the passes on this rank.
         batch: the large batch.
+        trained: positions that any rank trained on.
         grad_norm: DeepSpeed's gradient norm, a number or a tensor on the device.
         exchange: the ranks.
-
-    Returns:
-        The totals, each example's mean token loss by position, float64 `[r]`, and the gradient's norm.
     """
     device = accumulated.sums.device
     positions = torch.tensor(accumulated.positions, dtype=torch.int64)
     losses = torch.zeros(batch.size, dtype=torch.float64, device=device)
     counts = to_device(batch.num_label_tokens[positions], device)
     losses[to_device(positions, device)] = accumulated.sums.double() / counts
-    sums = exchange.sum(torch.cat([accumulated.totals, losses]))
+    read = [exchange.sum(torch.cat([accumulated.totals, losses]))]
+    with exchange.counting("signals") as count:
+        if accumulated.sketches is not None:
+            row_of = {position: row for row, position in enumerate(trained)}
+            rows = torch.tensor([row_of[position] for position in accumulated.positions], dtype=torch.int64)
+            read.append(exchange.gather_rows(accumulated.sketches, to_device(rows, device), len(trained)))
     if isinstance(grad_norm, Tensor):
-        sums, norm = to_cpu([sums, grad_norm])
-        grad_norm = float(norm)
-    else:
-        (sums,) = to_cpu([sums])
-    return Totals(float(sums[0]), int(sums[1])), sums[2:], None if grad_norm is None else float(grad_norm)
+        read.append(grad_norm)
+    sums, *others = to_cpu(read)
+    if isinstance(grad_norm, Tensor):
+        grad_norm = float(others.pop())
+    return StepNumbers(
+        loss=float(sums[0]),
+        num_broken=int(sums[1]),
+        losses=sums[2:],
+        grad_norm=None if grad_norm is None else float(grad_norm),
+        sketches=others[0] if others else None,
+        sketch_bytes=count.num_bytes,
+    )
 
 
 def loss_scale(batch: LargeBatch, coreset: Coreset, normalization: str, without: Sequence[int] = ()) -> Tensor:

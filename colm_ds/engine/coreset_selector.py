@@ -27,6 +27,7 @@ from colm_ds.engine.adam_constants import adam_constants
 from colm_ds.engine.loss_store import LossStore
 from colm_ds.engine.out_of_memory import of_micro_batch
 from colm_ds.engine.reference_losses import read_reference_losses
+from colm_ds.engine.sketch_store import SketchStore
 from colm_ds.engine.target_stream import TargetStream
 from colm_ds.engine.token_table import mean_table, means_of, occurring_ids
 from colm_ds.errors import Attempts, ConfigError, SelectionError
@@ -36,7 +37,7 @@ from colm_ds.models.architecture import Architecture, find_architecture
 from colm_ds.models.model_fit import ModelLimits, check_causal, check_rows_fit
 from colm_ds.models.patch import eval_mode
 from colm_ds.models.quantized import check_adapters, keep_trainable
-from colm_ds.probe.estimators import Estimator, Observer
+from colm_ds.probe.estimators import Estimator, Observer, multiply_by_parts
 from colm_ds.probe.gradient_sketch import MAX_TOKENS, GradientSketch
 from colm_ds.probe.parameters import reading_parameters
 from colm_ds.probe.registry import make_estimator
@@ -45,6 +46,7 @@ from colm_ds.probe.self_check import check_architecture
 from colm_ds.probe.spsa import SpsaEstimator
 from colm_ds.probe.tail import run_trunk
 from colm_ds.probe.tokens import TokensEstimator, vectors_of_model, vocabulary_size
+from colm_ds.probe.training_sketch import TrainingSketch
 from colm_ds.probe.variance import GradientVariance
 from colm_ds.randomness import private_generator
 from colm_ds.selection import (
@@ -73,6 +75,8 @@ class Selection:
         ran: whether the configured selector ran; False in a plain step of the schedule.
         probed: positions that any rank passed through the model for their signal, ascending int64 `[n]`.
         replay: hidden states of the probe for training to start from, valid until the next call, or None.
+        stored: of choices by stored sketches: `share` of the examples to choose from that had one, and `age`, the mean
+            steps since they were made, if there are any; None: of other choices.
         num_bytes: payload of the collectives: signals (what the estimator sends) and selection (masked columns, sums,
             and the choice itself).
     """
@@ -83,6 +87,7 @@ class Selection:
     probed: Tensor
     replay: ReplayStore | None
     num_bytes: dict[str, int]
+    stored: dict[str, float] | None = None
 
     @property
     def positions(self) -> Tensor:
@@ -111,6 +116,7 @@ class CoresetSelector:
         selector: the selector in use.
         plain: the selector of the schedule's plain steps, a random b of r.
         why_not_replay: why `replay: auto` is off, if it is.
+        training_sketch: sketches the gradients of the examples that training passes, where choices go by them, or None.
     """
 
     def __init__(
@@ -212,7 +218,8 @@ class CoresetSelector:
                 "scale them; colm.geometry plain compares them as they are.",
                 *(unlike_adam, betas, eps),
             )
-        architecture = find_architecture(model, config.probe.layer) if config.probes_model else None
+        reads_layer = config.probes_model or config.stores_sketches
+        architecture = find_architecture(model, config.probe.layer) if reads_layer else None
         settings = SelectionSettings(
             geometry=config.geometry,
             metric=config.metric,
@@ -234,6 +241,15 @@ class CoresetSelector:
         if not by_engine:
             _check_needs_the_engine(config)
         self._losses = LossStore(_length_of(dataset, config.selector)) if needs.past else None
+        self.training_sketch: TrainingSketch | None = None
+        self._sketches: SketchStore | None = None
+        if config.stores_sketches:
+            assert architecture is not None
+            num_examples, width = _length_of(dataset, config.selector), config.probe.resolved_num_probes
+            self.training_sketch = TrainingSketch(architecture, width, config.seed, device)
+            self._sketches = SketchStore(
+                num_examples, width, config.probe.max_age * num_examples / config.large_batch_size
+            )
         self._reference: Tensor | None = None
         if needs.reference:
             table = config.options["table"]
@@ -251,7 +267,9 @@ class CoresetSelector:
         self._known_means: tuple[SourcedDataset, Tensor, Callable[[Sequence[int]], Tensor]] | None = None
         self._store: ReplayStore | None = None
         self.why_not_replay: str | None = None
-        if config.signal is not None and not config.probes_model:
+        if config.stores_sketches:
+            pass  # signals come from the store, without an estimator
+        elif config.signal is not None and not config.probes_model:
             occurs = None if dataset is None else occurring_ids(dataset, vocabulary_size(model), exchange, rank)
             vectors = vectors_of_model(model, config.seed, exchange, occurs)
             self._estimator = TokensEstimator(vectors, config.probe.length_power)
@@ -312,6 +330,8 @@ class CoresetSelector:
                 return Selection(batch, batch.chosen.coreset, ran, nothing, None, counted)
         if self._store is not None:
             self._store.begin(batch.step)
+        if ran and self._sketches is not None:
+            return self._by_stored(batch, self._sketches, meter)
         if not ran or self._estimator is None:
             with meter.phase("select"):
                 coreset = (self.selector if ran else self.plain).select(batch, None, SINGLE_PROCESS)
@@ -330,17 +350,43 @@ class CoresetSelector:
                 signals = self._target.split(signals, batch, refreshes)
         signals = replace(signals, parameters=weights, parts=parts, unprobed=self._unprobed(batch, probed))
         with meter.phase("select"), self._exchange.counting("selection") as selection_bytes:
-            coreset = self._select(batch, signals, self._estimator)
+            coreset = self._select(batch, signals, is_local=self._estimator.is_local)
             self._estimator.update(coreset, self._exchange)
         counted = {count.kind: count.num_bytes for count in (signal_bytes, selection_bytes)}
         if not self._config.probes_model:  # no pass was made, and agreement of features says nothing about gradients
             probed, coreset = probed[:0], replace(coreset, coherence={})
         return Selection(batch, coreset, ran, probed, replay, counted)
 
+    def _by_stored(self, batch: LargeBatch, sketches: SketchStore, meter: Meter) -> Selection:
+        """Select by the sketches that earlier steps left; examples without one are drawn at random."""
+        with meter.phase("select"), self._exchange.counting("selection") as selection_bytes:
+            wanted = self._to_probe(batch)
+            stored = sketches.of(batch.indices[wanted], batch.step)
+            positions, unseen = wanted[stored.known], torch.ones(batch.size, dtype=torch.bool)
+            unseen[positions] = False
+            by_token = self._config.loss_normalization == "token"
+            parts = batch.num_label_tokens.float() if by_token else None
+            signals = Signals(
+                positions,
+                torch.ones(batch.size, dtype=torch.bool),
+                vectors=multiply_by_parts(stored.vectors, parts, positions),
+                parts=parts,
+                unseen=unseen,
+            )
+            coreset = self._select(batch, signals, is_local=False)
+        facts = {}
+        if len(wanted):
+            facts["share"] = len(positions) / len(wanted)
+        if len(positions):
+            facts["age"] = float(stored.ages.double().mean())
+        counted = {"signals": 0, "selection": selection_bytes.num_bytes}
+        return Selection(batch, coreset, True, wanted[:0], None, counted, facts)
+
     @property
     def chooses_ahead(self) -> bool:
         """True if the choice depends on the data alone, so that it can be made before a step."""
-        return not self._config.probes_model and getattr(self.selector, "can_choose_ahead", False)
+        by_data = not (self._config.probes_model or self._config.stores_sketches)
+        return by_data and getattr(self.selector, "can_choose_ahead", False)
 
     def chooser(self, dataset: SourcedDataset) -> Callable[[LargeBatch], Coreset]:
         """Return a function that chooses the coreset of a large batch on rank 0 without reading its examples.
@@ -420,7 +466,7 @@ class CoresetSelector:
 
     def kept_tensors(self) -> list[Tensor]:
         """Return the tensors that selector and estimator keep between steps: histories and directions."""
-        keepers = (self.selector, self._estimator, self._losses, self._target)
+        keepers = (self.selector, self._estimator, self._losses, self._sketches, self._target)
         return [tensor for keeper in keepers for _, tensor in tensors_of(keeper)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -429,6 +475,8 @@ class CoresetSelector:
         state: dict[str, Any] = {"step": self.step_count, "carry": dict(self.carry)}
         if self._losses is not None:
             state["losses"] = self._losses.state_dict()
+        if self._sketches is not None:
+            state["sketches"] = self._sketches.state_dict()
         if self._target is not None:
             state["target"] = self._target.state_dict()
         return {**state, "selector": self.selector.state_dict(), "estimator": estimator}
@@ -439,6 +487,8 @@ class CoresetSelector:
         self.carry = dict(state.get("carry", {}))
         if self._losses is not None and "losses" in state:
             self._losses.load_state_dict(state["losses"])
+        if self._sketches is not None and "sketches" in state:
+            self._sketches.load_state_dict(state["sketches"])
         if self._target is not None:
             self._target.load_state_dict(state.get("target", {}), self._device)
         self.selector.load_state_dict(state["selector"])
@@ -459,8 +509,9 @@ class CoresetSelector:
             )
         return batch
 
-    def _select(self, batch: LargeBatch, signals: Signals, estimator: Estimator | TokensEstimator) -> Coreset:
-        if estimator.is_local:
+    def _select(self, batch: LargeBatch, signals: Signals, *, is_local: bool) -> Coreset:
+        """Select on all ranks together if each has signals of its own examples, else on rank 0 for all."""
+        if is_local:
             return self.selector.select(batch, signals, self._exchange)
         coreset: Coreset | None = None
         failure: SelectionError | None = None
@@ -487,6 +538,19 @@ class CoresetSelector:
         if self._losses is not None:
             trained = torch.tensor(list(positions), dtype=torch.int64)
             self._losses.note(batch.indices[trained], losses[trained])
+
+    def note_sketches(self, batch: LargeBatch, positions: Sequence[int], sketches: Tensor) -> float | None:
+        """Remember the sketches that training left, if choices go by them; return what `SketchStore.note` does.
+
+        Args:
+            batch: the large batch.
+            positions: positions that were trained on.
+            sketches: sketch of each one's gradient, float32 `[n, K]`, the same on every rank.
+        """
+        if self._sketches is None:
+            return None
+        trained = torch.tensor(list(positions), dtype=torch.int64)
+        return self._sketches.note(batch.indices[trained], sketches, batch.step)
 
     def _to_probe(self, batch: LargeBatch) -> Tensor:
         """Return the positions whose signal is needed in this step: none from small sources, ascending int64 `[n]`."""
@@ -611,6 +675,7 @@ def _check_needs_the_engine(config: CoLMSection) -> None:
     needs = config.needs
     provided = {
         "the losses of earlier steps": needs.past,
+        "the gradients of training's own passes (colm.probe.source = 'store')": config.stores_sketches,
         "target examples": needs.target,
         "each example's index in the dataset": needs.reference,
     }

@@ -31,6 +31,7 @@ from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.accumulation import (
     Accumulated,
     Placement,
+    StepNumbers,
     accumulate,
     assign_and_move,
     broken_positions,
@@ -391,6 +392,7 @@ class CoLMEngine:
                 meter=meter,
                 start=start,
                 data_s=data_s,
+                sketch=self.coreset_selector.training_sketch,
             )
             self._contexts = contexts.pop_all()
             self._contexts.callback(step.close)
@@ -527,20 +529,25 @@ class CoLMEngine:
                         rank=self._rank,
                         device=self._device,
                         part=meter.part,
+                        sketch=self.coreset_selector.training_sketch,
                     )
             self.memory.note_trained(inner.module, inner.optimizer, replay)
             with meter.phase("step"):
                 inner.step(lr_kwargs)
-            totals, losses, grad_norm = read_step(done, batch, inner.get_global_grad_norm(), self._exchange)
+            numbers = read_step(done, batch, kept, inner.get_global_grad_norm(), self._exchange)
             skipped = not inner.was_step_applied()
-            if totals.num_broken > 0 and skipped and packing is not None:
+            if numbers.num_broken > 0 and skipped and packing is not None:
                 packing = None
                 continue
-            if totals.num_broken > 0:
+            if numbers.num_broken > 0:
                 broken += broken_positions(done, batch, self._exchange)
-            if totals.num_broken == 0 or not skipped or len(broken) == len(positions):
-                loss = None if len(broken) == len(positions) else totals.loss
-                return _Update(placement, token_bytes, loss, losses, grad_norm, skipped, sorted(broken))
+            if numbers.num_broken == 0 or not skipped or len(broken) == len(positions):
+                if len(broken) == len(positions):
+                    numbers = replace(numbers, loss=None)
+                cosine = None
+                if numbers.sketches is not None:
+                    cosine = self.coreset_selector.note_sketches(batch, kept, numbers.sketches)
+                return _Update(placement, token_bytes, numbers, skipped, sorted(broken), cosine)
 
     def _place(self, selection: Selection, positions: Sequence[int], packing: Packing | None) -> Placement:
         return assign_and_move(
@@ -565,7 +572,7 @@ class CoLMEngine:
         """Count the step and report it to the monitors."""
         batch, placement = selection.batch, update.placement
         self.coreset_selector.note_losses(
-            batch, [p for p in selection.positions.tolist() if p not in update.broken], update.losses
+            batch, [p for p in selection.positions.tolist() if p not in update.broken], update.numbers.losses
         )
         self.step_count += 1
         self.skipped.note(update.skipped)
@@ -574,9 +581,9 @@ class CoLMEngine:
         self.data_use.note(batch.size, batch.indices[trained])
         stats = StepStats(
             step=batch.step,
-            loss=update.loss,
+            loss=update.numbers.loss,
             lr=lr,
-            grad_norm=update.grad_norm,
+            grad_norm=update.numbers.grad_norm,
             skipped=update.skipped,
             tokens=int(batch.lengths[selection.positions].sum()),
             samples=self.num_samples,
@@ -585,7 +592,11 @@ class CoLMEngine:
             examples_trained=selection.size - len(update.broken),
             padding_fraction=placement.padding_fraction,
             micro_batches={"count": len(placement.plans[0]), "largest_tokens": placement.largest_tokens},
-            exchange_bytes={**selection.num_bytes, "tokens": update.token_bytes},
+            exchange_bytes={
+                "signals": selection.num_bytes["signals"] + update.numbers.sketch_bytes,
+                "selection": selection.num_bytes["selection"],
+                "tokens": update.token_bytes,
+            },
             selected=selection.ran,
             time_s=time_s,
             **self.memory.stats(),
@@ -593,9 +604,10 @@ class CoLMEngine:
                 batch,
                 selection.coreset,
                 self._source_names,
-                losses=update.losses,
+                losses=update.numbers.losses,
                 broken=update.broken,
                 variance=variance,
+                stored=_with_cosine(selection.stored, update.cosine),
             ),
         )
         self.memory.save = None
@@ -772,20 +784,22 @@ class _Update:
     Attributes:
         placement: assignment of examples to ranks.
         token_bytes: payload of moving their tokens.
-        loss: weighted mean loss of the coreset, in nats; None if no example has a finite one.
-        losses: mean token loss of every example that was trained on, by position, float64 `[r]`.
-        grad_norm: gradient norm before clipping; None if DeepSpeed does not provide it.
+        numbers: loss and losses, gradient norm before clipping; the loss is None if no example has a finite one.
         skipped: whether the gradient was not finite, so that nothing changed.
         broken: positions left out because their loss was not finite.
+        cosine: of replaced sketches with new ones, see `SketchStore.note`.
     """
 
     placement: Placement
     token_bytes: int
-    loss: float | None
-    losses: Tensor
-    grad_norm: float | None
+    numbers: StepNumbers
     skipped: bool
     broken: list[int]
+    cosine: float | None = None
+
+
+def _with_cosine(stored: dict[str, float] | None, cosine: float | None) -> dict[str, float] | None:
+    return stored if stored is None or cosine is None else {**stored, "cosine": cosine}
 
 
 def _check_target(config: ResolvedConfig, target_data: Any) -> None:

@@ -9,7 +9,7 @@ for batch in loader:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ from colm_ds.engine.out_of_memory import of_micro_batch
 from colm_ds.errors import ConfigError, LoopError
 from colm_ds.memory.meter import Meter
 from colm_ds.models.example_loss import example_loss_sums
+from colm_ds.probe.training_sketch import PassedMicroBatch, TrainingSketch
 from colm_ds.selection import Exchange
 from colm_ds.selection.transfer import to_device
 from colm_ds.types import Example
@@ -95,6 +96,7 @@ class OpenStep:
         meter: Meter,
         start: float,
         data_s: float,
+        sketch: TrainingSketch | None = None,
     ) -> None:
         """Begin with the first micro-batch.
 
@@ -111,6 +113,7 @@ class OpenStep:
             meter: measures the phases.
             start: when the step began.
             data_s: seconds of reading the large batch.
+            sketch: sketches every example's gradient on the way, if given.
         """
         self.selection, self.placement = selection, placement
         self.token_bytes, self.variance = token_bytes, variance
@@ -124,6 +127,10 @@ class OpenStep:
         self._device = torch.device(engine.device)
         self._replaying = ExitStack()
         self._micro: MicroBatch | None = None
+        self._sketch = sketch
+        self._passed_by: PassedMicroBatch | None = None
+        if sketch is not None:
+            sketch.begin()
         self._sums: list[Tensor] = []  # summed token losses of the examples, by micro-batch
         self._totals: list[Tensor] = []  # weighted sum of the finite ones, by micro-batch
         self._differs: list[Tensor] = []  # whether other token ids came in, by micro-batch
@@ -194,8 +201,11 @@ class OpenStep:
         replay = self.selection.replay
         if replay is not None and self.place < self._num_replayed:
             self._replaying.enter_context(replay.replaying(micro.by_row(mine)))
-        with self.meter.phase("train"), of_micro_batch(micro), self.meter.part("forward"):
+        self._passed_by = None if self._sketch is None else self._sketch.of(micro, len(mine))
+        with self.meter.phase("train"), of_micro_batch(micro), self.meter.part("forward"), self._watching():
             sums = example_loss_sums(self._engine, self._head, micro)
+        if self._passed_by is not None:
+            self._passed_by.watch_losses(sums)
         self.loss = (sums * scales).sum() * (len(self.placement.plans) * self.num_micro_batches)
         sums = sums.detach()
         for kept, value in (
@@ -222,8 +232,10 @@ class OpenStep:
             )
         assert self._micro is not None
         part: Tensor = loss / self.num_micro_batches
-        with self.meter.phase("train"), of_micro_batch(self._micro), self.meter.part("backward"):
+        with self.meter.phase("train"), of_micro_batch(self._micro), self.meter.part("backward"), self._watching():
             self._engine.backward(part, retain_graph=retain_graph, scale_wrt_gas=False)
+        if self._passed_by is not None:
+            self._passed_by.finish()
         self._replaying.close()
         self.is_done, self._micro = True, None
         return part.detach()
@@ -234,12 +246,16 @@ class OpenStep:
         whole = torch.isfinite(losses)
         positions = [position for mine in self.placement.plans[self._rank] for position in mine]
         totals = torch.stack([torch.stack(self._totals).sum(), (~whole).sum().double()])
-        done = Accumulated(totals, whole, torch.where(whole, losses, 0.0), positions)
+        sketches = None if self._sketch is None else self._sketch.sketches()
+        done = Accumulated(totals, whole, torch.where(whole, losses, 0.0), positions, sketches)
         return done, torch.stack(self._differs).any()
 
     def close(self) -> None:
         """Take the replay off the model, if a micro-batch was left before its backward pass."""
         self._replaying.close()
+
+    def _watching(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._passed_by is None else self._passed_by.hooked()
 
     def _mine(self) -> list[int]:
         return self.placement.plans[self._rank][self.place]

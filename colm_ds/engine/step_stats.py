@@ -19,6 +19,7 @@ def describe_coreset(
     losses: Tensor | None = None,
     broken: Sequence[int] = (),
     variance: Mapping[str, float] | None = None,
+    stored: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Return a coreset's counts, losses, lengths and coherence.
 
@@ -29,6 +30,7 @@ def describe_coreset(
         losses: mean token loss of every example that was trained on, by position, float64 `[r]`; None: not known yet.
         broken: positions left out as their loss was not finite.
         variance: of `GradientVariance`, in the steps that measure it.
+        stored: see `Selection.stored`.
 
     Returns:
         `kept_small`, `dropped_small`, `nonfinite` (examples whose signal or loss was not) and `nonfinite_examples`
@@ -36,7 +38,8 @@ def describe_coreset(
         coreset), `loss` (mean over its examples, unweighted; sources without any left out; only if `losses` are
         given) and `coherence`;
         `label_tokens` (mean of an example, in the coreset and in the large batch); `gradient_variance`, if measured:
-        `coreset`, `random`, `kappa`, `worth`.
+        `coreset`, `random`, `kappa`, `worth`; `stored_signal`, of choices by stored sketches: `share`, `age`,
+        `cosine` (of the sketches that the step replaced with its own).
     """
     names = [*source_names, "joint"]  # the joint pool has source id -1
     lengths = batch.num_label_tokens.double()
@@ -61,6 +64,8 @@ def describe_coreset(
         described["loss"] = _mean_losses(batch, coreset, source_names, losses, broken)
     if variance is not None:
         described["gradient_variance"] = dict(variance)
+    if stored is not None:
+        described["stored_signal"] = dict(stored)
     return described
 
 

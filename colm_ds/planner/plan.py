@@ -136,7 +136,7 @@ class Planner:
         return tracer.probe(rows, estimator, probe.resolved_num_probes, tail_dtype, probe.layer)
 
     def _selection(self, job: Job) -> tuple[int, int, int]:
-        if job.colm.signal == "gradient" and not job.colm.probes_model:
+        if job.colm.signal == "gradient" and job.colm.probe.estimator == "tokens":
             on_device = job.spec.device_type == "cpu"  # token vectors are in host memory
             return (4 * WIDTH * int(job.spec.config.vocab_size) if on_device else 0), 0, 0
         if not job.probes:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from colm_ds.errors import ProbeError
-from colm_ds.models.architecture import Architecture, ProbeTarget
+from colm_ds.models.architecture import Architecture
 from colm_ds.probe.directions import sign_vectors
 from colm_ds.probe.estimators import VectorRows, multiply_by_parts
 from colm_ds.probe.factors import gradient_factors
@@ -34,8 +34,33 @@ def sketch_vectors(delta: Tensor, inputs: Tensor, rows: Tensor, columns: Tensor)
     Returns:
         float32 `[batch, K]`.
     """
-    left, right = delta.float() @ rows.T, inputs.float() @ columns.T
-    return (left * right).sum(dim=1) / rows.shape[0] ** 0.5
+    return token_products(delta, inputs, rows, columns).sum(dim=1) / rows.shape[0] ** 0.5
+
+
+def token_products(delta: Tensor, inputs: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Compute (delta_t . a_k)(x_t . b_k) of every token, float32 `[batch, length, K]`; see `sketch_vectors`."""
+    return (delta.float() @ rows.T) * (inputs.float() @ columns.T)
+
+
+def draw_signs(
+    architecture: Architecture, num_probes: int, seed: int, epoch: int, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """Draw signs a `[K, out]` and b `[K, in]` of every probed matrix, its own for each.
+
+    Args:
+        architecture: parts of the model.
+        num_probes: K.
+        seed: seed of the run.
+        epoch: the step for `refresh: step`, 0 for `refresh: run`.
+        device: where to put them.
+    """
+    drawn = []
+    for place, target in enumerate(architecture.targets):
+        suffix = str(place) if place else ""
+        rows = sign_vectors(seed, f"rows{suffix}", epoch, num_probes, target.out_features, device)
+        columns = sign_vectors(seed, f"columns{suffix}", epoch, num_probes, target.in_features, device)
+        drawn.append((rows, columns))
+    return drawn
 
 
 def second_moments(delta: Tensor, inputs: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,7 +164,7 @@ class SketchEstimator:
         epoch = step if self._every_step else 0
         if epoch != self._epoch:
             self._epoch = epoch
-            self._signs = [self._draw(place, epoch, target) for place, target in enumerate(self._architecture.targets)]
+            self._signs = draw_signs(self._architecture, self._num_probes, self._seed, epoch, self._device)
 
     def observe(self, tail: TailInput, positions: Tensor, lengths: Sequence[int]) -> None:
         """See `Estimator.observe`."""
@@ -224,10 +249,3 @@ class SketchEstimator:
             history.row.copy_(row)
             history.column.copy_(column)
             history.count = int(state["count"])
-
-    def _draw(self, place: int, epoch: int, target: ProbeTarget) -> tuple[Tensor, Tensor]:
-        """Draw a and b of one matrix."""
-        suffix, count = str(place) if place else "", self._num_probes
-        rows = sign_vectors(self._seed, f"rows{suffix}", epoch, count, target.out_features, self._device)
-        columns = sign_vectors(self._seed, f"columns{suffix}", epoch, count, target.in_features, self._device)
-        return rows, columns

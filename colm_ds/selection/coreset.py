@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -82,6 +82,8 @@ class Signals:
         parts: weight of every example in the divisor of the step's mean, float `[r]` on the CPU: its labelled tokens
             in a mean over tokens, by which its signal was multiplied; None: 1.
         unprobed: examples outside small sources that were excluded from the probe, and so from the choice, bool `[r]`.
+        unseen: examples that have no signal yet, bool `[r]`: every pool's picks are shared between them and the others
+            by their numbers, and theirs are random.
         widths: columns of each score in `vectors` by its name, in order, if several were asked for.
         target: signals of the target examples, float32 `[m, K]`, for selectors that compare with a target.
         target_indices: their places in the target data, `[m]`.
@@ -94,6 +96,7 @@ class Signals:
     parameters: Tensor | None = None
     parts: Tensor | None = None
     unprobed: Tensor | None = None
+    unseen: Tensor | None = None
     widths: Mapping[str, int] = field(default_factory=dict)
     target: Tensor | None = None
     target_indices: Sequence[int] = ()
@@ -157,26 +160,60 @@ def select_coreset(
             carry=(carry or {}) if settings.carries else None,
             generator=generator,
         )
+        pools, drawn = _draw_unseen(shares.pools, signals.unseen, settings.seed, step)
         reader = _PoolReader(signals, settings, history, len(finite), generator, exchange)
-        features = [reader.features(pool) for pool in shares.pools]
-        flags, choices = _choose(signals, finite, shares.pools, features, settings, step, exchange)
+        features = [reader.features(pool) for pool in pools]
+        flags, choices = _choose(signals, finite, pools, features, settings, step, exchange)
         if choices is not None:
             break
         finite = flags
-    chosen = torch.cat([shares.kept, *(choice.positions for choice in choices)])
+    chosen = torch.cat([shares.kept, *(choice.positions for choice in choices), drawn])
     if history is not None and signals.gradients is not None and shares.pools:
         selected = chosen[len(shares.kept) :]
         history.update(signals.gradients, reader.rows_of(selected), len(selected), exchange)
     return Coreset(
         positions=chosen,
-        weights=torch.cat([torch.ones(len(shares.kept)), *(choice.weights for choice in choices)]),
+        weights=torch.cat(
+            [torch.ones(len(shares.kept)), *(choice.weights for choice in choices), torch.ones(len(drawn))]
+        ),
         num_kept=len(shares.kept),
         num_dropped_small=shares.num_dropped_small,
         num_nonfinite=int((~finite).sum()),
-        coherence={pool.source: choice.coherence for pool, choice in zip(shares.pools, choices, strict=True)},
+        coherence={pool.source: choice.coherence for pool, choice in zip(pools, choices, strict=True)},
         carry=shares.carry,
         nonfinite=tuple((~finite).nonzero().flatten()[:NUM_NAMED].tolist()),
     )
+
+
+def _draw_unseen(pools: Sequence[Pool], unseen: Tensor | None, seed: int, step: int) -> tuple[list[Pool], Tensor]:
+    """Draw the picks among examples without a signal, and leave the others to be chosen by theirs.
+
+    Of a pool of n examples with q picks, m of them unseen, q m / n picks are drawn, rounded up or down at random with
+    that mean: an unseen example is as likely as in a random choice of q.
+
+    Args:
+        pools: pools to pick from.
+        unseen: see `Signals`.
+        seed: seed of the run.
+        step: 1-based step.
+
+    Returns:
+        The pools of examples with a signal that have picks left, and the drawn positions, ascending in each pool.
+    """
+    if unseen is None:
+        return list(pools), torch.empty(0, dtype=torch.int64)
+    seen_pools, drawn = [], [torch.empty(0, dtype=torch.int64)]
+    for pool in pools:
+        generator = private_generator(seed, "unseen", step, pool.source)
+        new = pool.positions[unseen[pool.positions]]
+        size = len(pool.positions)
+        count, rest = divmod(pool.quota * len(new), size)
+        count += int(torch.randint(size, (), generator=generator)) < rest
+        drawn.append(new[torch.randperm(len(new), generator=generator)[:count]].sort().values)
+        if pool.quota > count:
+            known = pool.positions[~unseen[pool.positions]]
+            seen_pools.append(replace(pool, positions=known, quota=pool.quota - count))
+    return seen_pools, torch.cat(drawn)
 
 
 def _known_finite(signals: Signals) -> Tensor | None:

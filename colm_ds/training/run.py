@@ -403,7 +403,7 @@ class TrainingRun:
 
     def _checked_model(self) -> nn.Module:
         model = load_model(self.recipe.model, self.recipe.lora, self.tokenizer)
-        if self.recipe.colm.probes_model:
+        if self.recipe.colm.probes_model or self.recipe.colm.stores_sketches:
             find_architecture(model, self.recipe.colm.probe.layer)
         return model
 

@@ -238,7 +238,7 @@ def _as_now(recipe: Mapping[str, Any]) -> dict[str, Any]:
         return _filled(dict(recipe))  # the differences say what it had
     colm = json.loads(section.model_dump_json())
     colm["probe"]["num_probes"] = section.probe.resolved_num_probes
-    if section.probe.passes_model:
+    if section.probe.estimator != "tokens":
         colm["probe"]["length_power"] = None  # without a meaning, and its default has changed
     size = section.coreset_size
     if "small_share" not in known or (size and section.small_share == "auto" and section.large_batch_size <= 2 * size):

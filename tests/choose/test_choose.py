@@ -270,7 +270,7 @@ def test_a_target_from_the_held_out_part(folder: Path, monkeypatch: pytest.Monke
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_by_target_table_and_losses_resumes(folder: Path) -> None:
-    """Trains by a recipe: GREATS with a target, then InfoBatch resumed from a checkpoint as if it had never stopped."""
+    """Trains by a recipe: GREATS with a target, then by what training left, resumed as if it had never stopped."""
 
     def train(*words: str) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
@@ -291,18 +291,15 @@ def test_a_run_by_target_table_and_losses_resumes(folder: Path) -> None:
         "colm.target.batch=2",
     )
     assert done.returncode == 0, done.stderr
-    words = (
-        "colm.selector=infobatch",
-        "steps=8",
-        "save_every=4",
-        "lr_schedule.kind=constant",
-        "lr_schedule.warmup_fraction=0",
-    )
-    assert train("output_dir=whole", *words).returncode == 0
-    first = train("output_dir=halves", *words, "steps=4")
-    assert first.returncode == 0, first.stderr
-    (folder / "halves" / "summary.json").unlink()  # as if it had been killed after its checkpoint
-    second = train("output_dir=halves", *words)
-    assert second.returncode == 0, second.stderr
-    assert chosen("halves") == chosen("whole")
-    assert sum(isinstance(losses, dict) for losses in chosen("whole")) == 8
+    for name, way in (("losses", "colm.selector=infobatch"), ("sketches", "colm.probe.source=store")):
+        whole, halves = f"{name}_whole", f"{name}_halves"
+        words = (way, "steps=8", "save_every=4", "lr_schedule.kind=constant", "lr_schedule.warmup_fraction=0")
+        assert train(f"output_dir={whole}", *words).returncode == 0
+        first = train(f"output_dir={halves}", *words, "steps=4")
+        assert first.returncode == 0, first.stderr
+        (folder / halves / "summary.json").unlink()  # as if it had been killed after its checkpoint
+        second = train(f"output_dir={halves}", *words)
+        assert second.returncode == 0, second.stderr
+        assert chosen(halves) == chosen(whole)
+        assert sum(isinstance(losses, dict) for losses in chosen(whole)) == 8
+    assert 0.0 < json.loads((folder / "sketches_whole" / "summary.json").read_text())["stored_signal"]["share"] <= 1.0
