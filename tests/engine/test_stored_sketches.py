@@ -91,6 +91,14 @@ def test_the_same_store_on_any_ranks_and_stage(pools: dict[int, Ranks]) -> None:
             assert float(difference.abs().max()) < 2e-3 * float(values(wanted["state"]).abs().max())
 
 
+def sketches_of(model: Any, examples: list[Any]) -> torch.Tensor:
+    """Sketches of autograd's gradients in float64, by the signs of seed 3."""
+    gradients, target = plain_gradients(model, examples), find_architecture(model).targets[0]
+    rows = sign_vectors(3, "rows", 0, K, target.out_features, CPU).double()
+    columns = sign_vectors(3, "columns", 0, K, target.in_features, CPU).double()
+    return torch.einsum("ko,boi,ki->bk", rows, gradients, columns) / K**0.5
+
+
 def first_sketches(which: Case) -> dict[str, Any]:
     """In a rank: what the store holds after a step, beside autograd on the weights before it."""
     engine = start(which)
@@ -100,12 +108,7 @@ def first_sketches(which: Case) -> dict[str, Any]:
     state = engine.coreset_selector.state_dict()["sketches"]
     known = (state["steps"] > 0).nonzero().flatten()
     dataset = engine.loader.dataset
-    gradients = plain_gradients(before, [dataset[index] for index in known.tolist()])
-    target = find_architecture(before).targets[0]
-    rows = sign_vectors(3, "rows", 0, K, target.out_features, CPU).double()
-    columns = sign_vectors(3, "columns", 0, K, target.in_features, CPU).double()
-    expected = torch.einsum("ko,boi,ki->bk", rows, gradients, columns) / K**0.5
-    error = relative_error(values(state)[known], expected)
+    error = relative_error(values(state)[known], sketches_of(before, [dataset[index] for index in known.tolist()]))
     same = []
     for _ in range(4):
         batch, selector = engine.loader.batch(engine.step_count + 1), engine.coreset_selector
@@ -163,6 +166,35 @@ def test_the_store_holds_the_sketches_of_autograd(which: Case, pools: dict[int, 
         assert found["known"] == B
         assert found["same"]
         assert found["error"] < 1e-3  # 2^-11 of the largest entry
+
+
+def broken_loss(which: Case) -> dict[str, Any]:
+    """In a rank: a step in which one chosen example's loss is not finite, so that the others are passed again."""
+    engine = start(which)
+    batch = engine.loader.batch(1)
+    broken = int(batch.indices[engine.coreset_selector(batch).positions[-1]])
+    engine.destroy()
+    data, model = which.records(), which.build_model()
+    data[broken]["input_ids"][0] = 2  # in no other example
+    with torch.no_grad():
+        model.get_input_embeddings().weight[2] = torch.inf
+    before = copy.deepcopy(model)
+    engine = start(which, model=model, training_data=data)
+    stats = engine.train_batch()
+    state = engine.coreset_selector.state_dict()["sketches"]
+    known = (state["steps"] > 0).nonzero().flatten().tolist()
+    examples = [engine.loader.dataset[index] for index in known]
+    error = relative_error(values(state)[known], sketches_of(before, examples))
+    engine.destroy()
+    return {"broken": broken in known, "known": len(known), "error": error, "nonfinite": stats.coreset["nonfinite"]}
+
+
+@pytest.mark.distributed
+def test_a_broken_example_leaves_no_sketch_and_spoils_none(pools: dict[int, Ranks]) -> None:
+    for found in pools[2].run(broken_loss, case("broken", micro=2)):
+        assert found["nonfinite"] == 1
+        assert (found["broken"], found["known"]) == (False, B - 1)
+        assert found["error"] < 1e-3
 
 
 def resumed(which: Case, folder: str) -> dict[str, Any]:
