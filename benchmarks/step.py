@@ -40,8 +40,8 @@ ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = ROOT.parent / "shared" / "data" / "math_instruct" / "train.jsonl.gz"
 
 
-def main() -> None:
-    """Run from the command line."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line, or given arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12, help="decoder layers (12)")
     parser.add_argument("--hidden", type=int, default=256, help="hidden size (256)")
@@ -66,9 +66,15 @@ def main() -> None:
     parser.add_argument("--arms", default="", help="only arms whose name contains one of these, separated by commas")
     parser.add_argument("--data", type=Path, default=REAL_DATA, help="instruction data whose lengths are used")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "step.json", help="result file")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.pretraining:
         options.rank = 0
+    return options
+
+
+def main() -> None:
+    """Run from the command line."""
+    options = parse()
     from colm_ds.distributed.agreement import single_process_environment
 
     single_process_environment()
