@@ -285,7 +285,7 @@ def load_examples(
     if limit is not None and limit < 1:
         raise ConfigError(f"limit = {limit}: must be at least 1.")
     entries = as_entries(data, schema, prompt, source_key)
-    weights = _checked_weights(entries)
+    _checked_weights(entries)
     parts = find_parts(entries)
     chat = None
     if any(part.style == "chat" for part in parts):
@@ -297,7 +297,7 @@ def load_examples(
     if cache_dir is None:
         memory = _Memory(dtypes)
         facts = _tokenise(encode, memory, limit, seed, processes)
-        return _dataset(memory.arrays(), facts, None, weights, styles)
+        return _dataset(memory.arrays(), facts, None, entries, styles)
     folder = Path(cache_dir)
     key = _key(entries, parts, encode, train_on, chat_template_kwargs or {}, source_key, limit, seed)
     cached = load_arrays(folder, key, dtypes, _is_consistent)
@@ -312,8 +312,8 @@ def load_examples(
     if cached is None:
         memory = _Memory(dtypes)
         facts = _tokenise(encode, memory, limit, seed, processes)
-        return _dataset(memory.arrays(), facts, (folder, key), weights, styles)
-    return _dataset(*cached, (folder, key), weights, styles)
+        return _dataset(memory.arrays(), facts, (folder, key), entries, styles)
+    return _dataset(*cached, (folder, key), entries, styles)
 
 
 def _lacks(source_key: str, row: Mapping[str, Any]) -> str:
@@ -361,9 +361,13 @@ def find_parts(entries: Sequence[DataEntry]) -> list[DataFile]:
             rows = first_rows(place, entry.split)
             try:
                 schema = recognise(str(place), rows) if entry.schema == "auto" else entry.schema
-                style = check_style(schema, entry.prompt, rows)
             except ConfigError as error:
                 problems.messages.append(str(error))
+                continue
+            try:
+                style = check_style(schema, entry.prompt, rows)
+            except ConfigError as error:
+                problems.messages.append(f"{place}: {error}")
                 continue
             source = entry.name or (ONE_SOURCE if entry.source_key is None else stem(place))
             parts.append(DataFile(place, number, schema, style, entry.source_key, source, entry.split))
@@ -417,17 +421,18 @@ def _dataset(
     arrays: Arrays,
     facts: dict[str, Any],
     cache: tuple[Path, str] | None,
-    weights: Sequence[float] | None,
+    entries: Sequence[DataEntry],
     styles: Sequence[str],
 ) -> TokenDataset:
     offsets = np.array(arrays["offsets"])
-    entry_ids = None
+    entry_ids, weights = None, _checked_weights(entries)
     if weights is not None:
         counts = facts["entry_counts"]
         if not all(counts):
+            number = counts.index(0)
             raise ConfigError(
-                f"data: nothing is left of entry {counts.index(0) + 1}, which has a weight. Choose a larger max_length "
-                "or limit, or remove it."
+                f"data: nothing is left of entry {number + 1}, {entries[number].path}, which has a weight. Choose a "
+                "larger max_length or limit, or remove it."
             )
         entry_ids = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     return TokenDataset(

@@ -329,7 +329,13 @@ def _read_alpaca(row: Mapping[str, Any], style: str, problems: list[str]) -> Sam
 
 
 def _read_prompt_completion(row: Mapping[str, Any], style: str, problems: list[str]) -> Sample | None:
-    if isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list):
+    lists = [key for key in ("prompt", "completion") if isinstance(row.get(key), list)]
+    texts = [key for key in ("prompt", "completion") if isinstance(row.get(key), str) and row[key].lstrip()[:1] != "["]
+    if lists and texts:
+        given = f"{lists[0]!r} is a list of messages, {texts[0]!r} a text"
+        problems.append(f"{given}. Write both as lists, or both as texts.")
+        return None
+    if lists:
         before, after = _list(row, "prompt", problems), _list(row, "completion", problems)
         tools = _tools(row, problems)
         if style != "chat":
@@ -366,13 +372,17 @@ def _message(item: Any, number: int, problems: list[str]) -> dict[str, Any] | No
         return None
     role, content = item.get("role"), item.get("content")
     if role not in ROLES:
-        problems.append(f"{where}: role = {role!r}. Write one of {', '.join(map(repr, ROLES))}.")
+        others = "" if "role" in item or "from" not in item else "; 'from' and 'value' belong in a list 'conversations'"
+        problems.append(f"{where}: role = {role!r}. Write one of {', '.join(map(repr, ROLES))}{others}.")
         return None
     if isinstance(content, list):
         content = _joined(content, where, problems)
         if content is None:
             return None
     calls = item.get("tool_calls")
+    if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        problems.append(f"{where}: 'tool_calls' is not a list of objects. Write [{{function: {{name: ...}}}}].")
+        return None
     if content is None and calls:
         content = ""
     if not isinstance(content, str):
@@ -396,6 +406,10 @@ def _joined(parts: list[Any], where: str, problems: list[str]) -> str | None:
             texts.append(part)
         elif kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
+        elif kind == "text" and isinstance(part, dict):
+            kind = type(part.get("text")).__name__
+            problems.append(f"{where} has a part whose 'text' is of type {kind}. Write a string.")
+            return None
         else:
             problems.append(f"{where} has a part of type {kind!r}. Only text is trained on: remove the record.")
             return None

@@ -189,7 +189,7 @@ def test_weights(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"one.jsonl has no weight, but others have"):
         load_examples([one.model_copy(update={"weight": None}), two], tokenizer, 99)
     long = write_rows([{"prompt": "x" * 200, "completion": "y"}], tmp_path / "long.jsonl")
-    with pytest.raises(ConfigError, match="nothing is left of entry 1, which has a weight"):
+    with pytest.raises(ConfigError, match=r"nothing is left of entry 1, .*long.jsonl, which has a weight"):
         load_examples([DataEntry(path=str(long), weight=1), two], tokenizer, 99)
 
 
@@ -245,6 +245,12 @@ def test_a_file_that_breaks_off_after_bad_rows(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-12])
     with pytest.raises(DataError, match=r"2 problems(.|\n)*gz:701: example with an empty text(.|\n)*broken gzip"):
         load_examples(path, chat_tokenizer(), 99)
+
+
+def test_a_style_that_does_not_fit_names_the_file(write_jsonl: Writer) -> None:
+    path = write_jsonl(rows_of("text"))
+    with pytest.raises(ConfigError, match=rf"{path}: prompt = 'chat': no style of text. Write 'plain'"):
+        load_examples(path, chat_tokenizer(), 99, prompt="chat")
 
 
 def test_a_schema_that_is_named(write_jsonl: Writer) -> None:
