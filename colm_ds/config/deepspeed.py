@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,6 +129,96 @@ def check_zero(config: Mapping[str, Any], problems: Problems) -> None:
     for key, value in given.items():
         if key.endswith("bucket_size") and value == 0 and key not in refused:
             problems.add(f"zero_optimization.{key}", value, "a bucket holds nothing", "Choose 2e8, for example.")
+
+
+def check_sections(config: Mapping[str, Any], problems: Problems) -> None:
+    """Record values that DeepSpeed's own sections, its schedules and torch's optimizers do not take.
+
+    Nothing is recorded where something was before, which would be said twice.
+
+    Args:
+        config: the DeepSpeed configuration; "auto" values are left out.
+        problems: where they are recorded.
+    """
+    if problems.messages:
+        return
+    given = {key: _without_auto(value) for key, value in config.items() if value != "auto" and not _is_note(str(key))}
+    given = {key: value for key, value in given.items() if key not in _SIZES}
+    advice = "See DeepSpeed's documentation of the section."
+    if _refused_by_deepspeed(given):
+        for key, value in given.items():
+            if why := _refused_by_deepspeed({key: value}):
+                problems.add(key, value, why, advice)
+        if not problems.messages:
+            problems.messages.append(f"DeepSpeed: {_refused_by_deepspeed(given)}. {advice}")
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer: Any = torch.optim.AdamW([weight], lr=1e-3)
+    for key, made in (
+        ("optimizer", partial(_make_optimizer, weight)),
+        ("scheduler", partial(_make_scheduler, optimizer)),
+    ):
+        section = given.get(key) or {}
+        if section and (why := _first_line_of_error(partial(made, section.get("type"), section.get("params") or {}))):
+            problems.add(key, section, why, "Correct its type or params.")
+
+
+_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "colm")
+_DEEPSPEEDS_PARAMS = ("torch_adam", "adam_w_mode", "bias_correction", "fp32_optimizer_states", "max_grad_norm")
+
+
+def _refused_by_deepspeed(config: Mapping[str, Any]) -> str:
+    from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
+
+    def read() -> None:
+        made = DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, **copy.deepcopy(config)})
+        if made.grad_accum_dtype is not None:
+            DtypeEnum(made.grad_accum_dtype)  # its engine reads this one later
+
+    return _first_line_of_error(read)
+
+
+def _make_optimizer(weight: nn.Parameter, kind: Any, params: Mapping[str, Any]) -> Any:
+    """Make an optimizer of torch; DeepSpeed's others are checked by their names alone."""
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+    name = {"adam": "Adam", "adamw": "AdamW", "adagrad": "Adagrad"}.get(str(kind).lower())
+    if name is None and str(kind).lower() in DEEPSPEED_OPTIMIZERS:
+        return None
+    name = name or str(kind)
+    if not isinstance(getattr(torch.optim, name, None), type):
+        raise ValueError(f"there is no optimizer {kind!r}")
+    return getattr(torch.optim, name)([weight], **{k: v for k, v in params.items() if k not in _DEEPSPEEDS_PARAMS})
+
+
+def _make_scheduler(optimizer: Any, kind: Any, params: Mapping[str, Any]) -> Any:
+    from deepspeed.runtime import lr_schedules
+
+    if kind in lr_schedules.VALID_LR_SCHEDULES:
+        return getattr(lr_schedules, kind)(optimizer, **params)
+    if not isinstance(getattr(torch.optim.lr_scheduler, str(kind), None), type):
+        raise ValueError(f"there is no scheduler {kind!r}")
+    return getattr(torch.optim.lr_scheduler, kind)(optimizer, **params)
+
+
+def _first_line_of_error(work: Callable[[], object]) -> str:
+    """Return what a library's constructor says against its arguments, empty if nothing."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # it is constructed again where it is used
+    try:
+        work()
+    except ValidationError as error:
+        return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+    except Exception as error:  # a library fails on a wrong type wherever it first uses it
+        return f"{type(error).__name__}: {(str(error).strip() or 'refused').splitlines()[0]}"
+    finally:
+        logging.disable(before)
+    return ""
+
+
+def _without_auto(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto"}
+    return value
 
 
 def as_numbers(values: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from colm_ds.config.colm import CoLMSection, MaskConfig, ProbeConfig
-from colm_ds.config.deepspeed import as_numbers, check_auto, check_keys, check_monitors, check_zero
+from colm_ds.config.deepspeed import as_numbers, check_auto, check_keys, check_monitors, check_sections, check_zero
 from colm_ds.config.optimizer import check_numbers
 from colm_ds.config.section import validate_section
 from colm_ds.errors import ConfigError, Problems
@@ -334,9 +334,12 @@ def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems) -> None:
     check_keys(deepspeed, problems)
     check_monitors(deepspeed, problems)
     for key in (
-        *("bf16", "fp16", "torch_autocast", "optimizer", "scheduler", "zero_optimization"),
-        *("hybrid_engine", "data_efficiency", "tensor_parallel"),
+        *("bf16", "bfloat16", "fp16", "torch_autocast", "optimizer", "scheduler", "zero_optimization"),
+        *("hybrid_engine", "data_efficiency", "tensor_parallel", "comms_logger", "flops_profiler", "aio"),
+        *("activation_checkpointing", "data_types", "checkpoint", "autotuning", "timers"),
     ):
+        if key in deepspeed and deepspeed[key] is None:
+            del deepspeed[key]  # DeepSpeed fails on some that are null
         if not isinstance(deepspeed.get(key) or {}, dict):
             problems.add(key, deepspeed[key], "not a section of keys and values", "Write an object: {...}.")
             deepspeed[key] = {}
@@ -369,3 +372,4 @@ def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems) -> None:
             problems.messages.append(f"{name}: not with coresets: {why}. Remove it.")
     if (deepspeed.get("torch_autocast") or {}).get("enabled") not in (None, False, "auto"):
         problems.add("torch_autocast.enabled", True, "the probe does not run under autocast", "Use bf16 or fp16.")
+    check_sections(deepspeed, problems)

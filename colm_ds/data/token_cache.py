@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Arrays = dict[str, np.ndarray]
 Check = Callable[[Arrays, dict[str, Any]], bool]
 _META = "meta.json"
+_MOST_HEADER_BYTES = 1 << 12
 _log = logging.getLogger(__name__)
 
 
@@ -90,7 +91,10 @@ def load_arrays(
         arrays: Arrays = {}
         for name, dtype in dtypes.items():
             size = int(meta["sizes"][name])
-            array = np.load(folder / f"{name}.npy", mmap_mode="r" if size else None, allow_pickle=False)
+            file = folder / f"{name}.npy"
+            if not size and file.stat().st_size > _MOST_HEADER_BYTES:
+                raise ValueError(f"{name}.npy is not empty")
+            array = np.load(file, mmap_mode="r" if size else None, allow_pickle=False)
             if array.dtype != np.dtype(dtype) or array.shape != (size,):
                 raise ValueError(f"{name}.npy holds {array.dtype} {list(array.shape)}, not {dtype} [{size}]")
             arrays[name] = array
@@ -98,7 +102,7 @@ def load_arrays(
         if not is_valid(arrays, facts):
             raise ValueError("its arrays contradict each other")
         return arrays, facts
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # numpy reads a header as Python, and fails on a damaged one in many ways
         _log.warning("cache entry %s is damaged (%s); building it again", folder, error)
         return None
 

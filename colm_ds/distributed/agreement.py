@@ -91,8 +91,14 @@ def single_process_environment() -> None:
     """Take the rank that mpirun or srun gave this process; without a launcher, make it the only rank.
 
     Raises:
-        ConfigError: if the environment has a rank, but not all that goes with one.
+        ConfigError: if the environment has a rank, but not all that goes with one, or numbers that are none.
     """
+    problems = Problems("the environment")
+    for name in ("OMP_NUM_THREADS", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        text = os.environ.get(name, "1")
+        if not _is_number(text, 1, 1 << 20) and (text or name != "OMP_NUM_THREADS"):
+            problems.add(name, text, "not a number that it can be", "Write one of 1 or more, or unset it.")
+    problems.raise_if_any()
     if "RANK" in os.environ:
         _check_environment()
         return
@@ -108,6 +114,10 @@ def single_process_environment() -> None:
     os.environ.update(alone)
 
 
+def _is_number(text: str, least: int, most: int) -> bool:
+    return text.isascii() and text.isdigit() and least <= int(text[:20]) <= most
+
+
 def _check_environment() -> None:
     """Raise a `ConfigError` listing what is wrong with the variables that a launcher sets."""
     problems = Problems("the environment, which has RANK, as a launcher sets it")
@@ -117,7 +127,7 @@ def _check_environment() -> None:
         text = os.environ.get(name)
         if text is None:
             problems.add(name, None, "missing", advice)
-        elif not text.isascii() or not text.isdigit() or not (name == "WORLD_SIZE") <= int(text[:20]) <= most:
+        elif not _is_number(text, int(name == "WORLD_SIZE"), most):
             problems.add(name, text, "not a number that it can be", advice)
     if "MASTER_ADDR" not in os.environ:
         problems.add("MASTER_ADDR", None, "missing", advice)

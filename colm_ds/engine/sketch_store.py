@@ -70,7 +70,7 @@ class SketchStore:
         return float(cosines.mean()) if len(cosines) else None
 
     def of(self, indices: Tensor, step: int) -> StoredSketches:
-        """Return what is known of some examples and not too old.
+        """Return the known sketches of some examples that are not too old.
 
         Args:
             indices: dataset indices, int64 `[n]`.

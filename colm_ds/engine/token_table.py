@@ -6,6 +6,7 @@ Each of the W ranks reads its share of the examples.
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,11 @@ def mean_table(
     cached = load_arrays(cache[0], key, {"means": "float16"}, fits) if exchange.is_main else None
     known = torch.tensor(0 if cached is None else 1)
     if bool(exchange.broadcast(known)):
-        return None if cached is None else torch.from_numpy(np.array(cached[0]["means"], copy=False)).view(shape)
+        if cached is None:
+            return None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to it
+            return torch.from_numpy(np.array(cached[0]["means"], copy=False)).view(shape)
     table = _computed(dataset, vectors, exchange, rank)
     if table is not None:
         store_arrays(cache[0], key, {"means": table.ravel()}, {}, fits)

@@ -162,8 +162,9 @@ def _loading(kind: str, path: str | None, gguf: str | None, dtype: str, quantiza
         ]
     lines.append('tokenizer = AutoTokenizer.from_pretrained(".")')
     if kind == ADAPTER and quantization:
+        bits = str(quantization).removesuffix("bit")
         start += (
-            f"The adapter was trained on a base of {quantization[0]}-bit weights: give `from_pretrained` the recipe's "
+            f"The adapter was trained on a base of {bits}-bit weights: give `from_pretrained` the recipe's "
             "`quantization_config` too for the same outputs.\n\n"
         )
     return start + "\n".join(["```python", *lines, "```"])

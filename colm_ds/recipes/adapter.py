@@ -75,7 +75,8 @@ def section_of(held: Mapping[str, Any]) -> dict[str, Any]:
     section = {ours: held[theirs] for theirs, ours in _KEYS.items() if held.get(theirs) is not None}
     for key in ("targets", "target_parameters", "modules_to_save"):
         if key in section and not isinstance(section[key], str):
-            section[key] = sorted(section[key])
+            several = isinstance(section[key], (list, tuple, set, frozenset))
+            section[key] = sorted(map(str, section[key])) if several else [str(section[key])]
     if isinstance(section.get("layers_to_transform"), int):
         section["layers_to_transform"] = [section["layers_to_transform"]]
     return section | ({} if "targets" in section else {"targets": []})

@@ -82,12 +82,12 @@ def to_svg(figure: Figure, key: str, description: str) -> str:
     text = stream.getvalue()
     text = text[text.index("<svg") :].replace("xlink:href=", "href=")
     used = set(re.findall(r"#([\w-]+)", text))
-    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
+    text = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", text)
     text = re.sub(r"<defs>\s*<style.*?</defs>", "", text, flags=re.DOTALL)
     text = re.sub(r' transform="rotate\(-0 [^"]*"', "", text)
-    text = re.sub(r' (?:d|x|y|transform)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), text)
+    text = re.sub(r' (?:d|x|y|transform)="[^"]*"', lambda match: re.sub(r"(\.\d\d)\d+", r"\1", match[0]), text)
     text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
-    text = re.sub(r"#[0-9a-f]{6}", lambda found: _VARIABLES.get(found[0], found[0]), text)
+    text = re.sub(r"#[0-9a-f]{6}", lambda match: _VARIABLES.get(match[0], match[0]), text)
     view = re.search(r'viewBox="[^"]*"', text)
     assert view is not None  # matplotlib always writes one
     start = f'<svg xmlns="http://www.w3.org/2000/svg" {view[0]} role="img" aria-label={quoteattr(clean(description))}'

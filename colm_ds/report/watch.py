@@ -132,7 +132,7 @@ def watch(
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Show a run until it ends: a view that is drawn anew in a terminal, elsewhere a line of news every 30 s.
+    """Show a run until it ends: a view redrawn in a terminal, elsewhere a line of news every 30 s.
 
     Args:
         folder: output folder of the run.

@@ -85,8 +85,7 @@ def run(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
     single_process_environment()
     prepare_deepspeed()
     quiet_libraries()
-    share = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
-    torch.set_num_threads(min(share, int(os.environ.get("OMP_NUM_THREADS") or share)))
+    torch.set_num_threads(threads_of_rank())
     accelerator = deepspeed.get_accelerator()
     if torch.cuda.is_available():
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
@@ -99,6 +98,12 @@ def run(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
     dist.destroy_process_group()
     if code:
         sys.exit(code)
+
+
+def threads_of_rank() -> int:
+    """Return this rank's share of the machine's cores, or fewer by OMP_NUM_THREADS."""
+    share = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
+    return min(share, int(os.environ.get("OMP_NUM_THREADS") or share))
 
 
 @contextmanager

@@ -53,7 +53,13 @@ def where_to_start(recipe: BaseRecipe) -> atomic.Checkpoint | None:
         checkpoint = atomic.find(path.parent, path.name)
         _check_same(recipe, path.parent.parent / CONFIG)
         return checkpoint
-    if not (folder / METRICS).exists():
+    try:
+        exists = (folder / METRICS).exists()
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise ConfigError(
+            f"output_dir = {recipe.output_dir}: {error.strerror or error}. Name a folder that can be read."
+        ) from None
+    if not exists:
         if own := own_entries(folder):
             raise no_run_of(own)
         return None

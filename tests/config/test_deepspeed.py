@@ -381,7 +381,32 @@ def test_engines_of_another_kind_are_refused_together() -> None:
     for name in ("hybrid_engine", "data_efficiency", "tensor_parallel"):
         with pytest.raises(ConfigError, match=f"{name} = 'on': not a section of keys and values"):
             resolve_config({"train_batch_size": 8, "colm": {"large_batch_size": 16}, name: "on"}, 1)
-    resolve_config({"train_batch_size": 8, "colm": {"large_batch_size": 16}, "tensor_parallel": None}, 1)
+    null = resolve_config({"train_batch_size": 8, "colm": {"large_batch_size": 16}, "tensor_parallel": None}, 1)
+    assert "tensor_parallel" not in null.deepspeed
     off = {"enabled": False}
     quiet = {"hybrid_engine": off, "data_efficiency": off, "sequence_parallel_size": 1, "tensor_parallel": {}}
     resolve_config({"train_batch_size": 8, "colm": {"large_batch_size": 16}, **quiet}, 1)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"comms_logger": {"verbose": "perhaps"}}, "comms_logger = .*verbose"),
+        ({"data_types": {"grad_accum_dtype": "0x10"}}, "data_types = .*'0x10' is not a valid DtypeEnum"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup": 3}}}, "scheduler = .*warmup"),
+        ({"scheduler": {"type": "Slow"}}, "there is no scheduler 'Slow'"),
+        ({"optimizer": {"type": "AdamZ"}}, "there is no optimizer 'AdamZ'"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "momentun": 0.9}}}, "optimizer = .*momentun"),
+    ],
+)
+def test_deepspeeds_own_sections_are_read_before_training(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve_config({"train_batch_size": 8, "colm": {"large_batch_size": 16}, **section}, 1)
+
+
+def test_what_deepspeed_takes_passes() -> None:
+    for optimizer in ("Adam", "AdamW", "Muon", "Lion", "SGD", "Adagrad"):
+        kind = {"type": optimizer, "params": {"lr": 1e-3, "weight_decay": 0.1}}
+        config = {"optimizer": kind, "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 2}}}
+        config |= {"data_types": {"grad_accum_dtype": "bf16"}, "comms_logger": {"enabled": True}}
+        resolve_config({"train_batch_size": 8, "colm": {"large_batch_size": 16}, **config}, 1)

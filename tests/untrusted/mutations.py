@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -105,8 +106,45 @@ def _places(value: Any) -> Any:
         yield from _places(each)
 
 
+def changed_header(content: bytes, draw: random.Random) -> bytes:
+    """Change the JSON header of a safetensors file by its values, or its length; the tensors stay."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(changed_value(json.loads(content[8 : 8 + size]), draw)).encode()
+    length = draw.choice((len(header),) * 6 + (0, len(header) - 1, 1 << 30, (1 << 64) - 1))
+    return length.to_bytes(8, "little") + header + content[8 + size :]
+
+
+def changed_array(content: bytes, draw: random.Random) -> bytes:
+    """Change the header of a `.npy` file: its type, order or shape, or text in the place of one of them."""
+    size = int.from_bytes(content[8:10], "little")
+    old = [b"'<i4'", b"'<i8'", b"'<f2'", b"False", b"'descr'", b"'shape'", b"(", b"}"]
+    new = [b"'|O'", b"'<U9'", b"'<f8'", b"True", b"(10**9,)", b"(99999999999,)", b"(-1,)", b"[", b"{" * 99, b"'<i4'"]
+    header = content[10 : 10 + size].replace(draw.choice(old), draw.choice(new), 1)
+    if draw.random() < 0.5:
+        header = re.sub(
+            rb"\(\d+,\)", draw.choice((b"(0,)", b"(1,)", b"(3000000000,)", b"(2, 2)", b"()")), header, count=1
+        )
+    return content[:8] + len(header).to_bytes(2, "little") + header + content[10 + size :]
+
+
+def doubled_keys(content: bytes, draw: random.Random) -> bytes:
+    """Write a key of a JSON text twice, or another object into the middle of it."""
+    text = content.decode("utf-8")
+    places = [place for place, character in enumerate(text) if character == "{"]
+    at = draw.choice(places) + 1
+    piece = draw.choice(('"a": 1, "a": 2, ', '"a": {"b": 1, "b": 2}, ', text[at : at + 60].split(",")[0] + ", "))
+    return (text[:at] + piece + text[at:]).encode()
+
+
 def changed_text(content: bytes, draw: random.Random, kind: str) -> bytes:
     """Change a file by its bytes, or by its values where it is JSON, lines of JSON or YAML."""
+    if kind in ("safetensors", "npy") and draw.random() < 0.7:
+        return changed_header(content, draw) if kind == "safetensors" else changed_array(content, draw)
+    if kind == "values":
+        return json.dumps(changed_value(json.loads(content), draw)).encode()
+    if kind in ("json", "jsonl") and draw.random() < 0.05:
+        return doubled_keys(content, draw)
+    kind = "bytes" if kind in ("safetensors", "npy") else kind
     if kind == "bytes" or draw.random() < 0.4:
         return changed_bytes(content, draw)
     text = content.decode("utf-8")

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import os
 import random
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import datasets
+import deepspeed
+import peft
 import torch
 import yaml
 
+import colm_ds
 from colm_ds.batching.loader import source_counts
 from colm_ds.checkpoints import atomic
 from colm_ds.checkpoints.manifest import read_manifest, write_manifest
 from colm_ds.config.resolve import resolve_config
 from colm_ds.data import load_examples
+from colm_ds.data.formats import read_rows
 from colm_ds.data.generated.mixture import write_mixture
 from colm_ds.data.pretraining.token_store import MANIFEST, PARTS, TokenStore, write_part
+from colm_ds.data.subset import read_subset, write_subset
+from colm_ds.data.token_dataset import TokenDataset
+from colm_ds.distributed.agreement import meet, single_process_environment
 from colm_ds.engine.coreset_selector import small_source_ids
-from colm_ds.errors import CheckpointError
+from colm_ds.engine.reference_losses import read_reference_losses, write_reference_losses
+from colm_ds.engine.token_table import mean_table
+from colm_ds.errors import CheckpointError, DataError
 from colm_ds.evaluation.model_source import find_model
 from colm_ds.evaluation.question_log import EvaluationFolder
 from colm_ds.export.model_card import write_model_card
@@ -30,13 +44,17 @@ from colm_ds.export.run import export_run
 from colm_ds.models.architecture import find_architecture
 from colm_ds.planner.job import job_of_recipe
 from colm_ds.recipes.model import load_model, load_tokenizer
-from colm_ds.recipes.recipe import load_recipe
+from colm_ds.recipes.recipe import Recipe, load_recipe
 from colm_ds.recipes.sections import ModelConfig
 from colm_ds.report import format_table, load_run
 from colm_ds.report.watch import WatchedRun, line, watch
-from colm_ds.training.run import deepspeed_config
+from colm_ds.selection import SINGLE_PROCESS
+from colm_ds.sweep.grid import jobs_of, load_grid
+from colm_ds.training.run import deepspeed_config, threads_of_rank
 from colm_ds.training.start_or_resume import may_restart, where_to_start
+from colm_ds.training.tasks.instructions import load_target
 from colm_ds.untrusted.printable import visible
+from tests.ports import worker_port
 from tests.tiny_models import tiny_model
 from tests.training.test_bad_input import ROOT, recipe_of
 from tests.untrusted.mutations import changed_text
@@ -49,8 +67,9 @@ class Target:
     """Something that is read.
 
     Attributes:
-        file: path of the file that is changed, in the folder of all examples.
-        kind: "bytes", "json", "jsonl" or "yaml".
+        file: path of the file that is changed, in the folder of all examples; `*` stands for a name made of digits.
+        kind: "bytes", "json", "jsonl", "yaml", "safetensors" or "npy"; "values": JSON whose values alone
+            are changed.
         read: reads it as the program does, given the folder; returns what there is to compare.
         share: how often it is drawn.
         same: whether reading must give what the unchanged one gives, or say that it is not used.
@@ -61,6 +80,11 @@ class Target:
     read: Callable[[Path], str]
     share: int = 1
     same: bool = False
+
+    def path(self, folder: Path) -> Path:
+        """Return the file in a folder of examples."""
+        (path,) = sorted(folder.glob(self.file))[:1] or [folder / self.file]
+        return path
 
 
 def make_examples(folder: Path) -> None:
@@ -75,12 +99,91 @@ def make_examples(folder: Path) -> None:
     recipe["optimizer"] = {"lr": 1e-3, "betas": [0.9, 0.95]}
     del recipe["tokenizer"]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    _make_more(folder)
     _make_run(folder)
     _make_store(folder / "store")
     evaluation = EvaluationFolder(folder / "evaluation")
     evaluation.start({"base": "x"}, {"gsm8k": {"n": 2}}, overwrite=False)
     evaluation.write_json("results.json", {"sets": {}})
     (folder / "evaluation" / "gsm8k.jsonl").write_text('{"index": 0, "right": true}\n{"index": 1, "right": false}\n')
+
+
+def _make_more(folder: Path) -> None:
+    """Write what a recipe may name besides: an adapter, a grid, a whole DeepSpeed file, targets, tables, caches."""
+    base: Any = tiny_model("llama", vocab_size=512)
+    peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).save_pretrained(
+        folder / "adapter"
+    )
+    grid = {"recipe": "recipe.yaml", "out": str(folder / "sweep"), "seeds": [0, 1], "baseline": "plain"}
+    grid |= {"controls": ["other"], "common": ["steps=3"], "arms": {"plain": ["colm.selector=random"], "other": []}}
+    grid |= {"launch": {"num_gpus": 1, "parallel": 2}, "prepare": {str(folder / "data"): "-m nothing"}}
+    (folder / "grid.yaml").write_text(yaml.safe_dump(grid), encoding="utf-8")
+    (folder / "whole.json").write_text(json.dumps(WHOLE_DEEPSPEED), encoding="utf-8")
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {
+        "MASTER_PORT": str(worker_port(88)),
+        "OMP_NUM_THREADS": "1",
+        "LOCAL_WORLD_SIZE": "1",
+        "LOCAL_SIZE": "1",
+    }
+    (folder / "environment.json").write_text(json.dumps(environment), encoding="utf-8")
+    rows = [{"source": "x", "instruction": f"Say {number}.", "output": str(number)} for number in range(9)]
+    (folder / "target.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    read_cache(folder)
+    data = load_cached(folder)
+    write_reference_losses(folder / "table.pt", torch.arange(float(len(data))), "digest", {"recipe": "r"})
+    write_subset(folder / "subset.json", list(range(0, len(data), 2)), data.digest(), {"method": "test"})
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(rows).save_to_disk(str(folder / "saved"))
+    datasets.Dataset.from_list(rows).to_parquet(str(folder / "rows.parquet"))
+    datasets.Dataset.from_list(rows).to_csv(str(folder / "rows.csv"))
+    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+
+
+WHOLE_DEEPSPEED = {
+    "train_batch_size": 8,
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_clipping": 1.0,
+    "prescale_gradients": False,
+    "gradient_predivide_factor": 1.0,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}},
+    "scheduler": {
+        "type": "WarmupDecayLR",
+        "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-3, "warmup_num_steps": 2, "total_num_steps": 10},
+    },
+    "bf16": {"enabled": False},
+    "fp16": {"enabled": False, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2},
+    "zero_optimization": {
+        "stage": 2,
+        "contiguous_gradients": True,
+        "overlap_comm": False,
+        "reduce_bucket_size": 1000000,
+        "offload_optimizer": {"device": "none", "pin_memory": False, "ratio": 1.0},
+        "offload_param": {"device": "none"},
+    },
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "activation_checkpointing": {"partition_activations": False, "number_checkpoints": None, "profile": False},
+    "aio": {"block_size": 1048576, "queue_depth": 8, "thread_count": 1},
+    "tensor_parallel": {"autotp_size": 0},
+    "csv_monitor": {"enabled": False, "output_path": "x", "job_name": "y"},
+    "tensorboard": {"enabled": False},
+    "checkpoint": {"tag_validation": "Warn", "load_universal": False},
+    "comms_logger": {"enabled": False, "verbose": False},
+    "flops_profiler": {"enabled": False, "profile_step": 1},
+    "hybrid_engine": {"enabled": False},
+    "data_efficiency": {"enabled": False},
+    "sequence_parallel_size": 1,
+    "steps_per_print": 10,
+    "wall_clock_breakdown": False,
+    "comment": "nothing",
+    "colm": {"large_batch_size": 16, "coreset_size": 8},
+}
+
+
+def load_cached(folder: Path) -> TokenDataset:
+    """The training data through its token cache."""
+    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(folder / "model")))
+    return load_examples(str(folder / "data" / "train.jsonl"), tokenizer, 96, cache_dir=folder / "cache")
 
 
 def _make_run(folder: Path) -> None:
@@ -227,6 +330,81 @@ def read_evaluation(folder: Path) -> str:
     return str(len(evaluation.collect("gsm8k")))
 
 
+def read_adapter(folder: Path) -> str:
+    """An adapter that a recipe starts from."""
+    recipe = load_recipe(folder / "recipe.yaml", [f"lora={{adapter: {folder / 'adapter'}}}"])
+    load_model(recipe.model, recipe.lora, load_tokenizer(recipe.model))
+    return "loaded"
+
+
+def read_grid(folder: Path) -> str:
+    """A grid as a sweep reads it, with the recipes of its arms."""
+    jobs = jobs_of(load_grid(folder / "grid.yaml"))
+    for job in jobs[:3]:
+        load_recipe(job.arguments[0], job.arguments[1:])
+    return f"{len(jobs)} runs"
+
+
+def read_whole_deepspeed(folder: Path) -> str:
+    """A DeepSpeed file of a script, up to an engine of DeepSpeed."""
+    single_process_environment()
+    meet(lambda: deepspeed.init_distributed(verbose=False))
+    rows = [{"input_ids": [1, 2, 3], "source": "a"} for _ in range(20)]
+    colm_ds.initialize(model=tiny_model("llama"), training_data=rows, config=str(folder / "whole.json"))
+    return "initialized"
+
+
+def read_environment(folder: Path) -> str:
+    """What a launcher sets, as a run takes it."""
+    values = json.loads((folder / "environment.json").read_text())
+    for name in values if isinstance(values, dict) else ():
+        os.environ.pop(name, None)
+        with contextlib.suppress(OSError, ValueError):  # what no environment can hold
+            os.environ[str(name)] = values[name] if isinstance(values[name], str) else json.dumps(values[name])
+    single_process_environment()
+    threads_of_rank()
+    meet(lambda: torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=2)))
+    return "met"
+
+
+def read_target(folder: Path) -> str:
+    """The target of a selector that compares with one."""
+    changes = ["colm.selector=less", f"colm.target.data={folder / 'target.jsonl'}", "colm.probe.estimator=sketch"]
+    recipe = load_recipe(folder / "recipe.yaml", changes)
+    assert isinstance(recipe, Recipe)
+    target, _ = load_target(recipe, load_tokenizer(recipe.model), load_cached(folder), None)
+    return f"{len(target or ())} examples"
+
+
+def read_losses(folder: Path) -> str:
+    """A table of reference losses."""
+    return f"{len(read_reference_losses(folder / 'table.pt', len(load_cached(folder))))} losses"
+
+
+def read_places(folder: Path) -> str:
+    """A subset of the data."""
+    data = load_cached(folder)
+    return f"{len(data.subset(read_subset(folder / 'subset.json', data.digest(), len(data))))} examples"
+
+
+def read_cache(folder: Path) -> str:
+    """Cached tokens, and the table of their mean vectors beside them: never changed ones."""
+    data = load_cached(folder)
+    vectors = torch.arange(512 * 4, dtype=torch.float32).reshape(512, 4) / 512
+    table = mean_table(data, vectors, SINGLE_PROCESS, 0, data.cache)
+    assert table is not None
+    return f"{data.digest()} {hashlib.sha256(table.numpy().tobytes()).hexdigest()}"
+
+
+def read_places_of_rows(folder: Path) -> str:
+    """Rows of every other format, a saved data set among them."""
+    counts = []
+    for name in ("saved", "rows.parquet", "rows.csv", "rows.json"):
+        rows = [row for some in read_rows(folder / name) for _, row in some]
+        counts.append(sum(not isinstance(row, DataError) for row in rows))
+    return f"{counts} rows"
+
+
 STEP = "run/checkpoints/step_4"
 TARGETS = [
     Target("recipe.yaml", "yaml", read_recipe, 6),
@@ -236,7 +414,25 @@ TARGETS = [
     Target("model/tokenizer.json", "json", read_model, 1),
     Target("model/tokenizer_config.json", "json", read_model, 1),
     Target("model/generation_config.json", "json", read_model, 1),
-    Target("model/model.safetensors", "bytes", read_model, 2),
+    Target("model/model.safetensors", "safetensors", read_model, 3),
+    Target("adapter/adapter_config.json", "json", read_adapter, 3),
+    Target("adapter/adapter_model.safetensors", "safetensors", read_adapter, 2),
+    Target("grid.yaml", "yaml", read_grid, 3),
+    Target("whole.json", "json", read_whole_deepspeed, 5),
+    Target("environment.json", "values", read_environment, 2),
+    Target("target.jsonl", "jsonl", read_target, 1),
+    Target("table.pt", "bytes", read_losses, 2),
+    Target("subset.json", "json", read_places, 2),
+    Target("cache/*/tokens.npy", "npy", read_cache, 1),
+    Target("cache/*/means.npy", "npy", read_cache, 1),
+    Target("cache/*/offsets.npy", "npy", read_cache, 1),
+    Target("cache/*/meta.json", "json", read_cache, 2),
+    Target("saved/state.json", "json", read_places_of_rows, 1),
+    Target("saved/dataset_info.json", "json", read_places_of_rows, 1),
+    Target("saved/data-00000-of-00001.arrow", "bytes", read_places_of_rows, 1),
+    Target("rows.parquet", "bytes", read_places_of_rows, 1),
+    Target("rows.csv", "bytes", read_places_of_rows, 1),
+    Target("rows.json", "json", read_places_of_rows, 1),
     Target(f"{STEP}/manifest_00000.json", "json", read_checkpoint, 4, same=True),
     Target(f"{STEP}/colm.pt", "bytes", read_checkpoint, 3, same=True),
     Target(f"{STEP}/colm_rank_00000.pt", "bytes", read_checkpoint, 1, same=True),
@@ -253,10 +449,14 @@ TARGETS = [
 ]
 
 
-def inputs(examples: Path, seed: int, number: int) -> Iterator[tuple[int, Target, bytes]]:
-    """Yield so many changed files, each with its number and target; the same for the same seed."""
-    weights = [target.share for target in TARGETS]
+def inputs(examples: Path, seed: int, number: int, word: str = "") -> Iterator[tuple[int, Target, bytes]]:
+    """Yield so many changed files, each with its number and target; the same for the same seed and word.
+
+    With a word only those whose path has it.
+    """
+    targets = [target for target in TARGETS if word in target.file]
+    weights = [target.share for target in targets]
     for index in range(number):
         draw = random.Random(f"{seed} {index}")
-        target = draw.choices(TARGETS, weights)[0]
-        yield index, target, changed_text((examples / target.file).read_bytes(), draw, target.kind)
+        target = draw.choices(targets, weights)[0]
+        yield index, target, changed_text(target.path(examples).read_bytes(), draw, target.kind)

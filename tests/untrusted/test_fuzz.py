@@ -1,7 +1,7 @@
 """Whatever is sent: it works, or one message says what is wrong, or a checkpoint is said to be unused.
 
 Never a traceback, a crash, a hang, or more than 2 GiB.
-`python -m tests.untrusted.test_fuzz SEED NUMBER` prints all faults.
+`python -m tests.untrusted.test_fuzz SEED NUMBER [WORD]` prints all faults; with a word, of files whose path has it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def tried_on(target: Target, content: bytes, examples: Path, scratch: Path) -> E
     folder = scratch / "copy"
     shutil.copytree(examples, folder)
     try:
-        for file in ("recipe.yaml", "run/config.json"):  # paths in them are the copy's
+        for file in ("recipe.yaml", "run/config.json", "grid.yaml"):  # paths in them are the copy's
             path = folder / file
             path.write_bytes(path.read_bytes().replace(str(examples).encode(), str(folder).encode()))
         content = content.replace(str(examples).encode(), str(folder).encode())
-        (folder / target.file).write_bytes(content)
+        target.path(folder).write_bytes(content)
         return tried(lambda: target.read(folder), LIMIT_S)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -55,7 +55,7 @@ def faults(examples: Path, scratch: Path, seed: int, number: int) -> Iterator[tu
 def test_the_unchanged_examples_work(examples: Path, tmp_path: Path) -> None:
     """Or the tests below would mean nothing."""
     for target in {target.read: target for target in TARGETS}.values():
-        end = tried_on(target, (examples / target.file).read_bytes(), examples, tmp_path)
+        end = tried_on(target, target.path(examples).read_bytes(), examples, tmp_path)
         assert end.kind == "worked", (target, end.text)
 
 
@@ -96,14 +96,14 @@ def test_the_watchdog_sees_what_may_not_be() -> None:
     assert not End("said", " ", 0.0, 0.0).is_good
 
 
-def main(seed: int, number: int) -> None:
+def main(seed: int, number: int, word: str = "") -> None:
     """Print every fault, and how many inputs ended how."""
     with tempfile.TemporaryDirectory() as scratch:
         examples = Path(scratch) / "all"
         examples.mkdir()
         make_examples(examples)
         counts: Counter[str] = Counter()
-        for index, target, content in inputs(examples, seed, number):
+        for index, target, content in inputs(examples, seed, number, word):
             end = tried_on(target, content, examples, Path(scratch))
             good = end.is_good and not (target.same and end.text not in ("step 2", "step 4"))
             counts[end.kind if good else "FAULT"] += 1
@@ -113,4 +113,4 @@ def main(seed: int, number: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
