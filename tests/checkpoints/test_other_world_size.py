@@ -47,7 +47,11 @@ def load_and_go_on(case: Case, folder: str) -> dict[str, Any]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-stage{case.stage}")
+@pytest.mark.parametrize(
+    "case",
+    [case if case.stage == 3 else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    ids=lambda case: f"{case.name}-stage{case.stage}",
+)
 def test_resharding(case: Case, before: int, after: int, pools: dict[int, Ranks], tmp_path: Path) -> None:
     expected = pools[before].run(save_and_go_on, case, str(tmp_path))[0]
     found = pools[after].run(load_and_go_on, case, str(tmp_path))[0]

@@ -1,13 +1,14 @@
-"""A step's update is that of the plain loop over its coreset, whatever the stage, the ranks and the micro-batches."""
+"""The update is the one of a plain loop over the coresets, which are the same on any ranks and at any stage of ZeRO."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.engine.cases import MATRIX, matrix_ids
+from colm_ds.batching.mixture import MixtureSampler
+from tests.engine.cases import ESTIMATORS, MATRIX, matrix_case, matrix_ids
 from tests.engine.conftest import Oracle, Runner
 from tests.engine.oracle import largest_difference
-from tests.engine.training import CORESET, LARGE, NO_DROPOUT, NOTHING_PERSISTS, Case
+from tests.engine.training import CORESET, LARGE, NO_DROPOUT, NOTHING_PERSISTS, SMALL_SOURCES, Case, Record
 
 TOLERANCE = 1e-6
 """Between parameters after 5 steps of learning rate 1e-3, float32."""
@@ -89,6 +90,36 @@ def check(case: Case, world_size: int, outcomes: Runner, plain_runs: Oracle) -> 
 @pytest.mark.parametrize(("case", "world_size"), MATRIX, ids=matrix_ids())
 def test_update_is_the_plain_one(case: Case, world_size: int, outcomes: Runner, plain_runs: Oracle) -> None:
     check(case, world_size, outcomes, plain_runs)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_ranks_and_stages_choose_the_same(estimator: str, lora: bool, outcomes: Runner) -> None:
+    wanted = outcomes(matrix_case(estimator, lora, 0), 1)[0].chosen
+    assert len(wanted) == 5
+    assert len({tuple(chosen) for chosen in wanted}) == 5
+    for stage in range(4):
+        for seen in outcomes(matrix_case(estimator, lora, stage), 2):
+            assert seen.chosen == wanted, f"stage {stage}"
+
+
+@pytest.mark.distributed
+def test_large_batches_follow_from_seed_and_step(outcomes: Runner, data: list[Record]) -> None:
+    sampler = MixtureSampler(len(data), LARGE, seed=3)
+    for estimator in ESTIMATORS:
+        for step, seen in enumerate(outcomes(matrix_case(estimator, False, 0), 2)[1].steps, start=1):
+            assert seen.large == sampler.indices(step).tolist()
+
+
+@pytest.mark.distributed
+def test_small_sources_are_kept_whole(outcomes: Runner, data: list[Record]) -> None:
+    for estimator in ESTIMATORS:
+        for step in outcomes(matrix_case(estimator, False, 0), 1)[0].steps:
+            small = {index for index in step.large if data[index]["source"] in SMALL_SOURCES}
+            assert small <= set(step.chosen)
+            assert len(step.chosen) == len(set(step.chosen)) == CORESET
+            assert set(step.chosen) <= set(step.large)
 
 
 @pytest.mark.distributed

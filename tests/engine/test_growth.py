@@ -40,11 +40,8 @@ def alive_after(case: Case, checks: list[int]) -> list[tuple[int, int]]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    "case",
-    [case if case.name == "replay" else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
-    ids=lambda case: case.name,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_nothing_accumulates(case: Case, pools: dict[int, Ranks]) -> None:
     for before, after in pools[2].run(alive_after, case, [10, 60]):
         assert after[0] <= before[0] + 10  # one a step would be 50 more

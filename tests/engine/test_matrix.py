@@ -62,7 +62,7 @@ class InFloat32(Case):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("place", PLACES)
 def test_float32(place: str, lora: bool, world_size: int, outcomes: Runner, plain_runs: Oracle) -> None:
@@ -75,7 +75,7 @@ def test_float32(place: str, lora: bool, world_size: int, outcomes: Runner, plai
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("place", PLACES)
 def test_bf16(place: str, lora: bool, world_size: int, outcomes: Runner) -> None:
@@ -93,7 +93,7 @@ def test_bf16(place: str, lora: bool, world_size: int, outcomes: Runner) -> None
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("place", PLACES)
 def test_bf16_chooses_the_same(place: str, lora: bool, world_size: int, outcomes: Runner) -> None:

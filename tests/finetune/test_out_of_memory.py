@@ -18,14 +18,8 @@ PORT = str(worker_port(44))
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("ranks", "phase"),
-    [
-        ("1", "forward"),
-        pytest.param("0", "probe", marks=pytest.mark.slow),
-        pytest.param("0,1", "forward", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "phase"), [("1", "forward"), ("0", "probe"), ("0,1", "forward")])
 def test_message_once_and_advice(ranks: str, phase: str, tmp_path: Path) -> None:
     write_mixture(tmp_path / "data", seed=1, scale=0.02)
     path = tmp_path / "recipe.yaml"

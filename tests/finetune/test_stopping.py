@@ -86,9 +86,8 @@ def newest(output: Path) -> int:
     return found.step
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_to_a_rank(number: signal.Signals, folder: Path, tmp_path: Path) -> None:
     """The step is finished, a checkpoint written, the exit code tells; the same command goes on from there."""
     run = Started(folder, tmp_path, steps=STEPS)

@@ -32,6 +32,7 @@ def results(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_question_sets_and_the_run_s_own_store(run: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     shutil.rmtree(data / "pile5")  # so that there is no other text for perplexity

@@ -93,10 +93,11 @@ def test_help(script: Path) -> None:
         pytest.param(["stepps=2"], {}, "Did you mean 'steps'", marks=pytest.mark.slow),
         pytest.param(["steps=2"], {"QUESTIONS": "nowhere"}, "nowhere: no such folder", marks=pytest.mark.slow),
         ([str(ROOT / "pretrain" / "recipes" / "cpu_pile5.yaml"), "data.store=runs/none"], {}, "no data was named"),
-        (
+        pytest.param(
             [str(ROOT / "finetune" / "recipes" / "demo.yaml"), f"data.train={ROOT}", f"data.heldout={ROOT}"],
             {},
             "not a recipe for pretraining",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -40,6 +40,7 @@ def alone(values: dict[str, Any], folder: Path, what: str) -> subprocess.Complet
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
 
 
+@pytest.mark.slow
 def test_weights_are_there_when_the_evaluation_fails(data: Path, tmp_path: Path) -> None:
     values = recipe(data, tmp_path)
     done = alone(values, tmp_path, "evaluation")
