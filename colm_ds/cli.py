@@ -453,7 +453,8 @@ COMMANDS: dict[str, Command] = {
     "demo": Command(
         "train six arms on a small mixture made here: a table, a report, an answer; minutes on two cores",
         "Train a small Llama on a mixture that this command writes itself, plainly and on chosen coresets, at equal "
-        "steps and at equal seconds, and say what was won at which price. Needs no data, no weights and no network.",
+        "steps and at equal seconds, and say what was won at which price. Needs no data, no weights and no network. "
+        "The same command skips what is finished and resumes what is not.",
         _set_up_demo,
         "--out runs/demo",
     ),

@@ -113,7 +113,8 @@ class PartFailedError(CoLMError):
 
     def __init__(self, part: str, code: int) -> None:
         """Name the part and its exit code."""
-        super().__init__(f"{part} ended with exit code {code}. The same command resumes from what is done.")
+        cure = "Once the cause is gone, the same command resumes from what is done."
+        super().__init__(f"{part} ended with exit code {code}. {cure}")
         self.code = code
 
 

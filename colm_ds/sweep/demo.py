@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
 from colm_ds.data.generated.mixture import write_mixture
-from colm_ds.errors import ConfigError, PartFailedError
+from colm_ds.errors import Attempts, ConfigError, PartFailedError
 from colm_ds.process.launch import add_num_gpus, ranks_command
-from colm_ds.recipes.recipe import load_recipe
+from colm_ds.recipes.recipe import BaseRecipe, load_recipe
 from colm_ds.report import compare, load_run
 from colm_ds.report.arms import Arm, make_arms
 from colm_ds.report.facts import LOSS, Curve
 from colm_ds.report.tables import Column, Table, compact, format_terminal
+from colm_ds.run_folder.contents import CONFIG
+from colm_ds.run_folder.files import read_object
+from colm_ds.run_folder.read import is_finished
 from colm_ds.sweep.jobs import default_ranks
+from colm_ds.training.start_or_resume import check_finished
 
 RECIPE = Path(str(files("colm_ds.sweep") / "demo.yaml"))
 
@@ -55,7 +61,7 @@ ARMS = (
 
 
 def run_demo(out: Path, changes: Sequence[str], num_ranks: int, port: int) -> str:
-    """Write the mixture, train all arms, write the report; return the table and the answer.
+    """Write the mixture, train the arms that are not finished, write the report; return the table and the answer.
 
     Args:
         out: folder of data, runs and report.
@@ -64,23 +70,34 @@ def run_demo(out: Path, changes: Sequence[str], num_ranks: int, port: int) -> st
         port: port of the launcher.
 
     Raises:
-        ConfigError: if a change is wrong, before anything is written.
+        ConfigError: if a change is wrong, before anything is written, or a finished run has other settings.
         PartFailedError: if a run fails.
     """
+    if own := [change for change in changes if change.startswith(("name=", "output_dir="))]:
+        raise ConfigError(f"{own[0]}: the demo names its runs itself. Leave it out; --out names the folder of all.")
     data = out / "data"
     paths = [f"tokenizer={data}/tokenizer", f"data.train={data}/train.jsonl", f"data.heldout={data}/heldout.jsonl"]
     steps = load_recipe(RECIPE, [*paths, *changes], needs_files=False).steps
     if not isinstance(steps, int):
         raise ConfigError(f"steps = {steps!r}: the demo counts steps. Write a whole number.")
+    words, finished, attempts = {}, set(), Attempts(str(out))
+    for arm in ARMS:
+        own = [f"name={json.dumps(arm.name)}", f"output_dir={out / arm.folder}", *paths, *arm.changes, *changes]
+        words[arm] = [*own, f"steps={-(-steps // arm.part_of_steps)}"]
+        recipe = load_recipe(RECIPE, words[arm], needs_files=False)
+        if not recipe.overwrite and is_finished(recipe.output_dir):
+            finished.add(arm)
+            attempts.of(partial(_check_finished, recipe, num_ranks))
+    attempts.raise_if_any()
     _say(f"writing the mixture to {data}")
     write_mixture(data)
     for arm in ARMS:
-        folder = out / arm.folder
+        if arm in finished:
+            _say(f"{arm.name}: finished already")
+            continue
         _say(f"{arm.name}, {num_ranks} rank{'s' * (num_ranks > 1)}")
-        words = [f"name={arm.name}", f"output_dir={folder}", *paths, *arm.changes, *changes]
-        words.append(f"steps={-(-steps // arm.part_of_steps)}")
         environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        command = ranks_command(["train", str(RECIPE), *words], num_ranks, port=port)
+        command = ranks_command(["train", str(RECIPE), *words[arm]], num_ranks, port=port)
         code = subprocess.run(command, check=False, env=environment).returncode
         if code:
             raise PartFailedError(arm.name, code)
@@ -88,6 +105,18 @@ def run_demo(out: Path, changes: Sequence[str], num_ranks: int, port: int) -> st
     compare(runs, out)
     arms = {arm.name: arm for arm in make_arms({arm.name: [run] for arm, run in zip(ARMS, runs, strict=True)})}
     return "\n".join([format_terminal(budget_table(arms)), "", *answer(arms)])
+
+
+_CURE = "give another --out, or overwrite=true to train all arms anew."
+
+
+def _check_finished(recipe: BaseRecipe, num_ranks: int) -> None:
+    """Raise unless a finished run is what would be trained now, on as many ranks and measured as often."""
+    check_finished(recipe, also=("evaluation",), cure=_CURE)
+    ranks = read_object(Path(recipe.output_dir) / CONFIG).get("world_size")
+    if ranks != num_ranks:
+        where = f"{recipe.output_dir}: was trained on {ranks} ranks, not {num_ranks}"
+        raise ConfigError(f"{where}. Add --num-gpus {ranks}, {_CURE}")
 
 
 def budget_table(arms: dict[str, Arm]) -> Table:

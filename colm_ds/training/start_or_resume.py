@@ -35,6 +35,9 @@ _MAY_CHANGE = {
 """Keys that say how a run computes or where things are, and not what it computes (paths may have moved)."""
 
 
+_CURE = "choose another output_dir, or overwrite=true to start over."
+
+
 def where_to_start(recipe: BaseRecipe) -> atomic.Checkpoint | None:
     """Return the checkpoint to resume from; None: start a new run. Reads files only, on one rank.
 
@@ -99,19 +102,24 @@ def _check_same(recipe: BaseRecipe, config: Path) -> None:
         )
 
 
-def check_finished(recipe: BaseRecipe) -> None:
+def check_finished(recipe: BaseRecipe, *, also: Collection[str] = (), cure: str = _CURE) -> None:
     """Compare a recipe with the finished run in its folder.
+
+    Args:
+        recipe: what would be run there.
+        also: keys that do not change what is trained but have to be the same, too.
+        cure: end of the error's message, after "Put that back, ".
 
     Raises:
         ConfigError: if the run was made by another one.
     """
     folder = Path(recipe.output_dir)
-    differences = recipe_differences(read_object(folder / CONFIG).get("recipe") or {}, recipe, _MAY_CHANGE)
+    differences = recipe_differences(read_object(folder / CONFIG).get("recipe") or {}, recipe, _MAY_CHANGE - set(also))
     if differences:
         raise ConfigError(
             f"{folder}: holds a finished run of another recipe.\n  "
             + "\n  ".join(differences)
-            + "\n  Put that back, choose another output_dir, or overwrite=true to start over."
+            + f"\n  Put that back, {cure}"
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from colm_ds.cli import main
 from tests.ports import worker_port
 
 pytestmark = pytest.mark.timeout(900)
@@ -62,6 +63,35 @@ def test_the_demo_trains_six_arms_and_compares_them(demo: tuple[Path, str]) -> N
     word = "lower" if difference >= 0 else "higher"
     assert f"{abs(difference):.3f} nats per token {word}: {losses['tokens']:.3f} against" in shown
     assert f"ends at {losses['plain_half']:.3f}" in shown
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not (ROOT / ".venv" / "bin" / "python").exists(), reason="the demo would install .venv")
+def test_the_same_command_skips_what_is_finished(
+    demo: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = demo[0] / "runs" / "demo"
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = ["demo", "--out", str(folder), "--num-gpus", "1", "--port", str(worker_port(22)), "evaluation.every=0"]
+    before = {name: (folder / name / "metrics.jsonl").read_bytes() for name in ARMS}  # has the seconds of each step
+
+    assert main([*command, "steps=3"]) == 2
+    refused = capfd.readouterr().err
+    assert refused.count("steps: 2 there, 3 here") == 5
+    assert f"{folder / 'plain_half'}: holds" in refused  # 1 there, 2 here
+    assert main([*command, "steps=2", "output_dir=elsewhere"]) == 2
+    assert main([*command, "steps=2", "evaluation.every=1"]) == 2
+    assert {name: (folder / name / "metrics.jsonl").read_bytes() for name in ARMS} == before
+
+    (folder / "plain_half" / "summary.json").unlink()
+    assert main([*command, "steps=2"]) == 0
+    shown = capfd.readouterr().out
+    assert shown.count("finished already") == 5
+    assert "demo: plain 64, half the steps, 1 rank\n" in shown
+    assert json.loads((folder / "plain_half" / "summary.json").read_text())["status"] == "finished"
+    after = {name: (folder / name / "metrics.jsonl").read_bytes() for name in ARMS}
+    assert [name for name in ARMS if after[name] != before[name]] == ["plain_half"]
 
 
 @pytest.mark.distributed
