@@ -274,12 +274,13 @@ def _set_up_preview(parser: argparse.ArgumentParser) -> None:
 
 def _preview(options: argparse.Namespace) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is trained here
-    from colm_ds.recipes.model import quiet_libraries
     from colm_ds.recipes.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)  # first: a typo is said before torch is imported
+    from colm_ds.recipes.model import quiet_libraries
     from colm_ds.training.preview import preview
 
     quiet_libraries()
-    recipe = load_recipe(options.recipe, options.overrides)
     print(visible(preview(recipe, num_examples=options.examples, with_coreset=not options.no_coreset)))
 
 
@@ -324,17 +325,18 @@ def _set_up_plan(parser: argparse.ArgumentParser) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed here
-    from colm_ds.planner.job import job_of_recipe
-    from colm_ds.planner.plan_report import comparison, format_comparison, format_plan, plan_report
-    from colm_ds.recipes.model import quiet_libraries
     from colm_ds.recipes.recipe import load_recipe
 
-    quiet_libraries()
     for name in ("num_gpus", "gpu_memory_gib", "label_share", "tflops", "mean_length"):
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} {value:g}: not more than 0.")
-    recipe = load_recipe(options.recipe, options.overrides, needs_files=False)
+    recipe = load_recipe(options.recipe, options.overrides, needs_files=False)  # before torch is imported
+    from colm_ds.planner.job import job_of_recipe
+    from colm_ds.planner.plan_report import comparison, format_comparison, format_plan, plan_report
+    from colm_ds.recipes.model import quiet_libraries
+
+    quiet_libraries()
     try:
         job = job_of_recipe(
             recipe,

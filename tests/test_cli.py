@@ -17,8 +17,10 @@ import pretrain.evaluate
 import pretrain.prepare
 import pretrain.train
 from colm_ds import cli
+from colm_ds.config.colm import WITHOUT_VECTORS
 from colm_ds.errors import ConfigError
 from colm_ds.process import launch
+from colm_ds.selection import SELECTORS, needs_of
 
 SCRIPTS = {
     finetune.train: "train",
@@ -145,6 +147,7 @@ def test_several_ranks_are_started_by_the_launcher(monkeypatch: pytest.MonkeyPat
     started: list[list[str]] = []
     monkeypatch.setattr(launch.os, "execv", lambda program, command: started.append(command))
     monkeypatch.setattr("colm_ds.training.train_command.run", lambda options: None)
+    monkeypatch.setattr("colm_ds.training.train_command.load_recipe", lambda path, changes: None)  # which is not there
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert cli.main(["train", "--num-gpus", "2", "recipe.yaml", "steps=3", "--port=29999"]) == 0
@@ -167,3 +170,42 @@ def test_a_file_that_the_demo_makes_is_said(capsys: pytest.CaptureFixture[str], 
     recipe = str(repo_root / "finetune" / "recipes" / "demo.yaml")
     assert cli.main(["preview", recipe, "data.train=runs/not_there/data/train.jsonl"]) == 2
     assert "colm-ds demo" in capsys.readouterr().err
+
+
+def test_a_wrong_recipe_is_said_before_torch_is_imported(tmp_path: Path, repo_root: Path) -> None:
+    texts = {
+        "key.yaml": (repo_root / "finetune/recipes/demo.yaml").read_text().replace("../..", str(repo_root))
+        + "stepz: 3\n",
+        "store.yaml": (repo_root / "pretrain/recipes/demo.yaml").read_text() + "stepz: 3\n",
+        "broken.yaml": "steps: [1\n",
+        "grid.yaml": (repo_root / "finetune/grids/table1_cpu.yaml").read_text() + "stepz: 3\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    grid, store = ["sweep", "grid.yaml"], ["prepare", "store.yaml", "--data", "here"]
+    calls = [[name, "key.yaml"] for name in ("train", "plan", "check", "preview")] + [["pretrain", "store.yaml"]]
+    calls += [["train", "key.yaml", "--num-gpus", "2"], grid, store]
+    calls += [[name, file, *more] for name, _, *more in calls for file in ("broken.yaml", "missing.yaml")]
+    calls += [["train", "key.yaml", "steps"], ["sweep", "grid.yaml", "steps"]]
+    code = f"""
+import contextlib, io, os, sys
+from colm_ds.cli import main
+os.chdir({str(tmp_path)!r})
+for name in ("RANK", "MASTER_ADDR"):
+    os.environ.pop(name, None)
+for words in {calls!r}:
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        code = main(words)
+    heavy = {{"torch", "transformers", "deepspeed", "matplotlib", "pandas"}} & set(sys.modules)
+    if code != 2 or heavy or not any(word in told.getvalue() for word in ("stepz: unknown", "no such", "not readable")):
+        sys.exit(f"{{words}}: {{code}} {{heavy}} {{told.getvalue()}}")
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_selectors_known_to_compare_no_vectors_compare_none() -> None:
+    compares = {name for name in SELECTORS if needs_of(name).vectors}
+    assert compares
+    assert not compares & set(WITHOUT_VECTORS)
+    assert set(WITHOUT_VECTORS) <= set(SELECTORS)

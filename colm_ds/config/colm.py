@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from colm_ds.config.section import Section
-from colm_ds.selection import Needs, needs_of
+
+if TYPE_CHECKING:
+    from colm_ds.selection import Needs
 
 
 class MaskConfig(Section):
@@ -195,21 +197,21 @@ def with_preset(values: Any) -> Any:
         probe = probe.model_dump(exclude_unset=True)
     tokens = isinstance(probe, Mapping) and probe.get("estimator") == "tokens"
     fitting = dict(FITS_TOKENS if tokens else FITS_GRADIENTS)
-    needs = _needs_in(values)
-    if tokens and (values.get("selector") == "balanced" or needs.vectors):
+    vectors = _compares_vectors(values)
+    if tokens and (values.get("selector") == "balanced" or vectors):
         fitting["weights"] = "uniform"
-    if needs.vectors and not tokens:
+    if vectors and not tokens:
         fitting["geometry"] = "adam" if values.get("selector") == "opus" else "plain"
     stored = isinstance(probe, Mapping) and probe.get("source") == "store"
     if stored:
         fitting["geometry"] = "plain"
     preset = PRESETS.get(str(values.get("preset")), {})
     filled = {key: value for key, value in values.items() if not (key in fitting and _is_auto(value))}
-    if needs.vectors and (probe is None or (isinstance(probe, Mapping) and "estimator" not in probe)):
+    if vectors and (probe is None or (isinstance(probe, Mapping) and "estimator" not in probe)):
         filled["probe"] = {**(probe or {}), "estimator": "sketch"}
     if stored and isinstance(probe, Mapping):
         filled["probe"] = {"estimator": "sketch", "refresh": "run", **probe}
-    if tokens or needs.vectors or stored:
+    if tokens or vectors or stored:
         filled = {**fitting, **filled}
     for key, pinned in preset.items():
         written = filled.get(key, {})
@@ -222,10 +224,18 @@ def with_preset(values: Any) -> Any:
     return {**fitting, **filled}
 
 
-def _needs_in(values: Mapping[str, Any]) -> Needs:
-    """Return what the selector that is written in a section needs."""
-    options = values.get("options")
-    return needs_of(str(values.get("selector", "colm")), options if isinstance(options, Mapping) else {})
+WITHOUT_VECTORS = ("colm", "random", "keep_random", "full", "balanced")
+"""Selectors that do not compare gradients as vectors: known here, so that checking their keys needs no torch."""
+
+
+def _compares_vectors(values: Mapping[str, Any]) -> bool:
+    """Return whether the selector that is written in a section compares gradients as vectors."""
+    name, options = values.get("selector", "colm"), values.get("options")
+    if name in WITHOUT_VECTORS:
+        return False
+    from colm_ds.selection import needs_of
+
+    return needs_of(str(name), options if isinstance(options, Mapping) else {}).vectors
 
 
 def _is_auto(value: Any) -> bool:
@@ -321,6 +331,8 @@ class CoLMSection(Section):
     @property
     def needs(self) -> Needs:
         """Return what the selector needs with its options."""
+        from colm_ds.selection import needs_of
+
         return needs_of(self.selector, self.options, self.outer_rules)
 
     @property

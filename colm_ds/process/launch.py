@@ -60,7 +60,7 @@ def relaunch(subcommand: str, words: Sequence[str], options: argparse.Namespace)
     Args:
         subcommand: its name.
         words: its arguments, as they were given.
-        options: the same, parsed, with `num_gpus` and `port`.
+        options: the same, parsed, with `num_gpus` and `port`; what `check` raises of them is said here, once.
 
     Raises:
         ConfigError: if this process was started as a rank already.
@@ -75,6 +75,8 @@ def relaunch(subcommand: str, words: Sequence[str], options: argparse.Namespace)
         )
     if options.num_gpus == 1:
         return
+    if check := getattr(options, "check", None):
+        check(options)
     kept = _without(words, ("--num-gpus", "--port"))
     command = ranks_command([subcommand, *kept], options.num_gpus, port=options.port)
     sys.stdout.flush()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from colm_ds.errors import CheckpointError, Problems
 from colm_ds.run_folder.files import read_object
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -93,6 +93,7 @@ def load_adapter(model: Any, folder: str | Path) -> None:
         CheckpointError: if they cannot be read, or tensors are missing, left over, of other shapes or not finite.
     """
     import peft
+    from safetensors import SafetensorError
 
     try:
         weights = peft.load_peft_weights(str(folder), device="cpu")

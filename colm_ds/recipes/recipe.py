@@ -288,8 +288,7 @@ def read_values(path: Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         loaded = read_yaml(path)
     except FileNotFoundError:
-        near = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
-        raise ConfigError(f"{path}: no such recipe." + (f" In that folder: {near}." if near else "")) from None
+        raise no_such_file(path, "recipe") from None
     except (ValueError, OSError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}. Write `key: value` lines.") from None
     if not isinstance(loaded, dict):
@@ -305,6 +304,12 @@ def read_values(path: Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
     inherited = read_values(place, (*_above, path.resolve()))
     _resolve_paths(inherited, place.parent, Problems(""))  # missing files are reported with the whole recipe
     return {**inherited, **loaded}
+
+
+def no_such_file(path: Path, kind: str) -> ConfigError:
+    """Return the error for a YAML file that is missing; it names those that are there."""
+    near = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
+    return ConfigError(f"{path}: no such {kind}." + (f" In that folder: {near}." if near else ""))
 
 
 def describe_keys(kind: type[Section] = Recipe, prefix: str = "") -> list[str]:

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from colm_ds.config.section import Section, validate_section
 from colm_ds.errors import ConfigError, Problems
+from colm_ds.recipes.recipe import no_such_file
 from colm_ds.untrusted.yaml_text import read_yaml
 
 
@@ -88,6 +89,8 @@ def load_grid(path: str | Path, changes: Sequence[str] = (), seeds: Sequence[int
     path = Path(path)
     try:
         loaded = read_yaml(path)
+    except FileNotFoundError:
+        raise no_such_file(path, "grid") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not readable as a grid: {error}. Write a YAML file.") from None
     problems = Problems(str(path))

@@ -15,16 +15,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from colm_ds.errors import ConfigError
 from colm_ds.process.launch import ranks_command
 from colm_ds.recipes.recipe import read_values
-from colm_ds.report import Run, compare, load_run, result_tables
 from colm_ds.run_folder.contents import EVALUATION, METRICS, RESULTS
 from colm_ds.run_folder.files import read_object
 from colm_ds.run_folder.read import is_finished
 from colm_ds.sweep.grid import Grid, SweepJob, jobs_of
+
+if TYPE_CHECKING:
+    from colm_ds.report import Run
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ def run_sweep(grid: Grid, say: Callable[[str], None] = print) -> dict[str, Any]:
     Raises:
         ConfigError: if the preparations of the arms fail.
     """
+    from colm_ds.report import compare, load_run, result_tables
+
     started = time.monotonic()
     for path, command in grid.prepare.items():
         _prepare(Path(path), command, say)

@@ -8,17 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from colm_ds.data.generated.text import SHARES, write_text
-from colm_ds.data.pretraining.token_store import MANIFEST, TokenStore
 from colm_ds.errors import ConfigError, PartFailedError
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.process.launch import add_num_gpus, ranks_command
 from colm_ds.recipes.recipe import PretrainingRecipe, load_recipe
-from colm_ds.report import compare, load_run
-from colm_ds.report.tables import format_terminal
-from colm_ds.run_folder.read import is_finished
-from colm_ds.sweep import default_ranks
-from colm_ds.training.start_or_resume import check_finished, check_same_data
+from colm_ds.run_folder.read import is_finished, load_run
 from colm_ds.untrusted.printable import visible
 
 
@@ -29,7 +23,7 @@ def run_all(
     data: Sequence[str],
     megabytes: float,
     questions: str | None,
-    num_ranks: int,
+    num_ranks: int | None,
     port: int,
 ) -> Path:
     """Run the unfinished parts of a run; return the page of its report.
@@ -41,7 +35,7 @@ def run_all(
             the store must exist.
         megabytes: megabytes of generated text.
         questions: folder with WiC, COPA and SQuAD; None: perplexity only.
-        num_ranks: ranks that train and evaluate.
+        num_ranks: ranks that train and evaluate; None: one per GPU, two without any.
         port: port of the launcher.
 
     Raises:
@@ -54,6 +48,12 @@ def run_all(
     if questions is not None and not Path(questions).is_dir():
         raise ConfigError(f"QUESTIONS = {questions}: no such folder.")
     arguments = [recipe_path, *overrides]
+    from colm_ds.report import compare
+    from colm_ds.report.tables import format_terminal
+    from colm_ds.sweep.jobs import default_ranks
+    from colm_ds.training.start_or_resume import check_finished
+
+    num_ranks = num_ranks or default_ranks()
     _prepare(recipe, arguments, data, megabytes)
     out = Path(recipe.output_dir)
     if is_finished(out) and not recipe.overwrite:
@@ -76,6 +76,9 @@ def run_all(
 
 
 def _prepare(recipe: PretrainingRecipe, arguments: Sequence[str], data: Sequence[str], megabytes: float) -> None:
+    from colm_ds.data.generated.text import SHARES, write_text
+    from colm_ds.data.pretraining.token_store import MANIFEST
+
     store = Path(recipe.data.store)
     places = list(data)
     if not places and recipe.data.weights and set(recipe.data.weights) <= set(SHARES):
@@ -97,6 +100,9 @@ def _prepare(recipe: PretrainingRecipe, arguments: Sequence[str], data: Sequence
 
 def _check_store(recipe: PretrainingRecipe, out: Path) -> None:
     """Raise unless the finished run was trained on the store that it is measured on."""
+    from colm_ds.data.pretraining.token_store import TokenStore
+    from colm_ds.training.start_or_resume import check_same_data
+
     digest = load_run(out).config.get("store_digest")
     if digest is not None:
         now = {"place": recipe.data.store, "digest": TokenStore(recipe.data.store).digest}
@@ -138,7 +144,7 @@ def run(options: argparse.Namespace) -> int:
             data=options.data,
             megabytes=options.megabytes,
             questions=options.questions,
-            num_ranks=options.num_gpus or default_ranks(),
+            num_ranks=options.num_gpus,
             port=options.port,
         )
     except KeyboardInterrupt:

@@ -40,8 +40,6 @@ def run(options: argparse.Namespace) -> int:
         ConfigError: if recipe, files and the store's folder contradict each other.
         DataError: for files that cannot be used.
     """
-    from colm_ds.data.pretraining.store_preparation import Preparation, prepare
-    from colm_ds.data.pretraining.store_table import format_table
     from colm_ds.recipes.recipe import PretrainingRecipe, load_recipe
 
     places, changes = _sort_out(options.data)
@@ -52,6 +50,9 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"{options.recipe}: not a recipe for pretraining (task: pretraining).")
     if options.processes < 1:
         raise ConfigError(f"--processes {options.processes}: must be at least 1.")
+    from colm_ds.data.pretraining.store_preparation import Preparation, prepare
+    from colm_ds.data.pretraining.store_table import format_table
+
     asked, data = recipe.prepare, recipe.data
     wanted = Preparation(
         places,

@@ -72,14 +72,14 @@ from colm_ds.types import StepStats
 from colm_ds.untrusted.printable import visible
 
 
-def run(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
+def run(recipe: BaseRecipe | str | Path, overrides: Sequence[str] = ()) -> None:
     """Train as a recipe says, under a launcher or alone.
 
     The process ends with an `ExitCode`.
 
     Args:
-        recipe_path: the YAML file.
-        overrides: `key=value` changes to it.
+        recipe: the YAML file; or the recipe, read already.
+        overrides: `key=value` changes to the file.
     """
     stop = StopRequest()
     single_process_environment()
@@ -91,9 +91,10 @@ def run(recipe_path: str | Path, overrides: Sequence[str] = ()) -> None:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     meet(lambda: deepspeed.init_distributed(verbose=False))
     device = torch.device(accelerator.current_device_name())
-    recipe = together(lambda: load_recipe(recipe_path, overrides), device)
+    place = recipe
+    read = together(lambda: place if isinstance(place, BaseRecipe) else load_recipe(place, overrides), device)
     with crashes_explained():
-        code = TrainingRun(recipe, device, stop).train()
+        code = TrainingRun(read, device, stop).train()
     dist.barrier()  # the launcher ends the others once one is gone
     dist.destroy_process_group()
     if code:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from colm_ds.process.launch import add_num_gpus
+from colm_ds.recipes.recipe import RECIPES, BaseRecipe, describe_keys, load_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,25 +20,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides", nargs="*", default=[], metavar="key=value", help="changes, e.g. steps=20 colm.coreset_size=8"
     )
     add_num_gpus(parser, "the ranks of the launcher that started this, else one")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, check=_read)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train, and exit with an `ExitCode`."""
+    """Train, and exit with an `ExitCode`. A process that is alone reads the recipe before it imports torch."""
+    is_rank = "RANK" in os.environ or "MASTER_ADDR" in os.environ  # ranks read it together, and one says the error
+    recipe = options.recipe if is_rank else _read(options)
     from colm_ds.process.exit import exit_process
     from colm_ds.training.run import run as train
 
     try:
-        train(options.recipe, options.overrides)
+        train(recipe, options.overrides)
     except SystemExit as end:
         exit_process(end.code)
     exit_process(0)
 
 
+def _read(options: argparse.Namespace) -> BaseRecipe:
+    return load_recipe(options.recipe, options.overrides)
+
+
 def _keys() -> list[str]:
     """List the keys of the first kind of recipe, then those that other kinds add or change."""
-    from colm_ds.recipes.recipe import RECIPES, describe_keys
-
     (_, kind), *others = RECIPES.items()
     shared = describe_keys(kind)
     lines = ["Keys of a recipe (default): what they do", *shared]

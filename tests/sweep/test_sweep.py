@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from colm_ds import report
 from colm_ds.data.generated.mixture import write_mixture
 from colm_ds.errors import ConfigError
 from colm_ds.report import compare
@@ -78,7 +79,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return fake_run(grid, job, place)
 
     monkeypatch.setattr(sweep, "_run", run)
-    monkeypatch.setattr(sweep, "compare", lambda runs, out, against: None)
+    monkeypatch.setattr(report, "compare", lambda runs, out, against: None)
     return started
 
 
@@ -134,7 +135,7 @@ def test_paired_differences_to_controls(faked: list[str], tmp_path: Path) -> Non
 
 
 def test_the_report_of_a_sweep(faked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "compare", compare)
+    monkeypatch.setattr(report, "compare", compare)
     arms = {"plain": [], "CoLM <b>": []}
     run_sweep(load_grid(write_grid(tmp_path, arms=arms, seeds=[0, 1])), say=lambda line: None)
     page = (tmp_path / "out" / "report.html").read_text()
