@@ -8,7 +8,7 @@
     python benchmarks/step.py --layers 32 --hidden 2560 --heads 32 --intermediate 10240 --dtype bfloat16   # Phi-2
 
 Every arm has its own model and engine with the same weights; the arms take turns, so that a slow moment of the machine
-affects all of them. The ideal is DESIGN's cost model in units of a forward F, with F from the measured plain step
+affects all of them. The ideal is docs/HOW.md's cost model in units of a forward F, with F from the measured plain step
 with checkpointing: plain n costs 3 n F there, CoLM with replay (1.03 r + 2 b) F, without (1.03 p + 3 b) F, where p is
 the number of examples probed. With --pretraining everything is trained, nothing checkpointed and every token has a
 label; plain n costs 3 n F there as well, and the probe what its passes through the tail of that shape cost, as the
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-PROBE_COST = 1.03  # DESIGN, section 3: the probe's pass relative to a forward
+PROBE_COST = 1.03  # the probe's pass relative to a forward
 PILE_SHARES = [0.028, 0.282, 0.050, 0.034, 0.606]  # the paper's Table 8: the first, third and fourth source are small
 
 FEWER_TOKENS = 0.25  # the share in the arms "a quarter of the tokens"

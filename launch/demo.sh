@@ -3,7 +3,7 @@
 #
 #   bash launch/demo.sh                      # about 8 minutes on 2 cores after the installation
 #   bash launch/demo.sh steps=60             # changes to the recipe, as colm-ds train takes them
-#   bash launch/demo.sh overwrite=true       # train all runs anew; else those that are finished are skipped
+#   bash launch/demo.sh overwrite=true       # train all runs again; else finished ones are skipped
 #
 # Six arms on a small mixture that the project makes itself: colm-ds demo. At the price of plain 32: plain training on
 # b = 32, 32 of 128 chosen by token embeddings, and plain training on 64 for half the steps. Dearer: small sources kept and

@@ -15,7 +15,7 @@ from colm_ds.selection.price import step_forwards
 from colm_ds.types import SourcedDataset
 
 _PROBE = 1.03
-"""Probe of an example in forwards, if the model's sizes are unknown (DESIGN, section 3)."""
+"""Probe of an example in forwards, if the model's sizes are unknown, as measured."""
 
 
 def price_of_ways(

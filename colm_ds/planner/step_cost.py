@@ -1,4 +1,4 @@
-"""Cost of a step in matrix products, by DESIGN's cost model, with the probe's tail counted for the given model."""
+"""Cost of a step in matrix products, by docs/HOW.md's cost model, with the probe's tail counted for the given model."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 With activation checkpointing, training runs every layer forward twice: in the forward pass, and once more in the
 backward pass. The probe has already run the forward pass: it keeps the hidden states between the layers, training
-starts from them, and only the recomputation is left: b forwards less, with the same gradients (DESIGN, section 3).
+starts from them, and only the recomputation is left: b forwards less, with the same gradients (docs/HOW.md).
 """
 
 from __future__ import annotations

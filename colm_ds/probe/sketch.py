@@ -1,4 +1,4 @@
-"""`sketch`: the exact gradient reduced to K numbers a_k^T G_i b_k, without ever forming it (DESIGN, section 2.3)."""
+"""`sketch`: the exact gradient reduced to K numbers a_k^T G_i b_k, without ever forming it (docs/HOW.md)."""
 
 from __future__ import annotations
 

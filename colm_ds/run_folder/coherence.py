@@ -1,4 +1,4 @@
-"""Coherence over a run in words: whether medoids can stand for other examples of their source (DESIGN, section 3)."""
+"""Coherence over a run in words: whether medoids can stand for other examples of their source (docs/HOW.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cost of a step in forwards of one example, by DESIGN's cost model."""
+"""Cost of a step in forwards of one example, by the cost model of docs/HOW.md."""
 
 from __future__ import annotations
 

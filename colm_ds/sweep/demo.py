@@ -107,7 +107,7 @@ def run_demo(out: Path, changes: Sequence[str], num_ranks: int, port: int) -> st
     return "\n".join([format_terminal(budget_table(arms)), "", *answer(arms)])
 
 
-_CURE = "give another --out, or overwrite=true to train all arms anew."
+_CURE = "give another --out, or overwrite=true to train all arms again."
 
 
 def _check_finished(recipe: BaseRecipe, num_ranks: int) -> None:

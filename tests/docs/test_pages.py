@@ -28,6 +28,16 @@ def test_links_outside_the_site_lead_somewhere(page: str) -> None:
         assert ((ROOT / page).parent / link).exists(), link
 
 
+def test_pages_named_in_code_and_recipes_exist() -> None:
+    missing = []
+    for room in ("colm_ds", "finetune", "pretrain", "launch", "benchmarks", "tests", "docs", "README.md", "mkdocs.yml"):
+        paths = [path for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".sh", ".yaml", ".md")]
+        for path in paths if (ROOT / room).is_dir() else [ROOT / room]:
+            named = re.findall(r"\bdocs/[\w/]+\.md\b|\bDESIGN\b", path.read_text(encoding="utf-8"))
+            missing += [f"{path}: {page}" for page in named if not (ROOT / page).exists()]
+    assert not missing, "\n".join(missing)
+
+
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     docs = ROOT / "docs"

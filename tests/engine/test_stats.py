@@ -93,7 +93,7 @@ def test_phases_that_do_not_run_take_no_time(outcomes: Runner) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("estimator", ["spsa", "sketch"])
 def test_signals_are_r_times_k_floats(estimator: str, outcomes: Runner) -> None:
-    """512 bytes for r = 128 and one direction (DESIGN, section 3); the choice itself is one short broadcast."""
+    """512 bytes for r = 128 and one direction; the choice itself is one short broadcast."""
     num_probes = {"spsa": 1, "sketch": 16}[estimator]
     probe = {"estimator": estimator, "num_probes": num_probes}
     colm = {"large_batch_size": 128, "coreset_size": 64, "probe": probe}

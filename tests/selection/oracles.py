@@ -1,4 +1,4 @@
-"""The selection formulas of DESIGN.md, section 2, written out plainly in float64, and stand-ins for what feeds them.
+"""The selection formulas, the paper's and ours, written out plainly in float64, and stand-ins for what feeds them.
 
 Nothing here calls the code under test, and nothing is written for speed.
 """
