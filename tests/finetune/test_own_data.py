@@ -154,6 +154,13 @@ def test_faults_of_the_section(tmp_path: Path, tokenizer_folder: Path, data: dic
     assert [part for part in parts if part not in str(caught.value)] == [], str(caught.value)
 
 
+def test_commands_name_the_arm_that_costs_no_pass() -> None:
+    (name,) = set(re.findall(r"finetune/recipes/\w+\.yaml", TEXT))
+    recipe = load_recipe(ROOT / name, needs_files=False)
+    assert recipe.colm.probe.estimator == "tokens"
+    assert f"colm-ds export {recipe.output_dir} --merge" in TEXT
+
+
 @pytest.mark.slow
 def test_from_instructions_to_a_chat_model(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -171,7 +178,7 @@ def test_from_instructions_to_a_chat_model(
     template = template.replace("<|im_start|>assistant", "<|im_start|>the assistant")
     (tmp_path / "own.jinja").write_text(template, encoding="utf-8")
     data = {"train": "chats.jsonl", "max_length": 100, "chat_template": "own.jinja", "holdout_per_source": 2}
-    path = recipe_of(tmp_path, tokenizer_folder, data, output_dir="runs/smollm2_chat", lora={"rank": 2})
+    path = recipe_of(tmp_path, tokenizer_folder, data, output_dir="runs/smollm2_chat_tokens", lora={"rank": 2})
     assert train.split()[:2] == ["colm-ds", "train"]
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "colm_ds.cli", "train", str(path), train.split()[3]]
