@@ -23,8 +23,9 @@ nearest known one; all problems of a file come in one message, before training.
 
 - The `"colm"` section stands in DeepSpeed's JSON (`colm_ds.initialize`), in a recipe (`colm:`), in the Trainer's
   `CoLMConfig`.
-- A recipe is a YAML file; `extends: OTHER.yaml` inherits another one's keys. On the command line `key=value` changes a
-  recipe, with dots for nested keys (`colm.coreset_size=8`), or a whole section at once:
+- A recipe is a YAML file ([a whole one](FINETUNING.md#a-recipe-of-your-own)). `extends: OTHER.yaml` inherits the keys
+  and sections that are not written; one that is written replaces the other's whole section. On the command line
+  `key=value` changes a recipe, with dots for one key of a section (`colm.coreset_size=8`), or a whole section at once:
   `colm={large_batch_size: 64, coreset_size: 32}`.
 - A grid is a YAML file of `colm-ds sweep`.
 """
