@@ -19,7 +19,6 @@ from colm_ds.check.signals_of_sample import SampleFacts
 from colm_ds.check.verdict import MeasuredWay, measured_way, recommend
 from colm_ds.check.ways_to_choose import WayToChoose, ways_to_choose
 from colm_ds.config.colm import CoLMSection, ProbeConfig
-from colm_ds.config.resolve import load_config, resolve_config
 from colm_ds.engine.token_table import occurring_ids
 from colm_ds.errors import ConfigError, ProbeError
 from colm_ds.export.run import load_at
@@ -142,9 +141,7 @@ def checked_section(recipe: BaseRecipe) -> CoLMSection:
     Raises:
         ConfigError: listing every problem, or if b is r.
     """
-    loaded, _ = load_config(recipe.deepspeed)
-    given = {**loaded, "train_micro_batch_size_per_gpu": recipe.micro_batch_size, "colm": recipe.colm}
-    config = resolve_config(given, 1).colm
+    config = recipe.resolve(1).colm
     if config.coreset_size == config.large_batch_size:
         raise ConfigError(
             f"colm.coreset_size = {config.coreset_size}: all of the large batch, so there is nothing to choose. Check "

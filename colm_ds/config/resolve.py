@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from colm_ds.config.colm import CoLMSection, MaskConfig, ProbeConfig
 from colm_ds.config.deepspeed import as_numbers, check_auto, check_keys, check_monitors, check_sections, check_zero
 from colm_ds.config.optimizer import check_numbers
 from colm_ds.config.section import validate_section
 from colm_ds.errors import ConfigError, Problems
-from colm_ds.selection import SELECTORS, takes_outer_rules, wrong_options
+from colm_ds.selection import SELECTORS, takes_outer_rules, which_selector, wrong_options
 from colm_ds.untrusted.json_text import DoubledKeyError, read_json
 
 
@@ -70,13 +71,14 @@ def load_config(config: str | Path | dict[str, Any]) -> tuple[dict[str, Any], st
     return as_numbers(loaded), str(path)
 
 
-def resolve_config(config: Config, world_size: int) -> ResolvedConfig:
+def resolve_config(config: Config, world_size: int, *, where: str | None = None) -> ResolvedConfig:
     """Check a DeepSpeed configuration with its `"colm"` section and make the numbers fit together.
 
     Args:
         config: path or dict, as `deepspeed.initialize` takes; in a dict, `"colm"` may be a `CoLMSection`. A
             `ResolvedConfig` passes through.
         world_size: W, number of ranks.
+        where: name of the configuration in messages; None: its path, or that it is DeepSpeed's.
 
     Raises:
         ConfigError: listing every problem found; for a `ResolvedConfig`, if it was resolved for another number of
@@ -85,8 +87,8 @@ def resolve_config(config: Config, world_size: int) -> ResolvedConfig:
     if isinstance(config, ResolvedConfig):
         _check_still_fits(config, world_size)
         return config
-    loaded, where = load_config(config)
-    problems = Problems(where)
+    loaded, place = load_config(config)
+    problems = Problems(where or place)
     colm = loaded.pop("colm", None)
     if not isinstance(colm, (dict, CoLMSection)):
         why = "missing" if colm is None else "not a section of keys and values"
@@ -122,10 +124,7 @@ def selection_config(config: CoLMSection | Mapping[str, Any], num_processes: int
         raise ConfigError(f"colm.packing = {values['packing']!r}: {what}. Remove it.")
     off = {"replay": "off"}  # nothing would train from the states
     section = config.model_copy(update=off) if isinstance(config, CoLMSection) else values | off
-    try:
-        return resolve_config({"colm": section}, num_processes).colm
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("the DeepSpeed configuration", "the colm configuration")) from None
+    return resolve_config({"colm": section}, num_processes, where="the colm configuration").colm
 
 
 def _resolve_batch(colm: CoLMSection, deepspeed: dict[str, Any], world_size: int, problems: Problems) -> ResolvedConfig:
@@ -137,7 +136,8 @@ def _resolve_batch(colm: CoLMSection, deepspeed: dict[str, Any], world_size: int
         size = batch if batch is not None else micro * accumulation * world_size if micro and accumulation else None
         size = large if colm.selector == "full" else size
     if colm.selector not in SELECTORS:
-        problems.add("colm.selector", colm.selector, "unknown", f"Choose one of {', '.join(SELECTORS)}.")
+        name = colm.selector
+        problems.add("colm.selector", name, "unknown", _estimator_meant(name) or which_selector(name))
     else:
         _check_selector(colm, problems)
     if size is None:
@@ -227,6 +227,14 @@ def _batch_number(deepspeed: dict[str, Any], key: str, problems: Problems) -> in
         problems.add(key, value, "not a positive whole number", "Write one, or remove it.")
         return None
     return value
+
+
+def _estimator_meant(selector: str) -> str:
+    """Advise on a selector that is meant as a signal; empty if it is like none."""
+    meant = difflib.get_close_matches(selector, get_args(ProbeConfig.model_fields["estimator"].annotation), n=1)
+    if not meant or difflib.get_close_matches(selector, [*SELECTORS, *meant], n=1) != meant:
+        return ""
+    return f"A signal is chosen by another key: write probe: {{estimator: {meant[0]}}}, and no selector."
 
 
 def _check_mask_and_probe(colm: CoLMSection, problems: Problems) -> None:

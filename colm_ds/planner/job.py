@@ -12,7 +12,6 @@ import torch
 
 from colm_ds.batching.collate import IGNORE_INDEX
 from colm_ds.config.colm import CoLMSection
-from colm_ds.config.resolve import load_config, resolve_config
 from colm_ds.data.pretraining.chunks import ChunkDataset
 from colm_ds.data.pretraining.token_store import MANIFEST, TokenStore
 from colm_ds.errors import ConfigError
@@ -163,11 +162,7 @@ def job_of_recipe(
         ConfigError: if the model's configuration is not available, or the recipe's numbers contradict each other.
     """
     candidates = _candidates(recipe, label_share, candidate_tokens)
-    loaded, _ = load_config(recipe.deepspeed)
-    resolved = resolve_config(
-        {**loaded, "train_micro_batch_size_per_gpu": recipe.micro_batch_size, "colm": recipe.colm},
-        world_size,
-    )
+    resolved = recipe.resolve(world_size)
     spec = ModelSpec(
         config=model_configuration(recipe) if configuration is None else configuration,
         dtype=DTYPES[recipe.model.dtype],

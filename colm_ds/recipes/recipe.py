@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from colm_ds.config.colm import HELD_OUT, CoLMSection
 from colm_ds.config.section import Section, validate_section
@@ -33,6 +33,9 @@ from colm_ds.recipes.sections import (
     PrepareConfig,
 )
 from colm_ds.untrusted.yaml_text import parse_yaml, read_yaml
+
+if TYPE_CHECKING:
+    from colm_ds.config.resolve import ResolvedConfig
 
 
 class BaseRecipe(Section):
@@ -71,6 +74,13 @@ class BaseRecipe(Section):
         [], description="also write numbers there while training, into output_dir/monitor; a resumed run continues it"
     )
     verbose: bool = Field(False, description="show DeepSpeed's own log messages")
+    _file: str = PrivateAttr("")
+
+    @property
+    def where(self) -> str:
+        """Name in messages: its file, and DeepSpeed's where that is another."""
+        own = self._file or self.name
+        return f"{own} and {self.deepspeed}" if isinstance(self.deepspeed, str) else own
 
     @property
     def tokenizer_place(self) -> str | None:
@@ -110,10 +120,22 @@ class BaseRecipe(Section):
         if self.epochs is None:
             return self
         recipe = self.model_copy(update={"steps": max(1, round(self.epochs * steps_per_epoch))})
-        problems = Problems(self.name)
+        problems = Problems(self._file or self.name)
         recipe.check(problems)
         problems.raise_if_any()
         return recipe
+
+    def resolve(self, world_size: int) -> ResolvedConfig:
+        """Check the `"colm"` section with the DeepSpeed configuration, as a number of ranks would train by them.
+
+        Raises:
+            ConfigError: listing every problem found.
+        """
+        from colm_ds.config.resolve import load_config, resolve_config
+
+        loaded, _ = load_config(self.deepspeed)
+        given = {**loaded, "train_micro_batch_size_per_gpu": self.micro_batch_size, "colm": self.colm}
+        return resolve_config(given, world_size, where=self.where)
 
     def check(self, problems: Problems) -> None:
         """Add what does not fit together."""
@@ -273,6 +295,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, needs_files:
         recipe.check(problems)
     problems.raise_if_any()
     assert isinstance(recipe, BaseRecipe)
+    recipe._file = str(path)
     return recipe
 
 

@@ -15,6 +15,7 @@ from colm_ds.selection.registry import (
     sees_sources,
     signal_of,
     takes_outer_rules,
+    which_selector,
     wrong_options,
 )
 from colm_ds.selection.selectors import Selector, SelectorContext, StatelessSelector
@@ -56,5 +57,6 @@ __all__ = [
     "signal_of",
     "split_sources",
     "takes_outer_rules",
+    "which_selector",
     "wrong_options",
 ]

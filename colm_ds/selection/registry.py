@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,10 +75,17 @@ def make_selector(name: str, context: SelectorContext) -> Selector:
         SelectionError: if the name is unknown, or an option is.
     """
     if name not in SELECTORS:
-        raise SelectionError(f"selector {name!r} is unknown. Choose one of {', '.join(SELECTORS)}.")
+        raise SelectionError(f"selector {name!r} is unknown. {which_selector(name)}")
     if name == "random" and context.outer_rules == "on":
         return KeepRandomSelector(context)
     return SELECTORS[name](context)
+
+
+def which_selector(name: str) -> str:
+    """Advise on a name that no selector has: the nearest one, and all."""
+    nearest = difflib.get_close_matches(name, SELECTORS, n=1)
+    choice = f"Choose one of {', '.join(SELECTORS)}."
+    return f"Did you mean {nearest[0]!r}? {choice}" if nearest else choice
 
 
 @dataclass(frozen=True)

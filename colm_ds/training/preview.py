@@ -41,6 +41,7 @@ def preview(recipe: BaseRecipe, *, num_examples: int = 3, with_coreset: bool = T
     """
     if not isinstance(recipe, (Recipe, ChoiceRecipe)):
         raise ConfigError("preview shows rows of text and classification tasks; this recipe is of another kind.")
+    section = recipe.resolve(1).colm
     tokenizer = load_tokenizer(recipe.model, recipe.tokenizer_place)
     train: Data
     heldout: Data | None
@@ -55,7 +56,7 @@ def preview(recipe: BaseRecipe, *, num_examples: int = 3, with_coreset: bool = T
         *(describe_example(train, index, tokenizer) for index in one_of_each(train.source_ids, num_examples)),
     ]
     if with_coreset:
-        parts.append(describe_coreset(recipe, train, tokenizer, heldout))
+        parts.append(describe_coreset(recipe.model_copy(update={"colm": section}), train, tokenizer, heldout))
     return "\n\n".join(parts)
 
 

@@ -401,7 +401,7 @@ class TrainingRun:
         return folder
 
     def _checked_config(self) -> ResolvedConfig:
-        return resolve_config(deepspeed_config(self.recipe), self.world_size)
+        return resolve_config(deepspeed_config(self.recipe), self.world_size, where=self.recipe.where)
 
     def _small_sources(self) -> list[str]:
         selector = self.engine.coreset_selector

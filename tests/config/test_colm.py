@@ -185,7 +185,19 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     (config(probe={"epsilon": 0}), "colm.probe.epsilon = 0: input should be greater than 0"),
     (config(probe={"num_probes": 0}), "colm.probe.num_probes = 0: less than 1"),
     (config(probe={"layer": "q_proj"}), "colm.probe.layer = 'q_proj': input should be 'v_proj'"),
-    (config(selector="colmm"), "colm.selector = 'colmm': unknown. Choose one of colm, random, keep_random, full"),
+    (
+        config(selector="colmm"),
+        "colm.selector = 'colmm': unknown. Did you mean 'colm'? Choose one of colm, random",
+    ),
+    (
+        config(selector="token"),
+        "colm.selector = 'token': unknown. A signal is chosen by another key: write probe: {estim",
+    ),
+    (
+        config(selector="spsa"),
+        "colm.selector = 'spsa': unknown. A signal is chosen by another key: write probe: {estimat",
+    ),
+    (config(selector="random_"), "colm.selector = 'random_': unknown. Did you mean 'random'? Choose one of"),
     (
         config(coreset_size=200),
         "colm.coreset_size = 200: more than colm.large_batch_size = 128. Choose at most 128 (the paper uses half).",

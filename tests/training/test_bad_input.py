@@ -61,7 +61,7 @@ def message_of(folder: Path, recipe: Any, *overrides: str) -> str:
         path.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe), encoding="utf-8")
     try:
         loaded = load_recipe(path, overrides)
-        config = resolve_config(deepspeed_config(loaded), 2)
+        config = resolve_config(deepspeed_config(loaded), 2, where=loaded.where)
         start = where_to_start(loaded)
         tokenizer = load_tokenizer(loaded.model, loaded.tokenizer_place)
         data, _ = load_data(loaded, tokenizer)
@@ -222,7 +222,11 @@ KINDS: dict[str, tuple[Callable[[Path], str], str]] = {
         "that Python package is not installed. Run pip install --no-deps no-such.",
     ),
     "recipe: nothing held out": (override("evaluation.every=2"), "nothing is held out. Set data.holdout_per_source."),
-    "recipe: b more than r": (override("colm.coreset_size=32"), "more than colm.large_batch_size = 16"),
+    "recipe: b more than r": (
+        override("colm.coreset_size=32"),
+        "recipe.yaml and " + str(ROOT / "ds_configs" / "zero2.json") + "\n  colm.coreset_size = 32: more than "
+        "colm.large_batch_size = 16",
+    ),
     "recipe: unknown selector": (override("colm.selector=best"), "colm.selector = 'best': unknown. Choose one of"),
     "recipe: exact with probes": (
         override("colm.probe.estimator=exact", "colm.probe.num_probes=4"),
