@@ -129,6 +129,12 @@ def accumulation_steps(job: Job) -> int:
     return math.ceil(job.rows_of_step / job.micro_batch)
 
 
+_COLUMNS = (
+    "steps: micro-batches in a step; in: phase of the peak; forwards: price of a step in passes of an example; "
+    "s/step and h: by --tflops"
+)
+
+
 def format_plan(report: dict[str, Any]) -> str:
     """Format the plan as text."""
     sizes = report["parameters"]
@@ -161,7 +167,7 @@ def format_plan(report: dict[str, Any]) -> str:
                 "-" if times["run_h"] is None else f"{times['run_h']:.2f}",
             ]
         )
-    lines += [*_table(rows), "", *_phase_tables(report), ""]
+    lines += [*_table(rows), _COLUMNS, "", *_phase_tables(report), ""]
     lines.append("ZeRO stage: " + ", ".join(_stage_text(stage) for stage in report["stages"]))
     lines.append(
         f"The loss in chunks, always on, saves {report['chunked_loss_saves_gib']:.2f} GiB of the backward pass."

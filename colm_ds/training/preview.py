@@ -12,6 +12,7 @@ from colm_ds.batching.sources import small_source_ids
 from colm_ds.data import TokenDataset
 from colm_ds.data.choice_dataset import ChoiceDataset
 from colm_ds.data.examples import describe_read
+from colm_ds.data.holdout import count_common
 from colm_ds.engine.coreset_selector import CoresetSelector
 from colm_ds.errors import ConfigError
 from colm_ds.models.model_fit import check_model_fits
@@ -49,9 +50,11 @@ def preview(recipe: BaseRecipe, *, num_examples: int = 3, with_coreset: bool = T
         train, heldout = load_choice_data(recipe, tokenizer)
     else:
         train, heldout = load_data(recipe, tokenizer)
+    section = section.model_copy(update={"replay": "off"})  # nothing is trained that it could speed up
     parts = [
         *(["\n".join(read)] if (read := describe_read(getattr(train, "read", {}))) else []),
         describe_sources(recipe, train, heldout),
+        *_described_overlap(recipe, train, heldout),
         describe_lengths(train, recipe.data.max_length),
         *(describe_example(train, index, tokenizer) for index in one_of_each(train.source_ids, num_examples)),
     ]
@@ -88,6 +91,14 @@ def describe_sources(recipe: Recipe | ChoiceRecipe, train: Data, heldout: Data |
         after = ", ".join(map(str, recipe.clusters.steps(steps)))
         lines.append(f"clusters take the place of these sources after {after} steps")
     return "\n".join(line for line in lines if line)
+
+
+def _described_overlap(recipe: Recipe | ChoiceRecipe, train: Data, heldout: Data | None) -> list[str]:
+    """Say how many examples of a held-out file are trained on too, if any are."""
+    if recipe.data.heldout is None or not isinstance(train, TokenDataset) or not isinstance(heldout, TokenDataset):
+        return []
+    common = count_common(train, heldout)
+    return [f"WARNING: {common:,} of {len(heldout):,} held-out examples are trained on too."] * bool(common)
 
 
 def describe_lengths(train: Data, max_length: int) -> str:

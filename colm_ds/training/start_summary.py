@@ -95,10 +95,10 @@ def _data(sources: Mapping[str, int], small: Sequence[str]) -> str:
         parts = [f"{name} {sources[name]:,}{'*' if name in small else ''}" for name in ordered[:num_shown]]
         if rest := ordered[num_shown:]:
             kept = len(set(small) & set(rest))
-            parts.append(
-                f"{len(rest)} sources with {sum(sources[name] for name in rest):,}" + f" ({kept}*)" * bool(kept)
-            )
-        line = text + ", ".join(parts) + "; * small, kept whole" * bool(small)
+            others = f"{len(rest)} {'more' if num_shown else 'sources'} with {sum(sources[name] for name in rest):,}"
+            parts.append(others + f", {kept} of them small" * bool(kept))
+        note = "; * small, kept whole" if set(small) & set(ordered[:num_shown]) else "; small ones are kept whole"
+        line = text + ", ".join(parts) + note * bool(small)
         if len(line) <= _LONGEST_LINE:
             break
     return line

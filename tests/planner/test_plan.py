@@ -383,6 +383,9 @@ def test_reports_hold_both_protocols() -> None:
     assert tokens["time"] == plain["time"]
     assert tokens["peak_gib"] == pytest.approx(plain["peak_gib"] + vectors_gib)
     assert report["to_fit"] == []
+    head, *arms, explained = format_plan(report).split("\n\n")[1].splitlines()
+    assert (head.split()[-3:], len(arms)) == (["forwards", "s/step", "h"], len(report["arms"]))
+    assert all(f"{column}: " in explained for column in ("steps", "in", "forwards", "s/step and h"))
     rows = comparison(job(), (8, 16), gpu_memory_gib=1.0)["rows"]
     assert [(row["b"], row["r"]) for row in rows] == [(8, 16), (16, 32)]
     assert rows[1]["equal_steps"]["plain_b_gib"] > rows[0]["equal_steps"]["plain_b_gib"]

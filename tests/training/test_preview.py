@@ -46,6 +46,16 @@ def test_sources_and_lengths(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert "step 1" not in text
 
 
+def test_held_out_rows_that_are_trained_on_are_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = (folder / "data" / "train.jsonl").read_text().splitlines()
+    other = json.dumps(json.loads(rows[0]) | {"instruction": "Say no.", "output": "No."})
+    (folder / "heldout.jsonl").write_text("\n".join([rows[0], other, rows[5]]))
+    given = f"data.heldout={folder / 'heldout.jsonl'}"
+    assert "\nWARNING: 2 of 3 held-out examples are trained on too.\n" in shown(folder, capsys, given, "--no-coreset")
+    (folder / "heldout.jsonl").write_text(other)
+    assert "WARNING" not in shown(folder, capsys, given, "--no-coreset")
+
+
 def test_trained_tokens_are_marked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(folder, capsys, "--no-coreset", "--examples", "2")
     answers = {json.loads(line)["output"] for line in (folder / "data" / "train.jsonl").read_text().splitlines()}
@@ -71,8 +81,11 @@ def test_picks_are_counted_in_their_pool(folder: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("selector", ["colm", "keep_random", "big_loss"])
-def test_coreset(selector: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_coreset(
+    selector: str, folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     text = shown(folder, capsys, f"colm.selector={selector}", "--examples", "0")
+    assert "forward replay" not in caplog.text  # which is training's
     assert "step 1: 8 of 16 examples" in text
     rows = text.split("in the coreset")[1].splitlines()[1:]
     assert len(rows) == 16

@@ -21,7 +21,7 @@ from colm_ds.planner.job import job_of_recipe, model_configuration
 from colm_ds.planner.plan import Planner
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.recipes.recipe import BaseRecipe, load_recipe
-from colm_ds.training.start_summary import Start, start_summary
+from colm_ds.training.start_summary import Start, _data, start_summary
 from tests.finetune.test_entry import ROOT, recipe_of
 from tests.terminal import in_terminal, screen
 
@@ -137,8 +137,10 @@ def test_many_sources_take_one_line(folder: Path) -> None:
     assert max(map(len, lines)) <= 120
     assert "  trained   4.7 M parameters (0.17%), LoRA of rank 4" in lines
     (data,) = [line for line in lines if line.startswith("  data")]
-    first, rest = r"  data      39,220 examples: source 0 1,000\*", r", \d+ sources with [\d,]+ \(2\*\)"
+    first, rest = r"  data      39,220 examples: source 0 1,000\*", r", \d+ more with [\d,]+, 2 of them small"
     assert re.fullmatch(first + r"(, source \d+ \d+)+" + rest + r"; \* small, kept whole", data), data
+    without = _data({"big": 9_000} | {f"source {'x' * 80} {n}": 1 for n in range(9)}, [f"source {'x' * 80} 1"])
+    assert without == "9,009 examples: big 9,000, 9 more with 9, 1 of them small; small ones are kept whole"
 
 
 @pytest.mark.parametrize(
