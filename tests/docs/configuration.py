@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from colm_ds.config.colm import CoLMSection
+from colm_ds.config.colm import FITS_GRADIENTS, FITS_TOKENS, CoLMSection
 from colm_ds.config.section import Section
 from colm_ds.recipes.recipe import RECIPES
 from colm_ds.sweep.grid import Grid
@@ -74,7 +74,11 @@ def rows(
                 yield f"{prefix}{name}", ("a section", "none", field.description or "")
             yield from rows(inner, f"{prefix}{name}.")
             continue
-        yield f"{prefix}{name}", (_values(field.annotation), _default(field), field.description or "")
+        values, default = _values(field.annotation), _default(field)
+        if section is CoLMSection and name in FITS_TOKENS:
+            values = values if "`auto`" in values else f"`auto`, {values}"
+            default = f"{_shown(FITS_GRADIENTS[name])}; with `probe.estimator: tokens` {_shown(FITS_TOKENS[name])}"
+        yield f"{prefix}{name}", (values, default, field.description or "")
 
 
 def _members(annotation: Any) -> list[Any]:
@@ -113,7 +117,10 @@ def _values(annotation: Any) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    value = field.get_default(call_default_factory=True)
+    return _shown(field.get_default(call_default_factory=True))
+
+
+def _shown(value: Any) -> str:
     if value is None or value == [] or value == {}:
         return "none"
     if isinstance(value, bool):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from colm_ds.config.colm import CoLMSection
 from tests.docs import configuration
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,6 +18,18 @@ def test_the_configuration_page_is_what_the_code_says() -> None:
     assert written == configuration.page(), "write it anew: python -m tests.docs.configuration"
     for key in ("large_batch_size", "probe.estimator", "optimizer.lr", "lora.rank", "data.store", "launch.parallel"):
         assert f"| `{key}` |" in written, key
+
+
+def test_the_configuration_page_has_the_defaults_of_tokens() -> None:
+    written = configuration.PAGE.read_text(encoding="utf-8")
+    for estimator in ("tokens", "spsa"):
+        given = {"large_batch_size": 2, "coreset_size": 1, "probe": {"estimator": estimator}}
+        section = CoLMSection.model_validate(given).model_dump()
+        for key in ("geometry", "metric", "weights", "per_source", "small_sources"):
+            (row,) = re.findall(rf"^\| `{key}` \|.*", written, re.MULTILINE)
+            by_default, _, with_tokens = row.split(" | ")[2].partition("; with `probe.estimator: tokens` ")
+            said = with_tokens if estimator == "tokens" else by_default
+            assert said == f"`{str(section[key]).lower()}`", row
 
 
 @pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "pretrain/README.md"])
