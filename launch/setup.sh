@@ -65,7 +65,8 @@ say "installing colm_ds, editable, with its test tools"
 (cd "$root" && install --constraint "$constraint" --editable ".[test]") || fail "installing colm_ds failed. $retry"
 
 say "checking that the main packages import"
-"$python" -c 'import torch, transformers, peft, datasets, deepspeed' >/dev/null ||
+quiet="import logging; logging.disable(logging.WARNING)"    # advice of bitsandbytes and DeepSpeed at import
+"$python" -c "$quiet; import torch, transformers, peft, datasets, deepspeed" >/dev/null ||
     fail "a package does not import. Delete .venv and run it again."
 
 printf '%s\n%s\n' "$checksum" "$root" > "$stamp.new"

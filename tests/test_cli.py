@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 import finetune.evaluate
 import finetune.sweep
@@ -148,16 +150,31 @@ def test_several_ranks_are_started_by_the_launcher(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(launch.os, "execv", lambda program, command: started.append(command))
     monkeypatch.setattr("colm_ds.training.train_command.run", lambda options: None)
     monkeypatch.setattr("colm_ds.training.train_command.load_recipe", lambda path, changes: None)  # which is not there
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "DS_ACCELERATOR"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
     assert cli.main(["train", "--num-gpus", "2", "recipe.yaml", "steps=3", "--port=29999"]) == 0
     assert cli.main(["train", "recipe.yaml", "--num-gpus=1"]) == 0
     assert cli.main(["train", "recipe.yaml"]) == 0
+    assert os.environ.get("DS_ACCELERATOR") == (None if torch.accelerator.is_available() else "cpu")
     (command,) = started
     assert command[1:4] == ["-m", "deepspeed.launcher.runner", "-q"]
     assert command[4:] == [
         *("--num_gpus", "2", "--master_port", "29999", "--module", "colm_ds.cli", "train", "recipe.yaml", "steps=3")
     ]
+
+
+def test_only_where_there_is_no_accelerator_deepspeed_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "xpu")
+    assert launch.accelerator_environment() == {}
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert launch.accelerator_environment() == {"DS_ACCELERATOR": "cpu"}
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert launch.accelerator_environment() == {}
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: name == "torch_npu" or None)
+    assert launch.accelerator_environment() == {}
 
 
 def test_a_rank_does_not_start_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,18 @@ from colm_ds.errors import ConfigError
 DEFAULT_PORT = 29617
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+_ACCELERATOR_PLUGINS = ("torch_npu", "torch_sdaa", "habana_frameworks", "torch_mlu", "torch_supa", "torch_xmlir")
+"""Packages by which DeepSpeed knows accelerators that torch itself does not."""
+
+
+def accelerator_environment() -> dict[str, str]:
+    """Return what tells DeepSpeed to use the CPU where there is nothing else, so that no process warns of it."""
+    if "DS_ACCELERATOR" in os.environ or any(importlib.util.find_spec(name) for name in _ACCELERATOR_PLUGINS):
+        return {}
+    import torch
+
+    return {} if torch.accelerator.is_available() else {"DS_ACCELERATOR": "cpu"}
 
 
 def ranks_command(
@@ -77,6 +90,7 @@ def relaunch(subcommand: str, words: Sequence[str], options: argparse.Namespace)
         return
     if check := getattr(options, "check", None):
         check(options)
+    os.environ.update(accelerator_environment())
     kept = _without(words, ("--num-gpus", "--port"))
     command = ranks_command([subcommand, *kept], options.num_gpus, port=options.port)
     sys.stdout.flush()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from colm_ds.data.generated.mixture import write_mixture
 from colm_ds.errors import Attempts, ConfigError, PartFailedError
-from colm_ds.process.launch import add_num_gpus, ranks_command
+from colm_ds.process.launch import accelerator_environment, add_num_gpus, ranks_command
 from colm_ds.recipes.recipe import BaseRecipe, load_recipe
 from colm_ds.report import compare, load_run
 from colm_ds.report.arms import Arm, make_arms
@@ -91,12 +91,13 @@ def run_demo(out: Path, changes: Sequence[str], num_ranks: int, port: int) -> st
     attempts.raise_if_any()
     _say(f"writing the mixture to {data}")
     write_mixture(data)
+    environment = os.environ | accelerator_environment()
+    environment.setdefault("OMP_NUM_THREADS", "1")
     for arm in ARMS:
         if arm in finished:
             _say(f"{arm.name}: finished already")
             continue
         _say(f"{arm.name}, {num_ranks} rank{'s' * (num_ranks > 1)}")
-        environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         command = ranks_command(["train", str(RECIPE), *words[arm]], num_ranks, port=port)
         code = subprocess.run(command, check=False, env=environment).returncode
         if code:

@@ -18,7 +18,7 @@ from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 from colm_ds.errors import ConfigError
-from colm_ds.process.launch import ranks_command
+from colm_ds.process.launch import accelerator_environment, ranks_command
 from colm_ds.recipes.recipe import read_values
 from colm_ds.run_folder.contents import EVALUATION, METRICS, RESULTS
 from colm_ds.run_folder.files import read_object
@@ -194,7 +194,7 @@ def _command(grid: Grid, place: Place, arguments: Sequence[str], script: str | N
 
 def _call(command: Sequence[str], log: Path, num_threads: int) -> int:
     """Run a command with a number of threads, append its output to a log, and return its exit code."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
+    environment = os.environ | accelerator_environment() | {"OMP_NUM_THREADS": str(num_threads)}
     environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
     with log.open("a", encoding="utf-8") as output:
         return subprocess.run(command, stdout=output, stderr=output, check=False, env=environment).returncode

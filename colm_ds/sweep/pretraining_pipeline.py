@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from colm_ds.errors import ConfigError, PartFailedError
 from colm_ds.process.exit_codes import ExitCode
-from colm_ds.process.launch import add_num_gpus, ranks_command
+from colm_ds.process.launch import accelerator_environment, add_num_gpus, ranks_command
 from colm_ds.recipes.recipe import PretrainingRecipe, load_recipe
 from colm_ds.run_folder.read import is_finished, load_run
 from colm_ds.untrusted.printable import visible
@@ -111,7 +112,7 @@ def _check_store(recipe: PretrainingRecipe, out: Path) -> None:
 
 
 def _call(what: str, command: Sequence[str]) -> None:
-    code = subprocess.run(command, check=False).returncode
+    code = subprocess.run(command, check=False, env=os.environ | accelerator_environment()).returncode
     if code:
         raise PartFailedError(what, code)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from colm_ds.process.launch import add_num_gpus
+from colm_ds.process.launch import accelerator_environment, add_num_gpus
 from colm_ds.recipes.recipe import RECIPES, BaseRecipe, describe_keys, load_recipe
 
 
@@ -27,6 +27,7 @@ def run(options: argparse.Namespace) -> None:
     """Train, and exit with an `ExitCode`. A process that is alone reads the recipe before it imports torch."""
     is_rank = "RANK" in os.environ or "MASTER_ADDR" in os.environ  # ranks read it together, and one says the error
     recipe = options.recipe if is_rank else _read(options)
+    os.environ.update(accelerator_environment())
     from colm_ds.process.exit import exit_process
     from colm_ds.training.run import run as train
 

@@ -89,7 +89,7 @@ def test_set_up_installs_torch_first_and_keeps_its_pin(fake_repository: FakeRepo
     assert torch.endswith("torch==2.13.0")
     assert "--constraint" in package
     assert package.endswith("--editable .[test]")
-    assert "import torch" in imports
+    assert "logging.disable(logging.WARNING); import torch" in imports
 
 
 def test_second_set_up_does_nothing(fake_repository: FakeRepository) -> None:
