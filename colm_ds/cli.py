@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = next((word for word in words if not word.startswith("-")), "")
-    if words[:1] == ["--print-completion"]:
-        return _print_completion(words[1:])
+    if words and words[0].partition("=")[0] == "--print-completion":
+        return _print_completion([*words[0].split("=")[1:], *words[1:]])
     if name not in COMMANDS:
         _show_commands(words)
     words.remove(name)
@@ -113,9 +113,13 @@ def _all_commands() -> tuple[argparse.ArgumentParser, Any]:
     parser = argparse.ArgumentParser(
         prog="colm-ds",
         description="Train on mini-batch coresets, and what goes with it.",
-        epilog="colm-ds COMMAND --help explains a command, with an example. Completion for this shell: "
-        'eval "$(colm-ds --print-completion bash)" (or zsh).',
+        epilog="colm-ds COMMAND --help explains a command, with an example.\n"
+        'Completion in this shell: eval "$(colm-ds --print-completion bash)"',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    version = sys.modules["colm_ds"].__version__  # which is loaded, and above this module
+    parser.add_argument("--version", action="version", version=f"colm_ds {version}")
+    parser.add_argument("--print-completion", metavar="SHELL", help="print a script for bash, zsh or another shell")
     return parser, parser.add_subparsers(required=True, metavar="COMMAND")
 
 
@@ -129,6 +133,9 @@ def _show_commands(words: Sequence[str]) -> NoReturn:
         nearest = difflib.get_close_matches(given, COMMANDS, n=1)
         hint = f"Did you mean {nearest[0]!r}?" if nearest else f"Choose from {', '.join(COMMANDS)}."
         parser.error(f"COMMAND {given!r} is unknown. {hint}")
+    if not words:
+        parser.print_help(sys.stderr)
+        parser.exit(ExitCode.BAD_INPUT, "\ncolm-ds: give a COMMAND\n")
     parser.parse_args(words)
     parser.error("give a COMMAND")
 
@@ -138,7 +145,7 @@ def _print_completion(words: Sequence[str]) -> int:
     try:
         import shtab
     except ImportError:
-        print("colm-ds --print-completion needs shtab: pip install 'colm_ds[completion]'", file=sys.stderr)
+        print("colm-ds --print-completion needs shtab: pip install shtab", file=sys.stderr)
         return ExitCode.BAD_INPUT
     parser, choices = _all_commands()
     for name, command in COMMANDS.items():

@@ -10,8 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tomllib
 import torch
 
+import colm_ds
 import finetune.evaluate
 import finetune.sweep
 import finetune.train
@@ -52,6 +54,26 @@ except SystemExit as end:
     assert done.returncode == 0, done.stderr
     for name in cli.COMMANDS:
         assert f"\n    {name}" in done.stdout
+
+
+def test_alone_it_lists_the_commands_and_how_to_complete_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([])
+    assert end.value.code == 2
+    shown = capsys.readouterr().err
+    for name in cli.COMMANDS:
+        assert f"\n    {name}" in shown
+    assert '\nCompletion in this shell: eval "$(colm-ds --print-completion bash)"\n' in shown
+    assert shown.endswith("colm-ds: give a COMMAND\n")
+
+
+def test_version(capsys: pytest.CaptureFixture[str], repo_root: Path) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"colm_ds {colm_ds.__version__}\n"
+    packaged = tomllib.loads((repo_root / "pyproject.toml").read_text())["project"]
+    assert packaged.get("version", colm_ds.__version__) == colm_ds.__version__
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -141,6 +163,8 @@ def test_completion_knows_the_commands(capsys: pytest.CaptureFixture[str]) -> No
     script = capsys.readouterr().out
     assert f"({' '.join(cli.COMMANDS)})" in script
     assert "--max-arms" in script
+    assert cli.main(["--print-completion=bash"]) == 0
+    assert capsys.readouterr().out == script
     assert cli.main(["--print-completion", "cobol"]) == 2
     assert "choose from bash" in capsys.readouterr().err
 
