@@ -96,8 +96,25 @@ class TableRows:
         import pyarrow as pa
 
         with pa.ipc.open_stream(self.table) as reader:
-            for number, row in enumerate(reader.read_all().to_pylist(), start=self.first):
-                yield f"{self.place}[{self.kind} {number}]", row
+            table = reader.read_all()
+        rows: list[Row | DataError]
+        try:
+            rows = table.to_pylist()
+        except ValueError:  # Arrow does not look at the bytes of a text before
+            rows = [self._row(table, place) for place in range(len(table))]
+        for number, row in enumerate(rows, start=self.first):
+            yield self._name(number), row
+
+    def _name(self, number: int) -> str:
+        return f"{self.place}[{self.kind} {number}]"
+
+    def _row(self, table: Any, place: int) -> Row | DataError:
+        try:
+            row: Row = table.slice(place, 1).to_pylist()[0]
+        except ValueError as error:
+            name = self._name(self.first + place)
+            return DataError(f"{name}: cannot be read: {error}. Write the row again, or remove it.")
+        return row
 
 
 @dataclass(frozen=True)

@@ -132,16 +132,23 @@ def initialize(
     assert dataset is not None
     target = target_data if target_data is None or is_sourced(target_data) else RecordDataset(target_data)
     _prefer_torch_adam(resolved.deepspeed)
-    inner, optimizer, _, scheduler = deepspeed.initialize(
-        args=given.args,
-        model=model,
-        optimizer=optimizer,
-        model_parameters=model_parameters or [p for p in model.parameters() if p.requires_grad],
-        lr_scheduler=lr_scheduler,
-        dist_init_required=False,
-        # Its monitors are opened by `RunMonitor`: DeepSpeed's own events count examples by a size that is not b.
-        config={key: value for key, value in resolved.deepspeed.items() if key not in MONITOR_SECTIONS},
-    )
+    try:
+        inner, optimizer, _, scheduler = deepspeed.initialize(
+            args=given.args,
+            model=model,
+            optimizer=optimizer,
+            model_parameters=model_parameters or [p for p in model.parameters() if p.requires_grad],
+            lr_scheduler=lr_scheduler,
+            dist_init_required=False,
+            # Its monitors are opened by `RunMonitor`: DeepSpeed's own events count examples by a size that is not b.
+            config={key: value for key, value in resolved.deepspeed.items() if key not in MONITOR_SECTIONS},
+        )
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:  # it checks with all of them
+        why = str(error).strip() or type(error).__name__
+        raise ConfigError(
+            f"deepspeed.initialize refuses the configuration or another argument: {why}. "
+            "Change what it names, in the DeepSpeed configuration or the call."
+        ) from error
     engine = CoLMEngine(inner, resolved, dataset, target)
     pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None)
     loader = MicroBatchLoader(

@@ -247,6 +247,18 @@ def test_a_file_that_breaks_off_after_bad_rows(tmp_path: Path) -> None:
         load_examples(path, chat_tokenizer(), 99)
 
 
+def test_a_table_whose_texts_are_not_utf8(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    raw = pa.array([b"2+2?", b"\xbe\xff", b"3+3?"], pa.binary())
+    texts = pa.StringArray.from_buffers(len(raw), *raw.buffers()[1:])
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"prompt": texts, "completion": ["4", "x", "6"]}), path)
+    with pytest.raises(DataError, match=r"rows.parquet\[row 2\]: cannot be read: .*codec can't decode"):
+        load_examples(path, chat_tokenizer(), 99)
+
+
 def test_a_style_that_does_not_fit_names_the_file(write_jsonl: Writer) -> None:
     path = write_jsonl(rows_of("text"))
     with pytest.raises(ConfigError, match=rf"{path}: prompt = 'chat': no style of text. Write 'plain'"):

@@ -98,6 +98,10 @@ def run_from_arguments(path: str) -> dict[str, Any]:
     engine = start(case, model=model, optimizer=optimizer, lr_scheduler=schedule)
     found["scheduler"] = [step(engine).stats["lr"] for _ in range(3)]
     engine.destroy()
+    try:
+        start(Case("x", deepspeed={"prescale_gradients": True}, stage=2))
+    except ConfigError as error:
+        found["refused"] = str(error)
     by_config = Case("x", deepspeed={"optimizer": {}}, stage=2)
     engine = start(by_config, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-4, betas=(0.8, 0.9)))
     found["client lr"] = step(engine).stats["lr"]
@@ -129,6 +133,8 @@ def test_arguments_of_initialize(pools: dict[int, Ranks], outcomes: Runner, tmp_
         assert tuple(found["forward"]) == (1, 3, 97)
         assert found["lr"] == pytest.approx([1e-3, 5e-4, 2.5e-4])
         assert found["client lr"] == pytest.approx(3e-4)
+        assert "deepspeed.initialize refuses the configuration" in found["refused"]
+        assert "pre-scale gradients is not yet supported with ZeRO-2" in found["refused"]
         assert found["history"] == 1
 
 
