@@ -96,25 +96,8 @@ class TableRows:
         import pyarrow as pa
 
         with pa.ipc.open_stream(self.table) as reader:
-            table = reader.read_all()
-        rows: list[Row | DataError]
-        try:
-            rows = table.to_pylist()
-        except ValueError:  # Arrow does not look at the bytes of a text before
-            rows = [self._row(table, place) for place in range(len(table))]
-        for number, row in enumerate(rows, start=self.first):
-            yield self._name(number), row
-
-    def _name(self, number: int) -> str:
-        return f"{self.place}[{self.kind} {number}]"
-
-    def _row(self, table: Any, place: int) -> Row | DataError:
-        try:
-            row: Row = table.slice(place, 1).to_pylist()[0]
-        except ValueError as error:
-            name = self._name(self.first + place)
-            return DataError(f"{name}: cannot be read: {error}. Write the row again, or remove it.")
-        return row
+            for number, row in enumerate(reader.read_all().to_pylist(), start=self.first):
+                yield f"{self.place}[{self.kind} {number}]", row
 
 
 @dataclass(frozen=True)
@@ -389,6 +372,13 @@ def _tables(place: str, tables: Iterable[Any], kind: str) -> Iterator[RowBatch]:
 
     first = 1
     for table in tables:
+        try:
+            table.validate(full=True)  # pyarrow follows wrong offsets of a damaged file out of its memory
+        except pa.ArrowInvalid as error:
+            wrong = next((row for row in range(len(table)) if not _is_valid(table.slice(row, 1))), 0)
+            raise DataError(
+                f"{place}[{kind} {first + wrong}]: the file is damaged: {_sentence(error)} Write it again."
+            ) from None
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
@@ -434,3 +424,14 @@ def _similar_names(path: Path) -> str:
     if not names:
         return f"The folder {path.parent} is empty."
     return f"The folder holds {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}."
+
+
+def _is_valid(table: Any) -> bool:
+    """Return whether all of an Arrow table can be read."""
+    import pyarrow as pa
+
+    try:
+        table.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
