@@ -223,9 +223,11 @@ def test_a_wrong_recipe_is_said_before_torch_is_imported(tmp_path: Path, repo_ro
     }
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
+    select = ["select", "key.yaml", "--method", "ccs", "--size", "0.3", "--out", "ccs.json"]
+    score = ["score", "key.yaml", "--model", "reference", "--out", "losses.pt"]
     grid, store = ["sweep", "grid.yaml"], ["prepare", "store.yaml", "--data", "here"]
     calls = [[name, "key.yaml"] for name in ("train", "plan", "check", "preview")] + [["pretrain", "store.yaml"]]
-    calls += [["train", "key.yaml", "--num-gpus", "2"], grid, store]
+    calls += [["train", "key.yaml", "--num-gpus", "2"], grid, store, select, score]
     calls += [[name, file, *more] for name, _, *more in calls for file in ("broken.yaml", "missing.yaml")]
     calls += [["train", "key.yaml", "steps"], ["sweep", "grid.yaml", "steps"]]
     code = f"""

@@ -28,6 +28,9 @@ def run(options: argparse.Namespace) -> None:
     if (options.model is None) == (options.at is None):
         raise ConfigError("colm-ds score: name one reference model, by --model or by --at.")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed does not train here
+    from colm_ds.recipes.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)  # first: a typo is said before torch is imported
     import torch
 
     from colm_ds.choose.scored_model import load_reference_model, load_scored_model
@@ -35,11 +38,9 @@ def run(options: argparse.Namespace) -> None:
     from colm_ds.models.model_fit import check_model_fits
     from colm_ds.probe.of_examples import signals_of_examples
     from colm_ds.recipes.model import load_tokenizer, quiet_libraries
-    from colm_ds.recipes.recipe import load_recipe
     from colm_ds.training.tasks import data_digest, load_task
 
     quiet_libraries()
-    recipe = load_recipe(options.recipe, options.overrides)
     tokenizer = load_tokenizer(recipe.model, recipe.tokenizer_place)
     task = load_task(recipe, tokenizer)
     if options.model is not None:

@@ -46,6 +46,9 @@ def run(options: argparse.Namespace) -> None:
         ConfigError, DataError, ProbeError: as training would, or if an option cannot work.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed does not train here
+    from colm_ds.recipes.recipe import Recipe, load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)  # first: a typo is said before torch is imported
     import torch
     import yaml
 
@@ -55,12 +58,10 @@ def run(options: argparse.Namespace) -> None:
     from colm_ds.data.subset import write_subset
     from colm_ds.models.model_fit import check_model_fits
     from colm_ds.recipes.model import load_tokenizer, quiet_libraries
-    from colm_ds.recipes.recipe import Recipe, load_recipe
     from colm_ds.selection import needs_of, wrong_options
     from colm_ds.training.tasks.instructions import load_data, load_target
 
     quiet_libraries()
-    recipe = load_recipe(options.recipe, options.overrides)
     if not isinstance(recipe, Recipe):
         raise ConfigError(f"{options.recipe}: colm-ds select chooses from instruction data. Give such a recipe.")
     if recipe.data.subset is not None:
