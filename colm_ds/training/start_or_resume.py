@@ -237,14 +237,17 @@ def recipe_differences(before: Mapping[str, Any], recipe: BaseRecipe, free: Coll
     ]
 
 
-def _as_now(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def _as_now(recipe: Any) -> Any:
     """Return a dumped recipe whose `"colm"`, `model`, `lora` and `data` sections have the keys of this version.
 
     Keys that an earlier version did not know have their default, which is what that version did; `num_probes` is the
     number that "auto" stands for, `small_share` 1 where all are kept, as that version always did, and
     `quotas` independent, as they were then.
     """
-    known = _known(CoLMSection, recipe.get("colm") or {})
+    given = recipe.get("colm") or {} if isinstance(recipe, Mapping) else None
+    if not isinstance(given, Mapping):
+        return recipe  # a damaged file: the differences say what it had
+    known = _known(CoLMSection, given)
     known.setdefault("quotas", "independent")
     try:
         section = CoLMSection.model_validate(known)

@@ -43,6 +43,8 @@ def test_steps_in_epochs(steps: str, wanted: int) -> None:
     assert resolved.steps == wanted
     assert recipe.Recipe.model_validate(resolved.model_dump()).with_steps(10) == resolved
     assert recipe_differences(json.loads(json.dumps(resolved.model_dump())), open_ended, ()) == []
+    for damaged in (["colm"], {"colm": ["spsa"]}):
+        assert recipe_differences(damaged, open_ended, ())  # type: ignore[arg-type]
 
 
 def write(path: Path, text: str) -> Path:
