@@ -141,7 +141,7 @@ def checked_section(recipe: BaseRecipe) -> CoLMSection:
     Raises:
         ConfigError: listing every problem, or if b is r.
     """
-    config = recipe.resolve(1).colm
+    config = recipe.resolve_section()
     if config.coreset_size == config.large_batch_size:
         raise ConfigError(
             f"colm.coreset_size = {config.coreset_size}: all of the large batch, so there is nothing to choose. Check "

@@ -182,6 +182,9 @@ def _add_recipe(
     if signal is not None and not facts.can(config.probe.estimator):
         compared.notes.append(f"The recipe's own choice by {config.probe.estimator!r} cannot be compared here.")
         return
+    if config.probe.is_stored:
+        compared.notes.append("The recipe's sketches are from earlier steps, of which a check has none; not compared.")
+        return
     masked = config.probe.estimator in ("exact", "spsa")
     settings = SelectionSettings(
         geometry="plain",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -131,39 +132,50 @@ def check_zero(config: Mapping[str, Any], problems: Problems) -> None:
             problems.add(f"zero_optimization.{key}", value, "a bucket holds nothing", "Choose 2e8, for example.")
 
 
-def check_sections(config: Mapping[str, Any], problems: Problems) -> None:
-    """Record values that DeepSpeed's own sections, its schedules and torch's optimizers do not take.
+def check_sections(config: Mapping[str, Any], problems: Problems, supplied: Collection[str] = ()) -> None:
+    """Record values that DeepSpeed's own sections, its schedules and optimizers do not take.
 
     Nothing is recorded where something was before, which would be said twice.
 
     Args:
         config: the DeepSpeed configuration; "auto" values are left out.
         problems: where they are recorded.
+        supplied: of `optimizer` and `scheduler` those that the caller gives: DeepSpeed does not read their sections.
     """
     if problems.messages:
         return
     given = {key: _without_auto(value) for key, value in config.items() if value != "auto" and not _is_note(str(key))}
     given = {key: value for key, value in given.items() if key not in _SIZES}
-    advice = "See DeepSpeed's documentation of the section."
-    if _refused_by_deepspeed(given):
-        for key, value in given.items():
-            if why := _refused_by_deepspeed({key: value}):
-                problems.add(key, value, why, advice)
-        if not problems.messages:
-            problems.messages.append(f"DeepSpeed: {_refused_by_deepspeed(given)}. {advice}")
-    weight = nn.Parameter(torch.zeros(1))
-    optimizer: Any = torch.optim.AdamW([weight], lr=1e-3)
-    for key, made in (
-        ("optimizer", partial(_make_optimizer, weight)),
-        ("scheduler", partial(_make_scheduler, optimizer)),
-    ):
+    if isinstance(given.get("aio"), dict):
+        given["aio"] = {key: value for key, value in given["aio"].items() if key != "use_gds"}  # asks for this GPU
+    if why := _refused_by_deepspeed(given):
+        _blame(given, why, problems)
+    for key, check in (("optimizer", _make_optimizer), ("scheduler", _make_scheduler)):
         section = given.get(key) or {}
-        if section and (why := _first_line_of_error(partial(made, section.get("type"), section.get("params") or {}))):
-            problems.add(key, section, why, "Correct its type or params.")
+        if key not in supplied and section.get("type") is not None:
+            made = partial(check, section["type"], section.get("params"))
+            if why := _first_line_of_error(made):
+                problems.add(key, section, why, "Correct its type or params.")
 
 
 _SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "colm")
-_DEEPSPEEDS_PARAMS = ("torch_adam", "adam_w_mode", "bias_correction", "fp32_optimizer_states", "max_grad_norm")
+_READ_TOGETHER = ("zero_optimization", "bf16", "bfloat16", "fp16")
+
+
+def _blame(given: Mapping[str, Any], why: str, problems: Problems) -> None:
+    """Record the sections that DeepSpeed refuses, or its own words where it is not one of them alone."""
+    advice = "See DeepSpeed's documentation of the section."
+    together = {key: given[key] for key in _READ_TOGETHER if key in given}
+    of_together = _refused_by_deepspeed(together)
+    for key, value in together.items():
+        if of_together and _refused_by_deepspeed({key: value}) == of_together:
+            problems.add(key, value, of_together, advice)
+    for key, value in given.items():
+        others = {} if of_together else together
+        if key not in together and (own := _refused_by_deepspeed({**others, key: value})):
+            problems.add(key, value, own, advice)
+    if not problems.messages:
+        problems.messages.append(f"DeepSpeed: {of_together or why}. {advice}")
 
 
 def _refused_by_deepspeed(config: Mapping[str, Any]) -> str:
@@ -177,27 +189,48 @@ def _refused_by_deepspeed(config: Mapping[str, Any]) -> str:
     return _first_line_of_error(read)
 
 
-def _make_optimizer(weight: nn.Parameter, kind: Any, params: Mapping[str, Any]) -> Any:
-    """Make an optimizer of torch; DeepSpeed's others are checked by their names alone."""
+def _make_optimizer(kind: Any, params: Any) -> None:
+    """Make torch's optimizer of a name; what only DeepSpeed's own of that name take is left out.
+
+    Which of them it takes depends on the device and on offload. The others of DeepSpeed are checked by name alone.
+    """
+    from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
-    name = {"adam": "Adam", "adamw": "AdamW", "adagrad": "Adagrad"}.get(str(kind).lower())
+    params = dict(params or {})
+    if "max_grad_norm" in params:
+        raise ValueError("max_grad_norm is gradient_clipping in DeepSpeed's configuration")
+    kinds = {"adam": "Adam", "adamw": "AdamW", "adagrad": "Adagrad"}
+    name = kinds.get(str(kind).lower())
     if name is None and str(kind).lower() in DEEPSPEED_OPTIMIZERS:
-        return None
-    name = name or str(kind)
-    if not isinstance(getattr(torch.optim, name, None), type):
+        return
+    if name is not None:
+        own = (DeepSpeedCPUAdagrad,) if name == "Adagrad" else (FusedAdam, DeepSpeedCPUAdam)
+        accepted = {"torch_adam", "adam_w_mode"}.union(*(inspect.signature(each).parameters for each in own))
+        accepted -= set(inspect.signature(getattr(torch.optim, name)).parameters)
+        params = {key: value for key, value in params.items() if key not in accepted}
+    if isinstance(params.get("betas"), (list, tuple)):
+        params["betas"] = tuple(map(float, params["betas"]))
+    maker = getattr(torch.optim, name or str(kind), None)
+    if not isinstance(maker, type):
         raise ValueError(f"there is no optimizer {kind!r}")
-    return getattr(torch.optim, name)([weight], **{k: v for k, v in params.items() if k not in _DEEPSPEEDS_PARAMS})
+    maker([nn.Parameter(torch.zeros(1))], **params)
 
 
-def _make_scheduler(optimizer: Any, kind: Any, params: Mapping[str, Any]) -> Any:
+def _make_scheduler(kind: Any, params: Any) -> None:
+    """Make a schedule of DeepSpeed or torch, for as many parameter groups as its longest list is for."""
     from deepspeed.runtime import lr_schedules
 
-    if kind in lr_schedules.VALID_LR_SCHEDULES:
-        return getattr(lr_schedules, kind)(optimizer, **params)
-    if not isinstance(getattr(torch.optim.lr_scheduler, str(kind), None), type):
+    place = lr_schedules if kind in lr_schedules.VALID_LR_SCHEDULES else torch.optim.lr_scheduler
+    maker = getattr(place, str(kind), None)
+    if not isinstance(maker, type):
         raise ValueError(f"there is no scheduler {kind!r}")
-    return getattr(torch.optim.lr_scheduler, kind)(optimizer, **params)
+    if params is None:
+        raise ValueError("params: missing, write {} for DeepSpeed's defaults")
+    groups = max([1, *(len(value) for value in params.values() if isinstance(value, (list, tuple)))])
+    optimizer = torch.optim.AdamW([{"params": [nn.Parameter(torch.zeros(1))]} for _ in range(groups)], lr=1e-3)
+    maker(optimizer, **params)
 
 
 def _first_line_of_error(work: Callable[[], object]) -> str:

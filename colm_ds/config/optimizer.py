@@ -31,7 +31,9 @@ def check_numbers(values: Mapping[str, Any], problems: Problems, prefix: str = "
             if not _is_within(value, 1.0):
                 problems.add(f"{prefix}{name}", value, "not from 0 to below 1", _BELOW_ONE)
         elif name in _RATES:
-            parts = value if name == "eps" and isinstance(value, (list, tuple)) else [value]  # Adafactor has two
+            # Adafactor has two eps, a schedule may have a rate for every parameter group
+            several = isinstance(value, (list, tuple)) and name.endswith(("eps", "_lr"))
+            parts = value if several else [value]
             if not all(each is None or _is_within(each, math.inf) for each in parts):
                 problems.add(f"{prefix}{name}", value, "not a finite number of 0 or more", _NOT_NEGATIVE)
 

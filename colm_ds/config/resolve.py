@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -71,7 +71,9 @@ def load_config(config: str | Path | dict[str, Any]) -> tuple[dict[str, Any], st
     return as_numbers(loaded), str(path)
 
 
-def resolve_config(config: Config, world_size: int, *, where: str | None = None) -> ResolvedConfig:
+def resolve_config(
+    config: Config, world_size: int, *, where: str | None = None, supplied: Collection[str] = ()
+) -> ResolvedConfig:
     """Check a DeepSpeed configuration with its `"colm"` section and make the numbers fit together.
 
     Args:
@@ -79,6 +81,7 @@ def resolve_config(config: Config, world_size: int, *, where: str | None = None)
             `ResolvedConfig` passes through.
         world_size: W, number of ranks.
         where: name of the configuration in messages; None: its path, or that it is DeepSpeed's.
+        supplied: of `optimizer` and `scheduler` those that the caller gives: DeepSpeed does not read their sections.
 
     Raises:
         ConfigError: listing every problem found; for a `ResolvedConfig`, if it was resolved for another number of
@@ -98,7 +101,7 @@ def resolve_config(config: Config, world_size: int, *, where: str | None = None)
         colm = validate_section(CoLMSection, colm, "colm", problems)
         problems.raise_if_any()
     assert isinstance(colm, CoLMSection)
-    return _resolve_batch(colm, loaded, world_size, problems)
+    return _resolve_batch(colm, loaded, world_size, problems, supplied)
 
 
 def selection_config(config: CoLMSection | Mapping[str, Any], num_processes: int = 1) -> CoLMSection:
@@ -127,7 +130,9 @@ def selection_config(config: CoLMSection | Mapping[str, Any], num_processes: int
     return resolve_config({"colm": section}, num_processes, where="the colm configuration").colm
 
 
-def _resolve_batch(colm: CoLMSection, deepspeed: dict[str, Any], world_size: int, problems: Problems) -> ResolvedConfig:
+def _resolve_batch(
+    colm: CoLMSection, deepspeed: dict[str, Any], world_size: int, problems: Problems, supplied: Collection[str]
+) -> ResolvedConfig:
     batch = _batch_number(deepspeed, "train_batch_size", problems)
     micro = _batch_number(deepspeed, "train_micro_batch_size_per_gpu", problems)
     accumulation = _batch_number(deepspeed, "gradient_accumulation_steps", problems)
@@ -179,7 +184,7 @@ def _resolve_batch(colm: CoLMSection, deepspeed: dict[str, Any], world_size: int
     if colm.packing != "off" and colm.replay in ("on", "offload"):
         why = f"examples packed into rows (colm.packing = {colm.packing!r}) are not where the probe passed them"
         problems.add("colm.replay", colm.replay, why, 'Write "auto" or "off", or remove colm.packing.')
-    _check_deepspeed(deepspeed, problems)
+    _check_deepspeed(deepspeed, problems, supplied)
     if colm.variance_every and (deepspeed.get("zero_optimization") or {}).get("stage") == 3:
         why = "the gradients of all layers are sketched at ZeRO stage 0, 1 or 2"
         problems.add("colm.variance_every", colm.variance_every, why, "Write 0, or another stage.")
@@ -336,7 +341,7 @@ def _enabled(deepspeed: dict[str, Any], section: str) -> bool:
     return bool((deepspeed.get(section) or {}).get("enabled"))
 
 
-def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems) -> None:
+def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems, supplied: Collection[str]) -> None:
     if deepspeed.get("managed_gradient_accumulation") is True:
         problems.add("managed_gradient_accumulation", True, "colm_ds accumulates gradients itself", "Remove it.")
     check_keys(deepspeed, problems)
@@ -380,4 +385,4 @@ def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems) -> None:
             problems.messages.append(f"{name}: not with coresets: {why}. Remove it.")
     if (deepspeed.get("torch_autocast") or {}).get("enabled") not in (None, False, "auto"):
         problems.add("torch_autocast.enabled", True, "the probe does not run under autocast", "Use bf16 or fp16.")
-    check_sections(deepspeed, problems)
+    check_sections(deepspeed, problems, supplied)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import deepspeed
 from deepspeed.pipe import PipelineModule
 from torch import nn
 
@@ -116,3 +119,18 @@ def check_collated(collate_fn: Callable[[list[Any]], Any], records: Any, model: 
             f"collate_fn: gives {', '.join(read)}, which the model would read. Examples are probed and trained on by "
             "their input_ids and labels alone. Have it give fields that the model does not read."
         )
+
+
+_REFUSALS = (AssertionError, AttributeError, LookupError, TypeError, ValueError, NotImplementedError)
+
+
+def refused_by_deepspeed(error: Exception) -> bool:
+    """Return whether an error is DeepSpeed's check of its arguments, and not one of the model's or optimizer's code."""
+    from deepspeed.runtime.config import DeepSpeedConfigError
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+    if isinstance(error, (DeepSpeedConfigError, ZeRORuntimeException)):
+        return True
+    places = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    inside = bool(places) and Path(deepspeed.__file__).parent in Path(places[-1]).parents
+    return isinstance(error, _REFUSALS) and inside

@@ -247,9 +247,9 @@ class CoresetSelector:
             assert architecture is not None
             num_examples, width = _length_of(dataset, config.selector), config.probe.resolved_num_probes
             self.training_sketch = TrainingSketch(architecture, width, config.seed, device)
-            self._sketches = SketchStore(
-                num_examples, width, config.probe.max_age * num_examples / config.large_batch_size
-            )
+            max_age = config.probe.max_age * num_examples / config.large_batch_size
+            made_by = f"the layer {config.probe.layer} with seed {config.seed}"
+            self._sketches = SketchStore(num_examples, width, max_age, made_by)
         self._reference: Tensor | None = None
         if needs.reference:
             table = config.options["table"]
@@ -487,8 +487,11 @@ class CoresetSelector:
         self.carry = dict(state.get("carry", {}))
         if self._losses is not None and "losses" in state:
             self._losses.load_state_dict(state["losses"])
-        if self._sketches is not None and "sketches" in state:
-            self._sketches.load_state_dict(state["sketches"])
+        if self._sketches is not None:
+            if "sketches" in state:
+                self._sketches.load_state_dict(state["sketches"])
+            else:
+                self._sketches.clear()
         if self._target is not None:
             self._target.load_state_dict(state.get("target", {}), self._device)
         self.selector.load_state_dict(state["selector"])

@@ -38,7 +38,7 @@ from colm_ds.engine.accumulation import (
     loss_scale,
     read_step,
 )
-from colm_ds.engine.arguments import NAME, check_collated, check_initialize, is_sourced
+from colm_ds.engine.arguments import NAME, check_collated, check_initialize, is_sourced, refused_by_deepspeed
 from colm_ds.engine.choose_ahead import ChooseAhead
 from colm_ds.engine.coreset_selector import CoresetSelector, Selection
 from colm_ds.engine.data_use import DataUse
@@ -122,7 +122,7 @@ def initialize(
     if not dist.is_initialized():
         deepspeed.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     attempts = Attempts(f"the arguments of {NAME}")
-    resolved = attempts.of(lambda: _resolved(given.config, model, optimizer, target_data))
+    resolved = attempts.of(lambda: _resolved(given.config, model, optimizer, lr_scheduler, target_data))
     attempts.of(lambda: check_groups(optimizer))
     needs_sources = resolved is not None and looks_at_sources(resolved.colm)
     dataset = attempts.of(lambda: _sourced(training_data, collate_fn, model, needs_sources))
@@ -143,8 +143,10 @@ def initialize(
             # Its monitors are opened by `RunMonitor`: DeepSpeed's own events count examples by a size that is not b.
             config={key: value for key, value in resolved.deepspeed.items() if key not in MONITOR_SECTIONS},
         )
-    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:  # it checks with all of them
-        why = str(error).strip() or type(error).__name__
+    except Exception as error:
+        if not refused_by_deepspeed(error):
+            raise
+        why = f"{type(error).__name__}: {str(error).strip()}"
         raise ConfigError(
             f"deepspeed.initialize refuses the configuration or another argument: {why}. "
             "Change what it names, in the DeepSpeed configuration or the call."
@@ -160,9 +162,10 @@ def initialize(
     return engine, optimizer, loader, scheduler
 
 
-def _resolved(config: Config, model: nn.Module, optimizer: Any, target_data: Any) -> ResolvedConfig:
+def _resolved(config: Config, model: nn.Module, optimizer: Any, scheduler: Any, target_data: Any) -> ResolvedConfig:
     """Resolve the configuration, and check that model, optimizer and target data go with it."""
-    resolved = resolve_config(config, dist.get_world_size())
+    given = [name for name, value in (("optimizer", optimizer), ("scheduler", scheduler)) if value is not None]
+    resolved = resolve_config(config, dist.get_world_size(), supplied=given)
     hidden_size, dtype = model_facts(model)
     resolved = replace(resolved, deepspeed=resolve_auto(resolved.deepspeed, hidden_size=hidden_size, dtype=dtype))
     check_adapters(model, int((resolved.deepspeed.get("zero_optimization") or {}).get("stage", 0)))
@@ -825,5 +828,5 @@ def _prefer_torch_adam(config: dict[str, Any]) -> None:
         return
     section = config.get("optimizer") or {}
     if section.get("type") in _ADAM:
-        section.setdefault("params", {}).setdefault("torch_adam", True)
+        section["params"] = {"torch_adam": True, **(section.get("params") or {})}
     config.setdefault("zero_force_ds_cpu_optimizer", False)

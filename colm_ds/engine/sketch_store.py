@@ -34,24 +34,26 @@ class SketchStore:
     must hold the store of its own step, which a file that later steps write to is not.
     """
 
-    def __init__(self, num_examples: int, width: int, max_age: float) -> None:
+    def __init__(self, num_examples: int, width: int, max_age: float, made_by: str = "") -> None:
         """Begin without sketches.
 
         Args:
             num_examples: N.
             width: K.
             max_age: steps after which a sketch counts as missing.
+            made_by: of which matrices and with which signs sketches are; others are not compared with them.
         """
         self._values = torch.zeros(num_examples, width, dtype=torch.float16)
         self._scales = torch.zeros(num_examples)
         self._steps = torch.zeros(num_examples, dtype=torch.int32)  # 0: never
         self._max_age = max_age
+        self._made_by = made_by
 
     def note(self, indices: Tensor, sketches: Tensor, step: int) -> float | None:
         """Remember the sketches of one step.
 
         Args:
-            indices: dataset indices, each once, int64 `[n]`.
+            indices: dataset indices, int64 `[n]`; of one that is there twice the last sketch counts.
             sketches: `[n, K]`; rows that are not finite are passed over.
             step: 1-based step.
 
@@ -61,6 +63,10 @@ class SketchStore:
         """
         finite = torch.isfinite(sketches).all(dim=1)
         indices, sketches = indices[finite], sketches[finite].float()
+        if len(indices):  # an example may be twice in a weighted batch: its last sketch counts
+            places = {index: place for place, index in enumerate(indices.tolist())}
+            last = torch.tensor(sorted(places.values()), dtype=torch.int64)
+            indices, sketches = indices[last], sketches[last]
         before = self.of(indices, step)
         cosines = torch.cosine_similarity(before.vectors, sketches[before.known], dim=1)
         scales = sketches.abs().amax(dim=1)
@@ -83,7 +89,11 @@ class SketchStore:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all sketches and the steps that they are from."""
-        return {"values": self._values, "scales": self._scales, "steps": self._steps}
+        return {"values": self._values, "scales": self._scales, "steps": self._steps, "made_by": self._made_by}
+
+    def clear(self) -> None:
+        """Forget all sketches."""
+        self._steps.zero_()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore them.
@@ -96,5 +106,10 @@ class SketchStore:
             raise CheckpointError(
                 f"the checkpoint has sketches of {saved[0]} examples and {saved[1]} numbers, this run of {own[0]} and "
                 f"{own[1]}. Resume with the data and probe.num_probes that the run was started with."
+            )
+        if state["made_by"] != self._made_by:
+            raise CheckpointError(
+                f"the checkpoint has sketches of {state['made_by']}, this run makes them of {self._made_by}. "
+                "Resume with the seed and probe.layer that the run was started with."
             )
         self._values, self._scales, self._steps = (state[key].clone() for key in ("values", "scales", "steps"))

@@ -137,6 +137,19 @@ class BaseRecipe(Section):
         given = {**loaded, "train_micro_batch_size_per_gpu": self.micro_batch_size, "colm": self.colm}
         return resolve_config(given, world_size, where=self.where)
 
+    def resolve_section(self) -> CoLMSection:
+        """Return the `"colm"` section, b filled in, and checked as `resolve` does, whatever number of ranks will train.
+
+        Raises:
+            ConfigError: listing every problem found.
+        """
+        from colm_ds.config.resolve import load_config, resolve_config
+
+        loaded, _ = load_config(self.deepspeed)
+        if self.colm.coreset_size is not None or "train_batch_size" in loaded:
+            loaded.pop("gradient_accumulation_steps", None)  # fits another number of ranks
+        return resolve_config({**loaded, "colm": self.colm}, 1, where=self.where).colm
+
     def check(self, problems: Problems) -> None:
         """Add what does not fit together."""
         model = self.model

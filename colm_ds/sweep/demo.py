@@ -108,12 +108,18 @@ def run_demo(out: Path, changes: Sequence[str], num_ranks: int, port: int) -> st
     return "\n".join([format_terminal(budget_table(arms)), "", *answer(arms)])
 
 
+_MAY_DIFFER = (
+    *("name", "made_by", "output_dir", "overwrite", "save_every", "keep_last", "resume", "monitor", "verbose"),
+    *("tokenizer", "data.train", "data.heldout", "data.cache_dir", "data.num_processes"),
+)
+"""Keys without a say in what the demo reports of a run, its seconds and its memory included."""
+
 _CURE = "give another --out, or overwrite=true to train all arms again."
 
 
 def _check_finished(recipe: BaseRecipe, num_ranks: int) -> None:
     """Raise unless a finished run is what would be trained now, on as many ranks and measured as often."""
-    check_finished(recipe, also=("evaluation",), cure=_CURE)
+    check_finished(recipe, only=_MAY_DIFFER, cure=_CURE)
     ranks = read_object(Path(recipe.output_dir) / CONFIG).get("world_size")
     if ranks != num_ranks:
         where = f"{recipe.output_dir}: was trained on {ranks} ranks, not {num_ranks}"

@@ -42,7 +42,7 @@ def preview(recipe: BaseRecipe, *, num_examples: int = 3, with_coreset: bool = T
     """
     if not isinstance(recipe, (Recipe, ChoiceRecipe)):
         raise ConfigError("preview shows rows of text and classification tasks; this recipe is of another kind.")
-    section = recipe.resolve(1).colm
+    section = recipe.resolve_section()
     tokenizer = load_tokenizer(recipe.model, recipe.tokenizer_place)
     train: Data
     heldout: Data | None

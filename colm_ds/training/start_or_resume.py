@@ -102,19 +102,19 @@ def _check_same(recipe: BaseRecipe, config: Path) -> None:
         )
 
 
-def check_finished(recipe: BaseRecipe, *, also: Collection[str] = (), cure: str = _CURE) -> None:
+def check_finished(recipe: BaseRecipe, *, only: Collection[str] = _MAY_CHANGE, cure: str = _CURE) -> None:
     """Compare a recipe with the finished run in its folder.
 
     Args:
         recipe: what would be run there.
-        also: keys that do not change what is trained but have to be the same, too.
+        only: keys that may differ.
         cure: end of the error's message, after "Put that back, ".
 
     Raises:
         ConfigError: if the run was made by another one.
     """
     folder = Path(recipe.output_dir)
-    differences = recipe_differences(read_object(folder / CONFIG).get("recipe") or {}, recipe, _MAY_CHANGE - set(also))
+    differences = recipe_differences(read_object(folder / CONFIG).get("recipe") or {}, recipe, only)
     if differences:
         raise ConfigError(
             f"{folder}: holds a finished run of another recipe.\n  "

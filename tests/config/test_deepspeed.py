@@ -388,6 +388,9 @@ def test_engines_of_another_kind_are_refused_together() -> None:
     resolve_config({"train_batch_size": 8, "colm": {"large_batch_size": 16}, **quiet}, 1)
 
 
+MASTER = {"enabled": True, "bf16_master_weights_and_grads": True}
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [
@@ -396,6 +399,13 @@ def test_engines_of_another_kind_are_refused_together() -> None:
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup": 3}}}, "scheduler = .*warmup"),
         ({"scheduler": {"type": "Slow"}}, "there is no scheduler 'Slow'"),
         ({"optimizer": {"type": "AdamZ"}}, "there is no optimizer 'AdamZ'"),
+        ({"optimizer": {"type": "AdamW", "params": {"max_grad_norm": 1.0}}}, "optimizer = .*gradient_clipping"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler = .*params: missing"),
+        ({"zero_optimization": {"stage": "two"}}, "^.*\n  zero_optimization"),
+        (
+            {"bf16": MASTER, "zero_optimization": {"stage": 2}, "comms_logger": {"verbose": "perhaps"}},
+            "^1 problem in the DeepSpeed configuration\n  comms_logger",
+        ),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "momentun": 0.9}}}, "optimizer = .*momentun"),
     ],
 )
@@ -410,3 +420,30 @@ def test_what_deepspeed_takes_passes() -> None:
         config = {"optimizer": kind, "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 2}}}
         config |= {"data_types": {"grad_accum_dtype": "bf16"}, "comms_logger": {"enabled": True}}
         resolve_config({"train_batch_size": 8, "colm": {"large_batch_size": 16}, **config}, 1)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "set_grad_none": True, "betas": [0, 0.95]}}},
+        {"optimizer": {"type": "Adagrad", "params": {"amsgrad": False}}},
+        {"optimizer": {"type": "AdamW", "params": None}},
+        {"optimizer": {"params": {"lr": 1e-3}}},
+        {"scheduler": {"type": None, "params": {}}},
+        {"scheduler": {"type": "OneCycleLR", "params": {"max_lr": [1e-3, 1e-4], "total_steps": 9}}},
+        {"scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": [0.0, 0.0], "warmup_max_lr": [1e-3, 1e-4]}}},
+        {"aio": {"use_gds": True}},
+        {"bf16": MASTER, "zero_optimization": {"stage": 2}},
+    ],
+)
+def test_what_deepspeed_takes_passes_too(section: dict[str, Any]) -> None:
+    """Of a GPU's Adam, of offload, of several groups of parameters, and sections that it does not read."""
+    resolve_config({"train_batch_size": 8, "colm": {"large_batch_size": 16}, **section}, 1)
+
+
+def test_sections_of_what_the_caller_gives_are_not_read() -> None:
+    config = {"train_batch_size": 8, "colm": {"large_batch_size": 16}}
+    config |= {"optimizer": {"type": "Mine"}, "scheduler": {"type": "Its"}}
+    resolve_config(config, 1, supplied=("optimizer", "scheduler"))
+    with pytest.raises(ConfigError, match="there is no optimizer 'Mine'"):
+        resolve_config(config, 1, supplied=("scheduler",))

@@ -82,6 +82,8 @@ def test_the_same_command_skips_what_is_finished(
     assert f"{folder / 'plain_half'}: holds" in refused  # 1 there, 2 here
     assert main([*command, "steps=2", "output_dir=elsewhere"]) == 2
     assert main([*command, "steps=2", "evaluation.every=1"]) == 2
+    assert main([*command, "steps=2", "colm.packing=on"]) == 2
+    assert "colm.packing: 'off' there, 'on' here" in capfd.readouterr().err
     assert {name: (folder / name / "metrics.jsonl").read_bytes() for name in ARMS} == before
 
     (folder / "plain_half" / "summary.json").unlink()

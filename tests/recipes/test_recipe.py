@@ -47,6 +47,23 @@ def test_steps_in_epochs(steps: str, wanted: int) -> None:
         assert recipe_differences(damaged, open_ended, ())  # type: ignore[arg-type]
 
 
+def test_the_section_is_resolved_for_any_number_of_ranks() -> None:
+    """A DeepSpeed file that fits two ranks is previewed and checked by one."""
+    values = {
+        "output_dir": "run",
+        "steps": 2,
+        "model": {"name_or_path": "model"},
+        "data": {"train": "data.jsonl"},
+        "colm": {"large_batch_size": 16, "coreset_size": 8},
+        "micro_batch_size": 4,
+        "deepspeed": {"gradient_accumulation_steps": 1},
+    }
+    made = recipe.Recipe.model_validate(values)
+    assert made.resolve(2).colm == made.resolve_section()
+    with pytest.raises(ConfigError, match="4 per micro-batch x 1 steps x 1 ranks is not the coreset of 8"):
+        made.resolve(1)
+
+
 def write(path: Path, text: str) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8")
