@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from colm_ds.checkpoints import atomic
+from colm_ds.checkpoints.tensors_only import pickle_stage_by_value
 from colm_ds.distributed.agreement import broadcast_text
 from colm_ds.errors import CheckpointError
 from colm_ds.randomness import random_state, restore_random_state
@@ -18,6 +19,7 @@ from colm_ds.randomness import random_state, restore_random_state
 
 def save_engine(engine: Any, folder: Path, tag: str, client_state: Mapping[str, Any], keep_last: int | None) -> None:
     """Write a checkpoint of a `CoLMEngine`; see `CoLMEngine.save_checkpoint`."""
+    pickle_stage_by_value()
     atomic.save(
         engine.deepspeed_engine,
         folder,

@@ -38,6 +38,17 @@ def tensors_only() -> Iterator[None]:
 def allow_known() -> None:
     """Put the known classes on this process's list, for a program whose loads are all of checkpoints."""
     torch.serialization.add_safe_globals(_known())
+    pickle_stage_by_value()
+
+
+def pickle_stage_by_value() -> None:
+    """Let DeepSpeed's enumeration of stages be pickled as a class and a value, as Python does from 3.11.4 on.
+
+    Earlier 3.11 writes a call of `getattr`, which nothing that loads tensors only may ask for.
+    """
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    ZeroStageEnum.__reduce_ex__ = lambda stage, protocol: (ZeroStageEnum, (stage.value,))  # type: ignore[assignment]
 
 
 def load_tensors(path: Path, *, mmap: bool = False) -> Any:

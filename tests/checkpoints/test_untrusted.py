@@ -14,7 +14,7 @@ import torch
 
 from colm_ds.checkpoints import atomic
 from colm_ds.checkpoints.manifest import read_manifest, write_manifest
-from colm_ds.checkpoints.tensors_only import load_tensors, tensors_only
+from colm_ds.checkpoints.tensors_only import load_tensors, pickle_stage_by_value, tensors_only, why_not_tensors
 from colm_ds.errors import CheckpointError
 from tests.engine.training import Case, start, step
 from tests.ranks import Ranks
@@ -200,3 +200,16 @@ def test_what_fits_its_manifest_but_is_no_state(
     assert said in message
     assert said or not message
     shutil.rmtree(tmp_path / "c", ignore_errors=True)
+
+
+def test_a_stage_is_pickled_without_a_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Python 3.11.0 to 3.11.3 would write `getattr(ZeroStageEnum, name)`, which is refused where it is loaded."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    monkeypatch.setattr(ZeroStageEnum, "__reduce_ex__", lambda stage, _: (getattr, (ZeroStageEnum, stage.name)))
+    path = tmp_path / "state.pt"
+    torch.save({"zero_stage": ZeroStageEnum.weights}, path)
+    assert "getattr" in str(why_not_tensors(path))
+    pickle_stage_by_value()
+    torch.save({"zero_stage": ZeroStageEnum.weights}, path)
+    assert load_tensors(path) == {"zero_stage": ZeroStageEnum.weights}

@@ -27,7 +27,8 @@ ARCHIVE = Path(__file__).with_name("run_0_1_0.tar.gz")
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The unpacked folder, which is also the working folder."""
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # from Python 3.11.4 on
+        archive.extractall(tmp_path)
     monkeypatch.chdir(tmp_path / "run_0_1_0")
     return tmp_path / "run_0_1_0"
 
