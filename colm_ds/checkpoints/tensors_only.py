@@ -48,7 +48,7 @@ def pickle_stage_by_value() -> None:
     """
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
-    ZeroStageEnum.__reduce_ex__ = lambda stage, protocol: (ZeroStageEnum, (stage.value,))  # type: ignore[assignment]
+    ZeroStageEnum.__reduce_ex__ = lambda stage, protocol: (ZeroStageEnum, (stage.value,))
 
 
 def load_tensors(path: Path, *, mmap: bool = False) -> Any:
