@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -175,6 +176,7 @@ class CoresetSelector:
         check_adapters(model, 3 if partitioned else 0)
         keep_trainable(model)
         device = device if device is not None else next(model.parameters()).device
+        is_given = exchange is not None
         exchange = exchange if exchange is not None else make_exchange(device)
         unlike_adam = None
         if optimizer is not None:
@@ -188,6 +190,8 @@ class CoresetSelector:
         if dataset is None and not isinstance(source_counts, (Mapping, Sequence)):
             dataset = source_counts
         attempts = Attempts("the arguments of CoresetSelector")
+        if not is_given:
+            attempts.of(_check_alone)
         resolved = attempts.of(lambda: selection_config(config, exchange.num_processes))
         attempts.of(lambda: check_groups(optimizer))
         if not (is_checked or by_engine):
@@ -694,3 +698,13 @@ def _length_of(dataset: NumberedExamples | None, selector: str) -> int:
     if dataset is None:
         raise ConfigError(f"colm.selector = {selector!r}: goes by examples' indices in the dataset. Give the dataset.")
     return len(dataset)
+
+
+def _check_alone() -> None:
+    """Raise if a launcher started several processes of which this one would know nothing."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not dist.is_initialized() and size.isdigit() and int(size) > 1:
+        raise ConfigError(
+            f"WORLD_SIZE = {size}: there is no process group, so each process would choose from its own rows alone. "
+            "Call torch.distributed.init_process_group before (accelerate: make the Accelerator first)."
+        )

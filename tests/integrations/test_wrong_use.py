@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from colm_ds.engine.coreset_selector import CoresetSelector
 from colm_ds.errors import ConfigError
 from colm_ds.integrations.transformers import CoLMArguments, CoLMConfig, CoLMTrainer
+from colm_ds.selection import SINGLE_PROCESS
 from tests.engine.training import SOURCES, Record, records
 from tests.integrations.runs import make_trainer, pad
 from tests.tiny_models import tiny_model
@@ -26,6 +28,15 @@ def fails(tmp_path: Path, colm: Any = SIZES, **arguments: Any) -> str:
     with pytest.raises(ConfigError) as raised:
         make_trainer(str(tmp_path), colm, 2, **arguments)
     return str(raised.value)
+
+
+def test_processes_without_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of torchrun, whose ranks would each choose alone."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = tiny_model("llama")
+    with pytest.raises(ConfigError, match="WORLD_SIZE = 2: there is no process group"):
+        CoresetSelector(model, {"large_batch_size": 8, "coreset_size": 4}, {"a": 9})
+    CoresetSelector(model, {"large_batch_size": 8, "coreset_size": 4}, {"a": 9}, exchange=SINGLE_PROCESS)
 
 
 def test_no_source_column_and_no_clusters(tmp_path: Path) -> None:
