@@ -357,7 +357,7 @@ def describe_keys(kind: type[Section] = Recipe, prefix: str = "") -> list[str]:
         if section is not None:
             lines += describe_keys(section, f"{prefix}{name}.")
         else:
-            default = "required" if field.is_required() else repr(field.default)
+            default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
             lines.append(f"  {prefix}{name} ({default}): {field.description}")
     return lines
 
