@@ -15,6 +15,7 @@ from colm_ds.report.facts import Facts, group, run_facts
 from colm_ds.report.tables import clean
 from colm_ds.run_folder.contents import ADAPTER, MODEL
 from colm_ds.run_folder.read import Run, load_run, lookup, names, number, numbers
+from colm_ds.untrusted.printable import visible
 
 MERGED = "merged"
 
@@ -59,7 +60,7 @@ def write_model_card(
         run.config, summary, steps=run.steps, heldout=run.heldout, kind=kind, step=step, base=base, dtype=dtype
     )
     path = folder / "README.md"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(visible(text), encoding="utf-8")
     return path
 
 
@@ -161,8 +162,8 @@ def _loading(kind: str, path: str | None, gguf: str | None, dtype: str, quantiza
             'model = PeftModel.from_pretrained(base, ".")',
         ]
     lines.append('tokenizer = AutoTokenizer.from_pretrained(".")')
-    if kind == ADAPTER and quantization:
-        bits = str(quantization).removesuffix("bit")
+    bits = {"4bit": 4, "8bit": 8}.get(str(quantization))
+    if kind == ADAPTER and bits is not None:
         start += (
             f"The adapter was trained on a base of {bits}-bit weights: give `from_pretrained` the recipe's "
             "`quantization_config` too for the same outputs.\n\n"
