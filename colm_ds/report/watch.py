@@ -28,6 +28,7 @@ from colm_ds.run_folder.files import read_object
 from colm_ds.run_folder.follow import MetricsTail
 from colm_ds.run_folder.metrics import METRICS as DECLARED
 from colm_ds.run_folder.read import lookup, names, number, numbers, status_of
+from colm_ds.untrusted.printable import visible
 
 _RECENT = 20  # steps that rates and the remaining time are taken from
 _QUIET_S = 60.0  # without news for this long, and ten steps: the run may be gone
@@ -82,7 +83,7 @@ class WatchedRun:
             self.config = read_object(self._folder / CONFIG)
         for entry in entries:
             self._add(entry)
-        before, self.status = self.status, status_of(self._folder).replace(UNFINISHED, "")
+        before, self.status = self.status, visible(status_of(self._folder)).replace(UNFINISHED, "")
         return bool(entries) or self.status != before
 
     def _add(self, entry: dict[str, Any]) -> None:
