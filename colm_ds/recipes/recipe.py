@@ -148,7 +148,8 @@ class BaseRecipe(Section):
         loaded, _ = load_config(self.deepspeed)
         if self.colm.coreset_size is not None or "train_batch_size" in loaded:
             loaded.pop("gradient_accumulation_steps", None)  # fits another number of ranks
-        return resolve_config({**loaded, "colm": self.colm}, 1, where=self.where).colm
+        given = {**loaded, "train_micro_batch_size_per_gpu": self.micro_batch_size, "colm": self.colm}
+        return resolve_config(given, 1, where=self.where).colm
 
     def check(self, problems: Problems) -> None:
         """Add what does not fit together."""

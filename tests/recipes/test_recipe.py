@@ -62,6 +62,8 @@ def test_the_section_is_resolved_for_any_number_of_ranks() -> None:
     assert made.resolve(2).colm == made.resolve_section()
     with pytest.raises(ConfigError, match="4 per micro-batch x 1 steps x 1 ranks is not the coreset of 8"):
         made.resolve(1)
+    by_micro_batches = recipe.Recipe.model_validate(values | {"colm": {"large_batch_size": 16}})
+    assert by_micro_batches.resolve_section().coreset_size == 4
 
 
 def write(path: Path, text: str) -> Path:
