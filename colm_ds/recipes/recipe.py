@@ -131,11 +131,9 @@ class BaseRecipe(Section):
         Raises:
             ConfigError: listing every problem found.
         """
-        from colm_ds.config.resolve import load_config, resolve_config
+        from colm_ds.config.resolve import resolve_config
 
-        loaded, _ = load_config(self.deepspeed)
-        given = {**loaded, "train_micro_batch_size_per_gpu": self.micro_batch_size, "colm": self.colm}
-        return resolve_config(given, world_size, where=self.where)
+        return resolve_config(self._whole_config(), world_size, where=self.where)
 
     def resolve_section(self) -> CoLMSection:
         """Return the `"colm"` section, b filled in, and checked as `resolve` does, whatever number of ranks will train.
@@ -143,13 +141,19 @@ class BaseRecipe(Section):
         Raises:
             ConfigError: listing every problem found.
         """
-        from colm_ds.config.resolve import load_config, resolve_config
+        from colm_ds.config.resolve import resolve_config
+
+        given = self._whole_config()
+        if self.colm.coreset_size is not None or "train_batch_size" in given:
+            given.pop("gradient_accumulation_steps", None)  # fits another number of ranks
+        return resolve_config(given, 1, where=self.where).colm
+
+    def _whole_config(self) -> dict[str, Any]:
+        """Return the DeepSpeed configuration with this recipe's micro-batch and `"colm"` section."""
+        from colm_ds.config.resolve import load_config
 
         loaded, _ = load_config(self.deepspeed)
-        if self.colm.coreset_size is not None or "train_batch_size" in loaded:
-            loaded.pop("gradient_accumulation_steps", None)  # fits another number of ranks
-        given = {**loaded, "train_micro_batch_size_per_gpu": self.micro_batch_size, "colm": self.colm}
-        return resolve_config(given, 1, where=self.where).colm
+        return {**loaded, "train_micro_batch_size_per_gpu": self.micro_batch_size, "colm": self.colm}
 
     def check(self, problems: Problems) -> None:
         """Add what does not fit together."""
