@@ -28,7 +28,7 @@ from colm_ds.report.section import (
 )
 from colm_ds.report.selected import selected_section
 from colm_ds.report.setup import compared_section, problems_of, repeat_section
-from colm_ds.report.summary import caveats, summary
+from colm_ds.report.summary import caveats, three_sentences
 from colm_ds.report.tables import SEEDS_NOTE, Column, Table, clean, format_terminal, listed, plain, quoted
 from colm_ds.run_folder.read import Run, lookup
 from colm_ds.untrusted.printable import escaped
@@ -44,7 +44,7 @@ class Comparison:
         title: what was compared.
         about: one line on date and devices.
         date: when the report was made.
-        summary: three sentences that say what came out.
+        summary: sentences that say what came out.
         caveats: what a reader must know before trusting it.
         arms: runs gathered by method; runs that differ in their seed only are one arm.
         small_sources: names of the small sources.
@@ -83,6 +83,7 @@ def compare(
     sized: Sequence[Run] = (),
     against: Sequence[str] = (),
     max_arms: int = MAX_ARMS,
+    summary: str | None = None,
     date: datetime | None = None,
 ) -> Comparison:
     """Compare runs; write `report.html`, `report.md` and `report.json`.
@@ -93,6 +94,7 @@ def compare(
         sized: further runs, of other batch sizes, that join the pictures of memory against batch size only.
         against: names of the arms that all are held against; default: plain training and the control of each.
         max_arms: arms in a picture at most.
+        summary: sentences that say what came out; default: three that are computed.
         date: when the report is made; default: now.
 
     Raises:
@@ -113,7 +115,15 @@ def compare(
     warned = [*caveats(view.arms), *_left_out(view), *problems_of(view.arms)]
     title, arms = _title(view.arms), list(view.arms)
     comparison = Comparison(
-        title, _about(arms, when), when, summary(view), warned, arms, list(view.small), sections, files
+        title,
+        _about(arms, when),
+        when,
+        summary or three_sentences(view),
+        warned,
+        arms,
+        list(view.small),
+        sections,
+        files,
     )
     words = (title, comparison.about, comparison.summary, warned, sections)
     numbers = escaped(json.dumps(_finite(comparison.as_dict()), indent=1, ensure_ascii=False, allow_nan=False)) + "\n"

@@ -17,7 +17,7 @@ _ALIKE = 0.03  # ratios within this of 1 are called about the same
 _UNEVEN = 2.0  # p90 over p10 of the time per step above which times are called unreliable
 
 
-def summary(view: View) -> str:
+def three_sentences(view: View) -> str:
     """Say in three sentences what was compared, how good the main arm is, and what it costs."""
     return " ".join(sentence for sentence in (_scope(view), _quality(view), _costs(view)) if sentence)
 
@@ -35,8 +35,7 @@ def caveats(arms: Sequence[Arm]) -> list[str]:
         left_out = len(arm.facts) - len(arm.used)
         if left_out:
             found.append(f"{quoted(arm.name)}: {plural(left_out, 'run')} not finished and left out of the means.")
-    uneven = [arm for arm in arms if (arm.mean("step_s.p90") or 0.0) > _UNEVEN * (arm.mean("step_s.p10") or math.inf)]
-    if uneven:
+    if uneven := uneven_times(arms):
         found.append(
             f"The time per step of {listed([quoted(arm.name) for arm in uneven])} varies more than twofold within the "
             "run: something else may have used the machine, and ratios of time then say little."
@@ -49,6 +48,11 @@ def caveats(arms: Sequence[Arm]) -> list[str]:
     if all(len(arm.used) == 1 for arm in arms):
         found.append("Every arm has a single seed: differences, even large ones, may be the luck of the seed.")
     return found
+
+
+def uneven_times(arms: Sequence[Arm]) -> list[Arm]:
+    """Return the arms whose time per step varies so much within a run that something else may have used the machine."""
+    return [arm for arm in arms if (arm.mean("step_s.p90") or 0.0) > _UNEVEN * (arm.mean("step_s.p10") or math.inf)]
 
 
 def _scope(view: View) -> str:

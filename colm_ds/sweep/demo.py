@@ -20,6 +20,7 @@ from colm_ds.recipes.recipe import BaseRecipe, load_recipe
 from colm_ds.report import compare, load_run
 from colm_ds.report.arms import Arm, make_arms
 from colm_ds.report.facts import LOSS, Curve
+from colm_ds.report.summary import uneven_times
 from colm_ds.report.tables import Column, Table, compact, format_terminal
 from colm_ds.run_folder.contents import CONFIG
 from colm_ds.run_folder.files import read_object
@@ -58,6 +59,8 @@ ARMS = (
     DemoArm("plain_r", LARGE, ("colm.selector=full", "colm.large_batch_size=64", "colm.coreset_size=64")),
 )
 """The arms; the first gives the price that the others are compared with."""
+
+_SAME_PRICE = 0.05  # steps whose times are this near to each other cost the same, as far as one run can tell
 
 
 def run_demo(out: Path, changes: Sequence[str], num_ranks: int, port: int) -> str:
@@ -102,10 +105,11 @@ def run_demo(out: Path, changes: Sequence[str], num_ranks: int, port: int) -> st
         code = subprocess.run(command, check=False, env=environment).returncode
         if code:
             raise PartFailedError(arm.name, code)
-    runs = [load_run(out / arm.folder) for arm in ARMS]
-    compare(runs, out)
-    arms = {arm.name: arm for arm in make_arms({arm.name: [run] for arm, run in zip(ARMS, runs, strict=True)})}
-    return "\n".join([format_terminal(budget_table(arms)), "", *answer(arms)])
+    runs = {arm.name: [load_run(out / arm.folder)] for arm in ARMS}
+    arms = {arm.name: arm for arm in make_arms(runs)}
+    sentences = [*answer(arms), *caveats(steps, list(arms.values()))]
+    compare(runs, out, summary=" ".join(sentences))
+    return "\n".join([format_terminal(budget_table(arms)), "", *sentences])
 
 
 _MAY_DIFFER = (
@@ -157,14 +161,32 @@ def answer(arms: dict[str, Arm]) -> list[str]:
         f"{PAPER}, which passes the model over all 64, takes {_ratio(paper, plain)} of the time and ends at "
         f"{_end(paper):.3f}; the same shares of the sources chosen at random ({CONTROL}) end at {_end(control):.3f}.",
     ]
-    if all_of_it > 0 and won > 0:
-        lines.append(f"So {min(won / all_of_it, 9.99):.0%} of what doubling the batch is worth, for nothing.")
-    elif won <= 0:
-        lines.append("Here choosing wins nothing: train plainly.")
+    best = min((plain, tokens, paper, control), key=_end)
+    if best is plain:
+        lines.append("So no choice of 32 was better here than any 32: train plainly.")
+        return lines
+    gained = _end(plain) - _end(best)
+    share = f", {gained / all_of_it:.0%} of what doubling the batch gains" if 0 < gained <= all_of_it else ""
     lines.append(
-        "One seed, a small model from random weights, a mixture made here: `colm-ds check RECIPE` measures your own."
+        f"So of those that train on 32 examples a step {best.name} did best: {_lower(gained)} than {PLAIN}{share}, "
+        f"{_price(best, plain)}."
     )
+    if best is control:
+        lines.append("It looks at no gradient and no token: which examples of a source were taken did not matter here.")
     return lines
+
+
+def caveats(steps: int, arms: Sequence[Arm]) -> list[str]:
+    """Say what the demo cannot know."""
+    enough = load_recipe(RECIPE, needs_files=False).steps
+    few = isinstance(enough, int) and 2 * steps < enough
+    short = f"{steps} steps are too few for an answer: losses still fall fast. The demo's own are {enough}."
+    uneven = "Times of steps varied more than twofold within a run: something else used the machine, ratios say little."
+    return [
+        *([short] if few else []),
+        *([uneven] if uneven_times(arms) else []),
+        "One seed, a small model from random weights, a mixture made here: `colm-ds check RECIPE` measures your own.",
+    ]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -203,6 +225,16 @@ def _end(arm: Arm) -> float:
 def _ratio(arm: Arm, other: Arm) -> str:
     one, two = arm.mean("step_s.median"), other.mean("step_s.median")
     return f"{one / two:.0%}" if one and two else "an unknown part"
+
+
+def _price(arm: Arm, other: Arm) -> str:
+    """Say what a step costs more or less than another's, as measured."""
+    one, two = arm.mean("step_s.median"), other.mean("step_s.median")
+    if not one or not two:
+        return "at an unknown price"
+    if abs(one / two - 1) <= _SAME_PRICE:
+        return "at the same price"
+    return f"and its step took {abs(one / two - 1):.0%} {'more' if one > two else 'less'} time"
 
 
 def _lower(difference: float) -> str:

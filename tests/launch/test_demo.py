@@ -63,6 +63,9 @@ def test_the_demo_trains_six_arms_and_compares_them(demo: tuple[Path, str]) -> N
     word = "lower" if difference >= 0 else "higher"
     assert f"{abs(difference):.3f} nats per token {word}: {losses['tokens']:.3f} against" in shown
     assert f"ends at {losses['plain_half']:.3f}" in shown
+    assert "2 steps are too few for an answer" in shown
+    said = json.loads((folder / "report.json").read_text())["summary"]
+    assert said in " ".join(shown.splitlines())  # the page says what the terminal says
 
 
 @pytest.mark.distributed

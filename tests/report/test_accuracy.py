@@ -9,7 +9,7 @@ import pytest
 
 from colm_ds.report import format_table, load_run, result_tables
 from colm_ds.report.comparison import look
-from colm_ds.report.summary import summary
+from colm_ds.report.summary import three_sentences
 from tests.report.run_folders import write_run
 
 
@@ -31,7 +31,7 @@ def test_report(tmp_path: Path) -> None:
         assert part in text
     plain = format_table([load_run(write_run(tmp_path / "other", "plain-64"))])
     assert "accuracy" not in plain
-    assert "ends with an accuracy of 74.2%" in summary(look(runs[:1]))
+    assert "ends with an accuracy of 74.2%" in three_sentences(look(runs[:1]))
 
 
 def test_sweep_table(tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from colm_ds.report import Run, load_run
 from colm_ds.report.arms import make_arms
 from colm_ds.report.comparison import look
-from colm_ds.report.summary import caveats, summary
+from colm_ds.report.summary import caveats, three_sentences
 from colm_ds.report.tables import listed
 from tests.report.run_folders import ARMS, write_run
 
 
 def told(runs: Sequence[Run]) -> str:
-    return summary(look(runs))
+    return three_sentences(look(runs))
 
 
 def test_single_seeds(tmp_path: Path) -> None:
