@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,3 +149,15 @@ def test_missing_python_is_named(fake_repository: FakeRepository) -> None:
     result = fake_repository.set_up(PYTHON="no-such-python")
     assert result.returncode == 1
     assert "no-such-python is not installed" in result.stderr
+
+
+@pytest.mark.skipif(not importlib.metadata.entry_points(name="colm-ds"), reason="not installed")
+def test_a_script_beside_a_clone_imports_the_package(tmp_path: Path) -> None:
+    """Without an `__init__.py`, a clone named colm_ds is a namespace package for what lies beside it."""
+    (tmp_path / "colm_ds").mkdir()
+    script = tmp_path / "mine.py"
+    script.write_text("import colm_ds\nprint(colm_ds.__all__)\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "CoresetSelector" in done.stdout
