@@ -281,9 +281,9 @@ def _set_up_preview(parser: argparse.ArgumentParser) -> None:
 
 def _preview(options: argparse.Namespace) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is trained here
-    from colm_ds.recipes.recipe import load_recipe
+    from colm_ds.recipes.data_check import load_checked_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)  # first: a typo is said before torch is imported
+    recipe = load_checked_recipe(options.recipe, options.overrides)  # first: a typo is said before torch is imported
     from colm_ds.recipes.model import quiet_libraries
     from colm_ds.training.preview import preview
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch  # imported where it is used: seeds alone do not need it
 
 
 def derive_seed(seed: int, *parts: int | str) -> int:
@@ -17,12 +18,15 @@ def derive_seed(seed: int, *parts: int | str) -> int:
 
 def private_generator(seed: int, *parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a private generator for one purpose on one device; same arguments, same numbers."""
+    import torch
+
     return torch.Generator(device=device).manual_seed(derive_seed(seed, *parts))
 
 
 def random_state() -> dict[str, Any]:
     """Return the state of this process's global generators: Python's, numpy's, torch's, and that of its GPU."""
     import numpy as np
+    import torch
 
     state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -33,6 +37,7 @@ def random_state() -> dict[str, Any]:
 def restore_random_state(state: dict[str, Any]) -> None:
     """Put the global generators back to where `random_state` found them."""
     import numpy as np
+    import torch
 
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])

@@ -174,7 +174,9 @@ def test_several_ranks_are_started_by_the_launcher(monkeypatch: pytest.MonkeyPat
     started: list[list[str]] = []
     monkeypatch.setattr(launch.os, "execv", lambda program, command: started.append(command))
     monkeypatch.setattr("colm_ds.training.train_command.run", lambda options: None)
-    monkeypatch.setattr("colm_ds.training.train_command.load_recipe", lambda path, changes: None)  # which is not there
+    monkeypatch.setattr(
+        "colm_ds.training.train_command.load_checked_recipe", lambda path, changes: None
+    )  # which is not there
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "DS_ACCELERATOR"):
         monkeypatch.setenv(name, "")  # so that it is restored
         monkeypatch.delenv(name)
@@ -249,7 +251,7 @@ for words in {calls!r}:
 
 
 def test_selectors_known_to_compare_no_vectors_compare_none() -> None:
-    compares = {name for name in SELECTORS if needs_of(name).vectors}
+    compares = {name for name in SELECTORS if needs_of(name).vectors or needs_of(name).target}
     assert compares
     assert not compares & set(WITHOUT_VECTORS)
     assert set(WITHOUT_VECTORS) <= set(SELECTORS)

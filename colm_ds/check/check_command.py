@@ -68,9 +68,9 @@ def run(options: argparse.Namespace) -> None:
     if options.target is not None and not options.all_selectors:
         raise ConfigError("--target is for the selectors of --all-selectors. Add that, or leave --target out.")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed does not train here
-    from colm_ds.recipes.recipe import load_recipe
+    from colm_ds.recipes.data_check import load_checked_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)  # first: a typo is said before torch is imported
+    recipe = load_checked_recipe(options.recipe, options.overrides)  # first: a typo is said before torch is imported
     from colm_ds.check.measure import check_recipe
     from colm_ds.check.report_of_check import format_check, write_check
     from colm_ds.recipes.model import quiet_libraries

@@ -14,7 +14,7 @@ from colm_ds.batching.sources import small_source_ids
 from colm_ds.check.errors_of_coresets import CoresetError, GradientGram, LargeBatches, coreset_error
 from colm_ds.check.other_selectors import ScoredSample, other_ways, score_sample
 from colm_ds.check.prices import price_of_ways
-from colm_ds.check.sample import DrawnSample, measure_sample
+from colm_ds.check.sample import DrawnSample, check_enough, measure_sample
 from colm_ds.check.signals_of_sample import SampleFacts
 from colm_ds.check.verdict import MeasuredWay, measured_way, recommend
 from colm_ds.check.ways_to_choose import WayToChoose, ways_to_choose
@@ -111,6 +111,7 @@ def check_recipe(
         recipe = recipe.model_copy(update={"colm": recipe.colm.model_copy(update={"target": named})})
     task = load_task(recipe, tokenizer)
     data = task.train
+    check_enough(min(num_examples or len(data), len(data)), config.large_batch_size)  # now: loading a model takes long
     model, weights = load_at(recipe, tokenizer, at)
     on_gpu = torch.cuda.is_available()
     result = check_model(

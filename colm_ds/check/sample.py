@@ -98,7 +98,7 @@ def measure_sample(
     """
     large = config.large_batch_size
     sample = _drawn_sample(data, config, num_examples or max(LEAST_EXAMPLES, LARGE_BATCHES * large))
-    _check_enough(len(sample.examples), large)
+    check_enough(len(sample.examples), large)
     architecture, notes = _probed_part(model, config, len(sample.examples))
     linears = trained_linears(model)
     side = fitting_side(linears, len(sample.examples))
@@ -112,7 +112,7 @@ def measure_sample(
     if bool(broken.any()):
         notes.append(f"{int(broken.sum())} examples are left out, as their gradients are not finite.")
         sample, table, exact = sample.without(broken), table[~broken], exact[~broken]
-        _check_enough(len(sample.examples), large)
+        check_enough(len(sample.examples), large)
     by_token = config.loss_normalization == "token"
     parts = sample.num_label_tokens.float() if by_token else None
     gram = GradientGram(
@@ -150,7 +150,8 @@ def _drawn_sample(data: SourcedDataset, config: CoLMSection, count: int) -> Draw
     return DrawnSample([batches[number].examples[position] for number, position in places], *columns)
 
 
-def _check_enough(num_examples: int, large: int) -> None:
+def check_enough(num_examples: int, large: int) -> None:
+    """Raise a ConfigError if a sample would hold fewer than two large batches."""
     if num_examples < 2 * large:
         raise ConfigError(
             f"{num_examples} examples: fewer than two large batches of colm.large_batch_size = {large}. Give more "

@@ -28,9 +28,9 @@ def run(options: argparse.Namespace) -> None:
     if (options.model is None) == (options.at is None):
         raise ConfigError("colm-ds score: name one reference model, by --model or by --at.")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed does not train here
-    from colm_ds.recipes.recipe import load_recipe
+    from colm_ds.recipes.data_check import load_checked_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)  # first: a typo is said before torch is imported
+    recipe = load_checked_recipe(options.recipe, options.overrides)  # first: a typo is said before torch is imported
     import torch
 
     from colm_ds.choose.scored_model import load_reference_model, load_scored_model

@@ -46,9 +46,10 @@ def run(options: argparse.Namespace) -> None:
         ConfigError, DataError, ProbeError: as training would, or if an option cannot work.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed does not train here
-    from colm_ds.recipes.recipe import Recipe, load_recipe
+    from colm_ds.recipes.data_check import load_checked_recipe
+    from colm_ds.recipes.recipe import Recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)  # first: a typo is said before torch is imported
+    recipe = load_checked_recipe(options.recipe, options.overrides)  # first: a typo is said before torch is imported
     import torch
     import yaml
 

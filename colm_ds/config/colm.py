@@ -225,7 +225,7 @@ def with_preset(values: Any) -> Any:
 
 
 WITHOUT_VECTORS = ("colm", "random", "keep_random", "full", "balanced")
-"""Selectors that do not compare gradients as vectors: known here, so that checking their keys needs no torch."""
+"""Selectors that compare neither vectors nor a target: known here, so that checking their keys needs no torch."""
 
 
 def _compares_vectors(values: Mapping[str, Any]) -> bool:
@@ -339,6 +339,11 @@ class CoLMSection(Section):
     def signal(self) -> str | None:
         """Return the signal that the selector needs with its options."""
         return self.needs.signal
+
+    @property
+    def needs_target(self) -> bool:
+        """Return whether the selector compares with a target."""
+        return self.selector not in WITHOUT_VECTORS and self.needs.target
 
     @property
     def probes_model(self) -> bool:

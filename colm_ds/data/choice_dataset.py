@@ -15,16 +15,15 @@ import torch
 from colm_ds.batching.candidates import computed_rows
 from colm_ds.batching.collate import IGNORE_INDEX
 from colm_ds.batching.mixture import seeded_permutation
-from colm_ds.data.choices import WRITERS, ChoiceQuestion
-from colm_ds.data.examples import ONE_SOURCE
-from colm_ds.data.formats import PathLike, find_places, read_place
+from colm_ds.data.choices import ChoiceQuestion, read_questions
+from colm_ds.data.formats import PathLike, find_places
+from colm_ds.data.parts import ONE_SOURCE
 from colm_ds.data.prompt import Continuation, encode_pairs, leading_special_ids
 from colm_ds.data.token_cache import cache_key, describe_tokenizer, load_arrays, store_arrays
-from colm_ds.errors import ConfigError, DataError, Problems
+from colm_ds.errors import ConfigError, DataError
 from colm_ds.types import CandidateTable, Example
 
 FORMAT_VERSION = 1  # of the cache; raise it whenever the same questions would give different tokens
-MAX_PROBLEMS = 20  # shown for one place
 _CHUNK_QUESTIONS = 4096  # tokenised at once
 _DTYPES = {"tokens": "int32", "lengths": "int32", "starts": "int32", "num_candidates": "int32", "golds": "int32"}
 
@@ -144,7 +143,7 @@ def load_choices(
         if value is not None and value < least:
             raise ConfigError(f"{name} = {value}: must be at least {least}.")
     places = find_places(paths)
-    questions = [question for place in places for question in _read_checked(task, place, split)]
+    questions = [question for place in places for question in read_questions(task, place, split)]
     if limit is not None and limit < len(questions):
         questions = [questions[index] for index in np.sort(seeded_permutation(len(questions), seed, "limit")[:limit])]
     key = ""
@@ -201,19 +200,3 @@ def _tokenise(
     }
     arrays = {name: np.array(values, dtype=_DTYPES[name]) for name, values in columns.items()}
     return arrays, {"candidate_longer_than_max_length": len(questions) - len(kept)}
-
-
-def _read_checked(task: str, place: Path | str, split: str) -> list[ChoiceQuestion]:
-    """Read the questions of all records of a place; report up to 20 problems in one DataError."""
-    problems = Problems(str(place))
-    questions = []
-    for where, record in read_place(place, split):
-        try:
-            questions.append(WRITERS[task](where, record))
-        except DataError as error:
-            problems.messages.append(str(error))
-            if len(problems.messages) == MAX_PROBLEMS:
-                problems.where += f" (stopped reading after {MAX_PROBLEMS})"
-                break
-    problems.raise_if_any(DataError)
-    return questions

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from colm_ds.data.formats import read_place
 from colm_ds.data.records import label_of, text_of
-from colm_ds.errors import DataError
+from colm_ds.errors import DataError, Problems
 
 YES_NO = (("entailment", 0), ("not_entailment", 1), ("0", 0), ("1", 1), (0, 0), (1, 1))
 
@@ -105,3 +107,31 @@ WRITERS = {
     "boolq": write_boolq,
 }
 """Function that writes a record of each set as a question."""
+
+MAX_PROBLEMS = 20
+"""Problems that are shown of one place."""
+
+
+def read_questions(task: str, place: Path | str, split: str) -> list[ChoiceQuestion]:
+    """Read the questions of all records of a place.
+
+    Args:
+        task: one of `WRITERS`.
+        place: a file or hub name from `find_places`.
+        split: default split of a hub name.
+
+    Raises:
+        DataError: if it cannot be read, or with up to 20 problems of its records.
+    """
+    problems = Problems(str(place))
+    questions = []
+    for where, record in read_place(place, split):
+        try:
+            questions.append(WRITERS[task](where, record))
+        except DataError as error:
+            problems.messages.append(str(error))
+            if len(problems.messages) == MAX_PROBLEMS:
+                problems.where += f" (stopped reading after {MAX_PROBLEMS})"
+                break
+    problems.raise_if_any(DataError)
+    return questions

@@ -14,17 +14,13 @@ import numpy.typing as npt
 
 from colm_ds.batching.mixture import seeded_permutation
 from colm_ds.data.chat import ChatEncoder, TemplateError, TrainOn
-from colm_ds.data.entries import Data, DataEntry, as_entries, stem
+from colm_ds.data.entries import Data, DataEntry, as_entries
 from colm_ds.data.formats import (
-    HUB,
-    ParsedRows,
     PathLike,
     RowBatch,
     describe_places,
-    find_files,
-    find_places,
-    read_rows,
 )
+from colm_ds.data.parts import SOURCE, CheckedRows, DataFile, RowCount, RowProblem, check_rows, find_parts, rows_of
 from colm_ds.data.prompt import PROMPT_TEMPLATE, check_encoding, encode_completions, encode_texts
 from colm_ds.data.schemas import (
     UNITS,
@@ -32,12 +28,7 @@ from colm_ds.data.schemas import (
     Conversation,
     RowError,
     Sample,
-    Schema,
     Text,
-    check_style,
-    read_sample,
-    recognise,
-    text_problem,
 )
 from colm_ds.data.token_cache import (
     Arrays,
@@ -49,56 +40,22 @@ from colm_ds.data.token_cache import (
 )
 from colm_ds.data.token_dataset import TokenDataset
 from colm_ds.data.workers import MAX_PROCESSES, map_in_order, usable_cores
-from colm_ds.errors import ConfigError, DataError, Problems
+from colm_ds.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT_VERSION = 2  # of the cache; raise it whenever the same files would give different tokens
-SOURCE = "source"  # key of a row's source by default, which rows need not have
-ONE_SOURCE = "all"  # source of rows where no key is to name it
-MAX_PROBLEMS = 20  # shown for one file
 _PRELOADED = ("transformers",)  # by processes that tokenise
-_LOOKED_AT = 100  # rows that tell the schema
 _DTYPES = {"tokens": "int32", "offsets": "int64", "prompt_lengths": "int32", "source_ids": "int32"}
 _MASK_DTYPES = {"trained": "bool", "num_trained": "int32"}  # of conversations
 
 
-@dataclass(frozen=True)
-class DataFile:
-    """One file or hub name, and how its rows are read.
-
-    Attributes:
-        place: from `find_places`.
-        entry: number of the recipe's entry that it belongs to.
-        schema: of its rows.
-        style: of its prompts, from `check_style`.
-        source_key: key of a row's source; None: all rows have the default.
-        source: the default source.
-        split: of a saved data set or hub name.
-    """
-
-    place: Path | str
-    entry: int
-    schema: Schema
-    style: str
-    source_key: str | None
-    source: str
-    split: str
-
-    @property
-    def may_lack_source(self) -> bool:
-        """Return true where nobody named the key of the source, so that rows need none."""
-        return self.source_key in (None, SOURCE)
-
-
 @dataclass
-class Encoded:
+class Encoded(CheckedRows):
     """Tokens of some rows of a part.
 
     Attributes:
-        part: number of the part.
-        sources: source of each row that was looked at, None where it has none of its own.
         kept: rows with tokens, among these.
         lengths: tokens of each kept row.
         tokens: of all kept rows, int32.
@@ -107,12 +64,8 @@ class Encoded:
         dropped: rows by source of which nothing would be trained.
         cut: rows by source that were truncated.
         num_special: conversations with the text of a special token.
-        problems: of rows: the row's number and a sentence with its name.
-        without: the same for rows that have no source.
     """
 
-    part: int
-    sources: list[str | None] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     tokens: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
@@ -121,8 +74,6 @@ class Encoded:
     dropped: Counter[str] = field(default_factory=Counter)
     cut: Counter[str] = field(default_factory=Counter)
     num_special: int = 0
-    problems: list[tuple[int, str]] = field(default_factory=list)
-    without: list[tuple[int, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -156,36 +107,10 @@ class RowEncoder:
             TemplateError: naming the row with which the chat template does not work.
         """
         part = self.parts[job.part]
-        result = Encoded(job.part)
-        samples: list[tuple[int, str, Sample]] = []
-        for number, (where, row) in enumerate(job.rows):
-            if isinstance(row, DataError):
-                result.problems.append((number, str(row)))
-                result.sources.append(None)
-                continue
-            source, wrong = self._source(row, part)
-            if part.source_key is not None and source is None and not wrong and len(result.without) < MAX_PROBLEMS:
-                result.without.append((number, f"{where}: {_lacks(part.source_key, row)}"))
-            result.sources.append(source)
-            try:
-                sample = read_sample(row, part.schema, part.style)
-            except RowError as error:
-                wrong += error.problems
-            else:
-                if not wrong and (job.chosen is None or (len(job.chosen) and job.chosen[number])):
-                    samples.append((number, where, sample))
-            result.problems += [(number, f"{where}: {problem}") for problem in wrong]
-        self._encode(samples, part, result)
+        checked = check_rows(job.part, part, job.rows, job.chosen)
+        result = Encoded(job.part, checked.sources, problems=checked.problems, without=checked.without)
+        self._encode(checked.samples, part, result)
         return result
-
-    def _source(self, row: Mapping[str, Any], part: DataFile) -> tuple[str | None, list[str]]:
-        """Return a row's own source, if it has one, and the problems with it."""
-        if part.source_key is None or (row.get(part.source_key) is None and part.may_lack_source):
-            return None, []
-        if part.source_key not in row:
-            return None, [_lacks(part.source_key, row)]
-        problem = text_problem(row, part.source_key)
-        return (str(row[part.source_key]), []) if problem is None else (None, [problem])
 
     def _encode(self, samples: Sequence[tuple[int, str, Sample]], part: DataFile, result: Encoded) -> None:
         tokens, trained = [result.tokens], [result.trained]
@@ -226,7 +151,7 @@ class RowEncoder:
                 except TemplateError as error:
                     raise TemplateError(f"{where}: {error}") from None
                 except RowError as error:
-                    result.problems += [(number, f"{where}: {problem}") for problem in error.problems]
+                    result.problems += [RowProblem(number, where, problem) for problem in error.problems]
                     continue
                 result.num_special += chat.holds_special
                 encoded[number] = chat.ids, chat.trained
@@ -314,65 +239,6 @@ def load_examples(
         facts = _tokenise(encode, memory, limit, seed, processes)
         return _dataset(memory.arrays(), facts, (folder, key), entries, styles)
     return _dataset(*cached, (folder, key), entries, styles)
-
-
-def _lacks(source_key: str, row: Mapping[str, Any]) -> str:
-    keys = ", ".join(map(repr, row)) or "no keys"
-    advice = "name the right key in source_key (null: none)"
-    if source_key in row:
-        return f"the key {source_key!r} is null. Write a source, or {advice}."
-    return f"no key {source_key!r}. Add it, or {advice}; the record has {keys}."
-
-
-def first_rows(place: Path | str, split: str) -> list[dict[str, Any]]:
-    """Return the first rows of a place, which tell its schema.
-
-    Raises:
-        DataError: if it cannot be read, or none of them can.
-    """
-    rows: list[dict[str, Any]] = []
-    problems = Problems(str(place))
-    for some in read_rows(place, split):
-        for _, row in some:
-            if isinstance(row, DataError):
-                problems.messages.append(str(row))
-            else:
-                rows.append(row)
-            if len(rows) == _LOOKED_AT or len(problems.messages) == MAX_PROBLEMS:
-                break
-        break
-    if not rows:
-        problems.raise_if_any(DataError)
-    return rows
-
-
-def find_parts(entries: Sequence[DataEntry]) -> list[DataFile]:
-    """Return the files and hub names of entries with schema and style; files come before hub names.
-
-    Raises:
-        DataError: if one is missing, cannot be read, or is listed twice.
-        ConfigError: if its schema or the style of its prompts cannot be told.
-    """
-    if not entries or any(not entry.path.startswith(HUB) for entry in entries):
-        find_files([entry.path for entry in entries if not entry.path.startswith(HUB)])
-    parts, problems = [], Problems("the data")
-    for number, entry in enumerate(entries):
-        for place in find_places(entry.path):
-            rows = first_rows(place, entry.split)
-            try:
-                schema = recognise(str(place), rows) if entry.schema == "auto" else entry.schema
-            except ConfigError as error:
-                problems.messages.append(str(error))
-                continue
-            try:
-                style = check_style(schema, entry.prompt, rows)
-            except ConfigError as error:
-                problems.messages.append(f"{place}: {error}")
-                continue
-            source = entry.name or (ONE_SOURCE if entry.source_key is None else stem(place))
-            parts.append(DataFile(place, number, schema, style, entry.source_key, source, entry.split))
-    problems.raise_if_any()
-    return sorted(parts, key=lambda part: not isinstance(part.place, Path))
 
 
 def describe_read(read: Mapping[str, int]) -> list[str]:
@@ -515,67 +381,19 @@ class _Memory:
         return {name: np.concatenate(self._pieces.pop(name)) for name in list(self._pieces)}
 
 
-class _RowCount:
-    """Rows of all parts so far: problems, sources and their numbers.
-
-    Attributes:
-        num_rows: rows that were looked at.
-        names: sources in the order of their first rows.
-    """
-
-    def __init__(self, parts: Sequence[DataFile]) -> None:
-        self._parts = parts
-        self.num_rows = 0
-        self.read: Counter[str] = Counter()
-        self.names: dict[str, int] = {}
-        self._part = -1
-        self._has_source = False
-        self._problems: list[tuple[int, str]] = []
-        self._without: list[tuple[int, str]] = []
-
-    def add(self, some: Encoded) -> list[int]:
-        """Add the next rows, and return the number of each one's source.
-
-        Raises:
-            DataError: if their file has come to its end, or to 20 problems.
-        """
-        if some.part != self._part:
-            self.check()
-            self._part, self._has_source = some.part, False
-        self._problems += [(self.num_rows + number, problem) for number, problem in some.problems]
-        self._without += [(self.num_rows + number, problem) for number, problem in some.without][:MAX_PROBLEMS]
-        self._has_source = self._has_source or any(source is not None for source in some.sources)
-        self.num_rows += len(some.sources)
-        part = self._parts[some.part]
-        self.read[part.schema] += len(some.sources)
-        if len(self._problems) >= MAX_PROBLEMS:
-            self.check()
-        return [self.names.setdefault(source or part.source, len(self.names)) for source in some.sources]
-
-    def check(self) -> None:
-        """Raise a DataError with the problems of the part, if there are any."""
-        every = sorted(self._problems + (self._without if self._has_source else []))
-        self._without = []
-        if every:
-            problems = Problems(str(self._parts[self._part].place), [message for _, message in every[:MAX_PROBLEMS]])
-            if len(every) >= MAX_PROBLEMS:
-                problems.where += f" (stopped reading after {MAX_PROBLEMS})"
-            problems.raise_if_any(DataError)
-
-
 def _tokenise(
     encode: RowEncoder, sink: _Disk | _Memory, limit: int | None, seed: int, num_processes: int
 ) -> dict[str, Any]:
     """Tokenise the rows of all parts into arrays, and return the facts about them."""
     parts = encode.parts
-    chosen, rows = None, _RowCount(parts)
+    chosen, rows = None, RowCount(parts)
     if limit is not None:
         for some in map_in_order(encode, _jobs(parts, np.zeros(0, bool)), num_processes, _PRELOADED):
             rows.add(some)
         rows.check()
         chosen = np.zeros(rows.num_rows, dtype=bool)
         chosen[seeded_permutation(rows.num_rows, seed, "limit")[:limit]] = True
-        looked_at, rows = rows, _RowCount(parts)
+        looked_at, rows = rows, RowCount(parts)
         rows.names = looked_at.names
     dropped: Counter[str] = Counter()
     cut: Counter[str] = Counter()
@@ -622,13 +440,10 @@ def _tokenise(
 
 
 def _jobs(parts: Sequence[DataFile], chosen: npt.NDArray[np.bool_] | None) -> Iterator[EncodingJob]:
-    """Yield the rows of all parts, those chosen marked; a file that breaks off ends with its error as a row."""
+    """Yield the rows of all parts, those chosen marked."""
     place = 0
     for number, part in enumerate(parts):
-        try:
-            for rows in read_rows(part.place, part.split):
-                mine = chosen if chosen is None or not len(chosen) else chosen[place : place + len(rows)]
-                yield EncodingJob(number, rows, mine)
-                place += len(rows)
-        except DataError as error:
-            yield EncodingJob(number, ParsedRows([(str(part.place), error)]))
+        for rows in rows_of(part):
+            mine = chosen if chosen is None or not len(chosen) else chosen[place : place + len(rows)]
+            yield EncodingJob(number, rows, mine)
+            place += len(rows)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from colm_ds.data.sets import find_set
 from colm_ds.distributed.agreement import meet, single_process_environment, together
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.errors import CoLMError, ConfigError
@@ -20,7 +21,7 @@ from colm_ds.evaluation.backend import Backend, TransformersBackend
 from colm_ds.evaluation.evaluate import GROUPS, TASK_NAMES, Options, evaluate, print_results, task_names
 from colm_ds.evaluation.model_source import ModelSource, describe, find_model, load, read_recipe
 from colm_ds.evaluation.perplexity import PerplexityTask, is_store
-from colm_ds.evaluation.question_files import find_set, parse_places
+from colm_ds.evaluation.question_files import parse_places
 from colm_ds.evaluation.question_log import EvaluationFolder
 from colm_ds.evaluation.question_prompt import AUTO, QuestionPrompt, check_prompt, prompt_of_run
 from colm_ds.evaluation.sandbox import sandbox

@@ -12,13 +12,14 @@ import torch
 from colm_ds.batching.assign import home_ranks
 from colm_ds.data.choices import WRITERS
 from colm_ds.data.formats import read_place
+from colm_ds.data.sets import DataPlaces, find_set
 from colm_ds.distributed.agreement import together
 from colm_ds.errors import ConfigError, DataError, nearest_key
 from colm_ds.evaluation.backend import Backend
 from colm_ds.evaluation.choices import CandidateTask
 from colm_ds.evaluation.math_tasks import MathTask
 from colm_ds.evaluation.perplexity import PerplexityTask, is_store
-from colm_ds.evaluation.question_files import DataPlaces, find_set, fingerprint, subset
+from colm_ds.evaluation.question_files import fingerprint, subset
 from colm_ds.evaluation.question_log import EvaluationFolder, append
 from colm_ds.evaluation.question_prompt import QuestionPrompt
 from colm_ds.evaluation.results import IN_DOMAIN, OUT_OF_DOMAIN, averages, markdown

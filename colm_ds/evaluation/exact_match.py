@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from colm_ds.batching.assign import home_ranks, micro_batches
 from colm_ds.data.chat import ChatEncoder
 from colm_ds.data.entries import DataEntry
-from colm_ds.data.examples import find_parts
 from colm_ds.data.formats import read_records
+from colm_ds.data.parts import find_parts
 from colm_ds.data.prompt import encode_text, leading_special_ids
 from colm_ds.data.schemas import Conversation, Text, read_sample
 from colm_ds.errors import DataError

@@ -4,27 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from colm_ds.batching.mixture import seeded_permutation
-from colm_ds.data.formats import SUFFIXES
+from colm_ds.data.sets import DataPlaces
 from colm_ds.errors import ConfigError, nearest_key
-
-
-@dataclass(frozen=True)
-class DataPlaces:
-    """Places of evaluation sets.
-
-    Attributes:
-        folder: folder with the sets, like shared/data; None if not given.
-        named: places of single sets by name: a file, a folder or `hub:NAME[:CONFIG[:SPLIT]]`.
-    """
-
-    folder: str | None = None
-    named: Mapping[str, str] = field(default_factory=dict)
 
 
 def parse_places(values: Sequence[str], known: Iterable[str]) -> DataPlaces:
@@ -51,28 +37,6 @@ def parse_places(values: Sequence[str], known: Iterable[str]) -> DataPlaces:
         else:
             folder = value
     return DataPlaces(folder, named)
-
-
-def find_set(name: str, subpaths: Sequence[str], places: DataPlaces) -> str | None:
-    """Return the place of a set's records, or None.
-
-    Args:
-        name: name of the set.
-        subpaths: possible paths in the folder, without suffix.
-        places: places to search.
-    """
-    if name in places.named:
-        return places.named[name]
-    if places.folder is None:
-        return None
-    for subpath in subpaths:
-        bare = Path(places.folder) / subpath
-        if bare.is_dir():
-            return str(bare)
-        for suffix in SUFFIXES:
-            if bare.with_name(bare.name + suffix).is_file():
-                return str(bare.with_name(bare.name + suffix))
-    return None
 
 
 def subset(groups: Sequence[str], limit: int | None, seed: int) -> list[int]:

@@ -158,14 +158,14 @@ class BaseRecipe(Section):
     def check(self, problems: Problems) -> None:
         """Add what does not fit together."""
         model = self.model
-        if self.colm.needs.target and not self.reads_target:
+        if self.colm.needs_target and not self.reads_target:
             what = "compares with a target, which is read for task: instructions only"
             problems.add("colm.selector", self.colm.selector, what, "Choose another selector.")
-        elif self.colm.needs.target and self.colm.target.data is None:
+        elif self.colm.needs_target and self.colm.target.data is None:
             what = f"{self.colm.selector!r} compares with a target"
             fix = "Name a file of records like those of data.train, or held_out."
             problems.add("colm.target.data", None, what, fix)
-        if self.colm.needs.target and self.colm.target.data == HELD_OUT:
+        if self.colm.needs_target and self.colm.target.data == HELD_OUT:
             data, evaluation = getattr(self, "data", None), getattr(self, "evaluation", None)
             if getattr(data, "heldout", None) is None and not getattr(data, "holdout_per_source", 0):
                 what, fix = "nothing is held out", "Set data.holdout_per_source or data.heldout, or name a file."

@@ -38,6 +38,7 @@ from colm_ds.process.exit import end_all, said_code
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.process.progress import Progress
 from colm_ds.process.stop_request import StopRequest
+from colm_ds.recipes.data_check import check_data
 from colm_ds.recipes.model import load_model, load_tokenizer, precision_sections, quiet_libraries
 from colm_ds.recipes.recipe import BaseRecipe, load_recipe
 from colm_ds.recipes.sections import LrScheduleConfig
@@ -93,6 +94,8 @@ def run(recipe: BaseRecipe | str | Path, overrides: Sequence[str] = ()) -> None:
     device = torch.device(accelerator.current_device_name())
     place = recipe
     read = together(lambda: place if isinstance(place, BaseRecipe) else load_recipe(place, overrides), device)
+    if place is not read:  # else the data was checked then
+        together(lambda: check_data(read) if dist.get_rank() == 0 else None, device)
     with crashes_explained():
         code = TrainingRun(read, device, stop).train()
     dist.barrier()  # the launcher ends the others once one is gone

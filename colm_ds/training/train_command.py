@@ -6,7 +6,8 @@ import argparse
 import os
 
 from colm_ds.process.launch import accelerator_environment, add_num_gpus
-from colm_ds.recipes.recipe import RECIPES, BaseRecipe, describe_keys, load_recipe
+from colm_ds.recipes.data_check import load_checked_recipe
+from colm_ds.recipes.recipe import RECIPES, BaseRecipe, describe_keys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train, and exit with an `ExitCode`. A process that is alone reads the recipe before it imports torch."""
+    """Train, and exit with an `ExitCode`. A process that is alone reads recipe and data before it imports torch."""
     is_rank = "RANK" in os.environ or "MASTER_ADDR" in os.environ  # ranks read it together, and one says the error
     recipe = options.recipe if is_rank else _read(options)
     os.environ.update(accelerator_environment())
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _read(options: argparse.Namespace) -> BaseRecipe:
-    return load_recipe(options.recipe, options.overrides)
+    return load_checked_recipe(options.recipe, options.overrides)
 
 
 def _keys() -> list[str]:

@@ -164,10 +164,18 @@ def test_problems_are_collected(write_jsonl: Writer, tokenizer: PreTrainedTokeni
     lines = str(caught.value).splitlines()
     assert lines[0] == f"4 problems in {path}"
     assert [line.split(": ")[0].rsplit(":", 1)[-1] for line in lines[1:]] == ["2", "2", "2", "3"]
-    path = write_jsonl([{**record(1), "output": ""}] * 50)
+    path = write_jsonl([{**record(1), "output": ["x"] * n} for n in range(50)])  # of one kind: said once
     with pytest.raises(DataError) as caught:
         load_examples(path, tokenizer, 1000)
-    assert str(caught.value).startswith(f"20 problems in {path} (stopped reading after 20)")
+    head, line = str(caught.value).splitlines()
+    assert head == f"1 problem in {path} (50 rows were read)"
+    assert line.startswith(f"  {path}:1: 'output' is of type list, not text.")
+    assert line.endswith(" The same problem in 49 more rows.")
+    broken = [json.dumps(record(1))[: -n - 1] for n in range(25)]  # of 25 kinds
+    path.write_text("\n".join(broken))
+    with pytest.raises(DataError) as caught:
+        load_examples(path, tokenizer, 1000, schema="alpaca")
+    assert str(caught.value).startswith(f"20 problems in {path}")
     assert len(str(caught.value).splitlines()) == 21
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from colm_ds.data.sets import DataPlaces
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.evaluation.evaluate import Options, evaluate
-from colm_ds.evaluation.question_files import DataPlaces
 from colm_ds.evaluation.question_log import EvaluationFolder
 from tests.evaluation.stubs import CPU, make_backend
 

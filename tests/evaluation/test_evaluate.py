@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from colm_ds.data.formats import read_place
+from colm_ds.data.sets import DataPlaces, find_set
 from colm_ds.errors import ConfigError, DataError
 from colm_ds.evaluation.evaluate import TASK_NAMES, Options, evaluate, read_tasks, task_names
-from colm_ds.evaluation.question_files import DataPlaces, find_set, parse_places, subset
+from colm_ds.evaluation.question_files import parse_places, subset
 from colm_ds.evaluation.question_log import EvaluationFolder
 from colm_ds.evaluation.results import AVERAGES, averages, markdown, wilson_interval
 from tests.evaluation.evaluations import TASKS, assert_same_answers, make_options, numbers, run_on_rank, write_data

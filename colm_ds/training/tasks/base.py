@@ -88,15 +88,6 @@ def check_reference(recipe: BaseRecipe, task: TrainingTask) -> None:
         )
 
 
-def check_large_batch(recipe: BaseRecipe, train: SourcedDataset) -> None:
-    """Raise a ConfigError if there is less data than one large batch."""
-    if recipe.colm.large_batch_size > len(train):
-        raise ConfigError(
-            f"colm.large_batch_size = {recipe.colm.large_batch_size}: more than the {len(train)} examples of "
-            "data.train. Choose fewer, or add data."
-        )
-
-
 def measure_heldout_loss(run: InTraining, dataset: SourcedDataset, max_tokens: int) -> dict[str, Any]:
     """Measure the held-out loss per source of a model in training; see `heldout_loss`."""
     module = run.engine.deepspeed_engine.module

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from colm_ds.data.choice_dataset import ChoiceDataset, load_choices
-from colm_ds.errors import ConfigError
-from colm_ds.evaluation.question_files import DataPlaces, find_set
+from colm_ds.recipes.data_check import check_large_batch, place_of_split
 from colm_ds.recipes.recipe import ChoiceRecipe
-from colm_ds.training.tasks.base import InTraining, check_large_batch, measure_heldout_loss
+from colm_ds.training.tasks.base import InTraining, measure_heldout_loss
 
 
 class ChoiceTask:
@@ -71,7 +70,7 @@ def load_choice_data(recipe: ChoiceRecipe, tokenizer: Any) -> tuple[ChoiceDatase
     cache = None if data.cache_dir is None else Path(data.cache_dir).expanduser()
 
     def load(split: str, given: Any, limit: int | None) -> ChoiceDataset | None:
-        place = _place_in(data.folder, data.task, split) if data.folder is not None else given
+        place = place_of_split(data.folder, data.task, split) if data.folder is not None else given
         if place is None:
             return None
         return load_choices(
@@ -87,16 +86,5 @@ def load_choice_data(recipe: ChoiceRecipe, tokenizer: Any) -> tuple[ChoiceDatase
 
     train = load("train", data.train, data.limit)
     assert train is not None
-    check_large_batch(recipe, train)
+    check_large_batch(recipe, len(train))
     return train, load("validation", data.heldout, data.heldout_limit)
-
-
-def _place_in(folder: str, task: str, split: str) -> str:
-    subpaths = tuple(f"{above}{task}/{split}" for above in ("superglue/", ""))
-    place = find_set(task, subpaths, DataPlaces(folder))
-    if place is None:
-        raise ConfigError(
-            f"data.folder = {folder}: holds none of {', '.join(subpaths)} (.jsonl, .jsonl.gz, ...). "
-            "Name the folder that holds the tasks' folders, or files with data.train and data.heldout."
-        )
-    return place

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,16 @@ import numpy as np
 from colm_ds.config.colm import HELD_OUT
 from colm_ds.data import TokenDataset, load_examples, split_holdout
 from colm_ds.data.chat import ChatEncoder, writes_date
-from colm_ds.data.entries import DataEntry, as_entries
 from colm_ds.data.examples import describe_read
-from colm_ds.data.formats import find_places
 from colm_ds.data.holdout import count_common
 from colm_ds.data.subset import read_subset
 from colm_ds.data.workers import MAX_PROCESSES, usable_cores
 from colm_ds.engine.target_stream import draw_targets
 from colm_ds.errors import ConfigError
 from colm_ds.evaluation.exact_match import Question, exact_match, load_questions
+from colm_ds.recipes.data_check import chat_template_of, check_apart, check_large_batch, entries_of
 from colm_ds.recipes.recipe import Recipe
-from colm_ds.training.tasks.base import InTraining, check_large_batch, measure_heldout_loss
+from colm_ds.training.tasks.base import InTraining, measure_heldout_loss
 
 
 class InstructionTask:
@@ -43,7 +41,7 @@ class InstructionTask:
             chat = None
             if self._heldout.trained is not None:
                 chat = ChatEncoder(tokenizer, None, recipe.data.train_on, recipe.data.chat_template_kwargs)
-            self._questions = load_questions(_entries(recipe, recipe.data.heldout), tokenizer, chat)
+            self._questions = load_questions(entries_of(recipe, recipe.data.heldout), tokenizer, chat)
         self.target, self._heldout = load_target(recipe, tokenizer, self.train, self._heldout)
         self._target_place = str(recipe.colm.target.data)
 
@@ -138,15 +136,10 @@ def load_data(recipe: Recipe, tokenizer: Any) -> tuple[TokenDataset, TokenDatase
             prompt or chat template do not fit.
     """
     data = recipe.data
-    if data.chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"data.chat_template = {data.chat_template!r}: cannot be read: {error}. Name a text file in UTF-8."
-            ) from None
+    if (template := chat_template_of(recipe)) is not None:
+        tokenizer.chat_template = template
     if data.heldout is not None:
-        check_apart(_entries(recipe, data.train), _entries(recipe, data.heldout))
+        check_apart(entries_of(recipe, data.train), entries_of(recipe, data.heldout))
     train = _load(recipe, data.train, tokenizer, data.limit)
     heldout = _load(recipe, data.heldout, tokenizer, None) if data.heldout is not None else None
     if data.holdout_per_source:
@@ -159,33 +152,8 @@ def load_data(recipe: Recipe, tokenizer: Any) -> tuple[TokenDataset, TokenDatase
             )
     if data.subset is not None:
         train = train.subset(read_subset(data.subset, train.digest(), len(train)))
-    check_large_batch(recipe, train)
+    check_large_batch(recipe, len(train))
     return train, heldout
-
-
-def check_apart(train: Sequence[DataEntry], heldout: Sequence[DataEntry]) -> None:
-    """Raise a ConfigError if a file, or a split of a data set, is both trained on and held out."""
-
-    def places(entries: Sequence[DataEntry]) -> dict[tuple[str, str], str]:
-        named = {}
-        for entry in entries:
-            for place in find_places(entry.path):
-                is_file = isinstance(place, Path) and not place.is_dir()
-                key = str(place.resolve() if isinstance(place, Path) else place), "" if is_file else entry.split
-                named[key] = str(place)
-        return named
-
-    trained = places(train)
-    if both := [place for key, place in places(heldout).items() if key in trained]:
-        raise ConfigError(
-            f"data.heldout: {', '.join(both)} is trained on too. Name another file, or leave data.heldout out and set "
-            "data.holdout_per_source."
-        )
-
-
-def _entries(recipe: Recipe, data: Any) -> list[DataEntry]:
-    """Return an entry for each place of `data.train` or `data.heldout`."""
-    return as_entries(data, recipe.data.schema, recipe.data.prompt, recipe.data.source_key)
 
 
 def _load(recipe: Recipe, data: Any, tokenizer: Any, limit: int | None) -> TokenDataset:
