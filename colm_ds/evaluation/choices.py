@@ -10,7 +10,7 @@ from colm_ds.data.choices import ChoiceQuestion
 from colm_ds.data.formats import Records
 from colm_ds.evaluation.backend import Backend
 from colm_ds.evaluation.results import accuracy_summary
-from colm_ds.evaluation.task import Answered, Row
+from colm_ds.evaluation.task import Answered, Row, WithTokenizer
 
 
 @dataclass
@@ -30,7 +30,7 @@ class CandidateTask:
         """See `EvaluationTask.subpaths`."""
         return tuple(f"{folder}{self.name}{end}" for end in ("/validation", "") for folder in ("superglue/", ""))
 
-    def read(self, records: Records, backend: Backend) -> list[ChoiceQuestion]:
+    def read(self, records: Records, words: WithTokenizer) -> list[ChoiceQuestion]:
         """See `EvaluationTask.read`."""
         return [self.write(where, record) for where, record in records]
 

@@ -18,8 +18,17 @@ from colm_ds.distributed.agreement import meet, single_process_environment, toge
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.errors import CoLMError, ConfigError
 from colm_ds.evaluation.backend import Backend, TransformersBackend
-from colm_ds.evaluation.evaluate import GROUPS, TASK_NAMES, Options, evaluate, print_results, task_names
-from colm_ds.evaluation.model_source import ModelSource, describe, find_model, load, read_recipe
+from colm_ds.evaluation.evaluate import (
+    GROUPS,
+    TASK_NAMES,
+    Options,
+    evaluate,
+    find_sets,
+    print_results,
+    read_tasks,
+    task_names,
+)
+from colm_ds.evaluation.model_source import LoadedTokenizer, ModelSource, describe, find_model, load, read_recipe
 from colm_ds.evaluation.perplexity import PerplexityTask, is_store
 from colm_ds.evaluation.question_files import parse_places
 from colm_ds.evaluation.question_log import EvaluationFolder
@@ -131,16 +140,20 @@ def _evaluate(parsed: argparse.Namespace, device: torch.device) -> None:
     exchange = make_exchange(device)
     source = together(lambda: _source(parsed, device), device)
     options = together(lambda: _options(parsed, source), device)
+    options = together(lambda: _with_its_store(options, source, parsed.chunk_tokens is None), device)
+    together(lambda: find_sets(options), device)  # whatever is wrong is said before a model is loaded
     asks_math = bool(set(task_names(options.tasks)[0]) & set(GROUPS["math"]))
     if asks_math:
         options = together(lambda: replace(options, prompt=_prompt(parsed.prompt, source)), device)
         together(lambda: _try_sandbox(options.minimum), device)  # now, not in an hour
-    options = together(lambda: _with_its_store(options, source, parsed.chunk_tokens is None), device)
-    backend, model = together(lambda: _backend(parsed, source, device), device)
+    words = LoadedTokenizer(source)
+    sets = together(lambda: read_tasks(options, words), device)
+    if asks_math:
+        together(lambda: options.prompt.turn_end(words.tokenizer), device)  # a chat template that cannot be used
+    backend, model = together(lambda: _backend(parsed, source, words.tokenizer, device), device)
     folder = EvaluationFolder(parsed.out or _default_folder(parsed.model, source))
     facts = {"environment": describe_environment(), "world_size": exchange.num_processes}
     if asks_math:
-        together(lambda: options.prompt.turn_end(backend.tokenizer), device)  # a chat template that cannot be used
         facts["prompt"] = options.prompt.style
         facts["isolation"] = sandbox.detect().describe()
     results = evaluate(
@@ -149,6 +162,7 @@ def _evaluate(parsed: argparse.Namespace, device: torch.device) -> None:
         folder,
         title=f"Evaluation of {parsed.model}",
         model=describe(source, model),
+        sets=sets,
         facts=facts,
         exchange=exchange,
         rank=rank,
@@ -242,9 +256,11 @@ def _source(parsed: argparse.Namespace, device: torch.device) -> ModelSource:
     )
 
 
-def _backend(parsed: argparse.Namespace, source: ModelSource, device: torch.device) -> tuple[Backend, Any]:
+def _backend(
+    parsed: argparse.Namespace, source: ModelSource, tokenizer: Any, device: torch.device
+) -> tuple[Backend, Any]:
     """Load the model; return the backend around it, and the model itself."""
-    model, tokenizer = load(source)
+    model, _ = load(source, tokenizer)
     model = model.to(device)
     return TransformersBackend(
         model, tokenizer, device, max_tokens=parsed.max_tokens, max_examples=parsed.max_examples

@@ -11,7 +11,7 @@ import torch
 
 from colm_ds.batching.assign import home_ranks
 from colm_ds.data.choices import WRITERS
-from colm_ds.data.formats import read_place
+from colm_ds.data.formats import find_places, read_place
 from colm_ds.data.sets import DataPlaces, find_set
 from colm_ds.distributed.agreement import together
 from colm_ds.errors import ConfigError, DataError, nearest_key
@@ -24,7 +24,7 @@ from colm_ds.evaluation.question_log import EvaluationFolder, append
 from colm_ds.evaluation.question_prompt import QuestionPrompt
 from colm_ds.evaluation.results import IN_DOMAIN, OUT_OF_DOMAIN, averages, markdown
 from colm_ds.evaluation.squad import SquadTask
-from colm_ds.evaluation.task import EvaluationTask, Row
+from colm_ds.evaluation.task import EvaluationTask, Row, WithTokenizer
 from colm_ds.process.progress import Progress
 from colm_ds.selection import SINGLE_PROCESS, Exchange
 from colm_ds.untrusted.printable import visible
@@ -119,35 +119,55 @@ def make_task(name: str, options: Options) -> EvaluationTask:
     return MathTask(name, workers=options.workers, minimum=options.minimum, prompt=options.prompt, settings=settings)
 
 
-def read_tasks(options: Options, backend: Backend) -> tuple[list[Asked], list[str]]:
-    """Read the sets with their questions, and return the names of a group's sets without data.
-
-    Args:
-        options: options of the evaluation.
-        backend: backend whose tokenizer cuts texts into chunks.
+def find_sets(options: Options) -> tuple[list[tuple[EvaluationTask, str]], list[str]]:
+    """Return the sets with their places, and the names of a group's sets without data; no model is needed.
 
     Raises:
         ConfigError: for an unknown set, a set that was named but has no data, or if no set has data.
-        DataError: for data that cannot be read.
+        DataError: for a place that is not there.
     """
     if options.limit is not None and options.limit < 1:
         raise ConfigError(f"--limit {options.limit}: must be at least 1.")
     names, singly = task_names(options.tasks)
-    asked, left_out = [], []
+    found, left_out = [], []
     for name in names:
         task = make_task(name, options)
         place = find_set(name, task.subpaths, options.places)
-        if place is None and (name in singly or name in options.places.named):
+        if place is not None:
+            if not is_store(place):
+                find_places(place)
+            found.append((task, place))
+        elif name in singly:
             raise ConfigError(_no_data(name, task, options.places))
-        if place is None:
-            left_out.append(name)
-            continue
-        if isinstance(task, PerplexityTask) and is_store(place):
-            questions: list[Any] = task.read_store(place, backend)
         else:
-            questions = task.read(read_place(place), backend)
+            left_out.append(name)
+    if not found:
+        raise ConfigError(f"no data for {', '.join(left_out)}. Give a folder with --data FOLDER, or NAME=PLACE.")
+    return found, left_out
+
+
+def read_tasks(options: Options, words: WithTokenizer) -> tuple[list[Asked], list[str]]:
+    """Read the sets with their questions, and return the names of a group's sets without data.
+
+    Args:
+        options: options of the evaluation.
+        words: holds the tokenizer that cuts texts into chunks, as every backend does.
+
+    Raises:
+        ConfigError: as `find_sets`.
+        DataError: for data that cannot be read.
+    """
+    found, left_out = find_sets(options)
+    asked = []
+    for task, place in found:
+        if isinstance(task, PerplexityTask) and is_store(place):
+            questions: list[Any] = task.read_store(place, words)
+        else:
+            questions = task.read(read_place(place), words)
         if not questions:
-            raise DataError(f"{place}: no questions of {name} in it. Give another place with --data {name}=PLACE.")
+            raise DataError(
+                f"{place}: no questions of {task.name} in it. Give another place with --data {task.name}=PLACE."
+            )
         indices = subset([task.group(question) for question in questions], options.limit, options.seed)
         chosen = [questions[index] for index in indices]
         settings = {
@@ -158,8 +178,6 @@ def read_tasks(options: Options, backend: Backend) -> tuple[list[Asked], list[st
             "scoring_version": SCORING_VERSION,
         }
         asked.append(Asked(task, chosen, indices, settings))
-    if not asked:
-        raise ConfigError(f"no data for {', '.join(left_out)}. Give a folder with --data FOLDER, or NAME=PLACE.")
     return asked, left_out
 
 
@@ -175,6 +193,7 @@ def evaluate(
     *,
     title: str,
     model: Mapping[str, Any],
+    sets: tuple[list[Asked], list[str]] | None = None,
     facts: Mapping[str, Any] | None = None,
     exchange: Exchange = SINGLE_PROCESS,
     rank: int = 0,
@@ -190,6 +209,7 @@ def evaluate(
         folder: folder for answers and results.
         title: title of the tables.
         model: facts that identify the model.
+        sets: from `read_tasks`; None: they are read here.
         facts: further entries of `results.json`, such as the environment.
         exchange: the ranks.
         rank: this rank.
@@ -200,7 +220,7 @@ def evaluate(
     Returns:
         Content of `results.json` on rank 0; None on the others.
     """
-    asked, left_out = together(lambda: read_tasks(options, backend), device)
+    asked, left_out = together(lambda: sets or read_tasks(options, backend), device)
     identity = {**model, "backend": backend.name}
     settings = {each.task.name: each.settings for each in asked}
     say = say if say is not None and rank == 0 else _nothing

@@ -15,7 +15,7 @@ from colm_ds.evaluation.math import answers
 from colm_ds.evaluation.question_prompt import QuestionPrompt
 from colm_ds.evaluation.results import accuracy_summary
 from colm_ds.evaluation.sandbox import sandbox
-from colm_ds.evaluation.task import Answered, Row
+from colm_ds.evaluation.task import Answered, Row, WithTokenizer
 
 PROGRAM_SUFFIX = " Let's write a program."
 
@@ -57,7 +57,7 @@ class MathTask:
         """See `EvaluationTask.subpaths`."""
         return tuple(f"{folder}{self.name}{end}" for end in ("", "/test") for folder in ("math_eval/", ""))
 
-    def read(self, records: Records, backend: Backend) -> list[MathQuestion]:
+    def read(self, records: Records, words: WithTokenizer) -> list[MathQuestion]:
         """See `EvaluationTask.read`."""
         return [read_question(where, record) for where, record in records]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,28 @@ def find_model(
     return ModelSource(_plain(base, gguf_file, dtype), adapter, tokenizer, run=run)
 
 
-def load(source: ModelSource) -> tuple[Any, Any]:
+@dataclass
+class LoadedTokenizer:
+    """The tokenizer of a model, loaded when it is first asked for.
+
+    Attributes:
+        source: files of the model.
+    """
+
+    source: ModelSource
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer; a ConfigError if it cannot be loaded."""
+        return load_its_tokenizer(self.source)
+
+
+def load(source: ModelSource, tokenizer: Any = None) -> tuple[Any, Any]:
     """Load the model in eval mode, on the CPU, and the tokenizer.
+
+    Args:
+        source: from `find_model`.
+        tokenizer: the tokenizer, where it is loaded already.
 
     Raises:
         ConfigError: if the model or tokenizer cannot be loaded.
@@ -116,7 +137,7 @@ def load(source: ModelSource) -> tuple[Any, Any]:
     """
     from transformers import set_seed
 
-    tokenizer = load_its_tokenizer(source)
+    tokenizer = tokenizer or load_its_tokenizer(source)
     state = random_state()
     try:
         set_seed(source.seed or 0)
@@ -212,7 +233,7 @@ def _plain(name: str, gguf_file: str | None, dtype: str) -> ModelConfig:
             advice = f"Give --gguf-file {held[0]}" if held else "Give the folder of a run, an adapter or a model"
             raise ConfigError(f"{name}: has no config.json. {advice}.")
         path = str(folder)
-    elif name.startswith((".", "/", "~")):
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(f"{name}: no such folder.")
     return ModelConfig.model_validate({"name_or_path": path, "gguf_file": gguf_file, "dtype": dtype})
 

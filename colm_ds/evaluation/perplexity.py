@@ -18,7 +18,7 @@ from colm_ds.data.records import text_of
 from colm_ds.data.token_cache import describe_tokenizer
 from colm_ds.errors import ConfigError
 from colm_ds.evaluation.backend import Backend
-from colm_ds.evaluation.task import Answered, Row
+from colm_ds.evaluation.task import Answered, Row, WithTokenizer
 
 DOCUMENTS_AT_ONCE = 512
 """Documents tokenised in one call: enough for all threads."""
@@ -52,11 +52,11 @@ class PerplexityTask:
     subpaths: tuple[str, ...] = ("pile5", "perplexity", "pile")
     settings: dict[str, Any] = field(default_factory=lambda: {"chunk_tokens": 1024})
 
-    def read(self, records: Records, backend: Backend) -> list[TextChunk]:
+    def read(self, records: Records, words: WithTokenizer) -> list[TextChunk]:
         """See `EvaluationTask.read`."""
-        return list(chunks(records, backend.tokenizer, self.settings["chunk_tokens"]))
+        return list(chunks(records, words.tokenizer, self.settings["chunk_tokens"]))
 
-    def read_store(self, folder: str, backend: Backend) -> list[TextChunk]:
+    def read_store(self, folder: str, words: WithTokenizer) -> list[TextChunk]:
         """Read the held-out chunks of a token store.
 
         Raises:
@@ -64,7 +64,7 @@ class PerplexityTask:
             DataError: if it is damaged.
         """
         store = TokenStore(folder)
-        if describe_tokenizer(backend.tokenizer) != store.manifest["tokenizer"]:
+        if describe_tokenizer(words.tokenizer) != store.manifest["tokenizer"]:
             raise ConfigError(
                 f"perplexity: {folder} was made with another tokenizer than the model's. Give texts instead: "
                 "--data perplexity=FILE."

@@ -14,7 +14,7 @@ from colm_ds.data.records import text_of
 from colm_ds.errors import DataError
 from colm_ds.evaluation.backend import Backend
 from colm_ds.evaluation.results import accuracy_summary
-from colm_ds.evaluation.task import Answered, Row
+from colm_ds.evaluation.task import Answered, Row, WithTokenizer
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -65,7 +65,7 @@ class SquadTask:
     subpaths: tuple[str, ...] = ("squad/validation", "squad")
     settings: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": 50})
 
-    def read(self, records: Records, backend: Backend) -> list[SquadQuestion]:
+    def read(self, records: Records, words: WithTokenizer) -> list[SquadQuestion]:
         """See `EvaluationTask.read`."""
         return [write_question(where, record) for where, record in records]
 

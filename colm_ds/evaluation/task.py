@@ -15,6 +15,15 @@ Answered = Iterator[list[tuple[int, Row]]]
 """Rows as they arrive, each with its question's index among those asked."""
 
 
+class WithTokenizer(Protocol):
+    """A holder of the model's tokenizer: a backend, or something that loads the tokenizer alone."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        ...
+
+
 class EvaluationTask(Protocol):
     """One evaluation set.
 
@@ -31,8 +40,8 @@ class EvaluationTask(Protocol):
         """Possible paths in a data folder, without suffix."""
         ...
 
-    def read(self, records: Records, backend: Backend) -> list[Any]:
-        """Read the questions.
+    def read(self, records: Records, words: WithTokenizer) -> list[Any]:
+        """Read the questions; only sets that cut texts into tokens ask for the tokenizer.
 
         Raises:
             DataError: naming file and line of an invalid record.

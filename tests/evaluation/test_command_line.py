@@ -14,7 +14,7 @@ import finetune.evaluate
 import pretrain.evaluate
 from colm_ds import cli
 from colm_ds.errors import CheckpointError
-from colm_ds.evaluation import command_line
+from colm_ds.evaluation import command_line, model_source
 from colm_ds.evaluation.model_source import find_model, load
 from colm_ds.evaluation.sandbox import sandbox
 from colm_ds.randomness import private_generator
@@ -105,8 +105,8 @@ def test_sets_are_chosen_by_what_was_trained_unless_named(
         assert cli.main(["evaluate", str(model), *rest]) == 0
         assert finetune.evaluate.main([str(model), *rest]) == 0
         assert pretrain.evaluate.main([str(model), *rest]) == 0
-        assert pretrain.evaluate.main([str(model), *rest, "--tasks", "copa,cb"]) == 0
-    scripts = [("math",), ("pretrain",), ("copa", "cb")]
+        assert pretrain.evaluate.main([str(model), *rest, "--tasks", "copa,wic"]) == 0
+    scripts = [("math",), ("pretrain",), ("copa", "wic")]
     assert asked == [("pretrain",), *scripts, ("math",), *scripts, ("math",), *scripts]
 
 
@@ -171,7 +171,7 @@ def test_math_is_refused_before_a_model_is_loaded_where_programs_cannot_be_isola
 ) -> None:
     weak = sandbox.Isolation("unshare: Operation not permitted", "no seccomp", "no Landlock", 0, False)
     monkeypatch.setattr(sandbox, "detect", lambda: weak)
-    monkeypatch.setattr(command_line, "load", lambda source: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(command_line, "load", lambda *_: pytest.fail("a model was loaded"))
     arguments = ["--tasks", "gsm8k,copa", "--data", str(data), "--out", str(tmp_path)]
     with pytest.raises(SystemExit) as stopped:
         finetune.evaluate.main([str(models / "base"), *arguments])
@@ -180,6 +180,35 @@ def test_math_is_refused_before_a_model_is_loaded_where_programs_cannot_be_isola
     for part in ("this machine cannot isolate", "no seccomp", "Allow this user", "leave the math sets out"):
         assert part in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("", "no data for gsm8k, math, numglue"),
+        ("--tasks copa --data copa=nowhere.jsonl", "nowhere.jsonl: no such file"),
+        ("--tasks copa --data copa={bad}", "bad.jsonl:1: no key 'question'"),
+        ("--tasks superglue --data {data} --limit 0", "--limit 0: must be at least 1"),
+    ],
+)
+def test_missing_and_broken_data_is_said_before_tokenizer_and_model_are_loaded(
+    words: str,
+    says: str,
+    models: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for where, name in ((command_line, "load"), (model_source, "load_its_tokenizer")):
+        monkeypatch.setattr(where, name, lambda *_: pytest.fail("loaded too early"))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"premise": "He had cups."}\n')
+    words = words.format(data=data, bad=bad)
+    with pytest.raises(SystemExit) as stopped:
+        finetune.evaluate.main([str(models / "base"), *words.split()])
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
 
 
 def test_adapter_of_another_model_is_refused(models: Path, tokenizer: Any, tmp_path: Path) -> None:
