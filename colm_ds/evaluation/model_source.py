@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from colm_ds.errors import CheckpointError, ConfigError
-from colm_ds.evaluation.question_files import package_folder
 from colm_ds.randomness import random_state, restore_random_state
 from colm_ds.recipes.model import load_model, load_tokenizer
-from colm_ds.recipes.sections import PACKAGE_PREFIX, ModelConfig
+from colm_ds.recipes.packages import PACKAGE_PREFIX, package_folder, which_package
+from colm_ds.recipes.sections import ModelConfig
 from colm_ds.run_folder.contents import ADAPTER, CONFIG, MODEL
 from colm_ds.run_folder.files import read_object
 
@@ -225,7 +225,10 @@ def weights_fingerprint(folder: Path, gguf_file: str | None = None) -> str:
 
 
 def _plain(name: str, gguf_file: str | None, dtype: str) -> ModelConfig:
-    path = package_folder(name.removeprefix(PACKAGE_PREFIX)) if name.startswith(PACKAGE_PREFIX) else name
+    path: str | None = name
+    if name.startswith(PACKAGE_PREFIX) and (path := package_folder(name)) is None:
+        raise ConfigError(f"{name}: that Python package is not installed. {which_package(name)}")
+    assert path is not None
     folder = Path(path).expanduser()
     if folder.is_dir():
         if gguf_file is None and not (folder / "config.json").is_file():

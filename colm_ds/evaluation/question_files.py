@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,18 +62,3 @@ def fingerprint(questions: Iterable[Any]) -> str:
     for question in questions:
         digest.update(repr(question).encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
-
-
-def package_folder(name: str) -> str:
-    """Return the folder of an installed Python package without importing it.
-
-    Raises:
-        ConfigError: if it is not installed.
-    """
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        installed = name.replace("_", "-")
-        raise ConfigError(
-            f"package:{name}: that Python package is not installed. Run pip install --no-deps {installed}."
-        )
-    return str(Path(spec.origin).parent)

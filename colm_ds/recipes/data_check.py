@@ -1,4 +1,4 @@
-"""Check a recipe's data before torch and the model are loaded, as far as it can be without a tokenizer."""
+"""Check what a recipe names as data, and the hub, before torch and the model are loaded; no tokenizer is needed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from colm_ds.config.colm import HELD_OUT
 from colm_ds.data.choices import read_questions
 from colm_ds.data.entries import DataEntry, as_entries
 from colm_ds.data.formats import HUB, find_places
+from colm_ds.data.hub import why_not_there
 from colm_ds.data.parts import check_entries
 from colm_ds.data.pretraining.token_store import TokenStore
 from colm_ds.data.sets import DataPlaces, find_set
-from colm_ds.errors import Attempts, CoLMError, ConfigError
+from colm_ds.errors import Attempts, CoLMError, ConfigError, Problems
+from colm_ds.recipes.packages import WHAT_TO_WRITE, is_hub_name
 from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe, PretrainingRecipe, Recipe, load_recipe
 
 ROWS_LOOKED_AT = 20_000
@@ -21,13 +23,14 @@ ROWS_LOOKED_AT = 20_000
 
 
 def load_checked_recipe(path: str | Path, overrides: Sequence[str] = ()) -> BaseRecipe:
-    """Read and check a recipe, and then its data.
+    """Read and check a recipe, then its data, and whether the hub can be reached for what it names there.
 
     Raises:
-        ConfigError, DataError: as `load_recipe` and `check_data`.
+        ConfigError, DataError: as `load_recipe`, `check_data` and `check_hub`.
     """
     recipe = load_recipe(path, overrides)
     check_data(recipe)
+    check_hub(recipe)
     return recipe
 
 
@@ -51,6 +54,27 @@ def check_data(recipe: BaseRecipe) -> None:
     except CoLMError as error:
         made_by = f"\n  The files of this recipe are made by: {recipe.made_by}" if recipe.made_by else ""
         raise type(error)(f"{error}{made_by}") from None
+
+
+def check_hub(recipe: BaseRecipe) -> None:
+    """Raise a ConfigError for models, tokenizers and data sets of a hub that cannot be reached, or has none such."""
+    problems = Problems(recipe.where)
+    models = {"model.name_or_path": recipe.model.name_or_path, "tokenizer": recipe.tokenizer}
+    for key, place in models.items():
+        if place is not None and is_hub_name(place) and (why := why_not_there(place)):
+            problems.add(key, place, f"no folder here, {why}", WHAT_TO_WRITE)
+    data = getattr(recipe, "data", None)
+    for key in ("train", "heldout"):
+        for place in _places(getattr(data, key, None)):
+            if place.startswith(HUB) and (why := why_not_there(place.removeprefix(HUB).split(":")[0], "dataset")):
+                problems.add(f"data.{key}", place, why, "Name a file or folder.")
+    problems.raise_if_any()
+
+
+def _places(data: Any) -> list[str]:
+    """Return the places of `data.train` or `data.heldout`, whatever their form."""
+    given = data if isinstance(data, list) else [] if data is None else [data]
+    return [str(getattr(one, "path", one)) for one in given]
 
 
 def _check_rows(recipe: Recipe, attempts: Attempts) -> None:

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from colm_ds.data.hub import why_not_there
 from colm_ds.errors import CoLMError, ConfigError, Problems
 from colm_ds.models.architecture import attention_projections, decoder_layers
 from colm_ds.models.families import FAMILIES, set_pad_token
 from colm_ds.models.model_fit import add_head_problems
 from colm_ds.models.quantized import fused_experts, keep_trainable, quantize_experts
 from colm_ds.recipes.adapter import ADAPTER_CONFIG, load_adapter
+from colm_ds.recipes.packages import WHAT_TO_WRITE, is_hub_name
 from colm_ds.recipes.sections import LoraConfig, ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ def load_tokenizer(model: ModelConfig, place: str | None = None) -> Any:
     if path and not Path(path).is_dir() and (path.count("/") > 1 or path.startswith((".", "/"))):
         raise ConfigError(f"tokenizer {path!r}: no such folder. Name one with tokenizer.json or tokenizer.model.")
     gguf = {"gguf_file": model.gguf_file} if model.gguf_file and path == model.name_or_path else {}
+    _check_hub(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **gguf)
     except Exception as error:  # whatever a library makes of a broken file
@@ -107,6 +110,7 @@ def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
             return AutoModelForCausalLM.from_config(made, **options)
         gguf = {"gguf_file": config.gguf_file} if config.gguf_file else {}
         path = str(config.name_or_path)
+        _check_hub(path)
         if gguf and not (Path(path) / str(config.gguf_file)).is_file():
             raise ConfigError(f"model.gguf_file = {config.gguf_file!r}: no such file in {path}.")
         if (Path(path) / ADAPTER_CONFIG).is_file():
@@ -139,6 +143,12 @@ def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
             f"model {name} cannot be built: {_first_line(error)} "
             "Name a whole model folder or a hub name; a file that was cut off must be fetched again."
         ) from None
+
+
+def _check_hub(place: str | None) -> None:
+    """Raise a ConfigError for a name of a hub that cannot be reached, instead of retrying for a minute."""
+    if place and is_hub_name(place) and (why := why_not_there(place)):
+        raise ConfigError(f"{place}: no folder here, {why}. {WHAT_TO_WRITE}")
 
 
 def _check_config(values: Mapping[str, Any]) -> None:

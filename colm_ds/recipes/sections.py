@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -11,9 +12,6 @@ from colm_ds.data.entries import Places, RowReading, as_entries
 from colm_ds.errors import Problems
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-PACKAGE_PREFIX = "package:"
-"""Marks the name of an installed Python package whose folder is meant."""
 
 
 class ModelConfig(Section):
@@ -47,6 +45,19 @@ class ModelConfig(Section):
     def _decide(cls, dtype: str) -> str:
         """Replace `auto` by the machine's precision, so that a run's config.json records it."""
         return native_dtype() if dtype == "auto" else dtype
+
+    def check(self, problems: Problems) -> None:
+        """Add a GGUF file that is not named, or not in the model's folder."""
+        folder = Path(self.name_or_path or "")
+        if self.name_or_path is None or not folder.is_dir():
+            return
+        held = sorted(file.name for file in folder.glob("*.gguf"))
+        if self.gguf_file is None and held and not (folder / "config.json").is_file():
+            what = f"the weights in {folder} are a GGUF file"
+            problems.add("model.gguf_file", None, what, f"Write model.gguf_file={' or '.join(held)}.")
+        if self.gguf_file is not None and not (folder / self.gguf_file).is_file():
+            named = f"It holds {', '.join(held)}." if held else "It holds no GGUF file: remove the key."
+            problems.add("model.gguf_file", self.gguf_file, f"no such file in {folder}", named)
 
 
 def native_dtype() -> Literal["float32", "bfloat16"]:

