@@ -282,6 +282,10 @@ class RecordDataset:
     def _read(self, row: int, needs_sources: bool, given: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return token ids and labels of a row, and put its source behind those `given`."""
         record, key = self._records[row], self._source_key
+        if not isinstance(record, Mapping):
+            wanted = "what collate_fn reads" if self._collate else "input_ids and labels"
+            wanted += f" and {key}" if needs_sources else ""
+            raise DataError(f"example {row}: a {type(record).__name__}. Give mappings with {wanted}.")
         needed = [key] if needs_sources else []
         needed += [] if self._collate else ["input_ids"]
         missing = [name for name in needed if name not in record]

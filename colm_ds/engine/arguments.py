@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
-from torch import nn
+from torch import Tensor, nn
 
-from colm_ds.config.resolve import Config
+from colm_ds.config.resolve import Config, ResolvedConfig
 from colm_ds.errors import ConfigError, DataError, Problems
 
 TEXT = ("input_ids", "labels", "attention_mask", "token_type_ids")
@@ -41,7 +43,9 @@ def check_initialize(
     args: Any,
     model: Any,
     training_data: Any,
+    lr_scheduler: Any,
     mpu: Any,
+    dist_init_required: bool | None,
     collate_fn: Any,
     config: Config | None,
     mesh_param: Any,
@@ -60,10 +64,21 @@ def check_initialize(
         problems.messages.append("config: missing. Give a path or a dict, or args with deepspeed_config.")
     elif len(configs) > 1:
         problems.messages.append(f"{' and '.join(configs)}: one configuration is enough. Leave out all but one.")
+    for name, value in configs.items():
+        if not isinstance(value, (str, os.PathLike, dict, ResolvedConfig)):
+            problems.add(name, type(value).__name__, "neither a path nor a dict", "Give one of them.")
     if model is None:
         problems.messages.append("model: missing. Give a causal LM.")
     elif isinstance(model, PipelineModule):
         problems.messages.append("model: a PipelineModule, whose layers the probe cannot reach. Give the bare model.")
+    if lr_scheduler is not None and not callable(lr_scheduler) and not hasattr(lr_scheduler, "step"):
+        problems.add(
+            "lr_scheduler", type(lr_scheduler).__name__, "not a scheduler", "Give one, or a function of the optimizer."
+        )
+    if dist_init_required is False and not dist.is_initialized():
+        problems.messages.append(
+            "dist_init_required = False: there is no process group. Leave it out, or make one before the call."
+        )
     if mpu is not None:
         problems.messages.append("mpu: the probe needs whole layers, and every rank its own examples. Leave it out.")
     if mesh_param is not None:
@@ -106,12 +121,23 @@ def check_collated(collate_fn: Callable[[list[Any]], Any], records: Any, model: 
 
     Raises:
         ConfigError: if the model would read more of it than the text.
-        DataError: if it has no `input_ids` and `labels`.
+        DataError: if it is no mapping with `input_ids` and `labels`, or the record is none.
     """
-    batch = collate_fn([{key: value for key, value in records[0].items() if key != "source"}])
+    record = records[0]
+    if not isinstance(record, Mapping):
+        raise DataError(f"example 0: a {type(record).__name__}. Give mappings, which collate_fn gets without source.")
+    batch = collate_fn([{key: value for key, value in record.items() if key != "source"}])
+    if not isinstance(batch, Mapping):
+        raise DataError(
+            f"collate_fn: gives a {type(batch).__name__}. Have it give a mapping with input_ids and labels."
+        )
     missing = [key for key in ("input_ids", "labels") if key not in batch]
     if missing:
         raise DataError(f"collate_fn: gives {', '.join(map(str, batch))}. Have it give {' and '.join(missing)} too.")
+    others = [key for key in TEXT if key in batch and not isinstance(batch[key], Tensor)]
+    if others:
+        kinds = ", ".join(f"{key} as a {type(batch[key]).__name__}" for key in others)
+        raise DataError(f"collate_fn: gives {kinds}. Have it give tensors [examples, length].")
     forward = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward)
     read = [key for key in batch if key in forward.parameters and key not in TEXT]
     if read:

@@ -8,7 +8,7 @@ for batch in loader:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -40,7 +40,7 @@ LOOP = "for batch in loader: loss = engine(**batch).loss; engine.backward(loss);
 _SWITCHES = {"use_cache": (None, False), "return_dict": (None, True)}
 """Further arguments of a forward, and the values that change nothing."""
 
-Collate = Callable[[list[Any]], Mapping[str, Any]]
+Collate = Callable[[list[Any]], MutableMapping[str, Any]]
 
 
 @dataclass
@@ -340,7 +340,7 @@ class MicroBatchLoader:
         """Return the micro-batches of an epoch on every rank."""
         return self._engine.loader.steps_per_epoch * self._engine.gradient_accumulation_steps()
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[MutableMapping[str, Any]]:
         """Yield the micro-batches up to the epoch's end.
 
         Raises:
@@ -369,9 +369,9 @@ class MicroBatchLoader:
                     "data, iterate over the dataset."
                 )
 
-    def _batch(self, examples: Sequence[Any]) -> dict[str, Any]:
+    def _batch(self, examples: Sequence[Any]) -> MutableMapping[str, Any]:
         if self._collate is not None and self._record is not None:
-            batch = dict(self._collate([self._record(e.index) for e in examples] or [self._record(0)]))
+            batch = self._collate([self._record(e.index) for e in examples] or [self._record(0)])
             if not examples:
                 batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
             return batch

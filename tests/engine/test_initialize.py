@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from colm_ds.batching.loader import RecordDataset
 from colm_ds.config.resolve import resolve_config
 from colm_ds.engine.arguments import check_collated
 from colm_ds.errors import ConfigError, DataError
@@ -48,12 +49,17 @@ def test_arguments_that_cannot_be_used_are_refused_together() -> None:
     import colm_ds
 
     args = types.SimpleNamespace(deepspeed_config="here.json", local_rank=0)
+    wrong: dict[str, Any] = {"mpu": object(), "mesh_param": (2, 1), "config": 3, "collate_fn": 3}
+    wrong |= {"lr_scheduler": "cosine", "dist_init_required": False}
     with pytest.raises(ConfigError) as raised:
-        colm_ds.initialize(args, mpu=object(), mesh_param=(2, 1), config={}, collate_fn=3, training_data=iter([]))
+        colm_ds.initialize(args, training_data=iter([]), **wrong)
     message = str(raised.value)
-    assert message.startswith("6 problems in the arguments of colm_ds.initialize")
+    assert message.startswith("9 problems in the arguments of colm_ds.initialize")
     for said in (
         "config and args.deepspeed_config: one configuration is enough",
+        "config = 'int': neither a path nor a dict",
+        "lr_scheduler = 'str': not a scheduler",
+        "dist_init_required = False: there is no process group",
         "model: missing",
         "mpu: the probe needs whole layers",
         "mesh_param: a sequence is not split over ranks",
@@ -66,12 +72,27 @@ def test_arguments_that_cannot_be_used_are_refused_together() -> None:
 
 
 def test_what_a_collate_fn_gives_is_checked() -> None:
-    model = tiny_model("llama")
+    model, ids = tiny_model("llama"), torch.tensor([[5, 6]])
+    tokens = {"input_ids": ids, "labels": ids}
     with pytest.raises(ConfigError, match="gives position_ids, which the model would read"):
-        check_collated(lambda rows: dict.fromkeys(("input_ids", "labels", "position_ids", "number")), [{}], model)
-    with pytest.raises(DataError, match=r"collate_fn: gives input_ids\. Have it give labels too"):
-        check_collated(lambda rows: {"input_ids": rows}, [{}], model)
-    check_collated(lambda rows: dict.fromkeys(("input_ids", "labels", "number")), [{}], model)
+        check_collated(lambda rows: tokens | {"position_ids": 1, "number": 2}, [{}], model)
+    for gives, said in (
+        ({"input_ids": ids}, r"collate_fn: gives input_ids\. Have it give labels too"),
+        (tokens | {"labels": [[5]]}, "collate_fn: gives labels as a list. Have it give tensors"),
+        ((ids, ids), "collate_fn: gives a tuple. Have it give a mapping with input_ids and labels"),
+    ):
+        with pytest.raises(DataError, match=said):
+            check_collated(lambda rows, gives=gives: gives, [{}], model)
+    check_collated(lambda rows: tokens | {"number": [3]}, [{}], model)
+
+
+def test_rows_that_are_no_mappings() -> None:
+    with pytest.raises(DataError, match=r"example 0: a tuple\. Give mappings, which collate_fn gets without source"):
+        check_collated(lambda rows: {}, [([5], [5])], tiny_model("llama"))
+    with pytest.raises(DataError, match=r"example 0: a list\. Give mappings with input_ids and labels and source"):
+        RecordDataset([[5, 6]])
+    with pytest.raises(DataError, match=r"example 1: a tuple\. Give mappings with input_ids and labels\."):
+        RecordDataset([{"input_ids": [5, 6]}, ([5, 6], [5, 6])], needs_sources=False)
 
 
 def run_from_arguments(path: str) -> dict[str, Any]:

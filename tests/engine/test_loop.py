@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import BatchEncoding
 
 from tests.engine.oracle import largest_difference
 from tests.engine.test_skipped_steps import POISON, poison, poisoned_records
@@ -128,6 +129,38 @@ def test_loop_is_train_batch(replay: bool, stage: int, world_size: int, pools: d
         assert max(each.rows) <= 3
         assert min(each.replayed) >= (per_step - 1 if replay else 0)
         assert max(each.replayed) <= (per_step if replay else 0)
+
+
+def by_turns(case: Case) -> tuple[list[int], dict[str, Tensor], dict[str, Tensor]]:
+    """In a rank: an epoch in which steps of the loop and of `train_batch` take turns, and one step more."""
+    engine, loader = make(case)
+    per_step, handed_out = engine.gradient_accumulation_steps(), 0
+    assert len(loader) == EPOCH * per_step
+    for batch in loader:
+        engine.backward(engine(**batch).loss)
+        engine.step()
+        handed_out += 1
+        if engine.open_step is None:
+            engine.train_batch()
+    counts = [handed_out, engine.step_count, engine.train_batch().step]
+    mixed = parameters(engine)
+    engine.destroy()
+    engine, _ = make(case)
+    for _ in range(EPOCH + 1):
+        engine.train_batch()
+    plain = parameters(engine)
+    engine.destroy()
+    return counts, mixed, plain
+
+
+@pytest.mark.parametrize("selector", ["colm", "random"])
+def test_loop_and_train_batch_take_turns(selector: str, pools: dict[int, Ranks]) -> None:
+    """They read the same large batches, one after the other; `random` chooses ahead."""
+    case = Case("turns", stage=2, colm={"selector": selector, "probe": {"estimator": "exact"}})
+    assert EPOCH % 2 == 0
+    counts, mixed, plain = pools[1].run(by_turns, case)[0]
+    assert counts == [EPOCH // 2 * 5, EPOCH, EPOCH + 1]  # 5 micro-batches a step
+    assert largest_difference(mixed, plain) <= 1e-6
 
 
 def used_wrongly(case: Case) -> dict[str, str]:
@@ -301,15 +334,16 @@ def collated(case: Case) -> dict[str, Any]:
     ]
     texts[5]["answer"] = [-100] * len(texts[5]["answer"])
 
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def collate(rows: list[dict[str, Any]]) -> BatchEncoding:
         assert all("source" not in row for row in rows)
         padded = pad([{"input_ids": row["text"], "labels": row["answer"]} for row in rows])
         padded = {key: value.flip(1) for key, value in padded.items()}  # padding on the left, tokens backwards
-        return {**padded, "number": torch.tensor([row["number"] for row in rows])}
+        return BatchEncoding({**padded, "number": torch.tensor([row["number"] for row in rows])})
 
     engine, loader = make(case, training_data=texts, collate_fn=collate)
     numbers, same = [], True
-    for batch in islice(loader, engine.gradient_accumulation_steps()):
+    for given in islice(loader, engine.gradient_accumulation_steps()):
+        batch = given.to(engine.device)  # which a BatchEncoding has, a dict has not
         trained = (batch["labels"] != -100).any(1)
         numbers.append(batch.pop("number")[trained].tolist())
         for row, number in zip(batch["input_ids"][trained], numbers[-1], strict=True):
