@@ -260,6 +260,8 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
             if num_read:
                 raise DataError(f"step {step}: none of the examples read has a label to train on.")
             return [], None
+        if callable(to_training := getattr(self.optimizer, "train", None)):
+            to_training()  # evaluation left the mean weights of a schedule-free optimizer in the model
         packing = self._find_packing(int(batch.lengths.max()))
         meter = Meter(self.args.device)
         selection = self.last_selection = selector(batch, meter)

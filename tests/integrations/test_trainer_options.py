@@ -116,14 +116,18 @@ def test_torch_compile(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     assert isinstance(compiled.model_wrapped, torch._dynamo.OptimizedModule)
 
 
+NEEDS = dict.fromkeys(("lion_32bit", "lion_8bit", "adamw_bnb_8bit"), "bitsandbytes")
+NEEDS["schedule_free_adamw"] = "schedulefree"
+"""Packages by optimizer."""
+
+
 @pytest.mark.parametrize(
     ("optimizer", "is_adam"),
     [("adafactor", False), ("lion_32bit", False), ("adamw_bnb_8bit", True), ("schedule_free_adamw", True)],
 )
 def test_other_optimizers(optimizer: str, is_adam: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    needs = {"lion_32bit": "bitsandbytes", "adamw_bnb_8bit": "bitsandbytes", "schedule_free_adamw": "schedulefree"}
-    if optimizer in needs:
-        pytest.importorskip(needs[optimizer])
+    if optimizer in NEEDS:
+        pytest.importorskip(NEEDS[optimizer])
     colm = {**SIZES, "probe": {"estimator": "exact"}}
     trainer = make_trainer(str(tmp_path), colm, 3, optim=optimizer, learning_rate=1e-4)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -137,6 +141,68 @@ def test_other_optimizers(optimizer: str, is_adam: bool, tmp_path: Path, caplog:
         assert len(lines) == 1
         assert "colm.geometry plain" in lines[0]
         assert (context.betas, context.eps) == ((0.9, 0.999), 1e-8)
+
+
+STATES = {
+    "adafactor": {"exp_avg_sq_row", "exp_avg_sq_col"},
+    "lion_32bit": {"state1"},
+    "lion_8bit": {"state1", "absmax1"},
+    "adamw_bnb_8bit": {"state1", "state2", "absmax1", "absmax2"},
+    "schedule_free_adamw": {"z", "exp_avg_sq"},
+}
+"""Tensors that an optimizer keeps of a matrix of 4,096 weights or more, from which on bitsandbytes' have 8 bits."""
+
+
+@pytest.mark.parametrize("optimizer", STATES)
+def test_other_optimizers_resume(optimizer: str, tmp_path: Path) -> None:
+    """Four steps, with a checkpoint and an evaluation after two, and the last two from that checkpoint."""
+    if optimizer in NEEDS:
+        pytest.importorskip(NEEDS[optimizer])
+    colm = {**SIZES, "probe": {"estimator": "exact"}}
+    given = {"optim": optimizer, "learning_rate": 1e-3, "eval_strategy": "steps", "eval_steps": 2}
+    given |= {"eval_dataset": records(SOURCES)[:3], "save_strategy": "steps", "save_steps": 2}
+
+    def run(resume: str | None = None) -> Any:
+        model = tiny_model("llama", hidden_size=64, intermediate_size=128).train()
+        trainer = make_trainer(str(tmp_path), colm, 4, model=model, **given)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole, rest = run(), run(str(tmp_path / "checkpoint-2"))
+    assert rest.chosen == whole.chosen[2:]
+    assert largest_difference(rest.model.state_dict(), whole.model.state_dict()) == 0.0
+    logs = [[entry["loss"] for entry in each.state.log_history if "loss" in entry] for each in (whole, rest)]
+    assert logs[0] == logs[1]  # the first two steps come from the checkpoint
+    states = [state for state in whole.optimizer.state.values() if STATES[optimizer] <= state.keys()]
+    assert states
+    if optimizer.endswith("8bit"):
+        assert states[0]["state1"].dtype == torch.uint8
+
+
+def test_evaluation_leaves_schedule_free_choices_alone(tmp_path: Path) -> None:
+    """It puts the mean of the weights into the model, and the next choice is made with those that are trained."""
+    pytest.importorskip("schedulefree")
+    colm = {**SIZES, "probe": {"estimator": "exact"}}
+    given: dict[str, Any] = {"optim": "schedule_free_adamw", "learning_rate": 1e-2}
+    plain = make_trainer(str(tmp_path), colm, 5, **given)
+    weights = trained(plain)
+    evaluated = make_trainer(
+        str(tmp_path), colm, 5, eval_strategy="steps", eval_steps=1, eval_dataset=records(SOURCES)[:3], **given
+    )
+    seen: list[bool] = []
+    evaluate = evaluated.evaluation_loop
+
+    def evaluation_loop(*args: Any, **kwargs: Any) -> Any:
+        result = evaluate(*args, **kwargs)
+        seen.append(evaluated.optimizer.param_groups[0]["train_mode"])
+        return result
+
+    evaluated.evaluation_loop = evaluation_loop
+    evaluated.train()
+    assert seen == [False] * 5
+    assert evaluated.chosen == plain.chosen
+    evaluated.optimizer.train()
+    assert largest_difference(weights, evaluated.model.state_dict()) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", [{"use_rslora": True}, {"use_dora": True}], ids=["rslora", "dora"])
