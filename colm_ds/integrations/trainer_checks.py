@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from transformers import Trainer
 
 from colm_ds.batching.row_facts import has_arrow_columns
@@ -40,6 +41,12 @@ def check_arguments(trainer: Any, loss_owner: type, allows_overrides: bool, prob
         problems: collects problems.
     """
     args = trainer.args
+    started = dist.get_world_size() if dist.is_initialized() else 1
+    if started != args.world_size:
+        problems.messages.append(
+            f"ranks: {started} processes were started, but the Trainer counts {args.world_size}, so that each would "
+            "train by itself. Without an accelerator write use_cpu = True."
+        )
     strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
     if strategy == "batch_rebalance":
         problems.add(

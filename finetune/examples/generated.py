@@ -6,10 +6,13 @@ python finetune/examples/generated.py FOLDER      # writes FOLDER/model and FOLD
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
+import time
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
@@ -17,7 +20,13 @@ FOLDER = Path("runs/examples/generated")
 
 NUMBERS = 20
 
-SMALL_SIZES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 10, "logging_steps": 1}
+SMALL_SIZES = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 10,
+    "logging_steps": 1,
+    "use_cpu": not torch.accelerator.is_available(),  # otherwise a Trainer knows nothing of the other ranks
+}
 """A coreset of 8 on one rank, for a trainer."""
 
 
@@ -51,8 +60,19 @@ def write(folder: Path = FOLDER) -> tuple[str, str]:
     config = LlamaConfig(vocab_size=len(words), max_position_embeddings=64, **sizes)
     config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
     LlamaForCausalLM(config).save_pretrained(model)
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
+    aside = folder / "train.part"
+    aside.write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
+    aside.replace(data)  # last, so that all is there where this is
     return str(model), str(data)
+
+
+def find(folder: Path = FOLDER) -> tuple[str, str]:
+    """Return the paths, after the first rank has written what no earlier run left there."""
+    while not (data := folder / "train.jsonl").exists():
+        if os.environ.get("RANK", "0") == "0":
+            return write(folder)
+        time.sleep(0.1)
+    return str(folder / "model"), str(data)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-5)
     options = parser.parse_args()
     if options.data is None:
-        options.model, options.data = generated.write()
+        options.model, options.data = generated.find()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()

@@ -42,6 +42,7 @@ class Trained:
 
 def with_engine(colm: dict[str, Any], steps: int) -> Trained:
     """Train with `colm_ds.initialize`."""
+    forget_deepspeed()  # of a Trainer under ZeRO-3 before, which would cut this model's weights up, too
     sizes = {"large_batch_size": LARGE, "coreset_size": CORESET, "seed": SEED}
     optimizer = {"type": "AdamW", "params": {**OPTIMIZER, "betas": list(BETAS)}}
     engine = start(Case("engine", colm={**sizes, **colm}, deepspeed={"optimizer": optimizer}))

@@ -109,6 +109,29 @@ def test_without_arguments(name: str, run: Callable[..., str], tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.parametrize("name", [*NAMES[1:], "deepspeed_loop.py"])
+def test_two_ranks_without_arguments(name: str, tmp_path: Path) -> None:
+    if name.startswith("trl"):
+        pytest.importorskip("trl")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(EXAMPLES / name)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(re.findall(r"^epoch .*: loss |'loss'", done.stdout, flags=re.MULTILINE)) == (
+        15 if name.startswith("deepspeed") else 10
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_deepspeed_loop_resumes(tmp_path: Path) -> None:
     """A second start with one more epoch goes on after the first."""
     printed = []

@@ -14,6 +14,7 @@ from colm_ds.integrations.transformers import CoLMArguments, CoLMConfig, CoLMTra
 from colm_ds.selection import SINGLE_PROCESS
 from tests.engine.training import SOURCES, Record, records
 from tests.integrations.runs import make_trainer, pad
+from tests.ranks import Ranks
 from tests.tiny_models import tiny_model
 
 SIZES = {"large_batch_size": 28}
@@ -37,6 +38,29 @@ def test_processes_without_a_process_group(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ConfigError, match="WORLD_SIZE = 2: there is no process group"):
         CoresetSelector(model, {"large_batch_size": 8, "coreset_size": 4}, {"a": 9})
     CoresetSelector(model, {"large_batch_size": 8, "coreset_size": 4}, {"a": 9}, exchange=SINGLE_PROCESS)
+
+
+def trainer_without_the_others(output: str) -> str:
+    """In a rank: the message of a Trainer that was not told to use the CPU, so that it knows of one rank alone."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    def forget() -> None:
+        AcceleratorState._reset_state()
+        PartialState._reset_state()
+
+    forget()
+    try:
+        return fails(Path(output), use_cpu=False)
+    finally:
+        forget()
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="only without an accelerator")
+def test_ranks_that_the_trainer_does_not_know(pools: dict[int, Ranks], tmp_path: Path) -> None:
+    for message in pools[2].run(trainer_without_the_others, str(tmp_path)):
+        assert "2 processes were started, but the Trainer counts 1, so that each would train by itself" in message
+        assert "write use_cpu = True" in message
 
 
 def test_no_source_column_and_no_clusters(tmp_path: Path) -> None:
