@@ -78,14 +78,28 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
         unknown = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
+        changes = [action for action in self._actions if action.metavar == "key=value"]
+        if changes and (keys := [key for word in unknown for key in _keys_meant(word)]):
+            value = re.search(rf"{re.escape(unknown[0])}(?:=|\s+)([^-\s]\S*)", message)
+            written = " or ".join(f"{key}={value[1] if value else 'VALUE'}" for key in keys)
+            super().error(f"{message}. Keys of a recipe are written without dashes: {written}")
         nearest = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1)]
         super().error(f"{message}. Did you mean {', '.join(nearest)}?" if nearest else message)
+
+
+def _keys_meant(option: str) -> list[str]:
+    """Return the keys of a recipe that an unknown option such as `--steps` or `--lr` may mean."""
+    from colm_ds.recipes.recipe import Recipe, key_names
+
+    name = option.removeprefix("--").replace("-", "_")
+    names = key_names(Recipe)
+    return [key for key in names if key == name] or [key for key in names if key.rsplit(".", 1)[-1] == name]
 
 
 def _parser_of(name: str) -> argparse.ArgumentParser:
     """Return the parser of a subcommand."""
     command = COMMANDS[name]
-    parser = _Parser(prog=f"colm-ds {name}", description=command.description)
+    parser = _Parser(prog=f"colm-ds {name}", description=command.description, allow_abbrev=False)  # relaunch cuts words
     _set_up(parser, name)
     return parser
 
@@ -202,7 +216,11 @@ def _set_up_memory_report(parser: argparse.ArgumentParser) -> None:
 
 def _set_up_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, in the order to show")
-    parser.add_argument("--out", default=".", help="folder for report.html, report.md and report.json (default: here)")
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="folder for report.html, report.md and report.json (default: that of the run; of several runs: here)",
+    )
     parser.add_argument("--max-arms", type=int, default=5, metavar="N", help="arms in a picture at most (default: 5)")
     parser.set_defaults(run=_report)
 
@@ -211,9 +229,10 @@ def _report(options: argparse.Namespace) -> None:
     from colm_ds.report import compare, format_table, load_run
 
     runs = [load_run(folder) for folder in options.runs]
-    compare(runs, options.out, max_arms=options.max_arms)
+    out = options.out or (options.runs[0] if len(runs) == 1 else ".")
+    comparison = compare(runs, out, max_arms=options.max_arms)
     print(format_table(runs))
-    print(f"Pictures and details: {options.out}/report.html")
+    print(f"Pictures and details: {comparison.files['html']}")
 
 
 def _set_up_watch(parser: argparse.ArgumentParser) -> None:

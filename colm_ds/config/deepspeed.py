@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from colm_ds.config.section import must_be
 from colm_ds.errors import Problems, nearest_key
 
 MONITOR_SECTIONS = ("tensorboard", "wandb", "csv_monitor", "comet")
@@ -125,7 +126,7 @@ def check_zero(config: Mapping[str, Any], problems: Problems) -> None:
         for problem in error.errors():
             refused.add(str(problem["loc"][0]) if problem["loc"] else "")
             key = ".".join(map(str, ("zero_optimization", *problem["loc"])))
-            why = problem["msg"][:1].lower() + problem["msg"][1:]
+            why = must_be(problem)
             problems.add(key, problem["input"], why, "See DeepSpeed's documentation of the section.")
     for key, value in given.items():
         if key.endswith("bucket_size") and value == 0 and key not in refused:

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from colm_ds.errors import Problems
 
@@ -36,13 +37,31 @@ def validate_section(kind: type[Section], values: Any, prefix: str, problems: Pr
             elif item["type"] == "missing":
                 problems.messages.append(f"{key}: missing. {_describe(kind, names)}")
             else:
-                message = item["msg"][0].lower() + item["msg"][1:]
+                message = must_be(item)
                 if key in wrong:
-                    message = message.removeprefix("input should be ")
+                    message = message.removeprefix("must be ")
                 wrong.setdefault(key, [item["input"], names]).append(message)
         for key, (value, names, *messages) in wrong.items():
             problems.add(key, value, " or ".join(messages), _describe(kind, names))
         return None
+
+
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text", "list": "a list"}
+_KINDS |= dict.fromkeys(("dict", "model", "model_attributes"), "a section of keys and values")
+_BOUNDS = {"greater_than_equal": "at least", "greater_than": "more than", "less_than_equal": "at most"}
+_BOUNDS |= {"less_than": "less than"}
+
+
+def must_be(item: ErrorDetails) -> str:
+    """Return what a value must be, in this project's words, from an error of pydantic's."""
+    kind, message = item["type"], item["msg"][0].lower() + item["msg"][1:]
+    named = re.sub(r"_(type|parsing|from_float|parsing_size)$", "", kind)
+    if named in _KINDS:
+        return f"must be {_KINDS[named]}"
+    if kind in _BOUNDS:
+        (bound,) = item["ctx"].values()
+        return f"must be {_BOUNDS[kind]} {bound:g}"
+    return re.sub("^value error, ", "", re.sub("^input should be ", "must be ", message))
 
 
 def _check_texts(values: Any, key: str, problems: Problems) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
+from pydantic.fields import FieldInfo
 
 from colm_ds.config.colm import HELD_OUT, CoLMSection
 from colm_ds.config.section import Section, validate_section
@@ -353,17 +354,28 @@ def no_such_file(path: Path, kind: str) -> ConfigError:
     return ConfigError(f"{path}: no such {kind}." + (f" In that folder: {near}." if near else ""))
 
 
-def describe_keys(kind: type[Section] = Recipe, prefix: str = "") -> list[str]:
-    """Return one line per key of a recipe: name, default, description."""
-    lines = []
+def _keys_of(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield every key of a recipe with its field; sections stand for their keys."""
     for name, field in kind.model_fields.items():
         inner = [field.annotation, *getattr(field.annotation, "__args__", ())]
         section = next((c for c in inner if isinstance(c, type) and issubclass(c, Section)), None)
         if section is not None:
-            lines += describe_keys(section, f"{prefix}{name}.")
+            yield from _keys_of(section, f"{prefix}{name}.")
         else:
-            default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-            lines.append(f"  {prefix}{name} ({default}): {field.description}")
+            yield f"{prefix}{name}", field
+
+
+def key_names(kind: type[Section]) -> list[str]:
+    """Return every key of a recipe, those of sections with dots."""
+    return [name for name, _ in _keys_of(kind)]
+
+
+def describe_keys(kind: type[Section] = Recipe) -> list[str]:
+    """Return one line per key of a recipe: name, default, description."""
+    lines = []
+    for name, field in _keys_of(kind):
+        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        lines.append(f"  {name} ({default}): {field.description}")
     return lines
 
 

@@ -30,6 +30,7 @@ from colm_ds.report.selected import selected_section
 from colm_ds.report.setup import compared_section, problems_of, repeat_section
 from colm_ds.report.summary import caveats, three_sentences
 from colm_ds.report.tables import SEEDS_NOTE, Column, Table, clean, format_terminal, listed, plain, quoted
+from colm_ds.run_folder.contents import REPORT_MARKDOWN, REPORT_NUMBERS, REPORT_PAGE
 from colm_ds.run_folder.read import Run, lookup
 from colm_ds.untrusted.printable import escaped
 
@@ -111,7 +112,7 @@ def compare(
         repeat_section(view),
     ]
     out = Path(out_folder)
-    files = {"html": out / "report.html", "markdown": out / "report.md", "json": out / "report.json"}
+    files = {"html": out / REPORT_PAGE, "markdown": out / REPORT_MARKDOWN, "json": out / REPORT_NUMBERS}
     warned = [*caveats(view.arms), *_left_out(view), *problems_of(view.arms)]
     title, arms = _title(view.arms), list(view.arms)
     comparison = Comparison(

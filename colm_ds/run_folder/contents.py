@@ -15,6 +15,9 @@ EVALUATION, MONITOR = "evaluation", "monitor"
 RESULTS = "results.json"
 """Scores, in `EVALUATION`."""
 
+REPORT_PAGE, REPORT_MARKDOWN, REPORT_NUMBERS = "report.html", "report.md", "report.json"
+"""Files of a report, which `colm-ds report RUN` writes into the run's folder."""
+
 FINISHED, UNFINISHED, STOPPED, DIVERGED = "finished", "unfinished", "stopped", "diverged"
 NOT_EVALUATED = "not evaluated"
 """Status of a run whose steps are done and whose weights are written, but whose final evaluation failed."""
@@ -32,12 +35,13 @@ def own_entries(folder: Path) -> list[Path]:
 
 
 def remove_own(folder: Path) -> None:
-    """Remove what a run wrote; other files stay where they are.
+    """Remove what a run wrote, and the report about it; other files stay where they are.
 
     Raises:
         OSError: if something cannot be removed.
     """
-    for path in own_entries(folder):
+    reports = [folder / name for name in (REPORT_PAGE, REPORT_MARKDOWN, REPORT_NUMBERS)]
+    for path in [*own_entries(folder), *(path for path in reports if path.is_file())]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

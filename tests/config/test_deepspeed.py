@@ -337,7 +337,7 @@ def test_facts_of_a_plain_module_and_of_several_widths() -> None:
     ("section", "says"),
     [
         ({"reduce_bucket_size": 15099494.4}, "zero_optimization.reduce_bucket_size = 15099494.4"),
-        ({"reduce_bucket_size": 0}, "zero_optimization.reduce_bucket_size = 0: input should be greater than 0"),
+        ({"reduce_bucket_size": 0}, "zero_optimization.reduce_bucket_size = 0: must be more than 0"),
         ({"allgather_bucket_size": 0}, "zero_optimization.allgather_bucket_size = 0: a bucket holds nothing"),
         ({"stage": 7}, "zero_optimization.stage = 7"),
         ({"stage": 2, "ovrlap_comm": True}, "zero_optimization.ovrlap_comm"),

@@ -136,7 +136,7 @@ def test_the_same_file_is_refused(tmp_path: Path, tokenizer_folder: Path) -> Non
     [
         ({"train": {"path": "nowhere.jsonl"}}, ["data.train.path = 'nowhere.jsonl': no such file or folder"]),
         ({"train": [{"path": "a.jsonl", "wieght": 2}]}, ["data.train.0.wieght: unknown key. Did you mean 'weight'?"]),
-        ({"train": [{"path": "a.jsonl", "weight": 0}]}, ["data.train.0.weight = 0: input should be greater than 0"]),
+        ({"train": [{"path": "a.jsonl", "weight": 0}]}, ["data.train.0.weight = 0: must be more than 0"]),
         ({"train": ["a.jsonl", {"path": "b.jsonl", "weight": 2}]}, ["a.jsonl", "has no weight, but others have"]),
         ({"train": "a.jsonl", "heldout": {"path": "b.jsonl", "weight": 2}}, ["data.heldout", "Remove the weights"]),
         ({"train": "a.jsonl", "schema": "chat"}, ["data.schema = 'chat'", "'messages', 'sharegpt', 'alpaca'"]),

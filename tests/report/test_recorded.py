@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import yaml
 from colm_ds.cli import main
 from colm_ds.data.generated.mixture import write_mixture
 from colm_ds.report import Comparison, compare, load_run
+from colm_ds.run_folder.contents import remove_own
 from colm_ds.run_folder.metrics import METRICS, Metric
 from colm_ds.types import StepStats
 from tests.report.run_folders import RECORDED, recorded_file, recorded_steps, write_run
@@ -143,3 +145,24 @@ def test_a_run_from_training_to_report(tmp_path: Path, capsys: pytest.CaptureFix
     check_page(page)
     for number in (f"{summary['heldout']['overall']:.4f}", f"{summary['padding_fraction']:.1%}", "trained now"):
         assert f">{number}<" in page
+
+
+def test_a_report_of_one_run_lies_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    runs = [str(shutil.copytree(RECORDED / name, tmp_path / name)) for name in ("plain", "colm")]
+    files = {"report.html", "report.md", "report.json"}
+    assert main(["report", runs[0]]) == 0
+    assert f"{runs[0]}/report.html" in capsys.readouterr().out
+    assert files <= {path.name for path in Path(runs[0]).iterdir()}
+    assert not list(here.iterdir())
+    assert main(["report", runs[1], "--out", "there"]) == 0
+    assert not (Path(runs[1]) / "report.html").exists()
+    assert {path.name for path in (here / "there").iterdir()} == files
+    assert main(["report", *runs]) == 0
+    assert files <= {path.name for path in here.iterdir()}
+    remove_own(Path(runs[0]))  # a run that starts over takes the report of the old one away
+    assert not list(Path(runs[0]).iterdir())

@@ -211,7 +211,7 @@ KINDS: dict[str, tuple[Callable[[Path], str], str]] = {
     "recipe: misspelled key": (changed(stepz=3), "stepz: unknown key. Did you mean 'steps'?"),
     "recipe: misspelled nested key": (override("colm.corset_size=4"), "Did you mean 'coreset_size'?"),
     "recipe: missing key": (changed(steps=None), "steps = 0: neither steps nor epochs. For example 200, or 3 epochs."),
-    "recipe: wrong type": (override("steps=many"), "steps = 'many': input should be a valid integer"),
+    "recipe: wrong type": (override("steps=many"), "steps = 'many': must be a whole number"),
     "recipe: number out of range": (override("steps=0"), "steps = 0: neither steps nor epochs."),
     "recipe: override without =": (override("steps"), "override = 'steps': not of the form key=value."),
     "recipe: no model": (changed(model={}), "give either name_or_path or config"),
