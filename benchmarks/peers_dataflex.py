@@ -4,11 +4,11 @@
     python benchmarks/peers_dataflex.py ENVIRONMENT --smollm2 --dtype bfloat16
 
 ENVIRONMENT is a folder with DataFlex, which wants versions of its own; it is made where it is missing (minutes, 4 GB).
-DataFlex scores all rows of the data every few steps and chooses the rows of those steps. So for 10 steps of 8 it is given
-320 rows, of which it takes 80, and we 10 large batches of 32, of which we take 8 each. Its selectors are called by its
-own trainer after a step of warming up; a wrapper notes the seconds of `select`, hands on the tokenised rows, and ends
-the run. Ours are called by `CoresetSelector` on these rows. Every call is in a process of its own; medians over rounds.
-`less` is slow here for a reason that a GPU does not have: its random projection falls back to one on the CPU.
+DataFlex scores all rows of the data every few steps and chooses the rows of those steps. So for 10 steps of 8 it is
+given 320 rows, of which it takes 80, and we 10 large batches of 32, of which we take 8 each. Its selectors are called
+by its own trainer after a step of warming up; a wrapper notes the seconds of `select`, hands on the tokenised rows, and
+ends the run. Ours are called by `CoresetSelector` on these rows. Every call is in a process of its own; medians over
+rounds. `less` is slow here for a reason that a GPU does not have: its random projection falls back to the CPU's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-PACKAGES = ("llamafactory==0.9.5", "torchvision", "torchaudio", "dataflex==1.1.0")
+PACKAGES = ("torch==2.13.0", "llamafactory==0.9.5", "torchvision", "torchaudio", "omegaconf", "traker")
+DATAFLEX = "dataflex==1.1.0"  # without its dependencies: its bounds would bring a torch of 2024
 ALPACA = "Below is an instruction that describes a task."
 THEIRS = ("loss", "delta_loss", "less")
 OURS: dict[str, dict[str, Any]] = {
@@ -118,8 +119,8 @@ def _environment(folder: Path) -> Path:
     python = folder.resolve() / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        for packages in (("torch==2.13.0",), PACKAGES):
-            subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
+        for words in (PACKAGES, ("--no-deps", DATAFLEX)):
+            subprocess.run([str(python), "-m", "pip", "install", "--quiet", *words], check=True)
     return python
 
 
