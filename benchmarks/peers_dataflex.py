@@ -31,7 +31,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-PACKAGES = ("torch==2.13.0", "llamafactory==0.9.5", "torchvision", "torchaudio", "omegaconf", "traker")
+PACKAGES = ("torch==2.13.0", "llamafactory==0.9.5", "omegaconf", "traker")
 DATAFLEX = "dataflex==1.1.0"  # without its dependencies: its bounds would bring a torch of 2024
 ALPACA = "Below is an instruction that describes a task."
 THEIRS = ("loss", "delta_loss", "less")
@@ -157,7 +157,7 @@ def _write_inputs(folder: Path, options: argparse.Namespace) -> None:
     tokenizer.save_pretrained(folder / "model")
     with gzip.open(options.data, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for _, line in zip(range(options.candidates), lines, strict=False)]
-    kept = [{"instruction": f"{ALPACA}\n{row['instruction']}", "output": row["output"]} for row in rows]
+    kept = [{"instruction": f"{ALPACA}\n{row['instruction']}", "input": "", "output": row["output"]} for row in rows]
     for name, part in (("train", kept), ("target", kept[:16])):
         (folder / f"{name}.json").write_text(json.dumps(part), encoding="utf-8")
     info = {name: {"file_name": f"{name}.json"} for name in ("train", "target")}
@@ -203,7 +203,12 @@ def _inside(selector: str) -> None:
     """Let DataFlex train in its environment until it has chosen; note the seconds and its rows."""
     import importlib
     import shutil
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
+    audio = ModuleType("torchaudio")  # its build fails beside torch's for the CPU, and nothing here has sound
+    audio.__spec__ = ModuleSpec("torchaudio", None)
+    sys.modules["torchaudio"] = audio
     from dataflex import cli
 
     module = importlib.import_module(f"dataflex.train.selector.{selector}_selector")
