@@ -17,9 +17,10 @@ from pathlib import Path
 from queue import Queue
 from typing import TYPE_CHECKING, Any
 
-from colm_ds.errors import ConfigError
+from colm_ds.errors import CoLMError, ConfigError, Problems
 from colm_ds.process.launch import accelerator_environment, ranks_command
-from colm_ds.recipes.recipe import read_values
+from colm_ds.recipes.data_check import check_data
+from colm_ds.recipes.recipe import load_recipe, read_values
 from colm_ds.run_folder.contents import EVALUATION, METRICS, RESULTS
 from colm_ds.run_folder.files import read_object
 from colm_ds.run_folder.read import is_finished
@@ -59,8 +60,7 @@ def run_sweep(grid: Grid, say: Callable[[str], None] = print) -> dict[str, Any]:
     from colm_ds.report import compare, load_run, result_tables
 
     started = time.monotonic()
-    for path, command in grid.prepare.items():
-        _prepare(Path(path), command, say)
+    prepare(grid, say)
     jobs, out = jobs_of(grid), Path(grid.out)
     against = list(dict.fromkeys([grid.baseline, *grid.controls]))
 
@@ -82,6 +82,64 @@ def run_sweep(grid: Grid, say: Callable[[str], None] = print) -> dict[str, Any]:
     if runs:
         compare(runs, out, against=against)
     return write(failures)
+
+
+def prepare(grid: Grid, say: Callable[[str], None] = print) -> None:
+    """Make what the arms need and is not there yet.
+
+    Raises:
+        ConfigError: if it could not be made.
+    """
+    for path, command in grid.prepare.items():
+        _prepare(Path(path), command, say)
+
+
+def check_arms(grid: Grid, *, needs_files: bool = True) -> None:
+    """Check the recipe of every arm that has runs left, and the data that it names; no model is loaded.
+
+    Args:
+        grid: from `load_grid`.
+        needs_files: whether data and packages must exist; else they may be made by `prepare` first.
+
+    Raises:
+        ConfigError: listing the problems of all arms, each with its arm and key.
+    """
+    if grid.script is not None:  # a script of one's own may read its arguments otherwise
+        return
+    left = {job.arm: job for job in jobs_of(grid) if not is_done(grid, job)}
+    found: dict[str, list[str]] = {}
+    checked: set[str] = set()
+    for arm, job in left.items():
+        for problem in _problems_of(job, _num_ranks(grid), needs_files, checked):
+            found.setdefault(problem, []).append(arm)
+    problems = Problems("the arms of the grid")
+    for problem, arms in found.items():
+        named = f"arm{'s' if len(arms) > 1 else ''} {', '.join(map(repr, arms))}"
+        problems.messages.append(f"{'every arm' if len(arms) == len(left) > 1 else named}: {problem}")
+    problems.raise_if_any()
+
+
+def _problems_of(job: SweepJob, num_ranks: int, needs_files: bool, checked: set[str]) -> list[str]:
+    """Return the problems of a job's recipe and data; data that an earlier job had is left out."""
+    recipe, *changes = job.arguments
+    try:
+        read = load_recipe(recipe, changes, needs_files=needs_files)
+        read.resolve(num_ranks)
+        data = f"{getattr(read, 'data', None)!r} {read.colm.large_batch_size} {read.colm.target!r}"
+        if needs_files and data not in checked:
+            checked.add(data)
+            check_data(read)
+    except CoLMError as error:
+        head, *lines = str(error).split("\n  ")
+        return lines if re.match(r"\d+ problems? in ", head) and lines else ["\n  ".join([head, *lines])]
+    return []
+
+
+def _num_ranks(grid: Grid) -> int:
+    """Return the ranks of a run."""
+    if grid.launch.device_groups:
+        return len(grid.launch.device_groups[0].split(","))
+    return grid.launch.num_gpus or default_ranks()
 
 
 def run_jobs(

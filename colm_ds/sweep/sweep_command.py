@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from colm_ds.process.exit_codes import ExitCode
-from colm_ds.sweep import is_done, jobs_of, load_grid, run_sweep
+from colm_ds.sweep import check_arms, is_done, jobs_of, load_grid, prepare, run_sweep
+from colm_ds.untrusted.printable import visible
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,13 +28,20 @@ def run(options: argparse.Namespace) -> int:
         1 if a run failed, else 0.
 
     Raises:
-        ConfigError: if the grid is wrong.
+        ConfigError: if the grid, or the recipe or data of an arm, is wrong.
     """
+
+    def say(line: str) -> None:
+        print(visible(line), flush=True)
+
     grid = load_grid(options.grid, options.changes, options.seeds)
     if options.list:
         for job in jobs_of(grid):
             print(f"{'finished' if is_done(grid, job) else 'to do':9} {job.arm}, seed {job.seed}: {job.folder}")
         return ExitCode.DONE
-    result = run_sweep(grid, say=lambda line: print(line, flush=True))
+    check_arms(grid, needs_files=False)  # before anything is made or run, which may take hours
+    prepare(grid, say)
+    check_arms(grid)
+    result = run_sweep(grid, say)
     print((Path(grid.out) / "results.md").read_text(encoding="utf-8"))
     return ExitCode.FAILED if result["failures"] else ExitCode.DONE

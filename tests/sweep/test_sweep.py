@@ -230,6 +230,7 @@ def test_bad_grids(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
 def test_command_line(faked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Changes for all arms and another list of seeds come from there."""
     path = str(write_grid(tmp_path, arms={"plain": [], "CoLM": ["colm.metric=cosine"]}))
+    write_recipe(tmp_path)
     assert main([path, "steps=3", "--seeds", "4", "--list"]) == 0
     assert [line.split(":")[0].split(maxsplit=2)[2] for line in capsys.readouterr().out.splitlines()] == [
         "plain, seed 4",
@@ -242,6 +243,59 @@ def test_command_line(faked: list[str], tmp_path: Path, capsys: pytest.CaptureFi
     assert [job.arguments[1:4] for job in jobs_of(grid)][1] == ["steps=2", "steps=3", "colm.metric=cosine"]
     assert main([path, "steps"]) == 2
     assert "change = 'steps': not of the form key=value" in capsys.readouterr().err
+
+
+def write_recipe(folder: Path) -> None:
+    """A recipe of a grid's folder whose data is there; its tokenizer and model would come later."""
+    recipe = recipe_of(folder)
+    rows = [{"instruction": f"{n} + 1?", "output": str(n + 1)} for n in range(20)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe["data"] |= {"train": str(folder / "rows.jsonl")}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def test_every_arm_is_checked_before_the_first_run(
+    faked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = {
+        "plain": ["colm.selector=random"],
+        "typo": ["colm.metrik=cosine", "steps=ten"],
+        "broken": ["colm.selector=none"],
+        "large": ["colm.large_batch_size=64"],
+        "numbers": ["colm.coreset_size=32"],
+    }
+    made = tmp_path / "made"
+    grid = {"arms": arms, "prepare": {str(made): f"-c \"open('{made}', 'x').close()\""}, "seeds": [0, 1]}
+    path = str(write_grid(tmp_path, **grid))
+    write_recipe(tmp_path)
+    assert main([path]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "ConfigError: 4 problems in the arms of the grid"
+    named = {line.replace(": unknown", " =").split(" = ")[0].strip() for line in lines[1:]}
+    assert named == {
+        "arm 'typo': steps",
+        "arm 'typo': colm.metrik",
+        "arm 'broken': colm.selector",
+        "arm 'numbers': colm.coreset_size",
+    }
+    assert not faked
+    assert not made.exists()  # nor is anything made for arms that cannot run
+    for name in ("typo", "broken", "numbers"):
+        del arms[name]
+    assert main([str(write_grid(tmp_path, **grid))]) == 2  # the recipe is written anew, and wrong for all
+    assert "every arm: " in capsys.readouterr().err
+    write_recipe(tmp_path)
+    assert main([path]) == 2
+    assert "arm 'large': colm.large_batch_size = 64: more than the 20 examples" in capsys.readouterr().err
+    assert not faked
+    assert made.exists()  # data may be what is made, so it is looked at afterwards
+    del arms["large"]
+    write_grid(tmp_path, **grid)
+    write_recipe(tmp_path)
+    assert main([path]) == 0
+    assert faked == ["plain 0", "plain 1"]
+    (tmp_path / "rows.jsonl").unlink()
+    assert main([path]) == 0  # all is done, so that nothing is read
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
