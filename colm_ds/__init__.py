@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -63,3 +64,14 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 sys.meta_path.append(_MovedModules())
+
+
+def _tells_something(record: logging.LogRecord) -> bool:
+    """Return whether a message of DeepSpeed's is not the one that a machine without a GPU has none.
+
+    transformers imports DeepSpeed wherever it is installed, so that every loop would begin with it.
+    """
+    return not str(record.msg).startswith("Setting accelerator to CPU.")
+
+
+logging.getLogger("DeepSpeed").addFilter(_tells_something)

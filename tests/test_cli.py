@@ -260,3 +260,20 @@ def test_selectors_known_to_compare_no_vectors_compare_none() -> None:
     assert compares
     assert not compares & set(WITHOUT_VECTORS)
     assert set(WITHOUT_VECTORS) <= set(SELECTORS)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="DeepSpeed finds it")
+def test_a_plain_loop_hears_nothing_of_deepspeeds_accelerator() -> None:
+    """transformers imports DeepSpeed where it is installed; its other warnings stay."""
+    code = """
+import logging, os
+os.environ.pop("DS_ACCELERATOR", None)
+import colm_ds
+from deepspeed.accelerator import get_accelerator
+assert get_accelerator().device_name() == "cpu"
+logging.getLogger("DeepSpeed").warning("something else")
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert "Setting accelerator" not in done.stdout + done.stderr
+    assert "something else" in done.stdout + done.stderr

@@ -71,7 +71,7 @@ def save_trained(engine: Any, tokenizer: Any, folder: Path, *, is_main: bool) ->
         shutil.rmtree(partial, ignore_errors=True)
         try:
             if is_adapter:
-                model.save_pretrained(partial, state_dict=state)
+                model.save_pretrained(partial, state_dict=state, save_embedding_layers=False)
             else:
                 save_model(model, partial, state)
             tokenizer.save_pretrained(partial)

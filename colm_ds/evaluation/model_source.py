@@ -170,7 +170,8 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
     except Exception as error:  # whatever a library makes of a broken file
         reason = str(error).strip().split("\n")[0][:300]
         raise CheckpointError(f"{adapter}: cannot be applied to {model.config.model_type}: {reason} {advice}") from None
-    left_over = sorted(held - peft.get_peft_model_state_dict(adapted).keys())  # PEFT ignores these silently
+    known = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)  # True and auto may ask the hub
+    left_over = sorted(held - known.keys())  # PEFT ignores these silently
     if left_over:
         name = f"{left_over[0]} and {len(left_over) - 1} more"
         raise CheckpointError(f"{adapter}: {model.config.model_type} has no place for {name}. {advice}")

@@ -100,8 +100,10 @@ def load_adapter(model: Any, folder: str | Path) -> None:
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"lora.adapter = {folder}: its weights cannot be read: {reason}") from None
-    wanted = {name: list(value.shape) for name, value in peft.get_peft_model_state_dict(model).items()}
     held = {name: list(value.shape) for name, value in weights.items()}
+    frozen = any(".base_layer." in name for name in held)  # PEFT by itself adds embeddings that an adapter changes
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=frozen)
+    wanted = {name: list(value.shape) for name, value in state.items()}
     advice = "Name the base model in model.name_or_path that the adapter was trained on."
     wrong = sorted(name for name in {*wanted, *held} if wanted.get(name) != held.get(name))
     if wrong:

@@ -180,3 +180,18 @@ def test_quantization_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.Mon
     section = ModelConfig.model_validate({"name_or_path": str(tmp_path / "base"), "quantization": "4bit"})
     with pytest.raises(ConfigError, match="Run pip install --no-deps bitsandbytes"):
         load_model(section, LoraConfig(), None)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_adapter_of_embeddings_is_the_start_with_and_without_them(tmp_path: Path, frozen: bool) -> None:
+    """PEFT by itself writes the embeddings beside, ours does not; neither warns, nor asks the hub for the base."""
+    settings = {**SETTINGS, "targets": ["embed_tokens"], "modules_to_save": [], "rank_pattern": {}, "use_dora": False}
+    settings |= {"layers_to_transform": None}
+    first, other = made(settings, seed=1), made(settings, seed=2)
+    first.save_pretrained(tmp_path / "adapter", save_embedding_layers=frozen)
+    load_adapter(other, str(tmp_path / "adapter"))
+    named = dict(other.named_parameters())
+    for name, value in first.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(named[name], value), name
