@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -116,6 +117,8 @@ class CoresetError:
         bias_se: its standard error over rounds of batches and over the choice of the sample; None for a single round.
         bias_within_sample: the same from all pairs of batches, including those that share examples, and so with the
             chance of this sample in it.
+        deviations: of every batch's squared error from kappa times the expected one, over the mean expected one, `[K]`;
+            empty: not known.
     """
 
     kappa: float
@@ -124,11 +127,24 @@ class CoresetError:
     bias: float
     bias_se: float | None
     bias_within_sample: float
+    deviations: tuple[float, ...] = ()
 
     @property
     def shown_bias(self) -> float:
         """Return the significant part of the bias: less two standard errors, at least 0."""
         return max(0.0, self.bias - 2.0 * (self.bias_se or 0.0))
+
+
+def se_of_difference(first: CoresetError, second: CoresetError) -> float:
+    """Return the standard error of the difference of two kappas, which are measured on the same batches.
+
+    Batch by batch, as errors of a batch go together; without its deviations as if they were independent.
+    """
+    count = len(first.deviations)
+    if count < 2 or count != len(second.deviations):
+        return math.hypot(first.kappa_se, second.kappa_se)
+    both = torch.tensor([first.deviations, second.deviations], dtype=torch.float64)
+    return float((both[0] - both[1]).std()) / count**0.5
 
 
 def coreset_error(gram: GradientGram, batches: LargeBatches, coresets: Sequence[Coreset]) -> CoresetError:
@@ -154,7 +170,7 @@ def coreset_error(gram: GradientGram, batches: LargeBatches, coresets: Sequence[
         dtype=torch.float64,
     )
     kappa = float(squares.sum() / expected.sum())
-    scatter = (squares - kappa * expected).std() / expected.mean()
+    deviations = (squares - kappa * expected) / expected.mean()
     scale = gram.mean_square()
     pairs = [_mean_product(products, (batches.rounds == number).nonzero().flatten()) for number in _numbers(batches)]
     by_round = torch.tensor([pair for pair in pairs if pair is not None], dtype=torch.float64) / scale
@@ -163,13 +179,14 @@ def coreset_error(gram: GradientGram, batches: LargeBatches, coresets: Sequence[
     within = 0.0 if everything is None else everything / scale
     return CoresetError(
         kappa=kappa,
-        kappa_se=float(scatter) / len(squares) ** 0.5,
+        kappa_se=float(deviations.std()) / len(squares) ** 0.5,
         worth=worth_of(kappa, sizes[0], r),
         bias=float(by_round.mean()) if count else within,
         bias_se=(float(by_round.var()) / count + _chance(gram, differences.mean(dim=0)) / scale**2) ** 0.5
         if count > 1
         else None,
         bias_within_sample=within,
+        deviations=tuple(deviations.tolist()),
     )
 
 

@@ -61,6 +61,7 @@ class CheckResult:
         recommendation: one sentence.
         notes: remarks for the reader, in sentences.
         weights: origin of the weights, in words.
+        recipe_is_random: whether the recipe picks at random.
     """
 
     name: str
@@ -76,6 +77,7 @@ class CheckResult:
     recommendation: str
     notes: tuple[str, ...]
     weights: str
+    recipe_is_random: bool
 
 
 def check_recipe(
@@ -239,6 +241,7 @@ def check_model(
         recommendation=recommend(ways, size, large, steps),
         notes=(*notes, *compared.notes),
         weights=weights,
+        recipe_is_random=config.selector == "random",
     )
 
 

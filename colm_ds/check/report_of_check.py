@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from colm_ds.check.measure import CheckResult
 from colm_ds.check.verdict import MeasuredWay
+from colm_ds.check.ways_to_choose import RECIPE
 from colm_ds.errors import ConfigError
 from colm_ds.report.svg import COLORS
 from colm_ds.run_folder.environment import describe_environment
@@ -26,7 +27,16 @@ _HIGHEST = 3.0
 def format_check(result: CheckResult) -> str:
     """Return the table, sorted by kappa, with the recommendation and the notes."""
     rows = [_row(way, result) for way in result.ways]
-    random = ("random (plain training)", "1", str(result.size), "0", "1.00", "", "1.00", "")
+    random = (
+        _marked("random (plain training)", result.recipe_is_random),
+        "1",
+        str(result.size),
+        "0",
+        "1.00",
+        "",
+        "1.00",
+        "",
+    )
     place = sum(way.error.kappa < 1.0 for way in result.ways)
     rows.insert(place, random)
     widths = [max(len(row[column]) for row in [_HEAD, *rows]) for column in range(len(_HEAD))]
@@ -54,10 +64,15 @@ def format_check(result: CheckResult) -> str:
     )
 
 
+def _marked(name: str, is_recipe: bool) -> str:
+    """Return the name of a row, marked if the recipe chooses so."""
+    return f"{name} <- {RECIPE}" if is_recipe and name != RECIPE else name
+
+
 def _row(way: MeasuredWay, result: CheckResult) -> tuple[str, ...]:
     error = way.error
     return (
-        way.way.name,
+        _marked(way.way.name, way.way.is_recipe),
         f"{error.kappa:.2f} ± {error.kappa_se:.2f}",
         f"{error.worth:.0f}",
         f"{error.bias:.3f}" + ("" if error.bias_se is None else f" ± {error.bias_se:.3f}"),
@@ -94,7 +109,13 @@ def _way_as_json(way: MeasuredWay) -> dict[str, Any]:
         "least_gain": way.least_gain,
     }
     finite = {key: value if value is None or math.isfinite(value) else None for key, value in numbers.items()}
-    return {"name": way.way.name, "keys": list(way.way.keys), **finite, "pays": way.pays}
+    return {
+        "name": way.way.name,
+        "is_recipe": way.way.is_recipe,
+        "keys": list(way.way.keys),
+        **finite,
+        "pays": way.pays,
+    }
 
 
 def as_svg(result: CheckResult) -> str:
@@ -129,7 +150,7 @@ def as_svg(result: CheckResult) -> str:
             label="break-even without bias: left of it worth exceeds price",
         )
         axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":", label="random examples")
-        axes.set_yticks(places, [way.way.name for way in ways])
+        axes.set_yticks(places, [_marked(way.way.name, way.way.is_recipe) for way in ways])
         axes.set_ylim(len(ways) - 0.5, -0.5)
         ends = [kappa + 2.0 * way.error.kappa_se for kappa, way in zip(kappas, ways, strict=True)]
         axes.set_xlim(0.0, min(_HIGHEST, max([1.0, *ends])) + 0.1)

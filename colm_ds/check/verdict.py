@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from colm_ds.check.errors_of_coresets import CoresetError
+from colm_ds.check.errors_of_coresets import CoresetError, se_of_difference
 from colm_ds.check.prices import break_even
-from colm_ds.check.ways_to_choose import WayToChoose
+from colm_ds.check.ways_to_choose import DEFAULT, WayToChoose
 
 MIN_GAIN = 1.05
 """Gain over the price below which nobody would notice: it takes twice the steps to see 5% of the noise."""
@@ -85,10 +85,13 @@ def recommend(ways: Sequence[MeasuredWay], size: int, large: int, steps: int) ->
     """
     paying = [way for way in ways if way.pays]
     if paying:
-        best = max(paying, key=lambda way: way.gain / way.price)
+        first = max(paying, key=lambda way: way.gain / way.price)
+        best = max((way for way in paying if _is_as_good(way, first)), key=_preference)
+        own = ", which is this recipe's" if best.way.is_recipe else ""
+        tie = "" if best is first else f", and within the error as good as {first.way.name} with {_pair(first)}"
         return (
-            f"Take {best.way.name} ({' '.join(best.way.keys)}): with kappa {_pair(best)} a coreset of {size} is worth "
-            f"{best.error.worth:.0f} random examples, and over {steps:,} steps, {_bias(best)}, the squared error of "
+            f"Take {best.way.name} ({' '.join(best.way.keys)}){own}{tie}: with kappa {_pair(best)} a coreset of {size} is "
+            f"worth {best.error.worth:.0f} random examples, and over {steps:,} steps, {_bias(best)}, the squared error of "
             f"the mean gradient falls to {1.0 / best.gain:.2f} of plain {size}'s at {best.price:.2f} times its price."
         )
     plain = f"Nothing pays: train plainly on {size} (colm.selector=random)"
@@ -110,6 +113,21 @@ def recommend(ways: Sequence[MeasuredWay], size: int, large: int, steps: int) ->
         f"{plain}, as the best, {best.way.name}, has kappa {_pair(best)}, so that {size} of {large} are worth "
         f"{best.error.worth:.0f}, but {why}, which is not {100 * (MIN_GAIN - 1):.0f}% more than it costs."
     )
+
+
+def _is_as_good(way: MeasuredWay, best: MeasuredWay) -> bool:
+    """Return whether a way that pays cannot be told from the best: kappa, bias and price are no worse, or hardly."""
+    worse = way.error.kappa - best.error.kappa
+    return way is best or (
+        worse <= 2.0 * se_of_difference(way.error, best.error)
+        and way.error.shown_bias <= best.error.shown_bias
+        and way.price <= best.price * MIN_GAIN
+    )
+
+
+def _preference(way: MeasuredWay) -> tuple[bool, bool, float]:
+    """Order ways that are as good as each other: the recipe's own, then the default, then the best measured."""
+    return way.way.is_recipe, way.way.name == DEFAULT, way.gain / way.price
 
 
 def _bias(way: MeasuredWay) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,9 @@ JOINT, BY_SOURCE = "one pool", "per source"
 
 RECIPE = "this recipe"
 
+DEFAULT = f"tokens, {JOINT}, matched"
+"""The way to choose of `colm.probe.estimator: tokens` with its defaults."""
+
 
 @dataclass(frozen=True)
 class WayToChoose:
@@ -46,6 +49,7 @@ class WayToChoose:
         options: options of the selector.
         outer_rules: see `SelectorContext`.
         signal_key: signal and further scores that it goes by, if they are not an estimator's; see `ScoredSample`.
+        is_recipe: whether it is the recipe's own.
     """
 
     name: str
@@ -57,6 +61,7 @@ class WayToChoose:
     options: tuple[tuple[str, Any], ...] = ()
     outer_rules: str = "auto"
     signal_key: tuple[str, ...] | None = None
+    is_recipe: bool = False
 
     @property
     def needs_signal(self) -> bool:
@@ -122,7 +127,7 @@ class WaysCompared:
 def ways_to_choose(
     config: CoLMSection, small: Sequence[int], facts: SampleFacts, num_sources: int, hidden_size: int | None
 ) -> WaysCompared:
-    """Return all ways that can be compared on a sample, with the recipe's own last if it is a different one.
+    """Return all ways that can be compared on a sample, the recipe's own marked, and last if it is a different one.
 
     Args:
         config: the recipe's section.
@@ -205,9 +210,12 @@ def _add_recipe(
         ("as it is",),
         tuple(config.options.items()),
         config.outer_rules,
+        is_recipe=True,
     )
-    if any(way.same_choice(other) for other in compared.ways):
-        return
+    for place, other in enumerate(compared.ways):
+        if way.same_choice(other):
+            compared.ways[place] = replace(other, is_recipe=True)
+            return
     compared.ways.append(way)
     if signal is None:
         return

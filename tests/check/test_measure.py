@@ -252,11 +252,28 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (found["size"], found["large"], found["num_examples"], found["num_batches"]) == (8, 16, 40, 4)
     assert found["recommendation"] in shown
     assert re.search(r"^random \(plain training\) +1 +8 +0 +1\.00", shown, flags=re.MULTILINE)
+    assert [way["name"] for way in found["ways"] if way["is_recipe"]] == ["this recipe"]
     prices = {way["name"]: way["price"] for way in found["ways"]}
     assert prices["tokens, one pool, matched"] == prices["random by quotas"] == 1.0
     assert prices["exact, one pool, matched"] == prices["spsa, per source, uniform"] > 1.5  # LoRA, no checkpointing
     assert (folder / "run_check" / "check.svg").read_text().startswith("<?xml")
     assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "row"),
+    [
+        (["colm.probe.estimator=tokens"], "tokens, one pool, matched"),
+        (["colm.selector=random"], "random (plain training)"),
+    ],
+)
+def test_the_row_of_the_recipe_is_marked(
+    keys: list[str], row: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(folder / "marked")
+    assert main(["check", str(folder / "recipe.yaml"), "--examples", "40", "--batches", "4", "--out", out, *keys]) == 0
+    marked = [line for line in capsys.readouterr().out.splitlines() if " <- this recipe " in line]
+    assert [line.startswith(f"{row} <- this recipe ") for line in marked] == [True]
 
 
 def test_at_the_end_of_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import statistics
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from colm_ds.check.errors_of_coresets import CoresetError
+from colm_ds.check.errors_of_coresets import CoresetError, se_of_difference
 from colm_ds.check.prices import break_even
 from colm_ds.check.verdict import MeasuredWay, gain_over_steps, measured_way, recommend
-from colm_ds.check.ways_to_choose import WayToChoose
-from colm_ds.config.colm import ProbeConfig
+from colm_ds.check.ways_to_choose import DEFAULT, WayToChoose
+from colm_ds.config.colm import CoLMSection, ProbeConfig
 from colm_ds.probe.variance import worth_of
 from colm_ds.selection import SelectionSettings
 
@@ -45,6 +48,41 @@ def test_the_best_is_recommended() -> None:
     assert said.startswith("Take b (key=b): with kappa 0.30 ± 0.02 a coreset of 32 is worth 49 random examples")
     assert said.count(". ") == 0
     assert said.endswith("at 1.00 times its price.")
+
+
+def own(made: MeasuredWay, **changes: Any) -> MeasuredWay:
+    return replace(made, way=replace(made.way, is_recipe=True, **changes))
+
+
+def test_among_equals_the_recipes_own_is_recommended() -> None:
+    """Within twice the standard error of the difference, hypot(0.02, 0.02) = 0.028."""
+    best = way("best", 0.30)
+    said = recommend([best, own(way("own", 0.35))], SIZE, LARGE, STEPS)
+    assert said.startswith("Take own (key=own), which is this recipe's, and within the error as good as best with 0.30")
+    assert recommend([own(best), way("other", 0.25)], SIZE, LARGE, STEPS).startswith("Take best (key=best), which is")
+    for worse in (way("own", 0.36), way("own", 0.3, price=1.1), way("own", 0.3, bias=0.001)):
+        assert recommend([best, own(worse)], SIZE, LARGE, STEPS).startswith("Take best (key=best): ")
+    default = way(DEFAULT, 0.34)
+    assert recommend([best, default], SIZE, LARGE, STEPS).startswith(f"Take {DEFAULT} (")
+    assert recommend([best, default, own(way("own", 0.35))], SIZE, LARGE, STEPS).startswith("Take own ")
+
+
+def test_differences_are_taken_batch_by_batch() -> None:
+    """Batches that are hard for both do not blur the difference."""
+    noise = [0.5, -0.3, -0.1, -0.1]
+    a, b = (
+        [value + small for value, small in zip(noise, more, strict=True)] for more in ((0.01, -0.01, 0, 0), (0,) * 4)
+    )
+    errors = [CoresetError(kappa, 0.2, 40.0, 0.0, 0.0, 0.0, tuple(each)) for kappa, each in ((0.3, a), (0.4, b))]
+    assert se_of_difference(*errors) == pytest.approx(statistics.stdev([0.01, -0.01, 0, 0]) / 2)
+    bare = [replace(error, deviations=()) for error in errors]
+    assert se_of_difference(*bare) == pytest.approx(0.2 * 2**0.5)
+
+
+def test_the_default_is_that_of_tokens() -> None:
+    section = CoLMSection.model_validate({"large_batch_size": 4, "probe": {"estimator": "tokens"}})
+    pool = "per source" if section.per_source else "one pool"
+    assert f"{section.probe.estimator}, {pool}, {section.weights}" == DEFAULT
 
 
 @pytest.mark.parametrize(
