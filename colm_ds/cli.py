@@ -77,7 +77,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-        unknown = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
+        unknown = re.findall(r"--[\w.-]+", message) if "unrecognized" in message else []
         changes = [action for action in self._actions if action.metavar == "key=value"]
         if changes and (keys := [key for word in unknown for key in _keys_meant(word)]):
             value = re.search(rf"{re.escape(unknown[0])}(?:=|\s+)([^-\s]\S*)", message)
@@ -302,7 +302,9 @@ def _preview(options: argparse.Namespace) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is trained here
     from colm_ds.recipes.data_check import load_checked_recipe
 
-    recipe = load_checked_recipe(options.recipe, options.overrides)  # first: a typo is said before torch is imported
+    recipe = load_checked_recipe(  # first: a typo is said before torch is imported
+        options.recipe, options.overrides, loads_model=not options.no_coreset
+    )
     from colm_ds.recipes.model import quiet_libraries
     from colm_ds.training.preview import preview
 

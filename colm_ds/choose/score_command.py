@@ -30,7 +30,9 @@ def run(options: argparse.Namespace) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed does not train here
     from colm_ds.recipes.data_check import load_checked_recipe
 
-    recipe = load_checked_recipe(options.recipe, options.overrides)  # first: a typo is said before torch is imported
+    recipe = load_checked_recipe(  # first: a typo is said before torch is imported
+        options.recipe, options.overrides, loads_model=options.model is None
+    )
     import torch
 
     from colm_ds.choose.scored_model import load_reference_model, load_scored_model

@@ -61,6 +61,9 @@ def must_be(item: ErrorDetails) -> str:
     if kind in _BOUNDS:
         (bound,) = item["ctx"].values()
         return f"must be {_BOUNDS[kind]} {bound:g}"
+    if kind in ("too_long", "too_short"):
+        at_most, bound = kind == "too_long", item["ctx"]["max_length" if kind == "too_long" else "min_length"]
+        return f"must have at {'most' if at_most else 'least'} {bound} item{'s' * (bound != 1)}"
     return re.sub("^value error, ", "", re.sub("^input should be ", "must be ", message))
 
 
@@ -82,7 +85,7 @@ def _check_texts(values: Any, key: str, problems: Problems) -> bool:
 
 def _is_union_branch(part: Any, kind: type[Section]) -> bool:
     """Return whether a part of an error's location names an alternative of a union and not a key."""
-    return isinstance(part, str) and (part in ("int", "constrained-int", "float", "str", "bool") or "[" in part)
+    return isinstance(part, str) and (part in ("int", "constrained-int", "float", "constrained-float", "str", "bool") or "[" in part)
 
 
 def _section_at(kind: type[Section], names: list[str]) -> type[Section] | None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colm_ds.data.entries import DataEntry, stem
-from colm_ds.data.formats import HUB, ParsedRows, RowBatch, find_files, find_places, read_rows
+from colm_ds.data.formats import CHUNK_ROWS, HUB, ParsedRows, RowBatch, find_files, find_places, read_rows
 from colm_ds.data.schemas import RowError, Sample, Schema, check_style, read_sample, recognise, text_problem
 from colm_ds.errors import ConfigError, DataError, Problems
 
@@ -85,6 +85,7 @@ class CheckedRows:
         samples: number, name and content of the rows that were asked for and have no problem.
         problems: of the rows.
         without: the same for rows that have no source, which is a problem if others of the file have one.
+        more_without: how many rows more have a problem of `without`, by its sentence.
     """
 
     part: int
@@ -92,6 +93,7 @@ class CheckedRows:
     samples: list[tuple[int, str, Sample]] = field(default_factory=list)
     problems: list[RowProblem] = field(default_factory=list)
     without: list[RowProblem] = field(default_factory=list)
+    more_without: Counter[str] = field(default_factory=Counter)
 
 
 def check_rows(number: int, part: DataFile, rows: RowBatch, chosen: npt.NDArray[np.bool_] | None) -> CheckedRows:
@@ -111,8 +113,12 @@ def check_rows(number: int, part: DataFile, rows: RowBatch, chosen: npt.NDArray[
             checked.sources.append(None)
             continue
         source, wrong = part.source_of(row)
-        if part.source_key is not None and source is None and not wrong and len(checked.without) < MAX_PROBLEMS:
-            checked.without.append(RowProblem(place, where, _lacks(part.source_key, row)))
+        if part.source_key is not None and source is None and not wrong:
+            lacks = _lacks(part.source_key, row) if len(checked.without) < MAX_PROBLEMS else None
+            if lacks is None:
+                checked.more_without[checked.without[-1].what] += 1
+            else:
+                checked.without.append(RowProblem(place, where, lacks))
         checked.sources.append(source)
         try:
             sample = read_sample(row, part.schema, part.style)
@@ -144,6 +150,7 @@ class RowCount:
         self._has_source = False
         self._problems: list[RowProblem] = []
         self._without: list[RowProblem] = []
+        self._more_without: Counter[str] = Counter()
 
     def add(self, some: CheckedRows) -> list[int]:
         """Add the next rows, and return the number of each one's source.
@@ -155,8 +162,8 @@ class RowCount:
             self.check()
             self._part, self._before, self._has_source = some.part, self.num_rows, False
         self._problems += [RowProblem(self.num_rows + one.number, one.where, one.what) for one in some.problems]
-        without = some.without[:MAX_PROBLEMS]
-        self._without += [RowProblem(self.num_rows + one.number, one.where, one.what) for one in without]
+        self._without += [RowProblem(self.num_rows + one.number, one.where, one.what) for one in some.without]
+        self._more_without += some.more_without
         self._has_source = self._has_source or any(source is not None for source in some.sources)
         self.num_rows += len(some.sources)
         part = self._parts[some.part]
@@ -168,26 +175,31 @@ class RowCount:
     def check(self) -> None:
         """Raise a DataError with the problems of the file, if there are any."""
         every = self._problems + (self._without if self._has_source else [])
-        self._without = []
+        more = self._more_without if self._has_source else Counter()
+        self._without, self._more_without = [], Counter()
         if every:
-            lines = describe_problems(every)
+            lines = describe_problems(every, more)
             problems = Problems(str(self._parts[self._part].place), lines[:MAX_PROBLEMS])
             if len(every) >= MAX_PROBLEMS:
-                more = f"; {len(lines) - MAX_PROBLEMS:,} more are left out" if len(lines) > MAX_PROBLEMS else ""
-                problems.where += f" ({self.num_rows - self._before:,} rows were read{more})"
+                left = f"; {len(lines) - MAX_PROBLEMS:,} more are left out" if len(lines) > MAX_PROBLEMS else ""
+                problems.where += f" ({self.num_rows - self._before:,} rows were read{left})"
             problems.raise_if_any(DataError)
 
 
-def describe_problems(problems: Sequence[RowProblem]) -> list[str]:
-    """Return a line for each kind of problem, by its first row; the other rows that have it are counted."""
+def describe_problems(problems: Sequence[RowProblem], more: Mapping[str, int]) -> list[str]:
+    """Return a line for each kind of problem, by its first row; the other rows that have it are counted.
+
+    Args:
+        problems: those that were kept.
+        more: rows besides, by the sentence of their problem.
+    """
     alike: dict[str, list[str]] = {}
     for problem in sorted(problems, key=lambda one: one.number):
         alike.setdefault(problem.what, []).append(problem.where)
     lines = []
     for what, (first, *others) in alike.items():
-        same = " The same problem in 1 more row." if others else ""
-        if len(others) > 1:
-            same = f" The same problem in {len(others):,} more rows."
+        count = len(others) + more.get(what, 0)
+        same = f" The same problem in {count:,} more row{'s' * (count > 1)}." if count else ""
         lines.append((f"{first}: {what}" if first else what) + same)
     return lines
 
@@ -256,7 +268,8 @@ def check_entries(entries: Sequence[DataEntry], most: int) -> int | None:
 
     Args:
         entries: where the rows are.
-        most: rows of each file to look at, about.
+        most: rows to look at in all files together, about, and fewer where they are long; a file's first rows are
+            looked at in any case.
 
     Returns:
         The number of all rows; None if there are more than were looked at.
@@ -267,11 +280,12 @@ def check_entries(entries: Sequence[DataEntry], most: int) -> int | None:
     here = [entry for entry in entries if not entry.path.startswith(HUB)]
     parts = find_parts(here) if here else []
     count, whole = RowCount(parts), len(here) == len(entries)
+    batches = -(-most // CHUNK_ROWS)
     for number, part in enumerate(parts):
-        before = count.num_rows
         for rows in rows_of(part):
             count.add(check_rows(number, part, rows, np.zeros(0, dtype=bool)))
-            if count.num_rows - before >= most:
+            batches -= 1
+            if batches <= 0:  # even if the file ends here
                 whole = False
                 break
     count.check()

@@ -19,18 +19,23 @@ from colm_ds.recipes.packages import WHAT_TO_WRITE, is_hub_name
 from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe, PretrainingRecipe, Recipe, load_recipe
 
 ROWS_LOOKED_AT = 20_000
-"""Rows of a file that are checked: less than half a second; what is wrong further on is said when they are read."""
+"""Rows that are checked: about half a second; what is wrong further on is said when they are read."""
 
 
-def load_checked_recipe(path: str | Path, overrides: Sequence[str] = ()) -> BaseRecipe:
+def load_checked_recipe(path: str | Path, overrides: Sequence[str] = (), *, loads_model: bool = True) -> BaseRecipe:
     """Read and check a recipe, then its data, and whether the hub can be reached for what it names there.
+
+    Args:
+        path: the recipe.
+        overrides: `key=value` changes.
+        loads_model: whether the model is to be loaded, or the tokenizer only.
 
     Raises:
         ConfigError, DataError: as `load_recipe`, `check_data` and `check_hub`.
     """
     recipe = load_recipe(path, overrides)
     check_data(recipe)
-    check_hub(recipe)
+    check_hub(recipe, loads_model=loads_model)
     return recipe
 
 
@@ -56,10 +61,12 @@ def check_data(recipe: BaseRecipe) -> None:
         raise type(error)(f"{error}{made_by}") from None
 
 
-def check_hub(recipe: BaseRecipe) -> None:
+def check_hub(recipe: BaseRecipe, *, loads_model: bool = True) -> None:
     """Raise a ConfigError for models, tokenizers and data sets of a hub that cannot be reached, or has none such."""
     problems = Problems(recipe.where)
     models = {"model.name_or_path": recipe.model.name_or_path, "tokenizer": recipe.tokenizer}
+    if recipe.tokenizer is not None and not loads_model:
+        del models["model.name_or_path"]
     for key, place in models.items():
         if place is not None and is_hub_name(place) and (why := why_not_there(place)):
             problems.add(key, place, f"no folder here, {why}", WHAT_TO_WRITE)

@@ -52,7 +52,8 @@ class ModelConfig(Section):
         if self.name_or_path is None or not folder.is_dir():
             return
         held = sorted(file.name for file in folder.glob("*.gguf"))
-        if self.gguf_file is None and held and not (folder / "config.json").is_file():
+        is_other = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+        if self.gguf_file is None and held and not is_other:
             what = f"the weights in {folder} are a GGUF file"
             problems.add("model.gguf_file", None, what, f"Write model.gguf_file={' or '.join(held)}.")
         if self.gguf_file is not None and not (folder / self.gguf_file).is_file():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from colm_ds.run_folder.files import read_object
+
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 LOCK = "run.lock"
 EVALUATION_ERROR = "evaluation_error.txt"
@@ -35,12 +37,13 @@ def own_entries(folder: Path) -> list[Path]:
 
 
 def remove_own(folder: Path) -> None:
-    """Remove what a run wrote, and the report about it; other files stay where they are.
+    """Remove what a run wrote, and the report about it, if its numbers show that it is one; other files stay.
 
     Raises:
         OSError: if something cannot be removed.
     """
-    reports = [folder / name for name in (REPORT_PAGE, REPORT_MARKDOWN, REPORT_NUMBERS)]
+    is_ours = {"title", "arms", "tables"} <= read_object(folder / REPORT_NUMBERS).keys()
+    reports = [folder / name for name in (REPORT_PAGE, REPORT_MARKDOWN, REPORT_NUMBERS) if is_ours]
     for path in [*own_entries(folder), *(path for path in reports if path.is_file())]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
+import socket
 import sys
 import time
 from pathlib import Path
@@ -60,17 +62,27 @@ def write(folder: Path = FOLDER) -> tuple[str, str]:
     config = LlamaConfig(vocab_size=len(words), max_position_embeddings=64, **sizes)
     config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
     LlamaForCausalLM(config).save_pretrained(model)
-    aside = folder / "train.part"
-    aside.write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
-    aside.replace(data)  # last, so that all is there where this is
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
     return str(model), str(data)
 
 
 def find(folder: Path = FOLDER) -> tuple[str, str]:
-    """Return the paths, after the first rank has written what no earlier run left there."""
-    while not (data := folder / "train.jsonl").exists():
-        if os.environ.get("RANK", "0") == "0":
-            return write(folder)
+    """Return the paths, after the first rank of each node has written what is not there yet.
+
+    Raises:
+        SystemExit: if it is not there after a minute.
+    """
+    data, begun = folder / "train.jsonl", time.monotonic()
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not data.exists():
+        aside = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}")
+        write(aside)
+        try:
+            aside.rename(folder)  # at once, so that all is there where anything is
+        except OSError:  # another node was first, on a disk that both see
+            shutil.rmtree(aside)
+    while not data.exists():
+        if time.monotonic() - begun > 60:
+            raise SystemExit(f"{data}: not there after a minute. Remove {folder}, then start again.")
         time.sleep(0.1)
     return str(folder / "model"), str(data)
 
