@@ -90,9 +90,10 @@ def recommend(ways: Sequence[MeasuredWay], size: int, large: int, steps: int) ->
         own = ", which is this recipe's" if best.way.is_recipe else ""
         tie = "" if best is first else f", and within the error as good as {first.way.name} with {_pair(first)}"
         return (
-            f"Take {best.way.name} ({' '.join(best.way.keys)}){own}{tie}: with kappa {_pair(best)} a coreset of {size} is "
-            f"worth {best.error.worth:.0f} random examples, and over {steps:,} steps, {_bias(best)}, the squared error of "
-            f"the mean gradient falls to {1.0 / best.gain:.2f} of plain {size}'s at {best.price:.2f} times its price."
+            f"Take {best.way.name} ({' '.join(best.way.keys)}){own}{tie}: with kappa {_pair(best)} a coreset of {size} "
+            f"is worth {best.error.worth:.0f} random examples, and over {steps:,} steps, {_bias(best)}, the squared "
+            f"error of the mean gradient falls to {1.0 / best.gain:.2f} of plain {size}'s at {best.price:.2f} times "
+            "its price."
         )
     plain = f"Nothing pays: train plainly on {size} (colm.selector=random)"
     better = [way for way in ways if way.better_than_random]
