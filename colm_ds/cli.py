@@ -330,11 +330,15 @@ def _set_up_score(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
 
 
+_ASSUMED_GPUS, _ASSUMED_GIB = 4, 48.0
+"""GPUs that a plan is made for unless they are named."""
+
+
 def _set_up_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="YAML file")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe")
-    parser.add_argument("--num-gpus", type=int, default=4, help="ranks (default: 4)")
-    parser.add_argument("--gpu-memory-gib", type=float, default=48.0, help="memory of one GPU (default: 48)")
+    parser.add_argument("--num-gpus", type=int, help=f"ranks (default: {_ASSUMED_GPUS}, whatever this machine has)")
+    parser.add_argument("--gpu-memory-gib", type=float, help=f"memory of one GPU (default: {_ASSUMED_GIB:g})")
     parser.add_argument(
         "--reserve-gib", type=float, default=2.0, help="of it for context, communication, fragmentation (default: 2)"
     )
@@ -360,6 +364,12 @@ def _plan(options: argparse.Namespace) -> None:
         if value is not None and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} {value:g}: not more than 0.")
     recipe = load_recipe(options.recipe, options.overrides, needs_files=False)  # before torch is imported
+    num_gpus, gpu_memory_gib = options.num_gpus or _ASSUMED_GPUS, options.gpu_memory_gib or _ASSUMED_GIB
+    notes = []
+    if options.num_gpus is None:
+        notes.append(f"Assumed: {num_gpus} GPUs, whatever this machine has; --num-gpus N says how many will train.")
+    if options.gpu_memory_gib is None:
+        notes.append(f"Assumed: {gpu_memory_gib:g} GiB of memory each; --gpu-memory-gib G says how much.")
     from colm_ds.planner.job import job_of_recipe
     from colm_ds.planner.plan_report import comparison, format_comparison, format_plan, plan_report
     from colm_ds.recipes.model import quiet_libraries
@@ -368,7 +378,7 @@ def _plan(options: argparse.Namespace) -> None:
     try:
         job = job_of_recipe(
             recipe,
-            options.num_gpus,
+            num_gpus,
             mean_length=options.mean_length,
             label_share=min(1.0, options.label_share),
             candidate_tokens=options.candidate_tokens,
@@ -376,13 +386,20 @@ def _plan(options: argparse.Namespace) -> None:
     except ConfigError as error:
         made_by = f"\n  The files of this recipe are made by: {recipe.made_by}" if recipe.made_by else ""
         raise ConfigError(f"{error}{made_by}") from None
-    limits = {"gpu_memory_gib": options.gpu_memory_gib, "reserve_gib": options.reserve_gib}
+    limits = {"gpu_memory_gib": gpu_memory_gib, "reserve_gib": options.reserve_gib}
+    if job.micro_batch < recipe.micro_batch_size:
+        notes.append(
+            f"Micro-batches of {job.micro_batch}, not {recipe.micro_batch_size} as in the recipe: with {num_gpus} GPUs "
+            f"a rank trains on no more than {job.micro_batch} of a step's {job.size}."
+        )
     if options.compare:
         compared = comparison(job, **limits)
-        print(json.dumps(compared, indent=2) if options.json else format_comparison(compared))
+        text = "\n".join([*notes, "", format_comparison(compared)] if notes else [format_comparison(compared)])
+        print(json.dumps({**compared, "notes": notes}, indent=2) if options.json else text)
     else:
-        report = {"name": recipe.name, **plan_report(job, **limits, tflops=options.tflops)}
-        print(json.dumps(report, indent=2) if options.json else visible(f"{recipe.name}\n{format_plan(report)}"))
+        report = {"name": recipe.name, **plan_report(job, **limits, tflops=options.tflops), "notes": notes}
+        text = "\n".join([recipe.name, *notes, format_plan(report)])
+        print(json.dumps(report, indent=2) if options.json else visible(text))
 
 
 COMMANDS: dict[str, Command] = {

@@ -533,3 +533,26 @@ def test_quantization_and_stage_3_are_not_planned(repo_root: Path, capsys: pytes
     recipe = str(repo_root / "finetune/recipes/mixtral_8x7b_math.yaml")
     assert main(["plan", recipe, "deepspeed=ds_configs/zero3.json"]) == 2
     assert "ZeRO-3 partitions weights" in capsys.readouterr().err
+
+
+def test_what_is_assumed_is_said(repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """GPUs that nobody named, and micro-batches that are smaller than the recipe's."""
+    recipe = str(repo_root / "finetune" / "recipes" / "smollm2_math_tokens.yaml")
+
+    def notes(*words: str) -> list[str]:
+        assert main(["plan", recipe, "--json", "micro_batch_size=4", *words]) == 0
+        found: list[str] = json.loads(capsys.readouterr().out)["notes"]
+        return found
+
+    gpus, memory, micro = notes()
+    assert gpus.startswith("Assumed: 4 GPUs")
+    assert "--num-gpus N" in gpus
+    assert memory.startswith("Assumed: 48 GiB")
+    assert "--gpu-memory-gib G" in memory
+    assert micro.startswith(
+        "Micro-batches of 2, not 4 as in the recipe: with 4 GPUs a rank trains on no more than 2 of"
+    )
+    assert notes("--num-gpus", "2", "--gpu-memory-gib", "24") == []
+    assert [note.split()[0] for note in notes("--num-gpus", "8", "--compare")] == ["Assumed:", "Micro-batches"]
+    assert main(["plan", recipe]) == 0
+    assert "\nAssumed: 4 GPUs" in capsys.readouterr().out
