@@ -9,6 +9,7 @@ import numpy as np
 
 from colm_ds.batching.loader import LargeBatchLoader, source_counts
 from colm_ds.batching.sources import small_source_ids
+from colm_ds.config.colm import CoLMSection
 from colm_ds.data import TokenDataset
 from colm_ds.data.choice_dataset import ChoiceDataset
 from colm_ds.data.examples import describe_read
@@ -18,6 +19,7 @@ from colm_ds.errors import ConfigError
 from colm_ds.models.model_fit import check_model_fits
 from colm_ds.recipes.model import load_model, load_tokenizer
 from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe, Recipe
+from colm_ds.selection import sees_sources
 from colm_ds.training.tasks import with_steps
 from colm_ds.training.tasks.choices import load_choice_data
 from colm_ds.training.tasks.instructions import load_data, load_target
@@ -66,7 +68,8 @@ def preview(recipe: BaseRecipe, *, num_examples: int = 3, with_coreset: bool = T
 def describe_sources(recipe: Recipe | ChoiceRecipe, train: Data, heldout: Data | None) -> str:
     """Describe the sources: examples and tokens of each, which are small, and what was dropped."""
     counts = source_counts(train)
-    small = set(small_source_ids(recipe.colm, counts))
+    kept_whole = sees_sources(recipe.colm.selector, recipe.colm.outer_rules)
+    small = set(small_source_ids(recipe.colm, counts)) if kept_whole else set()
     limit = len(train) / len(counts)
     width = max(map(len, counts))
     lines = [f"{'source':{width}} {'examples':>9} {'share':>7} {'tokens':>11} {'trained':>11}  kept whole"]
@@ -79,7 +82,7 @@ def describe_sources(recipe: Recipe | ChoiceRecipe, train: Data, heldout: Data |
     lines.append(f"{'all':{width}} {len(train):>9,} {1:>7.0%} {total:>11,} {trained:>11,}")
     lines.append(
         f"small: fewer than |V|/c = {limit:,.1f} examples"
-        if recipe.colm.small_sources in ("auto", "below_mean")
+        if kept_whole and recipe.colm.small_sources in ("auto", "below_mean")
         else ""
     )
     steps = with_steps(recipe, train).steps
@@ -165,7 +168,9 @@ def describe_coreset(recipe: Recipe | ChoiceRecipe, train: Data, tokenizer: Any,
     )
     batch = next(iter(loader))
     coreset = selector(batch).coreset
-    return "\n".join([*_by_source(train, batch, coreset), "", *_by_example(train, batch, coreset, tokenizer)])
+    return "\n".join(
+        [*_by_source(train, batch, coreset, recipe.colm), "", *_by_example(train, batch, coreset, tokenizer)]
+    )
 
 
 def _target_of(recipe: Recipe | ChoiceRecipe, tokenizer: Any, train: Data, heldout: Data | None) -> TokenDataset | None:
@@ -174,7 +179,7 @@ def _target_of(recipe: Recipe | ChoiceRecipe, tokenizer: Any, train: Data, heldo
     return load_target(recipe, tokenizer, train, heldout if isinstance(heldout, TokenDataset) else None)[0]
 
 
-def _by_source(train: Data, batch: LargeBatch, coreset: Coreset) -> list[str]:
+def _by_source(train: Data, batch: LargeBatch, coreset: Coreset, config: CoLMSection) -> list[str]:
     kept = set(coreset.positions[: coreset.num_kept].tolist())
     chosen = set(coreset.positions.tolist())
     width = max(map(len, train.source_names))
@@ -187,10 +192,22 @@ def _by_source(train: Data, batch: LargeBatch, coreset: Coreset) -> list[str]:
         small = bool(mine) and all(position in kept for position in mine)
         why = "small source: all are kept" if small and len(mine) == len(seen) else ""
         if not why:
-            coherence = coreset.coherence.get(number)
-            why = "by its quota" if coherence is None else f"medoids of its quota; coherence {coherence:.2f}"
+            why = _why_chosen(coreset, batch, number, config)
         lines.append(f"{name:{width}} {len(seen):>5} {len(mine):>5}  {why}")
     return lines
+
+
+def _why_chosen(coreset: Coreset, batch: LargeBatch, source: int, config: CoLMSection) -> str:
+    """Return how the examples of a source came into the coreset, if not as a small source."""
+    if coreset.size == batch.size:
+        return "all are trained on"
+    if not sees_sources(config.selector, config.outer_rules):
+        return "chosen among all, whatever their source"
+    if not config.per_source:
+        pool = coreset.coherence.get(-1)
+        return "from one pool of all sources" + ("" if pool is None else f"; its coherence {pool:.2f}")
+    coherence = coreset.coherence.get(source)
+    return "by its quota" if coherence is None else f"medoids of its quota; coherence {coherence:.2f}"
 
 
 def _by_example(train: Data, batch: LargeBatch, coreset: Coreset, tokenizer: Any) -> list[str]:

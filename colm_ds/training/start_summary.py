@@ -14,7 +14,7 @@ from colm_ds.planner.job import Job, job_of_data
 from colm_ds.planner.plan import Planner
 from colm_ds.planner.step_cost import step_cost
 from colm_ds.recipes.recipe import BaseRecipe
-from colm_ds.selection import signal_of
+from colm_ds.selection import sees_sources, signal_of
 from colm_ds.types import SourcedDataset
 
 _PLANNING_S = 1.0
@@ -53,7 +53,7 @@ def start_summary(start: Start) -> list[str]:
     lines = {
         "model": lambda: _model(start),
         "trained": lambda: _trained(start),
-        "data": lambda: _data(start.described["sources"], start.described["small_sources"]),
+        "data": lambda: _data(start.described["sources"], _kept_whole(start)),
         "batch": lambda: _batch(start),
         "selector": lambda: _selector(start, lambda: _price(job, planner)),
         "memory": lambda: _memory(job, planner),
@@ -85,6 +85,13 @@ def _trained(start: Start) -> str:
     lora = start.recipe.lora
     share = "all" if trained == total else f"{trained / total:.2%}"
     return f"{_count(trained)} parameters ({share})" + ("" if lora is None else f", LoRA of rank {lora.rank}")
+
+
+def _kept_whole(start: Start) -> Sequence[str]:
+    """Return the small sources, or none if the selector does not see sources."""
+    section = start.described["colm"]
+    kept = sees_sources(section["selector"], section["outer_rules"])
+    return start.described["small_sources"] if kept else []
 
 
 def _data(sources: Mapping[str, int], small: Sequence[str]) -> str:

@@ -121,3 +121,23 @@ def test_classification(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "clusters take the place of these sources after 1 steps" in text
     assert re.search(r"^all +40 ", text, flags=re.MULTILINE)
     assert len(re.findall(r"^ +\d+ all .* (Yes|No|Maybe)$", text, flags=re.MULTILINE)) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (["colm.probe.estimator=tokens"], "from one pool of all sources"),
+        (["colm.probe.estimator=tokens", "colm.per_source=true"], "by its quota"),
+        (["colm.selector=random"], "chosen among all, whatever their source"),
+        (["colm={selector: full, large_batch_size: 16, coreset_size: 16}"], "all are trained on"),
+    ],
+)
+def test_it_says_how_sources_came_into_the_coreset(
+    changes: list[str], why: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = shown(folder, capsys, *changes)
+    _, table = re.split(r"^source +seen +kept +why$", text, flags=re.MULTILINE)
+    whys = {line.split(maxsplit=3)[3] for line in table.split("\n\n")[0].strip().splitlines()}
+    assert {each.split(";")[0] for each in whys} == {why}
+    assert "small: fewer than" not in text
+    assert " yes\n" not in text

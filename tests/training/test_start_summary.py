@@ -139,6 +139,10 @@ def test_many_sources_take_one_line(folder: Path) -> None:
     (data,) = [line for line in lines if line.startswith("  data")]
     first, rest = r"  data      39,220 examples: source 0 1,000\*", r", \d+ more with [\d,]+, 2 of them small"
     assert re.fullmatch(first + r"(, source \d+ \d+)+" + rest + r"; \* small, kept whole", data), data
+    for plain in ({"selector": "random", "coreset_size": 8}, {"selector": "full", "coreset_size": 16}):
+        summed = "\n".join(start_summary(start(folder, colm={"large_batch_size": 16, **plain})))
+        assert "source 0 1,000" in summed
+        assert "small" not in summed
     without = _data({"big": 9_000} | {f"source {'x' * 80} {n}": 1 for n in range(9)}, [f"source {'x' * 80} 1"])
     assert without == "9,009 examples: big 9,000, 9 more with 9, 1 of them small; small ones are kept whole"
 
