@@ -14,7 +14,7 @@ from colm_ds.config.colm import CoLMSection, MaskConfig, ProbeConfig
 from colm_ds.config.deepspeed import as_numbers, check_auto, check_keys, check_monitors, check_sections, check_zero
 from colm_ds.config.optimizer import check_numbers
 from colm_ds.config.section import validate_section
-from colm_ds.errors import ConfigError, Problems
+from colm_ds.errors import CoLMError, ConfigError, Problems
 from colm_ds.selection import SELECTORS, takes_outer_rules, which_selector, wrong_options
 from colm_ds.untrusted.json_text import DoubledKeyError, read_json
 
@@ -71,8 +71,21 @@ def load_config(config: str | Path | dict[str, Any]) -> tuple[dict[str, Any], st
     return as_numbers(loaded), str(path)
 
 
+@dataclass
+class _PrefixedProblems(Problems):
+    """Problems of which those with DeepSpeed's own keys have a prefix."""
+
+    prefix: str = ""
+
+    def raise_if_any(self, error: type[CoLMError] = ConfigError) -> None:
+        """Raise `error` with all messages, their keys prefixed; do nothing if there are none."""
+        ours = ("colm.", "colm ", "colm:", "DeepSpeed:")
+        self.messages = [each if each.startswith(ours) else f"{self.prefix}{each}" for each in self.messages]
+        super().raise_if_any(error)
+
+
 def resolve_config(
-    config: Config, world_size: int, *, where: str | None = None, supplied: Collection[str] = ()
+    config: Config, world_size: int, *, where: str | None = None, prefix: str = "", supplied: Collection[str] = ()
 ) -> ResolvedConfig:
     """Check a DeepSpeed configuration with its `"colm"` section and make the numbers fit together.
 
@@ -81,6 +94,7 @@ def resolve_config(
             `ResolvedConfig` passes through.
         world_size: W, number of ranks.
         where: name of the configuration in messages; None: its path, or that it is DeepSpeed's.
+        prefix: in messages before DeepSpeed's own keys, where they are written in a section such as `deepspeed.`.
         supplied: of `optimizer` and `scheduler` those that the caller gives: DeepSpeed does not read their sections.
 
     Raises:
@@ -91,7 +105,7 @@ def resolve_config(
         _check_still_fits(config, world_size)
         return config
     loaded, place = load_config(config)
-    problems = Problems(where or place)
+    problems = _PrefixedProblems(where or place, prefix=prefix)
     colm = loaded.pop("colm", None)
     if not isinstance(colm, (dict, CoLMSection)):
         why = "missing" if colm is None else "not a section of keys and values"

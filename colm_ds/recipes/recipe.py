@@ -83,6 +83,11 @@ class BaseRecipe(Section):
         return f"{own} and {self.deepspeed}" if isinstance(self.deepspeed, str) else own
 
     @property
+    def deepspeed_prefix(self) -> str:
+        """What stands before DeepSpeed's keys where they are written in the recipe itself."""
+        return "" if isinstance(self.deepspeed, str) else "deepspeed."
+
+    @property
     def tokenizer_place(self) -> str | None:
         """Folder or hub name of the tokenizer; None: the model's own."""
         return self.tokenizer
@@ -133,7 +138,7 @@ class BaseRecipe(Section):
         """
         from colm_ds.config.resolve import resolve_config
 
-        return resolve_config(self._whole_config(), world_size, where=self.where)
+        return resolve_config(self._whole_config(), world_size, where=self.where, prefix=self.deepspeed_prefix)
 
     def resolve_section(self) -> CoLMSection:
         """Return the `"colm"` section, b filled in, and checked as `resolve` does, whatever number of ranks will train.
@@ -146,7 +151,7 @@ class BaseRecipe(Section):
         given = self._whole_config()
         if self.colm.coreset_size is not None or "train_batch_size" in given:
             given.pop("gradient_accumulation_steps", None)  # fits another number of ranks
-        return resolve_config(given, 1, where=self.where).colm
+        return resolve_config(given, 1, where=self.where, prefix=self.deepspeed_prefix).colm
 
     def _whole_config(self) -> dict[str, Any]:
         """Return the DeepSpeed configuration with this recipe's micro-batch and `"colm"` section."""

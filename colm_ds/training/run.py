@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import math
 import os
 import sys
@@ -135,6 +136,45 @@ def crashes_explained() -> Iterator[None]:
         sys.exit(f"{lost} Restarting resumes from the last checkpoint.")
 
 
+class HeldBack(logging.Handler):
+    """Keeps log records for later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a record."""
+        self._records.append(record)
+
+    def say(self) -> None:
+        """Log what was kept."""
+        for record in self._records:
+            logging.getLogger(record.name).handle(record)
+        self._records = []
+
+
+@contextmanager
+def held_back(name: str) -> Iterator[HeldBack]:
+    """Keep what a logger and those below it say, so that it can be said after the lines about the run.
+
+    Where the block fails, it is said at once.
+    """
+    logger, kept = logging.getLogger(name), HeldBack()
+    propagate = logger.propagate
+    logger.addHandler(kept)
+    logger.propagate = False
+    failed = True
+    try:
+        yield kept
+        failed = False
+    finally:
+        logger.removeHandler(kept)
+        logger.propagate = propagate
+        if failed:
+            kept.say()
+
+
 def learning_rate_factor(config: LrScheduleConfig, steps: int) -> Callable[[int], float]:
     """Return the factor of the peak learning rate by 0-based step: linear warm-up, then cosine, linear or constant."""
     warmup = math.ceil(config.warmup_fraction * steps)
@@ -165,7 +205,10 @@ def deepspeed_config(recipe: BaseRecipe) -> dict[str, Any]:
     config, where = load_config(recipe.deepspeed)
     for key in ("colm", "optimizer", "scheduler"):
         if key in config:
-            raise ConfigError(f"{where}: {key!r} is the recipe's to say. Remove it here.")
+            place = where if isinstance(recipe.deepspeed, str) else recipe.where
+            raise ConfigError(
+                f"{place}: {recipe.deepspeed_prefix}{key} is the recipe's own key to say. Remove it there."
+            )
     optimizer = recipe.optimizer.model_dump()
     return {
         **config,
@@ -200,7 +243,8 @@ class TrainingRun:
 
         set_seed(recipe.seed)
         self.model = together(self._checked_model, device)
-        self.engine = self._make_engine()
+        with held_back("colm_ds") as self.held_back:
+            self.engine = self._make_engine()
         self.in_training = InTraining(self.engine, self.tokenizer, device, self.exchange, self.rank)
         self.first_step = together(lambda: self._resume(self.resumed), device)
         self.folder = together(self._make_folder, device)
@@ -222,6 +266,7 @@ class TrainingRun:
             print(visible("\n".join(start_summary(start))), file=sys.stderr, flush=True)
             for line in self.task.losses_of_data():
                 print(visible(f"{recipe.name}: {line}"), file=sys.stderr)
+        self.held_back.say()
         if self.stop.agreed(self.device):
             return self._stopped(recipe.steps, f"before step {self.first_step}")
         if self.first_step == 1:
@@ -404,7 +449,10 @@ class TrainingRun:
         return folder
 
     def _checked_config(self) -> ResolvedConfig:
-        return resolve_config(deepspeed_config(self.recipe), self.world_size, where=self.recipe.where)
+        recipe = self.recipe
+        return resolve_config(
+            deepspeed_config(recipe), self.world_size, where=recipe.where, prefix=recipe.deepspeed_prefix
+        )
 
     def _small_sources(self) -> list[str]:
         selector = self.engine.coreset_selector

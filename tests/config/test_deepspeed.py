@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import functools
+import json
 import re
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from colm_ds.config.deepspeed import ADAM_DEFAULTS, KNOWN_KEYS, REMOVED_KEYS, model_facts, resolve_auto
 from colm_ds.config.resolve import resolve_config
 from colm_ds.errors import ConfigError
+from colm_ds.recipes.recipe import load_recipe
 from colm_ds.recipes.sections import OptimizerConfig
 from tests.tiny_models import tiny_model
 
@@ -447,3 +452,21 @@ def test_sections_of_what_the_caller_gives_are_not_read() -> None:
     resolve_config(config, 1, supplied=("optimizer", "scheduler"))
     with pytest.raises(ConfigError, match="there is no optimizer 'Mine'"):
         resolve_config(config, 1, supplied=("scheduler",))
+
+
+def test_keys_inside_a_recipe_are_named_with_their_section(tmp_path: Path) -> None:
+    """As they would be written on the command line; in a file of their own they stand alone."""
+    wrong = {"zero_optimization": {"stage": 2}, "gradient_cliping": 1.0}
+    values = {"output_dir": "out", "steps": 1, "model": {"name_or_path": "x"}, "colm": {"large_batch_size": 4}}
+    values |= {"data": {"store": "here"}, "task": "pretraining"}
+    (tmp_path / "ds.json").write_text(json.dumps(wrong))
+    for deepspeed, prefix in ((wrong, "deepspeed."), ("ds.json", "")):
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**values, "deepspeed": deepspeed}))
+        recipe = load_recipe(tmp_path / "recipe.yaml", ["colm.coreset_size=5"])
+        for resolve in (functools.partial(recipe.resolve, 2), recipe.resolve_section):
+            with pytest.raises(ConfigError) as raised:
+                resolve()
+            _, *lines = str(raised.value).split("\n  ")
+            (unknown,) = [line for line in lines if "gradient_cliping" in line]
+            assert unknown.startswith(f"{prefix}gradient_cliping: unknown key. Did you mean 'gradient_clipping'?")
+            assert any(line.startswith("colm.coreset_size = 5: more than") for line in lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -21,6 +22,7 @@ from colm_ds.planner.job import job_of_recipe, model_configuration
 from colm_ds.planner.plan import Planner
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.recipes.recipe import BaseRecipe, load_recipe
+from colm_ds.training.run import held_back
 from colm_ds.training.start_summary import Start, _data, start_summary
 from tests.finetune.test_entry import ROOT, recipe_of
 from tests.terminal import in_terminal, screen
@@ -191,3 +193,27 @@ def test_planning_draws_no_random_numbers_and_ends_in_time(folder: Path, monkeyp
     job = job_of_recipe(recipe(folder), 1)
     with pytest.raises(TimeoutError):
         Planner(limit_s=0.0).memory(job)
+
+
+def test_warnings_of_the_engine_come_after_the_lines_about_the_run(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    logger = logging.getLogger("colm_ds.engine.coreset_selector")
+    with held_back("colm_ds") as kept:
+        logger.warning("no forward replay: %s", "it is off")
+        logger.info("nobody asked for this")
+        assert caplog.messages == []
+    assert caplog.messages == []
+    kept.say()
+    kept.say()
+    assert caplog.messages == ["no forward replay: it is off"]
+    assert logging.getLogger("colm_ds").propagate
+
+    def fail() -> None:
+        with held_back("colm_ds"):
+            logger.warning("why it fails")
+            raise SystemExit(2)
+
+    with pytest.raises(SystemExit):
+        fail()
+    assert caplog.messages[1:] == ["why it fails"]
