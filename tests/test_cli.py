@@ -140,6 +140,7 @@ def test_bad_input_of_every_kind_of_program_ends_alike(tmp_path: Path, capsys: p
         (["report", "RUN", "--max-arm5", "4"], "Did you mean --max-arms?"),
         (["train", "recipe.yaml", "--steps", "10"], "Keys of a recipe are written without dashes: steps=10\n"),
         (["train", "recipe.yaml", "--lr=1e-3"], "without dashes: optimizer.lr=1e-3\n"),
+        (["train", "recipe.yaml", "--colm.coreset_size=8"], "without dashes: colm.coreset_size=8\n"),
         (["preview", "recipe.yaml", "--output-dir"], "without dashes: output_dir=VALUE\n"),
         (["sweep", "grid.yaml", "--every", "5"], "evaluation.every=5"),
         (["train", "recipe.yaml", "--num-gpu", "2"], "Did you mean --num-gpus?"),  # which the ranks would get

@@ -85,7 +85,8 @@ def _check_texts(values: Any, key: str, problems: Problems) -> bool:
 
 def _is_union_branch(part: Any, kind: type[Section]) -> bool:
     """Return whether a part of an error's location names an alternative of a union and not a key."""
-    return isinstance(part, str) and (part in ("int", "constrained-int", "float", "constrained-float", "str", "bool") or "[" in part)
+    kinds = ("int", "float", "str", "bool")
+    return isinstance(part, str) and ("[" in part or part.removeprefix("constrained-") in kinds)
 
 
 def _section_at(kind: type[Section], names: list[str]) -> type[Section] | None:

@@ -282,12 +282,12 @@ def check_entries(entries: Sequence[DataEntry], most: int) -> int | None:
     count, whole = RowCount(parts), len(here) == len(entries)
     batches = -(-most // CHUNK_ROWS)
     for number, part in enumerate(parts):
-        for rows in rows_of(part):
-            count.add(check_rows(number, part, rows, np.zeros(0, dtype=bool)))
-            batches -= 1
-            if batches <= 0:  # even if the file ends here
+        for place, rows in enumerate(rows_of(part)):
+            if place and batches <= 0:
                 whole = False
                 break
+            count.add(check_rows(number, part, rows, np.zeros(0, dtype=bool)))
+            batches -= 1
     count.check()
     return count.num_rows if whole else None
 

@@ -78,12 +78,13 @@ def test_what_a_collate_fn_gives_is_checked() -> None:
         check_collated(lambda rows: tokens | {"position_ids": 1, "number": 2}, [{}], model)
     for gives, said in (
         ({"input_ids": ids}, r"collate_fn: gives input_ids\. Have it give labels too"),
+        (tokens | {"labels": None}, "collate_fn: gives labels as a NoneType. Have it give tensors"),
         (tokens | {"labels": [[5]]}, "collate_fn: gives labels as a list. Have it give tensors"),
         ((ids, ids), "collate_fn: gives a tuple. Have it give a mapping with input_ids and labels"),
     ):
         with pytest.raises(DataError, match=said):
             check_collated(lambda rows, gives=gives: gives, [{}], model)
-    check_collated(lambda rows: tokens | {"number": [3]}, [{}], model)
+    check_collated(lambda rows: tokens | {"number": [3], "token_type_ids": None}, [{}], model)
 
 
 def test_rows_that_are_no_mappings() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from colm_ds.data import parts
 from colm_ds.data.entries import as_entries
 from colm_ds.data.parts import check_entries
 from colm_ds.errors import CoLMError, DataError
@@ -152,3 +153,19 @@ def test_what_it_says_is_what_loading_says(tmp_path: Path) -> None:
         with pytest.raises(CoLMError) as caught:
             load_examples(place, chat_tokenizer(), 64)
         assert message(recipe_in(tmp_path), f"data.train={place}") == str(caught.value)
+
+
+def test_many_files_share_what_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = as_entries([write(tmp_path / f"{n}.jsonl", GOOD * 40) for n in range(5)])  # four parts each
+    seen: list[int] = []
+    check = parts.check_rows
+    monkeypatch.setattr(parts, "check_rows", lambda number, *rest: (seen.append(number), check(number, *rest))[1])
+    assert check_entries(entries, 1000) is None
+    assert seen == [0, 0, 1, 2, 3, 4]  # two parts, and the first of every other file
+
+
+def test_rows_without_a_source_are_all_counted(tmp_path: Path) -> None:
+    rows = [GOOD[0], *[{key: value for key, value in GOOD[0].items() if key != "source"}] * 3000]
+    path = write(tmp_path / "some.jsonl", rows)
+    with pytest.raises(DataError, match=r"The same problem in 2,999 more rows\."):
+        check_entries(as_entries(path), 20_000)

@@ -58,6 +58,8 @@ def test_paths_are_expanded(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("optimizer.lr=.inf", "optimizer.lr"),
         ("optimizer.betas=[0.9, 1.5]", "optimizer.betas"),
+        ("optimizer.betas=[0.9, 0.5, 0.1]", r"optimizer\.betas = .* must have at most 2 items"),
+        ("colm.small_share=2", "colm.small_share = 2: must be 'auto' or at most 1"),
         ("optimizer.eps=.nan", "optimizer.eps"),
     ],
 )

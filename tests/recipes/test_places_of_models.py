@@ -127,3 +127,32 @@ def test_the_nearest_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert packages.package_folder("package:no.such") is None
     with pytest.raises(ConfigError, match="Did you mean 'package:pytest'"):
         find_model("package:pytst")
+
+
+def test_a_data_set_in_the_cache_needs_no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its folder there has another spelling than its name."""
+    replace_hub(monkeypatch, lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    (tmp_path / "TIGER-Lab___math_instruct").mkdir()
+    assert hub.why_not_there("TIGER-Lab/MathInstruct", "dataset") is None
+
+
+def test_a_slow_hub_is_left_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, connect = (type(name, (Exception,), {}) for name in ("ReadTimeout", "ConnectTimeout"))  # of HTTP clients
+    replace_hub(monkeypatch, Unreachable(read("timed out")).model_info)
+    assert hub.why_not_there("slow/model") is None
+    replace_hub(monkeypatch, Unreachable(connect("timed out")).model_info)
+    assert "cannot be reached" in str(hub.why_not_there("far/model"))
+
+
+def test_a_model_that_is_not_loaded_needs_no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    replace_hub(monkeypatch, lambda *_, **__: pytest.fail("asked"))
+    check_hub(recipe_with(tmp_path, f"tokenizer={tmp_path}", "data.train=hub:."), loads_model=False)
+
+
+def test_an_adapter_beside_a_gguf_file_is_no_gguf_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "ad-F16.gguf").write_text("")
+    problems = Problems("recipe")
+    ModelConfig(name_or_path=str(tmp_path)).check(problems)
+    assert not problems.messages
