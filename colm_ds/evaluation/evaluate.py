@@ -129,21 +129,21 @@ def find_sets(options: Options) -> tuple[list[tuple[EvaluationTask, str]], list[
     if options.limit is not None and options.limit < 1:
         raise ConfigError(f"--limit {options.limit}: must be at least 1.")
     names, singly = task_names(options.tasks)
-    found, left_out = [], []
+    with_data, left_out = [], []
     for name in names:
         task = make_task(name, options)
         place = find_set(name, task.subpaths, options.places)
         if place is not None:
             if not is_store(place):
                 find_places(place)
-            found.append((task, place))
+            with_data.append((task, place))
         elif name in singly:
             raise ConfigError(_no_data(name, task, options.places))
         else:
             left_out.append(name)
-    if not found:
+    if not with_data:
         raise ConfigError(f"no data for {', '.join(left_out)}. Give a folder with --data FOLDER, or NAME=PLACE.")
-    return found, left_out
+    return with_data, left_out
 
 
 def read_tasks(options: Options, words: WithTokenizer) -> tuple[list[Asked], list[str]]:
@@ -157,9 +157,9 @@ def read_tasks(options: Options, words: WithTokenizer) -> tuple[list[Asked], lis
         ConfigError: as `find_sets`.
         DataError: for data that cannot be read.
     """
-    found, left_out = find_sets(options)
+    with_data, left_out = find_sets(options)
     asked = []
-    for task, place in found:
+    for task, place in with_data:
         if isinstance(task, PerplexityTask) and is_store(place):
             questions: list[Any] = task.read_store(place, words)
         else:

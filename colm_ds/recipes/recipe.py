@@ -84,7 +84,7 @@ class BaseRecipe(Section):
 
     @property
     def deepspeed_prefix(self) -> str:
-        """What stands before DeepSpeed's keys where they are written in the recipe itself."""
+        """Prefix of DeepSpeed's keys in messages, if they are written in the recipe itself."""
         return "" if isinstance(self.deepspeed, str) else "deepspeed."
 
     @property

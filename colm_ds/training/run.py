@@ -205,10 +205,9 @@ def deepspeed_config(recipe: BaseRecipe) -> dict[str, Any]:
     config, where = load_config(recipe.deepspeed)
     for key in ("colm", "optimizer", "scheduler"):
         if key in config:
-            place = where if isinstance(recipe.deepspeed, str) else recipe.where
-            raise ConfigError(
-                f"{place}: {recipe.deepspeed_prefix}{key} is the recipe's own key to say. Remove it there."
-            )
+            if isinstance(recipe.deepspeed, str):
+                raise ConfigError(f"{where}: {key!r} is the recipe's to say. Remove it here.")
+            raise ConfigError(f"{recipe.where}: deepspeed.{key}: the recipe has keys of its own for it. Remove it.")
     optimizer = recipe.optimizer.model_dump()
     return {
         **config,
