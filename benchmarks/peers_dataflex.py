@@ -1,4 +1,4 @@
-"""What choosing costs in DataFlex and here, on the same rows and model, in turns.
+"""Measure what choosing costs in DataFlex and here, on the same rows and model, in turns.
 
     python benchmarks/peers_dataflex.py ENVIRONMENT                # a small Llama, 320 candidates of the math mixture
     python benchmarks/peers_dataflex.py ENVIRONMENT --smollm2 --dtype bfloat16

@@ -158,15 +158,15 @@ def score_sample(
 
     def columns(examples: Any, lengths: Any, keys: Iterable[tuple[str, ...]]) -> dict[str, Tensor]:
         names = list(dict.fromkeys(name for key in keys for name in key))
-        found: dict[str, Tensor] = {}
+        by_name: dict[str, Tensor] = {}
         for several in (["gradient"], [name for name in names if name != "gradient"]):
             if set(several) & set(names):
                 settings: dict[str, Any] = {"seed": config.seed, "progress": progress}
                 signals = signals_of_examples(model, examples, lengths, probe, several[0], several[1:], **settings)
                 assert signals.vectors is not None
                 widths = list(signals.widths.values()) or [signals.vectors.shape[1]]
-                found |= dict(zip(several, signals.vectors.split(widths, dim=1), strict=True))
-        return found
+                by_name |= dict(zip(several, signals.vectors.split(widths, dim=1), strict=True))
+        return by_name
 
     own = columns(sample.examples, sample.lengths, compares)
     near = {}

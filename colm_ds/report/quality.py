@@ -93,15 +93,15 @@ def along_table(view: View) -> Table | None:
     """Make the table of held-out loss or perplexity at some of the steps at which they were measured."""
     read, form, quantity = _quantity(view)
     curves = [(arm, arm.curves(read)) for arm in view.arms]
-    named = view.sources(*([key[7:] for key in found if key.startswith("source.")] for _, found in curves))
+    named = view.sources(*([key[7:] for key in own if key.startswith("source.")] for _, own in curves))
     members = {"overall": "overall"} | {f"source.{name}": view.mark(name) for name in named}
     rows: list[list[Any]] = []
-    for arm, found in curves:
-        overall = found.get("overall", Curve())
+    for arm, own in curves:
+        overall = own.get("overall", Curve())
         for place in even_places(len(overall.steps), _MOST_ROWS):
             step = overall.steps[place]
             clocks = [clock[place] if clock else None for clock in (overall.tokens, overall.seconds)]
-            rows.append([arm.name, step, *clocks, *(found.get(key, Curve()).at("steps", step) for key in members)])
+            rows.append([arm.name, step, *clocks, *(own.get(key, Curve()).at("steps", step) for key in members)])
     columns = [Column("arm"), Column("step", whole), Column("tokens", whole), Column("seconds", compact)]
     columns += [Column(label, form) for label in members.values()]
     title = f"Held-out {quantity} along training"

@@ -24,19 +24,19 @@ def three_sentences(view: View) -> str:
 
 def caveats(arms: Sequence[Arm]) -> list[str]:
     """Return what a reader must know: unfinished arms, uneven times, unequal conditions, single seeds."""
-    found = []
+    sentences = []
     for arm in [arm for arm in arms if not arm.is_finished]:
         where = f"at step {arm.num_steps:,}" if arm.num_steps is not None else "before its first step"
-        found.append(
+        sentences.append(
             f"{quoted(arm.name)} is not finished: it still runs or was stopped {where}; "
             "its numbers are the last it logged."
         )
     for arm in arms:
         left_out = len(arm.facts) - len(arm.used)
         if left_out:
-            found.append(f"{quoted(arm.name)}: {plural(left_out, 'run')} not finished and left out of the means.")
+            sentences.append(f"{quoted(arm.name)}: {plural(left_out, 'run')} not finished and left out of the means.")
     if uneven := uneven_times(arms):
-        found.append(
+        sentences.append(
             f"The time per step of {listed([quoted(arm.name) for arm in uneven])} varies more than twofold within the "
             "run: something else may have used the machine, and ratios of time then say little."
         )
@@ -44,10 +44,10 @@ def caveats(arms: Sequence[Arm]) -> list[str]:
     if any("plain_r_steps" in references(arm, arms) for arm in arms):  # both protocols of memory are there
         different = [what for what in different if what != "the micro-batch"]
     if different:
-        found.append(f"Not the same in all arms: {listed(different)}.")
+        sentences.append(f"Not the same in all arms: {listed(different)}.")
     if all(len(arm.used) == 1 for arm in arms):
-        found.append("Every arm has a single seed: differences, even large ones, may be the luck of the seed.")
-    return found
+        sentences.append("Every arm has a single seed: differences, even large ones, may be the luck of the seed.")
+    return sentences
 
 
 def uneven_times(arms: Sequence[Arm]) -> list[Arm]:
@@ -57,10 +57,12 @@ def uneven_times(arms: Sequence[Arm]) -> list[Arm]:
 
 def _scope(view: View) -> str:
     arms = view.arms
-    counts, steps = (sorted(found) for found in ({len(arm.used) for arm in arms}, {arm.num_steps or 0 for arm in arms}))
+    counts, steps = (
+        sorted(values) for values in ({len(arm.used) for arm in arms}, {arm.num_steps or 0 for arm in arms})
+    )
     head = f"{plural(len(arms), 'arm')} with {_range(counts, 'seed')}{' each' * (len(arms) > 1)}"
     head += f", {_range(steps, 'step')}" if steps[-1] else ""
-    sources = next((found for arm in arms if (found := numbers(arm.config.get("sources")))), {})
+    sources = next((sizes for arm in arms if (sizes := numbers(arm.config.get("sources")))), {})
     if sources:
         head += f", {plural(int(sum(sources.values())), 'training example')} from {plural(len(sources), 'source')}"
         head += f" ({len([name for name in view.small if name in sources])} small)"
