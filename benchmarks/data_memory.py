@@ -122,13 +122,13 @@ def write_group(rows: list[dict[str, Any]], writer: Any, file: Any) -> Any:
 
 def save_tokenizer(place: str, gguf_file: str | None, folder: Path) -> int:
     """Save a tokenizer in a folder, with a plain chat template if it has none; return the size of its vocabulary."""
-    from colm_ds.evaluation.question_files import package_folder
     from colm_ds.recipes.model import load_tokenizer
-    from colm_ds.recipes.sections import PACKAGE_PREFIX, ModelConfig
+    from colm_ds.recipes.packages import package_folder
+    from colm_ds.recipes.sections import ModelConfig
 
     if place == DIGITS:
         return save_digit_tokenizer(folder)
-    path = package_folder(place.removeprefix(PACKAGE_PREFIX)) if place.startswith(PACKAGE_PREFIX) else place
+    path = package_folder(place) or place
     tokenizer = load_tokenizer(ModelConfig.model_validate({"name_or_path": path, "gguf_file": gguf_file}))
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     tokenizer.save_pretrained(folder)

@@ -29,7 +29,9 @@ def is_hub_name(place: str) -> bool:
 
 
 def package_folder(place: str) -> str | None:
-    """Return the folder of `package:NAME` without importing it; None if it is not installed."""
+    """Return the folder of `package:NAME` without importing it; None if it is no such place, or not installed."""
+    if not place.startswith(PACKAGE_PREFIX):
+        return None
     name = place.removeprefix(PACKAGE_PREFIX)
     try:
         spec = importlib.util.find_spec(name)
