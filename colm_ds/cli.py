@@ -40,6 +40,9 @@ class Command:
     example: str
 
 
+_BROKEN_PIPE = 128 + 13  # as a shell reports a program that SIGPIPE ended
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; a `CoLMError` is shown as one message.
 
@@ -50,6 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            return _run_command(words)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails as well
+        return _BROKEN_PIPE
+
+
+def _run_command(words: list[str]) -> int:
     name = next((word for word in words if not word.startswith("-")), "")
     if words and words[0].partition("=")[0] == "--print-completion":
         return _print_completion([*words[0].split("=")[1:], *words[1:]])

@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -278,3 +279,19 @@ logging.getLogger("DeepSpeed").warning("something else")
     assert done.returncode == 0, done.stderr
     assert "Setting accelerator" not in done.stdout + done.stderr
     assert "something else" in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(find_spec("shtab") is None, reason="needs shtab")
+def test_a_reader_that_has_seen_enough_is_no_error(repo_root: Path) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        [sys.executable, "-m", "colm_ds.cli", "--print-completion", "bash"],
+        env=os.environ | {"PYTHONPATH": str(repo_root)},
+        stdout=writes,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
