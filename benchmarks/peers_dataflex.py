@@ -111,7 +111,7 @@ def _report(options: argparse.Namespace, seconds: dict[str, list[float]], rows: 
     versions = dict(zip(names, done.stdout.split(), strict=True))
     tokens = sum(len(row["input_ids"]) for row in rows)
     settings = {key: value for key, value in vars(options).items() if key not in ("out", "data", "environment", "ours")}
-    write_result(options.out, "dataflex", settings=settings, theirs=versions, tokens=tokens, rows=table)
+    write_result(options.out, "peers_dataflex", settings=settings, theirs=versions, tokens=tokens, rows=table)
 
 
 def _environment(folder: Path) -> Path:
