@@ -107,8 +107,9 @@ def run_demo(out: Path, changes: Sequence[str], num_ranks: int, port: int) -> st
             raise PartFailedError(arm.name, code)
     runs = {arm.name: [load_run(out / arm.folder)] for arm in ARMS}
     arms = {arm.name: arm for arm in make_arms(runs)}
-    sentences = [*answer(arms), *caveats(steps, list(arms.values()))]
-    compare(runs, out, summary=" ".join(sentences))
+    shown, verdict, short = evidence(arms), answer(arms), too_short(steps)
+    compare(runs, out, summary=" ".join([*verdict, *short, *shown]))  # which has the other caveats in its list
+    sentences = [*shown, *verdict, *short, *caveats(list(arms.values()))]
     return "\n".join([format_terminal(budget_table(arms)), "", *sentences])
 
 
@@ -149,11 +150,11 @@ def budget_table(arms: dict[str, Arm]) -> Table:
     return Table("demo", "Equal steps, and equal seconds", columns, rows, note)
 
 
-def answer(arms: dict[str, Arm]) -> list[str]:
-    """Say what was won and at what price, in sentences."""
+def evidence(arms: dict[str, Arm]) -> list[str]:
+    """Say in sentences what each way to train ended with, and in what time."""
     plain, tokens, paper, large, control, half = (arms[name] for name in (PLAIN, TOKENS, PAPER, LARGE, CONTROL, HALF))
     won, all_of_it = _end(plain) - _end(tokens), _end(plain) - _end(large)
-    lines = [
+    return [
         f"Choosing 32 of 128 by token embeddings takes {_ratio(tokens, plain)} of the time of {PLAIN} and ends "
         f"{_lower(won)}: {_end(tokens):.3f} against {_end(plain):.3f}.",
         f"{LARGE} takes {_ratio(large, plain)} of the time and ends {_lower(all_of_it)}; with the seconds of {PLAIN} "
@@ -161,29 +162,38 @@ def answer(arms: dict[str, Arm]) -> list[str]:
         f"{PAPER}, which passes the model over all 64, takes {_ratio(paper, plain)} of the time and ends at "
         f"{_end(paper):.3f}; the same shares of the sources chosen at random ({CONTROL}) end at {_end(control):.3f}.",
     ]
+
+
+def answer(arms: dict[str, Arm]) -> list[str]:
+    """Say what was won and at what price."""
+    plain, tokens, paper, large, control = (arms[name] for name in (PLAIN, TOKENS, PAPER, LARGE, CONTROL))
+    all_of_it = _end(plain) - _end(large)
     best = min((plain, tokens, paper, control), key=_end)
     if best is plain:
-        lines.append("So no choice of 32 was better here than any 32: train plainly.")
-        return lines
+        return ["No choice of 32 was better here than any 32: train plainly."]
     gained = _end(plain) - _end(best)
     share = f", {gained / all_of_it:.0%} of what doubling the batch gains" if 0 < gained <= all_of_it else ""
-    lines.append(
-        f"So of those that train on 32 examples a step {best.name} did best: {_lower(gained)} than {PLAIN}{share}, "
+    lines = [
+        f"Of those that train on 32 examples a step {best.name} did best: {_lower(gained)} than {PLAIN}{share}, "
         f"{_price(best, plain)}."
-    )
+    ]
     if best is control:
         lines.append("It looks at no gradient and no token: which examples of a source were taken did not matter here.")
     return lines
 
 
-def caveats(steps: int, arms: Sequence[Arm]) -> list[str]:
-    """Say what the demo cannot know."""
+def too_short(steps: int) -> list[str]:
+    """Say so if there were too few steps for an answer."""
     enough = load_recipe(RECIPE, needs_files=False).steps
     few = isinstance(enough, int) and 2 * steps < enough
     short = f"{steps} steps are too few for an answer: losses still fall fast. The demo's own are {enough}."
+    return [short] if few else []
+
+
+def caveats(arms: Sequence[Arm]) -> list[str]:
+    """Say what the demo cannot know."""
     uneven = "Times of steps varied more than twofold within a run: something else used the machine, ratios say little."
     return [
-        *([short] if few else []),
         *([uneven] if uneven_times(arms) else []),
         "One seed, a small model from random weights, a mixture made here: `colm-ds check RECIPE` measures your own.",
     ]
