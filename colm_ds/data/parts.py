@@ -114,11 +114,10 @@ def check_rows(number: int, part: DataFile, rows: RowBatch, chosen: npt.NDArray[
             continue
         source, wrong = part.source_of(row)
         if part.source_key is not None and source is None and not wrong:
-            lacks = _lacks(part.source_key, row) if len(checked.without) < MAX_PROBLEMS else None
-            if lacks is None:
-                checked.more_without[checked.without[-1].what] += 1
+            if len(checked.without) < MAX_PROBLEMS:
+                checked.without.append(RowProblem(place, where, _lacks(part.source_key, row)))
             else:
-                checked.without.append(RowProblem(place, where, lacks))
+                checked.more_without[checked.without[-1].what] += 1
         checked.sources.append(source)
         try:
             sample = read_sample(row, part.schema, part.style)

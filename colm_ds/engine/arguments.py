@@ -134,8 +134,8 @@ def check_collated(collate_fn: Callable[[list[Any]], Any], records: Any, model: 
     missing = [key for key in ("input_ids", "labels") if key not in batch]
     if missing:
         raise DataError(f"collate_fn: gives {', '.join(map(str, batch))}. Have it give {' and '.join(missing)} too.")
-    may_be_none = [key for key in TEXT if key not in ("input_ids", "labels") and batch.get(key) is None]
-    others = [key for key in TEXT if key in batch and not isinstance(batch[key], Tensor) and key not in may_be_none]
+    given = [key for key in TEXT if key in ("input_ids", "labels") or batch.get(key) is not None]
+    others = [key for key in given if not isinstance(batch[key], Tensor)]
     if others:
         kinds = ", ".join(f"{key} as a {type(batch[key]).__name__}" for key in others)
         raise DataError(f"collate_fn: gives {kinds}. Have it give tensors [examples, length].")
