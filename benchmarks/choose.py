@@ -4,7 +4,8 @@
     python benchmarks/choose.py --selectors    # every selector, b of r in one pool, beside a step of SmolLM2-135M
 
 Features are clusters of as many numbers as a token's vector has, as mean vectors of a mixture's sources are. Above
-4,096 examples medoids take two rounds; their objective is compared with that of the greedy choice in one round.
+4,096 examples medoids are picked in parts of 1,024 neighbours; their objective is compared with that of the greedy
+choice of one matrix, up to 8,192 examples.
 
 With --selectors seconds are of the CPU, of one thread, so that other processes do not count; the step is b examples
 trained with LoRA and activation checkpointing, and the pass over r that the selector needs, without replay.
@@ -14,20 +15,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from result_file import write_result
 from torch import Tensor
 
 from colm_ds.memory.counted import counted_allocations
 from colm_ds.probe.tokens import WIDTH
 from colm_ds.randomness import private_generator
-from colm_ds.run_folder.environment import describe_environment
 from colm_ds.selection import (
     SELECTORS,
     SINGLE_PROCESS,
@@ -40,11 +39,14 @@ from colm_ds.selection import (
     select_coreset,
 )
 from colm_ds.selection.facility_location import facility_location, pairwise_similarity
-from colm_ds.selection.two_round import pick_medoids
+from colm_ds.selection.large_pools import pick_medoids
 from colm_ds.types import LargeBatch, PastLosses
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = (256, 2048, 8192)
+SIZES = (256, 2048, 8192, 65_536)
+MOST_GREEDY = 8192
+"""Examples up to which the greedy choice is made as well, from a matrix of 512 MiB."""
+
 NUM_CLUSTERS = 40
 SETTINGS = SelectionSettings(geometry="plain", metric="euclidean", weights="matched", per_source=False)
 
@@ -75,10 +77,6 @@ def measure(size: int, repeats: int) -> dict[str, Any]:
         choose(features)
         seconds.append(time.perf_counter() - begun)
     peak = counted_allocations(lambda: choose(features)).peak
-    similarity = pairwise_similarity(features, "euclidean")
-    greedy = facility_location(similarity, size // 4).objective
-    picks = pick_medoids(features, size // 4, "euclidean").indices
-    objective = float(similarity[:, picks].amax(dim=1).sum())
     return {
         "r": size,
         "b": size // 4,
@@ -86,8 +84,16 @@ def measure(size: int, repeats: int) -> dict[str, Any]:
         "min_s": min(seconds),
         "max_s": max(seconds),
         "peak_mib": peak / 2**20,
-        "objective_to_greedy": objective / greedy,
+        "objective_to_greedy": objective_to_greedy(features) if size <= MOST_GREEDY else None,
     }
+
+
+def objective_to_greedy(features: Tensor) -> float:
+    """Return the objective of the medoids over that of the greedy choice from one matrix."""
+    size = len(features) // 4
+    similarity = pairwise_similarity(features, "euclidean")
+    picks = pick_medoids(features, size, "euclidean").indices
+    return float(similarity[:, picks].amax(dim=1).sum()) / facility_location(similarity, size).objective
 
 
 CHOICES: dict[str, dict[str, Any]] = {
@@ -226,21 +232,15 @@ def main() -> None:
     rows = []
     for size in options.sizes:
         rows.append(measure(size, options.repeats))
-        print(
-            f"{rows[-1]['b']} of {size}: {rows[-1]['median_s']:.3f} s, {rows[-1]['peak_mib']:.0f} MiB, "
-            f"objective {rows[-1]['objective_to_greedy']:.4f} of the greedy choice's",
-            flush=True,
-        )
+        text = f"{rows[-1]['b']} of {size}: {rows[-1]['median_s']:.3f} s, {rows[-1]['peak_mib']:.0f} MiB"
+        objective = rows[-1]["objective_to_greedy"]
+        print(text if objective is None else f"{text}, objective {objective:.4f} of the greedy choice's", flush=True)
     report("choose", {"rows": rows}, options)
 
 
 def report(name: str, measured: dict[str, Any], options: argparse.Namespace) -> None:
     """Write the result file."""
-    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    result = {"benchmark": name, **describe_environment(), "date": date, **measured}
-    out = options.out or ROOT / "benchmarks" / "results" / f"{name}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_result(options.out or ROOT / "benchmarks" / "results" / f"{name}.json", name, **measured)
 
 
 if __name__ == "__main__":

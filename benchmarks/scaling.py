@@ -1,30 +1,43 @@
 """Growth of CoLM's cost with r, d, number of sources, K, ranks and sequence length; on paper for 1,024 ranks.
 
     python benchmarks/scaling.py
+    python benchmarks/scaling.py --tokens    # only the parts of a choice by token vectors, r to 65,536
 
 Measured on this machine, one thread a process: seconds of one `select_coreset` call (geometry, mask, medoids) on one
 process, as rank 0 does it; seconds of a step's two collectives on 1, 2 and 4 ranks (gloo, all on this machine); seconds
 of the phases of whole steps, CoLM beside plain r, at several sequence lengths. The bytes that each estimator has to
 exchange are counted, not timed. The last table is arithmetic, not measured.
+
+With --tokens: r / 4 of r, 64 examples of the large batch for each of r / 64 ranks. Rank 0's thread reads the rows of a
+memory-mapped table of a million examples and chooses; every rank then assigns the chosen examples to the ranks and cuts
+micro-batches of 4. These are seconds of one thread; the broadcast of the choice is timed on 1, 2 and 4 ranks here, and
+computed for r / 64.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
-from datetime import datetime, timezone
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from choose import choose, make_features
+from result_file import write_result
 from step import make_arm
 
+from colm_ds.batching.assign import by_rank, home_ranks, micro_batches, training_ranks
 from colm_ds.distributed.exchange import ProcessGroupExchange
+from colm_ds.memory.counted import counted_allocations
 from colm_ds.probe.directions import Directions
+from colm_ds.probe.tokens import features
 from colm_ds.selection import AdamHistory, LowRankGradients, SelectionSettings, Signals, select_coreset
 from colm_ds.selection.exchange import broadcast_coreset
 from colm_ds.types import Coreset
@@ -39,7 +52,13 @@ GRID: dict[str, tuple[int, ...]] = {
 }
 RANKS = (1, 2, 4)
 EXCHANGES = ((128, 1), (8192, 1), (128, 256), (8192, 256))
-"""(r, numbers of an example): SPSA's K = 1, and the 256 of a sketch."""
+"""(r, numbers of an example): SPSA's K = 1, and the 256 of a sketch; 0: only r / 4 positions and weights are sent."""
+
+TOKEN_EXCHANGES = ((8192, 0), (65_536, 0))
+
+TOKEN_SIZES = (1024, 8192, 65_536)
+RANK_SHARE = 64
+TABLE_ROWS = 1 << 20
 
 LENGTHS = (64, 128, 256, 512)
 SHAPE = {"layers": 6, "hidden": 256, "intermediate": 704, "heads": 8, "vocabulary": 2048, "rank": 16}
@@ -50,11 +69,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="measured calls of each size (3)")
     parser.add_argument("--mask", type=int, default=2560, help="h (2560)")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "scaling.json", help="result file"
-    )
+    parser.add_argument("--tokens", action="store_true", help="only choices by token vectors")
+    parser.add_argument("--out", type=Path, help="result file (benchmarks/results/scaling.json, scaling_tokens.json)")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    name = "scaling_tokens" if options.tokens else "scaling"
+    out = options.out or ROOT / "benchmarks" / "results" / f"{name}.json"
+    if options.tokens:
+        collectives = [row for ranks in RANKS for row in measure_collectives(ranks, options.repeats, TOKEN_EXCHANGES)]
+        write_result(out, name, rows=measure_tokens(options.repeats), ranks=collectives)
+        return
     rows = []
     for name, values in GRID.items():
         for value in values:
@@ -68,26 +92,21 @@ def main() -> None:
             rows.append({"varied": name, **row, "median_s": statistics.median(seconds), "max_s": max(seconds)})
             shown = ", ".join(f"{key} {sizes[key]:,}" for key in sizes)
             print(f"{shown} ({row['signal']}): {rows[-1]['median_s']:.3f} s", flush=True)
-    collectives = [row for ranks in RANKS for row in measure_collectives(ranks, options.repeats)]
+    collectives = [row for ranks in RANKS for row in measure_collectives(ranks, options.repeats, EXCHANGES)]
     lengths = measure_lengths(options.repeats)
     exchange = [exchanged(r, d, h=options.mask) for r, d in ((128, 327_680), (512, 6_553_600), (8192, 6_553_600))]
     paper = on_paper(ranks=1024, r=8192, d=6_553_600, h=options.mask)
     print("bytes exchanged in a step:", json.dumps(exchange))
     print("on paper, 1,024 ranks:", json.dumps(paper))
-    from colm_ds.run_folder.environment import describe_environment
-
-    result = {
-        "benchmark": "scaling",
-        **describe_environment(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "rows": rows,
-        "ranks": collectives,
-        "lengths": {"shape": SHAPE, "rows": lengths},
-        "exchange": exchange,
-        "on_paper": paper,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_result(
+        out,
+        name,
+        rows=rows,
+        ranks=collectives,
+        lengths={"shape": SHAPE, "rows": lengths},
+        exchange=exchange,
+        on_paper=paper,
+    )
 
 
 def measure(r: int, d: int, sources: int, probes: int, mask: int, repeats: int) -> list[float]:
@@ -119,33 +138,86 @@ def measure_sketch(r: int, width: int, repeats: int) -> list[float]:
     return seconds
 
 
-def measure_collectives(ranks: int, repeats: int) -> list[dict[str, Any]]:
-    """Measure the seconds of gathering r x K numbers and of broadcasting the choice of r/2, as measured on rank 0."""
+def measure_tokens(repeats: int) -> list[dict[str, Any]]:
+    """Measure the parts of choosing r / 4 of r by token vectors for r / 64 ranks, with the bytes of the broadcast."""
+    rows = []
+    with tempfile.NamedTemporaryFile() as file:
+        width = make_features(1).shape[1]
+        table = np.memmap(file.name, dtype=np.float16, mode="w+", shape=(TABLE_ROWS, width))
+        for start in range(0, TABLE_ROWS, 1 << 16):
+            table[start : start + (1 << 16)] = make_features(1 << 16).numpy()
+        means = torch.from_numpy(table)
+        for r in TOKEN_SIZES:
+            rows.append(measure_tokens_of(means, r, repeats))
+            print(", ".join(f"{key} {value:,.4g}" for key, value in rows[-1].items()), flush=True)
+    return rows
+
+
+def measure_tokens_of(means: torch.Tensor, r: int, repeats: int) -> dict[str, Any]:
+    """Measure one size of `measure_tokens`."""
+    generator = torch.Generator().manual_seed(r)
+    indices = torch.randint(0, len(means), (r,), generator=generator)
+    lengths = torch.randint(20, 512, (r,), generator=generator)
+    ranks = r // RANK_SHARE
+    positions = torch.randperm(r, generator=generator)[: r // 4].sort().values
+    home = torch.zeros(r, dtype=torch.int64)
+    read = features(means[indices], lengths, 0.5)
+
+    def assign() -> dict[int, int]:
+        home_ranks(lengths, ranks)
+        home[positions] = home_ranks(lengths[positions], ranks)
+        return training_ranks(positions.tolist(), lengths, home, ranks)
+
+    trained = assign()
+    held = by_rank(trained, trained.values(), ranks)
+    parts: dict[str, Callable[[], Any]] = {
+        "read_s": lambda: features(means[indices], lengths, 0.5),
+        "choose_s": lambda: choose(read),
+        "assign_s": assign,
+        "micro_batches_s": lambda: micro_batches(held, lengths, max_examples=4),
+    }
+    row: dict[str, Any] = {"r": r, "b": r // 4, "ranks": ranks}
+    for name, run in parts.items():
+        seconds = []
+        for _ in range(repeats):
+            begun = time.process_time()
+            run()
+            seconds.append(time.process_time() - begun)
+        row[name] = statistics.median(seconds)
+    row["peak_mib"] = counted_allocations(lambda: choose(read)).peak / 2**20
+    row["broadcast_bytes"] = 8 * len(positions)
+    row["broadcast_on_paper_s"] = 8 * len(positions) / 25e9 + math.ceil(math.log2(ranks)) * 5e-6
+    return row
+
+
+def measure_collectives(ranks: int, repeats: int, sizes: tuple[tuple[int, int], ...]) -> list[dict[str, Any]]:
+    """Measure the seconds of gathering r x K numbers and of broadcasting the choice, as measured on rank 0."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(exchange_rank, (ranks, repeats, folder), nprocs=ranks)
+        torch.multiprocessing.spawn(exchange_rank, (ranks, repeats, folder, sizes), nprocs=ranks)
         rows: list[dict[str, Any]] = json.loads(Path(folder, "rows.json").read_text(encoding="utf-8"))
     for row in rows:
         print(f"ranks {ranks}, r {row['r']:,}, {row['numbers']} numbers an example: {row['median_s'] * 1e3:.2f} ms")
     return rows
 
 
-def exchange_rank(rank: int, ranks: int, repeats: int, folder: str) -> None:
+def exchange_rank(rank: int, ranks: int, repeats: int, folder: str, sizes: tuple[tuple[int, int], ...]) -> None:
     """Run one rank of `measure_collectives`; rank 0 writes the rows."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     exchange = ProcessGroupExchange()
     rows = []
-    for r, width in EXCHANGES:
+    for r, width in sizes:
         positions = torch.arange(rank, r, ranks)
         signals = torch.randn(len(positions), width)
-        picked = torch.arange(0, r, 2)
+        picked = torch.arange(0, r, 2 if width else 4)
         coreset = Coreset(picked, torch.ones(len(picked)), num_kept=0) if rank == 0 else None
         seconds = []
         for _ in range(5 * repeats + 1):
             dist.barrier()
             start = time.perf_counter()
-            exchange.gather_rows(signals, positions, r)
-            broadcast_coreset(coreset, r // 2, num_sources=4, exchange=exchange)
+            if width:
+                exchange.gather_rows(signals, positions, r)
+            broadcast_coreset(coreset, len(picked), num_sources=4, exchange=exchange)
             seconds.append(time.perf_counter() - start)
         timed = seconds[1:]  # the first one warms up
         rows.append(

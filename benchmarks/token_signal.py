@@ -37,7 +37,7 @@ from colm_ds.recipes.model import load_model, load_tokenizer, quiet_libraries
 from colm_ds.recipes.recipe import load_recipe
 from colm_ds.run_folder.environment import describe_environment
 from colm_ds.selection import SINGLE_PROCESS
-from colm_ds.selection.two_round import pick_medoids
+from colm_ds.selection.large_pools import pick_medoids
 from colm_ds.selection.weights import MAX_WEIGHT, RIDGE, matched_weights
 from colm_ds.training.tasks import load_task
 from colm_ds.types import Coreset

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +40,20 @@ def home_ranks(lengths: Tensor, world_size: int, probed: Tensor | None = None) -
     return rank
 
 
+def by_rank(positions: Iterable[int], ranks: Iterable[int], world_size: int) -> list[list[int]]:
+    """Return the positions of every rank, in the order given.
+
+    Args:
+        positions: positions.
+        ranks: rank of each.
+        world_size: W.
+    """
+    held: list[list[int]] = [[] for _ in range(world_size)]
+    for position, rank in zip(positions, ranks, strict=True):
+        held[rank].append(position)
+    return held
+
+
 def training_ranks(positions: Sequence[int], lengths: Tensor, home: Tensor, world_size: int) -> dict[int, int]:
     """Return the rank that trains on each chosen example: its home, unless moving it evens out the ranks' tokens.
 
@@ -55,10 +69,9 @@ def training_ranks(positions: Sequence[int], lengths: Tensor, home: Tensor, worl
     Returns:
         Rank by position.
     """
-    size = {position: int(lengths[position]) for position in positions}
-    held: list[list[int]] = [[] for _ in range(world_size)]
-    for position in sorted(positions):
-        held[int(home[position])].append(position)
+    places = sorted(positions)
+    size = dict(zip(places, lengths[places].tolist(), strict=True))
+    held = by_rank(places, home[places].tolist(), world_size)
     load = [sum(size[position] for position in mine) for mine in held]
     slack = IMBALANCE * sum(load) / world_size
     for _ in range(len(size)):
@@ -87,9 +100,9 @@ def equal_ranks(positions: Sequence[int], lengths: Tensor, home: Tensor, world_s
     Returns:
         Rank by position; the ranks' counts differ by at most one.
     """
-    held: list[list[int]] = [[] for _ in range(world_size)]
-    for position in sorted(positions, key=lambda position: (-int(lengths[position]), position)):
-        held[int(home[position])].append(position)
+    sizes = lengths.tolist()
+    places = sorted(positions, key=lambda position: (-sizes[position], position))
+    held = by_rank(places, home[places].tolist(), world_size)
     while True:
         counts = [len(mine) for mine in held]
         most, least = counts.index(max(counts)), counts.index(min(counts))
@@ -99,7 +112,7 @@ def equal_ranks(positions: Sequence[int], lengths: Tensor, home: Tensor, world_s
 
 
 def equal_slots(
-    by_rank: Sequence[Sequence[int]], home: Tensor, lengths: Tensor, *, num_slots: int, max_examples: int
+    held: Sequence[Sequence[int]], home: Tensor, lengths: Tensor, *, num_slots: int, max_examples: int
 ) -> tuple[list[Batches], int]:
     """Cut every rank's examples into the same number of micro-batches; the first of them hold what never moved.
 
@@ -107,7 +120,7 @@ def equal_slots(
     So the number of replayed ones is the largest with which every rank's examples fit, at most `max_examples` in each.
 
     Args:
-        by_rank: positions of each rank, at most `num_slots * max_examples`.
+        held: positions of each rank, at most `num_slots * max_examples`.
         home: rank that holds every example, `[r]`.
         lengths: tokens of every example, `[r]`.
         num_slots: micro-batches of each rank.
@@ -119,10 +132,11 @@ def equal_slots(
     """
 
     def longest_first(positions: Sequence[int]) -> list[int]:
-        return sorted(positions, key=lambda position: (-int(lengths[position]), position))
+        return sorted(positions, key=lambda position: (-sizes[position], position))
 
-    stayed = [longest_first([p for p in mine if int(home[p]) == rank]) for rank, mine in enumerate(by_rank)]
-    moved = [[p for p in mine if int(home[p]) != rank] for rank, mine in enumerate(by_rank)]
+    sizes, homes = lengths.tolist(), home.tolist()
+    stayed = [longest_first([p for p in mine if homes[p] == rank]) for rank, mine in enumerate(held)]
+    moved = [[p for p in mine if homes[p] != rank] for rank, mine in enumerate(held)]
 
     def fits(num_home: int) -> bool:
         room, rest = num_home * max_examples, (num_slots - num_home) * max_examples
@@ -141,7 +155,7 @@ def _slots(positions: Sequence[int], number: int, size: int) -> Batches:
 
 
 def micro_batches(
-    by_rank: Sequence[Sequence[int]],
+    held: Sequence[Sequence[int]],
     lengths: Tensor,
     *,
     max_examples: int | None = None,
@@ -151,7 +165,7 @@ def micro_batches(
     """Cut every rank's examples into micro-batches, longest first, with little padding (`length_sorted_batches`).
 
     Args:
-        by_rank: positions of each rank.
+        held: positions of each rank.
         lengths: tokens of every example, `[r]`.
         max_examples: maximum examples per micro-batch.
         max_tokens: maximum padded tokens per micro-batch.
@@ -160,18 +174,18 @@ def micro_batches(
     Returns:
         For every rank its micro-batches.
     """
-    shared = []
-    for mine in by_rank:
-        sizes = [int(lengths[position]) for position in mine]
-        groups = length_sorted_batches(sizes, max_examples=max_examples, max_tokens=max_tokens)
+    shared, sizes = [], lengths.tolist()
+    for mine in held:
+        own = [sizes[position] for position in mine]
+        groups = length_sorted_batches(own, max_examples=max_examples, max_tokens=max_tokens)
         shared.append([[mine[index] for index in group] for group in groups])
     if not equal_counts:
         return shared
     count = max(len(batches) for batches in shared)
-    return [_split_to(batches, count, lengths) for batches in shared]
+    return [_split_to(batches, count, sizes) for batches in shared]
 
 
-def _split_to(batches: Batches, count: int, lengths: Tensor) -> Batches:
+def _split_to(batches: Batches, count: int, lengths: Sequence[int]) -> Batches:
     """Cut micro-batches in two where that saves the most padding until there are `count`, then add empty ones."""
     batches = list(batches)
     while len(batches) < count:
@@ -183,9 +197,9 @@ def _split_to(batches: Batches, count: int, lengths: Tensor) -> Batches:
     return batches + [[] for _ in range(count - len(batches))]
 
 
-def _best_cut(batch: list[int], lengths: Tensor) -> tuple[int, int]:
+def _best_cut(batch: list[int], lengths: Sequence[int]) -> tuple[int, int]:
     """Return the padded tokens saved by the best cut of a micro-batch sorted by length, and where, middle on ties."""
-    sizes = [int(lengths[position]) for position in batch]
+    sizes = [lengths[position] for position in batch]
     middle = (len(batch) + 1) // 2
     saved = {cut: (len(batch) - cut) * (sizes[0] - sizes[cut]) for cut in range(1, len(batch))}
     cut = max(saved, key=lambda place: (saved[place], -abs(place - middle)))

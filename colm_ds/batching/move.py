@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from colm_ds.selection import Exchange
 from colm_ds.types import Example, LargeBatch
+
+
+def moves_of(ranks: Mapping[int, int], home: Tensor) -> list[tuple[int, int, int]]:
+    """Return the moves of the examples that are trained away from home: (position, from rank, to rank), in order.
+
+    Args:
+        ranks: rank that trains each chosen position.
+        home: rank that holds every example, int64 `[r]`.
+    """
+    places = sorted(ranks)
+    homes = home[places].tolist()
+    return [(place, here, ranks[place]) for place, here in zip(places, homes, strict=True) if ranks[place] != here]
 
 
 def move_examples(
@@ -17,7 +30,7 @@ def move_examples(
 
     Args:
         batch: the large batch as this rank sees it.
-        moves: (position, from rank, to rank), the same list on every rank.
+        moves: from `moves_of`, the same list on every rank.
         rank: this rank.
         exchange: the ranks.
 

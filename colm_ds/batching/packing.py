@@ -62,7 +62,7 @@ def pack_first_fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
 
 
 def pack_micro_batches(
-    by_rank: Sequence[Sequence[int]],
+    held: Sequence[Sequence[int]],
     lengths: Tensor,
     row_tokens: int,
     *,
@@ -72,7 +72,7 @@ def pack_micro_batches(
     """Pack every rank's examples into rows and cut these into micro-batches; every rank has the same number.
 
     Args:
-        by_rank: positions of each rank.
+        held: positions of each rank.
         lengths: tokens of every example, `[r]`.
         row_tokens: see `pack_first_fit`.
         max_rows: maximum rows per micro-batch.
@@ -83,13 +83,14 @@ def pack_micro_batches(
     """
     row_tokens = min(row_tokens, max_tokens or row_tokens)
     rows: list[list[int]] = []
-    held: list[list[int]] = []
-    for mine in by_rank:
-        packed = pack_first_fit([int(lengths[position]) for position in mine], row_tokens)
-        held.append(list(range(len(rows), len(rows) + len(packed))))
+    rows_of: list[list[int]] = []
+    sizes = lengths.tolist()
+    for mine in held:
+        packed = pack_first_fit([sizes[position] for position in mine], row_tokens)
+        rows_of.append(list(range(len(rows), len(rows) + len(packed))))
         rows += [[mine[index] for index in row] for row in packed]
-    fills = torch.tensor([int(lengths[row].sum()) for row in rows], dtype=torch.int64)
-    plans = micro_batches(held, fills, max_examples=max_rows, max_tokens=max_tokens)
+    fills = torch.tensor([sum(sizes[position] for position in row) for row in rows], dtype=torch.int64)
+    plans = micro_batches(rows_of, fills, max_examples=max_rows, max_tokens=max_tokens)
     return [[[rows[row] for row in micro] for micro in plan] for plan in plans]
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from colm_ds.batching.assign import micro_batches, training_ranks
+from colm_ds.batching.assign import by_rank, micro_batches, training_ranks
 from colm_ds.batching.micro_batch import make_micro_batch
-from colm_ds.batching.move import move_examples
+from colm_ds.batching.move import move_examples, moves_of
 from colm_ds.batching.packing import Packing, pack_micro_batch, pack_micro_batches
 from colm_ds.engine.out_of_memory import of_micro_batch
 from colm_ds.models.example_loss import example_loss_sums
@@ -89,18 +89,20 @@ def assign_and_move(
     if replay is None:
         ranks = training_ranks(positions, batch.lengths, batch.home, world_size)
     else:
-        ranks = {position: int(batch.home[position]) for position in positions}
+        ranks = dict(zip(positions, batch.home[list(positions)].tolist(), strict=True))
         replay.keep(positions)
-    moves = [(p, int(batch.home[p]), ranks[p]) for p in sorted(positions) if ranks[p] != int(batch.home[p])]
-    arrived = move_examples(batch, moves, rank, exchange)
-    by_rank = [[p for p in positions if ranks[p] == each] for each in range(world_size)]
+    arrived = move_examples(batch, moves_of(ranks, batch.home), rank, exchange)
+    held = by_rank(positions, [ranks[p] for p in positions], world_size)
     row_sizes = None
     if packing is None:
-        plans = micro_batches(by_rank, batch.padded_lengths, max_examples=max_examples, max_tokens=max_tokens)
-        sizes = [_padded_tokens(micro, batch) for plan in plans for micro in plan if micro]
+        plans = micro_batches(held, batch.padded_lengths, max_examples=max_examples, max_tokens=max_tokens)
+        counts, widths = batch.row_counts.tolist(), batch.widths.tolist()
+        sizes = [
+            sum(counts[p] for p in micro) * max(widths[p] for p in micro) for plan in plans for micro in plan if micro
+        ]
     else:
         packed = pack_micro_batches(
-            by_rank, batch.lengths, packing.row_tokens, max_rows=max_examples, max_tokens=max_tokens
+            held, batch.lengths, packing.row_tokens, max_rows=max_examples, max_tokens=max_tokens
         )
         if packing.one_row:
             packed = [[[list(chain(*micro))] if micro else [] for micro in plan] for plan in packed]
@@ -109,7 +111,7 @@ def assign_and_move(
         sizes = [
             len(micro) * max(int(batch.lengths[row].sum()) for row in micro) for p in packed for micro in p if micro
         ]
-    padding = 1.0 - sum(int(batch.lengths[p]) for p in positions) / sum(sizes) if sizes else 0.0
+    padding = 1.0 - int(batch.lengths[list(positions)].sum()) / sum(sizes) if sizes else 0.0
     return Placement({**batch.examples, **arrived}, plans, padding, max(sizes, default=0), row_sizes)
 
 
@@ -268,8 +270,3 @@ def broken_positions(accumulated: Accumulated, batch: LargeBatch, exchange: Exch
     mine = to_device(torch.tensor(accumulated.positions, dtype=torch.int64), broken.device)
     broken[mine[~accumulated.finite]] = 1.0
     return exchange.sum(broken).nonzero().flatten().tolist()
-
-
-def _padded_tokens(positions: Sequence[int], batch: LargeBatch) -> int:
-    """Return the tokens that a micro-batch computes."""
-    return int(batch.row_counts[list(positions)].sum()) * int(batch.widths[list(positions)].max())

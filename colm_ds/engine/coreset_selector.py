@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from colm_ds.batching.assign import micro_batches
+from colm_ds.batching.assign import by_rank, micro_batches
 from colm_ds.batching.gather import gather_large_batch, read_examples
 from colm_ds.batching.micro_batch import make_micro_batch, with_fewer_labels
 from colm_ds.batching.resourced import WithSources
@@ -636,9 +636,10 @@ class CoresetSelector:
     def _plan(self, batch: LargeBatch, wanted: Tensor, max_tokens: int | None = None) -> Sequence[Sequence[int]]:
         """Plan this rank's micro-batches of the wanted examples, by default with the probe's padded tokens."""
         world = self._exchange.num_processes
-        by_rank = [((batch.home == rank) & wanted).nonzero().flatten().tolist() for rank in range(world)]
+        places = wanted.nonzero().flatten()
+        held = by_rank(places.tolist(), batch.home[places].tolist(), world)
         max_tokens = max_tokens or self._config.probe.resolved_max_tokens(self._device.type)
-        plans = micro_batches(by_rank, batch.padded_lengths, max_tokens=max_tokens, equal_counts=self._equal_counts)
+        plans = micro_batches(held, batch.padded_lengths, max_tokens=max_tokens, equal_counts=self._equal_counts)
         return plans[self._rank]
 
     def _probe_micro_batch(

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from colm_ds.batching.assign import equal_ranks, equal_slots
+from colm_ds.batching.assign import by_rank, equal_ranks, equal_slots
 from colm_ds.batching.collate import IGNORE_INDEX, pad_batch
 from colm_ds.batching.loader import LargeBatchLoader
 from colm_ds.batching.micro_batch import PLACE_HOLDER, MicroBatch, make_micro_batch
-from colm_ds.batching.move import move_examples
+from colm_ds.batching.move import move_examples, moves_of
 from colm_ds.config.resolve import ResolvedConfig
 from colm_ds.engine.accumulation import Accumulated, Placement
 from colm_ds.engine.arguments import TEXT
@@ -285,17 +285,15 @@ def place_equally(
     """
     batch, positions, replay = selection.batch, selection.positions.tolist(), selection.replay
     ranks = equal_ranks(positions, batch.lengths, batch.home, exchange.num_processes)
-    by_rank = [[p for p in positions if ranks[p] == each] for each in range(exchange.num_processes)]
+    held = by_rank(positions, [ranks[p] for p in positions], exchange.num_processes)
     home = torch.full_like(batch.home, -1) if replay is None else batch.home
-    plans, num_replayed = equal_slots(
-        by_rank, home, batch.lengths, num_slots=num_micro_batches, max_examples=max_examples
-    )
+    plans, num_replayed = equal_slots(held, home, batch.lengths, num_slots=num_micro_batches, max_examples=max_examples)
     if replay is not None:
         replay.keep([position for mine in plans[rank][:num_replayed] for position in mine])
-    moves = [(p, int(batch.home[p]), ranks[p]) for p in sorted(positions) if ranks[p] != int(batch.home[p])]
-    arrived = move_examples(batch, moves, rank, exchange)
-    sizes = [len(micro) * int(batch.lengths[micro].max()) for plan in plans for micro in plan if micro]
-    padding = 1.0 - sum(int(batch.lengths[p]) for p in positions) / sum(sizes)
+    arrived = move_examples(batch, moves_of(ranks, batch.home), rank, exchange)
+    lengths = batch.lengths.tolist()
+    sizes = [len(micro) * max(lengths[p] for p in micro) for plan in plans for micro in plan if micro]
+    padding = 1.0 - sum(lengths[p] for p in positions) / sum(sizes)
     return Placement({**batch.examples, **arrived}, plans, padding, max(sizes)), num_replayed
 
 

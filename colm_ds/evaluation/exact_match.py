@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from colm_ds.batching.assign import home_ranks, micro_batches
+from colm_ds.batching.assign import by_rank, home_ranks, micro_batches
 from colm_ds.data.chat import ChatEncoder
 from colm_ds.data.entries import DataEntry
 from colm_ds.data.formats import read_records
@@ -110,8 +110,8 @@ def exact_match(
     ends = {tokenizer.eos_token_id, *(question.end for question in questions if question.end is not None)}
     lengths = torch.tensor([len(prompt) + max_new_tokens for prompt in prompts])
     home = home_ranks(lengths, exchange.num_processes)
-    by_rank = [(home == process).nonzero().flatten().tolist() for process in range(exchange.num_processes)]
-    plan = micro_batches(by_rank, lengths, max_tokens=max_tokens)[rank]
+    held = by_rank(range(len(home)), home.tolist(), exchange.num_processes)
+    plan = micro_batches(held, lengths, max_tokens=max_tokens)[rank]
     names = sorted({question.source for question in questions})
     counts = torch.zeros(2, len(names), dtype=torch.float64)
     with eval_mode(model), torch.no_grad():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from colm_ds.batching.assign import home_ranks, micro_batches
+from colm_ds.batching.assign import by_rank, home_ranks, micro_batches
 from colm_ds.batching.micro_batch import make_micro_batch
 from colm_ds.models.example_loss import candidate_scores, label_losses, loss_sums
 from colm_ds.models.patch import eval_mode
@@ -46,8 +46,8 @@ def heldout_loss(
     candidates: CandidateTable | None = getattr(dataset, "candidates", None)
     lengths = torch.as_tensor(dataset.lengths, dtype=torch.int64) if candidates is None else candidates.padded_lengths
     home = home_ranks(lengths, exchange.num_processes)
-    by_rank = [(home == process).nonzero().flatten().tolist() for process in range(exchange.num_processes)]
-    plan = micro_batches(by_rank, lengths, max_tokens=max_tokens)[rank]
+    held = by_rank(range(len(home)), home.tolist(), exchange.num_processes)
+    plan = micro_batches(held, lengths, max_tokens=max_tokens)[rank]
     sums = torch.zeros(3, len(dataset.source_names), dtype=torch.float64, device=device)
     with eval_mode(model), torch.no_grad():
         for indices in plan:

@@ -13,7 +13,7 @@ from torch import Tensor
 from colm_ds.batching.assign import equal_ranks
 from colm_ds.batching.collate import IGNORE_INDEX, pad_batch
 from colm_ds.batching.micro_batch import PLACE_HOLDER, MicroBatch, make_micro_batch
-from colm_ds.batching.move import move_examples
+from colm_ds.batching.move import move_examples, moves_of
 from colm_ds.batching.packing import Packing, pack_first_fit, pack_micro_batch
 from colm_ds.selection import Exchange
 from colm_ds.types import Example, LargeBatch
@@ -65,8 +65,7 @@ def coreset_micro_batches(
         right-padded); under `KEY` a `Weighted`.
     """
     ranks = equal_ranks(positions, batch.lengths, batch.home, exchange.num_processes)
-    moves = [(p, int(batch.home[p]), ranks[p]) for p in sorted(positions) if ranks[p] != int(batch.home[p])]
-    arrived = move_examples(batch, moves, rank, exchange)
+    arrived = move_examples(batch, moves_of(ranks, batch.home), rank, exchange)
     examples: Mapping[int, Example] = {**batch.examples, **arrived}
     mine = [position for position in positions if ranks[position] == rank]
     mine.sort(key=lambda position: (-int(batch.lengths[position]), position))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from colm_ds.selection.large_pools import pick_medoids
 from colm_ds.selection.pools import Picks, PoolExamples, PoolSelector
-from colm_ds.selection.two_round import pick_medoids
 
 
 def largest(scores: Tensor, count: int) -> Tensor:

@@ -15,10 +15,10 @@ from colm_ds.selection.exchange import SINGLE_PROCESS, Exchange
 from colm_ds.selection.facility_location import METRICS
 from colm_ds.selection.gradients import Gradients
 from colm_ds.selection.history import AdamHistory, mean_gradient
+from colm_ds.selection.large_pools import pick_medoids
 from colm_ds.selection.mask import CRITERIA, mask_coordinates
 from colm_ds.selection.sources import Pool, share_out
 from colm_ds.selection.transfer import to_cpu, to_device
-from colm_ds.selection.two_round import pick_medoids
 from colm_ds.selection.weights import WEIGHTS, cluster_weights, matched_weights
 from colm_ds.types import NUM_NAMED, Coreset
 

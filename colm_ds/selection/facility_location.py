@@ -58,12 +58,10 @@ def _add_pairs(total: Tensor, wide: Tensor, metric: str) -> None:
     """Add what some coordinates, float64 `[n, w]`, contribute to every pair: the upper triangle in blocks, mirrored."""
     for start in range(0, len(wide), _ROWS_AT_ONCE):
         rows, others = wide[start : start + _ROWS_AT_ONCE], wide[start:]
-        if metric == "cosine":
-            block = rows @ others.T
+        if metric in ("cosine", "euclidean"):
+            block = rows @ others.T if metric == "cosine" else _squared_distances(rows, others)
             square = block[:, : len(rows)]
-            block[:, : len(rows)] = (square + square.T) / 2.0  # products a b and b a differ by round-off
-        elif metric == "euclidean":
-            block = _squared_distances(rows, others)
+            block[:, : len(rows)] = (square + square.T) / 2.0  # products a b and b a may differ by round-off
         elif wide.shape[1] == 1:
             block = (rows - others.T).abs_()
         else:
@@ -108,7 +106,7 @@ class Medoids:
     cluster_sizes: Tensor
 
 
-def facility_location(similarity: Tensor, k: int, demand: Tensor | None = None) -> Medoids:
+def facility_location(similarity: Tensor, k: int) -> Medoids:
     """Pick `k` medoids greedily; ties go to the lowest index.
 
     The gains of all candidates are updated after every pick, from only the rows that it serves better than earlier
@@ -117,7 +115,6 @@ def facility_location(similarity: Tensor, k: int, demand: Tensor | None = None) 
     Args:
         similarity: `[n, n]`, from `pairwise_similarity`.
         k: picks, 0 <= k <= n.
-        demand: number of examples that each row stands for, `[n]`; default 1.
 
     Returns:
         The medoids; within a factor 1 - 1/e of the best objective where similarities are not negative.
@@ -140,30 +137,28 @@ def facility_location(similarity: Tensor, k: int, demand: Tensor | None = None) 
         empty = torch.empty(0, dtype=torch.int64, device=device)
         return Medoids(empty, empty.double(), 0.0, empty)
 
-    demand = None if demand is None else demand.double().to(device)
-    served = float(n if demand is None else demand.sum())
-    gain = _column_sums(similarity, demand)
+    gain = similarity.sum(dim=0, dtype=torch.float64)
     margin = TIE_TOLERANCE * max(abs(float(low)), abs(float(high)))
     best = similarity.new_empty(n)  # similarity of each row to its nearest pick
     cluster = torch.zeros(n, dtype=torch.int64, device=device)
     for pick in range(k):
-        chosen = _first_of_the_best(gain, served * margin)
+        chosen = _first_of_the_best(gain, n * margin)
         indices.append(chosen)
         gains.append(float(gain[chosen]))
         column = similarity[:, chosen]
         if pick == 0:
             best.copy_(column)
-            gain = _gains_over(similarity, best, demand)
+            gain = _gains_over(similarity, best)
         else:
             better = (column > best + margin).nonzero().flatten()
-            _lower_gains(gain, similarity, better, best[better], column[better], demand)
+            _lower_gains(gain, similarity, better, best[better], column[better])
             best[better] = column[better]
             cluster[better] = pick
         gain[chosen] = -torch.inf
     picked = torch.tensor(indices, device=device)
     cluster[picked] = torch.arange(k, device=device)  # a medoid stands for itself, even beside an equal one
-    objective = float(_column_sums(best[:, None], demand))
-    sizes = torch.bincount(cluster, demand, minlength=k).round().long()
+    objective = float(best.sum(dtype=torch.float64))
+    sizes = torch.bincount(cluster, minlength=k)
     return Medoids(picked, torch.tensor(gains, dtype=torch.float64), objective, sizes)
 
 
@@ -171,7 +166,7 @@ def _first_of_the_best(gain: Tensor, tolerance: float) -> int:
     return int((gain >= gain.max() - tolerance).int().argmax())
 
 
-def _gains_over(similarity: Tensor, best: Tensor, demand: Tensor | None) -> Tensor:
+def _gains_over(similarity: Tensor, best: Tensor) -> Tensor:
     """Return the gain of every candidate over `best`, float64 `[n]`."""
     n = similarity.shape[1]
     total = torch.zeros(n, dtype=torch.float64, device=similarity.device)
@@ -179,13 +174,11 @@ def _gains_over(similarity: Tensor, best: Tensor, demand: Tensor | None) -> Tens
     for start in range(0, similarity.shape[0], rows):
         part = slice(start, start + rows)
         level = best[part, None]
-        total += _column_sums(similarity[part].maximum(level), demand, part) - _column_sums(level, demand, part)
+        total += similarity[part].maximum(level).sum(dim=0, dtype=torch.float64) - level.sum(dtype=torch.float64)
     return total
 
 
-def _lower_gains(
-    gain: Tensor, similarity: Tensor, rows: Tensor, old: Tensor, new: Tensor, demand: Tensor | None
-) -> None:
+def _lower_gains(gain: Tensor, similarity: Tensor, rows: Tensor, old: Tensor, new: Tensor) -> None:
     """Lower the gains by what `rows` lose as their best similarity rises from `old` to `new`.
 
     relu(s - old) - relu(s - new) is s clamped to [old, new], less old: float32 values that the float64 sum keeps exact.
@@ -194,11 +187,5 @@ def _lower_gains(
     for start in range(0, len(rows), at_once):
         part = slice(start, start + at_once)
         low, high = old[part, None], new[part, None]
-        served = None if demand is None else demand[rows[part]]
-        gain -= _column_sums(similarity[rows[part]].clamp_(low, high), served) - _column_sums(low, served)
-
-
-def _column_sums(values: Tensor, demand: Tensor | None, part: slice = slice(None)) -> Tensor:
-    if demand is None:
-        return values.sum(dim=0, dtype=torch.float64)
-    return demand[part] @ values.double()
+        lost = similarity[rows[part]].clamp_(low, high).sum(dim=0, dtype=torch.float64)
+        gain -= lost - low.sum(dtype=torch.float64)
