@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from colm_ds.report.comparison import Comparison, compare, format_table, result_tables
+from colm_ds.report.comparison import Comparison, compare, format_table, result_tables, run_records
 from colm_ds.run_folder.read import Run, load_run
 
-__all__ = ["Comparison", "Run", "compare", "format_table", "load_run", "result_tables"]
+__all__ = ["Comparison", "Run", "compare", "format_table", "load_run", "result_tables", "run_records"]

@@ -13,7 +13,7 @@ from colm_ds.errors import DataError
 from colm_ds.report.arms import Arm, describe, make_arms
 from colm_ds.report.charts import smooth
 from colm_ds.report.costs import costs_section
-from colm_ds.report.facts import Facts
+from colm_ds.report.facts import NUMBERS, Facts
 from colm_ds.report.page import markdown_table, render_markdown, render_page
 from colm_ds.report.quality import differences_table, quality_columns, quality_section, sources_section
 from colm_ds.report.section import (
@@ -178,6 +178,29 @@ def result_tables(runs: Mapping[str, Sequence[Run]], against: Sequence[str]) -> 
     sources = source_table(view, "sources", f"Held-out {title} by source", f"{kind}.per_source")
     tables = [table for table in (_results(view.arms), differences_table(view), sources) if table and table.rows]
     return [table.as_dict() for table in tables], "\n\n".join(map(markdown_table, tables)) + "\n"
+
+
+def run_records(runs: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
+    """Return what each run of named arms measured, for JSON: enough to pair runs of several machines by seed later.
+
+    Of each run `arm`, `seed`, `numbers` (those of the tables, and held-out losses by source) and `heldout`, the curves
+    of its held-out losses: `steps`, `seconds`, `tokens` and `values`.
+    """
+    kept = (*NUMBERS, "heldout.per_source.", "heldout.perplexity.per_source.")
+    return [
+        {
+            "arm": arm.name,
+            "seed": facts.run.seed,
+            "numbers": {key: plain(value) for key, value in facts.values.items() if key.startswith(kept)},
+            "heldout": {
+                name: {axis: list(map(plain, points)) for axis, points in asdict(curve).items() if points}
+                for name, curve in facts.heldout().items()
+                if not name.startswith("source.")
+            },
+        }
+        for arm in make_arms(runs)
+        for facts in arm.used
+    ]
 
 
 def _results(arms: Sequence[Arm]) -> Table:

@@ -52,12 +52,13 @@ def run_sweep(grid: Grid, say: Callable[[str], None] = print) -> dict[str, Any]:
         say: called with each line of progress.
 
     Returns:
-        Content of `results.json`: `tables` (see `result_tables`), `failures` by run, `wall_s`.
+        Content of `results.json`: `tables` (see `result_tables`), `runs` (see `run_records`), `failures` by run,
+        `wall_s`.
 
     Raises:
         ConfigError: if the preparations of the arms fail.
     """
-    from colm_ds.report import compare, load_run, result_tables
+    from colm_ds.report import compare, load_run, result_tables, run_records
 
     started = time.monotonic()
     prepare(grid, say)
@@ -70,8 +71,10 @@ def run_sweep(grid: Grid, say: Callable[[str], None] = print) -> dict[str, Any]:
         return {arm: members for arm, members in runs.items() if members}
 
     def write(failures: dict[str, str]) -> dict[str, Any]:
-        tables, text = result_tables(finished(failures), against)
-        result = {"tables": tables, "failures": failures, "wall_s": time.monotonic() - started}
+        runs = finished(failures)
+        tables, text = result_tables(runs, against)
+        wall_s = time.monotonic() - started
+        result = {"tables": tables, "runs": run_records(runs), "failures": failures, "wall_s": wall_s}
         out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         (out / "results.md").write_text(text, encoding="utf-8")

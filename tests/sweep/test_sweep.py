@@ -108,7 +108,10 @@ def test_tables(faked: list[str], tmp_path: Path) -> None:
     text = (tmp_path / "out" / "results.md").read_text()
     assert "| CoLM | 3 | – | **1.0467 ± 0.1091** | **1.5700 ± 0.1637** | **2.0933 ± 0.2183** |" in text
     assert "± is the standard error of the mean over seeds." in text
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["tables"] == result["tables"]
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (written["tables"], written["runs"]) == (result["tables"], result["runs"])
+    by_run = {(run["arm"], run["seed"]): run["numbers"]["heldout.overall"] for run in written["runs"]}
+    assert by_run == {(arm, seed): values[seed] for arm, values in losses.items() for seed in range(3)}
 
 
 def test_paired_differences_to_controls(faked: list[str], tmp_path: Path) -> None:
