@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from colm_ds.config.colm import CoLMSection
 from colm_ds.models.architecture import Architecture
+from colm_ds.selection.large_pools import compared_at_once
 
 _CACHED_DIRECTIONS = 32 << 20  # maximum kept by colm_ds.probe.directions
 
@@ -39,7 +40,7 @@ def selection_bytes(colm: CoLMSection, architecture: Architecture, world_size: i
         return SelectionBytes(0, 0, 0)
     d, k, hidden_size = architecture.num_coordinates, probe.resolved_num_probes, architecture.hidden_size
     edges = sum(target.out_features + target.in_features for target in architecture.targets)
-    similarity = 3 * 8 * r * r  # float64, with temporaries of the distances
+    similarity = 3 * 8 * compared_at_once(r, colm.metric) ** 2  # float64, with temporaries of the distances
     if signal != "gradient":
         width = (hidden_size if signal == "hidden" else 1) + len(colm.needs.also)
         return SelectionBytes(0, 4 * r * width, 4 * r * width + similarity)

@@ -85,6 +85,11 @@ def pick_medoids(features: Tensor, k: int, metric: str, max_pool: int | None = N
     return PoolMedoids(indices, sizes)
 
 
+def compared_at_once(n: int, metric: str) -> int:
+    """Return how many of n examples one similarity matrix compares, where picks are not few."""
+    return n if n <= MAX_POOL[metric] else min(n, PART)
+
+
 def _greedy(features: Tensor, k: int, metric: str) -> Medoids:
     return facility_location(pairwise_similarity(features, metric), min(k, len(features)))
 

@@ -56,7 +56,7 @@ def job(**changes: Any) -> Job:
     """A small job that probes."""
     spec = changes.pop("spec", None) or ModelSpec(configuration(), torch.float32, device_type="cpu")
     zero = changes.pop("zero", None) or ZeroSettings(stage=2, world_size=2, reduce_bucket=1000)
-    colm = CoLMSection(large_batch_size=16, coreset_size=8, **changes.pop("colm", {}))
+    colm = CoLMSection(large_batch_size=changes.pop("large", 16), coreset_size=8, **changes.pop("colm", {}))
     return Job(spec, zero, colm, 2, 64, 64, **changes)
 
 
@@ -280,6 +280,15 @@ def test_an_estimator_needs_what_its_signals_take(estimator: str, floats: int) -
     assert phases["exchange"]["probe"] == 4 * floats
     assert phases["probe"]["probe"] > 4 * floats  # and a micro-batch's activations
     assert phases["select"]["probe"] > 3 * 8 * 16 * 16  # distances of r x r pairs in float64
+
+
+def test_large_pools_are_compared_in_parts() -> None:
+    small, large = (
+        Planner().memory(job(large=r, colm={"probe": {"estimator": "sketch"}})).phases["select"]["probe"]
+        for r in (8192, 16_384)
+    )
+    assert small > 3 * 8 * 8192**2
+    assert large < small
 
 
 def test_time_follows_the_cost_model() -> None:
