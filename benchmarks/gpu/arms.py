@@ -12,7 +12,8 @@ from torch import nn
 
 from benchmarks.gpu.rows import GIB, PEAK_FLOPS, Part, median, timed
 from colm_ds.config.resolve import resolve_config
-from colm_ds.engine.engine import CoLMEngine, initialize
+from colm_ds.engine.engine import CoLMEngine
+from colm_ds.engine.initialization import initialize
 from colm_ds.planner.job import job_of_engine
 from colm_ds.planner.plan import Planner
 from colm_ds.planner.step_cost import forward_flops

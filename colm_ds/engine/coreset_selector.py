@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from colm_ds.batching.assign import by_rank, micro_batches
 from colm_ds.batching.gather import gather_large_batch, read_examples
-from colm_ds.batching.micro_batch import make_micro_batch, with_fewer_labels
+from colm_ds.batching.micro_batch import make_micro_batch
 from colm_ds.batching.resourced import WithSources
 from colm_ds.batching.sources import known_counts, small_source_ids
 from colm_ds.config.colm import CoLMSection
@@ -27,6 +25,7 @@ from colm_ds.engine.accumulation import loss_scale
 from colm_ds.engine.adam_constants import adam_constants
 from colm_ds.engine.loss_store import LossStore
 from colm_ds.engine.out_of_memory import of_micro_batch
+from colm_ds.engine.probe_pass import ProbePass
 from colm_ds.engine.reference_losses import read_reference_losses
 from colm_ds.engine.sketch_store import SketchStore
 from colm_ds.engine.target_stream import TargetStream
@@ -36,16 +35,13 @@ from colm_ds.memory.breakdown import tensors_of
 from colm_ds.memory.meter import Meter
 from colm_ds.models.architecture import Architecture, find_architecture
 from colm_ds.models.model_fit import ModelLimits, check_causal, check_rows_fit
-from colm_ds.models.patch import eval_mode
 from colm_ds.models.quantized import check_adapters, keep_trainable
-from colm_ds.probe.estimators import Estimator, Observer, multiply_by_parts
+from colm_ds.probe.estimators import Estimator, multiply_by_parts
 from colm_ds.probe.gradient_sketch import MAX_TOKENS, GradientSketch
-from colm_ds.probe.parameters import reading_parameters
 from colm_ds.probe.registry import make_estimator
 from colm_ds.probe.replay import ReplayStore, choose_replay
 from colm_ds.probe.self_check import check_architecture
 from colm_ds.probe.spsa import SpsaEstimator
-from colm_ds.probe.tail import run_trunk
 from colm_ds.probe.tokens import TokensEstimator, vectors_of_model, vocabulary_size
 from colm_ds.probe.training_sketch import TrainingSketch
 from colm_ds.probe.variance import GradientVariance
@@ -209,7 +205,6 @@ class CoresetSelector:
         self._config = config
         self._device = device
         self._exchange = exchange
-        self._equal_counts = equal_counts
         self._rank = rank
         self.source_names = list(counts)
         self._source_key = None if source_counts is None else "source"
@@ -265,9 +260,16 @@ class CoresetSelector:
             if getattr(dataset, "candidates", None) is not None:
                 raise ConfigError(f"colm.selector = {config.selector!r}: not for classification data.")
             self._target = TargetStream(target, config.target, config.seed, exchange.num_processes)
-        self._architecture = architecture
+        self._probe_pass = ProbePass(
+            model,
+            config,
+            architecture,
+            device=device,
+            rank=rank,
+            num_ranks=exchange.num_processes,
+            equal_counts=equal_counts,
+        )
         self._estimator: Estimator | TokensEstimator | None = None
-        self._trunk_dtype = torch.bfloat16 if config.probe.dtype == "bfloat16" else None
         self._known_means: tuple[SourcedDataset, Tensor, Callable[[Sequence[int]], Tensor]] | None = None
         self._store: ReplayStore | None = None
         self.why_not_replay: str | None = None
@@ -347,7 +349,7 @@ class CoresetSelector:
         refreshes = self._target is not None and self._target.due(batch.step)
         observed = self._target.extend(batch, self._rank) if self._target is not None and refreshes else batch
         with meter.phase("probe"):
-            weights = self._probe(observed, batch.size, probed, self._estimator, replay, parts)
+            weights = self._read_signals(observed, batch.size, probed, self._estimator, replay, parts)
         with meter.phase("exchange"), self._exchange.counting("signals") as signal_bytes:
             signals = self._estimator.signals(observed.size, self._exchange)
             if self._target is not None:
@@ -439,7 +441,7 @@ class CoresetSelector:
         measured = GradientVariance(
             selection.coreset, batch.size, sketch.width, self._device, batch.num_label_tokens if by_token else None
         )
-        for positions in self._plan(batch, torch.ones(batch.size, dtype=torch.bool), MAX_TOKENS):
+        for positions in self._probe_pass.plan(batch, torch.ones(batch.size, dtype=torch.bool), MAX_TOKENS):
             if not positions:
                 continue
             micro = make_micro_batch([batch.examples[position] for position in positions]).to(self._device)
@@ -573,7 +575,7 @@ class CoresetSelector:
         generator = private_generator(config.seed, "sample", batch.step)
         return rest[torch.randperm(len(rest), generator=generator)[:count]].sort().values
 
-    def _probe(
+    def _read_signals(
         self,
         batch: LargeBatch,
         size: int,
@@ -582,43 +584,14 @@ class CoresetSelector:
         store: ReplayStore | None,
         parts: Tensor | None,
     ) -> Tensor | None:
-        """Run the trunk and the tail over the examples whose signal is needed; with replay the trunk over all.
-
-        Target examples, at positions from `size` on, are probed with all of their labels and not replayed.
-
-        Returns:
-            The probed weights, if the mask needs them, float32 `[d]`.
-        """
-        is_probed = torch.zeros(batch.size, dtype=torch.bool)
-        is_probed[probed] = True
-        if isinstance(estimator, TokensEstimator):
-            estimator.begin(batch.step, probed, len(probed), parts)
-            mine = (is_probed & (batch.home == self._rank)).nonzero().flatten().tolist()
-            estimator.look_up({position: batch.examples[position] for position in mine})
-            return None
-        offsets = self._token_offsets(batch)
-        is_target = torch.arange(batch.size) >= size
-        if batch.size > size:
-            probed = torch.cat([probed, is_target.nonzero().flatten()])
-            parts = None if parts is None else torch.cat([parts, torch.ones(batch.size - size)])
-        with eval_mode(self._model), torch.no_grad(), self._reading_weights() as weights:
-            counted = (is_probed | is_target) & (batch.home == self._rank)
-            estimator.begin(batch.step, probed, int(counted.sum()), parts)
-            for positions in self._plan(batch, is_probed):
-                self._probe_micro_batch(batch, positions, estimator, store, offsets)
-            for positions in self._plan(batch, is_target) if batch.size > size else ():
-                self._probe_micro_batch(batch, positions, estimator, None)
-            if store is not None:
-                for positions in self._plan(batch, ~is_probed & ~is_target):
-                    self._probe_micro_batch(batch, positions, None, store)
-        return weights()
-
-    def _token_offsets(self, batch: LargeBatch) -> Tensor | None:
-        """Draw where in every example the sampled labels begin, float32 `[r]`; None: all labels are used."""
-        if self._config.probe.token_sample == 1.0 or self.selector.signal != "gradient":
-            return None
-        generator = private_generator(self._config.seed, "tokens", batch.step)
-        return torch.rand(batch.size, generator=generator)
+        """Let the estimator read what it needs of the probed examples: their tokens, or `ProbePass.run`."""
+        if not isinstance(estimator, TokensEstimator):
+            samples_tokens = self.selector.signal == "gradient"
+            return self._probe_pass.run(batch, size, probed, estimator, store, parts, samples_tokens=samples_tokens)
+        estimator.begin(batch.step, probed, len(probed), parts)
+        mine = probed[batch.home[probed] == self._rank].tolist()
+        estimator.look_up({position: batch.examples[position] for position in mine})
+        return None
 
     def _unprobed(self, batch: LargeBatch, probed: Tensor) -> Tensor | None:
         """Return which examples outside small sources a subsampling probe leaves out, bool `[r]`."""
@@ -632,44 +605,6 @@ class CoresetSelector:
         """Return which examples the selector keeps without a signal, bool `[r]`."""
         small = self.small if self.selector.keeps_small else []
         return torch.isin(batch.sources, torch.tensor(small, dtype=torch.int64))
-
-    def _plan(self, batch: LargeBatch, wanted: Tensor, max_tokens: int | None = None) -> Sequence[Sequence[int]]:
-        """Plan this rank's micro-batches of the wanted examples, by default with the probe's padded tokens."""
-        world = self._exchange.num_processes
-        places = wanted.nonzero().flatten()
-        held = by_rank(places.tolist(), batch.home[places].tolist(), world)
-        max_tokens = max_tokens or self._config.probe.resolved_max_tokens(self._device.type)
-        plans = micro_batches(held, batch.padded_lengths, max_tokens=max_tokens, equal_counts=self._equal_counts)
-        return plans[self._rank]
-
-    def _probe_micro_batch(
-        self,
-        batch: LargeBatch,
-        positions: Sequence[int],
-        estimator: Observer | None,
-        store: ReplayStore | None,
-        offsets: Tensor | None = None,
-    ) -> None:
-        assert self._architecture is not None
-        micro = make_micro_batch([batch.examples[position] for position in positions])
-        if offsets is not None and positions:
-            micro = with_fewer_labels(micro, self._config.probe.token_sample, offsets[list(positions)])
-        micro = micro.to(self._device)
-        with of_micro_batch(micro):
-            with store.recording(micro.by_row(positions), micro.lengths) if store is not None else nullcontext():
-                tail = run_trunk(self._model, self._architecture, micro, self._trunk_dtype)
-            if estimator is not None:
-                lengths = micro.example_lengths[: len(positions)]
-                estimator.observe(tail, torch.tensor(positions, dtype=torch.int64), lengths)
-
-    @contextmanager
-    def _reading_weights(self) -> Iterator[Callable[[], Tensor | None]]:
-        """Copy the probed weights if the mask needs them; yield a function that returns them after the block."""
-        if self._architecture is None or self._config.mask.criterion not in ("weight", "weight_grad"):
-            yield lambda: None
-            return
-        with reading_parameters(self._architecture.targets) as weights:
-            yield weights
 
     @staticmethod
     def _mask_size(config: CoLMSection, architecture: Architecture | None) -> int | None:

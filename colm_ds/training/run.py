@@ -28,7 +28,8 @@ from colm_ds.checkpoints.weights import save_trained
 from colm_ds.config.resolve import ResolvedConfig, load_config, resolve_config
 from colm_ds.distributed.agreement import meet, single_process_environment, together
 from colm_ds.distributed.exchange import make_exchange
-from colm_ds.engine.engine import CoLMEngine, initialize, prepare_deepspeed
+from colm_ds.engine.engine import CoLMEngine
+from colm_ds.engine.initialization import initialize, prepare_deepspeed
 from colm_ds.errors import CheckpointError, CoLMError, ConfigError, DeviceMemoryError, DivergenceError, SelectionError
 from colm_ds.export.model_card import write_model_card
 from colm_ds.memory.meter import GIB

@@ -275,7 +275,7 @@ def test_target_data_where_it_is_needed_and_only_there() -> None:
     ):
         config = {"colm": {**SIZES, "selector": selector}}
         with pytest.raises(ConfigError, match=message):
-            colm_ds.engine.engine._check_target(resolve_config(config, 1), given)
+            colm_ds.engine.initialization._check_target(resolve_config(config, 1), given)
 
 
 def test_tables_are_checked(tmp_path: Path) -> None:

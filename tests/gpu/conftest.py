@@ -14,7 +14,7 @@ def one_process() -> Iterator[None]:
     import deepspeed
 
     from colm_ds.distributed.agreement import single_process_environment
-    from colm_ds.engine.engine import prepare_deepspeed
+    from colm_ds.engine.initialization import prepare_deepspeed
 
     with pytest.MonkeyPatch.context() as environment:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -100,7 +100,7 @@ def make_trainer(output: str, colm: Any, steps: int, stage: int | None = None, *
     """A `CoLMTrainer` on the tiny model that notes what it chooses (`chosen`) and trains on (`shapes`)."""
     from transformers import TrainingArguments
 
-    from colm_ds.engine.engine import prepare_deepspeed
+    from colm_ds.engine.initialization import prepare_deepspeed
     from colm_ds.integrations.transformers import CoLMTrainer
 
     class Noting(CoLMTrainer):
