@@ -521,8 +521,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "memory-report": Command(
         "compare plain and coreset training of a recipe for memory, time and quality",
-        "Run plain b, CoLM b of r and plain r with equal accumulation steps and with an equal micro-batch, then a few "
-        "steps of further batch sizes, and compare them on one page. Runs that are finished are skipped.",
+        "Run plain b, CoLM b of r, tokens b of 4b and plain r with equal accumulation steps and with an equal "
+        "micro-batch, then a few steps of further batch sizes, and compare them on one page. Runs that are finished "
+        "are skipped.",
         _set_up_memory_report,
         "finetune/recipes/smollm2_math.yaml data.train=MathInstruct.json",
     ),

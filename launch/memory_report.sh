@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compares the memory, time and quality of plain b, CoLM b of r and plain r under both protocols, ending in a report.
+# Compares the memory, time and quality of plain b, CoLM b of r, tokens b of 4b and plain r, ending in a report.
 #
 #   bash launch/memory_report.sh RECIPE [key=value ...]              # changes to the recipe, for all arms
 #   bash launch/memory_report.sh finetune/recipes/phi2_math.yaml data.train=MY_DATA.jsonl steps=20

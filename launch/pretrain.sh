@@ -2,7 +2,7 @@
 # Pretraining in one go: prepares the token store, trains, evaluates and writes a report with perplexity by source.
 #
 #   bash launch/pretrain.sh                                     # the demo: about 3 minutes on 2 cores, no data needed
-#   bash launch/pretrain.sh [RECIPE] [key=value ...]            # another recipe, changes to it
+#   bash launch/pretrain.sh [RECIPE] [key=value ...]            # another recipe; changes to it, in any order
 #   DATA="PILE_FOLDER more.jsonl.zst" bash launch/pretrain.sh pretrain/recipes/cpu_pile5.yaml steps=100
 #
 # The same command a second time skips what is finished and resumes what is not. The run's folder (output_dir) then
@@ -24,14 +24,15 @@ fi
 here="$PWD"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 recipe="$root/pretrain/recipes/demo.yaml"
-if [[ $# -ge 1 && "$1" != *=* ]]; then
-    [[ -f "$1" ]] || fail "$1: no such recipe; --help says more"
-    recipe="$(realpath "$1")"
-    shift
-fi
-for change in "$@"; do
-    [[ "$change" == *=* ]] || fail "'$change': changes to the recipe are written key=value"
+given=() changes=()
+for word in "$@"; do
+    if [[ "$word" == *=* && ! -f "$word" ]]; then changes+=("$word"); else given+=("$word"); fi
 done
+(( ${#given[@]} <= 1 )) || fail "'${given[1]}': one recipe at a time; changes to it are written key=value"
+if (( ${#given[@]} )); then
+    [[ -f "${given[0]}" ]] || fail "${given[0]}: no such recipe; changes to one are written key=value"
+    recipe="$(realpath "${given[0]}")"
+fi
 
 absolute() { [[ "$1" == /* ]] && echo "$1" || echo "$here/$1"; }
 options=(--port "${MASTER_PORT:-29650}" --megabytes "${MEGABYTES:-4}")
@@ -52,4 +53,4 @@ recipe="${recipe#"$PWD"/}"     # as in the commands of the report
 bash launch/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [[ "$(python -c 'import torch; print(torch.cuda.device_count())')" == 0 ]]; then export DS_ACCELERATOR=cpu; fi
-exec colm-ds pretrain "$recipe" "$@" "${options[@]}"
+exec colm-ds pretrain "$recipe" ${changes[@]+"${changes[@]}"} "${options[@]}"

@@ -26,7 +26,8 @@ class ProbeConfig(Section):
     estimator: Literal["spsa", "exact", "sketch", "projection", "tokens"] = Field(
         "spsa",
         description="spsa (the paper's), exact, sketch, projection of the exact gradient on random directions, or "
-        "tokens: the labels' input embeddings, without any pass of the model",
+        "tokens: the labels' input embeddings, without any pass of the model; by default sketch with source store and "
+        "for vector_sum, grab, greats and opus",
     )
     source: Literal["pass", "store"] = Field(
         "pass",
@@ -286,13 +287,13 @@ class CoLMSection(Section):
     geometry: Literal["adam", "plain"] = Field(
         "adam",
         description="compare gradients as Adam would scale them, by the history of selected ones, or as they are; "
-        "auto: adam, with tokens plain",
+        "auto: adam; plain with tokens, with stored sketches, for vector_sum, grab and greats",
     )
     metric: Literal["l1", "euclidean", "cosine"] = Field(
         "l1", description="distance between examples; auto: l1, with tokens euclidean"
     )
     weights: Literal["uniform", "cluster", "matched"] = Field(
-        "uniform", description="loss weights of medoids; auto: uniform, with tokens matched"
+        "uniform", description="loss weights of medoids; auto: uniform, for colm with tokens matched"
     )
     loss_normalization: Literal["example", "token"] = Field("example", description="mean over examples or tokens")
     micro_batch_tokens: int | None = Field(
@@ -326,7 +327,11 @@ class CoLMSection(Section):
     phase_timeout_s: float = Field(
         1800.0, ge=0, description="end a rank whose phase (probe, train, save, ...) lasts longer, in seconds; 0: never"
     )
-    seed: int = Field(0, ge=0, description="seeds the data order and every random choice of the selection")
+    seed: int = Field(
+        0,
+        ge=0,
+        description="seeds the data order and every random choice of the selection; in a recipe by default its seed",
+    )
 
     @property
     def needs(self) -> Needs:

@@ -1,6 +1,6 @@
 """Choose coresets before their examples are read, if the choice needs no pass of the model.
 
-Rank 0 chooses in a thread during the previous step and broadcasts positions and weights; every rank reads only what it
+Rank 0 chooses in a thread, two steps ahead, and broadcasts positions and weights; every rank reads only what it
 will train on.
 """
 

@@ -54,7 +54,9 @@ class BaseRecipe(Section):
     epochs: float | None = Field(
         None, gt=0, description="instead of steps: how often the large batches go through the data (rows inspected)"
     )
-    seed: int = Field(0, ge=0, description="seeds weights, data order and every choice")
+    seed: int = Field(
+        0, ge=0, description="seeds weights and held-out rows, and data order and every choice unless colm.seed does"
+    )
     micro_batch_size: int = Field(4, ge=1, description="examples per device and backward pass: the lever on memory")
     model: ModelConfig
     tokenizer: str | None = Field(None, description="tokenizer folder or hub name; default: the model's")
@@ -112,6 +114,15 @@ class BaseRecipe(Section):
         if match is None:
             return values
         return {**{key: value for key, value in values.items() if key != "steps"}, "epochs": match[1]}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _seed_choices(cls, values: Any) -> Any:
+        """Take `seed` for `colm.seed`, unless that is written."""
+        colm = values.get("colm") if isinstance(values, dict) else None
+        if not isinstance(colm, dict) or "seed" in colm or not isinstance(values.get("seed"), int):
+            return values
+        return {**values, "colm": {**colm, "seed": values["seed"]}}
 
     def with_steps(self, steps_per_epoch: int) -> Self:
         """Return the recipe with its number of steps, which `epochs` leaves open until the data is read.
@@ -234,6 +245,10 @@ class Recipe(BaseRecipe):
             key = "every" if evaluation.every else "exact_match"
             value = getattr(evaluation, key)
             problems.add(f"evaluation.{key}", value, "nothing is held out", "Set data.holdout_per_source.")
+        elif evaluation.exact_match and data.heldout is None:
+            problems.add(
+                "evaluation.exact_match", True, "asks the rows of data.heldout", "Name a file of held-out rows there."
+            )
 
 
 class ChoiceRecipe(BaseRecipe):

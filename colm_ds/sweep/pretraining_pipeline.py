@@ -14,6 +14,7 @@ from colm_ds.process.exit_codes import ExitCode
 from colm_ds.process.launch import accelerator_environment, add_num_gpus, ranks_command
 from colm_ds.recipes.recipe import PretrainingRecipe, load_recipe
 from colm_ds.run_folder.read import is_finished, load_run
+from colm_ds.training.prepare_command import places_and_changes
 from colm_ds.untrusted.printable import visible
 
 
@@ -138,11 +139,12 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ConfigError: see `run_all`.
     """
+    places, changes = places_and_changes(options.data)
     try:
         page = run_all(
             options.recipe,
-            options.overrides,
-            data=options.data,
+            [*options.overrides, *changes],
+            data=places,
             megabytes=options.megabytes,
             questions=options.questions,
             num_ranks=options.num_gpus,

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     """
     from colm_ds.recipes.recipe import PretrainingRecipe, load_recipe
 
-    places, changes = _sort_out(options.data)
+    places, changes = places_and_changes(options.data)
     if not places:
         raise ConfigError(f"--data: {' '.join(changes)} names no file or folder.")
     recipe = load_recipe(options.recipe, [*options.overrides, *changes])
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
-def _sort_out(words: Sequence[str]) -> tuple[list[str], list[str]]:
+def places_and_changes(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split the words after --data into files and folders, and changes to the recipe that follow them."""
     changes = [word for word in words if re.match(r"[A-Za-z_][\w.]*=", word) and not Path(word).exists()]
     return [word for word in words if word not in changes], changes

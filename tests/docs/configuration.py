@@ -22,7 +22,7 @@ Written from the code by `python -m tests.docs.configuration`. A misspelled or u
 nearest known one; all problems of a file come in one message, before training.
 
 - The `"colm"` section stands in DeepSpeed's JSON (`colm_ds.initialize`), in a recipe (`colm:`), in the Trainer's
-  `CoLMConfig`.
+  `CoLMConfig`, which has those keys that a Trainer does not set itself.
 - A recipe is a YAML file ([a whole one](FINETUNING.md#a-recipe-of-your-own)). `extends: OTHER.yaml` inherits the keys
   and sections that are not written; one that is written replaces the other's whole section. On the command line
   `key=value` changes a recipe, with dots for one key of a section (`colm.coreset_size=8`), or a whole section at once:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from colm_ds import cli
 from tests.pretrain.runs import ENVIRONMENT, ROOT, SHAPE, read_metrics
 
 TINY = [
@@ -19,6 +20,8 @@ TINY = [
     *("colm.large_batch_size=16", "colm.coreset_size=8", "evaluation.every=2", "evaluation.chunks_per_source=3"),
     *("save_every=2", "lr_schedule={kind: constant, warmup_fraction: 0.0}"),
 ]
+
+DEMO, PILE5 = (str(ROOT / "pretrain" / "recipes" / f"{name}.yaml") for name in ("demo", "cpu_pile5"))
 
 
 @pytest.fixture
@@ -88,11 +91,13 @@ def test_help(script: Path) -> None:
     ("arguments", "environment", "message"),
     [
         (["nothing.yaml"], {}, "pretrain: nothing.yaml: no such recipe"),
-        (["steps=2", "more"], {}, "pretrain: 'more': changes to the recipe are written key=value"),
+        (["steps=2", "more"], {}, "pretrain: more: no such recipe; changes to one are written key=value"),
+        ([DEMO, "steps=2", DEMO], {}, "demo.yaml': one recipe at a time"),
+        (["data.store=runs/none", PILE5], {}, "no data was named"),
         (["steps=2"], {"DATA": "no/such/file.jsonl"}, "DATA: no/such/file.jsonl: no such file or folder"),
         pytest.param(["stepps=2"], {}, "Did you mean 'steps'", marks=pytest.mark.slow),
         pytest.param(["steps=2"], {"QUESTIONS": "nowhere"}, "nowhere: no such folder", marks=pytest.mark.slow),
-        ([str(ROOT / "pretrain" / "recipes" / "cpu_pile5.yaml"), "data.store=runs/none"], {}, "no data was named"),
+        ([PILE5, "data.store=runs/none"], {}, "no data was named"),
         pytest.param(
             [str(ROOT / "finetune" / "recipes" / "demo.yaml"), f"data.train={ROOT}", f"data.heldout={ROOT}"],
             {},
@@ -108,3 +113,8 @@ def test_bad_input_is_one_message(
     assert found.returncode == 2
     assert message in found.stderr
     assert "Traceback" not in found.stderr
+
+
+def test_changes_may_follow_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["pretrain", DEMO, "--data", str(tmp_path), "stepps=2"]) == 2
+    assert "Did you mean 'steps'" in capsys.readouterr().err

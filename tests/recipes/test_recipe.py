@@ -9,7 +9,10 @@ import pytest
 
 from colm_ds.errors import ConfigError
 from colm_ds.recipes import recipe
+from colm_ds.recipes.recipe import load_recipe
 from colm_ds.training.start_or_resume import recipe_differences
+
+ROOT = Path(__file__).resolve().parents[2]
 
 NAMES_OF_0_1_0 = (
     *("BaseRecipe", "Recipe", "ChoiceRecipe", "PretrainingRecipe", "RECIPES", "PACKAGE_PREFIX"),
@@ -103,3 +106,15 @@ def test_what_can_not_be_extended(text: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         recipe.load_recipe(write(tmp_path / "own.yaml", text))
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("changes", "wanted"), [([], 0), (["seed=7"], 7), (["seed=7", "colm.seed=3"], 3)])
+def test_the_seed_is_that_of_the_choices_too(changes: list[str], wanted: int) -> None:
+    recipe = load_recipe(ROOT / "finetune" / "recipes" / "cpu_lora.yaml", changes, needs_files=False)
+    assert recipe.colm.seed == wanted
+
+
+def test_exact_match_asks_held_out_files() -> None:
+    changes = ["data.heldout=null", "data.holdout_per_source=4", "evaluation={exact_match: true}"]
+    with pytest.raises(ConfigError, match=r"evaluation\.exact_match = True: asks the rows of data\.heldout"):
+        load_recipe(ROOT / "finetune" / "recipes" / "cpu_lora.yaml", changes, needs_files=False)
