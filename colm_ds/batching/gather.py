@@ -131,16 +131,17 @@ def _example(record: Any, place: int, names: Sequence[str], source_key: str | No
         if record.get("attention_mask") is not None:
             keep = _row(record["attention_mask"]).bool()
             ids, labels = ids[keep], labels[keep]
+        index = -1 if record.get("index") is None else int(record["index"])
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
         raise DataError(
-            f"example {place}: {reason}. Give input_ids, labels and attention_mask of equal length."
+            f"example {place}: {reason}. Give input_ids, labels and attention_mask of equal length; index is a number."
         ) from None
     if len(ids) != len(labels):
         raise DataError(f"example {place}: {len(ids)} tokens and {len(labels)} labels. Give one label per token.")
     has_source = source_key is not None and record.get(source_key) is not None
     source = source_id(record[source_key], names) if has_source else 0
-    return Example(ids, labels, source, int(record.get("index", -1)))
+    return Example(ids, labels, source, index)
 
 
 def _row(values: Any) -> Tensor:

@@ -101,6 +101,15 @@ class LargeBatchLoader:
         self.next_step = state["next_step"]
         if state["sources"]:
             self.set_sources(state["sources"]["names"], state["sources"]["ids"].numpy(), state["kept_sources"])
+        else:
+            self._kept_sources = sorted(state["kept_sources"])
+
+    def restore_sources(self) -> bool:
+        """Return to the dataset's own sources; return whether there were others."""
+        if not isinstance(self.dataset, WithSources):
+            return False
+        self.dataset = self.dataset.dataset
+        return True
 
     def set_sources(self, names: Sequence[str], ids: npt.NDArray[Any], kept_sources: Collection[int]) -> None:
         """Divide the examples into other sources; iterate again after it.

@@ -47,17 +47,23 @@ def pack_first_fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
     if row_tokens < 1:
         raise ConfigError(f"row_tokens = {row_tokens}: must be at least 1.")
     rows: list[list[int]] = []
-    free: list[int] = []
+    leaves = 1 << max(0, len(lengths) - 1).bit_length()
+    room = [row_tokens] * (2 * leaves)  # a tree: room[leaves + row] is left in a row, room[node] at most below a node
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         size = int(lengths[index])
-        for row, room in enumerate(free):
-            if size <= room:
-                rows[row].append(index)
-                free[row] -= size
-                break
+        if size > row_tokens:  # the longest come first, so that all rows so far are as long
+            node = leaves + len(rows)
         else:
-            rows.append([index])
-            free.append(row_tokens - size)
+            node = 1
+            while node < leaves:
+                node = 2 * node if size <= room[2 * node] else 2 * node + 1
+        if node - leaves == len(rows):
+            rows.append([])
+        rows[node - leaves].append(index)
+        room[node] -= size
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
     return rows
 
 

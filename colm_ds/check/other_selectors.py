@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -172,8 +171,6 @@ def score_sample(
     near = {}
     if target is not None:
         near = columns(target, target.lengths, [key for key, with_target in compares.items() if with_target])
-        if parts is not None and "gradient" in near:
-            near["gradient"] = near["gradient"] * torch.from_numpy(np.asarray(target.num_label_tokens)).float()[:, None]
     scored = {}
     for key, with_target in compares.items():
         vectors = torch.cat([own[name] for name in key], dim=1)

@@ -565,10 +565,13 @@ class CoresetSelector:
         """Return the positions whose signal is needed in this step: none from small sources, ascending int64 `[n]`."""
         config = self._config
         kept, size = self._kept_anyway(batch), config.coreset_size or 0
-        picks = size - most_kept(int(kept.sum()), size, batch.size, self._context.settings.small_share)
+        lacks = getattr(self.selector, "lacks", None)
+        lacking = None if lacks is None else lacks(batch)
+        usable = torch.ones_like(kept) if lacking is None else ~lacking
+        picks = size - most_kept(int((kept & usable).sum()), size, batch.size, self._context.settings.small_share)
         if picks <= 0:
             return torch.empty(0, dtype=torch.int64)
-        rest = (~kept).nonzero().flatten()
+        rest = (~kept & usable).nonzero().flatten()
         if config.probe.sample == 1.0:
             return rest
         count = max(picks, math.ceil(config.probe.sample * len(rest)))

@@ -279,6 +279,7 @@ class CoLMEngine:
             return
         if step.place or step.is_done:
             raise LoopError(f"engine.{what}: a loop over the loader is at {step.name}. Let it take that step first.")
+        self.loader.next_step = step.selection.batch.step  # its large batch is read again
         self.open_step = None
         self._contexts.close()
 
@@ -551,6 +552,8 @@ class CoLMEngine:
             self.data_use.trained = self.num_samples
         if state["sources"]:
             self._choose_by(state["sources"]["names"], state["sources"]["ids"].numpy())
+        elif self.loader.restore_sources():  # later sources than the checkpoint's
+            self._choose_by(self.loader.dataset.source_names, self.loader.dataset.source_ids)
         self.coreset_selector.load_state_dict(state["selector"])
         self.loader.load_state_dict({"kept_sources": self.coreset_selector.small, **state})
         self._batches = self._read()

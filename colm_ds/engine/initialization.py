@@ -19,7 +19,7 @@ from colm_ds.config.resolve import Config, ResolvedConfig, resolve_config
 from colm_ds.engine.arguments import NAME, check_collated, check_initialize, is_sourced, refused_by_deepspeed
 from colm_ds.engine.engine import CoLMEngine
 from colm_ds.engine.micro_batch_loop import Collate, MicroBatchLoader
-from colm_ds.errors import Attempts, ConfigError
+from colm_ds.errors import Attempts, ConfigError, DataError
 from colm_ds.models.model_fit import check_rows_fit
 from colm_ds.models.quantized import check_adapters
 from colm_ds.types import SourcedDataset
@@ -95,10 +95,12 @@ def initialize(
     needs_sources = resolved is not None and looks_at_sources(resolved.colm)
     dataset = attempts.of(lambda: _sourced(training_data, collate_fn, model, needs_sources))
     attempts.of(lambda: check_rows_fit(model, dataset))
+    mixes = resolved is not None and resolved.colm.target.mix == "equal"
+    target = attempts.of(lambda: _target(target_data, mixes))
+    attempts.of(lambda: check_rows_fit(model, target))
     attempts.raise_if_any()
     assert resolved is not None
     assert dataset is not None
-    target = target_data if target_data is None or is_sourced(target_data) else RecordDataset(target_data)
     _prefer_torch_adam(resolved.deepspeed)
     try:
         inner, optimizer, _, scheduler = deepspeed.initialize(
@@ -150,6 +152,16 @@ def _sourced(data: Any, collate_fn: Collate | None, model: nn.Module, needs_sour
     if collate_fn is not None:
         check_collated(collate_fn, data, model)
     return RecordDataset(data, collate_fn=collate_fn, needs_sources=needs_sources, says_what=_is_first())
+
+
+def _target(data: Any, needs_sources: bool) -> SourcedDataset | None:
+    """Return the target data as a dataset that knows its sources and lengths."""
+    if data is None or is_sourced(data):
+        return data
+    try:
+        return RecordDataset(data, needs_sources=needs_sources, says_what=_is_first())
+    except DataError as error:
+        raise DataError(f"target_data: {error}") from None
 
 
 def _is_first() -> bool:

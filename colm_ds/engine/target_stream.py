@@ -57,8 +57,9 @@ class TargetStream:
     def indices(self, step: int) -> list[int]:
         """Return the places in the target data that a step's refresh takes, `[m']`."""
         start = (step - 1) // self._config.refresh * self._config.batch
-        places = range(start, start + self._config.batch)
-        return [self._order(place // len(self._drawn))[place % len(self._drawn)] for place in places]
+        places = [divmod(place, len(self._drawn)) for place in range(start, start + self._config.batch)]
+        orders = {epoch: self._order(epoch) for epoch in {epoch for epoch, _ in places}}
+        return [orders[epoch][place] for epoch, place in places]
 
     def extend(self, batch: LargeBatch, rank: int) -> LargeBatch:
         """Return a large batch with the step's target examples after its own, shared among ranks."""

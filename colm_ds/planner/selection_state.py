@@ -40,7 +40,8 @@ def selection_bytes(colm: CoLMSection, architecture: Architecture, world_size: i
         return SelectionBytes(0, 0, 0)
     d, k, hidden_size = architecture.num_coordinates, probe.resolved_num_probes, architecture.hidden_size
     edges = sum(target.out_features + target.in_features for target in architecture.targets)
-    similarity = 3 * 8 * compared_at_once(r, colm.metric) ** 2  # float64, with temporaries of the distances
+    at_once = compared_at_once(r, colm.coreset_size or r, colm.metric)
+    similarity = 3 * 8 * at_once**2  # float64, with temporaries of the distances
     if signal != "gradient":
         width = (hidden_size if signal == "hidden" else 1) + len(colm.needs.also)
         return SelectionBytes(0, 4 * r * width, 4 * r * width + similarity)

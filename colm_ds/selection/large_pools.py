@@ -25,6 +25,9 @@ FEWEST_PICKS = 4
 OVERSAMPLING = 1.5
 """Picks tried first in every part, relative to an even share; the best of all parts are taken."""
 
+NO_GAIN = 1e-9
+"""Gains up to this, relative to the largest, are round-off: the row equals a pick."""
+
 _SAMPLE = 1024
 _POWER_ITERATIONS = 8
 
@@ -60,34 +63,58 @@ def pick_medoids(features: Tensor, k: int, metric: str, max_pool: int | None = N
     if n <= largest or k == 0:
         medoids = _greedy(features, k, metric)
         return PoolMedoids(medoids.indices, medoids.cluster_sizes)
-    num_parts = max(-(-n // largest), min(-(-n // part), k // PICKS_OF_A_PART))
-    num_parts = max(1, min(num_parts, k // FEWEST_PICKS))
-    stride = -(-n // (num_parts * largest))
-    rows = torch.arange(0, n, stride, device=features.device)
-    parts = _neighbours(features, rows, num_parts, metric)
-    share = math.ceil(OVERSAMPLING * k / num_parts)
-    tried = [_greedy(features[rows], share, metric) for rows in parts]
-    while True:
-        gains = torch.cat([each.gains.clone().index_fill_(0, torch.tensor(0), torch.inf) for each in tried])
-        best = gains.sort(descending=True, stable=True).indices[:k]  # a part's first pick is always among them
-        rank = torch.full((len(gains),), k).index_put_((best,), torch.arange(k))
-        ranks = rank.split([len(each.indices) for each in tried])
-        short = [part for part, own in enumerate(ranks) if own.max() < k and len(own) < len(parts[part])]
-        if not short:
-            break
-        for part in short:  # all its picks are taken: it may deserve more
-            tried[part] = _greedy(features[parts[part]], 2 * len(ranks[part]), metric)
-    indices, sizes = torch.empty(2, k, dtype=torch.int64, device=features.device)
-    for rows, medoids, own in zip(parts, tried, ranks, strict=True):
-        taken, places = own[own < k].to(rows.device), medoids.indices[(own < k).to(rows.device)]
-        indices[taken] = rows[places]
-        sizes[taken] = _cluster_sizes(features[rows], places, metric)
+    num_parts = _num_parts(n, k, largest, part)
+    compared = torch.arange(0, n, -(-n // (num_parts * largest)), device=features.device)
+    parts = _neighbours(features, compared, num_parts, metric)
+    indices = _best_of_parts(features, parts, k, metric)
+    rank = torch.full((n,), k, device=features.device)
+    rank[indices] = torch.arange(len(indices), device=features.device)
+    if len(indices) < k:  # every row equals a pick: as in one matrix, the lowest rows are next
+        others = compared[rank[compared] == k][: k - len(indices)]
+        rank[others] = torch.arange(len(indices), k, device=features.device)
+        indices = torch.cat([indices, others])
+    sizes = torch.empty(k, dtype=torch.int64, device=features.device)
+    for rows in parts:
+        places = (rank[rows] < k).nonzero().flatten()
+        sizes[rank[rows[places]]] = _cluster_sizes(features[rows], places, metric)
     return PoolMedoids(indices, sizes)
 
 
-def compared_at_once(n: int, metric: str) -> int:
-    """Return how many of n examples one similarity matrix compares, where picks are not few."""
-    return n if n <= MAX_POOL[metric] else min(n, PART)
+def _best_of_parts(features: Tensor, parts: list[Tensor], k: int, metric: str) -> Tensor:
+    """Return the picks of largest gain of all parts, best first, int64; fewer than k where no others gain anything."""
+    share = math.ceil(OVERSAMPLING * k / len(parts))
+    tried = [_greedy(features[rows], share, metric) for rows in parts]
+    while True:
+        gains = [each.gains.clone() for each in tried]
+        least = NO_GAIN * max((float(each[1:].max()) for each in gains if len(each) > 1), default=0.0)
+        for each in gains:
+            each[0] = torch.inf  # every part has a pick; only later gains are free of the similarity's constant
+        every = torch.cat(gains)
+        best = every.sort(descending=True, stable=True).indices[:k]
+        best = best[every[best] > least]
+        taken = torch.zeros(len(every), dtype=torch.bool).index_fill_(0, best, True)
+        short = [
+            number
+            for number, own in enumerate(taken.split([len(each) for each in gains]))
+            if bool(own.all()) and len(own) < len(parts[number])
+        ]
+        if not short:
+            rows = torch.cat([part[each.indices] for part, each in zip(parts, tried, strict=True)])
+            return rows[best.to(rows.device)]
+        for number in short:  # all its picks are taken: it may deserve more
+            tried[number] = _greedy(features[parts[number]], 2 * len(gains[number]), metric)
+
+
+def compared_at_once(n: int, k: int, metric: str) -> int:
+    """Return how many of n examples one similarity matrix compares to pick k."""
+    largest = MAX_POOL[metric]
+    return n if n <= largest else min(largest, -(-n // _num_parts(n, k, largest, PART)))
+
+
+def _num_parts(n: int, k: int, largest: int, part: int) -> int:
+    """Return the number of parts of n examples, more than `largest`, of which k are picked."""
+    wanted = max(-(-n // largest), min(-(-n // part), k // PICKS_OF_A_PART))
+    return max(1, min(wanted, k // FEWEST_PICKS))
 
 
 def _greedy(features: Tensor, k: int, metric: str) -> Medoids:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 
 import pytest
@@ -140,3 +141,19 @@ def test_candidates_of_a_packed_batch() -> None:
             for length, owner in zip(batch.lengths, batch.groups.owners, strict=True)
             if owner in ([0], [1, 2, 3], [4, 5])[row]
         )
+
+
+def test_first_fit_is_that_of_a_plain_loop() -> None:
+    for seed in range(200):
+        generator = random.Random(seed)
+        row_tokens = generator.randrange(1, 80)
+        lengths = [generator.randrange(0, 70) for _ in range(generator.randrange(0, 60))]
+        rows: list[list[int]] = []
+        for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+            fits = (row for row in rows if sum(lengths[one] for one in row) + lengths[index] <= row_tokens)
+            row = next(fits, None)
+            if row is None:
+                rows.append([index])
+            else:
+                row.append(index)
+        assert pack_first_fit(lengths, row_tokens) == rows

@@ -18,7 +18,7 @@ from colm_ds.engine.coreset_selector import CoresetSelector
 from colm_ds.engine.loss_store import LossStore
 from colm_ds.engine.reference_losses import read_reference_losses, write_reference_losses
 from colm_ds.engine.target_stream import TargetStream, draw_targets
-from colm_ds.errors import CheckpointError, ConfigError, SelectionError
+from colm_ds.errors import CheckpointError, ConfigError, DataError, SelectionError
 from colm_ds.selection import SELECTORS
 from tests.engine.oracle import token_losses
 from tests.engine.training import NOTHING_PERSISTS, Case, records, start
@@ -266,6 +266,16 @@ def test_selectors_that_need_the_engine() -> None:
     ):
         with pytest.raises(ConfigError, match=r"which the step of colm_ds\.initialize"):
             CoresetSelector(model, {**SIZES, **section}, {"a": 64})
+
+
+def test_target_data_may_be_plain_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(colm_ds.engine.initialization, "_is_first", lambda: True)
+    plain = [{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}]
+    target = colm_ds.engine.initialization._target(plain, needs_sources=False)
+    assert target is not None
+    assert list(target.source_names) == ["all"]
+    with pytest.raises(DataError, match="target_data: example 0: no 'source'"):
+        colm_ds.engine.initialization._target(plain, needs_sources=True)
 
 
 def test_target_data_where_it_is_needed_and_only_there() -> None:

@@ -64,6 +64,33 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+def change_sources(case: Case) -> dict[str, Any]:
+    """In a rank: other sources while a micro-batch is handed out, then back to a state from before them."""
+    engine = start(case)
+    state = engine.state_dict()
+    engine.train_batch()
+    open_step = engine.next_micro_batch()
+    handed_out = open_step.selection.batch.step
+    before = list(engine.loader.dataset.source_names)
+    engine.set_sources(["even", "odd", "few"], np.array([n % 2 if n > 8 else 2 for n in range(123)]))
+    again = engine.train_batch().step
+    changed = list(engine.loader.dataset.source_names)
+    engine.load_state_dict(state)
+    restored = [engine.loader.dataset.source_names, engine.coreset_selector.source_names]
+    first = engine.train_batch().step
+    engine.destroy()
+    return {"steps": (handed_out, again, first), "names": (before, changed, *map(list, restored))}
+
+
+@pytest.mark.distributed
+def test_other_sources_lose_no_step_and_go_with_an_older_state(pools: dict[int, Ranks]) -> None:
+    (found,) = pools[1].run(change_sources, Case("sources"))
+    assert found["steps"] == (2, 2, 1)
+    before, changed, *restored = found["names"]
+    assert changed == ["even", "odd", "few"]
+    assert restored == [before, before]
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("other_sources", [False, True])
 @pytest.mark.parametrize("estimator", ["spsa", pytest.param("sketch", marks=pytest.mark.slow)])

@@ -56,7 +56,8 @@ def job(**changes: Any) -> Job:
     """A small job that probes."""
     spec = changes.pop("spec", None) or ModelSpec(configuration(), torch.float32, device_type="cpu")
     zero = changes.pop("zero", None) or ZeroSettings(stage=2, world_size=2, reduce_bucket=1000)
-    colm = CoLMSection(large_batch_size=changes.pop("large", 16), coreset_size=8, **changes.pop("colm", {}))
+    sizes = {"large_batch_size": changes.pop("large", 16), "coreset_size": changes.pop("coreset", 8)}
+    colm = CoLMSection(**sizes, **changes.pop("colm", {}))
     return Job(spec, zero, colm, 2, 64, 64, **changes)
 
 
@@ -284,7 +285,9 @@ def test_an_estimator_needs_what_its_signals_take(estimator: str, floats: int) -
 
 def test_large_pools_are_compared_in_parts() -> None:
     small, large = (
-        Planner().memory(job(large=r, colm={"probe": {"estimator": "sketch"}})).phases["select"]["probe"]
+        Planner()
+        .memory(job(large=r, coreset=r // 4, colm={"probe": {"estimator": "sketch"}}))
+        .phases["select"]["probe"]
         for r in (8192, 16_384)
     )
     assert small > 3 * 8 * 8192**2

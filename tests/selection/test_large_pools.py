@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from colm_ds.selection import large_pools
 from colm_ds.selection.facility_location import facility_location, pairwise_similarity
 from colm_ds.selection.large_pools import pick_medoids
 
@@ -97,3 +98,33 @@ def test_few_picks_of_many_rows(k: int) -> None:
 def test_equal_rows_and_as_many_picks_as_rows() -> None:
     assert sorted(pick_medoids(torch.ones(90, 3), 90, "l1", max_pool=20, part=20).indices.tolist()) == [*range(90)]
     assert len(set(pick_medoids(torch.zeros(90, 3), 40, "cosine", max_pool=20, part=20).indices.tolist())) == 40
+
+
+@pytest.mark.parametrize("metric", ["l1", "euclidean", "cosine"])
+@pytest.mark.parametrize("num_distinct", [2, 5, 60])
+def test_equal_rows_are_picked_in_proportion(metric: str, num_distinct: int) -> None:
+    """Short answers have equal signals: past one pick of each all gain nothing, and the lowest rows are next."""
+    generator = torch.Generator().manual_seed(num_distinct)
+    kinds = torch.randint(0, num_distinct, (2000,), generator=generator)
+    features = torch.randn(num_distinct, 6, generator=generator)[kinds]
+    picks = pick_medoids(features, 500, metric, max_pool=300, part=100)
+    assert len(set(picks.indices.tolist())) == 500
+    assert int(picks.cluster_sizes.sum()) == 2000
+    shares = [torch.bincount(each, minlength=num_distinct) / len(each) for each in (kinds, kinds[picks.indices])]
+    assert (shares[0] - shares[1]).abs().max() < 0.05
+    served = torch.zeros(num_distinct).index_add_(0, kinds[picks.indices], picks.cluster_sizes.float()) / 2000
+    assert torch.allclose(served, shares[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "k"), [(100, 9), (4096, 1), (5000, 1250), (16_384, 64), (65_536, 256), (65_536, 16_384)])
+def test_what_is_compared_at_once_is_known(n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def note(features: Tensor, metric: str) -> Tensor:
+        sizes.append(len(features))
+        raise InterruptedError
+
+    monkeypatch.setattr(large_pools, "pairwise_similarity", note)
+    with pytest.raises(InterruptedError):
+        pick_medoids(torch.arange(n, dtype=torch.float32)[:, None], k, "euclidean")
+    assert sizes == [large_pools.compared_at_once(n, k, "euclidean")]
