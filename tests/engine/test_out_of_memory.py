@@ -36,11 +36,11 @@ def chunks(folder: Path) -> ChunkDataset:
 
 def starve(dataset: Any, phase: str) -> tuple[Any, str, str]:
     """In a rank: where memory ran out in an engine's second step, what it says, and what a recipe's run says."""
-    from colm_ds.engine import accumulation, coreset_selector
+    from colm_ds.engine import accumulation, probe_pass
     from colm_ds.errors import DeviceMemoryError
     from colm_ds.planner.advice import planned_advice
 
-    module: Any = coreset_selector if phase == "probe" else accumulation
+    module: Any = probe_pass if phase == "probe" else accumulation
     name = "run_trunk" if phase == "probe" else "example_loss_sums"
     own = getattr(module, name)
 

@@ -43,15 +43,21 @@ def test_equals_autograd_in_float64(family: str, lora: bool) -> None:
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_low_precision_equals_autograd_in_it(family: str, lora: bool, dtype: torch.dtype, bound: float) -> None:
-    """The bound is a few roundings (bf16 4e-3, fp16 5e-4 each): padding changes the order of sums."""
+    """The bound is a few roundings (bf16 4e-3, fp16 5e-4 each): padding changes the order of sums.
+
+    Processors without units for these types sum in them and are further off, but no further than autograd itself.
+    """
     model, examples = tiny_model(family, lora, dtype), make_examples()
     estimator = make_estimator("exact", find_architecture(model))
     signals = probe_step(estimator, model, examples)
     assert isinstance(signals.gradients, DenseGradients)
     assert signals.gradients.matrix.dtype == (torch.float32 if dtype == torch.float16 else dtype)
     found = signal_rows(signals)
-    assert relative_error(found, plain_gradients(model, examples, None)) < bound
-    assert relative_error(found, plain_gradients(model, examples)) < 5 * bound
+    low, high = plain_gradients(model, examples, None), plain_gradients(model, examples)
+    own = relative_error(low, high)
+    assert own < 10 * bound
+    assert relative_error(found, low) < max(bound, own)
+    assert relative_error(found, high) < max(bound, 1.5 * own)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
