@@ -31,8 +31,11 @@ check_version() {
         fail "$1 is $("$1" --version 2>&1), but colm_ds needs 3.11 or newer. $2"
 }
 
-# A moved environment (its scripts name the old path) or one without a working pip is recreated.
+# A moved environment (its scripts name the old path) or one without a working pip is recreated; behind a link it may be
+# another clone's, and stays as it is.
 if [[ -n "$made_in" && "$made_in" != "$root" ]] || ! "$python" -m pip --version >/dev/null 2>&1; then
+    [[ ! -L "$venv" ]] || fail ".venv is a link to $(readlink "$venv"), which holds no environment of this folder. Remove the
+       link and run it again to make one here, or start programs with that environment's own python."
     base="${PYTHON:-python3}"
     command -v "$base" >/dev/null || fail "$base is not installed. colm_ds needs Python 3.11 or newer."
     check_version "$base" "Name another one: PYTHON=python3.12 bash launch/setup.sh"

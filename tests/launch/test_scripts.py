@@ -132,6 +132,19 @@ def test_moved_repository_gets_a_new_environment(fake_repository: FakeRepository
     assert moved.calls()[0].startswith("-m venv --clear")
 
 
+def test_another_clones_environment_behind_a_link_stays(fake_repository: FakeRepository, tmp_path: Path) -> None:
+    fake_repository.set_up()
+    other = FakeRepository(tmp_path / "other")
+    (other.root / ".venv").symlink_to(fake_repository.root / ".venv")
+    before = sorted(path.name for path in (fake_repository.root / ".venv").rglob("*"))
+    fake_repository.calls()
+    result = other.set_up()
+    assert result.returncode == 1
+    assert f".venv is a link to {fake_repository.root / '.venv'}" in result.stderr
+    assert not any("--clear" in call or "--editable" in call for call in other.calls())
+    assert sorted(path.name for path in (fake_repository.root / ".venv").rglob("*")) == before
+
+
 def test_old_python_is_refused(fake_repository: FakeRepository) -> None:
     result = fake_repository.set_up(FAKE_VERSION="3.8.10")
     assert result.returncode == 1
