@@ -62,13 +62,15 @@ def parse_line(line: bytes, where: str, first: bool = False) -> dict[str, Any]:
     return _parse_object(where, _decode(line, where, first=first))
 
 
+def _fault(error: json.JSONDecodeError) -> str:
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+
+
 def _parse_object(where: str, text: str) -> dict[str, Any]:
     try:
         value = parse_json(text)
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where}: not JSON: {error.msg} at column {error.colno}. Write one complete JSON object per line."
-        ) from error
+        raise DataError(f"{where}: not JSON: {_fault(error)}. Write one complete JSON object per line.") from error
     except DoubledKeyError as error:
         raise DataError(f"{where}: {error}. Keep one of them.") from error
     except ValueError as error:
@@ -181,7 +183,7 @@ def _explain_array(path: Path) -> None:
         fix = "Close the array." if text.lstrip().startswith("[") else "Write one array [{...}, {...}]."
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             fix = "It looks like one object per line: name the file .jsonl."
-        raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}. {fix}") from error
+        raise DataError(f"{path}:{error.lineno}: not JSON: {_fault(error)}. {fix}") from error
     except ValueError as error:
         raise DataError(f"{path}: JSON that cannot be read: {error}. Write flat records.") from error
     if not isinstance(items, list):

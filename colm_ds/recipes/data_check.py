@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,13 +155,22 @@ def chat_template_of(recipe: Recipe) -> str | None:
         ) from None
 
 
-def check_large_batch(recipe: BaseRecipe, num_examples: int) -> None:
-    """Raise a ConfigError if there is less data than one large batch."""
-    if recipe.colm.large_batch_size > num_examples:
-        raise ConfigError(
-            f"colm.large_batch_size = {recipe.colm.large_batch_size}: more than the {num_examples} examples of "
-            "data.train. Choose fewer, or add data."
-        )
+def check_large_batch(recipe: BaseRecipe, num_examples: int, left_out: Mapping[str, int] | None = None) -> None:
+    """Raise a ConfigError if there is less data than one large batch.
+
+    Args:
+        recipe: the recipe.
+        num_examples: examples to train on.
+        left_out: rows of the files that are not among them, by reason.
+    """
+    if recipe.colm.large_batch_size <= num_examples:
+        return
+    reasons = [f"{count:,} {reason}" for reason, count in (left_out or {}).items() if count]
+    without = f", {', '.join(reasons)}" if reasons else ""
+    raise ConfigError(
+        f"colm.large_batch_size = {recipe.colm.large_batch_size}: more than the {num_examples} examples of "
+        f"data.train{without}. Choose fewer, or add data{' or leave out less' if reasons else ''}."
+    )
 
 
 def check_apart(train: Iterable[DataEntry], heldout: Iterable[DataEntry]) -> None:

@@ -351,10 +351,13 @@ def read_values(path: Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
         loaded = read_yaml(path)
     except FileNotFoundError:
         raise no_such_file(path, "recipe") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder. Name the recipe's YAML file.") from None
     except (ValueError, OSError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}. Write `key: value` lines.") from None
     if not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: holds a {type(loaded).__name__}. Write keys and values.")
+        held = "nothing" if loaded is None else f"a {type(loaded).__name__}"
+        raise ConfigError(f"{path}: holds {held}. Write keys and values.")
     other = loaded.pop("extends", None)
     if other is None:
         return loaded

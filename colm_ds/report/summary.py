@@ -45,6 +45,14 @@ def caveats(arms: Sequence[Arm]) -> list[str]:
         different = [what for what in different if what != "the micro-batch"]
     if different:
         sentences.append(f"Not the same in all arms: {listed(different)}.")
+    seeds = {frozenset(facts.run.seed for facts in arm.used) for arm in arms}
+    if len(seeds) > 1:
+        most = max(len(arm.used) for arm in arms)
+        fewer = [quoted(arm.name) for arm in arms if len(arm.used) < most]
+        named = f": {listed(fewer)} {'has' if len(fewer) == 1 else 'have'} fewer" if fewer else ""
+        sentences.append(
+            f"Not every arm has the same seeds{named}. Its means are over others; look at the differences seed by seed."
+        )
     if all(len(arm.used) == 1 for arm in arms):
         sentences.append("Every arm has a single seed: differences, even large ones, may be the luck of the seed.")
     return sentences

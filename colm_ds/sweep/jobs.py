@@ -6,18 +6,21 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 from colm_ds.errors import CoLMError, ConfigError, Problems
+from colm_ds.process.exit_codes import ExitCode
 from colm_ds.process.launch import accelerator_environment, ranks_command
 from colm_ds.recipes.data_check import check_data
 from colm_ds.recipes.recipe import load_recipe, read_values
@@ -77,6 +80,9 @@ def run_sweep(grid: Grid, say: Callable[[str], None] = print) -> dict[str, Any]:
         result = {"tables": tables, "runs": run_records(runs), "failures": failures, "wall_s": wall_s}
         out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        missing = [f"- {name}: {reason}\n" for name, reason in failures.items()]
+        if missing:
+            text += f"\nNot in these tables:\n\n{''.join(missing)}"
         (out / "results.md").write_text(text, encoding="utf-8")
         return result
 
@@ -253,15 +259,48 @@ def _command(grid: Grid, place: Place, arguments: Sequence[str], script: str | N
     )
 
 
+_started: set[subprocess.Popen[bytes]] = set()
+
+
+@contextmanager
+def stopping_runs() -> Iterator[None]:
+    """Let SIGTERM stop the runs under way after their step, with a checkpoint, and then raise KeyboardInterrupt.
+
+    SIGINT from a terminal reaches them anyway.
+    """
+
+    def stop(*_: object) -> None:
+        for process in list(_started):
+            process.terminate()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only it may handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _call(command: Sequence[str], log: Path, num_threads: int) -> int:
-    """Run a command with a number of threads, append its output to a log, and return its exit code."""
-    environment = os.environ | accelerator_environment() | {"OMP_NUM_THREADS": str(num_threads)}
+    """Run a command with a number of threads at most, append its output to a log, and return its exit code."""
+    threads = min(num_threads, int(os.environ.get("OMP_NUM_THREADS") or num_threads))
+    environment = os.environ | accelerator_environment() | {"OMP_NUM_THREADS": str(threads)}
     environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
     with log.open("a", encoding="utf-8") as output:
-        return subprocess.run(command, stdout=output, stderr=output, check=False, env=environment).returncode
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        _started.add(process)
+        try:
+            return process.wait()
+        finally:
+            _started.discard(process)
 
 
 def _what_failed(code: int, log: Path) -> str:
+    if code == ExitCode.STOPPED:
+        return "stopped; the same command resumes it"
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = [line for line in re.split(r"[\r\n]+", text) if "Error" in line]
     return f"failed with exit code {code}: {lines[0].strip() if lines else 'no message'} (see {log})"

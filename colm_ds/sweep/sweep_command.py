@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.sweep import check_arms, is_done, jobs_of, load_grid, prepare, run_sweep
+from colm_ds.sweep.jobs import stopping_runs
 from colm_ds.untrusted.printable import visible
 
 
@@ -25,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the unfinished runs of a grid and print its tables.
 
     Returns:
-        1 if a run failed, else 0.
+        1 if a run failed, 3 if it was stopped, else 0.
 
     Raises:
         ConfigError: if the grid, or the recipe or data of an arm, is wrong.
@@ -42,6 +44,11 @@ def run(options: argparse.Namespace) -> int:
     check_arms(grid, needs_files=False)  # before anything is made or run, which may take hours
     prepare(grid, say)
     check_arms(grid)
-    result = run_sweep(grid, say)
+    try:
+        with stopping_runs():
+            result = run_sweep(grid, say)
+    except KeyboardInterrupt:
+        print("stopped; the same command resumes", file=sys.stderr)
+        return ExitCode.STOPPED
     print((Path(grid.out) / "results.md").read_text(encoding="utf-8"))
     return ExitCode.FAILED if result["failures"] else ExitCode.DONE

@@ -135,6 +135,10 @@ def crashes_explained() -> Iterator[None]:
         reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
         lost = f"rank {dist.get_rank()}: lost the other ranks ({reason})."
         sys.exit(f"{lost} Restarting resumes from the last checkpoint.")
+    except Exception as error:
+        if "No space left on device" not in str(error):  # as tokenizers says it
+            raise
+        sys.exit(f"rank {dist.get_rank()}: {visible(error)}. Restarting resumes from the last checkpoint.")
 
 
 class HeldBack(logging.Handler):

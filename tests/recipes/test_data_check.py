@@ -15,7 +15,7 @@ import yaml
 from colm_ds.data import parts
 from colm_ds.data.entries import as_entries
 from colm_ds.data.parts import check_entries
-from colm_ds.errors import CoLMError, DataError
+from colm_ds.errors import CoLMError, ConfigError, DataError
 from colm_ds.recipes import data_check
 from colm_ds.recipes.recipe import load_recipe
 
@@ -169,3 +169,10 @@ def test_rows_without_a_source_are_all_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "some.jsonl", rows)
     with pytest.raises(DataError, match=r"The same problem in 2,999 more rows\."):
         check_entries(as_entries(path), 20_000)
+
+
+def test_too_few_examples_are_counted_with_what_was_left_out(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_in(tmp_path), needs_files=False)
+    with pytest.raises(ConfigError) as caught:
+        data_check.check_large_batch(recipe, 6, {"dropped": 491, "held out": 3, "not in data.subset": 0})
+    assert "more than the 6 examples of data.train, 491 dropped, 3 held out. Choose fewer" in str(caught.value)

@@ -114,3 +114,13 @@ def test_uneven_times_are_told(tmp_path: Path) -> None:
 
 def test_listed() -> None:
     assert [listed(words) for words in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
+
+
+def test_arms_of_other_seeds_are_named(tmp_path: Path) -> None:
+    runs = [
+        load_run(write_run(tmp_path / f"{arm}{seed}", f"{arm}-{seed}", arm=arm, seed=seed))
+        for arm, seeds in (("plain-64", 3), ("colm-spsa", 2))
+        for seed in range(seeds)
+    ]
+    (said,) = [caveat for caveat in caveats(make_arms(runs)) if "the same seeds" in caveat]
+    assert said.startswith("Not every arm has the same seeds: colm-spsa has fewer.")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -383,3 +385,47 @@ def test_every_arm_of_the_cpu_grids_trains(tmp_path: Path) -> None:
     assert [row["arm"] for row in rows if row["seeds"] == 1] == list(whole["arms"])
     assert all("mean of sources" in row and "small sources" in row for row in rows)
     assert (tmp_path / whole["out"] / "report.html").exists()
+
+
+STOPPABLE = """
+import pathlib, signal, sys, time
+def stop(*_):
+    pathlib.Path("ended").write_text("")
+    sys.exit(3)
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, stop)
+pathlib.Path("begun").write_text("")
+time.sleep(120)
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"])
+def test_a_stopped_sweep_stops_its_runs(kind: signal.Signals, tmp_path: Path) -> None:
+    """SIGTERM goes to the sweep alone, and it passes it on; a terminal's SIGINT goes to the whole group."""
+    (tmp_path / "run.py").write_text(STOPPABLE)
+    path = write_grid(tmp_path, script="run.py", arms={"plain": [], "CoLM": []}, launch={"num_gpus": 1})
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "colm_ds.cli", "sweep", str(path)]
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        for _ in range(600):
+            if (tmp_path / "begun").exists():
+                break
+            time.sleep(0.2)
+        if kind == signal.SIGTERM:
+            process.terminate()
+        else:
+            os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
+    assert errors.strip().endswith("stopped; the same command resumes")
+    assert "Traceback" not in errors
+    assert output.count("stopped; the same command resumes it") == 1  # and the next run is not begun
+    assert (tmp_path / "ended").exists()

@@ -34,6 +34,7 @@ from colm_ds.data.subset import read_subset, write_subset
 from colm_ds.data.token_dataset import TokenDataset
 from colm_ds.distributed.agreement import meet, single_process_environment
 from colm_ds.engine.coreset_selector import small_source_ids
+from colm_ds.engine.initialization import prepare_deepspeed
 from colm_ds.engine.reference_losses import read_reference_losses, write_reference_losses
 from colm_ds.engine.token_table import mean_table
 from colm_ds.errors import CheckpointError, DataError
@@ -348,6 +349,7 @@ def read_grid(folder: Path) -> str:
 def read_whole_deepspeed(folder: Path) -> str:
     """A DeepSpeed file of a script, up to an engine of DeepSpeed."""
     single_process_environment()
+    prepare_deepspeed()
     meet(lambda: deepspeed.init_distributed(verbose=False))
     rows = [{"input_ids": [1, 2, 3], "source": "a"} for _ in range(20)]
     colm_ds.initialize(model=tiny_model("llama"), training_data=rows, config=str(folder / "whole.json"))

@@ -142,7 +142,11 @@ def load_data(recipe: Recipe, tokenizer: Any) -> tuple[TokenDataset, TokenDatase
         check_apart(entries_of(recipe, data.train), entries_of(recipe, data.heldout))
     train = _load(recipe, data.train, tokenizer, data.limit)
     heldout = _load(recipe, data.heldout, tokenizer, None) if data.heldout is not None else None
+    left_out = {
+        f"dropped for want of a label within data.max_length = {data.max_length}": sum(train.num_dropped.values())
+    }
     if data.holdout_per_source:
+        num_examples = len(train)
         train, heldout = split_holdout(train, per_source=data.holdout_per_source, seed=recipe.seed)
         if len(heldout) == 0:
             raise ConfigError(
@@ -150,9 +154,12 @@ def load_data(recipe: Recipe, tokenizer: Any) -> tuple[TokenDataset, TokenDatase
                 "examples: a source keeps at least half of its examples, and equal prompts stay together. Name a "
                 "held-out file (data.heldout), or hold out nothing (data.holdout_per_source=0, evaluation.every=0)."
             )
+        left_out["held out by data.holdout_per_source"] = num_examples - len(train)
     if data.subset is not None:
+        num_examples = len(train)
         train = train.subset(read_subset(data.subset, train.digest(), len(train)))
-    check_large_batch(recipe, len(train))
+        left_out["not in data.subset"] = num_examples - len(train)
+    check_large_batch(recipe, len(train), left_out)
     return train, heldout
 
 
