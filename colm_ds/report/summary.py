@@ -49,9 +49,9 @@ def caveats(arms: Sequence[Arm]) -> list[str]:
     if len(seeds) > 1:
         most = max(len(arm.used) for arm in arms)
         fewer = [quoted(arm.name) for arm in arms if len(arm.used) < most]
-        named = f": {listed(fewer)} {'has' if len(fewer) == 1 else 'have'} fewer" if fewer else ""
+        named = f" ({listed(fewer)} {'has' if len(fewer) == 1 else 'have'} fewer)" if fewer else ""
         sentences.append(
-            f"Not every arm has the same seeds{named}. Its means are over others; look at the differences seed by seed."
+            f"Not every arm has the same seeds{named}: means are then over different ones; compare seed by seed."
         )
     if all(len(arm.used) == 1 for arm in arms):
         sentences.append("Every arm has a single seed: differences, even large ones, may be the luck of the seed.")

@@ -193,7 +193,7 @@ def run_jobs(
             spent = time.monotonic() - begun
             say(f"{num_done} of {len(todo)}: {_name(job)}: {failure or 'done'} ({spent:.0f} s)")
 
-    with ThreadPoolExecutor(len(places)) as pool:
+    with _stopping_runs(), ThreadPoolExecutor(len(places)) as pool:
         list(pool.map(work, todo))
     return failures
 
@@ -211,7 +211,8 @@ def _prepare(path: Path, command: str, say: Callable[[str], None]) -> None:
     say(f"making {path}")
     log = path.with_name(f"{path.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    code = _call([sys.executable, *shlex.split(command)], log, os.cpu_count() or 1)
+    with _stopping_runs():
+        code = _call([sys.executable, *shlex.split(command)], log, os.cpu_count() or 1)
     if code or not path.exists():
         raise ConfigError(f"prepare: {path} was not made. {_what_failed(code, log)}")
 
@@ -263,7 +264,7 @@ _started: set[subprocess.Popen[bytes]] = set()
 
 
 @contextmanager
-def stopping_runs() -> Iterator[None]:
+def _stopping_runs() -> Iterator[None]:
     """Let SIGTERM stop the runs under way after their step, with a checkpoint, and then raise KeyboardInterrupt.
 
     SIGINT from a terminal reaches them anyway.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,20 +231,24 @@ def run(options: argparse.Namespace) -> int:
     """Run the arms that are not finished and write the report.
 
     Returns:
-        1 if a run failed, else 0.
+        1 if a run failed, 3 if it was stopped, else 0.
 
     Raises:
         ConfigError: see `run_arms`.
     """
     out = options.out or Path("runs/memory_report") / Path(options.recipe).stem
-    failed = run_arms(
-        options.recipe,
-        options.overrides,
-        out,
-        launch=LaunchConfig(num_gpus=options.num_gpus, device_groups=None, master_port=options.port),
-        sizes=options.sizes,
-        size_steps=options.size_steps,
-        script=options.script,
-    )
+    try:
+        failed = run_arms(
+            options.recipe,
+            options.overrides,
+            out,
+            launch=LaunchConfig(num_gpus=options.num_gpus, device_groups=None, master_port=options.port),
+            sizes=options.sizes,
+            size_steps=options.size_steps,
+            script=options.script,
+        )
+    except KeyboardInterrupt:
+        print("memory_report: stopped; the same command resumes", file=sys.stderr)
+        return ExitCode.STOPPED
     print(f"memory_report: {out}/report.html")
     return ExitCode.FAILED if failed else ExitCode.DONE

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.sweep import check_arms, is_done, jobs_of, load_grid, prepare, run_sweep
-from colm_ds.sweep.jobs import stopping_runs
 from colm_ds.untrusted.printable import visible
 
 
@@ -42,11 +41,10 @@ def run(options: argparse.Namespace) -> int:
             print(f"{'finished' if is_done(grid, job) else 'to do':9} {job.arm}, seed {job.seed}: {job.folder}")
         return ExitCode.DONE
     check_arms(grid, needs_files=False)  # before anything is made or run, which may take hours
-    prepare(grid, say)
-    check_arms(grid)
     try:
-        with stopping_runs():
-            result = run_sweep(grid, say)
+        prepare(grid, say)
+        check_arms(grid)
+        result = run_sweep(grid, say)
     except KeyboardInterrupt:
         print("stopped; the same command resumes", file=sys.stderr)
         return ExitCode.STOPPED

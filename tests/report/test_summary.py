@@ -123,4 +123,4 @@ def test_arms_of_other_seeds_are_named(tmp_path: Path) -> None:
         for seed in range(seeds)
     ]
     (said,) = [caveat for caveat in caveats(make_arms(runs)) if "the same seeds" in caveat]
-    assert said.startswith("Not every arm has the same seeds: colm-spsa has fewer.")
+    assert said.startswith("Not every arm has the same seeds (colm-spsa has fewer): ")
