@@ -23,6 +23,23 @@ def private_generator(seed: int, *parts: int | str, device: torch.device | str =
     return torch.Generator(device=device).manual_seed(derive_seed(seed, *parts))
 
 
+def seed_global_generators(seed: int) -> None:
+    """Seed this process's global generators: Python's, numpy's, torch's, and those of its GPUs.
+
+    The numbers that follow are those after transformers' `set_seed`, which first imports its Trainer's tools, and with
+    them peft and bitsandbytes where they are installed: seconds of a run's start.
+
+    Args:
+        seed: from 0 to 2^32 - 1.
+    """
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def random_state() -> dict[str, Any]:
     """Return the state of this process's global generators: Python's, numpy's, torch's, and that of its GPU."""
     import numpy as np

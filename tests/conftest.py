@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -66,6 +67,12 @@ def three_ranks() -> Iterator[Ranks]:
     """A pool of three ranks."""
     with Ranks(3) as ranks:
         yield ranks
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collection: DeepSpeed asks for a whole one with every engine."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -11,6 +11,7 @@ FOLDER`) this file is one rank.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import pickle
@@ -217,7 +218,7 @@ def _serve() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     while (name := tasks.get()) is not None:
-        task = Path(name)
+        task, args, outcome = Path(name), (), None
         try:
             module, function, args = pickle.loads(task.read_bytes())
             outcome = True, getattr(importlib.import_module(module), function)(*args)
@@ -227,6 +228,9 @@ def _serve() -> None:
         part = task.with_name(f"{task.name}.{rank}.part")
         part.write_bytes(encoded)
         part.rename(task.with_name(f"{task.name}.{rank}"))
+        del outcome, encoded, args
+        gc.collect()  # of the task alone, as what is there since the ones before is frozen
+        gc.freeze()
     dist.destroy_process_group()
 
 

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from time import monotonic
 from typing import Any, TypeVar
 
 from colm_ds.errors import DataError
@@ -18,8 +19,8 @@ from colm_ds.errors import DataError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-NUM_HERE = 8
-"""Parts that are worked on in this process before others are started, which takes seconds."""
+SECONDS_HERE = 4.0
+"""Time for which this process works before others are started, which takes each of them about as long."""
 
 MAX_PROCESSES = 16
 """More than this one process cannot feed."""
@@ -32,8 +33,8 @@ def map_in_order(
 ) -> Iterator[Result]:
     """Map a function over items in parallel; results come in the order of the items.
 
-    The processes are started from a fresh one, as this one may have threads and devices. They are not started for fewer
-    than `NUM_HERE` items, and end when this one does, however it ends.
+    The processes are started from a fresh one, as this one may have threads and devices. They are not started where all
+    items are done in `SECONDS_HERE`, and end when this one does, however it ends.
 
     Args:
         work: function or object that can be pickled; it is sent once to each process.
@@ -45,7 +46,12 @@ def map_in_order(
         DataError: if a process was killed.
     """
     items = iter(items)
-    yield from map(work, items if num_processes == 1 else itertools.islice(items, NUM_HERE))
+    begun = monotonic()
+    while num_processes == 1 or monotonic() - begun < SECONDS_HERE:
+        item = next(items, None)
+        if item is None:
+            return
+        yield work(item)
     following = next(items, None)
     if following is None:
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from colm_ds.errors import CheckpointError, ConfigError
-from colm_ds.randomness import random_state, restore_random_state
+from colm_ds.randomness import random_state, restore_random_state, seed_global_generators
 from colm_ds.recipes.model import load_model, load_tokenizer
 from colm_ds.recipes.packages import PACKAGE_PREFIX, package_folder, which_package
 from colm_ds.recipes.sections import ModelConfig
@@ -135,12 +135,10 @@ def load(source: ModelSource, tokenizer: Any = None) -> tuple[Any, Any]:
         ConfigError: if the model or tokenizer cannot be loaded.
         CheckpointError: if the adapter does not fit the model.
     """
-    from transformers import set_seed
-
     tokenizer = tokenizer or load_its_tokenizer(source)
     state = random_state()
     try:
-        set_seed(source.seed or 0)
+        seed_global_generators(source.seed or 0)
         model: Any = load_model(source.base, None, tokenizer)
     finally:
         restore_random_state(state)

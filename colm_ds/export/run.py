@@ -19,7 +19,7 @@ from colm_ds.config.section import validate_section
 from colm_ds.errors import CheckpointError, ConfigError, Problems
 from colm_ds.export.model_card import MERGED, write_model_card
 from colm_ds.models.quantized import dequantize
-from colm_ds.randomness import random_state, restore_random_state
+from colm_ds.randomness import random_state, restore_random_state, seed_global_generators
 from colm_ds.recipes.adapter import trained_names
 from colm_ds.recipes.model import DTYPES, add_lora, load_model, load_tokenizer
 from colm_ds.recipes.recipe import BaseRecipe, kind_of_recipe
@@ -143,9 +143,7 @@ def load_at(recipe: BaseRecipe, tokenizer: Any, at: str | Path | None) -> tuple[
     Raises:
         ConfigError, CheckpointError: if it cannot be loaded.
     """
-    from transformers import set_seed
-
-    set_seed(recipe.seed)
+    seed_global_generators(recipe.seed)
     model = load_model(recipe.model, recipe.lora, tokenizer, fresh=at is not None)
     if at is None:
         return model, "as training begins"
@@ -300,11 +298,9 @@ def _base_with_lora(model: ModelConfig, lora: LoraConfig, seed: int, tokenizer: 
 
     Quantized weights become the floats that training computed with.
     """
-    from transformers import set_seed
-
     state = random_state()
     try:
-        set_seed(seed)
+        seed_global_generators(seed)
         return add_lora(dequantize(load_model(model, None, tokenizer), torch.float32), lora)
     except ConfigError as error:
         raise ConfigError(_not_loaded(model, str(error))) from None

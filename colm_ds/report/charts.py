@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from colm_ds.report.facts import Curve
 from colm_ds.report.svg import COLORS, GRID, INK, PAPER, drawing, to_svg
@@ -127,7 +126,7 @@ def line_picture(
             if line.level is not None:
                 axes.plot([0.955 * end, 1.015 * end], [line.level] * 2, color=line.style.color, linewidth=1.2)
         _label(axes, x_label, y_label)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=all(float(x).is_integer() for x in shown[0].x)))
+        _set_ticks(axes.xaxis, integer=all(float(x).is_integer() for x in shown[0].x))
         axes.grid(axis="y")
         axes.set_ylim(*limits if limits else _focused(shown) if focus else (None, None))
         axes.set_xlim(left=0 if min(min(line.x) for line in shown) >= 0 else None)
@@ -252,8 +251,14 @@ def _markers(axes: Any, points: Sequence[tuple[float, float]], style: Style) -> 
 def _label(axes: Any, x_label: str, y_label: str) -> None:
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.yaxis.set_major_locator(MaxNLocator(6))
+    _set_ticks(axes.xaxis)
+    _set_ticks(axes.yaxis)
+
+
+def _set_ticks(axis: Any, *, integer: bool = False) -> None:
+    from matplotlib.ticker import MaxNLocator  # see svg.py
+
+    axis.set_major_locator(MaxNLocator(6, integer=integer))
 
 
 def _rows(axes: Any, labels: Sequence[str], x_label: str, *, from_zero: bool = True) -> None:

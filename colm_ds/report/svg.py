@@ -7,14 +7,13 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import quoteattr
 
-import matplotlib
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-
 from colm_ds.report.tables import clean
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # imported where it is used: who reads a run's facts does not need it
 
 INK, GRID, PAPER = "#010101", "#020202", "#030303"
 """Stand-ins for the page's own colours: text, grid lines, background."""
@@ -58,6 +57,10 @@ _SETTINGS: dict[Any, Any] = {
 @contextmanager
 def drawing(width: float, height: float) -> Iterator[Figure]:
     """Yield a figure of so many SVG units, with our settings while it is drawn and saved."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_SETTINGS)
@@ -76,6 +79,8 @@ def to_svg(figure: Figure, key: str, description: str) -> str:
         key: different for every figure of a page.
         description: what it shows, for who does not see it.
     """
+    import matplotlib
+
     stream = io.StringIO()
     matplotlib.rcParams["svg.hashsalt"] = key  # ids follow from it
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

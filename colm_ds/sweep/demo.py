@@ -80,6 +80,7 @@ def run_demo(out: Path, changes: Sequence[str], num_ranks: int, port: int) -> st
         raise ConfigError(f"{own[0]}: the demo names its runs itself. Leave it out; --out names the folder of all.")
     data = out / "data"
     paths = [f"tokenizer={data}/tokenizer", f"data.train={data}/train.jsonl", f"data.heldout={data}/heldout.jsonl"]
+    paths.append(f"data.cache_dir={data}/tokens")  # the arms train on the same
     steps = load_recipe(RECIPE, [*paths, *changes], needs_files=False).steps
     if not isinstance(steps, int):
         raise ConfigError(f"steps = {steps!r}: the demo counts steps. Write a whole number.")

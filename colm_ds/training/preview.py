@@ -17,6 +17,7 @@ from colm_ds.data.holdout import count_common
 from colm_ds.engine.coreset_selector import CoresetSelector
 from colm_ds.errors import ConfigError
 from colm_ds.models.model_fit import check_model_fits
+from colm_ds.randomness import seed_global_generators
 from colm_ds.recipes.model import load_model, load_tokenizer
 from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe, Recipe
 from colm_ds.selection import sees_sources
@@ -146,9 +147,7 @@ def _answers(example: Example, tokenizer: Any) -> list[str]:
 
 def describe_coreset(recipe: Recipe | ChoiceRecipe, train: Data, tokenizer: Any, heldout: Data | None = None) -> str:
     """Describe the first large batch of the run on one device, and its coreset."""
-    from transformers import set_seed
-
-    set_seed(recipe.seed)
+    seed_global_generators(recipe.seed)
     model = load_model(recipe.model, recipe.lora, tokenizer)
     check_model_fits(model, train)
     selector = CoresetSelector(

@@ -40,6 +40,7 @@ from colm_ds.process.exit import end_all, said_code
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.process.progress import Progress
 from colm_ds.process.stop_request import StopRequest
+from colm_ds.randomness import seed_global_generators
 from colm_ds.recipes.data_check import check_data
 from colm_ds.recipes.model import load_model, load_tokenizer, precision_sections, quiet_libraries
 from colm_ds.recipes.recipe import BaseRecipe, load_recipe
@@ -243,9 +244,7 @@ class TrainingRun:
         self.task = self._load_task()
         together(lambda: check_reference(recipe, self.task), device)
         self.recipe = recipe = together(lambda: with_steps(recipe, self.task.train), device)
-        from transformers import set_seed
-
-        set_seed(recipe.seed)
+        seed_global_generators(recipe.seed)
         self.model = together(self._checked_model, device)
         with held_back("colm_ds") as self.held_back:
             self.engine = self._make_engine()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -288,7 +289,8 @@ def test_other_processes_give_the_same(tmp_path: Path, write_jsonl: Writer, monk
         paths.append(write_jsonl(rows, f"{schema}.jsonl"))
     alone = load_examples(paths, tokenizer, 150, limit=100)
     monkeypatch.setattr(formats, "CHUNK_ROWS", 5)
-    monkeypatch.setattr(workers, "NUM_HERE", 2)
+    monkeypatch.setattr(workers, "SECONDS_HERE", 3)
+    monkeypatch.setattr(workers, "monotonic", itertools.count().__next__)  # time for two parts here
     together = load_examples(paths, tokenizer, 150, limit=100, num_processes=2, cache_dir=tmp_path / "cache")
     assert contents(together) == contents(alone)
     assert (together.digest(), together.lost) == (alone.digest(), alone.lost)
@@ -298,7 +300,7 @@ def test_other_processes_give_the_same(tmp_path: Path, write_jsonl: Writer, monk
 
 
 def test_a_process_that_is_killed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "NUM_HERE", 1)
+    monkeypatch.setattr(workers, "SECONDS_HERE", 0.0)
     with pytest.raises(DataError, match=r"ended abruptly.*data.num_processes"):
         list(workers.map_in_order(KillWorker(), range(9), 2))
 
@@ -308,7 +310,7 @@ import sys
 from colm_ds.data import workers
 from tests.data.waiting import WaitInWorker
 
-workers.NUM_HERE = 0
+workers.SECONDS_HERE = 0.0
 list(workers.map_in_order(WaitInWorker(sys.argv[1]), range(9), 2))
 """
 

@@ -11,7 +11,7 @@ from tests.engine.oracle import largest_difference
 from tests.engine.training import CORESET, LARGE, NO_DROPOUT, NOTHING_PERSISTS, SMALL_SOURCES, Case, Record
 
 TOLERANCE = 1e-6
-"""Between parameters after 5 steps of learning rate 1e-3, float32."""
+"""Between parameters after 3 steps of learning rate 1e-3, float32."""
 
 EXACT = {"probe": {"estimator": "exact"}}
 SKETCH = {"probe": {"estimator": "sketch", "num_probes": 64}}
@@ -97,8 +97,7 @@ def test_update_is_the_plain_one(case: Case, world_size: int, outcomes: Runner, 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_ranks_and_stages_choose_the_same(estimator: str, lora: bool, outcomes: Runner) -> None:
     wanted = outcomes(matrix_case(estimator, lora, 0), 1)[0].chosen
-    assert len(wanted) == 5
-    assert len({tuple(chosen) for chosen in wanted}) == 5
+    assert len(wanted) == len({tuple(chosen) for chosen in wanted}) == 3
     for stage in range(4):
         for seen in outcomes(matrix_case(estimator, lora, stage), 2):
             assert seen.chosen == wanted, f"stage {stage}"

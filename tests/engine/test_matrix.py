@@ -13,10 +13,10 @@ from tests.engine.oracle import largest_difference, plain_training
 from tests.engine.training import CORESET, NOTHING_PERSISTS, Case
 
 FLOAT32_BOUND = 1e-6
-"""Largest difference of a parameter to the plain loop's after 5 steps of at most 1e-3 each."""
+"""Largest difference of a parameter to the plain loop's after 3 steps of at most 1e-3 each."""
 
 BF16_BOUND = {0: 0.25, 1: 0.18, 2: 0.18, 3: 0.18}
-"""By stage: distance between bf16 and float32 runs over the distance that the weights moved in 5 steps. Found: 0.22 at
+"""By stage: distance between bf16 and float32 runs over the distance that the weights moved in 3 steps. Found: 0.22 at
 stage 0, where gradients are added up in bf16 too, 0.14 to 0.15 elsewhere."""
 
 CPU = {"device": "cpu"}

@@ -62,7 +62,7 @@ class Case:
     deepspeed: dict[str, Any] = field(default_factory=dict)
     stage: int = 0
     zero: dict[str, Any] = field(default_factory=dict)
-    steps: int = 5
+    steps: int = 3
     sources: dict[str, int] = field(default_factory=lambda: dict(SOURCES))
     dtype: str = "float32"
 

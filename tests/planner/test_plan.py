@@ -547,9 +547,14 @@ def test_quantization_and_stage_3_are_not_planned(repo_root: Path, capsys: pytes
     assert "ZeRO-3 partitions weights" in capsys.readouterr().err
 
 
-def test_what_is_assumed_is_said(repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_assumed_is_said(
+    repo_root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """GPUs that nobody named, and micro-batches that are smaller than the recipe's."""
     recipe = str(repo_root / "finetune" / "recipes" / "smollm2_math_tokens.yaml")
+
+    for name, value in (("plan_report", {}), ("comparison", {}), ("format_plan", ""), ("format_comparison", "")):
+        monkeypatch.setattr(f"colm_ds.planner.plan_report.{name}", lambda *job, value=value, **limits: value)
 
     def notes(*words: str) -> list[str]:
         assert main(["plan", recipe, "--json", "micro_batch_size=4", *words]) == 0
@@ -566,5 +571,6 @@ def test_what_is_assumed_is_said(repo_root: Path, capsys: pytest.CaptureFixture[
     )
     assert notes("--num-gpus", "2", "--gpu-memory-gib", "24") == []
     assert [note.split()[0] for note in notes("--num-gpus", "8", "--compare")] == ["Assumed:", "Micro-batches"]
+    monkeypatch.undo()
     assert main(["plan", recipe]) == 0
     assert "\nAssumed: 4 GPUs" in capsys.readouterr().out

@@ -324,8 +324,8 @@ def test_one_value_of_the_wrong_kind(tmp_path: Path) -> None:
         write_spoilt_run(tmp_path / f"{place}", {name: {key: WRONG[place % len(WRONG)]}})
         for place, (name, key) in enumerate(keys)
     ]
-    for start in range(0, len(runs), 10):
-        check_page(files_of(compare(runs[start : start + 10], tmp_path / "report"))[0])
+    for start in range(0, len(runs), 30):
+        check_page(files_of(compare(runs[start : start + 30], tmp_path / "report", max_arms=30))[0])
 
 
 def test_no_runs_and_no_place_to_write(five_runs: list[Run], tmp_path: Path) -> None:

@@ -395,8 +395,13 @@ def stop(*_):
 signal.signal(signal.SIGTERM, stop)
 signal.signal(signal.SIGINT, stop)
 pathlib.Path("begun").write_text("")
-time.sleep(120)
+time.sleep(60)
 """
+
+
+def listen_to_interrupts() -> None:
+    """As in a terminal; what a shell starts in the background has SIGINT ignored, and passes that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"])
@@ -414,6 +419,7 @@ def test_a_stopped_sweep_stops_its_runs(kind: signal.Signals, tmp_path: Path) ->
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=listen_to_interrupts,
     ) as process:
         for _ in range(600):
             if (tmp_path / "begun").exists():
@@ -423,7 +429,7 @@ def test_a_stopped_sweep_stops_its_runs(kind: signal.Signals, tmp_path: Path) ->
             process.terminate()
         else:
             os.killpg(process.pid, signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=45)
     assert process.returncode == 3, errors
     assert errors.strip().endswith("stopped; the same command resumes")
     assert "Traceback" not in errors
