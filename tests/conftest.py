@@ -7,6 +7,7 @@ import os
 # Read by the libraries when they are imported, so set first.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # DeepSpeed's Muon and bitsandbytes load the compiler for a decorator
 
 import gc
 from collections.abc import Iterator

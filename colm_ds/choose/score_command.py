@@ -26,7 +26,9 @@ def run(options: argparse.Namespace) -> None:
         ConfigError, DataError, ProbeError: as training would, or unless one reference model is named.
     """
     if (options.model is None) == (options.at is None):
-        raise ConfigError("colm-ds score: name one reference model, by --model or by --at.")
+        raise ConfigError(
+            "colm-ds score: name one reference model: --model FOLDER_OR_HUB_NAME, or --at RUN for this recipe's own."
+        )
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed does not train here
     from colm_ds.recipes.data_check import load_checked_recipe
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from colm_ds.errors import DataError
+from colm_ds.errors import ConfigError, DataError
 from colm_ds.run_folder.contents import CONFIG, FINISHED, METRICS, SUMMARY
 from colm_ds.run_folder.files import read_object
 from colm_ds.untrusted.json_text import parse_json
@@ -87,6 +87,21 @@ def status_of(folder: str | Path) -> str:
 def is_finished(folder: str | Path) -> bool:
     """Return whether a folder holds a finished run."""
     return status_of(folder) == FINISHED
+
+
+def check_not_finished(folder: str | Path) -> None:
+    """Refuse to train in the folder of a finished run.
+
+    Args:
+        folder: the recipe's `output_dir`, which may be missing.
+
+    Raises:
+        ConfigError: if it holds one.
+    """
+    if is_finished(folder):
+        raise ConfigError(
+            f"output_dir = {folder}: holds a finished run. Choose another, or overwrite=true to start over."
+        )
 
 
 def read_metrics(path: Path, problems: list[str] | None = None) -> list[dict[str, Any]]:

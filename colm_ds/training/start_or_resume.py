@@ -18,7 +18,7 @@ from colm_ds.recipes.recipe import BaseRecipe
 from colm_ds.recipes.sections import DataConfig, LoraConfig, ModelConfig
 from colm_ds.run_folder.contents import CHECKPOINTS, CONFIG, METRICS, NOT_EVALUATED, own_entries
 from colm_ds.run_folder.files import read_object
-from colm_ds.run_folder.read import is_finished, status_of
+from colm_ds.run_folder.read import check_not_finished, status_of
 from colm_ds.run_folder.write import no_run_of
 from colm_ds.untrusted.json_text import parse_json
 
@@ -66,10 +66,7 @@ def where_to_start(recipe: BaseRecipe) -> atomic.Checkpoint | None:
         if own := own_entries(folder):
             raise no_run_of(own)
         return None
-    if is_finished(folder):
-        raise ConfigError(
-            f"output_dir = {recipe.output_dir}: holds a finished run. Choose another, or overwrite=true to start over."
-        )
+    check_not_finished(recipe.output_dir)
     if recipe.resume == "never":
         return None  # `RunFolder` refuses to replace what is there
     _check_same(recipe, folder / CONFIG)

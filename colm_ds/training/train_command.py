@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import suppress
 
 from colm_ds.process.launch import accelerator_environment, add_num_gpus
 from colm_ds.recipes.data_check import load_checked_recipe
 from colm_ds.recipes.recipe import RECIPES, BaseRecipe, describe_keys
+from colm_ds.run_folder.read import check_not_finished
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +42,11 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _read(options: argparse.Namespace) -> BaseRecipe:
-    return load_checked_recipe(options.recipe, options.overrides)
+    recipe = load_checked_recipe(options.recipe, options.overrides)
+    if not recipe.overwrite and recipe.resume in ("auto", "never"):
+        with suppress(OSError):  # a name that cannot be read: said by who makes the folder
+            check_not_finished(recipe.output_dir)
+    return recipe
 
 
 def _keys() -> list[str]:

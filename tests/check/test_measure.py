@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from colm_ds.batching.loader import LargeBatchLoader, RecordDataset
 from colm_ds.check.errors_of_coresets import LargeBatches
 from colm_ds.check.measure import CheckResult, check_model
+from colm_ds.check.other_selectors import other_ways, score_sample
 from colm_ds.check.report_of_check import as_json, as_svg, format_check
+from colm_ds.check.sample import measure_sample
+from colm_ds.check.signals_of_sample import SampleFacts
 from colm_ds.cli import main
 from colm_ds.config.colm import CoLMSection
 from colm_ds.data.generated.mixture import write_mixture
@@ -124,7 +127,7 @@ def test_kappa_is_that_of_autograd(normalization: str) -> None:
 
 
 def test_other_selectors_choose_by_plain_losses_and_gradients() -> None:
-    """`big_loss`, and `greats` at a learning rate of 0, which is alignment with the target, in float64 by autograd."""
+    """`big_loss`, in float64 by autograd; the others are there."""
     data, model = RecordDataset(records(SOURCES)), tiny_model("llama", **WIDER)
     target = RecordDataset(records({"a": 20, "c": 20}, seed=7))
     config = CoLMSection(**SIZES, target={"size": 12, "batch": 4})
@@ -155,6 +158,26 @@ def test_other_selectors_choose_by_plain_losses_and_gradients() -> None:
         for batch_losses in (losses[batch] for batch in batches.examples)
     ]
     assert kappa(result, "big_loss, one pool") == pytest.approx(plain_kappa(rows, None, batches, largest), rel=0.02)
+
+
+def test_parts_weigh_the_batch_and_not_the_target() -> None:
+    """In a mean over tokens a step adds up its own gradients times their tokens; targets are each one's mean loss."""
+    data, target = RecordDataset(records(SOURCES)), RecordDataset(records({"a": 12, "c": 12}, seed=7))
+    model, config = tiny_model("llama"), CoLMSection(**SIZES, target={"size": 12, "batch": 4})
+    measured = measure_sample(model, config, data, 32)
+    sample, parts = measured.sample, measured.sample.num_label_tokens.float()
+    facts = SampleFacts(
+        sample.sources, sample.lengths, sample.num_label_tokens, sample.indices, None, None, measured.exact
+    )
+    ways = other_ways(config, facts, 3, has_target=True).ways
+    plain, by_token = (score_sample(model, config, sample, ways, each, target) for each in (None, parts))
+    examples = torch.arange(16)
+    for key in {way.signal_key for way in ways if way.selector in ("simcore", "goracs", "greats")} - {None}:
+        ours, weighted = plain[key].of(examples, 1), by_token[key].of(examples, 1)
+        assert len(ours.target) == 4
+        assert torch.equal(ours.target, weighted.target)
+        factor = parts[examples, None] if "gradient" in key else 1.0
+        torch.testing.assert_close(weighted.vectors, ours.vectors * factor)
 
 
 def test_selectors_with_a_target_need_one() -> None:

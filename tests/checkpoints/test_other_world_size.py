@@ -46,11 +46,18 @@ def load_and_go_on(case: Case, folder: str) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 @pytest.mark.parametrize(
-    "case",
-    [case if case.stage == 3 else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
-    ids=lambda case: f"{case.name}-stage{case.stage}",
+    ("case", "before", "after"),
+    [
+        pytest.param(
+            case,
+            *ranks,
+            id=f"{case.name}-stage{case.stage}-{ranks[0]}-{ranks[1]}",
+            marks=() if case.stage == 3 and case.lora == (ranks == (1, 2)) else pytest.mark.slow,
+        )
+        for case in CASES
+        for ranks in ((2, 1), (1, 2))
+    ],
 )
 def test_resharding(case: Case, before: int, after: int, pools: dict[int, Ranks], tmp_path: Path) -> None:
     expected = pools[before].run(save_and_go_on, case, str(tmp_path))[0]

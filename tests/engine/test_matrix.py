@@ -16,7 +16,7 @@ FLOAT32_BOUND = 1e-6
 """Largest difference of a parameter to the plain loop's after 3 steps of at most 1e-3 each."""
 
 BF16_BOUND = {0: 0.25, 1: 0.18, 2: 0.18, 3: 0.18}
-"""By stage: distance between bf16 and float32 runs over the distance that the weights moved in 3 steps. Found: 0.22 at
+"""By stage: distance between bf16 and float32 runs over the distance that the weights moved in 5 steps. Found: 0.22 at
 stage 0, where gradients are added up in bf16 too, 0.14 to 0.15 elsewhere."""
 
 CPU = {"device": "cpu"}
@@ -44,13 +44,14 @@ def bf16_case(place: str, lora: bool) -> Case:
     precision: dict[str, Any] = {"bf16": {"enabled": True}}
     if stage > 0:
         precision["data_types"] = {"grad_accum_dtype": "fp32"}
-    return Case(f"bf16 {place}", lora=lora, stage=stage, zero=zero, colm=EXACT, deepspeed=precision, dtype="bfloat16")
+    shared: dict[str, Any] = {"lora": lora, "stage": stage, "zero": zero, "colm": EXACT, "deepspeed": precision}
+    return Case(f"bf16 {place}", dtype="bfloat16", steps=5, **shared)
 
 
 def still(case: Case) -> Case:
     """The same with a learning rate of 0."""
     optimizer = {"type": "AdamW", "params": {"lr": 0.0, "weight_decay": 0.0}}
-    return replace(case, name=f"still {case.name}", deepspeed={**case.deepspeed, "optimizer": optimizer})
+    return replace(case, name=f"still {case.name}", steps=3, deepspeed={**case.deepspeed, "optimizer": optimizer})
 
 
 class InFloat32(Case):
@@ -95,7 +96,9 @@ def test_bf16(place: str, lora: bool, world_size: int, outcomes: Runner) -> None
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place", [pytest.param(place, marks=pytest.mark.slow) if "offload" in place else place for place in PLACES]
+)
 def test_bf16_chooses_the_same(place: str, lora: bool, world_size: int, outcomes: Runner) -> None:
     """At every stage, from the same weights (trained ones differ in their last digit, and then near ties turn over).
 

@@ -114,7 +114,7 @@ def test_choice_is_the_one_of_plain_gradients(lora: bool, stage: int, outcomes: 
         assert coreset.weights.tolist() == pytest.approx(step.weights, abs=1e-5)
 
     plain_training(case, data, seen.steps, choose)
-    assert history[0].count == 5
+    assert history[0].count == case.steps
 
 
 @pytest.mark.distributed

@@ -105,7 +105,8 @@ def test_neftune_is_in_training_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_torch_compile(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_torch_compile(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     colm = {**SIZES, "probe": {"estimator": "exact"}}
     compiled = make_trainer(str(tmp_path), colm, 3, torch_compile=True, torch_compile_backend="aot_eager")
     assert any(line.startswith("torch_compile: logits are computed at all positions") for line in said(caplog))

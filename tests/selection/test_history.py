@@ -255,6 +255,7 @@ def test_kernel_that_never_forms_the_rows() -> None:
 def test_compiled_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled once for all sizes and steps; on a CPU here, as Triton compiles the same function for a GPU."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     kernel = torch.compile(normalised_sum, dynamic=True)
     torch._dynamo.utils.counters.clear()
     for n, d in ((23, 5000), (40, 3000)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -356,6 +357,18 @@ def test_message(kind: str, mixture: Path, tmp_path: Path) -> None:
     message = run(folder_of(tmp_path, mixture))
     assert said in message
     assert message.rstrip().endswith((".", "?")), message  # a sentence that says what to do
+
+
+def test_a_finished_run_is_said_before_torch_is_imported(
+    mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from colm_ds.cli import main as colm_ds
+
+    folder = folder_of(tmp_path, mixture)
+    old_run("finished", False)(folder)
+    monkeypatch.setitem(sys.modules, "colm_ds.training.run", None)  # whoever imports it fails
+    assert colm_ds(["train", str(folder / "recipe.yaml")]) == 2
+    assert "holds a finished run. Choose another, or overwrite=true" in capsys.readouterr().err
 
 
 def main() -> None:
