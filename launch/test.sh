@@ -37,11 +37,20 @@ typed_folders=()
 for folder in colm_ds finetune pretrain; do
     [[ -d "$folder" && -n "$(find "$folder" -name '*.py' -print -quit)" ]] && typed_folders+=("$folder")
 done
-[[ ${#typed_folders[@]} -gt 0 ]] && check "mypy ${typed_folders[*]}" python -m mypy "${typed_folders[@]}"
 
 check "mkdocs build --strict" env NO_MKDOCS_2_WARNING=1 python -m mkdocs build --quiet --strict --site-dir "$(mktemp -d)"
 
-# Last, so that its summary line closes the output; tests/conftest.py names the failed checks just above that line.
+# mypy takes more than a minute of one core: it runs beside pytest.
+types="$(mktemp -d)"
+(
+    code=0
+    [[ ${#typed_folders[@]} -eq 0 ]] || python -m mypy "${typed_folders[@]}" > "$types/said" 2>&1 || code=$?
+    echo "$code" > "$types/part" && mv "$types/part" "$types/code"
+) &
+export COLM_DS_TYPES="$types"
+
+# Last, so that its summary line closes the output; tests/conftest.py names the failed checks just above that line, for
+# which it waits for mypy.
 echo "test: pytest $*"
 export COLM_DS_FAILED_CHECKS
 COLM_DS_FAILED_CHECKS="$(IFS=,; echo "${failed[*]-}")"
@@ -49,5 +58,7 @@ cores="$(env -u OMP_NUM_THREADS nproc)"   # which would be taken for the number 
 workers="${WORKERS:-$((cores < 4 ? cores : 4))}"   # each with process pools of its own: 4 GiB
 python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder --durations=10 --durations-min=5 "$@"
 status=$?
+wait
+[[ "$(cat "$types/code")" == 0 ]] || failed+=("mypy")
 [[ $status -eq 0 && ${#failed[@]} -gt 0 ]] && status=1
 exit "$status"

@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # DeepSpeed's Muon and bitsandbytes load the compiler for a decorator
 
 import gc
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,9 @@ import torch
 from tests.ranks import Ranks
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
+
+TYPES = Path(os.environ.pop("COLM_DS_TYPES")) if "COLM_DS_TYPES" in os.environ else None
+"""Folder in which launch/test.sh keeps what mypy says and its exit code, as it runs beside the tests."""
 
 # The tests' tensors are small: further threads only wait for each other, for long where others want the cores.
 torch.set_num_threads(1)
@@ -77,9 +81,16 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Name the checks of launch/test.sh that failed before pytest, so that they are not lost above its output."""
-    failed = os.environ.get("COLM_DS_FAILED_CHECKS")
-    if failed:
+    """Name the checks of launch/test.sh that failed, so that they are not lost above pytest's output."""
+    failed = [name for name in os.environ.get("COLM_DS_FAILED_CHECKS", "").split(",") if name]
+    lines = [f"FAILED {name} (see above pytest's output)" for name in failed]
+    if TYPES is not None:
+        code, ends = TYPES / "code", time.monotonic() + 300
+        while not code.exists() and time.monotonic() < ends:
+            time.sleep(0.2)
+        if not code.exists() or code.read_text().strip() != "0":
+            lines += [*(TYPES / "said").read_text().split("\n"), "FAILED mypy"]
+    if lines:
         terminalreporter.write_sep("=", "launch/test.sh", red=True)
-        for name in failed.split(","):
-            terminalreporter.write_line(f"FAILED {name} (see above pytest's output)", red=True)
+    for line in lines:
+        terminalreporter.write_line(line, red=True)

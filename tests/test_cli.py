@@ -181,9 +181,7 @@ def test_several_ranks_are_started_by_the_launcher(monkeypatch: pytest.MonkeyPat
     started: list[list[str]] = []
     monkeypatch.setattr(launch.os, "execv", lambda program, command: started.append(command))
     monkeypatch.setattr("colm_ds.training.train_command.run", lambda options: None)
-    monkeypatch.setattr(
-        "colm_ds.training.train_command.load_checked_recipe", lambda path, changes: None
-    )  # which is not there
+    monkeypatch.setattr("colm_ds.training.train_command._read", lambda options: None)  # the recipe, which is not there
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "DS_ACCELERATOR"):
         monkeypatch.setenv(name, "")  # so that it is restored
         monkeypatch.delenv(name)

@@ -50,6 +50,7 @@ class Job:
         candidates: for classification, tokens of each candidate of an example; `length` is then that of the prompt
             with the longest one, and `label_share` is unused.
         length_key: key that sets `length` in a recipe.
+        bucket_key: key of the elements that are reduced together: in the recipe, or in its DeepSpeed file.
     """
 
     spec: ModelSpec
@@ -62,6 +63,7 @@ class Job:
     steps: int = 1
     candidates: tuple[int, ...] = ()
     length_key: str = "data.max_length"
+    bucket_key: str = "zero_optimization.reduce_bucket_size"
 
     @property
     def num_rows(self) -> int:
@@ -191,6 +193,7 @@ def job_of_recipe(
         recipe.steps,
         candidates,
         key,
+        f"{recipe.deepspeed_prefix}zero_optimization.reduce_bucket_size",
     )
     most = getattr(spec.config, "max_position_embeddings", None)
     if isinstance(recipe, PretrainingRecipe) and most is not None and length > most:

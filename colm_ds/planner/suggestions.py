@@ -121,6 +121,9 @@ def _changes(job: Job) -> Iterator[tuple[str, str, Job]]:
         if last >= stage >= zero.stage and not zero.offload_optimizer:
             away = replace(at_stage(zero, stage), offload_optimizer=True, offload_parameters=stage == 3)
             yield f"deepspeed=ds_configs/zero{stage}_offload.json", "offload", replace(job, zero=away)
+    if zero.stage and zero.num_buckets and zero.reduce_bucket > _OUR_BUCKET:
+        smaller = replace(zero, reduce_bucket=_OUR_BUCKET)
+        yield f"{job.bucket_key}={_OUR_BUCKET}", "bucket", replace(job, zero=smaller)
     if job.length > _SHORT:
         shorter = job.length // 2
         changed = replace(job, length=shorter)

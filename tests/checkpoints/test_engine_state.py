@@ -77,7 +77,12 @@ def same(one: Any, other: Any) -> bool:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "case", CASES, ids=lambda case: f"{case.name}-{'lora' if case.lora else 'full'}-stage{case.stage}"
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow) if case.stage == 3 and "dropout" in case.name else case
+        for case in CASES
+    ],
+    ids=lambda case: f"{case.name}-{'lora' if case.lora else 'full'}-stage{case.stage}",
 )
 def test_resuming_equals_never_having_stopped(case: Case, pools: dict[int, Ranks], tmp_path: Path) -> None:
     for rank, found in enumerate(pools[2].run(stop_and_resume, case, str(tmp_path))):

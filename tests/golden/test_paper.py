@@ -30,7 +30,9 @@ def one_rank() -> Iterator[Ranks]:
         yield ranks
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "llama60m" else name for name in CASES]
+)
 def test_same_examples_weights_and_parameters(one_rank: Ranks, name: str) -> None:
     before, now = load(name), one_rank.run(run, CASES[name])[0]
     assert now.indices == before.indices

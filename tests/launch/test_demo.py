@@ -101,6 +101,7 @@ def test_the_same_command_skips_what_is_finished(
     assert [name for name in ARMS if after[name] != before[name]] == ["plain_half"]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.skipif(not (ROOT / ".venv" / "bin" / "python").exists(), reason="the demo would install .venv")
 def test_every_command_of_the_start_page_runs(demo: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:

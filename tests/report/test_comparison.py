@@ -318,6 +318,7 @@ def test_every_value_of_a_file_is_of_the_wrong_kind(tmp_path: Path, place: int) 
     format_table(runs)
 
 
+@pytest.mark.slow
 def test_one_value_of_the_wrong_kind(tmp_path: Path) -> None:
     keys = [(name, key) for name, found in keys_of_a_run(tmp_path / "keys").items() for key in found]
     runs = [

@@ -66,7 +66,7 @@ def told(seed: int, fault: tuple[int, Target, End]) -> str:
 
 @pytest.mark.parametrize("seed", [1])
 def test_changed_input(seed: int, examples: Path, tmp_path: Path) -> None:
-    assert "\n\n".join(told(seed, fault) for fault in faults(examples, tmp_path, seed, 200)) == ""
+    assert "\n\n".join(told(seed, fault) for fault in faults(examples, tmp_path, seed, 100)) == ""
 
 
 @pytest.mark.slow
