@@ -3,8 +3,8 @@
     python benchmarks/signals_along_a_run.py RUN/checkpoints/step_50 data.train=TRAIN.jsonl.gz seed=2 lora=... colm=...
 
 Overrides are those of the run. Medoids of one pool by euclidean distance, matched weights, for every signal. The true
-gradient, all trained matrices together, is what no estimator can improve on as a signal: what its coresets leave is due
-to the examples, which have too little in common.
+gradient is that of all trained matrices together: what this rule makes of all that there is to know. It is no bound, as
+another signal can by chance, or by being simpler, lead the same rule to better picks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from result_file import write_result
+from token_signal import RECIPE, Variant, choose
 from torch import Tensor
 
 from colm_ds.check.errors_of_coresets import GradientGram, LargeBatches, coreset_error
@@ -27,13 +28,8 @@ from colm_ds.probe.tokens import example_features, vectors_of_model, vocabulary_
 from colm_ds.recipes.model import load_tokenizer, quiet_libraries
 from colm_ds.recipes.recipe import load_recipe
 from colm_ds.selection import SINGLE_PROCESS
-from colm_ds.selection.large_pools import pick_medoids
-from colm_ds.selection.weights import matched_weights
 from colm_ds.training.tasks import load_task
-from colm_ds.types import Coreset
 
-ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ROOT / "finetune" / "recipes" / "smollm2_math_tokens.yaml"
 SIZES = ("8:16", "8:32", "8:64")
 COMPONENTS = (8, 32)
 
@@ -58,17 +54,13 @@ def measure(
     for name, vectors in signals.items():
         for size, large in sizes:
             batches = LargeBatches.draw(len(vectors), large, num_batches, seed=0)
-            error = coreset_error(gram, batches, [choose(vectors[batch], size) for batch in batches.examples])
+            error = coreset_error(
+                gram, batches, [choose(vectors[batch], size, Variant(name)) for batch in batches.examples]
+            )
             rows.append({"signal": name, "b": size, "r": large, "batches": len(batches.examples), **vars(error)})
             del rows[-1]["deviations"]
             print(f"{name:30s} {size} of {large}  kappa {error.kappa:.2f} ± {error.kappa_se:.2f}  {error.bias:+.3f}")
     return rows
-
-
-def choose(pool: Tensor, size: int) -> Coreset:
-    """Return the medoids of one pool, with weights that match its mean."""
-    picks = pick_medoids(pool, size, "euclidean").indices
-    return Coreset(picks, matched_weights(pool[picks], pool.mean(dim=0)))
 
 
 def main() -> None:
