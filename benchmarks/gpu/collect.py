@@ -3,7 +3,7 @@
     python -m benchmarks.gpu.collect FOLDER ...    # folders that run.sh wrote; none: only the tables
     python -m benchmarks.gpu.collect --show FOLDER [--dry]    # the tables of one folder, on the terminal
 
-A row is identified by its key and its device; of two the newer one is kept, of a training run the longer one.
+A row is identified by its key and its device; of two the newer one is kept.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import memory, pretrain, step, train
+from benchmarks.gpu import memory, pretrain, step
 from benchmarks.gpu.arms import relative
 from benchmarks.gpu.rows import GIB, KEPT, ROOT, read_rows, write_json
 
@@ -26,7 +26,7 @@ PARTS = ("tests", "step", "memory", "pretrain", "train")
 CALL = ("date", "command", "device", "versions", "machine", "git_revision", "wall_s", "failed", "left", "notes")
 BEGIN, END = "<!-- gpu: written by python -m benchmarks.gpu.collect -->", "<!-- gpu ends -->"
 NONE = "not run on a GPU"
-LOSS = "overall"
+LOSSES = ("overall", "macro")
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for part in PARTS:
             merge(folder / f"{part}.json", options.kept / f"{part}.json")
         for file in folder.glob("profile*.png"):
+            options.kept.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, options.kept / file.name)
     results = Results.read(options.kept)
     rewrite(options.root / "benchmarks" / "README.md", step_text(results))
@@ -91,7 +92,7 @@ def merge(new: Path, kept: Path) -> None:
     rows = {(row["key"], row["device"]): row for row in before["rows"]}
     for row in call["rows"]:
         old = rows.get((row["key"], row["device"]))
-        if old is None or (row.get("steps", 0), row["date"]) >= (old.get("steps", 0), old["date"]):
+        if old is None or row["date"] >= old["date"]:
             rows[row["key"], row["device"]] = row
     facts = {name: call[name] for name in CALL}
     calls = [one for one in before["calls"] if one["date"] != facts["date"]]
@@ -157,37 +158,35 @@ def pretraining_table(results: Results) -> str:
 
 
 def training_table(results: Results) -> str:
-    """Return held-out losses of the training runs, as differences to plain b of the same seed."""
-    coreset = 4 if results.dry else 64
+    """Return held-out losses of the training runs, as differences to plain training on b with the same seed."""
     rows = list(results.rows["train"].values())
-    seeds = sorted({row["seed"] for row in rows})
-    arms = list(train.arms_of(coreset))
-    head = ["SmolLM2-135M", "steps", *[f"seed {seed}: held-out loss" for seed in seeds], "s/step, all at once"]
-    lines = [table_line(head), table_line(["---", *["---:"] * (len(head) - 1)])]
+    lines = [table_line(["SmolLM2-135M", "seeds", "held-out loss, to plain b", "mean of sources, to plain b"])]
+    lines.append(table_line(["---", "---:", "---:", "---:"]))
+    arms = list(dict.fromkeys(row["key"].rpartition(", seed ")[0] for row in rows if row.get("heldout")))
+    bases: dict[str, str] = {}
     for arm in arms:
-        mine = {row["seed"]: row for row in rows if row["arm"] == arm}
-        if not mine:
-            lines.append(table_line([arm, NONE, *[""] * (len(head) - 2)]))
-            continue
-        steps = min(row["steps"] for row in mine.values())
-        cells = [arm, str(steps)]
-        for seed in seeds:
-            base = next((row for row in rows if row["arm"] == arms[0] and row["seed"] == seed), None)
-            cells.append(loss_cell(mine.get(seed), base if arm != arms[0] else None))
-        lines.append(table_line([*cells, f"{statistics.median(row['step_s'] for row in mine.values()):.3f}"]))
-    return "\n".join(lines)
+        base = bases.setdefault(arm.partition(":")[0], arm)
+        mine, theirs = (
+            {row["seed"]: row["heldout"] for row in rows if row["key"].rpartition(", seed ")[0] == name}
+            for name in (arm, base)
+        )
+        cells = [
+            shown(
+                [mine[seed][loss] - (0.0 if arm == base else theirs[seed][loss]) for seed in mine if seed in theirs],
+                "" if arm == base else "+",
+            )
+            for loss in LOSSES
+        ]
+        lines.append(table_line([arm, str(len(mine.keys() & theirs.keys())), *cells]))
+    return "\n".join(lines if arms else [*lines, table_line([NONE, "", "", ""])])
 
 
-def loss_cell(row: dict[str, Any] | None, base: dict[str, Any] | None) -> str:
-    """Return a run's last held-out loss, or its difference to the other run's at the same step."""
-    if row is None or not row["heldout"]:
+def shown(values: Sequence[float], sign: str) -> str:
+    """Return the mean of values with its standard error, where there are several."""
+    if not values:
         return ""
-    common = [step for step in row["heldout"] if base is None or step in base["heldout"]]
-    if not common:
-        return ""
-    last = max(common, key=int)
-    loss = row["heldout"][last][LOSS]
-    return f"{loss:.4f}" if base is None else f"{loss - base['heldout'][last][LOSS]:+.4f}"
+    mean = f"{statistics.mean(values):{sign}.4f}"
+    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else mean
 
 
 def memory_text(results: Results) -> str:

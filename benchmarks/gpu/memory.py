@@ -44,7 +44,7 @@ SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vo
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 4}
 
 LARGE, CORESET = 32, 16
-BF16 = {"dtype": "bfloat16", "bucket": 20_000_000, "length": 512, "micro": 8}
+BF16: dict[str, Any] = {"dtype": "bfloat16", "bucket": 20_000_000, "length": 512, "micro": 8}
 
 CONFIGURATIONS = (
     Configuration("llama", stage=2, lora=True, checkpointing=True, replay="on", **BF16),

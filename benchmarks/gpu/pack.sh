@@ -6,26 +6,27 @@
 #
 # wheels/       packages for Python 3.12 on Linux, x86-64, which such a machine lacks
 # wheels_hub/   datasets and its needs: only for data that is named hub:...
-# data/         rows of the math mixture (or generated ones), SmolLM2's configuration and tokenizer
-# smollm2_a/ _b/  halves of SmolLM2-135M's weights: together they are too much for one transfer of 64 MiB
+# data/         the math mixture (or generated rows), questions, SuperGLUE's SST-2 and MultiRC, SmolLM2's configuration and
+#               tokenizer
+# smollm2_a/ _b/  two parts of SmolLM2-135M's weights: together they are too much for one transfer of 64 MiB
 # cache/        what the others were made from; stays here
 # MANIFEST.txt  sizes and SHA-256 of all files
-# PYTHON names the interpreter with pip and transformers (default: .venv's, or python3), ROWS the rows of data (16000).
+# PYTHON names the interpreter with pip and transformers (default: .venv's, or python3).
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)"
 cd "$root"
 folder="${1:-.gpu_pack}"
 python="${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}"
-rows="${ROWS:-16000}"
 most=$((64 * 1024 * 1024))
-mixture="../shared/data/math_instruct/train.jsonl.gz"
+shared="../shared/data"
+mixture="$shared/math_instruct/train.jsonl.gz"
 
 say() { echo "pack: $*"; }
 fail() { echo "pack: $*" >&2; exit 1; }
 
 mkdir -p "$folder"/{wheels,wheels_hub,data,smollm2_a,smollm2_b,cache}
-rm -f "$folder"/{wheels,wheels_hub}/*.whl "$folder"/{smollm2_a,smollm2_b,data}/*
+rm -rf "$folder"/{wheels,wheels_hub}/*.whl "$folder"/{smollm2_a,smollm2_b,data}/*
 
 quiet=(--disable-pip-version-check -q)
 target=(--python-version 3.12 --implementation cp --abi cp312 --abi abi3 --abi none)
@@ -56,20 +57,21 @@ PYTHONPATH="$root" HF_HUB_OFFLINE=1 "$python" -W ignore -m benchmarks.gpu.weight
     "$folder/cache/smollm2" 2> "$folder/cache/log" || { tail -n 20 "$folder/cache/log"; fail "the weights cannot be packed"; }
 mv "$folder/cache/smollm2/weights.safetensors" "$folder/cache/weights"
 sha256sum < "$folder/cache/weights" > "$folder/data/weights.sha256"
-split -n 2 -d -a 1 "$folder/cache/weights" "$folder/cache/weights.part"
-mv "$folder/cache/weights.part0" "$folder/smollm2_a/"
-mv "$folder/cache/weights.part1" "$folder/smollm2_b/"
+first=$((40 * 1024 * 1024))  # the first call carries data and wheels too
+head -c $first "$folder/cache/weights" > "$folder/smollm2_a/weights.part0"
+tail -c +$((first + 1)) "$folder/cache/weights" > "$folder/smollm2_b/weights.part1"
 tar czf "$folder/data/smollm2.tar.gz" -C "$folder/cache/smollm2" .
 
 say "data"
 if [[ -f "$mixture" ]]; then
-    # Every n-th row, so that all sources are there in their shares.
-    total="$(gzip -dc "$mixture" | wc -l)"
-    gzip -dc "$mixture" | awk -v n="$(((total + rows - 1) / rows))" 'NR % n == 1 || n == 1' |
-        gzip -9 -n > "$folder/data/train.jsonl.gz"
+    cp "$mixture" "$folder/data/train.jsonl.gz"
+    cp -r "$shared/math_eval" "$folder/data/math_eval"
+    mkdir "$folder/data/superglue"
+    cp -r "$shared"/superglue/{sst2,multirc} "$folder/data/superglue/"
+    chmod -R u+w "$folder/data"
 else
     PYTHONPATH="$root" "$python" -m colm_ds.data.generated "$folder/cache/generated" > /dev/null
-    head -n "$rows" "$folder/cache/generated/train.jsonl" | gzip -9 -n > "$folder/data/train.jsonl.gz"
+    head -n 16000 "$folder/cache/generated/train.jsonl" | gzip -9 -n > "$folder/data/train.jsonl.gz"
 fi
 say "$(gzip -dc "$folder/data/train.jsonl.gz" | wc -l) rows of data"
 
@@ -89,4 +91,4 @@ carry() {       # carry NAME FOLDER ...
     ((bytes < most)) || fail "$name: more than 64 MiB"
 }
 carry "call 1:" wheels data smollm2_a
-carry "call 2:" wheels data smollm2_b
+carry "call 2:" smollm2_b

@@ -72,7 +72,7 @@ def missing_here(names: Iterable[str]) -> list[str]:
 def missing_of_wheels(folder: str | Path) -> list[str]:
     """Return what the wheels of a folder need that neither they nor a machine with PyTorch have."""
     packed: dict[str, tuple[Version, list[Requirement]]] = {}
-    for wheel in sorted(Path(folder).rglob("*.whl")):
+    for wheel in sorted(Path(folder).glob("wheels*/*.whl")):
         with zipfile.ZipFile(wheel) as archive:
             name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
             headers = HeaderParser().parsestr(archive.read(name).decode("utf-8"))

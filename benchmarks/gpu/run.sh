@@ -4,6 +4,7 @@
 #   bash benchmarks/gpu/run.sh tests step           # on a machine with a GPU, with or without an environment of ours
 #   bash benchmarks/gpu/run.sh --dry all            # every part, tiny, on the CPU
 #   bash benchmarks/gpu/run.sh train --seconds 200  # options after the parts go to each of them
+#   bash benchmarks/gpu/run.sh tests memory --together    # at the same time: parts that measure no times
 #
 # Parts: tests, step, profile, memory, train, pretrain, all. Results go to $OUT (default runs/gpu), one JSON file a part.
 # What pack.sh gathered is used where it is: wheels of packages that are missing here, the halves of SmolLM2's weights.
@@ -22,11 +23,12 @@ started=$SECONDS
 say() { echo "gpu: $*"; }
 fail() { echo "gpu: $*" >&2; exit 2; }
 
-parts=() options=()
+parts=() options=() together=
 while (($#)); do
     case "$1" in
         all) parts+=("${all[@]}") ;;
         tests | step | profile | memory | pretrain | train) parts+=("$1") ;;
+        --together) together=1 ;;
         --*) options+=("$1") ;;
         *) ((${#options[@]})) || fail "$1: no such part. Choose of ${all[*]}, all."; options+=("$1") ;;
     esac
@@ -77,16 +79,26 @@ if ((${#halves[@]})) && [[ ! -d "$work/smollm2" ]]; then
     rm -rf "$work/packed"
 fi
 
-status=0
-for part in "${parts[@]}"; do
-    begun=$SECONDS
-    extra=()
-    module="$part"
+run_part() {    # run_part PART
+    local part="$1" module="$1" begun=$SECONDS extra=() code
     [[ "$part" == profile ]] && module=step extra=(--profile)
     timeout -k 5 "${LIMIT:-170}" "$python" -W ignore -m "benchmarks.gpu.$module" "${extra[@]}" "${options[@]}"
     code=$?
-    ((code)) && status=1
     say "$part: $((SECONDS - begun)) s, exit code $code"
+    return $code
+}
+status=0
+running=()
+for part in "${parts[@]}"; do
+    if [[ "$together" ]]; then
+        run_part "$part" &
+        running+=($!)
+    else
+        run_part "$part" || status=1
+    fi
+done
+for process in "${running[@]}"; do
+    wait "$process" || status=1
 done
 say "$((SECONDS - started)) s in all, results in $OUT"
 exit $status

@@ -1,284 +1,227 @@
-"""SmolLM2-135M with its weights on the math mixture, b = 64: every arm a process of its own, all at once on one device.
+"""The grids of SmolLM2-135M with its weights: many runs at once on one device, and accuracy on questions.
 
-    python -m benchmarks.gpu.train          # the next seeds, 100 steps; then 300 steps
-    python -m benchmarks.gpu.train --dry    # a tiny random model on generated data, on the CPU
+    python -m benchmarks.gpu.train                     # as many runs as fit into --seconds, seed by seed
+    python -m benchmarks.gpu.train --seeds 1 2 --at-once 12
+    python -m benchmarks.gpu.train --dry               # two arms of a tiny random model, on the CPU
 
-LoRA of rank 16, bf16 with float32 master weights, AdamW 5e-4 after a warm-up of 5 steps, at most 256 tokens; the
-held-out loss is over 24 examples of every source. Arms of one seed see the same data in the same order. Runs
-stopped by the clock are saved, and resumed by the next call on the same machine.
+Each run is what `colm-ds sweep` would start, a process of its own. Numbers of every run come back in the rows, its
+metrics and configuration in `train_runs.tar.gz`: `colm-ds sweep` makes its tables where they are unpacked.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.gpu.rows import PACK, ROOT, WORK, Part, estimators, median, parser_of, write_json
+from benchmarks.gpu.rows import PACK, ROOT, WORK, Part, parser_of
+from benchmarks.gpu.shared_device import shared_device
 from benchmarks.step import REAL_DATA
+from colm_ds.run_folder.contents import EVALUATION, RESULTS, SUMMARY
+from colm_ds.run_folder.files import read_object
+from colm_ds.run_folder.read import is_finished
+from colm_ds.sweep import jobs_of, load_grid
+from colm_ds.sweep.grid import SweepJob
 
-RECIPE = ROOT / "finetune" / "recipes" / "smollm2_math.yaml"
 MODEL = WORK / "smollm2"
 """Where `run.sh` puts the weights that `pack.sh` gathered."""
 
-ROUNDS = [(seed, 100) for seed in range(3)] + [(seed, 300) for seed in range(3)]
-"""Seed and steps of the calls, one after the other."""
-
-MATCHED = ["colm.per_source=false", "colm.small_sources=none", "colm.weights=matched"]
-SAVING_S = 8.0  # before the clock runs out
-EVERY = 25  # steps between two held-out losses
+GRIDS = ROOT / "finetune" / "grids"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Settings that differ between a real and a dry run.
+    """How the runs of a grid are called, and what they need.
 
     Attributes:
-        model: folder of weights and tokenizer, in Hugging Face's format.
-        data: training records.
-        coreset: b.
-        rounds: seed and steps.
-        overrides: overrides of the recipe.
+        name: in front of their rows' keys; grids of one name share runs.
+        gib: memory of a run on the device, generously.
+        math: whether they train on the mixture; else on SuperGLUE.
     """
 
-    model: Path
-    data: Path
-    coreset: int
-    rounds: Sequence[tuple[int, int]]
-    overrides: Sequence[str]
+    name: str
+    gib: float
+    math: bool = True
+
+
+SETTINGS = {
+    "table7_multirc_smollm2": Setting("MultiRC", 12.0, math=False),
+    "smollm2_tokens_b64": Setting("b 64", 9.0),
+    "table7_sst2_smollm2": Setting("SST-2", 5.0, math=False),
+    "smollm2_tokens": Setting("b 8", 4.0),
+    "table1_smollm2": Setting("b 8", 4.0),
+    "table2_smollm2": Setting("b 8", 4.0),
+    "table5_smollm2": Setting("b 8", 4.0),
+}
+"""Grids, the longest runs first."""
+
+QUESTIONS_GIB = 8.0
+DEVICE_GIB = 70.0
+"""Memory of the device that runs may take together."""
+
+MEASURED = ("plain 8", "tokens 8 of 32", "plain 16")
+"""Arms whose models are asked questions."""
+
+BASE = WORK / "base"
+"""Folder of the answers of the model before training."""
+
+QUESTIONS = (
+    *("--tasks", "gsm8k,svamp,MATH", "--limit", "200", "--max-new-tokens", "256"),
+    *("--max-tokens", "131072", "--max-examples", "200"),
+)
+
+LENGTHS = (192, 256)
+"""Tokens of an example in the grids of the mixture."""
+
+PACKING_S = 12.0
+"""Seconds for stopping runs and packing what they wrote, before the clock runs out."""
+
+LARGEST = 4 << 20
+"""Bytes of the largest file of a run that comes back."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A process to run.
+
+    Attributes:
+        key: key of its row.
+        command: what to run.
+        folder: folder of the run that it makes or measures.
+        after: key of the task that has to be done first; empty if none.
+        gib: memory that it may need on the device.
+    """
+
+    key: str
+    command: tuple[str, ...]
+    folder: Path
+    after: str = ""
+    gib: float = 4.0
+
+    @property
+    def log(self) -> Path:
+        """File of the output."""
+        kind = "evaluation" if self.after or "evaluate" in self.command else "run"
+        return self.folder.with_name(f"{self.folder.name}.{kind}.log")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line."""
     parser = parser_of(__doc__)
-    parser.add_argument("--at-once", type=int, default=6, help="processes at once (6)")
-    parser.add_argument("--arms", nargs="*", default=[], help="only arms whose name contains one of these")
-    parser.add_argument("--worker", help="(a process of this part) what to train, as JSON")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="seeds (0 1 2)")
+    parser.add_argument("--at-once", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="processes at once")
+    parser.add_argument(
+        "--grids", nargs="*", default=list(SETTINGS), choices=list(SETTINGS), help="names of grids (all)"
+    )
+    parser.add_argument("--without", nargs="*", default=[], help="without arms whose name contains one of these")
+    parser.add_argument("--no-questions", action="store_true", help="without accuracy on questions")
     options = parser.parse_args(arguments)
-    if options.worker:
-        return work(**json.loads(options.worker))
     part = Part("train", options)
-    if "tokens" not in estimators():
-        part.note("no estimator `tokens` in this version: its arms are left out")
-    setting = dry_setting() if part.dry else real_setting(part)
-    if setting is None:
+    if not part.dry and not MODEL.is_dir():
+        part.note("no weights: carry both halves of the weights and the data (README.md)")
         return part.close()
-    taken_s: float | None = None
-    for seed, steps in setting.rounds:
-        arms = arms_of(setting.coreset)
-        named = [name for name in arms if not options.arms or any(word in name for word in options.arms)]
-        wanted = [name for name in named if not done(part, name, seed, steps)]
-        if not wanted:
-            continue
-        if taken_s is not None and taken_s > part.left_s:
-            part.note(f"seed {seed}, {steps} steps: left for the next call")
-            break
-        start = time.monotonic()
-        for first in range(0, len(wanted), options.at_once):
-            train(part, setting, {name: arms[name] for name in wanted[first : first + options.at_once]}, seed, steps)
-        taken_s = time.monotonic() - start
-        if part.left_s < 2 * SAVING_S:
-            break
-    for row in part.rows:
-        losses = ", ".join(f"{step}: {loss['overall']:.4f}" for step, loss in row["heldout"].items())
-        print(f"{row['key']:44} {row['steps']:4} steps, {row['step_s']:.3f} s each, held out {losses}")
+    os.chdir(ROOT)  # folders of runs are relative to the project
+    tasks = dry_tasks() if part.dry else tasks_of(options)
+    for task in tasks:  # finished by an earlier call, which was ended before it could say so
+        if "train" in task.command and is_finished(task.folder) and part.known(task.key) is None:
+            part.add(task.key, row_of(task) or {})
+    wanted = [task for task in tasks if part.known(task.key) is None]
+    done = {task.key for task in tasks if task not in wanted}
+    wanted = [task for task in wanted if not task.after or task.after not in done or is_finished(task.folder)]
+    print(f"train: {len(wanted)} of {len(tasks)} processes to run, {options.at_once} at once", flush=True)
+    if not part.dry and any("train" in task.command for task in wanted):
+        tokenise(MODEL, mixture())
+    with shared_device(WORK / "mps") as shared:
+        if part.device.type == "cuda":
+            part.note(shared)
+        run(part, wanted, options.at_once)
+    pack(sorted({task.folder for task in tasks}), options.out / f"{'dry_' if part.dry else ''}train_runs.tar.gz")
     return part.close()
 
 
-def arms_of(coreset: int) -> dict[str, list[str]]:
-    """Return overrides of the recipe by arm."""
-    b, r = coreset, 2 * coreset
-
-    def size(large: int) -> list[str]:
-        return [f"colm.large_batch_size={large}", f"colm.coreset_size={b}"]
-
-    arms = {
-        f"plain {b}": [f"colm.large_batch_size={b}", f"colm.coreset_size={b}", "colm.selector=full"],
-        f"plain {r}": [f"colm.large_batch_size={r}", f"colm.coreset_size={r}", "colm.selector=full"],
-        f"keep_random {b} of {r}": [*size(r), "colm.selector=keep_random"],
-        f"CoLM {b} of {r}, spsa": [*size(r), "colm.probe.estimator=spsa"],
-        f"CoLM {b} of {r}, exact, matched, joint": [*size(r), "colm.probe.estimator=exact", *MATCHED],
-    }
-    if "tokens" in estimators():
-        for large in (r, 2 * r):
-            arms[f"CoLM {b} of {large}, tokens"] = [*size(large), "colm.probe.estimator=tokens", *MATCHED]
-    return arms
-
-
-def key_of(arm: str, seed: int) -> str:
-    """Return the key of an arm's row."""
-    return f"{arm}, seed {seed}"
-
-
-def done(part: Part, arm: str, seed: int, steps: int) -> bool:
-    """Decide whether an arm has been trained that far.
-
-    Half of the steps suffice if the checkpoint was lost with another machine: losses are compared at shared steps.
-    """
-    row = part.known(key_of(arm, seed))
-    if row is None or row["steps"] >= steps:
-        return row is not None
-    return row["steps"] >= steps // 2 and not (folder_of(part, arm, seed) / "checkpoints").is_dir()
-
-
-def folder_of(part: Part, arm: str, seed: int) -> Path:
-    """Return the folder of an arm's run."""
-    return WORK / ("dry_train" if part.dry else "train") / key_of(arm, seed).replace(" ", "_")
-
-
-def train(part: Part, setting: Setting, arms: dict[str, list[str]], seed: int, steps: int) -> None:
-    """Train arms at once and add their rows as they end."""
-    until = time.time() + part.left_s - SAVING_S
-    folders = {name: folder_of(part, name, seed) for name in arms}
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    for name, changes in arms.items():
-        folders[name].mkdir(parents=True, exist_ok=True)
-        (folders[name] / "row.json").unlink(missing_ok=True)
-        overrides = [
-            f"name={json.dumps(name)}",
-            f"seed={seed}",
-            f"steps={steps}",
-            f"output_dir={json.dumps(str(folders[name]))}",
-            f"model.name_or_path={json.dumps(str(setting.model))}",
-            f"data.train={json.dumps(str(setting.data))}",
-            f"data.cache_dir={json.dumps(str(WORK / 'tokens'))}",
-            *setting.overrides,
-            *changes,
-        ]
-        asked = json.dumps({"overrides": overrides, "until": until, "dry": part.dry})
-        command = [sys.executable, "-m", "benchmarks.gpu.train", "--worker", asked]
-        with (folders[name] / "log.txt").open("wb") as log:
-            running[name] = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-    while running:
-        time.sleep(0.1)
-        for name, process in list(running.items()):
-            code = process.poll()
-            late = code is None and time.time() > until + 2 * SAVING_S
-            if late:
-                process.kill()
-                process.wait()
-            elif code is None:
+def tasks_of(options: Any) -> list[Task]:
+    """Return all runs, seed by seed, with the questions after the runs of `MEASURED`."""
+    data = PACK / "data"
+    shared = ["model.name_or_path=" + _shown(MODEL), "model.gguf_file=null", "optimizer.torch_adam=true"]
+    shared += ["data.cache_dir=" + _shown(WORK / "tokens")]
+    math = [*shared, f"data.train={_shown(mixture())}", "data.holdout_per_source=24"]
+    math += ["evaluation.every=25", "evaluation.max_tokens=32768"]
+    choices = [*shared, f"data.folder={_shown(data / 'superglue')}", "evaluation.max_tokens=32768"]
+    tasks = []
+    for seed in options.seeds:
+        for name, setting in SETTINGS.items():
+            if name not in options.grids or not (setting.math or seed == options.seeds[0]):
                 continue
-            del running[name]
-            file = folders[name] / "row.json"
-            if file.is_file():
-                part.add(key_of(name, seed), {**json.loads(file.read_text(encoding="utf-8")), "at_once": len(arms)})
-            else:
-                end = (folders[name] / "log.txt").read_text(encoding="utf-8", errors="replace")[-2500:]
-                part.failed(
-                    key_of(name, seed), RuntimeError(f"{'took too long' if late else f'exit code {code}'}: {end}")
-                )
+            grid = load_grid(GRIDS / f"{name}.yaml", math if setting.math else choices, [seed])
+            named = [job for job in jobs_of(grid) if not any(word in job.arm for word in options.without)]
+            tasks += [run_of(job, setting) for job in named]
+        if seed == options.seeds[0] and not options.no_questions:
+            tasks.append(questions_of("base", [_shown(MODEL), "--out", _shown(BASE)], BASE))
+    unique = list({task.folder: task for task in tasks}.values())
+    if not options.no_questions:
+        unique += [
+            questions_of(task.key, [str(task.folder)], task.folder, task.key)
+            for task in unique
+            if task.key.startswith(tuple(f"b 8: {arm}, seed" for arm in MEASURED))
+        ]
+    return unique
 
 
-def work(overrides: list[str], until: float, dry: bool) -> int:
-    """Train an arm, in a process, until its steps are done or time is up, and write its row."""
-    from transformers import set_seed
-
-    import colm_ds
-    from colm_ds.distributed.agreement import single_process_environment
-    from colm_ds.distributed.exchange import make_exchange
-    from colm_ds.recipes.model import load_model, load_tokenizer, quiet_libraries
-    from colm_ds.recipes.recipe import load_recipe
-    from colm_ds.training.run import deepspeed_config, learning_rate_factor
-    from colm_ds.training.tasks import InTraining, load_task
-
-    begun = time.monotonic()
-    single_process_environment()
-    quiet_libraries()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    recipe = load_recipe(RECIPE, overrides)
-    tokenizer = load_tokenizer(recipe)
-    task = load_task(recipe, tokenizer)
-    set_seed(recipe.seed)
-    settings = deepspeed_config(recipe)
-    settings["optimizer"]["params"]["torch_adam"] = True  # DeepSpeed's own would be compiled first
-    factor = learning_rate_factor(recipe.lr_schedule, 100)
-    engine = colm_ds.initialize(
-        model=load_model(recipe, tokenizer),
-        config=settings,
-        training_data=task.train,
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
-    )[0]
-    device = torch.device(engine.device)
-    measuring = InTraining(engine, tokenizer, device, make_exchange(device), 0)
-    saved = Path(recipe.output_dir) / "checkpoints"
-    _, state = engine.load_checkpoint(str(saved))
-    row: dict[str, Any] = {"heldout": {}, "losses": [], "started_s": time.monotonic() - begun, **state.get("row", {})}
-    seconds, selecting = [], []
-    while engine.step_count < recipe.steps and time.time() < until:
-        stats = engine.train_batch()
-        row["losses"].append(round(stats.loss, 5))
-        seconds.append(stats.time_s["total"])
-        selecting.append((stats.time_s["exchange"] + stats.time_s["select"]) / stats.time_s["total"])
-        if stats.step % (1 if dry else EVERY) == 0 or stats.step == recipe.steps:
-            losses = task.heldout(measuring)
-            assert losses is not None
-            row["heldout"][str(stats.step)] = {name: losses[name] for name in ("overall", "macro", "per_source")}
-    row |= {
-        "arm": recipe.name,
-        "seed": recipe.seed,
-        "r": recipe.colm.large_batch_size,
-        "b": recipe.colm.coreset_size,
-        "steps": engine.step_count,
-        "whole": engine.step_count >= recipe.steps,
-        "step_s": median(seconds) if seconds else 0.0,
-        "exchange_and_selection_share": median(selecting) if selecting else 0.0,
-        "examples": len(task.train),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
-    }
-    engine.save_checkpoint(str(saved), client_state={"row": row}, keep_last=1)
-    write_json(Path(recipe.output_dir) / "row.json", row)
-    return 0
+def mixture() -> Path:
+    """Return the training data."""
+    packed = PACK / "data" / "train.jsonl.gz"
+    return packed if packed.exists() else REAL_DATA
 
 
-def real_setting(part: Part) -> Setting | None:
-    """Return SmolLM2 and the math mixture; None, with a note, if the weights are missing."""
-    data = next((path for path in (PACK / "data" / "train.jsonl.gz", REAL_DATA) if path.exists()), None)
-    if not MODEL.is_dir() or data is None:
-        part.note(f"{'no weights' if data else 'no data'}: carry both halves of the weights and the data (README.md)")
-        return None
-    overrides = [
-        "model.gguf_file=null",
-        "model.dtype=bfloat16",
-        "lora.rank=16",
-        "lora.alpha=32",
-        "lora.dropout=0.0",
-        "data.max_length=256",
-        "data.holdout_per_source=24",
-        "micro_batch_size=32",
-        "optimizer.lr=5.0e-4",
-        "lr_schedule.kind=constant",
-        "lr_schedule.warmup_fraction=0.05",
-    ]
-    tokenise(MODEL, data)
-    return Setting(MODEL, data, 64, ROUNDS, overrides)
+def run_of(job: SweepJob, setting: Setting) -> Task:
+    """Return a run of a grid."""
+    command = (sys.executable, "-W", "ignore", "-m", "colm_ds.cli", "train", *job.arguments)
+    return Task(f"{setting.name}: {job.arm}, seed {job.seed}", command, job.folder, gib=setting.gib)
 
 
-def dry_setting() -> Setting:
-    """Return a tiny random model on generated data."""
+def questions_of(name: str, words: list[str], folder: Path, after: str = "") -> Task:
+    """Return the evaluation of a run or a model."""
+    command = [sys.executable, "-W", "ignore", "-m", "colm_ds.cli", "evaluate", *words]
+    command += [*QUESTIONS, "--data", _shown(PACK / "data" / "math_eval")]
+    return Task(f"questions: {name}", tuple(command), folder, after, QUESTIONS_GIB)
+
+
+def dry_tasks() -> list[Task]:
+    """Return two runs of a tiny random model on generated data, and one's questions."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from colm_ds.data.generated.mixture import write_mixture
 
     folder = WORK / "dry"
-    data, model = folder / "data", folder / "model"
+    data, model, questions = folder / "data", folder / "model", folder / "math_eval"
     write_mixture(data, scale=0.02)
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = AutoConfig.for_model("llama", **shape, num_key_value_heads=2, vocab_size=len(tokenizer))
     AutoModelForCausalLM.from_config(config).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    overrides = ["model.gguf_file=null", "lora.rank=2", "data.max_length=64", "data.holdout_per_source=1"]
-    overrides += ["micro_batch_size=4", "lr_schedule.kind=constant", "lr_schedule.warmup_fraction=0.05"]
-    return Setting(model, data / "train.jsonl", 4, [(0, 1), (0, 2)], overrides)
+    questions.mkdir(parents=True, exist_ok=True)
+    rows = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(3)]
+    with gzip.open(questions / "svamp.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    place = _shown(WORK / "dry_train")
+    changes = [f"model.name_or_path={_shown(model)}", "model.gguf_file=null", "optimizer.torch_adam=true", "steps=2"]
+    changes += [f"data.train={_shown(data / 'train.jsonl')}", "data.cache_dir=null", "data.max_length=64"]
+    changes += ["data.holdout_per_source=1", "lora={rank: 2, alpha: 4, targets: [q_proj]}"]
+    grid = load_grid(GRIDS / "smollm2_tokens.yaml", changes, [0]).model_copy(update={"runs": place, "out": place})
+    runs = [run_of(job, SETTINGS["smollm2_tokens"]) for job in jobs_of(grid) if job.arm in MEASURED[:2]]
+    asked = questions_of(runs[0].key, [str(runs[0].folder)], runs[0].folder, runs[0].key)
+    short = ["--tasks", "svamp", "--limit", "2", "--max-new-tokens", "4", "--data", _shown(questions)]
+    return [*runs, replace(asked, command=(*asked.command[: asked.command.index("--tasks")], *short))]
 
 
 def tokenise(model: Path, data: Path) -> None:
@@ -291,8 +234,93 @@ def tokenise(model: Path, data: Path) -> None:
     start = time.monotonic()
     tokenizer = AutoTokenizer.from_pretrained(model)
     set_pad_token(tokenizer)
-    load_examples(str(data), tokenizer, 256, source_key="source", cache_dir=WORK / "tokens")
+    for length in LENGTHS:
+        load_examples(str(data), tokenizer, length, cache_dir=WORK / "tokens", num_processes=8)
     print(f"train: data tokenised in {time.monotonic() - start:.1f} s", flush=True)
+
+
+def run(part: Part, tasks: Sequence[Task], at_once: int) -> None:
+    """Run the processes, add the rows of those that end well, and stop the others when time is up."""
+    waiting, running = list(tasks), dict[Task, tuple[subprocess.Popen[bytes], float]]()
+    failed: set[str] = set()
+    while waiting or running:
+        undone = {task.key for task in (*waiting, *running)}
+        for task in [task for task in waiting if task.after in failed]:
+            waiting.remove(task)
+            part.failed(task.key, RuntimeError(f"{task.after} failed"))
+        ready = [task for task in waiting if task.after not in undone]
+        for task in ready:
+            if len(running) >= at_once or task.gib + sum(one.gib for one in running) > DEVICE_GIB:
+                break
+            waiting.remove(task)
+            running[task] = (start(task), time.monotonic())
+        for task, (process, begun) in list(running.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del running[task]
+            seconds = time.monotonic() - begun
+            row = row_of(task) if code == 0 else None
+            if row is None:
+                failed.add(task.key)
+                end = task.log.read_text(encoding="utf-8", errors="replace")[-2500:]
+                part.failed(task.key, RuntimeError(f"exit code {code}: {end}"))
+                continue
+            part.add(task.key, {**row, "process_s": round(seconds, 1), "at_once": len(running) + 1})
+            print(f"train: {task.key}: {seconds:.0f} s, {len(waiting)} waiting, {part.left_s:.0f} s left", flush=True)
+        if not part.dry and part.left_s < PACKING_S:
+            break
+        time.sleep(0.1)
+    for process, _ in running.values():
+        process.send_signal(signal.SIGKILL)
+    if waiting or running:
+        part.note(f"{len(waiting)} processes not started, {len(running)} stopped by the clock")
+
+
+def start(task: Task) -> subprocess.Popen[bytes]:
+    """Start a process with one thread."""
+    task.log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    with task.log.open("wb") as log:
+        return subprocess.Popen(task.command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def row_of(task: Task) -> dict[str, Any] | None:
+    """Return what a finished process measured; None if it did not finish."""
+    if "evaluate" in task.command:
+        place = task.folder / EVALUATION if is_finished(task.folder) else task.folder
+        tasks = read_object(place / RESULTS).get("tasks")
+        return {"questions": tasks} if tasks else None
+    if not is_finished(task.folder):
+        return None
+    summary = read_object(task.folder / SUMMARY)
+    arm, seed = arm_and_seed(task.key)
+    return {"arm": arm, "seed": seed} | {
+        key: summary.get(key) for key in ("heldout", "heldout_before", "step_s", "wall_s", "peak_memory_gib")
+    }
+
+
+def arm_and_seed(key: str) -> tuple[str, int]:
+    """Return the two, as a run's key says them."""
+    arm, _, seed = key.partition(": ")[2].rpartition(", seed ")
+    return arm, int(seed)
+
+
+def pack(folders: Sequence[Path], file: Path) -> None:
+    """Write what runs wrote, but for weights and other large files, into one archive."""
+    with tarfile.open(file, "w:gz", compresslevel=6) as archive:
+        for folder in folders:
+            logs = [log for log in folder.parent.glob(f"{folder.name}.*.log") if log.is_file()]
+            for path in [*logs, *sorted(folder.rglob("*"))]:
+                whole = path.is_file() and path.stat().st_size <= LARGEST
+                if whole and path.suffix in (".json", ".jsonl", ".md", ".txt", ".log") and "adapter" not in path.parts:
+                    place = path.resolve()
+                    archive.add(path, place.relative_to(ROOT) if place.is_relative_to(ROOT) else path.name)
+
+
+def _shown(path: Path) -> str:
+    """Return a path as it is written in a run's settings, relative to the project where it lies there."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 if __name__ == "__main__":

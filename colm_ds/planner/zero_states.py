@@ -97,7 +97,7 @@ def zero_settings(config: Mapping[str, Any], world_size: int, *, on_gpu: bool = 
     Args:
         config: the configuration.
         world_size: W.
-        on_gpu: whether DeepSpeed's own Adam runs.
+        on_gpu: whether DeepSpeed's own Adam runs, unless the configuration asks for `torch_adam`.
     """
     zero = config.get("zero_optimization") or {}
 
@@ -122,7 +122,7 @@ def zero_settings(config: Mapping[str, Any], world_size: int, *, on_gpu: bool = 
         accumulate_float32=accumulate in ("fp32", "float32"),
         offload_optimizer=offloaded("offload_optimizer"),
         offload_parameters=offloaded("offload_param"),
-        fused_adam=on_gpu,
+        fused_adam=on_gpu and not ((config.get("optimizer") or {}).get("params") or {}).get("torch_adam"),
     )
 
 

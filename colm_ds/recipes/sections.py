@@ -180,6 +180,9 @@ class OptimizerConfig(Section):
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="beta1 and beta2, also of the selection's geometry")
     eps: float = Field(1e-8, gt=0, allow_inf_nan=False, description="eps, also of the selection's geometry")
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="decoupled weight decay")
+    torch_adam: bool = Field(
+        False, description="on GPUs PyTorch's AdamW, not DeepSpeed's kernel, which nvcc compiles at its first use"
+    )
 
 
 class LrScheduleConfig(Section):

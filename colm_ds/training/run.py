@@ -215,6 +215,8 @@ def deepspeed_config(recipe: BaseRecipe) -> dict[str, Any]:
                 raise ConfigError(f"{where}: {key!r} is the recipe's to say. Remove it here.")
             raise ConfigError(f"{recipe.where}: deepspeed.{key}: the recipe has keys of its own for it. Remove it.")
     optimizer = recipe.optimizer.model_dump()
+    if not optimizer["torch_adam"]:
+        del optimizer["torch_adam"]  # `initialize` prefers it on a CPU
     return {
         **config,
         **precision_sections(recipe.model.dtype),

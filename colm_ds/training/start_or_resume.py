@@ -28,7 +28,7 @@ _MAY_CHANGE = {
     *("data.store", "prepare", "keep_best", "data.schema", "data.chat_template", "data.num_processes"),
     *("model.attention", "model.activation_checkpointing", "colm.num_workers", "colm.micro_batch_tokens"),
     *("colm.max_skipped_steps", "colm.phase_timeout_s", "colm.replay", "colm.variance_every"),
-    *("colm.probe.max_tokens", "colm.memory", "colm.packing", "micro_batch_size"),
+    *("colm.probe.max_tokens", "colm.memory", "colm.packing", "micro_batch_size", "optimizer.torch_adam"),
     *("colm.target.data", "colm.options.table", "data.subset"),  # their contents are compared
     "colm.preset",  # the keys that it fills in are compared one by one
 }

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.gpu import collect
+from benchmarks.gpu import collect, train
 from benchmarks.gpu.picture import OTHER, Profile, kind_of
 from benchmarks.gpu.requirements import missing_of_wheels
 from benchmarks.gpu.rows import Part, read_rows
@@ -90,18 +91,66 @@ def test_memory_runs_dry(pools: dict[int, Ranks], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_train_resumes(tmp_path: Path, repo_root: Path) -> None:
-    """Two arms at once, a step, then on from their checkpoints to the second."""
+def test_train_runs_dry(tmp_path: Path, repo_root: Path) -> None:
+    """Two runs, the questions after the first, and what they wrote in an archive; a second call finds all done."""
     shutil.rmtree(repo_root / "runs" / "gpu_work" / "dry_train", ignore_errors=True)
-    started = run_script(repo_root, tmp_path, "train", "--dry", "--seconds", "240", "--arms", "keep_random", "spsa")
-    assert started.returncode == 0, started.stdout + started.stderr
-    rows = read_rows(tmp_path / "dry_train.json")
-    assert {row["arm"] for row in rows} == {"keep_random 4 of 8", "CoLM 4 of 8, spsa"}
-    assert all(row["steps"] == 2 and row["whole"] and list(row["heldout"]) == ["1", "2"] for row in rows)
-    assert all(len(row["losses"]) == 2 and row["at_once"] == 2 for row in rows)
-    again = run_script(repo_root, tmp_path, "train", "--dry", "--arms", "keep_random", "spsa")
-    assert again.returncode == 0
-    assert read_rows(tmp_path / "dry_train.json") == rows
+    ran = run_script(repo_root, tmp_path, "train", "--dry", "--seconds", "240")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    rows = {row["key"]: row for row in read_rows(tmp_path / "dry_train.json")}
+    assert list(rows) == ["b 8: plain 8, seed 0", "b 8: tokens 8 of 32, seed 0", "questions: b 8: plain 8, seed 0"]
+    assert rows["questions: b 8: plain 8, seed 0"]["questions"]["svamp"]["n"] == 2
+    assert all(row["heldout"]["overall"] > 0 for row in list(rows.values())[:2])
+    with tarfile.open(tmp_path / "dry_train_runs.tar.gz") as archive:
+        names = archive.getnames()
+    place = "runs/gpu_work/dry_train/tokens_8_of_32/seed_0"
+    assert {f"{place}/metrics.jsonl", f"{place}/summary.json", f"{place}/config.json"} <= set(names)
+    assert not any("safetensors" in name for name in names)
+    table = collect.training_table(collect.Results.read(tmp_path, dry=True))
+    assert "| b 8: tokens 8 of 32 | 1 | " in table
+    again = run_script(repo_root, tmp_path, "train", "--dry")
+    assert "0 of 3 processes to run" in again.stdout
+
+
+def test_processes_fit_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No more run at once than there are slots and memory; what follows a failure is not started."""
+    together: list[float] = []
+    running: dict[str, float] = {}
+
+    class Process:
+        """Ends at its second look, with an error where its key says so."""
+
+        def __init__(self, task: train.Task) -> None:
+            self.task, self.looks = task, 0
+            running[task.key] = task.gib
+            together.append(sum(running.values()))
+
+        def poll(self) -> int | None:
+            """Return the exit code, or None while it runs."""
+            self.looks += 1
+            if self.looks < 2:
+                return None
+            running.pop(self.task.key, None)
+            return int("fails" in self.task.key)
+
+    started: list[str] = []
+
+    def start(task: train.Task) -> Process:
+        started.append(task.key)
+        return Process(task)
+
+    monkeypatch.setattr(train, "start", start)
+    monkeypatch.setattr(train, "row_of", lambda task: {})
+    keys = [("a", "", 30.0), ("b fails", "", 30.0), ("c", "", 30.0), ("after a", "a", 4.0), ("after b", "b fails", 4.0)]
+    tasks = [train.Task(key, ("x",), tmp_path / key / "run", after, gib) for key, after, gib in keys]
+    for task in tasks:
+        task.log.parent.mkdir(parents=True)
+        task.log.write_text("why")
+    part = part_in(tmp_path)
+    train.run(part, tasks, 3)
+    assert max(together) <= train.DEVICE_GIB
+    assert set(started) == {"a", "b fails", "c", "after a"}
+    assert {row["key"] for row in part.rows} == {"a", "c", "after a"}
+    assert part.close() == 1
 
 
 @pytest.mark.slow
@@ -176,18 +225,13 @@ def row(key: str, date: str, **more: Any) -> dict[str, Any]:
 
 def test_calls_are_merged(tmp_path: Path) -> None:
     kept = tmp_path / "kept.json"
-    for number, rows in enumerate(
-        [
-            [row("a", "1", steps=100), row("b", "1", steps=300)],
-            [row("a", "2", steps=300), row("b", "2", steps=100), row("c", "2", steps=1)],
-        ]
-    ):
+    for number, rows in enumerate([[row("a", "1"), row("b", "3")], [row("a", "2"), row("b", "2"), row("c", "2")]]):
         file = tmp_path / f"{number}.json"
         file.write_text(json.dumps(call(rows, str(number))))
         collect.merge(file, kept)
         collect.merge(file, kept)  # a second time changes nothing
-    found = {one["key"]: (one["date"], one["steps"]) for one in read_rows(kept)}
-    assert found == {"a": ("2", 300), "b": ("1", 300), "c": ("2", 1)}
+    found = {one["key"]: one["date"] for one in read_rows(kept)}
+    assert found == {"a": "2", "b": "3", "c": "2"}
     assert [one["date"] for one in json.loads(kept.read_text())["calls"]] == ["0", "1"]
 
 
@@ -201,11 +245,15 @@ def test_documents_have_the_tables_of_the_kept_results(tmp_path: Path, repo_root
 
 
 def test_held_out_losses_are_paired() -> None:
-    base = {"heldout": {"25": {"overall": 2.0}, "50": {"overall": 1.5}}}
-    shorter = {"heldout": {"25": {"overall": 1.9}}}
-    assert collect.loss_cell(base, None) == "1.5000"
-    assert collect.loss_cell(shorter, base) == "-0.1000"
-    assert collect.loss_cell(None, base) == ""
+    """Differences to the first arm of the same name and seed, their mean and its standard error."""
+    losses = {("plain", 0): 2.0, ("plain", 1): 1.0, ("plain", 2): 9.0, ("chosen", 0): 1.9, ("chosen", 1): 0.7}
+    rows = [
+        row(f"b 8: {arm}, seed {seed}", "1", seed=seed, heldout={"overall": loss, "macro": 2 * loss})
+        for (arm, seed), loss in losses.items()
+    ]
+    table = collect.training_table(collect.Results({"train": {one["key"]: one for one in rows}}, "H100"))
+    assert "| b 8: plain | 3 | 4.0000 ± 2.5166 | 8.0000 ± 5.0332 |" in table
+    assert "| b 8: chosen | 2 | -0.2000 ± 0.1000 | -0.4000 ± 0.2000 |" in table
 
 
 def test_reports_of_pytest_are_read() -> None:
@@ -225,8 +273,11 @@ def wheel(folder: Path, name: str, version: str, *needs: str) -> None:
 
 
 def test_wheels_cover_what_they_need(tmp_path: Path) -> None:
-    wheel(tmp_path, "big", "1.0", "small==2", "torch>=2", "rare", 'odd; extra == "more"')
-    wheel(tmp_path, "small", "2.1")
+    for folder in ("wheels", "cache"):
+        (tmp_path / folder).mkdir()
+    wheel(tmp_path / "wheels", "big", "1.0", "small==2", "torch>=2", "rare", 'odd; extra == "more"')
+    wheel(tmp_path / "wheels", "small", "2.1")
+    wheel(tmp_path / "cache", "source", "1.0", "unknown")  # of the weights: not installed there
     assert missing_of_wheels(tmp_path) == [
         "big needs small==2: 2.1 is packed",
         "big needs rare: neither packed nor expected",

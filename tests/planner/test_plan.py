@@ -243,6 +243,8 @@ def test_zero_settings_are_read() -> None:
     assert (found.num_buckets, found.persistent) == (1, 10_000)
     assert zero_settings({"zero_optimization": {"stage": 2, "overlap_comm": True}}, 8).num_buckets == 2
     assert zero_settings({"zero_optimization": {"stage": 1, "contiguous_gradients": False}}, 8).num_buckets == 0
+    assert found.fused_adam
+    assert not zero_settings({"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}, 8).fused_adam
 
 
 def test_phases_and_parts() -> None:
