@@ -31,7 +31,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     command = [sys.executable, "-m", "pytest", "-q", "tests/gpu", "-m", "gpu or not gpu" if part.dry else "gpu"]
-    command += ["-p", "no:cacheprovider", f"--junitxml={report}", "--tb=short", "--durations=8", "--timeout=60"]
+    command += [
+        "-o",
+        "minversion=8.0",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+        "--tb=short",
+        "--durations=8",
+        "--timeout=60",
+    ]
     command += ["-k", options.only] if options.only else []
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, timeout=max(10.0, part.left_s), check=False)

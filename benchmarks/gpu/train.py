@@ -69,7 +69,7 @@ DEVICE_GIB = 70.0
 """Memory of the device that runs may take together."""
 
 MEASURED = ("plain 8", "tokens 8 of 32", "plain 16")
-"""Arms whose models are asked questions."""
+"""Arms whose models, of the first seed, are asked questions."""
 
 BASE = WORK / "base"
 """Folder of the answers of the model before training."""
@@ -79,8 +79,8 @@ QUESTIONS = (
     *("--max-tokens", "131072", "--max-examples", "200"),
 )
 
-LENGTHS = (192, 256)
-"""Tokens of an example in the grids of the mixture."""
+LENGTHS = {"b 8": 192, "b 64": 256}
+"""Tokens of an example, by the settings that train on the mixture."""
 
 PACKING_S = 12.0
 """Seconds for stopping runs and packing what they wrote, before the clock runs out."""
@@ -139,7 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = [task for task in wanted if not task.after or task.after not in done or is_finished(task.folder)]
     print(f"train: {len(wanted)} of {len(tasks)} processes to run, {options.at_once} at once", flush=True)
     if not part.dry and any("train" in task.command for task in wanted):
-        tokenise(MODEL, mixture())
+        names = {task.key.partition(":")[0] for task in wanted}
+        tokenise(MODEL, mixture(), [length for name, length in LENGTHS.items() if name in names])
     with shared_device(WORK / "mps") as shared:
         if part.device.type == "cuda":
             part.note(shared)
@@ -149,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def tasks_of(options: Any) -> list[Task]:
-    """Return all runs, seed by seed, with the questions after the runs of `MEASURED`."""
+    """Return all runs, seed by seed, and the questions to the runs of `MEASURED` with the first seed."""
     data = PACK / "data"
     shared = ["model.name_or_path=" + _shown(MODEL), "model.gguf_file=null", "optimizer.torch_adam=true"]
     shared += ["data.cache_dir=" + _shown(WORK / "tokens")]
@@ -165,15 +166,10 @@ def tasks_of(options: Any) -> list[Task]:
             named = [job for job in jobs_of(grid) if not any(word in job.arm for word in options.without)]
             tasks += [run_of(job, setting) for job in named]
         if seed == options.seeds[0] and not options.no_questions:
+            asked = [task for task in tasks if task.key in [f"b 8: {arm}, seed {seed}" for arm in MEASURED]]
             tasks.append(questions_of("base", [_shown(MODEL), "--out", _shown(BASE)], BASE))
-    unique = list({task.folder: task for task in tasks}.values())
-    if not options.no_questions:
-        unique += [
-            questions_of(task.key, [str(task.folder)], task.folder, task.key)
-            for task in unique
-            if task.key.startswith(tuple(f"b 8: {arm}, seed" for arm in MEASURED))
-        ]
-    return unique
+            tasks += [questions_of(task.key, [str(task.folder)], task.folder, task.key) for task in asked]
+    return list({task.key: task for task in tasks}.values())
 
 
 def mixture() -> Path:
@@ -224,7 +220,7 @@ def dry_tasks() -> list[Task]:
     return [*runs, replace(asked, command=(*asked.command[: asked.command.index("--tasks")], *short))]
 
 
-def tokenise(model: Path, data: Path) -> None:
+def tokenise(model: Path, data: Path, lengths: Sequence[int]) -> None:
     """Fill the token cache, so that the processes find it."""
     from transformers import AutoTokenizer
 
@@ -234,7 +230,7 @@ def tokenise(model: Path, data: Path) -> None:
     start = time.monotonic()
     tokenizer = AutoTokenizer.from_pretrained(model)
     set_pad_token(tokenizer)
-    for length in LENGTHS:
+    for length in lengths:
         load_examples(str(data), tokenizer, length, cache_dir=WORK / "tokens", num_processes=8)
     print(f"train: data tokenised in {time.monotonic() - start:.1f} s", flush=True)
 
