@@ -14,8 +14,17 @@ from colm_ds.types import Example
 IGNORE_INDEX = -100
 
 
-MICRO_BATCH_TOKENS = 128
-"""Cost of one more micro-batch, in padded tokens that take as long: a new one starts where it saves more."""
+MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS_ON_GPU = 128, 2048
+"""Cost of one more micro-batch, in padded tokens that take as long: a new one starts where it saves more.
+
+A GPU waits for the processor to launch the kernels of a small one: on an H100 a micro-batch of at most 2,160 tokens of
+Phi-2 with LoRA took 0.5 s, several times what its operations take (docs/MACHINES.md).
+"""
+
+
+def tokens_of_micro_batch() -> int:
+    """Return the cost of one more micro-batch on this machine, in padded tokens."""
+    return MICRO_BATCH_TOKENS_ON_GPU if torch.cuda.is_available() else MICRO_BATCH_TOKENS
 
 
 def length_sorted_batches(
@@ -24,8 +33,8 @@ def length_sorted_batches(
     """Group examples of similar length so that little is padded.
 
     The groups are contiguous slices of the length-sorted order (ties by index), the longest first. Of all such groups
-    within the budgets these have the least padded tokens plus `MICRO_BATCH_TOKENS` for each group (dynamic programming,
-    O(n) steps of at most a group's size). An example longer than `max_tokens` is a separate group.
+    within the budgets these have the least padded tokens plus `tokens_of_micro_batch()` for each group (dynamic
+    programming, O(n) steps of at most a group's size). An example longer than `max_tokens` is a separate group.
 
     Args:
         lengths: tokens of every example, `[n]`.
@@ -44,7 +53,7 @@ def length_sorted_batches(
         if budget is not None and budget < 1:
             raise ConfigError(f"{name} = {budget}: must be at least 1.")
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    count = len(order)
+    count, extra = len(order), tokens_of_micro_batch()
     cost = np.full(count + 1, np.iinfo(np.int64).max)  # of the first k examples
     cost[0] = 0
     start_of = np.zeros(count + 1, dtype=np.int64)  # of the last group of the first k
@@ -53,7 +62,7 @@ def length_sorted_batches(
         most = min(count - start, max_examples or count)
         if max_tokens is not None:
             most = min(most, max(1, max_tokens // max(1, longest)))
-        costs = cost[start] + MICRO_BATCH_TOKENS + longest * np.arange(1, most + 1)
+        costs = cost[start] + extra + longest * np.arange(1, most + 1)
         stops = slice(start + 1, start + most + 1)
         better = costs < cost[stops]
         cost[stops][better] = costs[better]

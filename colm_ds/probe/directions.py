@@ -85,8 +85,8 @@ class Directions:
 
     def _draw(self, block: int, probe: int) -> Tensor:
         size = min(_BLOCK, self.num_coordinates - block * _BLOCK)
-        generator = private_generator(*self._seed[:1], "direction", self._seed[1], probe, block, device=self._device)
-        return torch.randn(size, generator=generator, device=self._device)
+        seed, epoch = self._seed
+        return normals(size, seed, "direction", epoch, probe, block, device=self._device)
 
 
 class LowRankDirections:
@@ -147,6 +147,11 @@ class LowRankDirections:
             parts.append((left[:, rows] * right[:, :, columns].transpose(1, 2)).sum(dim=2))
             offset += size
         return torch.cat(parts, dim=1)
+
+
+def normals(size: int, seed: int, *parts: int | str, device: torch.device) -> Tensor:
+    """Draw standard normal numbers on a device, float32 `[size]`: a GPU's are others than the CPU's."""
+    return torch.randn(size, generator=private_generator(seed, *parts, device=device), device=device)
 
 
 def sign_vectors(seed: int, purpose: str, epoch: int, count: int, size: int, device: torch.device) -> Tensor:

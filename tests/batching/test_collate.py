@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colm_ds.batching.collate import MICRO_BATCH_TOKENS
+from colm_ds.batching.collate import MICRO_BATCH_TOKENS_ON_GPU, tokens_of_micro_batch
 from colm_ds.data import length_sorted_batches, pad_batch, padding_fraction
 from colm_ds.errors import ConfigError, DataError
 from colm_ds.types import Example
@@ -38,7 +38,19 @@ def test_budgets(max_examples: int | None, max_tokens: int | None, count: int) -
 
 def cost(lengths: list[int], batches: list[list[int]]) -> int:
     """Padded tokens and the price of every group."""
-    return sum(len(batch) * max(lengths[index] for index in batch) + MICRO_BATCH_TOKENS for batch in batches)
+    return sum(len(batch) * max(lengths[index] for index in batch) + tokens_of_micro_batch() for batch in batches)
+
+
+def test_groups_are_fewer_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a group of its own has to save more padding."""
+    lengths = [*range(40, 500, 15), *range(20, 180, 5)]
+    here = length_sorted_batches(lengths, max_examples=32)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    there = length_sorted_batches(lengths, max_examples=32)
+    assert tokens_of_micro_batch() == MICRO_BATCH_TOKENS_ON_GPU
+    assert len(there) < len(here) / 2
+    assert max(map(len, there)) <= 32
+    assert cost(lengths, there) <= cost(lengths, here)
 
 
 @given(st.lists(st.integers(1, 600), min_size=1, max_size=9), st.integers(1, 9), st.none() | st.integers(1, 1500))

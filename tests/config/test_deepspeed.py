@@ -222,7 +222,9 @@ def test_deepspeed_takes_what_was_resolved() -> None:
 
 
 def test_defaults_of_the_optimizer_are_a_recipes() -> None:
-    assert {**ADAM_DEFAULTS, "betas": tuple(ADAM_DEFAULTS["betas"])} == OptimizerConfig().model_dump(exclude={"torch_adam"})
+    assert {**ADAM_DEFAULTS, "betas": tuple(ADAM_DEFAULTS["betas"])} == OptimizerConfig().model_dump(
+        exclude={"torch_adam"}
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

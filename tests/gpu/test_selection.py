@@ -13,6 +13,7 @@ from colm_ds.batching.loader import LargeBatchLoader, RecordDataset, source_coun
 from colm_ds.batching.micro_batch import make_micro_batch
 from colm_ds.engine.coreset_selector import CoresetSelector, Selection
 from colm_ds.models.example_loss import example_loss_sums, find_loss_head
+from colm_ds.probe import directions
 from colm_ds.selection import SINGLE_PROCESS, AdamHistory, LowRankGradients
 from colm_ds.selection.fused import compiled_sum, normalised_sum
 from colm_ds.selection.history import fused_sum, mean_gradient
@@ -35,6 +36,17 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "keep_random": {"selector": "keep_random"},
     "hidden states": {"selector": "hidden_medoids"},
 }
+
+
+@pytest.fixture(autouse=True)
+def directions_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw directions on the CPU wherever they are used, as every kind of device has its own numbers."""
+
+    def drawn(size: int, seed: int, *parts: int | str, device: torch.device) -> Tensor:
+        return normals(size, seed, *parts, device=torch.device("cpu")).to(device)
+
+    normals = directions.normals
+    monkeypatch.setattr(directions, "normals", drawn)
 
 
 def choices(model: nn.Module, section: dict[str, Any], steps: int = 3) -> list[Selection]:
