@@ -231,7 +231,7 @@ def tokenise(model: Path, data: Path, lengths: Sequence[int]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     set_pad_token(tokenizer)
     for length in lengths:
-        load_examples(str(data), tokenizer, length, cache_dir=WORK / "tokens", num_processes=8)
+        load_examples(str(data), tokenizer, length, cache_dir=WORK / "tokens")
     print(f"train: data tokenised in {time.monotonic() - start:.1f} s", flush=True)
 
 

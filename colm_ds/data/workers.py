@@ -19,8 +19,11 @@ from colm_ds.errors import DataError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-SECONDS_HERE = 4.0
-"""Time for which this process works before others are started, which takes each of them about as long."""
+SECONDS_HERE = 15.0
+"""Time for which this process works before others are started.
+
+A fast tokenizer's threads use every core meanwhile, and the others' imports take 6 to 20 s.
+"""
 
 MAX_PROCESSES = 16
 """More than this one process cannot feed."""

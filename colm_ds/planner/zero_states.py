@@ -36,7 +36,8 @@ class ZeroSettings:
         accumulate_float32: whether gradients of 16-bit weights are added up in float32.
         offload_optimizer: whether float32 copies and states are in host memory.
         offload_parameters: stage 3: whether weights are too.
-        fused_adam: whether DeepSpeed's kernel (GPU) runs, which needs no temporaries; torch's AdamW does.
+        adam_temporaries: float32 numbers that a step of Adam needs for each parameter: none in DeepSpeed's kernel, the
+            root of v in torch's AdamW on a GPU, that and its quotient on a CPU.
     """
 
     stage: int
@@ -49,7 +50,7 @@ class ZeroSettings:
     accumulate_float32: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
-    fused_adam: bool = True
+    adam_temporaries: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def zero_settings(config: Mapping[str, Any], world_size: int, *, on_gpu: bool = 
     Args:
         config: the configuration.
         world_size: W.
-        on_gpu: whether DeepSpeed's own Adam runs, unless the configuration asks for `torch_adam`.
+        on_gpu: whether the ranks have GPUs, on which DeepSpeed's own Adam runs unless `torch_adam` is asked for.
     """
     zero = config.get("zero_optimization") or {}
 
@@ -111,6 +112,8 @@ def zero_settings(config: Mapping[str, Any], world_size: int, *, on_gpu: bool = 
     contiguous = zero.get("contiguous_gradients", True) not in (False, None)
     overlap = zero.get("overlap_comm") is True and number("stage", 0) < 3
     accumulate = str((config.get("data_types") or {}).get("grad_accum_dtype") or "")
+    torch_adam = ((config.get("optimizer") or {}).get("params") or {}).get("torch_adam", not on_gpu)
+    temporaries = 0 if not torch_adam else 1 if on_gpu else 2
     return ZeroSettings(
         stage=number("stage", 0),
         world_size=world_size,
@@ -122,7 +125,7 @@ def zero_settings(config: Mapping[str, Any], world_size: int, *, on_gpu: bool = 
         accumulate_float32=accumulate in ("fp32", "float32"),
         offload_optimizer=offloaded("offload_optimizer"),
         offload_parameters=offloaded("offload_param"),
-        fused_adam=on_gpu and not ((config.get("optimizer") or {}).get("params") or {}).get("torch_adam"),
+        adam_temporaries=temporaries,
     )
 
 
@@ -143,7 +146,7 @@ def model_states(parameters: Parameters, settings: ZeroSettings, weight_bytes: i
         width * settings.num_buckets * settings.reduce_bucket,
         width * min(settings.reduce_bucket, trained),
     )
-    adam = 0 if settings.fused_adam else 2 * _FLOAT32  # torch's AdamW: the root and its quotient
+    adam = settings.adam_temporaries * _FLOAT32
     weights = parameters.weight_bytes(width) + parameters.buffers
     optimizer = share * (2 * _FLOAT32 + (_FLOAT32 if half or settings.stage else 0))
     gathered = always = host = always_buckets = forward_buckets = backward_buckets = reduced = 0
@@ -168,7 +171,8 @@ def model_states(parameters: Parameters, settings: ZeroSettings, weight_bytes: i
         gradients = always = share * accumulated
         always_buckets = min(1, settings.num_buckets) * width * settings.reduce_bucket
         at_once = settings.max_live + settings.prefetch_bucket + parameters.layer
-        gathered = min(parameters.total * width - persistent, at_once * width)
+        # A single rank uses its part as it is.
+        gathered = 0 if world == 1 else min(parameters.total * width - persistent, at_once * width)
         saving_host = max(share * _FLOAT32, persistent)
         training, reducing = 2 * largest * width, 0
         step = persistent + share * (_FLOAT32 + adam)

@@ -243,8 +243,17 @@ def test_zero_settings_are_read() -> None:
     assert (found.num_buckets, found.persistent) == (1, 10_000)
     assert zero_settings({"zero_optimization": {"stage": 2, "overlap_comm": True}}, 8).num_buckets == 2
     assert zero_settings({"zero_optimization": {"stage": 1, "contiguous_gradients": False}}, 8).num_buckets == 0
-    assert found.fused_adam
-    assert not zero_settings({"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}, 8).fused_adam
+    torch_adam = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
+    assert [zero_settings(one, 8).adam_temporaries for one in (config, torch_adam)] == [0, 1]
+    assert zero_settings(config, 8, on_gpu=False).adam_temporaries == 2
+
+
+def test_one_rank_gathers_nothing() -> None:
+    """Under stage 3 its part of the weights is all of them."""
+    found = Tracer(ModelSpec(configuration(), torch.float32)).parameters
+    alone, beside = (model_states(found, ZeroSettings(3, ranks), 4).gathered for ranks in (1, 2))
+    assert alone == 0
+    assert beside > 0
 
 
 def test_phases_and_parts() -> None:
