@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import statistics
 import sys
@@ -163,9 +164,12 @@ def training_table(results: Results) -> str:
     lines = [table_line(["SmolLM2-135M", "seeds", "held-out loss, to plain b", "mean of sources, to plain b"])]
     lines.append(table_line(["---", "---:", "---:", "---:"]))
     arms = list(dict.fromkeys(row["key"].rpartition(", seed ")[0] for row in rows if row.get("heldout")))
-    bases: dict[str, str] = {}
-    for arm in arms:
-        base = bases.setdefault(arm.partition(":")[0], arm)
+    plain = [arm for arm in arms if re.fullmatch(r"[^:]+: plain \d+", arm)]
+    for arm in sorted(arms, key=lambda arm: (arm.partition(":")[0], arm not in plain)):
+        setting = arm.partition(":")[0]
+        base = min(
+            (one for one in plain if one.startswith(f"{setting}:")), key=lambda one: int(one.split()[-1]), default=arm
+        )
         mine, theirs = (
             {row["seed"]: row["heldout"] for row in rows if row["key"].rpartition(", seed ")[0] == name}
             for name in (arm, base)

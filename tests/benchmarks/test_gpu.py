@@ -245,14 +245,15 @@ def test_documents_have_the_tables_of_the_kept_results(tmp_path: Path, repo_root
 
 
 def test_held_out_losses_are_paired() -> None:
-    """Differences to the first arm of the same name and seed, their mean and its standard error."""
-    losses = {("plain", 0): 2.0, ("plain", 1): 1.0, ("plain", 2): 9.0, ("chosen", 0): 1.9, ("chosen", 1): 0.7}
+    """Differences to plain training on b with the same seed, their mean and its standard error."""
+    losses = {("chosen", 0): 1.9, ("chosen", 1): 0.7, ("plain 8", 0): 0.0, ("plain 4", 0): 2.0}
+    losses |= {("plain 4", 1): 1.0, ("plain 4", 2): 9.0}
     rows = [
         row(f"b 8: {arm}, seed {seed}", "1", seed=seed, heldout={"overall": loss, "macro": 2 * loss})
         for (arm, seed), loss in losses.items()
     ]
     table = collect.training_table(collect.Results({"train": {one["key"]: one for one in rows}}, "H100"))
-    assert "| b 8: plain | 3 | 4.0000 ± 2.5166 | 8.0000 ± 5.0332 |" in table
+    assert "| b 8: plain 4 | 3 | 4.0000 ± 2.5166 | 8.0000 ± 5.0332 |" in table
     assert "| b 8: chosen | 2 | -0.2000 ± 0.1000 | -0.4000 ± 0.2000 |" in table
 
 
