@@ -7,6 +7,7 @@ python -m benchmarks.gpu.tests --dry    # what of them runs on a CPU too
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -14,6 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.gpu.rows import ROOT, WORK, Part, parser_of
+
+INTERRUPTED_S = 20.0
+"""Seconds that an interrupted pytest has to report."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,22 +46,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--timeout=60",
     ]
     command += ["-k", options.only] if options.only else []
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, timeout=max(10.0, part.left_s), check=False)
-        code: int | str = done.returncode
-    except subprocess.TimeoutExpired:
-        code = "took too long"
+    code = run_for(command, environment, max(10.0, part.left_s))
     cases = read_report(report.read_text(encoding="utf-8")) if report.is_file() else []
+    cases = cases[:-1] if isinstance(code, str) else cases  # the one that was interrupted
     for case in cases:
         part.add(case.pop("key"), case)
     if not cases:
         part.failed("pytest", RuntimeError(f"{code}; no report"))
+    elif isinstance(code, str):
+        part.note(f"{code}: {len(cases)} tests were run")
     for row in part.rows:
         if row["outcome"] == "failed":
             part.failed(row["key"], RuntimeError(row["message"]))
     counts = {name: sum(row["outcome"] == name for row in part.rows) for name in ("passed", "failed", "skipped")}
     part.note(f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
     return part.close()
+
+
+def run_for(command: Sequence[str], environment: dict[str, str], seconds: float) -> int | str:
+    """Run pytest in the project, and interrupt it after some seconds, so that it reports what it has done."""
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    for until in (seconds, INTERRUPTED_S):
+        try:
+            code = process.wait(until)
+            return code if until == seconds else "took too long"
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+    process.kill()
+    process.wait()
+    return "took too long, and did not stop"
 
 
 def read_report(text: str) -> list[dict[str, Any]]:
