@@ -75,13 +75,16 @@ class SweepJob:
         return self.folder.parent / f"{self.folder.name}.asked.json"
 
 
-def load_grid(path: str | Path, changes: Sequence[str] = (), seeds: Sequence[int] = ()) -> Grid:
+def load_grid(
+    path: str | Path, changes: Sequence[str] = (), seeds: Sequence[int] = (), parallel: int | None = None
+) -> Grid:
     """Read and check a grid.
 
     Args:
         path: the YAML file.
         changes: further key=value changes to the recipe, for all arms.
         seeds: seeds to use instead of the grid's.
+        parallel: runs at a time, instead of the grid's.
 
     Raises:
         ConfigError: listing every problem found.
@@ -106,11 +109,14 @@ def load_grid(path: str | Path, changes: Sequence[str] = (), seeds: Sequence[int
         problems.add("recipe", grid.recipe, "no such file", f"Looked for in the working folder and in {path.parent}.")
     for change in [change for change in changes if "=" not in change]:
         problems.add("change", change, "not of the form key=value", "For example steps=20.")
-    if grid.launch.device_groups and grid.launch.parallel > 1:
-        problems.add("launch.parallel", grid.launch.parallel, "there are device groups", "Remove one of the two.")
+    launch = grid.launch if parallel is None else grid.launch.model_copy(update={"parallel": parallel})
+    if launch.parallel < 1:
+        problems.add("launch.parallel", launch.parallel, "must be at least 1", "For example 2.")
+    if launch.device_groups and launch.parallel > 1:
+        problems.add("launch.parallel", launch.parallel, "there are device groups", "Remove one of the two.")
     problems.raise_if_any()
     updates = {"recipe": str(recipe), "common": [*grid.common, *changes], "seeds": list(seeds) or grid.seeds}
-    return grid.model_copy(update=updates)
+    return grid.model_copy(update={**updates, "launch": launch})
 
 
 def jobs_of(grid: Grid) -> list[SweepJob]:

@@ -18,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "changes", nargs="*", default=[], metavar="key=value", help="changes to the recipe for all arms"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="instead of the grid's, for example 0 1")
+    parser.add_argument(
+        "--parallel", type=int, metavar="N", help="runs at a time, instead of the grid's (launch.parallel)"
+    )
     parser.add_argument("--list", action="store_true", help="list the runs and whether they are finished, then exit")
     parser.set_defaults(run=run)
 
@@ -35,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     def say(line: str) -> None:
         print(visible(line), flush=True)
 
-    grid = load_grid(options.grid, options.changes, options.seeds)
+    grid = load_grid(options.grid, options.changes, options.seeds, options.parallel)
     if options.list:
         for job in jobs_of(grid):
             print(f"{'finished' if is_done(grid, job) else 'to do':9} {job.arm}, seed {job.seed}: {job.folder}")

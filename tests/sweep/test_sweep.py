@@ -246,6 +246,9 @@ def test_command_line(faked: list[str], tmp_path: Path, capsys: pytest.CaptureFi
     assert "| CoLM | 1 |" in capsys.readouterr().out
     grid = load_grid(path, ["steps=3"], [4])
     assert [job.arguments[1:4] for job in jobs_of(grid)][1] == ["steps=2", "steps=3", "colm.metric=cosine"]
+    assert main([path, "--parallel", "0"]) == 2
+    assert "launch.parallel = 0: must be at least 1" in capsys.readouterr().err
+    assert load_grid(path, parallel=3).launch.parallel == 3
     assert main([path, "steps"]) == 2
     assert "change = 'steps': not of the form key=value" in capsys.readouterr().err
 
