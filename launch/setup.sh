@@ -50,7 +50,10 @@ else
 fi
 rm -f "$stamp"
 
-install() { "$python" -m pip install -qq --no-input --disable-pip-version-check "$@"; }
+# Bytecode is made when a module is first imported: to compile all that is installed would take a third of the time, and most
+# of it is never imported.
+unset PYTHONDONTWRITEBYTECODE
+install() { "$python" -m pip install -qq --no-input --disable-pip-version-check --no-compile "$@"; }
 retry="Run it again once the cause is gone; what is installed already stays."
 
 # torch goes first and stays: a later package must not bring another build of it (CUDA over CPU, say).
@@ -67,9 +70,14 @@ echo "$torch_pin" > "$constraint"
 say "installing colm_ds, editable, with its test tools"
 (cd "$root" && install --constraint "$constraint" --editable ".[test]") || fail "installing colm_ds failed. $retry"
 
+# Also for those whose programs may not write bytecode (PYTHONDONTWRITEBYTECODE): what a training run imports is compiled here.
 say "checking that the main packages import"
 quiet="import logging; logging.disable(logging.WARNING)"    # advice of bitsandbytes and DeepSpeed at import
-"$python" -c "$quiet; import torch, transformers, peft, datasets, deepspeed" >/dev/null ||
+modules="torch, torch._dynamo, transformers.models.llama.modeling_llama, peft, datasets, deepspeed, matplotlib.pyplot, pytest"
+ours="colm_ds.training.run, colm_ds.report, colm_ds.check, colm_ds.planner.plan"
+optimizer="torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])"    # for which DeepSpeed imports further modules
+(cd "$root" && "$python" -W ignore -c "$quiet; import $modules; import $ours
+from deepspeed.runtime.zero.utils import is_zero_supported_optimizer as asked; asked($optimizer)") >/dev/null ||
     fail "a package does not import. Delete .venv and run it again."
 
 printf '%s\n%s\n' "$checksum" "$root" > "$stamp.new"

@@ -15,6 +15,7 @@ export PATH="$root/.venv/bin:$PATH"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"   # many small operations: more threads only wait for each other
 export TOKENIZERS_PARALLELISM=false              # the tests fork; a forked thread pool can hang
 export HF_HUB_OFFLINE=1
+unset PYTHONDONTWRITEBYTECODE                    # hundreds of processes import the same modules
 
 # DeepSpeed leaves 66 MiB shared-memory files behind. Remove those that appear from here on, even if pytest is killed.
 list_buffers() { find /dev/shm -maxdepth 1 -name 'deepspeed_allreduce_buffer_*' -user "$(id -u)" 2>/dev/null | sort; }

@@ -34,7 +34,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("start")
     changes = {"OUT": str(folder / "runs" / "demo"), "RANKS": "1", "MASTER_PORT": str(worker_port(21))}
     done = subprocess.run(
-        ["bash", str(ROOT / "launch" / "demo.sh"), "steps=2", "evaluation.every=0"],
+        ["bash", str(ROOT / "launch" / "demo.sh"), "steps=2", "evaluation.every=0", "evaluation.max_new_tokens=4"],
         env=os.environ | changes,
         capture_output=True,
         text=True,
@@ -70,6 +70,7 @@ def test_the_demo_trains_six_arms_and_compares_them(demo: tuple[Path, str]) -> N
         assert words in said  # the page says what the terminal says
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.skipif(not (ROOT / ".venv" / "bin" / "python").exists(), reason="the demo would install .venv")
 def test_the_same_command_skips_what_is_finished(
@@ -79,6 +80,7 @@ def test_the_same_command_skips_what_is_finished(
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = ["demo", "--out", str(folder), "--num-gpus", "1", "--port", str(worker_port(22)), "evaluation.every=0"]
+    command += ["evaluation.max_new_tokens=4"]
     before = {name: (folder / name / "metrics.jsonl").read_bytes() for name in ARMS}  # has the seconds of each step
 
     assert main([*command, "steps=3"]) == 2

@@ -190,6 +190,7 @@ def test_one_run(five_runs: list[Run], tmp_path: Path) -> None:
     assert len(numbers["arms"]) == 1
 
 
+@pytest.mark.slow
 def test_ten_runs(tmp_path: Path) -> None:
     runs = []
     for place in range(10):
