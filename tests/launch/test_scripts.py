@@ -86,12 +86,13 @@ def fake_repository(tmp_path: Path) -> FakeRepository:
 def test_set_up_installs_torch_first_and_keeps_its_pin(fake_repository: FakeRepository, tmp_path: Path) -> None:
     result = fake_repository.set_up(cwd=tmp_path)  # not the repository's folder
     assert result.returncode == 0, result.stderr
-    venv, torch, package, imports = fake_repository.calls()
+    venv, torch, package, imports, of_deepspeed = fake_repository.calls()
     assert venv.startswith("-m venv")
     assert torch.endswith("torch==2.13.0")
     assert "--constraint" in package
     assert package.endswith("--editable .[test]")
     assert "logging.disable(logging.WARNING); import torch" in imports
+    assert "muon_optimizer" in of_deepspeed
 
 
 def test_second_set_up_does_nothing(fake_repository: FakeRepository) -> None:
