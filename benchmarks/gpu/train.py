@@ -13,7 +13,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import signal
 import subprocess
 import sys
 import tarfile
@@ -268,7 +267,8 @@ def run(part: Part, tasks: Sequence[Task], at_once: int) -> None:
             break
         time.sleep(0.1)
     for process, _ in running.values():
-        process.send_signal(signal.SIGKILL)
+        process.kill()
+        process.wait()
     if waiting or running:
         part.note(f"{len(waiting)} processes not started, {len(running)} stopped by the clock")
 

@@ -18,7 +18,7 @@ MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS_ON_GPU = 128, 2048
 """Cost of one more micro-batch, in padded tokens that take as long: a new one starts where it saves more.
 
 A GPU waits for the processor to launch the kernels of a small one: on an H100 a micro-batch of at most 2,160 tokens of
-Phi-2 with LoRA took 0.5 s, several times what its operations take (docs/MACHINES.md).
+Phi-2 with LoRA took about 0.5 s, at 2 to 3% of the peak (docs/MACHINES.md).
 """
 
 
