@@ -1,32 +1,33 @@
 """Real process groups for tests: W gloo processes that stay alive and run one function after the other.
 
-Starting a rank costs several seconds of imports, so a pool is started once and many functions run in it:
+Imports cost several seconds, so ranks are forked from one process that has imported everything (`tests.ranks_imports`),
+and a pool is started once and runs many functions:
 
     with Ranks(2) as ranks:
         first, second = ranks.run(function, argument)
 
-A function is found by module and name, arguments and results travel through files. As a program (`python -m tests.ranks
-FOLDER`) this file is one rank.
+A function is found by module and name, arguments and results travel through files.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
+import multiprocessing
 import os
 import pickle
 import queue
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ _GRACE_S = 3.0
 
 _STOP_S = 20.0
 """Time to leave after the last function; then a rank is killed."""
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.ranks_imports"])
 
 
 class RankError(Exception):
@@ -67,7 +71,8 @@ class Ranks:
         self.world_size = world_size
         self._timeout_s = timeout_s
         self._folder = Path(tempfile.mkdtemp(prefix="colm_ds_ranks_"))
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[ForkServerProcess] = []
+        self._tasks: list[Connection] = []
         self._num_tasks = 0
 
     def __enter__(self) -> Ranks:
@@ -95,11 +100,9 @@ class Ranks:
         self._num_tasks += 1
         task = self._folder / f"task_{self._num_tasks}"
         _write(task, (function.__module__, function.__qualname__, args))
-        for process in self._processes:
-            assert process.stdin is not None
+        for tasks in self._tasks:
             with suppress(OSError):  # dead: noticed below
-                process.stdin.write(f"{task}\n".encode())
-                process.stdin.flush()
+                tasks.send_bytes(str(task).encode())
         results = self._wait(task, timeout_s or self._timeout_s)
         for path in self._folder.glob(f"{task.name}*"):
             path.unlink()
@@ -107,13 +110,10 @@ class Ranks:
 
     def close(self) -> None:
         """End the processes and remove their files."""
+        for tasks in self._tasks:
+            tasks.close()
         for process in self._processes:
-            assert process.stdin is not None
-            with suppress(OSError):
-                process.stdin.close()
-        for process in self._processes:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_STOP_S)
+            process.join(_STOP_S)
         self._kill()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -130,17 +130,13 @@ class Ranks:
             TOKENIZERS_PARALLELISM="false",
         )
         for rank in range(self.world_size):
-            with self._log(rank).open("wb") as log:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "tests.ranks", str(self._folder)],
-                    cwd=REPO_ROOT,
-                    env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,  # a Ctrl-C reaches pytest only, which ends the ranks
-                )
+            theirs, ours = _CONTEXT.Pipe(duplex=False)
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            process = _CONTEXT.Process(target=_serve, args=(theirs, str(self._log(rank)), environment | own))
+            process.start()
+            theirs.close()
             self._processes.append(process)
+            self._tasks.append(ours)
 
     def _wait(self, task: Path, timeout_s: float) -> list[Any]:
         deadline = time.monotonic() + timeout_s
@@ -151,7 +147,7 @@ class Ranks:
             for rank, file in enumerate(files):
                 if rank in done or rank in failures:
                     continue
-                ended = self._processes[rank].poll()  # before looking for the file: it may write and leave
+                ended = self._processes[rank].exitcode  # before looking for the file: it may write and leave
                 if file.exists():
                     ok, value = pickle.loads(file.read_bytes())
                     if ok:
@@ -176,13 +172,15 @@ class Ranks:
 
     def _kill(self) -> None:
         for process in self._processes:
+            assert process.pid is not None
             with suppress(ProcessLookupError):  # its whole session: what it started must not outlive it
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if process.stdin is not None:
-                with suppress(OSError):
-                    process.stdin.close()
-        self._processes = []
+            process.kill()  # has no session yet
+            process.join()
+            process.close()
+        for tasks in self._tasks:
+            tasks.close()
+        self._processes, self._tasks = [], []
 
     def _log(self, rank: int) -> Path:
         return self._folder / f"output_{rank}.txt"
@@ -207,17 +205,25 @@ def _write(path: Path, value: Any) -> None:
     part.rename(path)
 
 
-def _serve() -> None:
-    """Be one rank: run what standard input names until it ends."""
+def _serve(tasks: Connection, log: str, environment: dict[str, str]) -> None:
+    """Be one rank: run what the pipe names until it is closed."""
+    os.setsid()  # a Ctrl-C reaches pytest only, which ends the ranks
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(REPO_ROOT)
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    tasks: queue.Queue[str | None] = queue.Queue()
-    threading.Thread(target=_read_tasks, args=(tasks,), daemon=True).start()
+    names: queue.Queue[str | None] = queue.Queue()
+    threading.Thread(target=_read_names, args=(tasks, names), daemon=True).start()
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    while (name := tasks.get()) is not None:
+    while (name := names.get()) is not None:
         task, args, outcome = Path(name), (), None
         try:
             module, function, args = pickle.loads(task.read_bytes())
@@ -234,17 +240,11 @@ def _serve() -> None:
     dist.destroy_process_group()
 
 
-def _read_tasks(tasks: queue.Queue[str | None]) -> None:
-    """Hand on what is written to standard input, read without the lock of `sys.stdin`: forked children close that."""
-    unread = b""
-    while part := os.read(0, 4096):
-        *lines, unread = (unread + part).split(b"\n")
-        for line in lines:
-            tasks.put(line.decode())
-    tasks.put(None)
+def _read_names(tasks: Connection, names: queue.Queue[str | None]) -> None:
+    """Hand on what is written to the pipe, also while a function runs."""
+    with suppress(EOFError, OSError):
+        while True:
+            names.put(tasks.recv_bytes().decode())
+    names.put(None)
     time.sleep(_STOP_S)  # whoever started this rank is gone, and it is stuck in a collective
     os._exit(1)
-
-
-if __name__ == "__main__":
-    _serve()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import os
 import subprocess
@@ -96,15 +97,16 @@ def test_without_a_command_the_commands_are_named(words: list[str], capsys: pyte
     assert "COMMAND" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("place", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2))])
-def test_changes_and_the_launchers_word_may_stand_anywhere(
-    place: int, repo_root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = str(repo_root / "finetune" / "recipes" / "phi2_math.yaml")
-    words = ["plan", recipe, "micro_batch_size=2"]
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_changes_and_the_launchers_word_may_stand_anywhere(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[argparse.Namespace] = []
+    monkeypatch.setattr(cli, "_plan", seen.append)
+    words = ["plan", "recipe.yaml", "micro_batch_size=2"]
     words.insert(place, "--local_rank=1")
     assert cli.main([*words, "--num-gpus", "2", "steps=7"]) == 0
-    assert "2 GPUs of 48 GiB" in capsys.readouterr().out
+    (options,) = seen
+    assert (options.recipe, options.overrides) == ("recipe.yaml", ["micro_batch_size=2", "steps=7"])
+    assert (options.num_gpus, options.local_rank) == (2, 1)
 
 
 def test_an_error_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:

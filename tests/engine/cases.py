@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from tests.engine.training import NOTHING_PERSISTS, Case
 
 ESTIMATORS = ("spsa", "exact", "sketch")
@@ -38,15 +40,16 @@ def matrix_case(estimator: str, lora: bool, stage: int) -> Case:
     )
 
 
-MATRIX: list[tuple[Case, int]] = [
-    (matrix_case(estimator, lora, stage), world_size)
-    for estimator in ESTIMATORS
+MATRIX = [
+    pytest.param(
+        matrix_case(estimator, lora, stage),
+        world_size,
+        id=f"{estimator}-{'lora' if lora else 'full'}-stage{stage}-{world_size}ranks",
+        # Every pair of estimator, weights and stage meets by default; every three of them in a slow run.
+        marks=() if world_size == 1 or (place + lora + stage) % 2 == 0 else pytest.mark.slow,
+    )
+    for place, estimator in enumerate(ESTIMATORS)
     for lora in (False, True)
     for world_size, stage in ((1, 0), (2, 0), (2, 1), (2, 2), (2, 3))
 ]
 """Cases and numbers of ranks."""
-
-
-def matrix_ids() -> list[str]:
-    """A name for every run of the matrix."""
-    return [f"{case.name}-{world_size}ranks" for case, world_size in MATRIX]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from colm_ds.batching.mixture import MixtureSampler
-from tests.engine.cases import ESTIMATORS, MATRIX, matrix_case, matrix_ids
+from tests.engine.cases import ESTIMATORS, MATRIX, matrix_case
 from tests.engine.conftest import Oracle, Runner
 from tests.engine.oracle import largest_difference
 from tests.engine.training import CORESET, LARGE, NO_DROPOUT, NOTHING_PERSISTS, SMALL_SOURCES, Case, Record
@@ -87,20 +87,17 @@ def check(case: Case, world_size: int, outcomes: Runner, plain_runs: Oracle) -> 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("case", "world_size"), MATRIX, ids=matrix_ids())
+@pytest.mark.parametrize(("case", "world_size"), MATRIX)
 def test_update_is_the_plain_one(case: Case, world_size: int, outcomes: Runner, plain_runs: Oracle) -> None:
     check(case, world_size, outcomes, plain_runs)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_ranks_and_stages_choose_the_same(estimator: str, lora: bool, outcomes: Runner) -> None:
-    wanted = outcomes(matrix_case(estimator, lora, 0), 1)[0].chosen
+@pytest.mark.parametrize(("case", "world_size"), MATRIX)
+def test_ranks_and_stages_choose_the_same(case: Case, world_size: int, outcomes: Runner) -> None:
+    wanted = outcomes(matrix_case(case.colm["probe"]["estimator"], case.lora, 0), 1)[0].chosen
     assert len(wanted) == len({tuple(chosen) for chosen in wanted}) == 3
-    for stage in range(4):
-        for seen in outcomes(matrix_case(estimator, lora, stage), 2):
-            assert seen.chosen == wanted, f"stage {stage}"
+    assert [seen.chosen for seen in outcomes(case, world_size)] == [wanted] * world_size
 
 
 @pytest.mark.distributed
@@ -144,7 +141,7 @@ def test_clipping_is_in_force(outcomes: Runner, plain_runs: Oracle) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("case", "world_size"), MATRIX + FURTHER, ids=matrix_ids() + [name(run) for run in FURTHER])
+@pytest.mark.parametrize(("case", "world_size"), MATRIX + [pytest.param(*run, id=name(run)) for run in FURTHER])
 def test_micro_batches(case: Case, world_size: int, outcomes: Runner) -> None:
     """As many on every rank, within the limits, and no more than the largest share needs."""
     ranks, config = outcomes(case, world_size), case.config()

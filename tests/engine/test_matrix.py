@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -62,10 +63,23 @@ class InFloat32(Case):
         return super().build_model().float()
 
 
+def runs(odd: int, slow: str = "none") -> list[Any]:
+    """Places, full or LoRA, on 2 ranks; the other halves, those whose names hold `slow` and 1 rank are slow tests."""
+    every = list(itertools.product(enumerate(PLACES), (False, True), (1, 2)))
+    return [
+        pytest.param(
+            name,
+            lora,
+            world_size,
+            id=f"{name}-{'lora' if lora else 'full'}-{world_size}",
+            marks=() if (place + lora) % 2 == odd and world_size == 2 and slow not in name else pytest.mark.slow,
+        )
+        for (place, name), lora, world_size in every
+    ]
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("place", "lora", "world_size"), runs(0))
 def test_float32(place: str, lora: bool, world_size: int, outcomes: Runner, plain_runs: Oracle) -> None:
     wanted = outcomes(case_of("stage 0", lora), 1)[0].chosen
     case = case_of(place, lora)
@@ -76,9 +90,7 @@ def test_float32(place: str, lora: bool, world_size: int, outcomes: Runner, plai
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("place", "lora", "world_size"), runs(1))
 def test_bf16(place: str, lora: bool, world_size: int, outcomes: Runner) -> None:
     """All weights moved as in a float32 loop over the same coresets from the same rounded weights, but for rounding."""
     case = bf16_case(place, lora)
@@ -94,11 +106,7 @@ def test_bf16(place: str, lora: bool, world_size: int, outcomes: Runner) -> None
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize(
-    "place", [pytest.param(place, marks=pytest.mark.slow) if "offload" in place else place for place in PLACES]
-)
+@pytest.mark.parametrize(("place", "lora", "world_size"), runs(1, slow="offload"))
 def test_bf16_chooses_the_same(place: str, lora: bool, world_size: int, outcomes: Runner) -> None:
     """At every stage, from the same weights (trained ones differ in their last digit, and then near ties turn over).
 

@@ -43,9 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 BY_DEFAULT = (
-    *("one pool of all", "small sources by name", "more small examples than b", "a mask by weight and gradient"),
-    *("probe micro-batches", "the MLP's output", "random projections", "low-rank steps", "token embeddings"),
-    *("balanced draws", "some of the tokens"),
+    *("more small examples than b", "a mask by weight and gradient", "the MLP's output", "random projections"),
+    *("low-rank steps", "token embeddings", "balanced draws", "some of the tokens"),
 )
 
 MANY = {"algebra": 300, "biology": 40, "code": 10}
@@ -172,7 +171,10 @@ def test_plain_steps_of_the_schedule(outcomes: Runner) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "selector",
-    ["big_loss", "gradient_norm", "middle_perplexity", "completion_length", "least_confidence", "hidden_medoids"],
+    [
+        *("gradient_norm", "completion_length", "hidden_medoids"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("big_loss", "middle_perplexity", "least_confidence")),
+    ],
 )
 def test_baselines_choose_alike_on_any_number_of_ranks(selector: str, outcomes: Runner, data: list[Record]) -> None:
     """Of all examples, also those of small sources; no history, no quotas."""

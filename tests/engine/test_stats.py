@@ -7,7 +7,7 @@ import pytest
 from colm_ds.memory.breakdown import PARTS
 from colm_ds.memory.recorder import PEAKS, PHASES
 from colm_ds.types import NUM_NAMED
-from tests.engine.cases import MATRIX, matrix_case, matrix_ids
+from tests.engine.cases import MATRIX, matrix_case
 from tests.engine.conftest import Runner
 from tests.engine.training import CORESET, LARGE, LEARNING_RATE, SMALL_SOURCES, SOURCES, Case, Record
 
@@ -16,7 +16,7 @@ NUM_COORDINATES, MASK_SIZE = 16 * 32, 32
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("case", "world_size"), MATRIX, ids=matrix_ids())
+@pytest.mark.parametrize(("case", "world_size"), MATRIX)
 def test_counts(case: Case, world_size: int, outcomes: Runner, data: list[Record]) -> None:
     ranks = outcomes(case, world_size)
     for number, steps in enumerate(zip(*(seen.steps for seen in ranks), strict=True), start=1):
@@ -43,7 +43,7 @@ def test_counts(case: Case, world_size: int, outcomes: Runner, data: list[Record
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("case", "world_size"), MATRIX, ids=matrix_ids())
+@pytest.mark.parametrize(("case", "world_size"), MATRIX)
 def test_coreset(case: Case, world_size: int, outcomes: Runner, data: list[Record]) -> None:
     for step in outcomes(case, world_size)[-1].steps:
         described = step.stats["coreset"]
@@ -62,7 +62,7 @@ def test_coreset(case: Case, world_size: int, outcomes: Runner, data: list[Recor
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("case", "world_size"), MATRIX, ids=matrix_ids())
+@pytest.mark.parametrize(("case", "world_size"), MATRIX)
 def test_time_and_memory(case: Case, world_size: int, outcomes: Runner) -> None:
     for seen in outcomes(case, world_size):
         for step in seen.steps:
@@ -107,7 +107,7 @@ def test_signals_are_r_times_k_floats(estimator: str, outcomes: Runner) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("case", "world_size"), MATRIX, ids=matrix_ids())
+@pytest.mark.parametrize(("case", "world_size"), MATRIX)
 def test_bytes(case: Case, world_size: int, outcomes: Runner, data: list[Record]) -> None:
     estimator = case.colm["probe"]["estimator"]
     for step in outcomes(case, world_size)[0].steps:
