@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from colm_ds.config.colm import MemoryConfig
 from colm_ds.memory.breakdown import held_bytes, peak_parts, storage_bytes
 from colm_ds.memory.counted import CountedPhases
+from colm_ds.memory.live_blocks import blocks_at_peak, describe
 from colm_ds.memory.meter import GIB, Meter
 
 logger = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ class MemoryRecorder:
         self.save: Meter | None = None
         self._is_recording = config.snapshot and device.type == "cuda"
         if self._is_recording:
-            torch.cuda.memory._record_memory_history(max_entries=_MAX_ENTRIES)
+            torch.cuda.memory._record_memory_history(stacks="python", max_entries=_MAX_ENTRIES)
         elif config.snapshot and rank == 0:
             logger.warning("memory.snapshot: there is no allocator snapshot on a CPU; memory.count_steps counts there")
 
@@ -95,12 +97,17 @@ class MemoryRecorder:
             yield
 
     def write_snapshot(self, what: str) -> Path | None:
-        """Write PyTorch's allocator snapshot for https://pytorch.org/memory_viz; None if none is recorded."""
+        """Write PyTorch's allocator snapshot for https://pytorch.org/memory_viz; None if none is recorded.
+
+        Beside it a text of the same name lists the largest blocks at the peak, with the lines that allocated them.
+        """
         if not self._is_recording:
             return None
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"memory_{what}_rank{self._rank}.pickle"
-        torch.cuda.memory._dump_snapshot(str(path))
+        snapshot = torch.cuda.memory._snapshot()
+        path.write_bytes(pickle.dumps(snapshot))
+        path.with_suffix(".txt").write_text(describe(*blocks_at_peak(snapshot, self._device.index or 0)))
         return path
 
     def note_selected(self, kept: list[Tensor], replay: Any) -> None:
