@@ -4,8 +4,8 @@
     python -m benchmarks.gpu.memory --dry    # two small ones on the CPU, allocations counted instead
 
 Each trains three steps in a real engine; the third one's peaks are the allocator's. What was allocated before the model
-came is taken off. The plan knows the configuration only. Where it misses by more than the goal, the row is measured once more
-with the allocator's history, and keeps the largest blocks at the peak with the lines that allocated them.
+came is taken off. The plan knows the configuration only. Where it misses by more than the goal, the row is measured
+again with the allocator's history, and keeps the largest blocks at the peak with the lines that allocated them.
 """
 
 from __future__ import annotations
