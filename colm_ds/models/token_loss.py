@@ -13,6 +13,11 @@ _CHUNK_LOGITS = 1 << 23
 """Logits of one chunk (32 MB in float32)."""
 
 
+def chunk_size(width: int) -> int:
+    """Return the rows of one chunk of logits of a width."""
+    return max(1, _CHUNK_LOGITS // width)
+
+
 def token_losses(
     head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocabulary_size: int, smoothing: float = 0.0
 ) -> Tensor:
@@ -33,7 +38,7 @@ def token_losses(
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
 
-    size = max(1, _CHUNK_LOGITS // vocabulary_size)
+    size = chunk_size(vocabulary_size)
     if len(targets) <= size:
         return chunk_loss(hidden, targets)
     recompute = torch.is_grad_enabled()
@@ -57,7 +62,7 @@ def in_chunks(
         targets: int64 `[n]`.
         vocabulary_size: width of the logits in between.
     """
-    size = max(1, _CHUNK_LOGITS // vocabulary_size)
+    size = chunk_size(vocabulary_size)
     with torch.no_grad():
         return torch.cat(
             [function(part, target) for part, target in zip(hidden.split(size), targets.split(size), strict=True)]

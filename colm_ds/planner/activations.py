@@ -280,7 +280,7 @@ class Tracer:
             if estimator == "spsa":
                 directions: Any = _Directions(num_probes, architecture.num_coordinates)
                 with one_expert_at_a_time(model):
-                    spsa_coefficients(architecture, tail, directions, 1e-3, tail_dtype)
+                    spsa_coefficients(architecture, tail, directions, 1e-3, tail_dtype, self.spec.device_type)
             elif estimator != "score":
                 gradient_factors(architecture, tail)
             else:

@@ -60,6 +60,27 @@ class _Place:
     length: int
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a training micro-batch that one micro-batch of the probe had.
+
+    Attributes:
+        micro_batch: number of the probe's micro-batch.
+        rows: their rows in training, int64 on the device.
+        probed: their rows in the probe.
+        stored: their rows in what is stored of it.
+        lengths: row in training and tokens of each.
+        stored_rows: `stored` as numbers.
+    """
+
+    micro_batch: int
+    rows: Tensor
+    probed: Tensor
+    stored: Tensor
+    lengths: list[tuple[int, int]]
+    stored_rows: list[int]
+
+
 def why_not_replay(architecture: Architecture) -> str | None:
     """Return the reason why this model's forwards cannot be replayed; None if they can."""
     layers = list(architecture.layers)
@@ -166,15 +187,18 @@ class ReplayStore:
             self._places[key] = _Place(number, row, length)
 
     def keep(self, positions: Sequence[int]) -> None:
-        """Free the memory of all other examples; offloaded states have arrived, as the choice synchronised.
+        """Free the memory of all other examples on the device.
 
-        It may be called again with fewer positions.
+        Offloaded states stay where they are; they have arrived, as the choice synchronised. It may be called again with
+        fewer positions.
         """
         wanted = set(positions)
         self._places = {key: place for key, place in self._places.items() if key[0] in wanted}
         for number, states in enumerate(self._states):
             rows = sorted(place.row for place in self._places.values() if place.micro_batch == number)
             before = self._rows[number]
+            if states and states[0].is_pinned():
+                continue  # what is copied from pinned memory alone is copied beside the computation
             self._rows[number] = {row: index for index, row in enumerate(rows)}
             if states:
                 index = to_device(torch.tensor([before[row] for row in rows], dtype=torch.int64), states[0].device)
@@ -193,14 +217,20 @@ class ReplayStore:
         """
         saved = [layer.__dict__.get("_gradient_checkpointing_func") for layer in self._layers]
         last_setting = self._last.__dict__.get("gradient_checkpointing")
+        parts: list[_Part] = []
+
+        def parts_on(device: torch.device) -> list[_Part]:
+            if not parts:
+                parts.extend(self._parts(positions, device))
+            return parts
 
         def drop(module: nn.Dropout, hidden: Tensor) -> Tensor:
-            return hidden * self._mask_of(positions, module, hidden)
+            return hidden * self._mask_of(parts_on(hidden.device), module, hidden)
 
         try:
             for number, layer in enumerate(self._layers):
                 ordinary = layer._gradient_checkpointing_func
-                layer.__dict__["_gradient_checkpointing_func"] = self._replay_of(number, positions, ordinary)
+                layer.__dict__["_gradient_checkpointing_func"] = self._replay_of(number, parts_on, ordinary)
             self._last.__dict__["gradient_checkpointing"] = False  # its recomputation would cost a forward
             with patched_forwards({module: _bind(drop, module) for module in self._dropouts}):
                 yield
@@ -209,11 +239,25 @@ class ReplayStore:
                 _restore(layer, "_gradient_checkpointing_func", function)
             _restore(self._last, "gradient_checkpointing", last_setting)
 
-    def _replay_of(self, number: int, positions: Sequence[int], ordinary: Any) -> Callable[..., Any]:
+    def _parts(self, positions: Sequence[int], device: torch.device) -> list[_Part]:
+        """Return where the rows of a training micro-batch are, by micro-batch of the probe."""
+        places = [self._places[key] for key in _keys(positions)]
+        parts = []
+        for number in sorted({place.micro_batch for place in places}):
+            own = [(row, place) for row, place in enumerate(places) if place.micro_batch == number]
+            stored = [self._rows[number][place.row] for _, place in own]
+            table = torch.tensor([[row for row, _ in own], [place.row for _, place in own], stored], dtype=torch.int64)
+            rows, probed, kept = to_device(table, device)
+            parts.append(_Part(number, rows, probed, kept, [(row, place.length) for row, place in own], stored))
+        return parts
+
+    def _replay_of(
+        self, number: int, parts_on: Callable[[torch.device], list[_Part]], ordinary: Any
+    ) -> Callable[..., Any]:
         def replay(run: Callable[..., Any], hidden: Tensor, *args: Any) -> Any:
             if _require_gradients((args, getattr(run, "keywords", {}))):  # as Gemma 4's embeddings for every layer do
                 return ordinary(run, hidden, *args)
-            output = self._assemble(number, positions, hidden)
+            output = self._assemble(number, parts_on(hidden.device), hidden)
             if self._attach is None:
                 self._attach = torch.zeros(1, device=hidden.device, requires_grad=True)
             replayed = _Replayed.apply(hidden, self._attach, output, lambda states: run(states, *args))
@@ -221,14 +265,20 @@ class ReplayStore:
 
         return replay
 
-    def _assemble(self, number: int, positions: Sequence[int], like: Tensor) -> Tensor:
-        """Assemble one layer's stored output for a training micro-batch, zero at padding, `[batch, length, hidden]`."""
+    def _assemble(self, number: int, parts: Sequence[_Part], like: Tensor) -> Tensor:
+        """Assemble one layer's stored output for a training micro-batch, `[batch, length, hidden]`.
+
+        At padding it is what the probe had at its padding, or zero: both finite, and no position looks at them.
+        """
         output = like.new_zeros(like.shape)
-        for row, key in enumerate(_keys(positions)):
-            place = self._places[key]
-            state = self._states[place.micro_batch][number]
-            stored = state[self._rows[place.micro_batch][place.row], : place.length]
-            output[row, : place.length].copy_(stored, non_blocking=True)
+        for part in parts:
+            state = self._states[part.micro_batch][number]
+            if state.device != like.device:
+                for (row, length), stored in zip(part.lengths, part.stored_rows, strict=True):
+                    output[row, :length].copy_(state[stored, :length], non_blocking=True)
+                continue
+            length = min(state.shape[1], like.shape[1])
+            output[part.rows, :length] = state[part.stored, :length]
         return output
 
     def _put_away(self, hidden: Tensor) -> Tensor:
@@ -245,16 +295,13 @@ class ReplayStore:
         drawn = torch.rand(rows, length, like.shape[-1], generator=generator, device=like.device)
         return (drawn >= probability).to(like.dtype) / (1.0 - probability)
 
-    def _mask_of(self, positions: Sequence[int], module: nn.Dropout, like: Tensor) -> Tensor:
-        """Return the same masks for the rows of a training micro-batch; ones elsewhere."""
+    def _mask_of(self, parts: Sequence[_Part], module: nn.Dropout, like: Tensor) -> Tensor:
+        """Return the same masks for the rows of a training micro-batch; ones beyond the probe's length."""
         mask = torch.ones_like(like)
-        keys = _keys(positions)
-        for micro_batch in sorted({self._places[key].micro_batch for key in keys}):
-            whole = self._mask(micro_batch, module, like)
-            for row, key in enumerate(keys):
-                place = self._places[key]
-                if place.micro_batch == micro_batch:
-                    mask[row, : place.length] = whole[place.row, : place.length]
+        for part in parts:
+            whole = self._mask(part.micro_batch, module, like)
+            length = min(whole.shape[1], like.shape[1])
+            mask[part.rows, :length] = whole[part.probed, :length]
         return mask
 
 

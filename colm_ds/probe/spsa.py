@@ -45,6 +45,7 @@ def spsa_coefficients(
     directions: Directions | LowRankDirections,
     epsilon: float,
     dtype: torch.dtype = torch.float32,
+    device_type: str | None = None,
 ) -> Tensor:
     """Compute c_ik = (L_i(theta + eps z_k) - L_i(theta - eps z_k)) / (2 eps), float32 `[batch, K]`.
 
@@ -54,11 +55,12 @@ def spsa_coefficients(
         directions: z.
         epsilon: eps.
         dtype: float32 or float64, the dtype in which the last layer, norm and head compute.
+        device_type: see `precise_tail`.
     """
     sizes = [target.num_coordinates for target in architecture.targets]
     tail = tail.cast(dtype)
     columns = []
-    with torch.no_grad(), precise_tail(architecture, dtype):
+    with torch.no_grad(), precise_tail(architecture, dtype, device_type):
         for probe in range(directions.num_probes):
             parts = directions.direction(probe).split(sizes)
             losses = []

@@ -19,10 +19,13 @@ from colm_ds.models.example_loss import loss_sums
 from colm_ds.models.patch import Forward, patched_forwards
 from colm_ds.models.precision import full_products
 from colm_ds.models.quantized import float_dtype, float_weight, is_quantized
-from colm_ds.models.token_loss import in_chunks, token_losses
+from colm_ds.models.token_loss import chunk_size, in_chunks, token_losses
 
 _CAST_ELEMENTS = 1 << 22
-"""Weight elements cast at a time (16 MB in float32)."""
+"""Weight elements cast at a time (16 MB in float32, which a CPU's caches hold)."""
+
+_CAST_ELEMENTS_ON_GPU = 1 << 24
+"""On a GPU, where every part costs launches of kernels."""
 
 _OWN_CODE = (
     *("transformers.models.", "transformers.activations", "transformers.pytorch_utils", "transformers_modules."),
@@ -193,6 +196,8 @@ def label_losses(architecture: Architecture, tail: TailInput) -> Tensor:
     plain_head: Callable[[Tensor], Tensor] = head.forward
 
     def loss_head(states: Tensor) -> Tensor:
+        if isinstance(plain_head, _PreciseLinear):
+            return plain_head.losses(states, targets)
         return token_losses(plain_head, states, targets, architecture.vocabulary_size)
 
     hidden = labelled_hidden(architecture, tail)
@@ -242,13 +247,25 @@ def _as_layer_output(hidden: Tensor, num_outputs: int) -> Any:
     return (hidden, *[None] * (num_outputs - 1)) if num_outputs else hidden
 
 
+def cast_elements(device_type: str) -> int:
+    """Return how many elements of a weight are cast at a time on a type of device."""
+    return _CAST_ELEMENTS if device_type == "cpu" else _CAST_ELEMENTS_ON_GPU
+
+
 @contextmanager
-def precise_tail(architecture: Architecture, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+def precise_tail(
+    architecture: Architecture, dtype: torch.dtype = torch.float32, device_type: str | None = None
+) -> Iterator[None]:
     """Make the last layer, norm and head compute in float32 or float64, whatever the dtype of their weights.
 
     Weights are cast a part at a time inside the modules' forwards and stay as they are. A finite difference in bf16
     would be noise (measured: correlation -0.15 with float32's); one with TF32 matrix products nearly so, hence full
     float32 products.
+
+    Args:
+        architecture: the model's parts.
+        dtype: float32 or float64.
+        device_type: cast parts of the size for this type of device; None: that of the head.
 
     Raises:
         ProbeError: if a module with weights, or the attention, cannot run in that dtype.
@@ -262,10 +279,11 @@ def precise_tail(architecture: Architecture, dtype: torch.dtype = torch.float32)
     forwards: dict[nn.Module, Forward] = {}
     casting: list[Any] = []
     own_code = architecture.norm is None
+    part = cast_elements(device_type or str(architecture.head.weight.device.type))
     for name, module in _tail_modules(architecture):
         if getattr(module, "cast_input_dtype_enabled", False):
             casting.append(module)
-        forward = _precise_forward(name, module, dtype, own_code)
+        forward = _precise_forward(name, module, dtype, own_code, part)
         if forward is not None:
             forwards[module] = forward
     experts = _plain_experts(architecture) if own_code else nullcontext()
@@ -311,7 +329,7 @@ def _tail_modules(architecture: Architecture) -> Iterator[tuple[str, nn.Module]]
     yield from ((name, module) for name, module in architecture.model.named_modules() if module not in within)
 
 
-def _precise_forward(name: str, module: nn.Module, dtype: torch.dtype, own_code: bool) -> Forward | None:
+def _precise_forward(name: str, module: nn.Module, dtype: torch.dtype, own_code: bool, part: int) -> Forward | None:
     """Return a forward in a higher dtype for a module with weights in a lower one; None if its own forward will do."""
     if is_quantized(module):
         return _precise_quantized(module, dtype)
@@ -324,7 +342,7 @@ def _precise_forward(name: str, module: nn.Module, dtype: torch.dtype, own_code:
     if not weights:
         return None
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:  # not a quantised one
-        return _precise_linear(module, dtype)
+        return _PreciseLinear(module, dtype, part)
     if isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward:
         layer_norm = module
 
@@ -411,20 +429,50 @@ class TailPrecision(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _precise_linear(module: nn.Linear, dtype: torch.dtype) -> Forward:
-    def forward(hidden: Tensor) -> Tensor:
-        weight, bias, hidden = module.weight, module.bias, hidden.to(dtype)
-        if weight.numel() <= _CAST_ELEMENTS:
-            return F.linear(hidden, weight.to(dtype), _cast(bias, dtype))
-        output = hidden.new_empty(*hidden.shape[:-1], weight.shape[0])
-        rows = max(1, _CAST_ELEMENTS // weight.shape[1])
-        for start in range(0, weight.shape[0], rows):
-            stop = start + rows
-            part = None if bias is None else _cast(bias[start:stop], dtype)
-            output[..., start:stop] = F.linear(hidden, weight[start:stop].to(dtype), part)
+class _PreciseLinear:
+    """Forward of a linear map in a higher dtype, with at most a part of its weight cast at a time."""
+
+    def __init__(self, module: nn.Linear, dtype: torch.dtype, part: int) -> None:
+        self._module, self._dtype, self._part = module, dtype, part
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return the outputs."""
+        hidden = hidden.to(self._dtype)
+        num_rows, width = self._module.weight.shape
+        if num_rows * width <= self._part:
+            return self._of_rows(hidden, 0, num_rows)
+        output = hidden.new_empty(*hidden.shape[:-1], num_rows)
+        rows = max(1, self._part // width)
+        for start in range(0, num_rows, rows):
+            output[..., start : start + rows] = self._of_rows(hidden, start, start + rows)
         return output
 
-    return forward
+    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy of every position in nats, without gradients, `[n]`; see `token_losses`.
+
+        Parts of the vocabulary come one after another, each with as many logits as `token_losses` has in a chunk, so
+        that every weight is cast once and not for every chunk of positions.
+
+        Args:
+            hidden: input of the head, `[n, hidden]`.
+            targets: int64 `[n]`.
+        """
+        hidden = hidden.to(self._dtype)
+        num_rows, width = self._module.weight.shape
+        rows = max(1, min(self._part // width, chunk_size(max(1, len(targets)))))
+        sums, own = [], hidden.new_zeros(len(targets))
+        for start in range(0, num_rows, rows):
+            logits = self._of_rows(hidden, start, start + rows)
+            place = targets - start
+            is_here = (place >= 0) & (place < logits.shape[1])
+            values = logits.gather(1, place.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+            own = torch.where(is_here, values, own)
+            sums.append(torch.logsumexp(logits, dim=1))
+        return torch.logsumexp(torch.stack(sums), dim=0) - own
+
+    def _of_rows(self, hidden: Tensor, start: int, stop: int) -> Tensor:
+        weight, bias = self._module.weight[start:stop], self._module.bias
+        return F.linear(hidden, weight.to(self._dtype), None if bias is None else _cast(bias[start:stop], self._dtype))
 
 
 def _precise_quantized(module: Any, dtype: torch.dtype) -> Forward:

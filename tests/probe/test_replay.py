@@ -138,7 +138,17 @@ def test_dropout_is_drawn_again_in_the_recomputation() -> None:
 
 
 def masked_by(store: ReplayStore, group: list[int], module: nn.Dropout) -> Callable[[Tensor], Tensor]:
-    return lambda hidden: hidden * store._mask_of(group, module, hidden)
+    """Dropout by the masks of the probe, row by row; none at padding."""
+
+    def drop(hidden: Tensor) -> Tensor:
+        mask = torch.ones_like(hidden)
+        for row, position in enumerate(group):
+            place = store._places[position, 0]
+            whole = store._mask(place.micro_batch, module, hidden)
+            mask[row, : place.length] = whole[place.row, : place.length]
+        return hidden * mask
+
+    return drop
 
 
 def test_masks_drop_the_asked_for_share_and_differ_between_steps() -> None:

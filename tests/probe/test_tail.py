@@ -10,9 +10,11 @@ import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from colm_ds.batching.micro_batch import make_micro_batch
 from colm_ds.errors import ProbeError
+from colm_ds.models import token_loss
 from colm_ds.models.architecture import Architecture, find_architecture
 from colm_ds.models.families import FAMILIES
 from colm_ds.probe import tail as tail_module
@@ -156,6 +158,33 @@ def test_precise_tail_is_the_tail_of_the_model_in_float32(
     with precise_tail(architecture):
         found = losses_of(architecture, tail)
     assert torch.allclose(found, expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 5, 30])
+def test_a_precise_head_casts_every_weight_once(monkeypatch: pytest.MonkeyPatch, count: int, bias: bool) -> None:
+    """With a bounded number of logits and of cast weights at a time; losses are those of all logits."""
+    generator = torch.Generator().manual_seed(count)
+    head = nn.Linear(8, 50, bias=bias).bfloat16().requires_grad_(False)
+    hidden = 5 * torch.randn(count, 8, generator=generator)
+    targets = torch.randint(0, 50, (count,), generator=generator)
+    monkeypatch.setattr(token_loss, "_CHUNK_LOGITS", 60)
+    precise = tail_module._PreciseLinear(head, torch.float64, part=8 * 20)
+    cast: list[tuple[int, int]] = []
+    own = precise._of_rows
+
+    def noting(states: Tensor, start: int, stop: int) -> Tensor:
+        logits = own(states, start, stop)
+        assert logits.numel() <= max(60, count)
+        assert logits.shape[1] <= 20
+        cast.append((start, start + logits.shape[1]))
+        return logits
+
+    monkeypatch.setattr(precise, "_of_rows", noting)
+    losses = precise.losses(hidden, targets)
+    assert [row for start, stop in cast for row in range(start, stop)] == list(range(50))
+    logits = F.linear(hidden.double(), head.weight.double(), head.bias.double() if bias else None)
+    assert torch.allclose(losses, F.cross_entropy(logits, targets, reduction="none"), rtol=1e-12)
 
 
 def test_precise_tail_ignores_autocast() -> None:
