@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.gpu.rows import GIB, PEAK_FLOPS, Part, median, timed
+from benchmarks.gpu.rows import GIB, PEAK_FLOPS, Part, median, release, timed
 from colm_ds.config.resolve import resolve_config
 from colm_ds.engine.engine import CoLMEngine
 from colm_ds.engine.initialization import initialize
 from colm_ds.planner.job import job_of_engine
 from colm_ds.planner.plan import Planner
 from colm_ds.planner.step_cost import forward_flops
+from colm_ds.selection.fused import compiled_sum
 from colm_ds.selection.price import backward_forwards
 from colm_ds.types import SourcedDataset, StepStats
 
@@ -82,6 +83,7 @@ class Bench:
         self.engine: CoLMEngine | None = None
         self._part, self._build, self._dataset, self._micro_batch = part, build, dataset, micro_batch
         self._built: nn.Module | None = None
+        self._inner: Any = None  # the DeepSpeed engine
         self._planner = Planner()
         self._flops_per_s = 0.0
         self._warmed = False
@@ -101,7 +103,7 @@ class Bench:
             The row, if it was measured.
         """
         rate = self._flops_per_s or FIRST_GUESS * PEAK_FLOPS
-        building = 10.0 if self.engine is None else 1.0
+        building = 10.0 if self._inner is None else 1.0
         estimate_s = 0.0 if self._part.dry else (WARM + MEASURED) * model_flops_guess / rate + building
         return self._part.measure(self.key(arm), lambda: self.steps(arm), estimate_s)
 
@@ -111,6 +113,8 @@ class Bench:
         with arm.around(self.model):
             engine = self.engine_of(arm)
             warm = WARM if self._warmed else WARM + 1  # the first arm of all starts libraries too
+            if not self._warmed and device.type == "cuda":
+                compile_kernels(device)
             self._warmed = True
             count = warm + (1 if self._part.dry else MEASURED)
             taken = [timed(engine.train_batch, device) for _ in range(count)][warm:]
@@ -128,13 +132,20 @@ class Bench:
         """Return an engine for an arm, around the one DeepSpeed engine."""
         device = self._part.device
         settings = settings_of(arm.section, self._micro_batch, half=device.type == "cuda")
-        if self.engine is None:
+        if self._inner is None:
             self.engine = initialize(model=self.model, config=settings, training_data=self._dataset)[0]
+            self._inner = self.engine.deepspeed_engine
             return self.engine
-        inner = self.engine.deepspeed_engine
         self.engine = None  # its store of hidden states is freed before the next one's is made
-        self.engine = CoLMEngine(inner, resolve_config(settings, 1), self._dataset)
+        self.engine = CoLMEngine(self._inner, resolve_config(settings, 1), self._dataset)
         return self.engine
+
+    def close(self) -> None:
+        """Free model, engine and optimizer, to which DeepSpeed's hooks hold on otherwise."""
+        if self._inner is not None:
+            self._inner.destroy()
+        self.engine = self._inner = self._built = None
+        release(self._part.device)
 
     def _row(self, arm: Arm, engine: CoLMEngine, stats: list[StepStats], seconds: list[float]) -> dict[str, Any]:
         batches = [engine.loader.batch(one.step) for one in stats]
@@ -175,6 +186,15 @@ class Bench:
             "replays": engine.coreset_selector.why_not_replay is None and arm.colm.get("replay", "auto") != "off",
             "loss": stats[-1].loss,
         }
+
+
+def compile_kernels(device: torch.device) -> None:
+    """Compile the kernel of one direction's geometry, which a selector needs from its second step on.
+
+    Sizes differ from each other, as those of training do: equal ones would be compiled apart.
+    """
+    coefficients, direction, entries = (torch.ones(size, device=device) for size in (5, 64, 3))
+    compiled_sum()(entries, direction, direction, direction, coefficients)
 
 
 def settings_of(section: dict[str, Any], micro_batch: int, *, half: bool) -> dict[str, Any]:

@@ -130,8 +130,10 @@ def steps_table(results: Results) -> str:
         head += [f"{shape}: s", "to plain r", "over ideal", "tokens/s", "share of peak", "exchange, selection", "GiB"]
     lines = [table_line(head), table_line(["---", *["---:"] * (len(head) - 1)])]
     rows = list(results.rows["step"].values())
-    wanted = {shape: {arm.name for arm in step.arms_of_shape(shape, large, coreset)} for shape in step.SHAPES}
-    for arm in step.arms_of(large, coreset, with_switches=True):
+    main_arms, switches = step.arms_of(large, coreset), step.switches_of(large, coreset)
+    wanted = {shape: {arm.name for arm in main_arms} for shape in step.SHAPES}
+    wanted[next(iter(step.SHAPES))] |= {arm.name for arm in switches}
+    for arm in [*main_arms, *switches]:
         cells = [arm.name, *cpu_cells(cpu, cpu_name(arm.name, large, coreset))]
         for shape in step.SHAPES:
             row = results.of("step", f"{shape}: {arm.name}")

@@ -39,6 +39,7 @@ done
 mkdir -p "$work" "$OUT"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" HF_HUB_OFFLINE=1
+export TORCHINDUCTOR_COMPILE_THREADS=1    # else a worker a core imports torch beside what is measured
 export TORCHINDUCTOR_CACHE_DIR="$root/$work/inductor" TRITON_CACHE_DIR="$root/$work/triton"
 [[ " ${options[*]-} " == *" --dry "* ]] && export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu
 

@@ -96,64 +96,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
         part.note(f"no package cut_cross_entropy here, or no GPU: no row with {CUT}")
     if "tokens" not in estimators():
         part.note("no estimator `tokens` in this version: its rows are left out")
-    for name in options.shapes[:1] if options.profile else options.shapes:
+    main_arms, switches = arms_of(large, coreset), switches_of(large, coreset)
+    smaller = next(iter(SHAPES))
+    for name, arms in [*((name, main_arms) for name in SHAPES), (smaller, switches)]:
         shape = SHAPES[name]
+        wanted = [arm for arm in arms if not options.arms or any(word in arm.name for word in options.arms)]
+        if name not in options.shapes or not wanted:
+            continue
         bench = Bench(part, name, partial(build, shape, part), dataset(part), 4 if part.dry else shape.micro_batch)
-        arms = [arm for arm in arms_of_shape(name, large, coreset) if can_cut or CUT not in arm.name]
         if options.profile:
             profile(part, bench, next(arm for arm in arms if "spsa" in arm.name), options.out)
             break
-        for arm in arms:
-            if not options.arms or any(word in arm.name for word in options.arms):
+        for arm in wanted:
+            if can_cut or CUT not in arm.name:
                 size = arm.coreset if arm.colm.get("selector") == "full" else 1.4 * coreset
                 bench.run(arm, 6 * shape.parameters * MEAN_TOKENS * size)
-        del bench
+        bench.close()
     print(table_of(part.rows))
     return part.close()
 
 
-def arms_of_shape(shape: str, large: int, coreset: int) -> list[Arm]:
-    """Return the arms of a shape: what switches cost is measured on the smaller one."""
-    return arms_of(large, coreset, with_switches=shape == next(iter(SHAPES)))
+def colm(large: int, coreset: int, estimator: str, name: str = "replay", **more: Any) -> Arm:
+    """Return an arm with a coreset by an estimator, with replay by default."""
+    section = {"probe": {"estimator": estimator}, "replay": "on", **more.pop("colm", {})}
+    return Arm(f"CoLM {coreset} of {large}, {estimator}, {name}", large, coreset, section, **more)
 
 
-def arms_of(large: int, coreset: int, *, with_switches: bool) -> list[Arm]:
-    """Return the arms in the order of their worth."""
-    of = f"{coreset} of {large}"
-
-    def colm(estimator: str, name: str = "", **more: Any) -> Arm:
-        """Return an arm with a coreset by an estimator, with replay by default."""
-        section = {"probe": {"estimator": estimator}, "replay": "on", **more.pop("colm", {})}
-        return Arm(f"CoLM {of}, {estimator}, {name or 'replay'}", large, coreset, section, **more)
-
+def arms_of(large: int, coreset: int) -> list[Arm]:
+    """Return the arms of every shape in the order of their worth."""
+    sizes = large, coreset
     joint = {"per_source": False, "small_sources": "none", "weights": "matched"}
     arms = [
         plain(large),
-        colm("spsa"),
-        colm("exact"),
-        colm("sketch"),
+        colm(*sizes, "spsa"),
+        colm(*sizes, "exact"),
+        colm(*sizes, "sketch"),
         plain(coreset),
         plain(2 * large),
-        colm("exact", "replay, matched, joint", colm=joint),
+        colm(*sizes, "exact", "replay, matched, joint", colm=joint),
     ]
     if "tokens" in estimators():
         section = {"probe": {"estimator": "tokens"}, **joint}
-        arms.insert(2, Arm(f"CoLM {of}, tokens", large, coreset, section))
+        arms.insert(2, Arm(f"CoLM {coreset} of {large}, tokens", large, coreset, section))
         arms.insert(4, Arm(f"CoLM {coreset} of {2 * large}, tokens", 2 * large, coreset, section))
-    if not with_switches:
-        return arms
-    arms += [
+    return arms
+
+
+def switches_of(large: int, coreset: int) -> list[Arm]:
+    """Return the arms that say what a switch costs; they are measured on the smaller shape."""
+    sizes = large, coreset
+    return [
         plain(large, f"plain {large}, chunks of 2^26 logits", around=larger_chunks),
-        colm("spsa", "replay, no dropout", around=without_dropout),
+        colm(*sizes, "spsa", "replay, no dropout", around=without_dropout),
         plain(large, f"plain {large}, no dropout", around=without_dropout),
-        colm("spsa", "replay, copies neither pinned nor overlapped", around=waiting_copies),
+        colm(*sizes, "spsa", "replay, copies neither pinned nor overlapped", around=waiting_copies),
         plain(large, f"plain {large}, copies neither pinned nor overlapped", around=waiting_copies),
-        colm("spsa", "no replay", colm={"replay": "off"}),
-        colm("spsa", "replay from host memory", colm={"replay": "offload"}),
+        colm(*sizes, "spsa", "no replay", colm={"replay": "off"}),
+        colm(*sizes, "spsa", "replay from host memory", colm={"replay": "offload"}),
         plain(large, f"plain {large}, {CUT}", around=cut_cross_entropy),
         plain(large, f"plain {large}, once more"),
     ]
-    return arms
 
 
 def build(shape: Shape, part: Part) -> nn.Module:
@@ -194,7 +196,10 @@ def profile(part: Part, bench: Bench, arm: Arm, out: Path) -> None:
             engine.train_batch()
         taken = profiled(engine.train_batch, part.device)
         file = out / f"{'dry_' if part.dry else ''}profile.png"
-        picture(taken, f"{bench.key(arm)} ({part.device_name})", file)
+        try:
+            picture(taken, f"{bench.key(arm)} ({part.device_name})", file)
+        except Exception as error:  # the numbers are there without it
+            part.note(f"no picture: {error!r}")
         return {"picture": file.name, **taken.summary()}
 
     part.measure(key, work, 0.0 if part.dry else 45.0)
@@ -239,7 +244,9 @@ def cut_cross_entropy(model: nn.Module) -> Any:
     head = model.get_output_embeddings()  # type: ignore[operator]
     bias = getattr(head, "bias", None)
 
-    def losses(_: Callable[..., Any], hidden: torch.Tensor, targets: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    def losses(
+        _: Callable[..., Any], hidden: torch.Tensor, targets: torch.Tensor, vocabulary: int, smoothing: float = 0.0
+    ) -> torch.Tensor:
         """Do the same as `token_losses`; Phi's head has a bias, which an extra coordinate of 1 multiplies."""
         weight = head.weight
         if bias is not None:
