@@ -467,7 +467,9 @@ class _PreciseLinear:
             is_here = (place >= 0) & (place < logits.shape[1])
             values = logits.gather(1, place.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
             own = torch.where(is_here, values, own)
-            sums.append(torch.logsumexp(logits, dim=1))
+            largest = logits.amax(dim=1)
+            rest = logits.sub_(largest[:, None]).exp_().sum(dim=1)  # in place: no second copy of the logits
+            sums.append(rest.log_().add_(largest))
         return torch.logsumexp(torch.stack(sums), dim=0) - own
 
     def _of_rows(self, hidden: Tensor, start: int, stop: int) -> Tensor:
