@@ -97,17 +97,22 @@ class MemoryRecorder:
             yield
 
     def write_snapshot(self, what: str) -> Path | None:
-        """Write PyTorch's allocator snapshot for https://pytorch.org/memory_viz; None if none is recorded.
+        """Write PyTorch's allocator snapshot for https://pytorch.org/memory_viz; None if there is none.
 
-        Beside it a text of the same name lists the largest blocks at the peak, with the lines that allocated them.
+        Beside it a text of the same name lists the largest blocks at the peak, with the lines that allocated them. What
+        cannot be written is said and stops nothing.
         """
         if not self._is_recording:
             return None
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"memory_{what}_rank{self._rank}.pickle"
         snapshot = torch.cuda.memory._snapshot()
-        path.write_bytes(pickle.dumps(snapshot))
-        path.with_suffix(".txt").write_text(describe(*blocks_at_peak(snapshot, self._device.index or 0)))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".txt").write_text(describe(*blocks_at_peak(snapshot, self._device.index or 0)))
+            path.write_bytes(pickle.dumps(snapshot))
+        except OSError as error:
+            logger.warning("memory.snapshot: not written: %s. Training continues.", error)
+            return None
         return path
 
     def note_selected(self, kept: list[Tensor], replay: Any) -> None:

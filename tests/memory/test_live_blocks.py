@@ -103,16 +103,30 @@ def test_description() -> None:
     ]
 
 
-def test_a_text_lies_beside_the_snapshot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """On a GPU; here the allocator is one that was made up."""
-    made = snapshot_of([event("alloc", 1, 2**21, frame(1))], 2**21)
-    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: None)
-    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: made)
+MADE = snapshot_of([event("alloc", 1, 2**21, frame(1))], 2**21)
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MemoryRecorder:
+    """As on a GPU, with an allocator that is made up."""
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: MADE)
     recorder = MemoryRecorder(MemoryConfig(), torch.device("cpu"), rank=3)
     recorder.folder, recorder._is_recording = tmp_path / "run", True
+    return recorder
+
+
+def test_a_text_lies_beside_the_snapshot(recorder: MemoryRecorder, tmp_path: Path) -> None:
     path = recorder.write_snapshot("step_2")
     assert path == tmp_path / "run" / "memory_step_2_rank3.pickle"
-    assert pickle.loads(path.read_bytes()) == made
+    assert pickle.loads(path.read_bytes()) == MADE
     text = path.with_suffix(".txt").read_text()
     assert "2.0 site-packages/model/layers.py:1 forward" in text
-    assert text == describe(*blocks_at_peak(made))
+    assert text == describe(*blocks_at_peak(MADE))
+
+
+def test_a_snapshot_that_cannot_be_written_stops_nothing(
+    recorder: MemoryRecorder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "run").write_text("a file in the folder's place")
+    assert recorder.write_snapshot("out_of_memory") is None
+    assert "memory.snapshot: not written: " in caplog.text
