@@ -245,7 +245,7 @@ def cut_cross_entropy(model: nn.Module) -> Any:
     bias = getattr(head, "bias", None)
 
     def losses(
-        _: Callable[..., Any], hidden: torch.Tensor, targets: torch.Tensor, vocabulary: int, smoothing: float = 0.0
+        _: Callable[..., Any], hidden: torch.Tensor, targets: torch.Tensor, *others: Any, **more: Any
     ) -> torch.Tensor:
         """Do the same as `token_losses`; Phi's head has a bias, which an extra coordinate of 1 multiplies."""
         weight = head.weight

@@ -96,10 +96,11 @@ def label_losses(
         return token_losses(_same, logits[batch.rows, batch.positions], batch.targets, logits.shape[-1], smoothing)
     plain_head: Callable[[Tensor], Tensor] = head.forward
     vocabulary_size = int(head.out_features)  # type: ignore[arg-type]
+    frozen = not any(parameter.requires_grad for parameter in head.parameters())
 
     def loss_head(hidden: Tensor) -> Tensor:
         states = hidden[batch.rows, batch.positions]
-        return token_losses(plain_head, states, batch.targets, vocabulary_size, smoothing)
+        return token_losses(plain_head, states, batch.targets, vocabulary_size, smoothing, frozen=frozen)
 
     with patched_forwards({head: loss_head}):
         losses: Tensor = forward(**inputs, use_cache=False).logits

@@ -1,4 +1,4 @@
-"""Every selector in training: the same choice on 1 rank at stage 0, on 2 at stage 3, and from its state half-way."""
+"""Every selector in training: the same choice on 1 rank at stage 0, on 2 at another, and from its state half-way."""
 
 from __future__ import annotations
 
@@ -138,14 +138,15 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.distributed
-def test_ranks_stages_and_resuming(pools: dict[int, Ranks], table: str) -> None:
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_ranks_stages_and_resuming(stage: int, pools: dict[int, Ranks], table: str) -> None:
     (wanted,) = pools[1].run(choices, 0, table, timeout_s=300)
     for variant, steps in wanted.items():
         assert len({tuple(positions) for positions, _, _ in steps}) > 1, variant
         assert all(len(positions) == B for positions, _, _ in steps), variant
     alike = [{name for name in wanted if wanted[name] == steps} for steps in wanted.values()]
     assert [names for names in alike if len(names) > 1] == []  # each option does something
-    for found in pools[2].run(choices, 3, table, timeout_s=300):
+    for found in pools[2].run(choices, stage, table, timeout_s=300):
         for variant in VARIANTS:
             assert found[variant] == wanted[variant], variant
 

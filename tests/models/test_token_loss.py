@@ -57,6 +57,68 @@ def test_chunks_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("chunk", [1 << 23, 7 * VOCABULARY, VOCABULARY])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_frozen_heads_gradients_are_autograds(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk: int, smoothing: float
+) -> None:
+    """Against the plain loss in one piece; in bf16 against the same head in float64."""
+    monkeypatch.setattr(token_loss, "_CHUNK_LOGITS", chunk)
+    head, hidden, targets = inputs(20, dtype)
+    head.requires_grad_(False)
+    hidden.requires_grad_(True)
+    weights = torch.linspace(-0.5, 2.0, 20, dtype=torch.float64)
+    losses = token_losses(head, hidden, targets, VOCABULARY, smoothing, frozen=True)
+    assert losses.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    (found,) = torch.autograd.grad((weights * losses).sum(), hidden)
+    assert found.dtype == dtype
+    exact = hidden.detach().double().requires_grad_()
+    logits = F.linear(exact, head.weight.double(), head.bias.double() if head.bias is not None else None)
+    plain = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    (expected,) = torch.autograd.grad((weights * plain).sum(), exact)
+    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    assert float((found - expected).norm() / expected.norm()) < bound
+    assert torch.allclose(losses.double(), plain, rtol=bound, atol=bound)
+
+
+def test_a_frozen_head_runs_once_for_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the losses are differentiated twice; nothing of the vocabulary's size is kept."""
+    monkeypatch.setattr(token_loss, "_CHUNK_LOGITS", 4 * VOCABULARY)
+    head, hidden, targets = inputs(40)
+    head.requires_grad_(False)
+    hidden.requires_grad_(True)
+    logits: list[Any] = []
+
+    def watched_head(part: Tensor) -> Tensor:
+        output = head(part)
+        logits.append(weakref.ref(output))
+        return output
+
+    gc.disable()
+    try:
+        losses = token_losses(watched_head, hidden, targets, VOCABULARY, frozen=True)
+        assert len(logits) == 10
+        assert not any(reference() is not None for reference in logits)
+    finally:
+        gc.enable()
+    first, second = (torch.autograd.grad(losses[:3].sum(), hidden, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert first[:3].abs().sum() > 0
+    assert not first[3:].any()
+    assert len(logits) == 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_is_scaled_or_needs_no_gradient_is_recomputed(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Small slopes are lost in fp16 unless they come scaled; a frozen model has no gradients."""
+    monkeypatch.setattr(token_loss, "_FrozenHeadLosses", None)
+    head, hidden, targets = inputs(8, dtype)
+    head.requires_grad_(False)
+    hidden.requires_grad_(dtype == torch.float16)
+    assert token_losses(head, hidden, targets, VOCABULARY, frozen=True).shape == (8,)
+
+
 def test_logits_of_one_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_loss, "_CHUNK_LOGITS", 4 * VOCABULARY)
     head, hidden, targets = inputs(40)

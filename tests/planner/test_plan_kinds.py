@@ -83,7 +83,8 @@ def test_classification_needs_what_the_run_allocates(task: str, rows: int, repo_
     assert tuple(batch.input_ids.shape) == (4 * rows, 95)
     assert (job.num_rows, job.padded_length) == (rows, 95 * rows)
     planned = Planner().tracer(job.spec).training(job.rows(4))
-    assert planned.backward == pytest.approx(counted_peak(job, batch), rel=0.02)
+    highest = max(planned.forward, planned.backward)  # a frozen head's losses are differentiated in the forward pass
+    assert highest == pytest.approx(counted_peak(job, batch), rel=0.02)
 
 
 def test_pretraining_needs_what_the_run_allocates(repo_root: Path) -> None:
