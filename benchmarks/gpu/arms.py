@@ -113,7 +113,7 @@ class Bench:
         with arm.around(self.model):
             engine = self.engine_of(arm)
             warm = WARM if self._warmed else WARM + 1  # the first arm of all starts libraries too
-            if not self._warmed and device.type == "cuda":
+            if device.type == "cuda" and arm.colm.get("probe", {}).get("estimator") == "spsa":
                 compile_kernels(device)
             self._warmed = True
             count = warm + (1 if self._part.dry else MEASURED)
@@ -191,10 +191,9 @@ class Bench:
 def compile_kernels(device: torch.device) -> None:
     """Compile the kernel of one direction's geometry, which a selector needs from its second step on.
 
-    Sizes differ from each other, as those of training do: equal ones would be compiled apart.
+    Sizes and tensors differ from each other where those of training do: equal ones would be compiled apart.
     """
-    coefficients, direction, entries = (torch.ones(size, device=device) for size in (5, 64, 3))
-    compiled_sum()(entries, direction, direction, direction, coefficients)
+    compiled_sum()(*(torch.ones(size, device=device) for size in (3, 64, 64, 64, 5)))
 
 
 def settings_of(section: dict[str, Any], micro_batch: int, *, half: bool) -> dict[str, Any]:

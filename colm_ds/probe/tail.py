@@ -247,11 +247,6 @@ def _as_layer_output(hidden: Tensor, num_outputs: int) -> Any:
     return (hidden, *[None] * (num_outputs - 1)) if num_outputs else hidden
 
 
-def cast_elements(device_type: str) -> int:
-    """Return how many elements of a weight are cast at a time on a type of device."""
-    return _CAST_ELEMENTS if device_type == "cpu" else _CAST_ELEMENTS_ON_GPU
-
-
 @contextmanager
 def precise_tail(
     architecture: Architecture, dtype: torch.dtype = torch.float32, device_type: str | None = None
@@ -279,7 +274,8 @@ def precise_tail(
     forwards: dict[nn.Module, Forward] = {}
     casting: list[Any] = []
     own_code = architecture.norm is None
-    part = cast_elements(device_type or str(architecture.head.weight.device.type))
+    computing_on = str(architecture.head.weight.device.type)
+    part = _CAST_ELEMENTS if (device_type or computing_on) == "cpu" else _CAST_ELEMENTS_ON_GPU
     for name, module in _tail_modules(architecture):
         if getattr(module, "cast_input_dtype_enabled", False):
             casting.append(module)
@@ -290,8 +286,7 @@ def precise_tail(
     for module in casting:  # LoRA layers would round their input to the adapter's dtype
         module.cast_input_dtype_enabled = False
     try:
-        device_type = str(architecture.head.weight.device.type)
-        lower = torch.autocast(device_type, enabled=False)
+        lower = torch.autocast(computing_on, enabled=False)
         with patched_forwards(forwards), full_products(), lower, TailPrecision(dtype), experts:
             yield
     finally:

@@ -74,14 +74,11 @@ def test_choice_is_that_of_the_cpu(name: str, lora: bool) -> None:
         torch.testing.assert_close(weights_by_position(ours), weights_by_position(theirs), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sketch", "projection"])
+@pytest.mark.parametrize("name", ["exact", "exact, matched, joint", "sketch", "projection"])
 @pytest.mark.gpu
 @on_gpu[1]
 def test_choice_in_bf16_is_nearly_that_of_the_cpu(name: str) -> None:
-    """Kernels round otherwise, and near ties turn over; weights are the same on both sides.
-
-    Of `exact` no more is asked in bf16 than of the gradients below: two kinds of attention on a CPU share 24 of its 39.
-    """
+    """Kernels round otherwise, and near ties turn over; weights are the same on both sides."""
     model = tiny_model("llama", True, torch.bfloat16)
     wanted = choices(model, SECTIONS[name])
     found = choices(copy.deepcopy(model).to(DEVICE), SECTIONS[name])
@@ -97,7 +94,7 @@ def weights_by_position(selection: Selection) -> Tensor:
     return selection.weights[selection.positions.argsort()]
 
 
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)], ids=["float32", "bf16"])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=["float32", "bf16"])
 @pytest.mark.parametrize("family", ["llama", "phi", "phi3", "stablelm"])
 @pytest.mark.gpu
 @on_gpu[1]
