@@ -40,6 +40,7 @@ class Arm:
         coreset: b.
         colm: further keys of the `"colm"` section.
         around: makes a context in which the arm's engine is made and its steps run.
+        engine: the engine that takes the steps.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Arm:
     coreset: int
     colm: dict[str, Any] = field(default_factory=dict)
     around: Callable[[nn.Module], AbstractContextManager[Any]] = lambda model: nullcontext()
+    engine: type[CoLMEngine] = CoLMEngine
 
     @property
     def section(self) -> dict[str, Any]:
@@ -135,9 +137,10 @@ class Bench:
         if self._inner is None:
             self.engine = initialize(model=self.model, config=settings, training_data=self._dataset)[0]
             self._inner = self.engine.deepspeed_engine
-            return self.engine
+            if arm.engine is CoLMEngine:
+                return self.engine
         self.engine = None  # its store of hidden states is freed before the next one's is made
-        self.engine = CoLMEngine(self._inner, resolve_config(settings, 1), self._dataset)
+        self.engine = arm.engine(self._inner, resolve_config(settings, 1), self._dataset)
         return self.engine
 
     def close(self) -> None:

@@ -102,6 +102,31 @@ class Selection:
         return self.coreset.size
 
 
+@dataclass(frozen=True)
+class _Observed:
+    """What was read of a large batch, before the ranks exchange it.
+
+    Attributes:
+        batch: the large batch as this rank sees it.
+        estimator: holds what it read.
+        probed: positions whose signal is needed, ascending int64 `[n]`.
+        replay: hidden states of the probe, or None.
+        parts: factor of each example's signal, `[r]`, or None.
+        weights: the probed weights, if the mask needs them.
+        refreshes: whether target examples were observed too.
+        size: r, and the target examples that were observed.
+    """
+
+    batch: LargeBatch
+    estimator: Estimator | TokensEstimator
+    probed: Tensor
+    replay: ReplayStore | None
+    parts: Tensor | None
+    weights: Tensor | None
+    refreshes: bool
+    size: int
+
+
 class CoresetSelector:
     """Select the coreset of every large batch; all ranks call it together.
 
@@ -316,17 +341,20 @@ class CoresetSelector:
         if not isinstance(batch, LargeBatch):
             batch = self._gather(batch)
         self.step_count = batch.step
-        batch = replace(
+        selection = self._selected(self._with_histories(batch), meter or Meter(self._device))
+        if selection.coreset.carry is not None:
+            self.carry = selection.coreset.carry
+        return selection
+
+    def _with_histories(self, batch: LargeBatch) -> LargeBatch:
+        """Return a large batch with what is known of its examples from earlier steps."""
+        return replace(
             batch,
             carry=self.carry,
             past=None if self._losses is None else self._losses.of(batch.indices),
             reference=None if self._reference is None else self._reference[batch.indices],
             lr=None if self._learning_rate is None else self._learning_rate(),
         )
-        selection = self._selected(batch, meter or Meter(self._device))
-        if selection.coreset.carry is not None:
-            self.carry = selection.coreset.carry
-        return selection
 
     def _selected(self, batch: LargeBatch, meter: Meter) -> Selection:
         ran, nothing = self._config.schedule.selects(batch.step), torch.empty(0, dtype=torch.int64)
@@ -342,26 +370,36 @@ class CoresetSelector:
             with meter.phase("select"):
                 coreset = (self.selector if ran else self.plain).select(batch, None, SINGLE_PROCESS)
             return Selection(batch, coreset, ran, nothing, None, {"signals": 0, "selection": 0})
+        return self._choose(self._observe(batch, self._estimator, meter), meter)
+
+    def _observe(self, batch: LargeBatch, estimator: Estimator | TokensEstimator, meter: Meter) -> _Observed:
+        """Let the estimator read what it needs of a large batch, each rank of its own examples."""
         probed = self._to_probe(batch)
         replay = self._store if len(probed) else None
         by_token = self._config.loss_normalization == "token"
         parts = batch.num_label_tokens.float() if by_token else None
         refreshes = self._target is not None and self._target.due(batch.step)
-        observed = self._target.extend(batch, self._rank) if self._target is not None and refreshes else batch
+        extended = self._target.extend(batch, self._rank) if self._target is not None and refreshes else batch
         with meter.phase("probe"):
-            weights = self._read_signals(observed, batch.size, probed, self._estimator, replay, parts)
+            weights = self._read_signals(extended, batch.size, probed, estimator, replay, parts)
+        return _Observed(batch, estimator, probed, replay, parts, weights, refreshes, extended.size)
+
+    def _choose(self, observed: _Observed, meter: Meter) -> Selection:
+        """Exchange the signals of what was observed and select."""
+        batch, estimator, probed = observed.batch, observed.estimator, observed.probed
         with meter.phase("exchange"), self._exchange.counting("signals") as signal_bytes:
-            signals = self._estimator.signals(observed.size, self._exchange)
+            signals = estimator.signals(observed.size, self._exchange)
             if self._target is not None:
-                signals = self._target.split(signals, batch, refreshes)
-        signals = replace(signals, parameters=weights, parts=parts, unprobed=self._unprobed(batch, probed))
+                signals = self._target.split(signals, batch, observed.refreshes)
+        unprobed = self._unprobed(batch, probed)
+        signals = replace(signals, parameters=observed.weights, parts=observed.parts, unprobed=unprobed)
         with meter.phase("select"), self._exchange.counting("selection") as selection_bytes:
-            coreset = self._select(batch, signals, is_local=self._estimator.is_local)
-            self._estimator.update(coreset, self._exchange)
+            coreset = self._select(batch, signals, is_local=estimator.is_local)
+            estimator.update(coreset, self._exchange)
         counted = {count.kind: count.num_bytes for count in (signal_bytes, selection_bytes)}
         if not self._config.probes_model:  # no pass was made, and agreement of features says nothing about gradients
             probed, coreset = probed[:0], replace(coreset, coherence={})
-        return Selection(batch, coreset, ran, probed, replay, counted)
+        return Selection(batch, coreset, True, probed, observed.replay, counted)
 
     def _by_stored(self, batch: LargeBatch, sketches: SketchStore, meter: Meter) -> Selection:
         """Select by the sketches that earlier steps left; examples without one are drawn at random."""
