@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from colm_ds.errors import ConfigError
+from colm_ds.models.architecture import unwrap
 
 TAIL_TOKENS = 8
 """Tokens decoded beyond those that can hold a stop string: the first ones of a piece may decode differently."""
@@ -112,9 +114,9 @@ def greedy(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **with_cache(model, cache),
             )
             cache = output.past_key_values
             best, chosen = output.logits[:, -1].max(-1)
@@ -160,6 +162,13 @@ def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple
             ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
             mask[row, width - len(prompt) :] = 1
     return ids.to(device), mask.to(device)
+
+
+def with_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """Return a key-value cache under the name of its argument, which transformers renamed."""
+    forward = getattr(unwrap(model), "forward", model)
+    name = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+    return {name: cache}
 
 
 def select_rows(cache: Any, rows: Tensor) -> None:

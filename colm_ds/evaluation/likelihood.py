@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from colm_ds.data.prompt import Continuation
-from colm_ds.evaluation.generate import left_padded, select_rows
+from colm_ds.evaluation.generate import left_padded, select_rows, with_cache
 from colm_ds.models.token_loss import token_losses
 
 
@@ -116,9 +116,9 @@ def _tail_sums(model: Any, flat: Sequence[Continuation], shared: Sequence[int], 
         input_ids=ids.to(device),
         attention_mask=torch.cat([mask, seen.to(device)], dim=1),
         position_ids=positions.to(device),
-        past_key_values=cache,
         use_cache=cache is not None,
         logits_to_keep=torch.tensor(keep, device=device),
+        **with_cache(model, cache),
     )
     logits = output.logits[torch.tensor(rows), torch.tensor([column[place] for place in places])]
     losses = token_losses(_same, logits, torch.tensor(targets, device=device), logits.shape[-1])

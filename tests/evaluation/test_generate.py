@@ -42,6 +42,7 @@ def plain_greedy(model: Any, ids: list[int], count: int, eos: set[int]) -> list[
     return produced
 
 
+@pytest.mark.filterwarnings("error:.*past_key_values")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batched_equals_one_by_one_and_the_plain_loop(family: str, tokenizer: Any) -> None:
     backend = make_backend(tokenizer, family)
@@ -62,6 +63,7 @@ def test_sliding_window_attention_gives_the_plain_loop(tokenizer: Any) -> None:
         assert each.text == StopStrings(tokenizer, ()).decode(expected)
 
 
+@pytest.mark.filterwarnings("error:.*past_key_values")
 def test_adapter_is_used(tokenizer: Any) -> None:
     plain = make_model()
     adapted = make_model(lora=True)
