@@ -192,7 +192,7 @@ def questions_of(name: str, words: list[str], folder: Path, after: str = "") -> 
 
 def dry_tasks() -> list[Task]:
     """Return two runs of a tiny random model on generated data, and one's questions."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
     from colm_ds.data.generated.mixture import write_mixture
 
@@ -202,6 +202,7 @@ def dry_tasks() -> list[Task]:
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = AutoConfig.for_model("llama", **shape, num_key_value_heads=2, vocab_size=len(tokenizer))
+    set_seed(0)  # a second call continues with the same model
     AutoModelForCausalLM.from_config(config).save_pretrained(model)
     tokenizer.save_pretrained(model)
     questions.mkdir(parents=True, exist_ok=True)
