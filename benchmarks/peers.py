@@ -8,7 +8,8 @@ Arms take turns, each time in a process of its own. Of every process the median 
 and of those the median over rounds, as a ratio to the plain PyTorch loop of the same round. Plain arms train on the
 same rows in the same order with the mean over all tokens of the b, so that their losses must agree; the largest
 relative difference to the plain loop's is in the table. Peak memory is the process's resident peak over what it held
-before the first step. DataFlex has an environment and a script of its own (`peers_dataflex.py`).
+before the first step. LLaMA-Factory and axolotl are two more arms (`--llamafactory FOLDER --axolotl FOLDER`, see
+`peers_frameworks.py`). DataFlex has an environment and a script of its own (`peers_dataflex.py`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import peers_frameworks  # noqa: E402
+from benchmarks.peers_frameworks import FRAMEWORKS  # noqa: E402
 from benchmarks.result_file import write_result  # noqa: E402
 from benchmarks.step import REAL_DATA, add_model_arguments, make_model, make_records  # noqa: E402
 
@@ -56,6 +59,9 @@ def main() -> None:
     parser.add_argument("--arms", default="", help="only arms whose name contains one of these, separated by commas")
     parser.add_argument("--data", type=Path, default=REAL_DATA, help="instruction data whose lengths are used")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "peers.json", help="result file")
+    for framework in FRAMEWORKS.values():
+        about = "folder of its environment, made where it is missing: its own training is an arm too"
+        parser.add_argument(f"--{framework}", type=Path, metavar="FOLDER", help=about)
     parser.add_argument("--run-arm", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.pretraining = False
@@ -63,24 +69,29 @@ def main() -> None:
         _run_arm(options)
         return
     wanted = [part.strip() for part in options.arms.split(",") if part.strip()]
-    arms = [name for name in ARMS if not wanted or any(part in name for part in wanted)]
+    theirs = {name: getattr(options, package) for name, package in FRAMEWORKS.items() if getattr(options, package)}
+    interpreters = {name: peers_frameworks.environment(FRAMEWORKS[name], folder) for name, folder in theirs.items()}
+    arms = [name for name in (*ARMS, *theirs) if not wanted or any(part in name for part in wanted)]
     rounds: list[dict[str, dict[str, Any]]] = []
     for turn in range(options.rounds):
         rounds.append({})
         for name in arms:
-            rounds[-1][name] = _in_a_process(name)
+            rounds[-1][name] = _in_a_process(name, interpreters.get(name))
             print(f"round {turn + 1}: {name}: {rounds[-1][name]['step_s']:.2f} s", flush=True)
     rows = summarise(rounds)
     print(format_rows(rows))
-    _write(options, rows)
+    _write(options, rows, {name: peers_frameworks.version(FRAMEWORKS[name], theirs[name]) for name in theirs})
 
 
-def _in_a_process(name: str) -> dict[str, Any]:
+def _in_a_process(name: str, python: Path | None) -> dict[str, Any]:
+    """Run an arm; a framework's has its inputs written by a first process and runs by its own interpreter."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, *sys.argv[1:], "--run-arm", name, "--out", f"{folder}/arm.json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
         if done.returncode:
             raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+        if python is not None:
+            return peers_frameworks.run(FRAMEWORKS[name], python, Path(folder))
         return json.loads(Path(folder, "arm.json").read_text(encoding="utf-8"))
 
 
@@ -101,6 +112,12 @@ def _run_arm(options: argparse.Namespace) -> None:
         targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
         lora = peft.LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=targets)
         model = peft.get_peft_model(model, lora)
+    if options.run_arm in FRAMEWORKS:
+        ordered = [row for rows in batches(options, records) for row in rows]
+        settings = {**training_arguments(options), "max_length": options.max_length}
+        package = FRAMEWORKS[options.run_arm]
+        peers_frameworks.write_inputs(package, Path.cwd(), model, _tokenizer(options), ordered, settings)
+        return
     clock = Clock()
     ARMS[options.run_arm](options, model, records, clock)
     seconds = [after - before for before, after in zip(clock.begun, clock.ended, strict=True)][WARM_UP:]
@@ -210,6 +227,28 @@ def _deepspeed_config(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def training_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the `TrainingArguments` of all arms that have them."""
+    return {
+        "output_dir": "out",
+        "per_device_train_batch_size": options.micro,
+        "gradient_accumulation_steps": options.coreset // options.micro,
+        "max_steps": options.steps,
+        "seed": 0,  # of the order of rows, as in `batches`
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": options.dtype == "bfloat16",
+        "optim": "adamw_torch",
+    }
+
+
 def _trainer(kind: str) -> Callable[..., None]:
     """Return the arm of a Trainer: `transformers`, `trl`, or `ours` with its section."""
 
@@ -233,24 +272,7 @@ def _trainer(kind: str) -> Callable[..., None]:
                     clock.losses.append(float(logs["loss"]))
 
         ordered = [row for rows in batches(options, records) for row in rows]
-        common = {
-            "output_dir": tempfile.mkdtemp(),
-            "per_device_train_batch_size": options.micro,
-            "gradient_accumulation_steps": options.coreset // options.micro,
-            "max_steps": options.steps,
-            "seed": 0,  # of the order of rows, as in `batches`
-            "learning_rate": LR,
-            "lr_scheduler_type": "constant",
-            "weight_decay": 0.0,
-            "max_grad_norm": 0.0,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": not torch.cuda.is_available(),
-            "bf16": options.dtype == "bfloat16",
-            "optim": "adamw_torch",
-        }
+        common = {**training_arguments(options), "output_dir": tempfile.mkdtemp()}
         if kind == "trl":
             from trl import SFTConfig, SFTTrainer
 
@@ -382,10 +404,11 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    settings = {key: value for key, value in vars(options).items() if key not in ("data", "out", "run_arm")}
+def _write(options: argparse.Namespace, rows: list[dict[str, Any]], versions: dict[str, dict[str, str]]) -> None:
+    unwritten = ("data", "out", "run_arm", *FRAMEWORKS.values())
+    settings = {key: value for key, value in vars(options).items() if key not in unwritten}
     trl = importlib.metadata.version("trl") if importlib.util.find_spec("trl") else None
-    write_result(options.out, "peers", trl=trl, settings=settings, rows=rows)
+    write_result(options.out, "peers", trl=trl, theirs=versions, settings=settings, rows=rows)
     print(f"written to {options.out}")
 
 

@@ -114,6 +114,8 @@ def _environment(folder: Path) -> Path:
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         for words in (PACKAGES, ("--no-deps", DATAFLEX)):
             subprocess.run([str(python), "-m", "pip", "install", "--quiet", *words], check=True)
+        unfit = ("torchvision", "torchaudio")  # their builds fail beside torch's for the CPU; nothing is seen or heard
+        subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *unfit], check=True)
     return python
 
 
@@ -199,7 +201,7 @@ def _inside(selector: str) -> None:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-    audio = ModuleType("torchaudio")  # its build fails beside torch's for the CPU, and nothing here has sound
+    audio = ModuleType("torchaudio")  # LLaMA-Factory imports it
     audio.__spec__ = ModuleSpec("torchaudio", None)
     sys.modules["torchaudio"] = audio
     from dataflex import cli

