@@ -2,9 +2,10 @@
 
     python benchmarks/peers.py --llamafactory FOLDER --axolotl FOLDER
 
-The folders are environments with those packages, each with versions of its own; they are made where they are missing, by
-the interpreter that PYTHON names (minutes, 2 to 8 GB; axolotl wants Python 3.12). Rows travel tokenised and in their order. A framework is run by its own command line in a process
-of its environment, in which a callback of transformers' Trainer notes begin, end and loss of every step.
+The folders are environments with those packages, each with versions of its own; they are made where they are missing,
+by the interpreter that PYTHON names (minutes, 2 to 8 GB; axolotl wants Python 3.12). Rows travel tokenised and in their
+order. A framework is run by its own command line in a process of its environment, in which a callback of transformers'
+Trainer notes begin, end and loss of every step.
 """
 
 from __future__ import annotations
