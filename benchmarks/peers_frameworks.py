@@ -189,7 +189,7 @@ def _inside(framework: str) -> None:
         self.add_callback(Timer())
         return train(self, *arguments, **more)
 
-    Trainer.train = timed  # type: ignore[method-assign]
+    Trainer.train = timed
     if framework == "llamafactory":
         from datasets import Dataset, DatasetDict
 
