@@ -55,8 +55,8 @@ class ChoosingBeside(CoLMEngine):
         selector = self.coreset_selector
         if selection.coreset.carry is not None:
             selector.carry = selection.coreset.carry
-        self._ahead = self._thread.submit(self._observe(self.loader.batch(batch.step + 1), meter))
         self.memory.note_selected(selector.kept_tensors(), None)
+        self._ahead = self._thread.submit(self._observe(self.loader.batch(batch.step + 1), meter))
         return selection
 
     def _observe(self, batch: LargeBatch, meter: Meter) -> Callable[[], Selection]:
