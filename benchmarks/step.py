@@ -232,7 +232,7 @@ def make_model(options: argparse.Namespace) -> Any:
         file = next(where.glob("*.gguf")).name
         model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=getattr(torch, options.dtype))
         del model.config.quantization_config  # the weights are plain now, and can be saved as such
-        model.hf_quantizer = None
+        model.hf_quantizer, model.is_quantized = None, False
         return model
     config = AutoConfig.for_model(
         "llama",
