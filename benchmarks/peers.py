@@ -76,14 +76,14 @@ def main() -> None:
     for turn in range(options.rounds):
         rounds.append({})
         for name in arms:
-            rounds[-1][name] = _in_a_process(name, interpreters.get(name))
+            rounds[-1][name] = _in_a_process(name, interpreters.get(name), options.steps)
             print(f"round {turn + 1}: {name}: {rounds[-1][name]['step_s']:.2f} s", flush=True)
     rows = summarise(rounds)
     print(format_rows(rows))
     _write(options, rows, {name: peers_frameworks.version(FRAMEWORKS[name], theirs[name]) for name in theirs})
 
 
-def _in_a_process(name: str, python: Path | None) -> dict[str, Any]:
+def _in_a_process(name: str, python: Path | None, steps: int) -> dict[str, Any]:
     """Run an arm; a framework's has its inputs written by a first process and runs by its own interpreter."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, *sys.argv[1:], "--run-arm", name, "--out", f"{folder}/arm.json"]
@@ -91,7 +91,7 @@ def _in_a_process(name: str, python: Path | None) -> dict[str, Any]:
         if done.returncode:
             raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
         if python is not None:
-            return peers_frameworks.run(FRAMEWORKS[name], python, Path(folder))
+            return peers_frameworks.run(FRAMEWORKS[name], python, Path(folder), steps)
         return json.loads(Path(folder, "arm.json").read_text(encoding="utf-8"))
 
 
@@ -113,6 +113,8 @@ def _run_arm(options: argparse.Namespace) -> None:
         lora = peft.LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=targets)
         model = peft.get_peft_model(model, lora)
     if options.run_arm in FRAMEWORKS:
+        if not options.rank:
+            raise SystemExit("--rank 0: LLaMA-Factory and axolotl are measured with LoRA alone.")
         ordered = [row for rows in batches(options, records) for row in rows]
         settings = {**training_arguments(options), "max_length": options.max_length}
         package = FRAMEWORKS[options.run_arm]

@@ -138,11 +138,11 @@ def _axolotl(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(framework: str, python: Path, folder: Path) -> dict[str, Any]:
+def run(framework: str, python: Path, folder: Path, steps: int) -> dict[str, Any]:
     """Train in a framework's environment; return seconds, losses and memory as `peers.py` has them.
 
     Raises:
-        SystemExit: with the end of its output, if it fails.
+        SystemExit: if it fails, with the end of its output, or takes another number of steps.
     """
     variables = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "", "DISABLE_VERSION_CHECK": "1"}
     variables |= {"TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu", "AXOLOTL_DO_NOT_TRACK": "1"}
@@ -152,6 +152,8 @@ def run(framework: str, python: Path, folder: Path) -> dict[str, Any]:
     if not (folder / MEASURED).exists():
         raise SystemExit(f"{framework} failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
     measured: dict[str, Any] = json.loads((folder / MEASURED).read_text(encoding="utf-8"))
+    if len(measured["losses"]) != steps:
+        raise SystemExit(f"{framework} took {len(measured['losses'])} of {steps} steps.")
     return measured
 
 

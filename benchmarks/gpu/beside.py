@@ -16,7 +16,7 @@ import torch
 from colm_ds.config.colm import ScheduleConfig
 from colm_ds.engine.coreset_selector import Selection
 from colm_ds.engine.engine import CoLMEngine
-from colm_ds.errors import ConfigError
+from colm_ds.errors import ConfigError, SelectionError
 from colm_ds.memory.breakdown import tensors_of
 from colm_ds.memory.meter import Meter
 from colm_ds.types import LargeBatch
@@ -25,8 +25,8 @@ from colm_ds.types import LargeBatch
 class ChoosingBeside(CoLMEngine):
     """Choose in a thread, and on a GPU on a stream of its own, while the coreset before is trained on.
 
-    `probe` then is the probe of the next large batch, `select` what is left to wait for of the choice; seconds and
-    memory of the thread itself are in no phase.
+    `probe` then is the probe of the next large batch, `select` what is left to wait for of the choice; the thread's
+    seconds are in no phase, its memory is in training's. For runs of `train_batch()` alone, without checkpoints.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -43,21 +43,37 @@ class ChoosingBeside(CoLMEngine):
         self._thread = ThreadPoolExecutor(1)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._ahead: Future[Selection] | None = None
+        self._following: LargeBatch | None = None
+
+    def _next_batch(self) -> LargeBatch:
+        if self._following is None:
+            return super()._next_batch()
+        batch, self._following = self._following, None
+        self.loader.next_step = batch.step + 1
+        return batch
 
     def _select(self, batch: LargeBatch, meter: Meter) -> Selection:
-        if self._ahead is None:
+        ahead, self._ahead = self._ahead, None  # an error may not leave it for another step
+        if ahead is None:
             selection = super()._select(batch, meter)
         else:
             with meter.phase("exchange"):
                 pass  # is in the thread
             with meter.phase("select"):
-                selection = self._ahead.result()
+                selection = ahead.result()
         selector = self.coreset_selector
+        if selection.batch.step != batch.step or selection.size == 0:
+            raise SelectionError(f"step {batch.step}: chosen beside training were {selection.size} of another batch.")
         if selection.coreset.carry is not None:
             selector.carry = selection.coreset.carry
         self.memory.note_selected(selector.kept_tensors(), None)
-        self._ahead = self._thread.submit(self._observe(self.loader.batch(batch.step + 1), meter))
+        self._following = self.loader.batch(batch.step + 1)
+        self._ahead = self._start(self._observe(self._following, meter))
         return selection
+
+    def _start(self, choose: Callable[[], Selection]) -> Future[Selection]:
+        """Begin a choice."""
+        return self._thread.submit(choose)
 
     def _observe(self, batch: LargeBatch, meter: Meter) -> Callable[[], Selection]:
         """Probe a large batch; return the function that chooses from it, for another thread."""
@@ -71,14 +87,24 @@ class ChoosingBeside(CoLMEngine):
             stream.wait_stream(torch.cuda.current_stream(self._device))
 
         def choose() -> Selection:
-            with nullcontext() if stream is None else torch.cuda.stream(stream):
-                selection = selector._choose(observed, _Unmeasured(self._device))
-            if stream is not None:
-                stream.synchronize()
-            held.clear()
-            return selection
+            try:
+                with nullcontext() if stream is None else torch.cuda.stream(stream):
+                    return selector._choose(observed, _Unmeasured(self._device))
+            finally:
+                if stream is not None:
+                    stream.synchronize()
+                held.clear()
 
         return choose
+
+
+class ChoosingBefore(ChoosingBeside):
+    """Do the same work with the choice before training and not beside it: what `ChoosingBeside` is compared with."""
+
+    def _start(self, choose: Callable[[], Selection]) -> Future[Selection]:
+        done: Future[Selection] = Future()
+        done.set_result(choose())
+        return done
 
 
 class _Unmeasured(Meter):

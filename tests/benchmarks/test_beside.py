@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import threading
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from benchmarks.gpu import beside
 from benchmarks.gpu.beside import ChoosingBeside
 from colm_ds.config.resolve import resolve_config
 from colm_ds.errors import ConfigError
@@ -20,10 +22,10 @@ Choice = tuple[list[int], list[float]]
 """Dataset indices of a coreset, and their weights."""
 
 
-def choices(case: Case, lr: float, beside: bool) -> tuple[list[Choice], list[float]]:
+def choices(case: Case, lr: float, is_beside: bool) -> tuple[list[Choice], list[float]]:
     """In a rank: the coresets that a run's steps train on, and their losses."""
     engine = start(with_rate(case, lr))
-    if beside:
+    if is_beside:
         config = resolve_config(with_rate(case, lr).config(), 1)
         engine = ChoosingBeside(engine.deepspeed_engine, config, engine.loader.dataset)
     taken: list[Choice] = []
@@ -61,7 +63,41 @@ def test_signals_are_one_step_old_and_nothing_else_is_different(estimator: str, 
     assert same == still
     assert old[0][:2] == still[0][:2]
     assert old[0][:2] != moved[0][:2]
+    assert old[0][2:] != still[0][2:]
     assert old[1][1] != still[1][1]  # trained on by the weights after the first update
+
+
+def runs_beside(kind: str) -> bool:
+    """In a rank: whether the choice of step 2 can wait for the training of step 1."""
+    case = Case("beside", lora=True, colm={"replay": "off"})
+    engine = start(case)
+    made = getattr(beside, kind)(engine.deepspeed_engine, resolve_config(case.config(), 1), engine.loader.dataset)
+    trained, waited = threading.Event(), []
+    choose, update = made.coreset_selector._choose, made._update
+
+    def waiting(observed: Any, meter: Any) -> Any:
+        if observed.batch.step == 2:
+            waited.append(trained.wait(10.0))
+        return choose(observed, meter)
+
+    def noted(*arguments: Any) -> Any:
+        result = update(*arguments)
+        trained.set()
+        return result
+
+    made.coreset_selector._choose, made._update = waiting, noted
+    try:
+        for _ in range(2):
+            made.train_batch()
+        return waited == [True]
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["ChoosingBeside", "ChoosingBefore"])
+def test_the_choice_runs_beside_training_and_its_control_before_it(kind: str, pools: dict[int, Ranks]) -> None:
+    assert pools[1].run(runs_beside, kind) == [kind == "ChoosingBeside"]
 
 
 def refused(colm: dict[str, Any]) -> str:
@@ -81,8 +117,8 @@ def refused(colm: dict[str, Any]) -> str:
     "colm",
     [
         {"replay": "off", "schedule": {"every": 2}},
-        {"probe": {"estimator": "tokens"}},
-        {"selector": "random"},
+        {"replay": "off", "probe": {"estimator": "tokens"}},
+        {"replay": "off", "selector": "random"},
         {"replay": "auto"},
     ],
 )
