@@ -70,8 +70,10 @@ def main() -> None:
         return
     wanted = [part.strip() for part in options.arms.split(",") if part.strip()]
     theirs = {name: getattr(options, package) for name, package in FRAMEWORKS.items() if getattr(options, package)}
-    interpreters = {name: peers_frameworks.environment(FRAMEWORKS[name], folder) for name, folder in theirs.items()}
     arms = [name for name in (*ARMS, *theirs) if not wanted or any(part in name for part in wanted)]
+    interpreters = {
+        name: peers_frameworks.environment(FRAMEWORKS[name], theirs[name]) for name in arms if name in theirs
+    }
     rounds: list[dict[str, dict[str, Any]]] = []
     for turn in range(options.rounds):
         rounds.append({})
@@ -80,7 +82,11 @@ def main() -> None:
             print(f"round {turn + 1}: {name}: {rounds[-1][name]['step_s']:.2f} s", flush=True)
     rows = summarise(rounds)
     print(format_rows(rows))
-    _write(options, rows, {name: peers_frameworks.version(FRAMEWORKS[name], theirs[name]) for name in theirs})
+    _write(
+        options,
+        rows,
+        {name: peers_frameworks.versions(FRAMEWORKS[name], python) for name, python in interpreters.items()},
+    )
 
 
 def _in_a_process(name: str, python: Path | None, steps: int) -> dict[str, Any]:

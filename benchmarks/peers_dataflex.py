@@ -31,6 +31,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.peer_environment import (  # noqa: E402
+    UNFIT,
+    VARIABLES,
+    make_environment,
+    stand_in_for_torchaudio,
+    versions_in,
+)
+
 PACKAGES = ("torch==2.13.0", "llamafactory==0.9.5", "omegaconf", "traker")
 DATAFLEX = "dataflex==1.1.0"  # without its dependencies: its bounds would bring a torch of 2024
 ALPACA = "Below is an instruction that describes a task."
@@ -66,7 +74,7 @@ def main() -> None:
     if options.ours:
         _choose_by_ours(options)
         return
-    python = _environment(options.environment)
+    python = make_environment(options.environment, PACKAGES, ("--no-deps", DATAFLEX), without=UNFIT)
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -98,32 +106,16 @@ def _report(options: argparse.Namespace, seconds: dict[str, list[float]], rows: 
         print(
             f"{row['selector']:24} {row['seconds']:9.3f} s   DataFlex's loss takes {row['loss_over_it']:.2f} times that"
         )
-    names = ("dataflex", "llamafactory", "transformers", "torch")
-    script = f"import importlib.metadata as m; print(*map(m.version, {names}))"
-    done = subprocess.run([str(python), "-c", script], capture_output=True, text=True, check=True)
-    versions = dict(zip(names, done.stdout.split(), strict=True))
+    versions = versions_in(python, ("dataflex", "llamafactory", "transformers", "torch"))
     tokens = sum(len(row["input_ids"]) for row in rows)
     settings = {key: value for key, value in vars(options).items() if key not in ("out", "data", "environment", "ours")}
     write_result(options.out, "peers_dataflex", settings=settings, theirs=versions, tokens=tokens, rows=table)
 
 
-def _environment(folder: Path) -> Path:
-    """Return the interpreter of DataFlex's environment, made where it is missing."""
-    python = folder.resolve() / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        for words in (PACKAGES, ("--no-deps", DATAFLEX)):
-            subprocess.run([str(python), "-m", "pip", "install", "--quiet", *words], check=True)
-        unfit = ("torchvision", "torchaudio")  # their builds fail beside torch's for the CPU; nothing is seen or heard
-        subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *unfit], check=True)
-    return python
-
-
 def _seconds(command: list[str], folder: Path) -> float:
     """Run a process in the folder, which notes the seconds of choosing there."""
     (folder / "seconds").unlink(missing_ok=True)
-    variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false"}
-    variables |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "", "DISABLE_VERSION_CHECK": "1"}
+    variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), **VARIABLES}
     done = subprocess.run(command, cwd=folder, env=os.environ | variables, capture_output=True, text=True, check=False)
     if not (folder / "seconds").exists():
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-1500:]}{done.stderr[-3000:]}")
@@ -198,12 +190,8 @@ def _inside(selector: str) -> None:
     """Let DataFlex train in its environment until it has chosen; note the seconds and its rows."""
     import importlib
     import shutil
-    from importlib.machinery import ModuleSpec
-    from types import ModuleType
 
-    audio = ModuleType("torchaudio")  # LLaMA-Factory imports it
-    audio.__spec__ = ModuleSpec("torchaudio", None)
-    sys.modules["torchaudio"] = audio
+    stand_in_for_torchaudio()
     from dataflex import cli
 
     module = importlib.import_module(f"dataflex.train.selector.{selector}_selector")

@@ -20,6 +20,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.peer_environment import (  # noqa: E402
+    UNFIT,
+    VARIABLES,
+    make_environment,
+    stand_in_for_torchaudio,
+    versions_in,
+)
+
 FRAMEWORKS = {"plain, LLaMA-Factory": "llamafactory", "plain, axolotl": "axolotl"}
 """Names of the arms, and of the options and packages."""
 
@@ -28,32 +39,17 @@ PACKAGES = {
     "axolotl": ("axolotl==0.21.0",),  # with the torch that it wants
 }
 
-UNFIT = ("torchvision", "torchaudio")
-
 ROWS, MODEL, ADAPTER, CONFIG, MEASURED = "rows.json", "model", "adapter", "config.yaml", "arm.json"
 
 
 def environment(framework: str, folder: Path) -> Path:
     """Return the interpreter of a framework's environment, made where it is missing."""
-    python = folder.resolve() / "bin" / "python"
-    if not python.exists():
-        subprocess.run([os.environ.get("PYTHON", sys.executable), "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PACKAGES[framework]], check=True)
-        if (
-            framework == "llamafactory"
-        ):  # their builds do not fit torch's for the CPU, and nothing here is seen or heard
-            subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *UNFIT], check=True)
-    return python
+    return make_environment(folder, PACKAGES[framework], without=UNFIT if framework == "llamafactory" else ())
 
 
-def version(framework: str, folder: Path) -> dict[str, str]:
+def versions(framework: str, python: Path) -> dict[str, str]:
     """Return the versions of a framework, transformers and torch in its environment."""
-    names = (framework, "transformers", "torch")
-    script = f"import importlib.metadata as m; print(*map(m.version, {names}))"
-    done = subprocess.run(
-        [str(environment(framework, folder)), "-c", script], capture_output=True, text=True, check=True
-    )
-    return dict(zip(names, done.stdout.split(), strict=True))
+    return versions_in(python, (framework, "transformers", "torch"))
 
 
 def write_inputs(
@@ -144,9 +140,7 @@ def run(framework: str, python: Path, folder: Path, steps: int) -> dict[str, Any
     Raises:
         SystemExit: if it fails, with the end of its output, or takes another number of steps.
     """
-    variables = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "", "DISABLE_VERSION_CHECK": "1"}
-    variables |= {"TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu", "AXOLOTL_DO_NOT_TRACK": "1"}
-    variables |= {"HF_HOME": str(folder / "cache")}
+    variables = {**VARIABLES, "DS_ACCELERATOR": "cpu", "AXOLOTL_DO_NOT_TRACK": "1", "HF_HOME": str(folder / "cache")}
     command = [str(python), __file__, framework]
     done = subprocess.run(command, cwd=folder, env=os.environ | variables, capture_output=True, text=True, check=False)
     if not (folder / MEASURED).exists():
@@ -160,8 +154,6 @@ def run(framework: str, python: Path, folder: Path, steps: int) -> dict[str, Any
 def _inside(framework: str) -> None:
     """Run a framework's command line in its environment, and note its steps."""
     import resource
-    from importlib.machinery import ModuleSpec
-    from types import ModuleType
 
     import psutil
     import torch
@@ -197,9 +189,7 @@ def _inside(framework: str) -> None:
 
         rows = [json.loads(line) for line in Path(ROWS).read_text(encoding="utf-8").split("\n") if line]
         DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk("tokenized")
-        audio = ModuleType("torchaudio")  # LLaMA-Factory imports it
-        audio.__spec__ = ModuleSpec("torchaudio", None)
-        sys.modules["torchaudio"] = audio
+        stand_in_for_torchaudio()
         from llamafactory.cli import main
 
         sys.argv = ["llamafactory-cli", "train", CONFIG]

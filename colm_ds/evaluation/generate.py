@@ -108,6 +108,7 @@ def greedy(
     ids, mask = left_padded(prompts, device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache: Any = None
+    name = cache_argument(model)
     with torch.inference_mode():
         for _ in range(max_new_tokens):
             output = model(
@@ -116,7 +117,7 @@ def greedy(
                 position_ids=positions,
                 use_cache=True,
                 logits_to_keep=1,
-                **with_cache(model, cache),
+                **{name: cache},
             )
             cache = output.past_key_values
             best, chosen = output.logits[:, -1].max(-1)
@@ -164,11 +165,10 @@ def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple
     return ids.to(device), mask.to(device)
 
 
-def with_cache(model: Any, cache: Any) -> dict[str, Any]:
-    """Return a key-value cache under the name of its argument, which transformers renamed."""
+def cache_argument(model: Any) -> str:
+    """Return the name of the argument by which a model takes its key-value cache, which transformers renamed."""
     forward = getattr(unwrap(model), "forward", model)
-    name = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
-    return {name: cache}
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def select_rows(cache: Any, rows: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from colm_ds.data.prompt import Continuation
-from colm_ds.evaluation.generate import left_padded, select_rows, with_cache
+from colm_ds.evaluation.generate import cache_argument, left_padded, select_rows
 from colm_ds.models.token_loss import token_losses
 
 
@@ -118,7 +118,7 @@ def _tail_sums(model: Any, flat: Sequence[Continuation], shared: Sequence[int], 
         position_ids=positions.to(device),
         use_cache=cache is not None,
         logits_to_keep=torch.tensor(keep, device=device),
-        **with_cache(model, cache),
+        **{cache_argument(model): cache},
     )
     logits = output.logits[torch.tensor(rows), torch.tensor([column[place] for place in places])]
     losses = token_losses(_same, logits, torch.tensor(targets, device=device), logits.shape[-1])

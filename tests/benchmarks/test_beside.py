@@ -58,7 +58,8 @@ def test_signals_are_one_step_old_and_nothing_else_is_different(estimator: str, 
     """Without updates all is as ever; with updates step 2 chooses by the first weights, and later ones do not."""
     case = Case("beside", stage=2, lora=True, colm={"replay": "off", "probe": {"estimator": estimator}})
     (still,), (same,), (moved,), (old,) = (
-        pools[1].run(choices, case, lr, beside) for lr, beside in ((0.0, False), (0.0, True), (0.5, False), (0.5, True))
+        pools[1].run(choices, case, lr, is_beside)
+        for lr, is_beside in ((0.0, False), (0.0, True), (0.5, False), (0.5, True))
     )
     assert same == still
     assert old[0][:2] == still[0][:2]
