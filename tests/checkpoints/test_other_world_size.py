@@ -21,6 +21,9 @@ CASES = [
     Case("lora", lora=True, stage=3, zero=NOTHING_PERSISTS),
 ]
 
+BY_DEFAULT = {(3, False, 2, 1), (2, True, 1, 2)}
+"""Stage, LoRA, ranks before and after; the others are slow tests."""
+
 
 def save_and_go_on(case: Case, folder: str) -> dict[str, Any]:
     """In a rank: two steps, a checkpoint, two more steps."""
@@ -53,7 +56,7 @@ def load_and_go_on(case: Case, folder: str) -> dict[str, Any]:
             case,
             *ranks,
             id=f"{case.name}-stage{case.stage}-{ranks[0]}-{ranks[1]}",
-            marks=() if case.stage == 3 and case.lora == (ranks == (1, 2)) else pytest.mark.slow,
+            marks=() if (case.stage, case.lora, *ranks) in BY_DEFAULT else pytest.mark.slow,
         )
         for case in CASES
         for ranks in ((2, 1), (1, 2))

@@ -27,7 +27,7 @@ FURTHER = [
     (Case("full", colm={"selector": "full", "coreset_size": None, "loss_normalization": "token"}), 1),
     (Case("unknown family", family="gpt2", model=NO_DROPOUT, colm={"selector": "random"}, stage=3), 2),
     (Case("norms of queries and keys", family="qwen3", colm=EXACT, stage=3, zero=NOTHING_PERSISTS), 2),
-    (Case("fused by head", family="gpt_neox", stage=3, zero=NOTHING_PERSISTS), 2),
+    (Case("fused by head", family="gpt_neox", stage=2), 2),
     (Case("fused projection", family="phi3", colm=EXACT, stage=3, zero=NOTHING_PERSISTS), 2),
     (Case("biases", family="phi", lora=True, colm=EXACT, stage=2), 2),
     (Case("tied head", model={"tie_word_embeddings": True}, colm=SKETCH, stage=3, zero=NOTHING_PERSISTS), 2),

@@ -90,7 +90,7 @@ def test_float32(place: str, lora: bool, world_size: int, outcomes: Runner, plai
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("place", "lora", "world_size"), runs(1))
+@pytest.mark.parametrize(("place", "lora", "world_size"), runs(1, slow="offload"))
 def test_bf16(place: str, lora: bool, world_size: int, outcomes: Runner) -> None:
     """All weights moved as in a float32 loop over the same coresets from the same rounded weights, but for rounding."""
     case = bf16_case(place, lora)

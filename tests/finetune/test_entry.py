@@ -96,7 +96,7 @@ VARIANTS = {
 }
 
 
-BY_DEFAULT = {"sketch with matched weights", "unknown family"}
+BY_DEFAULT = {"sketch with matched weights"}
 """The others start the launcher for what tests/engine and tests/training ask in fewer seconds."""
 
 

@@ -452,12 +452,17 @@ def test_command(repo_root: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     text = capsys.readouterr().out
     assert "colm 8 of 16" in text
     assert "2 GPUs of 48 GiB" in text
-    monkeypatch.setattr(comparison, "__defaults__", ((8,),))  # not five sizes, for the seconds
-    assert main(["plan", recipe, "--num-gpus", "2", "--compare", "--json"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)["rows"]
-    assert (row["b"], row["r"]) == (8, 16)
     with pytest.raises(ConfigError, match="that Python package is not installed"):
         load_recipe(recipe)
+
+
+@pytest.mark.slow
+def test_compare_plans_a_row_for_each_size(repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(repo_root / "finetune/recipes/smollm2_math.yaml")
+    assert main(["plan", recipe, "--num-gpus", "2", "--compare", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert len(rows) == 5
+    assert all(row["r"] == 2 * row["b"] for row in rows)
 
 
 @pytest.mark.parametrize(

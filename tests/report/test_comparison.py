@@ -148,6 +148,7 @@ def test_no_folder_of_this_machine(five: Comparison, tmp_path_factory: pytest.Te
         assert str(tmp_path_factory.getbasetemp()) not in text
 
 
+@pytest.mark.usefixtures("without_drawing")
 @pytest.mark.parametrize(
     ("start", "end", "expected"),
     [
@@ -172,6 +173,7 @@ def test_coherence_is_put_into_words(tmp_path: Path, start: float, end: float, e
     assert row[3:] == [pytest.approx(end), pytest.approx(55**-0.5)]
 
 
+@pytest.mark.usefixtures("without_drawing")
 def test_memory_says_what_was_measured(tmp_path: Path) -> None:
     runs = [
         load_run(write_run(tmp_path / device, "plain-64", num_steps=3, config={"machine": {"device": device}}))
@@ -182,6 +184,7 @@ def test_memory_says_what_was_measured(tmp_path: Path) -> None:
         assert words in page
 
 
+@pytest.mark.usefixtures("without_drawing")
 def test_one_run(five_runs: list[Run], tmp_path: Path) -> None:
     found = compare(five_runs[3:4], tmp_path)
     page, _, numbers = files_of(found)
@@ -206,6 +209,7 @@ def test_ten_runs(tmp_path: Path) -> None:
     assert len(page) < 2_000_000
 
 
+@pytest.mark.usefixtures("without_drawing")
 def test_five_arms_in_a_picture_unless_more_are_asked_for(tmp_path: Path) -> None:
     """Among them CoLM, drawn thick, and whom it is held against."""
     names = ("plain-64", "plain-128", "keep-random", "a", "b", "c", "colm-spsa")
@@ -245,6 +249,7 @@ def test_tables_are_accessible_and_beside_pictures(five: Comparison) -> None:
     assert "prefers-color-scheme: dark" in page
 
 
+@pytest.mark.usefixtures("without_drawing")
 def test_names_are_text_and_nothing_else(tmp_path: Path) -> None:
     sources = {NASTY + " source": 100, "plain": 900}
     runs = [
@@ -263,6 +268,7 @@ def test_names_are_text_and_nothing_else(tmp_path: Path) -> None:
     assert all(not re.search(r"(?<!\\)\*b", row) for row in rows)
 
 
+@pytest.mark.usefixtures("without_drawing")
 @pytest.mark.parametrize("missing", ["config.json", "metrics.jsonl", "summary.json"])
 def test_missing_files(tmp_path: Path, missing: str) -> None:
     for name in ("plain-64", "colm-spsa"):
@@ -274,6 +280,7 @@ def test_missing_files(tmp_path: Path, missing: str) -> None:
     assert "colm-spsa" in format_table(runs)
 
 
+@pytest.mark.usefixtures("without_drawing")
 def test_nothing_but_a_name_is_all_dashes(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"name": "bare", "colm": {}}')
     run = load_run(tmp_path)
@@ -347,6 +354,7 @@ def test_terminal_table(five_runs: list[Run]) -> None:
     assert f"{five_runs[0].summary['heldout']['overall']:.4f}" in rows[0]
 
 
+@pytest.mark.usefixtures("without_drawing")
 def test_signals_of_the_selection(tmp_path: Path) -> None:
     runs = [load_run(write_run(tmp_path / name, name)) for name in ("plain-64", "colm-spsa")]
     compare(runs, tmp_path / "out", date=DATE)
@@ -364,6 +372,7 @@ def test_signals_of_the_selection(tmp_path: Path) -> None:
     assert "Completion length of the selected" in page
 
 
+@pytest.mark.usefixtures("without_drawing")
 def test_variances_of_version_0_1_0(tmp_path: Path) -> None:
     """They have no kappa and no worth: neither a column nor a picture is made of nothing."""
     folder = write_run(tmp_path / "colm-spsa", "colm-spsa")
