@@ -32,7 +32,7 @@ class ProbeConfig(Section):
     source: Literal["pass", "store"] = Field(
         "pass",
         description="where sketches come from: a pass over the large batch; or store: the pass that last trained each "
-        "example, which costs none (colm and balanced, in the step of colm_ds.initialize)",
+        "example, which costs none (colm, balanced and importance, in the step of colm_ds.initialize)",
     )
     max_age: float = Field(
         2.0, gt=0, description="store: epochs (passes over the large batches) after which a sketch counts as missing"
@@ -199,7 +199,7 @@ def with_preset(values: Any) -> Any:
     tokens = isinstance(probe, Mapping) and probe.get("estimator") == "tokens"
     fitting = dict(FITS_TOKENS if tokens else FITS_GRADIENTS)
     vectors = _compares_vectors(values)
-    if tokens and (values.get("selector") == "balanced" or vectors):
+    if tokens and (values.get("selector") in OWN_WEIGHTS or vectors):
         fitting["weights"] = "uniform"
     if vectors and not tokens:
         fitting["geometry"] = "adam" if values.get("selector") == "opus" else "plain"
@@ -225,7 +225,10 @@ def with_preset(values: Any) -> Any:
     return {**fitting, **filled}
 
 
-WITHOUT_VECTORS = ("colm", "random", "keep_random", "full", "balanced")
+OWN_WEIGHTS = ("balanced", "importance")
+"""Selectors by CoLM's signals that weigh their picks themselves."""
+
+WITHOUT_VECTORS = ("colm", "random", "keep_random", "full", *OWN_WEIGHTS)
 """Selectors that compare neither vectors nor a target: known here, so that checking their keys needs no torch."""
 
 
@@ -253,10 +256,10 @@ class CoLMSection(Section):
     coreset_size: int | None = Field(None, ge=1, description="b: examples trained on; default: train_batch_size")
     selector: str = Field(
         "colm",
-        description="colm; balanced (unbiased draws by the same signal); random, keep_random, full (plain training on "
-        "b, small sources kept, all r); a baseline: big_loss, gradient_norm, middle_perplexity, completion_length, "
-        "least_confidence, hidden_medoids; or another system: ccs, simcore, goracs, vector_sum, selective_backprop, "
-        "greats, opus, grab, rho_loss, infobatch, loss_band, delta_loss",
+        description="colm; importance and balanced (unbiased draws by the same signal); random, keep_random, full "
+        "(plain training on b, small sources kept, all r); a baseline: big_loss, gradient_norm, middle_perplexity, "
+        "completion_length, least_confidence, hidden_medoids; or another system: ccs, simcore, goracs, vector_sum, "
+        "selective_backprop, greats, opus, grab, rho_loss, infobatch, loss_band, delta_loss",
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="options of the selector by name, see its page in docs/selectors"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from colm_ds.config.colm import CoLMSection, MaskConfig, ProbeConfig
+from colm_ds.config.colm import OWN_WEIGHTS, CoLMSection, MaskConfig, ProbeConfig
 from colm_ds.config.deepspeed import as_numbers, check_auto, check_keys, check_monitors, check_sections, check_zero
 from colm_ds.config.optimizer import check_numbers
 from colm_ds.config.section import validate_section
@@ -41,7 +41,7 @@ class ResolvedConfig:
 Config = str | Path | dict[str, Any] | ResolvedConfig
 
 
-STORED = ("colm", "balanced")
+STORED = ("colm", *OWN_WEIGHTS)
 """Selectors that choose by stored sketches, and draw examples that have none yet."""
 
 
@@ -265,8 +265,8 @@ def _check_mask_and_probe(colm: CoLMSection, problems: Problems) -> None:
     if colm.probe.estimator in ("sketch", "projection") and colm.mask != MaskConfig():
         what = f"a {colm.probe.estimator} is compared whole, without a mask"
         problems.add("colm.mask", colm.mask.model_dump(), what, "Remove it.")
-    if colm.selector == "balanced" and colm.weights != "uniform":
-        problems.add("colm.weights", colm.weights, "balanced draws are unbiased with equal weights", 'Write "uniform".')
+    if colm.selector in OWN_WEIGHTS and colm.weights != "uniform":
+        problems.add("colm.weights", colm.weights, f"{colm.selector!r} has weights of its own", 'Write "uniform".')
     if colm.probe.estimator == "tokens":
         _check_tokens(colm, problems)
     if colm.probe.is_stored:

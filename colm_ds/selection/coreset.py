@@ -15,6 +15,7 @@ from colm_ds.selection.exchange import SINGLE_PROCESS, Exchange
 from colm_ds.selection.facility_location import METRICS
 from colm_ds.selection.gradients import Gradients
 from colm_ds.selection.history import AdamHistory, mean_gradient
+from colm_ds.selection.importance import importance_draw
 from colm_ds.selection.large_pools import pick_medoids
 from colm_ds.selection.mask import CRITERIA, mask_coordinates
 from colm_ds.selection.sources import Pool, share_out
@@ -36,8 +37,9 @@ class SelectionSettings:
         carries: whether quotas carry over the rounding of earlier steps.
         mask_size: h, number of coordinates in which gradients are compared; None: all.
         mask_criterion: `grad` (the paper's), `weight`, `weight_grad` or `random`.
-        picks: `medoids` (the paper's), or `balanced` draws, whose weights are 1.
-        seed: seeds the random order of small-source examples that exceed b, random masks and balanced draws.
+        picks: `medoids` (the paper's); `balanced` draws, whose weights are 1; or `importance`: draws by chances, whose
+            weights are their inverse.
+        seed: seeds the random order of small-source examples that exceed b, random masks and draws.
     """
 
     geometry: str = "adam"
@@ -57,7 +59,7 @@ class SelectionSettings:
             ("metric", self.metric, METRICS),
             ("weights", self.weights, WEIGHTS),
             ("mask_criterion", self.mask_criterion, CRITERIA),
-            ("picks", self.picks, ("medoids", "balanced")),
+            ("picks", self.picks, ("medoids", "balanced", "importance")),
         ):
             if value not in allowed:
                 raise SelectionError(f"{name} {value!r} is unknown. Choose one of {', '.join(allowed)}.")
@@ -112,6 +114,7 @@ def select_coreset(
     history: AdamHistory | None = None,
     step: int = 1,
     carry: Mapping[int, float] | None = None,
+    chances: Tensor | None = None,
     exchange: Exchange = SINGLE_PROCESS,
 ) -> Coreset:
     """Choose `size` of the r examples: all of small sources, medoids of the others.
@@ -132,6 +135,7 @@ def select_coreset(
         history: Adam geometry for `signals.gradients`; None compares plain gradients.
         step: 1-based step, part of every seed.
         carry: carry-over that quotas start from, by source id, if `settings.carries`; see `sources.carried_quotas`.
+        chances: in proportion to which `importance` draws examples, `[r]`; None: lengths of their signals.
         exchange: the other processes.
 
     Returns:
@@ -163,7 +167,7 @@ def select_coreset(
         pools, drawn = _draw_unseen(shares.pools, signals.unseen, settings.seed, step)
         reader = _PoolReader(signals, settings, history, len(finite), generator, exchange)
         features = [reader.features(pool) for pool in pools]
-        flags, choices = _choose(signals, finite, pools, features, settings, step, exchange)
+        flags, choices = _choose(signals, finite, pools, features, chances, settings, step, exchange)
         if choices is not None:
             break
         finite = flags
@@ -235,6 +239,7 @@ def _choose(
     supposed: Tensor,
     pools: Sequence[Pool],
     features: Sequence[tuple[Tensor, Tensor]],
+    chances: Tensor | None,
     settings: SelectionSettings,
     step: int,
     exchange: Exchange,
@@ -247,8 +252,9 @@ def _choose(
         pools: pools to pick from.
         features: for each pool the features to compare `[n, h]` and those to match by weights `[n, K]`, on the signals'
             device.
+        chances: see `select_coreset`.
         settings: settings of the selection.
-        step: 1-based step, seeds balanced draws.
+        step: 1-based step, seeds draws.
         exchange: the other processes.
 
     Returns:
@@ -265,6 +271,8 @@ def _choose(
             for pool, part, compared, raw in zip(pools, parts, tensors[::2], tensors[1::2], strict=True):
                 if settings.picks == "balanced":
                     part.copy_(_draw_balanced(pool, raw, settings, step))
+                elif settings.picks == "importance":
+                    part.copy_(_draw_by_importance(pool, raw, signals.parts, chances, settings, step))
                 else:
                     part.copy_(_pick_pool(pool, compared, raw, signals.parts, settings))
     exchange.broadcast(outcome)
@@ -283,6 +291,20 @@ def _draw_balanced(pool: Pool, raw: Tensor, settings: SelectionSettings, step: i
     places = balanced_draw(principal_components(raw), pool.quota, generator)
     ones = torch.ones(pool.quota, dtype=torch.float64)
     return torch.cat([pool.positions[places].double(), ones, _coherence(raw)])
+
+
+def _draw_by_importance(
+    pool: Pool, raw: Tensor, parts: Tensor | None, chances: Tensor | None, settings: SelectionSettings, step: int
+) -> Tensor:
+    """Return positions `[quota]`, weights `[quota]` and coherence of a draw by importance, float64 `[2 quota + 1]`."""
+    generator = private_generator(settings.seed, "importance", step, pool.source)
+    sizes = torch.ones(len(raw)) if parts is None else parts[pool.positions]
+    likely = raw.double().norm(dim=1) if chances is None else chances[pool.positions]
+    if pool.quota < len(raw):
+        places, weights = importance_draw(raw, likely, sizes, pool.quota, generator)
+    else:
+        places, weights = torch.arange(len(raw)), torch.ones(len(raw))
+    return torch.cat([pool.positions[places].double(), weights.double(), _coherence(raw)])
 
 
 def _pick_pool(pool: Pool, compared: Tensor, raw: Tensor, parts: Tensor | None, settings: SelectionSettings) -> Tensor:

@@ -14,6 +14,8 @@ from colm_ds.randomness import private_generator
 from colm_ds.selection.coreset import SelectionSettings, Signals, select_coreset
 from colm_ds.selection.exchange import Exchange
 from colm_ds.selection.history import AdamHistory
+from colm_ds.selection.importance import ImportanceOptions, chances_by_labels
+from colm_ds.selection.options import made_options
 from colm_ds.selection.sources import share_out
 from colm_ds.types import Coreset, LargeBatch
 
@@ -94,8 +96,13 @@ class CoLMSelector:
             history=self._history_for(signals),
             step=batch.step,
             carry=batch.carry,
+            chances=self._chances(batch, signals),
             exchange=exchange,
         )
+
+    def _chances(self, batch: LargeBatch, signals: Signals) -> Tensor | None:
+        """Return what draws by importance go by, `[r]`; None: the signals."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history, once there is one."""
@@ -123,6 +130,19 @@ class BalancedSelector(CoLMSelector):
 
     def __init__(self, context: SelectorContext) -> None:
         super().__init__(replace(context, settings=replace(context.settings, picks="balanced", weights="uniform")))
+
+
+class ImportanceSelector(CoLMSelector):
+    """All examples of small sources, and a draw of the others in which longer gradients are likelier and count less."""
+
+    Options = ImportanceOptions
+
+    def __init__(self, context: SelectorContext) -> None:
+        super().__init__(replace(context, settings=replace(context.settings, picks="importance", weights="uniform")))
+        self._options: ImportanceOptions = made_options(ImportanceOptions, context.options, "importance")
+
+    def _chances(self, batch: LargeBatch, signals: Signals) -> Tensor | None:
+        return None if self._options.by == "signal" else chances_by_labels(batch.num_label_tokens, signals.parts)
 
 
 class StatelessSelector:
