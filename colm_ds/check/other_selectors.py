@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from colm_ds.check.sample import DrawnSample
 from colm_ds.check.signals_of_sample import SampleFacts
 from colm_ds.check.ways_to_choose import BY_SOURCE, JOINT, WaysCompared, WayToChoose
-from colm_ds.config.colm import CoLMSection, ProbeConfig
+from colm_ds.config.colm import OWN_WEIGHTS, CoLMSection, ProbeConfig
 from colm_ds.engine.target_stream import TargetStream
 from colm_ds.probe.of_examples import signals_of_examples
 from colm_ds.selection import SELECTORS, SelectionSettings, Signals, needs_of, takes_outer_rules
 from colm_ds.types import SourcedDataset
 
-_COMPARED_ANYWAY = ("colm", "balanced", "keep_random", "random", "full")
+_COMPARED_ANYWAY = ("colm", *OWN_WEIGHTS, "keep_random", "random", "full")
 
 _VARIANTS: Mapping[str, Sequence[Mapping[str, Any]]] = {"vector_sum": ({}, {"method": "best_of"})}
 """Options to measure, of selectors that have more than one kind of rule."""

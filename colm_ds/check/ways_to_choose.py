@@ -1,16 +1,17 @@
-"""Ways to choose a coreset that a check compares: signal x scope x weights, balanced draws, quotas, the recipe."""
+"""Ways to choose a coreset that a check compares: signal x scope x weights, draws, quotas, the recipe."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import torch
 
 from colm_ds.check.errors_of_coresets import LargeBatches
 from colm_ds.check.signals_of_sample import SampleFacts
-from colm_ds.config.colm import CoLMSection, ProbeConfig
+from colm_ds.config.colm import OWN_WEIGHTS, CoLMSection, ProbeConfig
 from colm_ds.selection import (
     SINGLE_PROCESS,
     SelectionSettings,
@@ -156,12 +157,10 @@ def ways_to_choose(
                 compared.ways.append(WayToChoose(name, "colm", probe, settings, (), _keys("colm", probe, settings)))
     if facts.can("tokens"):
         probe = ProbeConfig(estimator="tokens")
-        for scope, per_source in scopes:
+        for selector, (scope, per_source) in product(OWN_WEIGHTS, scopes):
             settings = SelectionSettings(geometry="plain", metric="euclidean", per_source=per_source, seed=config.seed)
-            way = WayToChoose(
-                f"balanced by tokens, {scope}", "balanced", probe, settings, (), _keys("balanced", probe, settings)
-            )
-            compared.ways.append(way)
+            name = f"{selector} by tokens, {scope}"
+            compared.ways.append(WayToChoose(name, selector, probe, settings, (), _keys(selector, probe, settings)))
     if num_sources > 1:
         settings = SelectionSettings(geometry="plain", per_source=True, seed=config.seed)
         keys = ("colm.selector=keep_random", "colm.small_sources=none", "colm.per_source=true")

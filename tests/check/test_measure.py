@@ -197,7 +197,9 @@ def test_every_way_is_there_and_the_table_is_sorted() -> None:
         for scope in ("one pool", "per source")
         for weights in ("uniform", "cluster", "matched")
     }
-    wanted |= {f"balanced by tokens, {scope}" for scope in ("one pool", "per source")}
+    wanted |= {
+        f"{draw} by tokens, {scope}" for draw in ("balanced", "importance") for scope in ("one pool", "per source")
+    }
     assert set(names) == wanted | {"random by quotas", "this recipe"}
     kappas = [way.error.kappa for way in result.ways]
     assert kappas == sorted(kappas)
@@ -241,7 +243,7 @@ def test_a_family_that_the_probe_does_not_know() -> None:
     result = check(tiny_model("mamba", attn_implementation="eager"), RecordDataset(records(SOURCES)), selector="random")
     assert any(note.startswith("exact, sketch and spsa are left out: model of type 'mamba'") for note in result.notes)
     names = {way.way.name.split(",")[0] for way in result.ways}
-    assert names == {"tokens", "balanced by tokens", "random by quotas"}
+    assert names == {"tokens", "balanced by tokens", "importance by tokens", "random by quotas"}
 
 
 def test_examples_that_are_not_finite_are_left_out() -> None:

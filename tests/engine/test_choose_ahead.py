@@ -68,12 +68,13 @@ def observe(case: Case) -> dict[str, Any]:
     "colm",
     [
         TOKENS,
+        {**TOKENS, "selector": "importance"},
         pytest.param({**TOKENS, "selector": "balanced"}, marks=pytest.mark.slow),
         {**TOKENS, "loss_normalization": "token", "small_sources": ["drama"], "per_source": True},
         pytest.param({**TOKENS, "schedule": {"start_step": 1, "every": 2}}, marks=pytest.mark.slow),
         {"selector": "keep_random", "num_workers": 2},
     ],
-    ids=["tokens", "balanced", "by token", "schedule", "keep_random"],
+    ids=["tokens", "importance", "balanced", "by token", "schedule", "keep_random"],
 )
 def test_only_chosen_rows_are_read_and_the_choice_is_that_of_the_step(ranks: Ranks, colm: dict[str, Any]) -> None:
     seen = ranks.run(observe, Case("ahead", colm=colm, stage=2))

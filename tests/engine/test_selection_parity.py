@@ -39,12 +39,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "token embeddings": {"probe": {"estimator": "tokens"}, "small_sources": "none", "per_source": False}
     | {"geometry": "plain", "metric": "euclidean", "weights": "matched"},
     "balanced draws": {"selector": "balanced"},
+    "draws by importance": {"selector": "importance"},
     "some of the tokens": {"probe": {"estimator": "exact", "token_sample": 0.4}},
 }
 
 BY_DEFAULT = (
     *("more small examples than b", "a mask by weight and gradient", "the MLP's output", "random projections"),
-    *("low-rank steps", "token embeddings", "balanced draws", "some of the tokens"),
+    *("low-rank steps", "token embeddings", "draws by importance", "some of the tokens"),
 )
 
 MANY = {"algebra": 300, "biology": 40, "code": 10}

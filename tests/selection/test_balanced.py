@@ -133,5 +133,5 @@ def test_by_name_and_in_a_section() -> None:
     assert make_selector("balanced", SelectorContext(B, SMALL)).signal == "gradient"
     section = {"large_batch_size": 8, "coreset_size": 4, "selector": "balanced", "probe": {"estimator": "tokens"}}
     assert CoLMSection.model_validate(section).weights == "uniform"
-    with pytest.raises(ConfigError, match=r"colm\.weights = 'matched': balanced draws"):
+    with pytest.raises(ConfigError, match=r"colm\.weights = 'matched': 'balanced' has weights"):
         resolve_config({"colm": section | {"weights": "matched"}}, 1)

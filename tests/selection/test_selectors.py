@@ -66,7 +66,7 @@ def test_registry() -> None:
         assert isinstance(selector, kind)
         assert selector.signal in (None, "gradient", "loss", "confidence", "gradient_norm", "hidden")
         assert getattr(selector, "name", name) == name
-        assert selector.keeps_small is (name in ("colm", "balanced") or getattr(selector, "outer", False))
+        assert selector.keeps_small is (name in ("colm", "balanced", "importance") or getattr(selector, "outer", False))
     with pytest.raises(SelectionError, match="selector 'greedy' is unknown"):
         make_selector("greedy", context())
 
