@@ -137,8 +137,8 @@ class LargeBatch:
         home: rank that holds every example, int64 `[r]`.
         examples: this rank's examples by position.
         candidates: of classification examples, by position.
-        chosen: what to train on, where that was decided before the examples were read; `home` and `examples` are then
-            those of the chosen ones alone.
+        chosen: what to train on, where that was decided before the examples were read; `home` is then the rank that
+            trains each chosen one, and only these are in `examples`, unless the step measures a variance.
         carry: by source id, what the quotas of earlier steps were short of; see `selection.sources.carried_quotas`.
         past: losses of these examples in earlier steps, for selectors that use them.
         reference: losses of these examples under a reference model in nats, float32 `[r]`, NaN where unknown; None:

@@ -122,12 +122,9 @@ class ChooseAhead:
         if coreset is None:
             raise SelectionError("rank 0 could not choose the next coreset; its message says why.")
         assert made is not None
-        facts = replace(made.facts, chosen=Chosen(coreset, count.num_bytes))
-        if not self._reads_all(facts.step):
-            facts = replace(facts, home=self._homes(facts, coreset))
-            wanted = coreset.positions[facts.home[coreset.positions] == self._rank].tolist()
-        else:
-            wanted = (facts.home == self._rank).nonzero().flatten().tolist()
+        facts = replace(made.facts, home=self._homes(made.facts, coreset), chosen=Chosen(coreset, count.num_bytes))
+        read = torch.arange(facts.size) if self._reads_all(facts.step) else coreset.positions
+        wanted = read[facts.home[read] == self._rank].tolist()
         futures = {position: reading.submit(self._read, int(facts.indices[position])) for position in wanted}
         return lambda: replace(facts, examples={position: future.result() for position, future in futures.items()})
 
@@ -135,9 +132,12 @@ class ChooseAhead:
         return self._loader.dataset[index]
 
     def _homes(self, facts: LargeBatch, coreset: Coreset) -> Tensor:
-        """Return the rank that reads and trains each chosen example, int64 `[r]`; 0 for the others."""
+        """Return the rank that reads and trains each chosen example, int64 `[r]`; the others keep the loader's.
+
+        It is the same whether all examples are read or not, so that measuring a variance changes nothing in training.
+        """
         world, positions = self._exchange.num_processes, coreset.positions
-        home = torch.zeros_like(facts.home)
+        home = facts.home.clone()
         home[positions] = home_ranks(facts.lengths[positions], world)
         for position, rank in training_ranks(positions.tolist(), facts.lengths, home, world).items():
             home[position] = rank

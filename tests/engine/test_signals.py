@@ -18,6 +18,7 @@ from tests.engine.training import CORESET, LARGE, SOURCES, Case, Record
 EVERY = 2
 EXACT = {"probe": {"estimator": "exact"}, "weights": "matched"}
 BY_TOKEN = {"loss_normalization": "token", "geometry": "plain"}
+AHEAD = {"tokens": {"probe": {"estimator": "tokens"}}, "random": {"selector": "random"}}
 
 CASES = {
     "CoLM": Case("CoLM with variances", colm={**EXACT, "variance_every": EVERY}, steps=4),
@@ -110,15 +111,28 @@ def test_signals_are_those_of_plain_gradients(name: str, stage: int, outcomes: R
 )
 def test_measuring_changes_nothing(stage: int, world_size: int, replays: bool, outcomes: Runner) -> None:
     """Neither the choice, nor training, nor what is counted as exchanged; nor where a LoRA run replays the probe."""
-    without = Case("without variances", lora=replays, checkpointing=replays, colm=EXACT, steps=4, stage=stage)
-    with_it = replace(without, name="with variances", colm={**EXACT, "variance_every": EVERY})
+    case = Case("without variances", lora=replays, checkpointing=replays, colm=EXACT, steps=4, stage=stage)
+    _check_same_with_variances(case, world_size, outcomes)
+    assert all(rank.replays == replays for rank in outcomes(case, world_size))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", AHEAD)
+def test_measuring_changes_nothing_of_choices_made_ahead(name: str, outcomes: Runner) -> None:
+    """Every chosen example is trained on the rank that would train it without, beside which others are measured."""
+    _check_same_with_variances(Case(f"{name} without variances", colm=AHEAD[name], steps=4), 2, outcomes)
+
+
+def _check_same_with_variances(without: Case, world_size: int, outcomes: Runner) -> None:
+    with_it = replace(without, name="with variances", colm={**without.colm, "variance_every": EVERY})
     for one, other in zip(outcomes(with_it, world_size), outcomes(without, world_size), strict=True):
-        assert one.replays == other.replays == replays
+        assert one.replays == other.replays
         assert one.chosen == other.chosen
         assert all(torch.equal(one.parameters[name], other.parameters[name]) for name in one.parameters)
         for place, (ours, theirs) in enumerate(zip(one.steps, other.steps, strict=True), start=1):
             assert ("gradient_variance" in ours.stats["coreset"]) == (place % EVERY == 0)
             assert ours.stats["loss"] == theirs.stats["loss"]
+            assert ours.shapes == theirs.shapes
             assert ours.stats["exchange_bytes"] == theirs.stats["exchange_bytes"]
             assert (len(ours.large), len(ours.chosen)) == (LARGE, CORESET)
             assert all(ours.untouched.values())
