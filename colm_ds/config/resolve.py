@@ -122,14 +122,12 @@ def selection_config(config: CoLMSection | Mapping[str, Any], num_processes: int
     """Check the `"colm"` section outside a DeepSpeed configuration.
 
     Args:
-        config: keys and values; a `CoLMSection` with `coreset_size` filled in passes through.
+        config: keys and values, or a `CoLMSection`, which is checked in the same way.
         num_processes: W.
 
     Raises:
         ConfigError: listing every problem.
     """
-    if isinstance(config, CoLMSection) and config.coreset_size is not None:
-        return config
     values = dict(config)  # of a section: its fields
     if values.get("replay", "off") not in ("off", "auto", False):
         raise ConfigError(f"colm.replay = {values['replay']!r}: needs the step of colm_ds.initialize. Remove it.")

@@ -165,7 +165,7 @@ class CoresetSelector:
 
         Args:
             model: the module that a forward calls, bare or wrapped by DDP, DeepSpeed or PEFT.
-            config: the `"colm"` section: keys and values, or a `CoLMSection` with `coreset_size` filled in.
+            config: the `"colm"` section: keys and values, or a `CoLMSection`.
             source_counts: examples of every source in the dataset, in the order of their ids, or the dataset; names are
                 enough if `small_sources` is not `auto`, and None if the selection ignores sources.
             optimizer: the model's optimizer; its betas and eps, or Adam's defaults if it has none, override those given
@@ -184,8 +184,8 @@ class CoresetSelector:
             learning_rate: returns that of the next step; default: the optimizer's.
             by_engine: whether batches have dataset indices, and losses are reported by `note_losses`, as in the step of
                 `colm_ds.initialize`.
-            is_checked: whether model and data were checked before, as the engine and the Trainer do; by default they
-                are checked here.
+            is_checked: whether model, data and configuration were checked before, as the engine and the Trainer do; by
+                default they are checked here.
 
         Raises:
             ProbeError: if the selector needs a signal that the probe cannot read from this model.
@@ -213,7 +213,9 @@ class CoresetSelector:
         attempts = Attempts("the arguments of CoresetSelector")
         if not is_given:
             attempts.of(_check_alone)
-        resolved = attempts.of(lambda: selection_config(config, exchange.num_processes))
+        resolved = config if (is_checked or by_engine) and isinstance(config, CoLMSection) else None
+        if resolved is None or resolved.coreset_size is None:
+            resolved = attempts.of(lambda: selection_config(config, exchange.num_processes))
         attempts.of(lambda: check_groups(optimizer))
         if not (is_checked or by_engine):
             counted: Any = dataset if hasattr(dataset, "num_label_tokens") else None

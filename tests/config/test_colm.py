@@ -93,8 +93,16 @@ def test_section_object_is_checked_too() -> None:
     assert problems({**given, "colm": section}) == problems(given)
 
 
-@pytest.mark.parametrize("values", [{}, {"replay": "on"}, {"variance_every": 2}, {"packing": 64}, {"selector": "full"}])
-def test_section_object_without_coreset_size_outside_deepspeed(values: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({}, {"replay": "on"}, {"variance_every": 2}, {"packing": 64}, {"selector": "full"}),
+        *({"coreset_size": 8}, {"coreset_size": 8, "replay": "on"}, {"coreset_size": 8, "variance_every": 2}),
+        *({"coreset_size": 32}, {"coreset_size": 8, "selector": "nonsense"}),
+        {"coreset_size": 8, "replay": "on", "probe": {"estimator": "tokens"}},
+    ],
+)
+def test_section_object_outside_deepspeed(values: dict[str, Any]) -> None:
     """Is treated as its keys and values are."""
 
     def outcome(given: Any) -> Any:
