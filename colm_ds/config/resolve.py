@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from colm_ds.config.colm import OWN_WEIGHTS, CoLMSection, MaskConfig, ProbeConfig
+from colm_ds.config.colm import FITS_GRADIENTS, FITS_TOKENS, OWN_WEIGHTS, CoLMSection, MaskConfig, ProbeConfig
 from colm_ds.config.deepspeed import as_numbers, check_auto, check_keys, check_monitors, check_sections, check_zero
 from colm_ds.config.optimizer import check_numbers
 from colm_ds.config.section import validate_section
@@ -40,6 +40,9 @@ class ResolvedConfig:
 
 Config = str | Path | dict[str, Any] | ResolvedConfig
 
+
+WITHOUT_SIGNALS = ("random", "keep_random", "full")
+"""Selectors that choose without looking at signals, every example with weight 1."""
 
 STORED = ("colm", *OWN_WEIGHTS)
 """Selectors that choose by stored sketches, and draw examples that have none yet."""
@@ -275,6 +278,32 @@ def _check_mask_and_probe(colm: CoLMSection, problems: Problems) -> None:
     if colm.probe.estimator != "spsa" and colm.probe.direction_rank != "full":
         what = f"{colm.probe.estimator} takes no random step"
         problems.add("colm.probe.direction_rank", colm.probe.direction_rank, what, "Remove it.")
+    if colm.probe.estimator != "spsa" and not _is_default(colm.probe, "epsilon"):
+        what = f"{colm.probe.estimator} takes no random step"
+        problems.add("colm.probe.epsilon", colm.probe.epsilon, what, "Remove it.")
+    if colm.probe.estimator != "tokens" and not _is_default(colm.probe, "length_power"):
+        what = "only the features of the estimator 'tokens' are divided by a power of the length"
+        problems.add("colm.probe.length_power", colm.probe.length_power, what, "Remove it.")
+    _check_without_effect(colm, problems)
+
+
+def _is_default(probe: ProbeConfig, key: str) -> bool:
+    """Return whether a number is the default, also where it was written with few digits."""
+    return math.isclose(getattr(probe, key), ProbeConfig.model_fields[key].default, rel_tol=1e-3)
+
+
+def _check_without_effect(colm: CoLMSection, problems: Problems) -> None:
+    """Record values that nothing would go by; the values of `auto` are accepted, as presets and recipes write them."""
+    fitting = FITS_TOKENS if colm.probe.estimator == "tokens" else FITS_GRADIENTS
+    if colm.small_sources in ("none", []) and colm.small_share not in ("auto", 1.0):
+        what = f"no small sources are kept (colm.small_sources = {colm.small_sources!r})"
+        problems.add("colm.small_share", colm.small_share, what, "Remove it, or write small_sources: below_mean.")
+    if colm.selector in WITHOUT_SIGNALS and colm.weights not in ("uniform", fitting["weights"]):
+        what = f"{colm.selector!r} has no medoids to weigh"
+        problems.add("colm.weights", colm.weights, what, 'Write "uniform".')
+    if colm.selector in OWN_WEIGHTS and colm.metric != fitting["metric"]:
+        what = f"{colm.selector!r} draws at random and compares no distances"
+        problems.add("colm.metric", colm.metric, what, 'Remove it, or write "auto".')
 
 
 def _check_selector(colm: CoLMSection, problems: Problems) -> None:

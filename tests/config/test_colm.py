@@ -160,6 +160,26 @@ def test_small_sources(listed: Any, sources: tuple[str, ...], ids: list[int]) ->
     assert small_source_ids(colm, dict(zip(sources, (90, 5, 5), strict=True))) == ids
 
 
+TOKENS = {"probe": {"estimator": "tokens"}}
+EVERY_PROBE = {"epsilon": 1e-3, "length_power": 0.3333}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"selector": name, **TOKENS} for name in ("random", "keep_random", "balanced", "importance")),
+        *({"selector": name, "metric": "auto", **TOKENS, "preset": "paper"} for name in ("colm", "balanced")),
+        *({"probe": {"estimator": name, **EVERY_PROBE}} for name in ("spsa", "exact", "sketch", "tokens")),
+        {"small_share": 0.5, "small_sources": ["web"], **TOKENS},
+        {"small_share": 0.5, "selector": "keep_random", "weights": "uniform"},
+    ],
+)
+def test_values_of_auto_and_defaults_are_accepted_where_they_have_no_effect(values: dict[str, Any]) -> None:
+    """As presets and recipes write them, of which an arm may change the estimator."""
+    colm = resolve_config(config(**values), 2).colm
+    assert resolve_config({"colm": colm}, 2).colm == resolve_config({"colm": colm.model_dump()}, 2).colm == colm
+
+
 # --- mistakes ---
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
@@ -177,6 +197,36 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     (
         config(probe={"estimator": "projection"}, mask={"size": 4}),
         "colm.mask = {'size': 4, 'criterion': 'grad'}: a projection is compared whole, without a mask",
+    ),
+    *(
+        (
+            config(probe={"estimator": estimator, "epsilon": 0.01}),
+            f"colm.probe.epsilon = 0.01: {estimator} takes no random step. Remove it.",
+        )
+        for estimator in ("exact", "sketch", "projection", "tokens")
+    ),
+    (
+        config(probe={"length_power": 0.5}),
+        "colm.probe.length_power = 0.5: only the features of the estimator 'tokens' are divided by a power of the ",
+    ),
+    (
+        config(small_share=0.5, probe={"estimator": "tokens"}),
+        "colm.small_share = 0.5: no small sources are kept (colm.small_sources = 'none'). Remove it, or write small_so",
+    ),
+    (config(small_share=0.5, small_sources="none"), "colm.small_share = 0.5: no small sources are kept"),
+    *(
+        (
+            config(selector=name, weights=weights, coreset_size=None if name == "full" else 64),
+            f"colm.weights = '{weights}': '{name}' has no medoids to weigh.",
+        )
+        for name, weights in (("random", "matched"), ("keep_random", "cluster"), ("full", "matched"))
+    ),
+    *(
+        (config(selector=name, **more), f"colm.metric = 'cosine': '{name}' draws at random and compares no distances.")
+        for name, more in (
+            ("balanced", {"metric": "cosine", "probe": {"estimator": "tokens"}}),
+            ("importance", {"metric": "cosine", "probe": {"estimator": "sketch"}}),
+        )
     ),
     (config(geometry="flat"), "colm.geometry = 'flat': must be 'adam' or 'plain'"),
     (config(probe={"layer": "head"}), "colm.probe.layer = 'head': must be 'v_proj', 'qkv' or 'fc'"),
