@@ -378,6 +378,10 @@ def _check_stored(colm: CoLMSection, problems: Problems) -> None:
         problems.add("colm.geometry", colm.geometry, what, 'Write "plain".')
 
 
+_FALSE = ("false", "0", "0.0", "off", "no", "f", "n")
+"""Values that DeepSpeed reads as false, in lower case."""
+
+
 def _enabled(deepspeed: dict[str, Any], section: str) -> bool:
     return bool((deepspeed.get(section) or {}).get("enabled"))
 
@@ -424,6 +428,11 @@ def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems, supplied: Co
     ):
         if is_on:
             problems.messages.append(f"{name}: not with coresets: {why}. Remove it.")
+    for key in ("bf16", "bfloat16"):
+        checks = (deepspeed.get(key) or {}).get("check_grad_overflow")
+        if checks is not None and str(checks).lower() in _FALSE:
+            what = "gradients that are not finite would be applied, and every weight be NaN"
+            problems.add(f"{key}.check_grad_overflow", checks, what, "Remove it: such steps are then skipped.")
     if (deepspeed.get("torch_autocast") or {}).get("enabled") not in (None, False, "auto"):
         problems.add("torch_autocast.enabled", True, "the probe does not run under autocast", "Use bf16 or fp16.")
     check_sections(deepspeed, problems, supplied)

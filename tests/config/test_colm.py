@@ -285,6 +285,14 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     (config({"amp": {"enabled": True}}), "amp: removed from DeepSpeed (0.19.8 refuses it). Use bf16 or fp16."),
     (config({"bf16": True}), "bf16 = True: not a section of keys and values. Write an object: {...}."),
     (config({"zero_optimization": 2}), "zero_optimization = 2: not a section of keys and values."),
+    *(
+        (
+            config({key: {"enabled": True, "check_grad_overflow": value}}),
+            f"{key}.check_grad_overflow = {value!r}: gradients that are not finite would be applied, and every weight "
+            "be NaN. Remove it: such steps are then skipped.",
+        )
+        for key, value in (("bf16", False), ("bfloat16", "off"))
+    ),
     (config({"torch_autocast": {"enabled": True}}), "torch_autocast.enabled = True: the probe does not run under"),
     (
         config({"managed_gradient_accumulation": True}),
