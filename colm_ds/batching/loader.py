@@ -243,7 +243,8 @@ class RecordDataset:
             records: has `len` and integer indexing; items are mappings, for example a Hugging Face dataset.
             source_key: key of the source's name or number.
             collate_fn: makes a batch with `input_ids` and `labels` of records, here of one at a time.
-            needs_sources: False: records without a source are all of one, `all`.
+            needs_sources: False: records without a source are all of one, `all`; and so are all records if one's
+                source is neither a name nor a whole number.
             says_what: write the line about records that are left out.
 
         Raises:
@@ -269,7 +270,10 @@ class RecordDataset:
             )
         if len(dropped) and says_what:
             logger.warning(left_out(dropped.tolist(), len(records)))
-        names = [_source_name(given[row], row) for row in kept.tolist()]
+        if needs_sources or all(_is_source(given[row]) for row in kept.tolist()):
+            names = [_source_name(given[row], row) for row in kept.tolist()]
+        else:
+            names = ["all"] * len(kept)
         by_name = {str(name): name for name in names}  # 2 and "2" are one source
         self.source_names: Sequence[str] = sorted(
             by_name, key=lambda name: (isinstance(by_name[name], str), by_name[name])
@@ -348,6 +352,15 @@ def source_counts(dataset: SourcedDataset) -> dict[str, int]:
         return dict(mixture)
     counts = np.bincount(dataset.source_ids, minlength=len(dataset.source_names))
     return dict(zip(dataset.source_names, counts.tolist(), strict=True))
+
+
+def _is_source(value: Any) -> bool:
+    """Return whether a value is a source's name or number."""
+    try:
+        _source_name(value, 0)
+    except (DataError, RuntimeError, ValueError):  # the latter of a tensor of several numbers
+        return False
+    return True
 
 
 def _source_name(value: Any, index: int) -> str | int:

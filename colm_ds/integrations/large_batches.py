@@ -324,6 +324,16 @@ def dataset_sources(dataset: Any, column: str, given: Sequence[Any] | None) -> l
     return [_plain(value) for value in values]
 
 
+def sources_if_any(dataset: Any, column: str) -> list[Any] | None:
+    """Return the source of every example; None if not all have one that is a name or a whole number."""
+    if not has_column(dataset, column):
+        return None
+    try:
+        return dataset_sources(dataset, column, None)
+    except (ConfigError, RuntimeError, ValueError):  # the latter of a tensor of several numbers
+        return None
+
+
 def has_column(dataset: Any, column: str) -> bool:
     """Return whether the dataset's first record has a key."""
     return column in (dataset.column_names if hasattr(dataset, "column_names") else dataset[0])

@@ -43,9 +43,9 @@ from colm_ds.integrations.large_batches import (
     WithoutSource,
     dataset_sources,
     find_row_facts,
-    has_column,
     has_label,
     number_sources,
+    sources_if_any,
 )
 from colm_ds.integrations.micro_batches import KEY, Weighted, coreset_micro_batches
 from colm_ds.integrations.statistics import SelectionStatistics
@@ -177,9 +177,11 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         self._source_names, self._source_ids = ["all"], np.zeros(len(dataset), dtype=np.int64)
         given = sources is not None
         try:
-            if sources is None and not looks_at_sources(config) and not has_column(dataset, column):
+            is_needed = given or looks_at_sources(config)
+            values = dataset_sources(dataset, column, sources) if is_needed else sources_if_any(dataset, column)
+            if values is None:
                 return
-            counts, self._source_ids = number_sources(dataset_sources(dataset, column, sources))
+            counts, self._source_ids = number_sources(values)
             self._source_names = list(counts)
             small_source_ids(config, counts)
         except CoLMError as error:

@@ -111,6 +111,21 @@ def test_sources_are_needed_only_where_they_are_looked_at() -> None:
     assert source_counts(dataset) == {"all": 2}
 
 
+@pytest.mark.parametrize("source", [None, 1.5, ["a", "b"], torch.ones(2)], ids=["None", "number", "list", "tensor"])
+@pytest.mark.parametrize("by_column", [False, True])
+def test_a_source_that_is_none_is_read_only_where_it_is_needed(source: Any, by_column: bool) -> None:
+    """Otherwise all rows are of one source; sources that are names or numbers still count."""
+
+    def read(*sources: Any) -> dict[str, int]:
+        rows = [{"input_ids": [1, 2, 3], "source": value} for value in sources]
+        rows = datasets.Dataset.from_list(rows).with_format("torch") if by_column else rows
+        return source_counts(RecordDataset(rows, needs_sources=False))
+
+    datasets = pytest.importorskip("datasets")
+    assert read(*([source] * 3 if by_column else ["a", source, source])) == {"all": 3}
+    assert read("a", "b", "a") == {"a": 2, "b": 1}
+
+
 @pytest.mark.parametrize(
     ("record", "says"),
     [

@@ -77,6 +77,15 @@ def test_clusters_or_one_pool_do_without_the_column(tmp_path: Path) -> None:
     assert "sources: 3 for 123 examples" in fails(tmp_path, train_dataset=without_source(), sources=[0, 1, 2])
 
 
+@pytest.mark.parametrize("source", [None, 1.5, ["a", "b"]], ids=["None", "number", "list"])
+def test_a_source_that_is_none_is_read_only_where_it_is_needed(source: Any, tmp_path: Path) -> None:
+    rows = [{**row, "source": source} for row in records(SOURCES)]
+    assert f"source {source!r} in example 0. Give names or whole numbers." in fails(tmp_path, train_dataset=rows)
+    for colm in ({"selector": "random"}, {"small_sources": "none", "per_source": False}):
+        trainer = make_trainer(str(tmp_path), {**SIZES, **colm}, 2, train_dataset=rows)
+        assert trainer._source_counts == {"all": len(rows)}
+
+
 def test_sizes_that_do_not_fit_are_all_named(tmp_path: Path) -> None:
     message = fails(tmp_path, {"large_batch_size": 130, "coreset_size": 10, "metrik": "l1"})
     assert "metrik: unknown key. Did you mean 'metric'?" in message
