@@ -8,6 +8,7 @@ the rank checked. While it is written its name begins with a dot; so does the na
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -101,7 +102,7 @@ def save(
     with _noting(failures):
         torch.save(own, partial / _own_name(rank))
         if rank == 0:
-            torch.save(shared, partial / SHARED)
+            _write_shared(shared, partial / SHARED)
     _agree(target, failures, partial)
     with _noting(failures):
         checked = {str(path.relative_to(partial)): _read_back(path) for path in _written(partial)[rank::world_size]}
@@ -254,12 +255,27 @@ def _own_name(rank: int) -> str:
     return f"colm_rank_{rank:05d}.pt"
 
 
+def _write_shared(shared: dict[str, Any], path: Path) -> None:
+    """Write the shared state, in which only the caller's `client_state` may hold what cannot be written."""
+    try:
+        torch.save(shared, path)
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"client_state cannot be written: {reason}. Give tensors, numbers, texts, and lists and dictionaries of "
+            "them"
+        ) from error
+
+
 @contextmanager
 def _noting(failures: list[str]) -> Iterator[None]:
     """Record errors of the block instead of leaving the other ranks waiting."""
     try:
         yield
-    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile, subprocess.SubprocessError) as error:
+    except (
+        *(OSError, RuntimeError, ValueError, zipfile.BadZipFile, subprocess.SubprocessError),
+        *(pickle.PicklingError, TypeError, AttributeError),  # of what cannot be pickled
+    ) as error:
         failures.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}")
 
 

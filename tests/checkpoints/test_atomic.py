@@ -89,6 +89,37 @@ def test_a_rank_that_can_not_write(failing_rank: int, kind: str, pools: dict[int
             assert "No space left on device" in message
 
 
+def save_a_client_state(folder: str, kind: str) -> tuple[str, list[str]]:
+    """In a rank: rank 0's client state cannot be written, then one that can; the message, and what is there."""
+    import threading
+
+    import torch.distributed as dist
+
+    class Local:
+        pass
+
+    kinds: dict[str, Any] = {"lambda": lambda: 0, "lock": threading.Lock(), "local": Local()}
+    engine = start(CASE)
+    step(engine)
+    message = ""
+    try:
+        engine.save_checkpoint(folder, client_state={"mine": kinds[kind]} if dist.get_rank() == 0 else None)
+    except CheckpointError as error:
+        message = str(error)
+    engine.save_checkpoint(folder, client_state={"mine": 1})
+    engine.destroy()
+    return message, sorted(os.listdir(folder))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["lambda", "lock", "local"])
+def test_a_client_state_that_cannot_be_written(kind: str, pools: dict[int, Ranks], tmp_path: Path) -> None:
+    for message, left in pools[2].run(save_a_client_state, str(tmp_path), kind):
+        assert "step_1: could not be saved: rank 0: ValueError: client_state cannot be written: " in message
+        assert "Give tensors, numbers, texts, and lists and dictionaries of them (" in message
+        assert left == ["latest", "step_1"]
+
+
 @pytest.fixture(scope="module")
 def saved(pools: dict[int, Ranks], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with checkpoints of three steps, not to be changed."""
