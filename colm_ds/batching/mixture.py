@@ -97,7 +97,8 @@ class MixtureSampler:
             SelectionError: if `step` is below 1.
         """
         epoch = self.epoch(step)
-        if self._last is None or self._last[0] != epoch:
-            self._last = (epoch, seeded_permutation(self.num_examples, self.seed, "mixture", epoch))
+        last = self._last  # read once: threads may ask for different epochs
+        if last is None or last[0] != epoch:
+            last = self._last = (epoch, seeded_permutation(self.num_examples, self.seed, "mixture", epoch))
         start = (step - 1) % self.steps_per_epoch * self.large_batch_size
-        return self._last[1][start : start + self.large_batch_size].copy()
+        return last[1][start : start + self.large_batch_size].copy()

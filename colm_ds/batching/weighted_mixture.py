@@ -97,14 +97,15 @@ class WeightedSampler:
 
     def _round(self, number: int) -> tuple[IndexArray, IndexArray]:
         """Return the dataset indices and sources of a round in order."""
-        if self._last is None or self._last[0] != number:
+        last = self._last  # read once: threads may ask for different rounds
+        if last is None or last[0] != number:
             order = seeded_permutation(sum(self.counts), self._seed, "mixture", number)
             sources = np.repeat(np.arange(len(self.counts)), self.counts)[order]
             indices = np.empty_like(order)
             for source, (start, count) in enumerate(zip(self._starts, self.counts, strict=True)):
                 indices[sources == source] = start + self._stream(source, number * count, count)
-            self._last = number, indices, sources
-        return self._last[1], self._last[2]
+            last = self._last = number, indices, sources
+        return last[1], last[2]
 
     def _stream(self, source: int, start: int, count: int) -> IndexArray:
         """Return `count` examples of a source, from index `start` of its stream."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,19 @@ def test_stateless() -> None:
     assert [MixtureSampler(50, 8, seed=1).indices(step).tolist() for step in range(1, 20)] == forward
     assert forward[0] != forward[6]  # the first of the next epoch
     assert MixtureSampler(50, 8, seed=2).indices(1).tolist() != forward[0]
+
+
+class Shared(MixtureSampler):
+    """A sampler that another thread asks for another epoch as soon as this one's is stored."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_last" and value is not None:
+            value = value[0] + 1, np.zeros_like(value[1])
+        super().__setattr__(name, value)
+
+
+def test_threads_may_share_it() -> None:
+    assert Shared(50, 8, seed=1).indices(1).tolist() == MixtureSampler(50, 8, seed=1).indices(1).tolist()
 
 
 def test_the_callers_copy() -> None:

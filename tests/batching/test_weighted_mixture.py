@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,20 @@ def test_counts_add_up_and_are_within_one_of_the_share(weights: list[float], tot
     assert sum(counts) == total
     exact = np.array(weights) / sum(weights) * total
     assert np.all(np.abs(np.array(counts) - exact) < 1 + 1e-9)
+
+
+class Shared(WeightedSampler):
+    """A sampler that another thread asks for another round as soon as this one's is stored."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_last" and value is not None:
+            value = value[0] + 1, np.zeros_like(value[1]), np.zeros_like(value[2])
+        super().__setattr__(name, value)
+
+
+def test_threads_may_share_it() -> None:
+    arguments: tuple[Any, ...] = [0, 20], [20, 9], [1.0, 1.0], 4, 3
+    assert Shared(*arguments).indices(1).tolist() == WeightedSampler(*arguments).indices(1).tolist()
 
 
 @settings(max_examples=30, deadline=None)
