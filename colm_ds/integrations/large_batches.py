@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -126,6 +126,27 @@ class WithoutSource:
         return getattr(self.inner, name)
 
 
+@dataclass(frozen=True)
+class ExampleArrays:
+    """An example as arrays, as it leaves a worker process: tensors need a file handle each.
+
+    Attributes:
+        input_ids: int64 `[T]`.
+        labels: int64 `[T]`.
+        source: id of its source.
+        index: of its row in the dataset.
+    """
+
+    input_ids: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    source: int
+    index: int
+
+    def example(self) -> Example:
+        """Return it as tensors."""
+        return Example(torch.from_numpy(self.input_ids), torch.from_numpy(self.labels), self.source, self.index)
+
+
 class ExampleCollator:
     """Turn numbered records into examples, each through the Trainer's data collator and without its padding."""
 
@@ -142,6 +163,12 @@ class ExampleCollator:
     def __call__(self, numbered: Sequence[tuple[int, Any]]) -> list[Example]:
         """Return the examples of numbered records, in order."""
         return [self._example(index, record) for index, record in numbered]
+
+    def arrays(self, numbered: Sequence[tuple[int, Any]]) -> list[ExampleArrays]:
+        """Return the examples of numbered records as arrays, in order; the `collate_fn` of worker processes."""
+        return [
+            ExampleArrays(one.input_ids.numpy(), one.labels.numpy(), one.source, one.index) for one in self(numbered)
+        ]
 
     def check(self, index: int, record: Any) -> None:
         """Raise if a record cannot be trained on once collated.

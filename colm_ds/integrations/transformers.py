@@ -84,7 +84,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         loss_is_scaled_for_ga: tells the Trainer that the loss is already a part of the whole step's.
         colm_config: the checked `"colm"` section.
         coreset_selector: from the first step of a `train` on.
-        last_selection: selection of the last step.
+        last_selection: selection of the last step, its large batch without examples.
     """
 
     loss_is_scaled_for_ga = True
@@ -233,7 +233,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         loader = DataLoader(
             NumberedDataset(dataset, len(sampler) * sampler.batch_size),
             batch_sampler=sampler,
-            collate_fn=self._examples_of,
+            collate_fn=self._examples_of.arrays,
             num_workers=workers,
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor,
@@ -252,7 +252,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
 
         def read() -> list[Example]:
             nonlocal num_read
-            examples = [example for part in islice(epoch_iterator, num_batches) for example in part]
+            examples = [one.example() for part in islice(epoch_iterator, num_batches) for one in part]
             num_read = len(examples)
             self._limits.check(examples)
             return self._with_labels(examples, step)
@@ -266,7 +266,8 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
             to_training()  # evaluation left the mean weights of a schedule-free optimizer in the model
         packing = self._find_packing(int(batch.lengths.max()))
         meter = Meter(self.args.device)
-        selection = self.last_selection = selector(batch, meter)
+        selection = selector(batch, meter)
+        self.last_selection = replace(selection, batch=replace(batch, examples={}))
         coreset = selection.coreset
         if coreset.size == 0:
             raise SelectionError(

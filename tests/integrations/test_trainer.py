@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,19 @@ def test_epochs_evaluation_and_workers(tmp_path: Path) -> None:
     plain = Trainer(trainer.model, trainer.args, pad, eval_dataset=rows).evaluate()
     assert evaluated[-1] == pytest.approx(plain["eval_loss"], abs=1e-6)
     assert len(evaluated) == 2
+
+
+def test_examples_of_workers_hold_no_file_handles(tmp_path: Path) -> None:
+    """However large r: as tensors every example of a large batch would hold two until it is trained."""
+    trainer = make_trainer(str(tmp_path), SIZES, 1, dataloader_num_workers=1)
+    parts = iter(trainer.get_train_dataloader())
+    first = next(parts)
+    before = len(os.listdir("/proc/self/fd"))
+    kept = [example for part in parts for example in part]
+    assert len(os.listdir("/proc/self/fd")) <= before
+    assert len(kept) > 3 * LARGE - len(first)
+    trainer.train()
+    assert trainer.last_selection.batch.examples == {}
 
 
 def test_checkpoint_of_other_sizes_or_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
