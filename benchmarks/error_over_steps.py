@@ -2,10 +2,10 @@
 
     python benchmarks/error_over_steps.py data.train=PATH/TO/math_instruct/train.jsonl.gz data.max_length=192
 
-What is chosen in one step adds to what is chosen in the next: an error that points elsewhere every time averages out, one
-that always points the same way does not. The gradients of some hundred examples are measured once, as `colm-ds check`
-does (`--keep FILE` stores them, 15 minutes on two cores; without `data.train` they are read from there), and every way
-chooses from the same large batches, step after step.
+What is chosen in one step adds to what is chosen in the next: an error that points elsewhere every time averages out,
+one that always points the same way does not. The gradients of some hundred examples are measured once, as `colm-ds
+check` does, and stored (`--keep FILE`, 15 minutes on two cores; without key=value they are read from there), and every
+way chooses from the same large batches, step after step.
 """
 
 from __future__ import annotations
@@ -164,10 +164,8 @@ def table(measured: Measured, sizes: list[tuple[int, int]], steps: int, seeds: i
             row["bias"] = float(paired / (seeds * (seeds - 1)) / square)
             rows.append(row)
             numbers = "  ".join(f"{row[f'sum of {length}']:5.2f}" for length in SUMS)
-            print(
-                f"{size:3d} of {large:3d}  {name:28s} {row['kappa']:.3f} ± {row['kappa_se']:.3f}  {numbers}  bias {row['bias']:.4f}",
-                flush=True,
-            )
+            kappa = f"{row['kappa']:.3f} ± {row['kappa_se']:.3f}"
+            print(f"{size:3d} of {large:3d}  {name:28s} {kappa}  {numbers}  bias {row['bias']:.4f}", flush=True)
     return rows
 
 
