@@ -45,6 +45,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "finetune" / "recipes" / "smollm2_math_tokens.yaml"
 SIZES = ("8:32", "32:64", "32:128", "64:256")
 SUMS = (10, 30, 100)
+BLIND = "importance, no exchange"
+"""Way that is shown no signals: without them nothing is gained by an exchange."""
+
 POOL = {"geometry": "plain", "metric": "euclidean", "per_source": False}
 
 
@@ -111,6 +114,7 @@ def ways(size: int, seed: int) -> Iterator[tuple[str, Selector]]:
     yield "medoids, cluster weights", made("colm", weights="cluster")
     yield "balanced", made("balanced")
     yield "importance", made("importance")
+    yield BLIND, made("importance")
     yield "importance by the signal", made("importance", {"by": "signal"})
     yield "importance, per source", made("importance", per_source=True)
 
@@ -127,14 +131,16 @@ def large_batches(count: int, size: int, steps: int, seed: int) -> Iterator[torc
                 yield order[start : start + size]
 
 
-def errors(selector: Selector, measured: Measured, large: int, steps: int, seed: int) -> np.ndarray:
-    """Return the error of every step's mean gradient, `[steps, N]`."""
+def errors(name: str, measured: Measured, size: int, large: int, steps: int, seed: int) -> np.ndarray:
+    """Return the error of every step's mean gradient by a way of `ways`, `[steps, N]`."""
+    selector = dict(ways(size, seed))[name]
+    known = torch.zeros_like(measured.signals) if name == BLIND else measured.signals
     found = []
     for step, batch in enumerate(large_batches(len(measured.lengths), large, steps, seed), start=1):
         lengths, nowhere = measured.lengths[batch], torch.zeros_like(batch)
         facts = LargeBatch(step, batch, measured.sources[batch], lengths, lengths, nowhere, {})
         finite = torch.ones(large, dtype=torch.bool)
-        signals = Signals(torch.arange(large), finite, vectors=measured.signals[batch])
+        signals = Signals(torch.arange(large), finite, vectors=known[batch])
         coreset = selector.select(facts, signals, SINGLE_PROCESS)
         weights = coreset.weights.double().numpy()
         chosen = measured.gradients[batch[coreset.positions].numpy()]
@@ -150,7 +156,7 @@ def table(measured: Measured, sizes: list[tuple[int, int]], steps: int, seeds: i
     for size, large in sizes:
         chance = variance * (1.0 / size - 1.0 / large)
         for name in [name for name, _ in ways(size, 0)]:
-            runs = [errors(dict(ways(size, seed))[name], measured, large, steps, seed) for seed in range(seeds)]
+            runs = [errors(name, measured, size, large, steps, seed) for seed in range(seeds)]
             each = np.array([(run**2).sum(axis=1).mean() / chance for run in runs])
             row: dict[str, Any] = {"b": size, "r": large, "way": name, "kappa": float(each.mean())}
             row["kappa_se"] = float(each.std(ddof=1) / len(each) ** 0.5)
@@ -167,6 +173,13 @@ def table(measured: Measured, sizes: list[tuple[int, int]], steps: int, seeds: i
             kappa = f"{row['kappa']:.3f} ± {row['kappa_se']:.3f}"
             print(f"{size:3d} of {large:3d}  {name:28s} {kappa}  {numbers}  bias {row['bias']:.4f}", flush=True)
     return rows
+
+
+def lengths_of_gradients(measured: Measured) -> dict[str, float]:
+    """Return how the logarithm of a gradient's length goes by that of the number of labelled tokens."""
+    tokens = np.log(measured.lengths.double().numpy())
+    norms = np.log(np.sqrt((measured.gradients**2).sum(axis=1)))
+    return {"correlation": float(np.corrcoef(tokens, norms)[0, 1]), "slope": float(np.polyfit(tokens, norms, 1)[0])}
 
 
 def main() -> None:
@@ -197,6 +210,7 @@ def main() -> None:
         "examples": len(measured.lengths),
         "steps": options.steps,
         "seeds": options.seeds,
+        "length of a gradient by labelled tokens": lengths_of_gradients(measured),
         "rows": rows,
     }
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
