@@ -7,6 +7,7 @@ the rank checked. While it is written its name begins with a dot; so does the na
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import re
@@ -29,6 +30,8 @@ from colm_ds.checkpoints.tensors_only import load_tensors, tensors_only, why_not
 from colm_ds.distributed.agreement import first_failure
 from colm_ds.errors import CheckpointError
 from colm_ds.run_folder.files import sync_folder, write_whole
+
+logger = logging.getLogger(__name__)
 
 LATEST = "latest"
 SHARED = "colm.pt"
@@ -66,9 +69,13 @@ def save(
     own: dict[str, Any],
     facts: dict[str, Any],
     keep_last: int | None = None,
+    resumed_in: Path | None = None,
     exclude_frozen: bool = False,
 ) -> Path:
     """Write one checkpoint; all ranks call it together. If it fails, earlier checkpoints are untouched.
+
+    A run that was resumed from an older checkpoint leaves the course of the newer ones in the same folder. They are
+    removed once the new one is written, or the next resume would take them.
 
     Args:
         engine: the DeepSpeed engine.
@@ -78,7 +85,8 @@ def save(
         shared: state that is the same on all ranks; rank 0's is written.
         own: this rank's state.
         facts: JSON values for the manifest.
-        keep_last: delete all but this many of the newest.
+        keep_last: delete all but this many of the newest, and checkpoints of later steps, whatever wrote them.
+        resumed_in: folder of the checkpoint that the run was resumed from; if it is this one, those of later steps go.
         exclude_frozen: leave out parameters that are not trained.
 
     Returns:
@@ -113,8 +121,10 @@ def save(
         with _noting(failures):
             _put_in_place(partial, target)
             write_whole(folder / LATEST, tag)
+            if keep_last is not None or (resumed_in is not None and resumed_in.resolve() == folder.resolve()):
+                _remove_later(target, step)
             if keep_last is not None:
-                _prune(folder, keep_last)
+                _prune(target, keep_last)
     _agree(target, failures)
     return target
 
@@ -374,23 +384,45 @@ def _by_age(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     paths = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-
-    def steps(path: Path) -> tuple[int, str]:
-        try:
-            return read_manifest(path, 0).step, path.name
-        except (OSError, ValueError):
-            number = re.search(r"(\d+)$", path.name)
-            return int(number[1]) if number else -1, path.name
-
-    return sorted(paths, key=steps, reverse=True)
+    return sorted(paths, key=lambda path: (_steps(path), path.name), reverse=True)
 
 
-def _prune(folder: Path, keep_last: int) -> None:
-    for path in _by_age(folder)[max(1, keep_last) :]:
-        trash = folder / f"{_TRASH}{path.name}"
-        (path / name_of(0)).unlink(missing_ok=True)  # from here on it is not a checkpoint any more
-        os.replace(path, trash)
-        shutil.rmtree(trash, ignore_errors=True)
+def _steps(path: Path) -> int:
+    """Return the steps that a checkpoint holds, by its name if the manifest cannot be read; -1 if neither says so."""
+    try:
+        return read_manifest(path, 0).step
+    except (OSError, ValueError):
+        number = re.search(r"(\d+)$", path.name)
+        return int(number[1]) if number else -1
+
+
+def _others(target: Path) -> list[Path]:
+    """List what `save` wrote beside a checkpoint, damaged ones included, the one with the most steps first."""
+    paths = [path for path in _by_age(target.parent) if path.name != target.name]
+    return [path for path in paths if (path / SHARED).exists() or any(path.glob("manifest_*.json"))]
+
+
+def _remove_later(target: Path, step: int) -> None:
+    """Remove the checkpoints of later steps: the course that they are of was left before this one was written."""
+    later = [path for path in _others(target) if _steps(path) > step]
+    for path in later:
+        _remove(path)
+    if later:
+        names = ", ".join(path.name for path in reversed(later))
+        logger.warning("%s: removed %s: of later steps, which the run has left.", target, names)
+
+
+def _prune(target: Path, keep_last: int) -> None:
+    """Keep a checkpoint and the newest of the others, as many as are asked for."""
+    for path in _others(target)[max(1, keep_last) - 1 :]:
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    trash = path.with_name(f"{_TRASH}{path.name}")
+    (path / name_of(0)).unlink(missing_ok=True)  # from here on it is not a checkpoint any more
+    os.replace(path, trash)
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 def _make_universal(source: Path, target: Path) -> None:

@@ -29,6 +29,7 @@ def save_engine(engine: Any, folder: Path, tag: str, client_state: Mapping[str, 
         own={"random_state": random_state()},
         facts=_facts(engine),
         keep_last=keep_last,
+        resumed_in=engine.resumed_in,
         exclude_frozen=_has_frozen(engine),
     )
 

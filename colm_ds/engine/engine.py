@@ -73,6 +73,7 @@ class CoLMEngine:
         memory: measures every step.
         open_step: step that a loop over the micro-batch loader is at, or None.
         last_stats: numbers of the last step, or None.
+        resumed_in: folder of the checkpoint that was loaded last, or None.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class CoLMEngine:
         self.data_use = DataUse(len(dataset))
         self.open_step: OpenStep | None = None
         self.last_stats: StepStats | None = None
+        self.resumed_in: Path | None = None
         self._contexts = ExitStack()
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._device = torch.device(engine.device)
@@ -568,13 +570,14 @@ class CoLMEngine:
     ) -> bool:
         """Write model, optimizer, scheduler, selector history, data position, counts and every rank's random state.
 
-        The checkpoint is written aside, read back and only then renamed: see `colm_ds.checkpoints.atomic`.
+        The checkpoint is written aside, read back and only then renamed: see `colm_ds.checkpoints.atomic`. After a
+        resume from an older checkpoint of the folder, those of later steps are removed then.
 
         Args:
             save_dir: folder of the run's checkpoints.
             tag: name of the checkpoint; default: by step.
             client_state: the caller's own state, returned by `load_checkpoint`; rank 0's is kept.
-            keep_last: delete all but this many of the newest checkpoints.
+            keep_last: delete all but this many of the newest checkpoints, and those of later steps in any case.
 
         Raises:
             CheckpointError: on every rank, if any could not write; earlier checkpoints are untouched.
@@ -627,7 +630,9 @@ class CoLMEngine:
             CheckpointError: if it does not fit the model.
         """
         with self.watchdog.watching(f"loading the checkpoint {checkpoint.path}"):
-            return load_engine(self, checkpoint, **kwargs)
+            client_state = load_engine(self, checkpoint, **kwargs)
+        self.resumed_in = checkpoint.path.parent
+        return client_state
 
     def _watching(self, step: int, phase: str) -> AbstractContextManager[None]:
         return self.watchdog.watching(f"phase {phase!r} of step {step}")

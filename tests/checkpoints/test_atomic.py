@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from colm_ds.checkpoints import atomic
+from colm_ds.checkpoints.manifest import write_manifest
 from colm_ds.errors import CheckpointError
 from tests.engine.training import Case, start, step
 from tests.ranks import Ranks
@@ -138,6 +139,61 @@ def copied(saved: Path, tmp_path: Path) -> Path:
 def test_only_the_last_stay(pools: dict[int, Ranks], tmp_path: Path) -> None:
     assert pools[2].run(save_steps, str(tmp_path), [1, 2, 3, 4], 2)[0] == ["latest", "step_3", "step_4"]
     assert (tmp_path / "latest").read_text() == "step_4"
+
+
+def go_back_and_save(folder: str, tag: str | None, keep_last: int | None) -> tuple[list[str], str]:
+    """In a rank: a checkpoint is loaded, and the step after it saved; the folder, and what the next resume takes."""
+    engine = start(CASE)
+    engine.load_checkpoint(folder, tag)
+    step(engine)
+    engine.save_checkpoint(folder, keep_last=keep_last)
+    engine.destroy()
+    taken = atomic.find(Path(folder))
+    return sorted(os.listdir(folder)), taken.path.name if taken else ""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("keep_last", [None, 1, 2])
+def test_going_back_leaves_the_later_ones(keep_last: int | None, copied: Path, pools: dict[int, Ranks]) -> None:
+    """What was just written stays, and is what the next resume takes; a folder without a checkpoint is not touched."""
+    (copied / "run_2024").mkdir()
+    left, taken = pools[2].run(go_back_and_save, str(copied), "step_1", keep_last)[0]
+    assert left == ["latest", "run_2024", *(["step_1"] if keep_last != 1 else []), "step_2"]
+    assert taken == "step_2"
+    assert (copied / "latest").read_text() == "step_2"
+
+
+@pytest.mark.distributed
+def test_a_damaged_newest_one_does_not_outlive_its_successor(copied: Path, pools: dict[int, Ranks]) -> None:
+    """It is passed over at the resume, and of later steps than what is saved next."""
+    shutil.copytree(copied / "step_3", copied / "step_9")
+    (copied / "step_9" / "manifest_00000.json").write_text("{")
+    model = next((copied / "step_3").glob("mp_rank*"))
+    model.write_bytes(model.read_bytes()[:-7])
+    assert pools[2].run(go_back_and_save, str(copied), None, 1)[0] == (["latest", "step_3"], "step_3")
+    assert atomic.why_not_whole(copied / "step_3") is None
+
+
+def checkpoint_of(folder: Path, name: str, step: int) -> Path:
+    """The folder and the manifest of a checkpoint."""
+    (folder / name).mkdir()
+    write_manifest(folder / name, 0, step=step, world_size=1, files={}, facts={})
+    return folder / name
+
+
+def test_what_was_just_written_is_never_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where its name sorts before another of the same step."""
+    for step_of in (1, 2, 3):
+        checkpoint_of(tmp_path, f"step_{step_of}", step_of)
+    target = checkpoint_of(tmp_path, "best", 2)
+    atomic._remove_later(target, 2)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{target}: removed step_3: of later steps, which the run has left."
+    ]
+    atomic._prune(target, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step_2"]
+    atomic._prune(target, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
 @pytest.mark.distributed
