@@ -53,18 +53,11 @@ def where_to_start(recipe: BaseRecipe) -> atomic.Checkpoint | None:
     folder = Path(recipe.output_dir)
     if recipe.resume not in ("auto", "never"):
         path = Path(recipe.resume)
+        _check_may_take(recipe, path)
         checkpoint = atomic.find(path.parent, path.name)
         _check_same(recipe, path.parent.parent / CONFIG)
         return checkpoint
-    try:
-        exists = (folder / METRICS).exists()
-    except OSError as error:  # a name that is too long, a folder that may not be read
-        raise ConfigError(
-            f"output_dir = {recipe.output_dir}: {error.strerror or error}. Name a folder that can be read."
-        ) from None
-    if not exists:
-        if own := own_entries(folder):
-            raise no_run_of(own)
+    if not _holds_run(folder):
         return None
     check_not_finished(recipe.output_dir)
     if recipe.resume == "never":
@@ -77,6 +70,34 @@ def where_to_start(recipe: BaseRecipe) -> atomic.Checkpoint | None:
             "finetune/evaluate.py, choose another output_dir, or overwrite=true to start over."
         )
     return checkpoint
+
+
+def _holds_run(folder: Path) -> bool:
+    """Return whether a folder holds a run.
+
+    Raises:
+        ConfigError: if it holds parts of a run only, or cannot be read.
+    """
+    try:
+        exists = (folder / METRICS).exists()
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise ConfigError(
+            f"output_dir = {folder}: {error.strerror or error}. Name a folder that can be read."
+        ) from None
+    if not exists and (own := own_entries(folder)):
+        raise no_run_of(own)
+    return exists
+
+
+def _check_may_take(recipe: BaseRecipe, path: Path) -> None:
+    """Raise unless a run that is resumed from a path writes where it was, unfinished, or where no run is."""
+    check_not_finished(recipe.output_dir)
+    folder = Path(recipe.output_dir)
+    if path.parent.resolve() != (folder / CHECKPOINTS).resolve() and _holds_run(folder):
+        raise ConfigError(
+            f"output_dir = {recipe.output_dir}: holds another run than the one that resume = {recipe.resume} is of. "
+            "Choose another output_dir, resume: auto to resume the run that is there, or remove that run."
+        )
 
 
 def may_restart(recipe: BaseRecipe) -> bool:

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _read(options: argparse.Namespace) -> BaseRecipe:
     recipe = load_checked_recipe(options.recipe, options.overrides)
-    if not recipe.overwrite and recipe.resume in ("auto", "never"):
+    if not recipe.overwrite:
         with suppress(OSError):  # a name that cannot be read: said by who makes the folder
             check_not_finished(recipe.output_dir)
     return recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -14,13 +15,14 @@ import pytest
 import yaml
 
 from colm_ds.data.generated.mixture import write_mixture
-from colm_ds.errors import ConfigError
+from colm_ds.errors import CheckpointError, ConfigError
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.recipes.recipe import load_recipe
 from colm_ds.run_folder.contents import own_entries
 from colm_ds.run_folder.lock import RunLock
 from colm_ds.run_folder.write import RunFolder
 from colm_ds.training.start_or_resume import check_same_data, check_same_settings, where_to_start
+from colm_ds.training.train_command import _read
 from tests.finetune.test_entry import ROOT, recipe_of
 
 
@@ -79,6 +81,53 @@ def test_metrics_that_are_gone_beside_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints" / "step_4").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"holds checkpoints and no metrics\.jsonl"):
         where_to_start(load_recipe(recipe_file(tmp_path)))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("status", ["stopped", "finished"])
+@pytest.mark.parametrize("place", ["run", "other"])
+def test_a_path_to_resume_from_is_no_leave_to_replace_a_run(place: str, status: str, tmp_path: Path) -> None:
+    """A finished run is refused, and any run in another folder than the checkpoint's; what is there stays."""
+    for name in ("run", "other"):
+        run = RunFolder(tmp_path / name)
+        run.write_config({"recipe": {}})
+        run.log({"step": 1, "loss": 2.0})
+        run.write_summary({"status": status})
+        run.close()
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_1"
+    checkpoint.mkdir(parents=True)
+    path = str(recipe_file(tmp_path, output_dir=str(tmp_path / place)))
+    rows = [{"instruction": f"{n} + 1?", "output": str(n + 1)} for n in range(20)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = contents(tmp_path)
+    resume = f"resume={tmp_path}/other/../run/checkpoints/step_1"
+    with pytest.raises(ConfigError if status == "finished" or place == "other" else CheckpointError) as caught:
+        where_to_start(load_recipe(path, [resume]))
+    said = {
+        ("run", "stopped"): "step_1: holds no state of colm_ds",  # it is only looked at
+        ("run", "finished"): "holds a finished run. Choose another, or overwrite=true to start over.",
+        ("other", "stopped"): f"other: holds another run than the one that {resume.replace('=', ' = ')} is of.",
+        ("other", "finished"): "holds a finished run. Choose another, or overwrite=true to start over.",
+    }
+    assert said[place, status] in str(caught.value)
+    assert contents(tmp_path) == before
+    assert where_to_start(load_recipe(path, [resume, "overwrite=true"])) is None
+    if status == "finished":  # also before torch is imported
+        with pytest.raises(ConfigError, match="holds a finished run"):
+            _read(argparse.Namespace(recipe=path, overrides=[resume]))
+
+
+def test_a_checkpoint_of_elsewhere_is_taken_into_a_free_folder(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "before" / "checkpoints" / "step_1"
+    path = recipe_file(tmp_path)
+    with pytest.raises(CheckpointError, match="step_1: no such checkpoint"):
+        where_to_start(load_recipe(path, [f"resume={checkpoint}"]))
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"holds model and no metrics\.jsonl"):
+        where_to_start(load_recipe(path, [f"resume={checkpoint}"]))
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:
