@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from colm_ds.data.generated.mixture import write_mixture
 from colm_ds.errors import Attempts, ConfigError, PartFailedError
+from colm_ds.process.exit_codes import ExitCode
 from colm_ds.process.launch import accelerator_environment, add_num_gpus, ranks_command
 from colm_ds.recipes.recipe import BaseRecipe, load_recipe
 from colm_ds.report import compare, load_run
@@ -25,7 +26,7 @@ from colm_ds.report.tables import Column, Table, compact, format_terminal
 from colm_ds.run_folder.contents import CONFIG
 from colm_ds.run_folder.files import read_object
 from colm_ds.run_folder.read import is_finished
-from colm_ds.sweep.jobs import default_ranks
+from colm_ds.sweep.jobs import call_and_wait, default_ranks, stopping_runs
 from colm_ds.training.start_or_resume import check_finished
 
 RECIPE = Path(str(files("colm_ds.sweep") / "demo.yaml"))
@@ -103,7 +104,8 @@ def run_demo(out: Path, changes: Sequence[str], num_ranks: int, port: int) -> st
             continue
         _say(f"{arm.name}, {num_ranks} rank{'s' * (num_ranks > 1)}")
         command = ranks_command(["train", str(RECIPE), *words[arm]], num_ranks, port=port)
-        code = subprocess.run(command, check=False, env=environment).returncode
+        with stopping_runs():
+            code = call_and_wait(command, environment)
         if code:
             raise PartFailedError(arm.name, code)
     runs = {arm.name: [load_run(out / arm.folder)] for arm in ARMS}
@@ -208,11 +210,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Run the demo and print its table and its answer."""
+def run(options: argparse.Namespace) -> int:
+    """Run the demo and print its table and its answer; return the exit code: 3 if it was stopped, else 0."""
     started = time.monotonic()
-    print(run_demo(options.out, options.overrides, options.num_gpus or default_ranks(), options.port))
+    try:
+        print(run_demo(options.out, options.overrides, options.num_gpus or default_ranks(), options.port))
+    except KeyboardInterrupt:
+        print("demo: stopped; the same command resumes", file=sys.stderr)
+        return ExitCode.STOPPED
     _say(f"done in {time.monotonic() - started:.0f} s; open {options.out}/report.html")
+    return ExitCode.DONE
 
 
 def _curve(arm: Arm) -> Curve:

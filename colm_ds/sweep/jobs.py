@@ -11,13 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from colm_ds.errors import CoLMError, ConfigError, Problems
 from colm_ds.process.exit_codes import ExitCode
@@ -193,7 +193,7 @@ def run_jobs(
             spent = time.monotonic() - begun
             say(f"{num_done} of {len(todo)}: {_name(job)}: {failure or 'done'} ({spent:.0f} s)")
 
-    with _stopping_runs(), ThreadPoolExecutor(len(places)) as pool:
+    with stopping_runs(), ThreadPoolExecutor(len(places)) as pool:
         list(pool.map(work, todo))
     return failures
 
@@ -211,7 +211,7 @@ def _prepare(path: Path, command: str, say: Callable[[str], None]) -> None:
     say(f"making {path}")
     log = path.with_name(f"{path.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    with _stopping_runs():
+    with stopping_runs():
         code = _call([sys.executable, *shlex.split(command)], log, os.cpu_count() or 1)
     if code or not path.exists():
         raise ConfigError(f"prepare: {path} was not made. {_what_failed(code, log)}")
@@ -264,7 +264,7 @@ _started: set[subprocess.Popen[bytes]] = set()
 
 
 @contextmanager
-def _stopping_runs() -> Iterator[None]:
+def stopping_runs() -> Iterator[None]:
     """Let SIGTERM stop the runs under way after their step, with a checkpoint, and then raise KeyboardInterrupt.
 
     SIGINT from a terminal reaches them anyway.
@@ -291,12 +291,32 @@ def _call(command: Sequence[str], log: Path, num_threads: int) -> int:
     environment = os.environ | accelerator_environment() | {"OMP_NUM_THREADS": str(threads)}
     environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
     with log.open("a", encoding="utf-8") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-        _started.add(process)
-        try:
-            return process.wait()
-        finally:
-            _started.discard(process)
+        return call_and_wait(command, environment, output)
+
+
+def call_and_wait(command: Sequence[str], environment: Mapping[str, str], output: IO[str] | None = None) -> int:
+    """Run a command, within `stopping_runs`, and return its exit code.
+
+    Where KeyboardInterrupt comes meanwhile, the command has time to finish its step and to save; `subprocess.run` would
+    kill it after a quarter of a second.
+
+    Args:
+        command: program and arguments.
+        environment: all variables.
+        output: file for what it prints; None: this process's own output.
+
+    Raises:
+        KeyboardInterrupt: once the command has ended, or at once if it comes a second time.
+    """
+    process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    _started.add(process)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+    finally:
+        _started.discard(process)
 
 
 def _what_failed(code: int, log: Path) -> str:

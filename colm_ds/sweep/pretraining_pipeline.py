@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,7 +112,10 @@ def _check_store(recipe: PretrainingRecipe, out: Path) -> None:
 
 
 def _call(what: str, command: Sequence[str]) -> None:
-    code = subprocess.run(command, check=False, env=os.environ | accelerator_environment()).returncode
+    from colm_ds.sweep.jobs import call_and_wait, stopping_runs
+
+    with stopping_runs():
+        code = call_and_wait(command, os.environ | accelerator_environment())
     if code:
         raise PartFailedError(what, code)
 

@@ -407,16 +407,13 @@ def listen_to_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"])
-def test_a_stopped_sweep_stops_its_runs(kind: signal.Signals, tmp_path: Path) -> None:
-    """SIGTERM goes to the sweep alone, and it passes it on; a terminal's SIGINT goes to the whole group."""
-    (tmp_path / "run.py").write_text(STOPPABLE)
-    path = write_grid(tmp_path, script="run.py", arms={"plain": [], "CoLM": []}, launch={"num_gpus": 1})
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "colm_ds.cli", "sweep", str(path)]
+def stopped(
+    command: list[str], environment: dict[str, str], kind: signal.Signals, folder: Path
+) -> tuple[int, str, str]:
+    """Send SIGTERM to a command alone, or SIGINT to its whole group, once its part has begun; code and output."""
     with subprocess.Popen(
         command,
-        cwd=tmp_path,
+        cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -425,7 +422,7 @@ def test_a_stopped_sweep_stops_its_runs(kind: signal.Signals, tmp_path: Path) ->
         preexec_fn=listen_to_interrupts,
     ) as process:
         for _ in range(600):
-            if (tmp_path / "begun").exists():
+            if (folder / "begun").exists():
                 break
             time.sleep(0.2)
         if kind == signal.SIGTERM:
@@ -433,8 +430,51 @@ def test_a_stopped_sweep_stops_its_runs(kind: signal.Signals, tmp_path: Path) ->
         else:
             os.killpg(process.pid, signal.SIGINT)
         output, errors = process.communicate(timeout=45)
-    assert process.returncode == 3, errors
+    return process.returncode, output, errors
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"])
+def test_a_stopped_sweep_stops_its_runs(kind: signal.Signals, tmp_path: Path) -> None:
+    """SIGTERM goes to the sweep alone, and it passes it on; a terminal's SIGINT goes to the whole group."""
+    (tmp_path / "run.py").write_text(STOPPABLE)
+    path = write_grid(tmp_path, script="run.py", arms={"plain": [], "CoLM": []}, launch={"num_gpus": 1})
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "colm_ds.cli", "sweep", str(path)]
+    returncode, output, errors = stopped(command, environment, kind, tmp_path)
+    assert returncode == 3, errors
     assert errors.strip().endswith("stopped; the same command resumes")
     assert "Traceback" not in errors
     assert output.count("stopped; the same command resumes it") == 1  # and the next run is not begun
     assert (tmp_path / "ended").exists()
+
+
+DEMO = """
+from colm_ds.sweep import demo
+demo.write_mixture = lambda out: None
+demo.ranks_command = lambda *_, **__: [sys.executable, "run.py"]
+sys.exit(main(["demo", "--out", "out", "--num-gpus", "1", "steps=2"]))
+"""
+
+PIPELINE = """
+from colm_ds.sweep import pretraining_pipeline as pipeline
+def run_all(*_, **__):
+    pipeline._call("training", [sys.executable, "run.py"])
+pipeline.run_all = run_all
+sys.exit(main(["pretrain", "recipe.yaml"]))
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"])
+@pytest.mark.parametrize("program", [DEMO, PIPELINE], ids=["demo", "pretrain"])
+def test_a_stopped_command_waits_for_its_part(program: str, kind: signal.Signals, tmp_path: Path) -> None:
+    """Whose step, and checkpoint, take longer than the quarter of a second that subprocess.run leaves."""
+    (tmp_path / "run.py").write_text(STOPPABLE.replace("def stop(*_):\n", "def stop(*_):\n    time.sleep(1)\n"))
+    code = f"import sys\nfrom colm_ds.cli import main\n{program}"
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        environment.pop(name, None)
+    returncode, _, errors = stopped([sys.executable, "-c", code], environment, kind, tmp_path)
+    assert (tmp_path / "ended").exists()
+    assert "Traceback" not in errors
+    assert errors.strip().endswith(": stopped; the same command resumes"), errors
+    assert returncode == 3
