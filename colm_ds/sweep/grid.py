@@ -104,6 +104,13 @@ def load_grid(
         problems.add("baseline", grid.baseline, "not an arm", f"Choose one of {', '.join(map(repr, grid.arms))}.")
     for name in [name for name in grid.controls if name not in grid.arms]:
         problems.add("controls", name, "not an arm", f"Choose of {', '.join(map(repr, grid.arms))}.")
+    by_folder: dict[str, str] = {}
+    for name in grid.arms:
+        first = by_folder.setdefault(_slug(name), name)
+        if first != name:
+            problems.add(
+                "arms", name, f"its runs would be those of {first!r}", "Let them differ in letters or digits too."
+            )
     recipe = next((place for place in (Path(grid.recipe), path.parent / grid.recipe) if place.exists()), None)
     if recipe is None:
         problems.add("recipe", grid.recipe, "no such file", f"Looked for in the working folder and in {path.parent}.")

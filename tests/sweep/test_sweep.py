@@ -222,6 +222,10 @@ def test_one_seed_has_no_error(faked: list[str], tmp_path: Path) -> None:
         ({"controls": ["CoLM", "none"]}, "controls = 'none': not an arm. Choose of 'plain', 'CoLM', 'broken'."),
         ({"recipe": "nowhere.yaml"}, "recipe = 'nowhere.yaml': no such file."),
         ({"arm": {}}, "arm: unknown key. Did you mean 'arms'?"),
+        (
+            {"arms": {"plain": [], "CoLM (64)": [], "colm 64": []}},
+            "arms = 'colm 64': its runs would be those of 'CoLM (64)'. Let them differ in letters or digits too.",
+        ),
         ({"seeds": []}, "seeds = []"),
         ({"launch": {"parallel": 2, "device_groups": ["0"]}}, "launch.parallel = 2: there are device groups."),
     ],
