@@ -74,6 +74,11 @@ class SweepJob:
         """File with the definition of the run in the folder."""
         return self.folder.parent / f"{self.folder.name}.asked.json"
 
+    @property
+    def evaluation_record(self) -> Path:
+        """File with the options of the evaluation in the folder, and whether it came to its end."""
+        return self.folder.parent / f"{self.folder.name}.evaluated.json"
+
 
 def load_grid(
     path: str | Path, changes: Sequence[str] = (), seeds: Sequence[int] = (), parallel: int | None = None

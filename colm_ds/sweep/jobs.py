@@ -25,7 +25,7 @@ from colm_ds.process.launch import accelerator_environment, ranks_command
 from colm_ds.recipes.data_check import check_data
 from colm_ds.recipes.recipe import load_recipe, read_values
 from colm_ds.run_folder.contents import EVALUATION, METRICS, RESULTS
-from colm_ds.run_folder.files import read_object
+from colm_ds.run_folder.files import read_object, write_object
 from colm_ds.run_folder.read import is_finished
 from colm_ds.sweep.grid import Grid, SweepJob, jobs_of
 
@@ -43,8 +43,14 @@ class Place:
 
 
 def is_done(grid: Grid, job: SweepJob) -> bool:
-    """Return whether a job's run is finished, and evaluated if the grid requires that."""
-    return is_finished(job.folder) and (grid.evaluate is None or (job.folder / EVALUATION / RESULTS).exists())
+    """Return whether a job's run is finished, and evaluated as the grid requires.
+
+    An evaluation without a record, as earlier versions left it, is taken for the grid's.
+    """
+    if not is_finished(job.folder) or grid.evaluate is None:
+        return is_finished(job.folder)
+    evaluated = read_object(job.evaluation_record)
+    return (job.folder / EVALUATION / RESULTS).exists() and evaluated in ({}, _evaluation(grid, finished=True))
 
 
 def run_sweep(grid: Grid, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -231,6 +237,11 @@ def _asked(job: SweepJob) -> dict[str, Any]:
     return {"recipe": read_values(Path(recipe)), "changes": changes}
 
 
+def _evaluation(grid: Grid, *, finished: bool) -> dict[str, Any]:
+    """Return the record of an evaluation of a grid's run."""
+    return {"options": shlex.split(grid.evaluate or ""), "finished": finished}
+
+
 def _run(grid: Grid, job: SweepJob, place: Place) -> str:
     """Start one run and wait; return its error, empty if there was none."""
     job.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -242,10 +253,13 @@ def _run(grid: Grid, job: SweepJob, place: Place) -> str:
         if code or not is_finished(job.folder):
             return _what_failed(code, job.log)
     if grid.evaluate is not None:
-        command = _command(grid, place, ["evaluate", str(job.folder), *shlex.split(grid.evaluate)])
+        record = _evaluation(grid, finished=False)
+        write_object(job.evaluation_record, record)
+        command = _command(grid, place, ["evaluate", str(job.folder), *record["options"]])
         code = _call(command, job.log, place.num_threads)
-        if code or not is_done(grid, job):
+        if code or not (job.folder / EVALUATION / RESULTS).exists():
             return f"evaluation {_what_failed(code, job.log)}"
+        write_object(job.evaluation_record, _evaluation(grid, finished=True))
     return ""
 
 

@@ -176,6 +176,37 @@ def test_runs_with_other_settings_are_not_taken_for_these(faked: list[str], tmp_
     assert [(row["arm"], row["seeds"]) for row in tables_of(result)["results"]] == [("plain", 1)]
 
 
+def test_runs_are_evaluated_again_with_other_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the evaluation was killed or failed after it had written results of some of its sets."""
+    codes: list[int] = []
+    asked: list[list[str]] = []
+
+    def call(command: list[str], log: Path, num_threads: int) -> int:
+        asked.append(command[command.index("evaluate") + 2 :])
+        return codes.pop()
+
+    monkeypatch.setattr(sweep, "_call", call)
+    arms: dict[str, Any] = {"arms": {"plain": []}, "seeds": [0], "launch": {"num_gpus": 1}}
+    first = load_grid(write_grid(tmp_path, **arms, evaluate="--tasks gsm8k"))
+    (job,) = jobs_of(first)
+    fake_run(first, job, Place(0, None, 1))
+    (job.folder / "evaluation").mkdir()
+    (job.folder / "evaluation" / "results.json").write_text("{}")
+    assert sweep.is_done(first, job)  # of an earlier version
+    for code in (0, 1, 0):
+        codes.append(code)
+        assert bool(sweep._run(first, job, Place(0, None, 1))) == bool(code)
+        assert sweep.is_done(first, job) == (not code)
+    other = load_grid(write_grid(tmp_path, **arms, evaluate="--tasks  'gsm8k,math' --limit 5"))
+    assert not sweep.is_done(other, job)
+    codes.append(0)
+    assert sweep.run_jobs(other, [job], say=lambda line: None) == {}
+    assert asked[-1] == ["--tasks", "gsm8k,math", "--limit", "5"]
+    assert sweep.is_done(other, job)
+    assert sweep.is_done(load_grid(write_grid(tmp_path, **arms)), job)
+    assert not codes
+
+
 def test_what_can_not_be_prepared(tmp_path: Path) -> None:
     path = tmp_path / "nothing.txt"
     command = "-c \"raise ValueError('no luck')\""
@@ -469,7 +500,7 @@ sys.exit(main(["pretrain", "recipe.yaml"]))
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"])
-@pytest.mark.parametrize("program", [DEMO, PIPELINE], ids=["demo", "pretrain"])
+@pytest.mark.parametrize("program", [pytest.param(DEMO, marks=pytest.mark.slow), PIPELINE], ids=["demo", "pretrain"])
 def test_a_stopped_command_waits_for_its_part(program: str, kind: signal.Signals, tmp_path: Path) -> None:
     """Whose step, and checkpoint, take longer than the quarter of a second that subprocess.run leaves."""
     (tmp_path / "run.py").write_text(STOPPABLE.replace("def stop(*_):\n", "def stop(*_):\n    time.sleep(1)\n"))
