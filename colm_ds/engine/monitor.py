@@ -83,9 +83,7 @@ def _open(sections: Mapping[str, Any], samples: int | None) -> Any:
     if samples is None:
         return master
     if master.csv_monitor is not None:
-        files = sorted(Path(master.csv_monitor.log_dir).glob("*.csv"))
-        for file in files:
-            _keep_up_to(file, samples)
+        files = [file for file in sorted(Path(master.csv_monitor.log_dir).glob("*.csv")) if _keep_up_to(file, samples)]
         master.csv_monitor.filenames += [file.name.removesuffix(".csv") for file in files]  # they have their headings
     if master.tb_monitor is not None:
         from torch.utils.tensorboard import SummaryWriter
@@ -96,10 +94,19 @@ def _open(sections: Mapping[str, Any], samples: int | None) -> Any:
     return master
 
 
-def _keep_up_to(path: Path, samples: int) -> None:
-    """Drop a CSV file's rows of later examples, whole file or none."""
-    with path.open(encoding="utf-8", newline="") as lines:
-        heading, *rows = csv.reader(lines)
+def _keep_up_to(path: Path, samples: int) -> bool:
+    """Drop a CSV file's rows of later examples, whole file or none.
+
+    Returns:
+        Whether it has a heading. A full disk or a crash may have left it empty or all zeros; then it is removed.
+    """
+    with path.open(encoding="utf-8", errors="replace", newline="") as lines:
+        entries = [entry for entry in csv.reader(line.replace("\0", "") for line in lines) if entry]
+    if not entries:
+        path.unlink()
+        return False
+    heading, *rows = entries
     kept = [row for row in rows if len(row) == 2 and row[0].isdigit() and int(row[0]) <= samples]
     with replacing(path) as lines:
         csv.writer(lines).writerows([heading, *kept])
+    return True

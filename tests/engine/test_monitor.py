@@ -121,6 +121,27 @@ def test_one_that_can_not_be_opened_ends_all_ranks(pools: dict[int, Ranks], tmp_
         pools[2].run(unopenable, str(tmp_path))
 
 
+def resume_in(folder: str, samples: int) -> None:
+    """In a rank: a monitor that is resumed, and an event of each of its files."""
+    monitor = RunMonitor({"csv_monitor": {"enabled": True, "output_path": folder, "job_name": "csv"}})
+    monitor.resume(samples)
+    monitor.open()
+    monitor.write_events([(f"Train/{name}", 0.5, samples + 8) for name in ("whole", "empty", "zeros", "cut")])
+
+
+def test_a_resume_mends_what_a_full_disk_left(pools: dict[int, Ranks], tmp_path: Path) -> None:
+    """An empty file and one of zeros get their headings; half a row, and rows of later examples, are dropped."""
+    contents = {"whole": "step,whole\r\n8,1.0\r\n16,2.0\r\n", "empty": "", "zeros": "\0" * 9, "cut": "step,cut\r\n8"}
+    (tmp_path / "csv").mkdir()
+    for name, content in contents.items():
+        (tmp_path / "csv" / f"Train_{name}.csv").write_text(content, newline="")
+    pools[2].run(resume_in, str(tmp_path), 8)
+    rows = {name: column(tmp_path / "csv" / f"Train_{name}.csv") for name in contents}
+    assert rows == {
+        name: [["step", name], *([["8", "1.0"]] if name == "whole" else []), ["16", "0.5"]] for name in rows
+    }
+
+
 def test_a_failure_later_on_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     class Full:
         def write_events(self, events: Any) -> None:
