@@ -46,7 +46,7 @@ def sections(folder: Path) -> dict[str, Any]:
 
 
 def stop_and_go_on(folder: str) -> list[dict[str, Any]]:
-    """In a rank: a checkpoint after step 3, a fourth step that is lost, and the run resumed to its end."""
+    """In a rank: a checkpoint after step 3, a fourth step that is lost, two empty files, and the run resumed."""
     sys.path.insert(0, folder)
     os.environ["FAKE_WANDB"] = str(Path(folder) / f"calls_{os.environ['RANK']}.jsonl")
     config = CASE.config() | sections(Path(folder))
@@ -56,6 +56,8 @@ def stop_and_go_on(folder: str) -> list[dict[str, Any]]:
     engine.save_checkpoint(folder + "/checkpoints")
     engine.train_batch()
     engine.destroy()
+    (Path(folder) / "csv" / "Train_Samples_lr.csv").write_bytes(b"")  # as a full disk leaves it
+    (Path(folder) / "csv" / "Time_probe_s.csv").write_bytes(bytes(9))  # and a crash
     engine = start(CASE, config=config)
     engine.load_checkpoint(folder + "/checkpoints")
     stats += [engine.train_batch() for _ in range(STEPS - 3)]
@@ -121,25 +123,12 @@ def test_one_that_can_not_be_opened_ends_all_ranks(pools: dict[int, Ranks], tmp_
         pools[2].run(unopenable, str(tmp_path))
 
 
-def resume_in(folder: str, samples: int) -> None:
-    """In a rank: a monitor that is resumed, and an event of each of its files."""
-    monitor = RunMonitor({"csv_monitor": {"enabled": True, "output_path": folder, "job_name": "csv"}})
-    monitor.resume(samples)
-    monitor.open()
-    monitor.write_events([(f"Train/{name}", 0.5, samples + 8) for name in ("whole", "empty", "zeros", "cut")])
-
-
-def test_a_resume_mends_what_a_full_disk_left(pools: dict[int, Ranks], tmp_path: Path) -> None:
-    """An empty file and one of zeros get their headings; half a row, and rows of later examples, are dropped."""
-    contents = {"whole": "step,whole\r\n8,1.0\r\n16,2.0\r\n", "empty": "", "zeros": "\0" * 9, "cut": "step,cut\r\n8"}
-    (tmp_path / "csv").mkdir()
-    for name, content in contents.items():
-        (tmp_path / "csv" / f"Train_{name}.csv").write_text(content, newline="")
-    pools[2].run(resume_in, str(tmp_path), 8)
-    rows = {name: column(tmp_path / "csv" / f"Train_{name}.csv") for name in contents}
-    assert rows == {
-        name: [["step", name], *([["8", "1.0"]] if name == "whole" else []), ["16", "0.5"]] for name in rows
-    }
+@pytest.mark.parametrize(("name", "heading"), [("Train_Samples_lr", "lr"), ("Time_probe_s", "probe_s")])
+def test_csv_files_that_a_full_disk_left_empty(run: tuple[Path, list[dict[str, Any]]], name: str, heading: str) -> None:
+    """Each begins with its heading again."""
+    (head, *rows) = column(run[0] / "csv" / f"{name}.csv")
+    assert head == ["step", heading]
+    assert [int(step) for step, _ in rows] == [CORESET * step for step in range(4, STEPS + 1)]
 
 
 def test_a_failure_later_on_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
