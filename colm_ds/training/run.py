@@ -273,7 +273,7 @@ class TrainingRun:
                 print(visible(f"{recipe.name}: {line}"), file=sys.stderr)
         self.held_back.say()
         if self.stop.agreed(self.device):
-            return self._stopped(recipe.steps, f"before step {self.first_step}")
+            return self._stopped(self.first_step - 1, f"before step {self.first_step}")
         if self.first_step == 1:
             self._log({"step": 0, **self._heldout(True)})
         done = self.first_step - 1

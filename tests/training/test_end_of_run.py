@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from colm_ds.data.generated.mixture import write_mixture
 from colm_ds.process.exit_codes import ExitCode
+from colm_ds.process.stop_request import StopRequest
+from colm_ds.recipes.recipe import load_recipe
+from colm_ds.training.run import TrainingRun
 from tests.finetune.test_entry import ROOT, recipe_of, start
+from tests.ranks import Ranks
 
 PROGRAM = "tests/training/ending_badly.py"
 
@@ -106,3 +111,24 @@ def test_bad_input_leaves_no_folder(data: Path, tmp_path: Path) -> None:
     done = alone(values, tmp_path, "nothing")
     assert done.returncode == ExitCode.BAD_INPUT
     assert not (tmp_path / "run").exists()
+
+
+def stopped_before_a_step(path: str, *overrides: str) -> int:
+    """In a rank: SIGTERM comes while a run is set up."""
+    run = TrainingRun(load_recipe(path, overrides), torch.device("cpu"), StopRequest())
+    run.stop.reason = "signal SIGTERM"
+    code = run.train()
+    assert run.folder is not None
+    run.folder.close()
+    run.engine.destroy()
+    return code
+
+
+@pytest.mark.distributed
+def test_a_run_that_is_stopped_before_its_first_step_has_done_none(
+    data: Path, tmp_path: Path, pools: dict[int, Ranks]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(data, tmp_path)))
+    assert pools[1].run(stopped_before_a_step, str(path)) == [ExitCode.STOPPED]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"status": "stopped", "steps": 0}
