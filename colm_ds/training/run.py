@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ from colm_ds.run_folder.contents import (
 from colm_ds.run_folder.environment import describe_environment
 from colm_ds.run_folder.lock import RunLock
 from colm_ds.run_folder.metrics import events
-from colm_ds.run_folder.read import read_metrics
+from colm_ds.run_folder.read import number, numbers, read_metrics
 from colm_ds.run_folder.summary import summarise
 from colm_ds.run_folder.write import RunFolder
 from colm_ds.training.monitors import monitor_sections, set_environment
@@ -251,6 +251,8 @@ class TrainingRun:
         with held_back("colm_ds") as self.held_back:
             self.engine = self._make_engine()
         self.in_training = InTraining(self.engine, self.tokenizer, device, self.exchange, self.rank)
+        self._earlier_s = 0.0  # of training before the resume, until its checkpoint
+        self._started = time.perf_counter()
         self.first_step = together(lambda: self._resume(self.resumed), device)
         self.folder = together(self._make_folder, device)
         self.engine.monitor.open()
@@ -259,10 +261,11 @@ class TrainingRun:
         self.engine.memory.folder = Path(recipe.output_dir)
         self._peaks: dict[str, float] = {}
         self._parts: dict[str, float] = {}
+        self._take_up_peaks()
 
     def train(self) -> int:
         """Run all steps, then evaluate and write the summary and the weights; return the process's exit code."""
-        recipe, started = self.recipe, time.perf_counter()
+        recipe, self._started = self.recipe, time.perf_counter()
         self.stop.listen()
         if self.folder:
             described = self._describe()
@@ -307,17 +310,14 @@ class TrainingRun:
                     return self._stopped(step, "without a checkpoint" if not saved else f"after step {step}", saved)
         try:
             with self.engine.watchdog.watching("the end of the run"):
-                self._finish(started)
+                self._finish()
         except DivergenceError as error:  # resumed after a last step that was skipped as all before it
             return self._diverged(error)
         return 0
 
     def _record(self, stats: StepStats, step: int, facts: dict[str, Any], measures: bool = True) -> None:
         """Keep a step's numbers, with the held-out loss where it is due, unless nothing is to be measured."""
-        for name, peak in stats.memory_gib.items():
-            self._peaks[name] = max(self._peaks.get(name, 0.0), peak)
-        if stats.memory_gib["peak"] == self._peaks["peak"]:
-            self._parts = stats.memory_parts_gib
+        self._note_peaks(stats.memory_gib, stats.memory_parts_gib)
         every = self.recipe.evaluation.every
         due = measures and (step == self.recipe.steps or (every > 0 and step % every == 0))
         try:
@@ -335,6 +335,23 @@ class TrainingRun:
                 what = f"the {example['what']} of example {example['index']} ({example['source']}) is not finite"
                 print(visible(f"step {step}: {what}; it is left out"), file=sys.stderr)
 
+    def _note_peaks(self, peaks_gib: Mapping[str, float], parts_gib: Mapping[str, float]) -> None:
+        """Keep the largest peak of each phase, and the parts of the largest of all."""
+        for name, peak in peaks_gib.items():
+            self._peaks[name] = max(self._peaks.get(name, 0.0), peak)
+        if "peak" in peaks_gib and peaks_gib["peak"] == self._peaks["peak"]:
+            self._parts = dict(parts_gib)
+
+    def _take_up_peaks(self) -> None:
+        """Note the peaks of the steps before a resume, which metrics.jsonl has of rank 0 alone."""
+        for entry in read_metrics(self.folder.path / METRICS) if self.folder else ():
+            if entry.get("memory_kind") == self.engine.memory.kind:
+                self._note_peaks(numbers(entry.get("memory_gib")), numbers(entry.get("memory_parts_gib")))
+
+    def _wall_s(self) -> float:
+        """Return the seconds since training began, with those before the checkpoint that it was resumed from."""
+        return self._earlier_s + time.perf_counter() - self._started
+
     def _save(self) -> bool:
         """Write a checkpoint; return whether it was written. Where it cannot be, say so and let training continue."""
         if self.folder:
@@ -344,6 +361,7 @@ class TrainingRun:
             "data": self.task.identity(),
             "recipe": json.dumps(self.recipe.model_dump(), default=str),
             "deepspeed": json.dumps(self.engine.config.deepspeed, default=str),
+            "wall_s": self._wall_s(),
         }
         try:
             folder = str(Path(self.recipe.output_dir) / CHECKPOINTS)
@@ -396,7 +414,7 @@ class TrainingRun:
                 ExitCode.EVALUATION_FAILED,
             )
 
-    def _finish(self, started: float) -> None:
+    def _finish(self) -> None:
         if self.weights is None:  # resumed after the last step
             self._write_weights()
         folder = Path(self.recipe.output_dir)
@@ -415,7 +433,7 @@ class TrainingRun:
             summary |= {"memory_kind": self.engine.memory.kind, "peak_memory_gib_by_rank": by_rank}
             summary |= {"peak_memory_parts_gib": self._parts}
             summary |= {"lost_data": self.task.describe().get("lost")}
-            summary |= {**results, "wall_s": time.perf_counter() - started}
+            summary |= {**results, "wall_s": self._wall_s()}
             self.folder.write_summary(summary)
             assert self.weights is not None
             write_model_card(self.weights, folder, kind=ADAPTER if self.recipe.lora else MODEL)
@@ -442,6 +460,7 @@ class TrainingRun:
         if start:
             for reason in start.passed_over:
                 print(visible(f"not used: {reason}"), file=sys.stderr)
+        self._earlier_s = number(state.get("wall_s")) or 0.0  # checkpoints of earlier versions lack it
         return self.engine.step_count + 1
 
     def _make_folder(self) -> RunFolder | None:

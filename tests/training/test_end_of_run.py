@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,43 @@ def test_a_run_that_is_stopped_before_its_first_step_has_done_none(
     path.write_text(yaml.safe_dump(recipe(data, tmp_path)))
     assert pools[1].run(stopped_before_a_step, str(path)) == [ExitCode.STOPPED]
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"status": "stopped", "steps": 0}
+
+
+def end_of_a_resumed_run(path: str) -> dict[str, Any]:
+    """In a rank: a run is stopped after its first step, an hour and 100 GiB are added to that, and it is resumed."""
+    first = TrainingRun(load_recipe(path), torch.device("cpu"), StopRequest())
+    step = first.engine.train_batch
+
+    def train_batch() -> Any:
+        stats = step()
+        first._started -= 3600
+        first.stop.reason = "signal SIGTERM"
+        peaks, parts = stats.memory_gib, stats.memory_parts_gib
+        return replace(stats, memory_gib={**peaks, "probe": 100.0, "peak": 100.0}, memory_parts_gib={**parts, "x": 9.0})
+
+    first.engine.train_batch = train_batch  # type: ignore[method-assign]
+    assert first.train() == ExitCode.STOPPED
+    assert first.folder is not None
+    first.folder.close()
+    assert first.lock is not None
+    first.lock.release()
+    first.engine.destroy()
+    second = TrainingRun(load_recipe(path), torch.device("cpu"), StopRequest())
+    assert second.first_step == 2
+    assert second.train() == 0
+    assert second.lock is not None
+    second.lock.release()
+    second.engine.destroy()
+    summary: dict[str, Any] = json.loads((Path(second.recipe.output_dir) / "summary.json").read_text())
+    return summary
+
+
+@pytest.mark.distributed
+def test_a_resumed_runs_summary_is_of_the_whole_run(data: Path, tmp_path: Path, pools: dict[int, Ranks]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(data, tmp_path)))
+    (summary,) = pools[1].run(end_of_a_resumed_run, str(path))
+    assert summary["peak_memory_gib"]["peak"] == summary["peak_memory_gib"]["probe"] == 100.0
+    assert summary["peak_memory_gib_by_rank"] == [100.0]
+    assert summary["peak_memory_parts_gib"]["x"] == 9.0
+    assert 3600 < summary["wall_s"] < 3900
