@@ -140,8 +140,8 @@ def end_of_a_resumed_run(path: str) -> dict[str, Any]:
     first = TrainingRun(load_recipe(path), torch.device("cpu"), StopRequest())
     step = first.engine.train_batch
 
-    def train_batch() -> Any:
-        stats = step()
+    def train_batch(batch: Any = None) -> Any:
+        stats = step(batch)
         first._started -= 3600
         first.stop.reason = "signal SIGTERM"
         peaks, parts = stats.memory_gib, stats.memory_parts_gib
