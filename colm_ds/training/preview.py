@@ -9,7 +9,7 @@ import numpy as np
 
 from colm_ds.batching.loader import LargeBatchLoader, source_counts
 from colm_ds.batching.sources import small_source_ids
-from colm_ds.config.colm import CoLMSection
+from colm_ds.config.colm import OWN_WEIGHTS, CoLMSection
 from colm_ds.data import TokenDataset
 from colm_ds.data.choice_dataset import ChoiceDataset
 from colm_ds.data.examples import describe_read
@@ -206,7 +206,8 @@ def _why_chosen(coreset: Coreset, batch: LargeBatch, source: int, config: CoLMSe
         pool = coreset.coherence.get(-1)
         return "from one pool of all sources" + ("" if pool is None else f"; its coherence {pool:.2f}")
     coherence = coreset.coherence.get(source)
-    return "by its quota" if coherence is None else f"medoids of its quota; coherence {coherence:.2f}"
+    picks = "drawn" if config.selector in OWN_WEIGHTS else "medoids"
+    return "by its quota" if coherence is None else f"{picks} by its quota; coherence {coherence:.2f}"
 
 
 def _by_example(train: Data, batch: LargeBatch, coreset: Coreset, tokenizer: Any) -> list[str]:
