@@ -365,7 +365,7 @@ def _check_stored(colm: CoLMSection, problems: Problems) -> None:
     if colm.replay in ("on", "offload"):
         problems.add("colm.replay", colm.replay, why, 'Remove it, or write "auto".')
     if colm.signal is not None and colm.selector not in STORED:
-        what = f"{colm.selector!r} takes no stored sketches, {' and '.join(STORED)} do"
+        what = f"{colm.selector!r} takes no stored sketches, {', '.join(STORED[:-1])} and {STORED[-1]} do"
         problems.add("colm.probe.source", "store", what, 'Write "pass", or another selector.')
     if colm.probe.estimator != "sketch":
         what = "what training's pass leaves is a sketch"

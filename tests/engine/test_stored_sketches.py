@@ -299,7 +299,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "estimator": ({"probe": {"source": "store", "estimator": "spsa"}}, r"probe\.estimator = 'spsa'.*Write sketch"),
     "refresh": ({"probe": {"source": "store", "refresh": "step"}}, r"probe\.refresh = 'step': .*same signs. Write run"),
     "geometry": ({"geometry": "adam"}, r"colm\.geometry = 'adam': Adam's scales change .* Write \"plain\""),
-    "selector": ({"selector": "grab"}, r"'grab' takes no stored sketches, colm and balanced do"),
+    "selector": ({"selector": "grab"}, r"'grab' takes no stored sketches, colm, balanced and importance do"),
     "score": ({"selector": "big_loss"}, r"'big_loss' takes no stored sketches"),
     "replay": ({"replay": "on"}, r"colm\.replay = 'on': with probe\.source = 'store' no large batch is passed"),
     "sample": ({"probe": {"source": "store", "sample": 0.5}}, r"colm\.probe\.sample = 0\.5: with probe\.source"),
