@@ -43,6 +43,7 @@ from colm_ds.types import LargeBatch
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "finetune" / "recipes" / "smollm2_math_tokens.yaml"
+KEPT = ROOT / "runs" / "error_over_steps.pt"
 SIZES = ("8:32", "32:64", "32:128", "64:256")
 SUMS = (10, 30, 100)
 BLIND = "importance, no exchange"
@@ -81,6 +82,7 @@ def measure(recipe_file: str, overrides: list[str], count: int, keep: Path) -> N
     occurs = occurring_ids(data, vocabulary_size(model), SINGLE_PROCESS, 0)
     embedding = model.get_input_embeddings().weight.detach().cpu()  # type: ignore[operator]
     examples = measured.sample.examples
+    keep.parent.mkdir(parents=True, exist_ok=True)
     torch.save(
         {
             "products": measured.gram.products,
@@ -191,7 +193,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=512, help="examples whose gradients are measured (512)")
     parser.add_argument("--steps", type=int, default=200, help="steps of a seed (200)")
     parser.add_argument("--seeds", type=int, default=4, help="seeds of batches and draws (4)")
-    parser.add_argument("--keep", type=Path, default=Path("gradients.pt"), help="file of the measured gradients")
+    parser.add_argument("--keep", type=Path, default=KEPT, help="file of the measured gradients")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results" / "error_over_steps.json", help="JSON"
     )
