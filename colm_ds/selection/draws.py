@@ -1,4 +1,4 @@
-"""Draws without replacement: uniform, weighted, and by scores with noise; what makes a draw's weights unbiased."""
+"""Draws without replacement: uniform, weighted, systematic, by noisy scores; what makes a draw's weights unbiased."""
 
 from __future__ import annotations
 
@@ -82,6 +82,45 @@ def inclusion_probabilities(probabilities: Tensor, count: int) -> Tensor:
         too_few = float(-torch.expm1(-middle * chances).sum()) < count
         low, high = (middle, high) if too_few else (low, middle)
     return -torch.expm1(-high * chances)
+
+
+def proportional_probabilities(sizes: Tensor, count: int) -> Tensor:
+    """Return probabilities in proportion to sizes, at most 1, that sum to `count`; float64 `[n]`.
+
+    Args:
+        sizes: `[n]`, all above 0, or all 0, which counts as all alike.
+        count: picks, 0 < count < n.
+    """
+    wide = sizes.double() if float(sizes.sum()) > 0.0 else torch.ones(len(sizes), dtype=torch.float64)
+    certain = torch.zeros(len(wide), dtype=torch.bool)
+    while True:
+        rest = count - int(certain.sum())
+        probabilities = torch.where(certain, 1.0, wide * (rest / float(wide[~certain].sum())))
+        more = (probabilities >= 1.0) & ~certain
+        if not bool(more.any()):
+            return probabilities
+        certain |= more
+
+
+def systematic_draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw places with given probabilities: equal steps from a random start along them, in random order.
+
+    Args:
+        probabilities: at most 1, of a whole sum, float64 `[n]`.
+        generator: private CPU generator.
+
+    Returns:
+        Whether each place is drawn, bool `[n]`; as many as the probabilities' sum.
+    """
+    count = round(float(probabilities.sum()))
+    order = torch.randperm(len(probabilities), generator=generator)
+    start = torch.rand((), generator=generator, dtype=torch.float64)
+    ends = probabilities[order].cumsum(dim=0)
+    ends = ends * (count / ends[-1])  # round-off would lose or add one
+    places = torch.searchsorted(ends, start + torch.arange(count), right=True).clamp_max(len(order) - 1)
+    drawn = torch.zeros(len(probabilities), dtype=torch.bool)
+    drawn[order[places]] = True
+    return drawn
 
 
 def first_largest(values: Tensor, scale: float) -> int:

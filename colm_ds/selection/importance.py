@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from colm_ds.selection.draws import proportional_probabilities, systematic_draw
 from colm_ds.selection.options import option
 from colm_ds.selection.weights import mean_one
 
@@ -46,47 +47,6 @@ def chances_by_labels(num_label_tokens: Tensor, parts: Tensor | None = None) -> 
     """
     lengths = num_label_tokens.double().clamp_min(1.0).rsqrt()
     return lengths if parts is None else lengths * parts.double()
-
-
-def inclusion_probabilities(chances: Tensor, count: int) -> Tensor:
-    """Return probabilities in proportion to chances, at most 1, that sum to `count`; float64 `[n]`.
-
-    Args:
-        chances: `[n]`, at least 0; those under `LEAST_CHANCE` of the mean count as that.
-        count: picks, 0 < count < n.
-    """
-    sizes = chances.double()
-    mean = float(sizes.mean())
-    sizes = sizes.clamp_min(LEAST_CHANCE * mean) if mean > 0.0 else torch.ones_like(sizes)
-    certain = torch.zeros(len(sizes), dtype=torch.bool)
-    while True:
-        rest = count - int(certain.sum())
-        probabilities = torch.where(certain, 1.0, sizes * (rest / float(sizes[~certain].sum())))
-        more = (probabilities >= 1.0) & ~certain
-        if not bool(more.any()):
-            return probabilities
-        certain |= more
-
-
-def systematic_draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw places with given probabilities: equal steps from a random start along them, in random order.
-
-    Args:
-        probabilities: at most 1, of a whole sum, float64 `[n]`.
-        generator: private CPU generator.
-
-    Returns:
-        Whether each place is drawn, bool `[n]`; as many as the probabilities' sum.
-    """
-    count = round(float(probabilities.sum()))
-    order = torch.randperm(len(probabilities), generator=generator)
-    start = torch.rand((), generator=generator, dtype=torch.float64)
-    ends = probabilities[order].cumsum(dim=0)
-    ends = ends * (count / ends[-1])  # round-off would lose or add one
-    places = torch.searchsorted(ends, start + torch.arange(count), right=True).clamp_max(len(order) - 1)
-    drawn = torch.zeros(len(probabilities), dtype=torch.bool)
-    drawn[order[places]] = True
-    return drawn
 
 
 def exchange_for_balance(drawn: Tensor, vectors: Tensor, generator: torch.Generator, part: int = PART) -> Tensor:
@@ -146,7 +106,8 @@ def importance_draw(
     Returns:
         Ascending places, int64 `[count]`, and weights of mean 1, float32 `[count]`.
     """
-    probabilities = inclusion_probabilities(chances, count)
+    likely = chances.double()
+    probabilities = proportional_probabilities(likely.clamp_min(LEAST_CHANCE * float(likely.mean())), count)
     wide, parts = signals.double(), sizes.double()
     mean = wide.sum(dim=0) / parts.sum()
     deviations = (wide - parts[:, None] * mean) / probabilities[:, None]

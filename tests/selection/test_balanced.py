@@ -115,8 +115,9 @@ def test_selector_keeps_small_sources_and_quotas() -> None:
     assert later.positions.tolist() != drawn.positions.tolist()
 
 
-def test_ranks_draw_alike() -> None:
-    settings = SelectionSettings(picks="balanced", per_source=False)
+@pytest.mark.parametrize("picks", ["balanced", "importance"])
+def test_ranks_draw_alike(picks: str) -> None:
+    settings = SelectionSettings(picks=picks, per_source=False)
     vectors = randn(R, 9, seed=1)
     wanted = select_coreset(SOURCES, make_signals(1), B, settings=settings)
 
@@ -127,6 +128,7 @@ def test_ranks_draw_alike() -> None:
 
     for found, _ in run_ranks(choose):
         assert found.positions.tolist() == wanted.positions.tolist()
+        assert found.weights.tolist() == wanted.weights.tolist()
 
 
 def test_by_name_and_in_a_section() -> None:

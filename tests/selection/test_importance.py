@@ -15,25 +15,28 @@ from colm_ds.errors import ConfigError
 from colm_ds.randomness import private_generator
 from colm_ds.selection import (
     SINGLE_PROCESS,
-    Exchange,
     SelectionSettings,
     SelectorContext,
-    Signals,
     make_selector,
     select_coreset,
 )
+from colm_ds.selection.draws import proportional_probabilities, systematic_draw
 from colm_ds.selection.importance import (
     LEAST_CHANCE,
     chances_by_labels,
     exchange_for_balance,
     importance_draw,
-    inclusion_probabilities,
-    systematic_draw,
 )
-from colm_ds.types import Coreset, LargeBatch
-from tests.selection.batches import SMALL, SOURCES, B, R, all_finite
+from colm_ds.types import LargeBatch
+from tests.selection.batches import SMALL, SOURCES, B, R
 from tests.selection.oracles import randn
-from tests.selection.test_ranks import run_ranks
+from tests.selection.test_balanced import make_signals
+
+
+def probabilities_of(chances: Tensor, count: int) -> Tensor:
+    """The probabilities of a draw by importance."""
+    return proportional_probabilities(chances.double().clamp_min(LEAST_CHANCE * float(chances.mean())), count)
+
 
 LENGTHS = torch.tensor([1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 100, 120, 150, 180, 190, 192])
 
@@ -44,7 +47,7 @@ def generator(seed: int) -> torch.Generator:
 
 @pytest.mark.parametrize("count", [1, 3, 8, 15])
 def test_probabilities_go_by_chances_up_to_certainty(count: int) -> None:
-    found = inclusion_probabilities(chances_by_labels(LENGTHS), count)
+    found = probabilities_of(chances_by_labels(LENGTHS), count)
     assert float(found.sum()) == pytest.approx(count)
     assert 0.0 < float(found.min()) <= float(found.max()) <= 1.0
     below = found < 1.0
@@ -60,11 +63,11 @@ def test_chances() -> None:
     assert chances_by_labels(torch.tensor([0, 1, 4])).tolist() == [1.0, 1.0, 0.5]
     parts = torch.tensor([1.0, 4.0, 16.0])  # a mean over tokens sums T g, which grows with the square root of T
     assert chances_by_labels(torch.tensor([1, 4, 16]), parts).tolist() == [1.0, 2.0, 4.0]
-    assert inclusion_probabilities(torch.zeros(4), 2).tolist() == [0.5] * 4
+    assert probabilities_of(torch.zeros(4), 2).tolist() == [0.5] * 4
 
 
 def test_draws_have_the_probabilities() -> None:
-    wanted, runs = inclusion_probabilities(chances_by_labels(LENGTHS), 6), 2000
+    wanted, runs = probabilities_of(chances_by_labels(LENGTHS), 6), 2000
     drawn = torch.stack([systematic_draw(wanted, generator(run)) for run in range(runs)])
     assert set(drawn.sum(dim=1).tolist()) == {6}
     deviation = (wanted * (1.0 - wanted) / runs).sqrt()
@@ -128,10 +131,6 @@ def test_error_of_the_mean_gradient(by_token: bool) -> None:
     assert (ours.mean(axis=0) ** 2).sum() < 0.02 * squared + 2.0 * squared / runs
 
 
-def make_signals(step: int) -> Signals:
-    return Signals(torch.arange(R), all_finite(), vectors=randn(R, 9, seed=step))
-
-
 def test_selector_keeps_small_sources_and_quotas() -> None:
     settings = SelectionSettings(picks="importance")
     medoids = select_coreset(SOURCES, make_signals(1), B, small=SMALL)
@@ -148,21 +147,6 @@ def test_selector_keeps_small_sources_and_quotas() -> None:
     assert later.positions.tolist() != drawn.positions.tolist()
 
 
-def test_ranks_draw_alike() -> None:
-    settings = SelectionSettings(picks="importance", per_source=False)
-    vectors = randn(R, 9, seed=1)
-    wanted = select_coreset(SOURCES, make_signals(1), B, settings=settings)
-
-    def choose(exchange: Exchange) -> Coreset:
-        mine = torch.arange(R)[int(not exchange.is_main) :: 2]
-        signals = Signals(mine, all_finite(), vectors=vectors[mine])
-        return select_coreset(SOURCES, signals, B, settings=settings, exchange=exchange)
-
-    for found, _ in run_ranks(choose):
-        assert found.positions.tolist() == wanted.positions.tolist()
-        assert found.weights.tolist() == wanted.weights.tolist()
-
-
 @pytest.mark.parametrize("by", ["labels", "signal"])
 def test_selector_weighs_by_labels_or_by_signals(by: str) -> None:
     settings = SelectionSettings(per_source=False, geometry="plain")
@@ -173,7 +157,7 @@ def test_selector_weighs_by_labels_or_by_signals(by: str) -> None:
     coreset = selector.select(batch, signals, SINGLE_PROCESS)
     assert signals.vectors is not None
     sizes = lengths.double().rsqrt() if by == "labels" else signals.vectors.double().norm(dim=1)
-    probabilities = inclusion_probabilities(sizes, B)[coreset.positions]
+    probabilities = probabilities_of(sizes, B)[coreset.positions]
     wanted = 1.0 / probabilities
     torch.testing.assert_close(coreset.weights.double(), wanted / wanted.mean(), rtol=1e-6, atol=1e-6)
 
