@@ -1,13 +1,13 @@
-"""Choosing r / 4 of r by token vectors, as the reader's thread of rank 0 does it: seconds, memory, and the objective.
+"""Choosing r / 4 of r by token vectors, as the reader's thread of rank 0 does it: CPU seconds, memory, the objective.
 
-    python benchmarks/choose.py                # 1 minute; one thread
+    python benchmarks/choose.py                # draws by importance (the default) and medoids; 1 minute, one thread
     python benchmarks/choose.py --selectors    # every selector, b of r in one pool, beside a step of SmolLM2-135M
 
 Features are clusters of as many numbers as a token's vector has, as mean vectors of a mixture's sources are. Above
 4,096 examples medoids are picked in parts of 1,024 neighbours; their objective is compared with that of the greedy
 choice of one matrix, up to 8,192 examples.
 
-With --selectors seconds are of the CPU, of one thread, so that other processes do not count; the step is b examples
+Seconds are of the CPU, of one thread, so that other processes do not count. With --selectors the step is b examples
 trained with LoRA and activation checkpointing, and the pass over r that the selector needs, without replay.
 """
 
@@ -17,6 +17,7 @@ import argparse
 import copy
 import statistics
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,43 +49,52 @@ MOST_GREEDY = 8192
 """Examples up to which the greedy choice is made as well, from a matrix of 512 MiB."""
 
 NUM_CLUSTERS = 40
-SETTINGS = SelectionSettings(geometry="plain", metric="euclidean", weights="matched", per_source=False)
+IMPORTANCE, MEDOIDS = "importance", "medoids, matched weights"
+WAYS = {
+    IMPORTANCE: SelectionSettings(geometry="plain", picks="importance", per_source=False),
+    MEDOIDS: SelectionSettings(geometry="plain", metric="euclidean", weights="matched", per_source=False),
+}
 
 
-def make_features(size: int) -> Tensor:
-    """Return features of examples of many lengths around some centres, `[size, WIDTH]`."""
+def make_features(size: int) -> tuple[Tensor, Tensor]:
+    """Return features of examples around some centres, `[size, WIDTH]`, and chances by their lengths, `[size]`."""
     generator = private_generator(0, "benchmark choose", size)
     centres = torch.randn(NUM_CLUSTERS, WIDTH, generator=generator)
     places = torch.randint(0, NUM_CLUSTERS, (size,), generator=generator)
     lengths = 10 + 100 * torch.rand(size, 1, generator=generator)
-    return ((centres[places] + torch.randn(size, WIDTH, generator=generator)) / lengths.sqrt()).half().float()
+    features = ((centres[places] + torch.randn(size, WIDTH, generator=generator)) / lengths.sqrt()).half().float()
+    return features, lengths.flatten().double().rsqrt()
 
 
-def choose(features: Tensor) -> None:
+def choose(features: Tensor, chances: Tensor, settings: SelectionSettings) -> None:
     """Choose a quarter of the examples, with weights."""
     size = len(features)
     signals = Signals(torch.arange(size), torch.ones(size, dtype=torch.bool), vectors=features)
-    select_coreset(torch.zeros(size, dtype=torch.int64), signals, size // 4, settings=SETTINGS)
+    sources = torch.zeros(size, dtype=torch.int64)
+    select_coreset(sources, signals, size // 4, settings=settings, chances=chances)
 
 
-def measure(size: int, repeats: int) -> dict[str, Any]:
+def measure(size: int, way: str, repeats: int) -> dict[str, Any]:
     """Return medians and extremes of the seconds, peak of allocations, and the objective over the greedy choice's."""
-    features = make_features(size)
-    choose(features)  # warms up
+    features, chances = make_features(size)
+    settings = WAYS[way]
+    choose(features, chances, settings)  # warms up
     seconds = []
     for _ in range(repeats):
-        begun = time.perf_counter()
-        choose(features)
-        seconds.append(time.perf_counter() - begun)
-    peak = counted_allocations(lambda: choose(features)).peak
+        begun = time.process_time()
+        choose(features, chances, settings)
+        seconds.append(time.process_time() - begun)
+    peak = counted_allocations(lambda: choose(features, chances, settings)).peak
+    compared = way == MEDOIDS and size <= MOST_GREEDY
     return {
+        "way": way,
         "r": size,
         "b": size // 4,
         "median_s": statistics.median(seconds),
         "min_s": min(seconds),
         "max_s": max(seconds),
         "peak_mib": peak / 2**20,
-        "objective_to_greedy": objective_to_greedy(features) if size <= MOST_GREEDY else None,
+        "objective_to_greedy": objective_to_greedy(features) if compared else None,
     }
 
 
@@ -230,9 +240,9 @@ def main() -> None:
         report("choose_selectors", selectors_and_step(options), options)
         return
     rows = []
-    for size in options.sizes:
-        rows.append(measure(size, options.repeats))
-        text = f"{rows[-1]['b']} of {size}: {rows[-1]['median_s']:.3f} s, {rows[-1]['peak_mib']:.0f} MiB"
+    for size, way in product(options.sizes, WAYS):
+        rows.append(measure(size, way, options.repeats))
+        text = f"{way}, {rows[-1]['b']} of {size}: {rows[-1]['median_s']:.3f} s, {rows[-1]['peak_mib']:.0f} MiB"
         objective = rows[-1]["objective_to_greedy"]
         print(text if objective is None else f"{text}, objective {objective:.4f} of the greedy choice's", flush=True)
     report("choose", {"rows": rows}, options)

@@ -206,7 +206,7 @@ def make_arm(options: argparse.Namespace, records: list[dict[str, Any]], arm: di
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     section: dict[str, Any] = {"large_batch_size": arm["r"], "coreset_size": arm["b"]}
-    section["selector"] = arm.get("selector", "colm")
+    section["selector"] = arm.get("selector", "auto")
     if arm.get("estimator") == "tokens":
         section["probe"] = {"estimator": "tokens"}
     elif "estimator" in arm:

@@ -142,9 +142,9 @@ def arms_of(large: int, coreset: int) -> list[Arm]:
         colm(*sizes, "exact", "replay, matched, joint", colm=joint),
     ]
     if "tokens" in estimators():
-        section = {"probe": {"estimator": "tokens"}, **joint}
-        arms.insert(2, Arm(f"CoLM {coreset} of {large}, tokens", large, coreset, section))
-        arms.insert(4, Arm(f"CoLM {coreset} of {2 * large}, tokens", 2 * large, coreset, section))
+        section = {"probe": {"estimator": "tokens"}}
+        arms.insert(2, Arm(f"tokens {coreset} of {large}", large, coreset, section))
+        arms.insert(4, Arm(f"tokens {coreset} of {2 * large}", 2 * large, coreset, section))
     return arms
 
 

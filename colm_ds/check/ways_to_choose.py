@@ -32,7 +32,7 @@ JOINT, BY_SOURCE = "one pool", "per source"
 
 RECIPE = "this recipe"
 
-DEFAULT = f"tokens, {JOINT}, matched"
+DEFAULT = f"importance by tokens, {JOINT}"
 """The way to choose of `colm.probe.estimator: tokens` with its defaults."""
 
 

@@ -168,15 +168,21 @@ PAPER: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {"paper": PAPER}
 
 FITS_TOKENS: dict[str, Any] = {
+    "selector": "importance",
     "small_sources": "none",
     "per_source": False,
     "geometry": "plain",
     "metric": "euclidean",
-    "weights": "matched",
+    "weights": "uniform",
 }
-"""Values of `auto` for the estimator `tokens`: one pool, plain comparison, and weights that match its mean."""
+"""Values of `auto` for the estimator `tokens`: draws by importance from one pool, compared as they are.
+
+With `selector: colm` the medoids' weights match the pool's mean instead. Medoids are level with draws in one step, but
+their errors add up over steps (docs/WHEN.md).
+"""
 
 FITS_GRADIENTS: dict[str, Any] = {
+    "selector": "colm",
     "small_sources": "auto",
     "per_source": True,
     "geometry": "adam",
@@ -199,8 +205,8 @@ def with_preset(values: Any) -> Any:
     tokens = isinstance(probe, Mapping) and probe.get("estimator") == "tokens"
     fitting = dict(FITS_TOKENS if tokens else FITS_GRADIENTS)
     vectors = _compares_vectors(values)
-    if tokens and (values.get("selector") in OWN_WEIGHTS or vectors):
-        fitting["weights"] = "uniform"
+    if tokens and values.get("selector") == "colm":
+        fitting["weights"] = "matched"
     if vectors and not tokens:
         fitting["geometry"] = "adam" if values.get("selector") == "opus" else "plain"
     stored = isinstance(probe, Mapping) and probe.get("source") == "store"
@@ -234,8 +240,8 @@ WITHOUT_VECTORS = ("colm", "random", "keep_random", "full", *OWN_WEIGHTS)
 
 def _compares_vectors(values: Mapping[str, Any]) -> bool:
     """Return whether the selector that is written in a section compares gradients as vectors."""
-    name, options = values.get("selector", "colm"), values.get("options")
-    if name in WITHOUT_VECTORS:
+    name, options = values.get("selector", "auto"), values.get("options")
+    if name in ("auto", *WITHOUT_VECTORS):
         return False
     from colm_ds.selection import needs_of
 
@@ -256,9 +262,10 @@ class CoLMSection(Section):
     coreset_size: int | None = Field(None, ge=1, description="b: examples trained on; default: train_batch_size")
     selector: str = Field(
         "colm",
-        description="colm; importance and balanced (unbiased draws by the same signal); random, keep_random, full "
-        "(plain training on b, small sources kept, all r); a baseline: big_loss, gradient_norm, middle_perplexity, "
-        "completion_length, least_confidence, hidden_medoids; or another system: ccs, simcore, goracs, vector_sum, "
+        description="auto: colm, with tokens importance; colm (medoids); importance and balanced (unbiased draws by "
+        "the same signal); random, keep_random, full (plain training on b, small sources kept, all r); a baseline: "
+        "big_loss, gradient_norm, middle_perplexity, completion_length, least_confidence, hidden_medoids; or another "
+        "system: ccs, simcore, goracs, vector_sum, "
         "selective_backprop, greats, opus, grab, rho_loss, infobatch, loss_band, delta_loss",
     )
     options: dict[str, Any] = Field(
@@ -296,7 +303,7 @@ class CoLMSection(Section):
         "l1", description="distance between examples; auto: l1, with tokens euclidean"
     )
     weights: Literal["uniform", "cluster", "matched"] = Field(
-        "uniform", description="loss weights of medoids; auto: uniform, for colm with tokens matched"
+        "uniform", description="loss weights of medoids; auto: uniform, with selector colm and tokens matched"
     )
     loss_normalization: Literal["example", "token"] = Field("example", description="mean over examples or tokens")
     micro_batch_tokens: int | None = Field(

@@ -267,7 +267,8 @@ def _check_mask_and_probe(colm: CoLMSection, problems: Problems) -> None:
         what = f"a {colm.probe.estimator} is compared whole, without a mask"
         problems.add("colm.mask", colm.mask.model_dump(), what, "Remove it.")
     if colm.selector in OWN_WEIGHTS and colm.weights != "uniform":
-        problems.add("colm.weights", colm.weights, f"{colm.selector!r} has weights of its own", 'Write "uniform".')
+        what = f"{colm.selector!r} has weights of its own"
+        problems.add("colm.weights", colm.weights, what, 'Write "uniform", or selector: colm, whose medoids take them.')
     if colm.probe.estimator == "tokens":
         _check_tokens(colm, problems)
     if colm.probe.is_stored:
@@ -303,7 +304,7 @@ def _check_without_effect(colm: CoLMSection, problems: Problems) -> None:
         problems.add("colm.weights", colm.weights, what, 'Write "uniform".')
     if colm.selector in OWN_WEIGHTS and colm.metric != fitting["metric"]:
         what = f"{colm.selector!r} draws at random and compares no distances"
-        problems.add("colm.metric", colm.metric, what, 'Remove it, or write "auto".')
+        problems.add("colm.metric", colm.metric, what, "Remove it, or write selector: colm, whose medoids do.")
 
 
 def _check_selector(colm: CoLMSection, problems: Problems) -> None:

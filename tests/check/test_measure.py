@@ -288,7 +288,8 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("keys", "row"),
     [
-        (["colm.probe.estimator=tokens"], "tokens, one pool, matched"),
+        (["colm.probe.estimator=tokens"], "importance by tokens, one pool"),
+        (["colm.probe.estimator=tokens", "colm.selector=colm"], "tokens, one pool, matched"),
         (["colm.selector=random"], "random (plain training)"),
     ],
 )

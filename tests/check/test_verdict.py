@@ -82,7 +82,7 @@ def test_differences_are_taken_batch_by_batch() -> None:
 def test_the_default_is_that_of_tokens() -> None:
     section = CoLMSection.model_validate({"large_batch_size": 4, "probe": {"estimator": "tokens"}})
     pool = "per source" if section.per_source else "one pool"
-    assert f"{section.probe.estimator}, {pool}, {section.weights}" == DEFAULT
+    assert f"{section.selector} by {section.probe.estimator}, {pool}" == DEFAULT
 
 
 @pytest.mark.parametrize(

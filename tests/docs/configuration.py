@@ -77,7 +77,8 @@ def rows(
         values, default = _values(field.annotation), _default(field)
         if section is CoLMSection and name in FITS_TOKENS:
             values = values if "`auto`" in values else f"`auto`, {values}"
-            default = f"{_shown(FITS_GRADIENTS[name])}; with `probe.estimator: tokens` {_shown(FITS_TOKENS[name])}"
+            default, with_tokens = _shown(FITS_GRADIENTS[name]), _shown(FITS_TOKENS[name])
+            default += f"; with `probe.estimator: tokens` {with_tokens}" if with_tokens != default else ""
         yield f"{prefix}{name}", (values, default, field.description or "")
 
 

@@ -35,7 +35,7 @@ def dumped(recipe: BaseRecipe) -> dict[str, Any]:
 def test_the_recipe_to_copy_is_whole(folder: Path) -> None:
     recipe = load_recipe(folder / "my_recipe.yaml")
     config = resolve_config(deepspeed_config(recipe), 4)
-    assert (config.colm.large_batch_size, config.colm.coreset_size, config.colm.weights) == (32, 8, "matched")
+    assert (config.colm.large_batch_size, config.colm.coreset_size, config.colm.selector) == (32, 8, "importance")
     values = yaml.safe_load((folder / "my_recipe.yaml").read_text())
     assert set(SECTIONS) <= set(values)
     least = {key: values[key] for key in ("output_dir", "steps", "model", "deepspeed")}

@@ -36,8 +36,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "low-rank steps": {"probe": {"estimator": "spsa", "direction_rank": 2, "num_probes": 3, "refresh": "run"}},
     "a sketch in plain geometry": {"probe": {"estimator": "sketch"}, "geometry": "plain"},
     "probe of a part": {"probe": {"estimator": "exact", "sample": 0.6}},
-    "token embeddings": {"probe": {"estimator": "tokens"}, "small_sources": "none", "per_source": False}
-    | {"geometry": "plain", "metric": "euclidean", "weights": "matched"},
+    "token embeddings": {"probe": {"estimator": "tokens"}},
+    "medoids by token embeddings": {"selector": "colm", "probe": {"estimator": "tokens"}},
     "balanced draws": {"selector": "balanced"},
     "draws by importance": {"selector": "importance"},
     "some of the tokens": {"probe": {"estimator": "exact", "token_sample": 0.4}},
@@ -45,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 BY_DEFAULT = (
     *("more small examples than b", "a mask by weight and gradient", "the MLP's output", "random projections"),
-    *("low-rank steps", "token embeddings", "draws by importance", "some of the tokens"),
+    *("low-rank steps", "medoids by token embeddings", "draws by importance", "some of the tokens"),
 )
 
 MANY = {"algebra": 300, "biology": 40, "code": 10}

@@ -117,7 +117,7 @@ def test_vectors_stay_those_of_the_start() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_any_architecture_and_no_pass_of_the_model(family: str) -> None:
-    """The choice is that of the features alone, in one pool with matched weights; a selection never calls the model."""
+    """The choice is that of the features alone, in one pool; a selection never calls the model."""
     model = tiny_model(family)
     called: list[int] = []
     made = examples()
@@ -139,9 +139,11 @@ def test_any_architecture_and_no_pass_of_the_model(family: str) -> None:
 def test_defaults_fit_the_estimator_and_written_keys_win() -> None:
     found = CoLMSection.model_validate(SECTION)
     assert (found.per_source, found.small_sources, found.geometry) == (False, "none", "plain")
-    assert (found.metric, found.weights) == ("euclidean", "matched")
-    paper = CoLMSection.model_validate(SECTION | {"preset": "paper", "metric": "cosine"})
-    assert (paper.metric, paper.weights, paper.per_source) == ("cosine", "matched", False)
+    assert (found.selector, found.metric, found.weights) == ("importance", "euclidean", "uniform")
+    paper, pinned = CoLMSection.model_validate(SECTION | {"preset": "paper"}), {"preset", "quotas", "small_share"}
+    assert paper.model_dump(exclude=pinned) == found.model_dump(exclude=pinned)
+    medoids = CoLMSection.model_validate(SECTION | {"preset": "paper", "selector": "colm", "metric": "cosine"})
+    assert (medoids.metric, medoids.weights, medoids.per_source) == ("cosine", "matched", False)
     assert CoLMSection.model_validate(paper.model_dump()) == paper
 
 

@@ -74,7 +74,7 @@ def test_changes_are_what_a_recipe_takes(recipe: BaseRecipe, tmp_path: Path) -> 
         made = load_recipe(tmp_path / "recipe.yaml", plan.changes(recipe))
         assert (made.colm.large_batch_size, made.colm.coreset_size) == (plan.large, plan.coreset)
         assert made.micro_batch_size == plan.micro_batch
-        assert (made.colm.selector == "colm") == (plan.selects or plan.by_tokens)
+        assert made.colm.selector == ("importance" if plan.by_tokens else "colm" if plan.selects else "full")
         assert (made.colm.probe.estimator == "tokens") == plan.by_tokens
         assert (getattr(made, "data").heldout is None) == plan.is_sized  # noqa: B009
 

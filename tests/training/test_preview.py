@@ -127,6 +127,7 @@ def test_classification(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ("changes", "why"),
     [
         (["colm.probe.estimator=tokens"], "from one pool of all sources"),
+        (["colm.probe.estimator=tokens", "colm.selector=colm"], "from one pool of all sources"),
         (["colm.probe.estimator=tokens", "colm.per_source=true"], "by its quota"),
         (["colm.selector=random"], "chosen among all, whatever their source"),
         (["colm={selector: full, large_batch_size: 16, coreset_size: 16}"], "all are trained on"),

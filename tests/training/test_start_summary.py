@@ -149,10 +149,13 @@ def test_many_sources_take_one_line(folder: Path) -> None:
     assert without == "9,009 examples: big 9,000, 9 more with 9, 1 of them small; small ones are kept whole"
 
 
+TOKENS = {"probe": {"estimator": "tokens"}}
+
+
 @pytest.mark.parametrize(
     ("colm", "said"),
     [
-        ({"probe": {"estimator": "tokens"}}, "colm with tokens: a step at 1.00 times the price of plain training on b"),
+        (TOKENS, "importance with tokens: a step at 1.00 times the price of plain training on b"),
         ({"selector": "random"}, "random: a step at 1.00 times the price of plain training on b"),
         ({"selector": "full", "coreset_size": 16}, "full: plain training on all r"),
     ],
