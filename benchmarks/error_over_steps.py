@@ -118,7 +118,8 @@ def ways(size: int, seed: int) -> Iterator[tuple[str, Selector]]:
     yield "importance", made("importance")
     yield BLIND, made("importance")
     yield "importance by the signal", made("importance", {"by": "signal"})
-    yield "importance, per source", made("importance", per_source=True)
+    yield "importance, per source", made("importance", per_source=True, carries=True)
+    yield "importance, per source, independent quotas", made("importance", per_source=True)
 
 
 def large_batches(count: int, size: int, steps: int, seed: int) -> Iterator[torch.Tensor]:
@@ -137,13 +138,14 @@ def errors(name: str, measured: Measured, size: int, large: int, steps: int, see
     """Return the error of every step's mean gradient by a way of `ways`, `[steps, N]`."""
     selector = dict(ways(size, seed))[name]
     known = torch.zeros_like(measured.signals) if name == BLIND else measured.signals
-    found = []
+    found, carry = [], {}
     for step, batch in enumerate(large_batches(len(measured.lengths), large, steps, seed), start=1):
         lengths, nowhere = measured.lengths[batch], torch.zeros_like(batch)
-        facts = LargeBatch(step, batch, measured.sources[batch], lengths, lengths, nowhere, {})
+        facts = LargeBatch(step, batch, measured.sources[batch], lengths, lengths, nowhere, {}, carry=carry)
         finite = torch.ones(large, dtype=torch.bool)
         signals = Signals(torch.arange(large), finite, vectors=known[batch])
         coreset = selector.select(facts, signals, SINGLE_PROCESS)
+        carry = carry if coreset.carry is None else coreset.carry
         weights = coreset.weights.double().numpy()
         chosen = measured.gradients[batch[coreset.positions].numpy()]
         found.append(weights @ chosen / weights.sum() - measured.gradients[batch.numpy()].mean(axis=0))
@@ -173,7 +175,7 @@ def table(measured: Measured, sizes: list[tuple[int, int]], steps: int, seeds: i
             rows.append(row)
             numbers = "  ".join(f"{row[f'sum of {length}']:5.2f}" for length in SUMS)
             kappa = f"{row['kappa']:.3f} ± {row['kappa_se']:.3f}"
-            print(f"{size:3d} of {large:3d}  {name:28s} {kappa}  {numbers}  bias {row['bias']:.4f}", flush=True)
+            print(f"{size:3d} of {large:3d}  {name:42s} {kappa}  {numbers}  bias {row['bias']:.4f}", flush=True)
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from colm_ds.check.ways_to_choose import WayToChoose, ways_to_choose
 from colm_ds.config.colm import CoLMSection, ProbeConfig
 from colm_ds.engine.token_table import occurring_ids
 from colm_ds.errors import ConfigError, ProbeError
-from colm_ds.export.run import load_at
+from colm_ds.export.run import load_at_start, put_weights_at
 from colm_ds.models.model_fit import check_model_fits
 from colm_ds.probe.gradient_sketch import (
     MAX_TOKENS,
@@ -114,7 +115,12 @@ def check_recipe(
     task = load_task(recipe, tokenizer)
     data = task.train
     check_enough(min(num_examples or len(data), len(data)), config.large_batch_size)  # now: loading a model takes long
-    model, weights = load_at(recipe, tokenizer, at)
+    model = load_at_start(recipe, tokenizer, fresh=at is not None)
+    vectors = None
+    if at is not None:
+        with suppress(ProbeError):  # `check_model` meets it again, and says what it leaves out
+            vectors = _token_vectors(model, config, data)
+    weights = put_weights_at(model, recipe, at)
     on_gpu = torch.cuda.is_available()
     result = check_model(
         model.to("cuda" if on_gpu else "cpu"),
@@ -130,6 +136,7 @@ def check_recipe(
         all_selectors=all_selectors,
         target=task.target,
         learning_rate=recipe.optimizer.lr,
+        vectors=vectors,
         progress=progress,
     )
     if getattr(recipe, "clusters", None) is None:
@@ -169,6 +176,7 @@ def check_model(
     all_selectors: bool = False,
     target: SourcedDataset | None = None,
     learning_rate: float | None = None,
+    vectors: Tensor | None = None,
     progress: bool = False,
 ) -> CheckResult:
     """Measure what every way to choose coresets is worth on a model and data.
@@ -187,6 +195,7 @@ def check_model(
         all_selectors: see `check_recipe`.
         target: examples for those of them that compare with a target.
         learning_rate: of the run's optimizer.
+        vectors: those of `tokens`, which a run keeps from its start; None: of the model's embeddings as they are.
         progress: see `check_recipe`.
 
     Raises:
@@ -204,7 +213,7 @@ def check_model(
         num_label_tokens=sample.num_label_tokens,
         indices=sample.indices,
         parts=parts,
-        features=_features(model, config, data, sample, notes),
+        features=_features(model, config, data, sample, vectors, notes),
         exact=measured.exact,
         shapes=() if architecture is None else tuple((t.out_features, t.in_features) for t in architecture.targets),
         learning_rate=learning_rate,
@@ -246,12 +255,16 @@ def check_model(
 
 
 def _features(
-    model: nn.Module, config: CoLMSection, data: SourcedDataset, sample: DrawnSample, notes: list[str]
+    model: nn.Module,
+    config: CoLMSection,
+    data: SourcedDataset,
+    sample: DrawnSample,
+    vectors: Tensor | None,
+    notes: list[str],
 ) -> Tensor | None:
     """Return features of `tokens` with `length_power: 0`, float32 `[N, K]`; None, with a note, if there are none."""
     try:
-        occurs = occurring_ids(data, vocabulary_size(model), SINGLE_PROCESS, 0)
-        vectors = vectors_of_model(model, config.seed, SINGLE_PROCESS, occurs)
+        vectors = _token_vectors(model, config, data) if vectors is None else vectors
         features = example_features(sample.examples, vectors, 0.0)
     except ProbeError as error:
         notes.append(f"tokens is left out: {error}")
@@ -260,6 +273,12 @@ def _features(
         notes.append("tokens is left out: the input embeddings hold numbers that are not finite.")
         return None
     return features
+
+
+def _token_vectors(model: nn.Module, config: CoLMSection, data: SourcedDataset) -> Tensor:
+    """Return the vectors of `tokens` by a model's embeddings as they are, as training makes them at its start."""
+    occurs = occurring_ids(data, vocabulary_size(model), SINGLE_PROCESS, 0)
+    return vectors_of_model(model, config.seed, SINGLE_PROCESS, occurs)
 
 
 def _errors(
@@ -274,6 +293,7 @@ def _errors(
 ) -> list[CoresetError]:
     """Return the error of every way to choose; ways that share a batch's signals compute them once."""
     coresets: list[list[Coreset]] = [[] for _ in ways]
+    carries: list[dict[int, float]] = [{} for _ in ways]
     with Progress("choosing", len(batches.examples), "batches", shown=progress) as bar:
         for number, examples in enumerate(batches.examples):
             made: list[tuple[ProbeConfig, Signals]] = []
@@ -286,6 +306,8 @@ def _errors(
                     if signals is None:
                         signals = facts.signals(way.probe, examples, number + 1, seed)
                         made.append((way.probe, signals))
-                coresets[place].append(way.choose(facts, batches, number, size, signals))
+                coreset = way.choose(facts, batches, number, size, signals, carries[place])
+                carries[place] = carries[place] if coreset.carry is None else coreset.carry
+                coresets[place].append(coreset)
             bar.advance()
     return [coreset_error(gram, batches, chosen) for chosen in coresets]

@@ -80,7 +80,9 @@ def _ways_of(name: str, config: CoLMSection, facts: SampleFacts, num_sources: in
                 name=", ".join([" ".join(words), *([scope] if scope else [])]),
                 selector=name,
                 probe=probe,
-                settings=SelectionSettings(geometry="plain", per_source=per_source, seed=config.seed),
+                settings=SelectionSettings(
+                    geometry="plain", per_source=per_source, carries=config.quotas == "carry", seed=config.seed
+                ),
                 keys=tuple(keys),
                 options=tuple(options.items()),
                 outer_rules="auto" if not pools else "on" if per_source else "off",

@@ -83,7 +83,13 @@ class WayToChoose:
         return mine == theirs
 
     def choose(
-        self, facts: SampleFacts, batches: LargeBatches, number: int, size: int, signals: Signals | None
+        self,
+        facts: SampleFacts,
+        batches: LargeBatches,
+        number: int,
+        size: int,
+        signals: Signals | None,
+        carry: dict[int, float],
     ) -> Coreset:
         """Return the coreset of a large batch, chosen by training's own selector.
 
@@ -93,6 +99,7 @@ class WayToChoose:
             number: 0-based index of the batch.
             size: b.
             signals: signals of the batch's examples.
+            carry: carry-over of the quotas up to the batch before, by source id, if they carry over.
         """
         examples = batches.examples[number]
         batch = LargeBatch(
@@ -104,6 +111,7 @@ class WayToChoose:
             home=torch.zeros_like(examples),
             examples={},
             lr=facts.learning_rate,
+            carry=carry,
         )
         context = SelectorContext(
             size, self.small, self.settings, options=dict(self.options), outer_rules=self.outer_rules
@@ -137,7 +145,7 @@ def ways_to_choose(
         num_sources: c; with one source, pools by source are the joint pool.
         hidden_size: hidden size of the model, the mask's `auto` size; None: no mask.
     """
-    compared = WaysCompared()
+    compared, carries = WaysCompared(), config.quotas == "carry"
     scopes = [(JOINT, False), *([(BY_SOURCE, True)] if num_sources > 1 else [])]
     for estimator in ESTIMATORS:
         if not facts.can(estimator):
@@ -150,6 +158,7 @@ def ways_to_choose(
                     metric="euclidean" if estimator == "tokens" else "l1",
                     weights=weights,
                     per_source=per_source,
+                    carries=carries,
                     mask_size=hidden_size if estimator in ("exact", "spsa") else None,
                     seed=config.seed,
                 )
@@ -158,11 +167,13 @@ def ways_to_choose(
     if facts.can("tokens"):
         probe = ProbeConfig(estimator="tokens")
         for selector, (scope, per_source) in product(OWN_WEIGHTS, scopes):
-            settings = SelectionSettings(geometry="plain", metric="euclidean", per_source=per_source, seed=config.seed)
+            settings = SelectionSettings(
+                geometry="plain", metric="euclidean", per_source=per_source, carries=carries, seed=config.seed
+            )
             name = f"{selector} by tokens, {scope}"
             compared.ways.append(WayToChoose(name, selector, probe, settings, (), _keys(selector, probe, settings)))
     if num_sources > 1:
-        settings = SelectionSettings(geometry="plain", per_source=True, seed=config.seed)
+        settings = SelectionSettings(geometry="plain", per_source=True, carries=carries, seed=config.seed)
         keys = ("colm.selector=keep_random", "colm.small_sources=none", "colm.per_source=true")
         compared.ways.append(WayToChoose("random by quotas", "keep_random", ProbeConfig(), settings, (), keys))
     _add_recipe(compared, config, small, facts, hidden_size)
@@ -196,6 +207,7 @@ def _add_recipe(
         weights=config.weights,
         per_source=config.per_source,
         small_share=1.0 if not small else None if config.small_share == "auto" else config.small_share,
+        carries=config.quotas == "carry",
         mask_size=(hidden_size if config.mask.size == "auto" else config.mask.size) if masked else None,
         mask_criterion=config.mask.criterion if config.mask.criterion in ("grad", "random") else "grad",
         seed=config.seed,

@@ -143,12 +143,28 @@ def load_at(recipe: BaseRecipe, tokenizer: Any, at: str | Path | None) -> tuple[
     Raises:
         ConfigError, CheckpointError: if it cannot be loaded.
     """
+    model = load_at_start(recipe, tokenizer, fresh=at is not None)
+    return model, put_weights_at(model, recipe, at)
+
+
+def load_at_start(recipe: BaseRecipe, tokenizer: Any, *, fresh: bool = False) -> nn.Module:
+    """Return a recipe's model as training builds it.
+
+    Args:
+        recipe: see `load_at`.
+        tokenizer: see `load_at`.
+        fresh: leave out the weights of an adapter trained before, as others will take their place.
+    """
     seed_global_generators(recipe.seed)
-    model = load_model(recipe.model, recipe.lora, tokenizer, fresh=at is not None)
+    return load_model(recipe.model, recipe.lora, tokenizer, fresh=fresh)
+
+
+def put_weights_at(model: nn.Module, recipe: BaseRecipe, at: str | Path | None) -> str:
+    """Put the trained weights of a run of the recipe into its model; None: leave it. Return their origin in words."""
     if at is None:
-        return model, "as training begins"
+        return "as training begins"
     path, step = put_trained(model, recipe.lora, at, recipe.model.dtype)
-    return model, f"from {path}" + ("" if step is None else f", after step {step:,}")
+    return f"from {path}" + ("" if step is None else f", after step {step:,}")
 
 
 def put_trained(model: Any, lora: LoraConfig | None, place: str | Path, dtype: str) -> tuple[Path, int | None]:

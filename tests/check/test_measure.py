@@ -98,7 +98,7 @@ def test_kappa_is_that_of_autograd(normalization: str) -> None:
     sources = torch.tensor([example.source for example in examples])
 
     def chosen(matrix: Tensor, dense: bool, per_source: bool, metric: str) -> list[Coreset]:
-        found = []
+        found, carry = [], {}
         for step, batch in enumerate(batches.examples, start=1):
             signal = matrix[batch] if parts is None else matrix[batch] * parts[batch][:, None]
             signals = Signals(
@@ -113,9 +113,11 @@ def test_kappa_is_that_of_autograd(normalization: str) -> None:
                 metric=metric,
                 weights="matched",
                 per_source=per_source,
+                carries=True,
                 mask_size=64 if dense else None,
             )
-            found.append(select_coreset(sources[batch], signals, 8, settings=settings, step=step))
+            found.append(select_coreset(sources[batch], signals, 8, settings=settings, step=step, carry=carry))
+            carry = found[-1].carry or {}
         return found
 
     for name, coresets in (
@@ -324,6 +326,38 @@ def test_at_the_end_of_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert later["notes"] == [note for note in later["notes"] if "lora_A" not in note]
     assert main([*words, "--at", str(run / "checkpoints" / "step_7")]) != 0
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_later_tokens_keep_the_embeddings_of_the_start(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a run does, also where embeddings are trained."""
+    from colm_ds.check import measure
+    from colm_ds.recipes.model import load_tokenizer
+    from colm_ds.recipes.recipe import load_recipe
+
+    recipe = load_recipe(folder / "recipe.yaml", ["lora=null"])
+    tokenizer = load_tokenizer(recipe.model, recipe.tokenizer_place)
+    model: Any = measure.load_at_start(recipe, tokenizer)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[::2] += 1.0
+    run = folder / "trained"
+    model.save_pretrained(run / "model")
+    (run / "summary.json").write_text(json.dumps({"status": "finished", "steps": 3}))
+    used: list[Tensor] = []
+
+    def spied(examples: Any, vectors: Tensor, length_power: float) -> Tensor:
+        used.append(vectors)
+        return example_features(examples, vectors, length_power)
+
+    monkeypatch.setattr(measure, "example_features", spied)
+    words = ["check", str(folder / "recipe.yaml"), "--examples", "32", "--batches", "2", "lora=null"]
+    assert main([*words, "--out", str(folder / "at_start")]) == 0
+    assert main([*words, "--at", str(run), "--out", str(folder / "at_end")]) == 0
+    assert f"weights from {run / 'model'}, after step 3" in capsys.readouterr().out
+    assert torch.equal(*used)
+    moved = vectors_of_model(model, recipe.seed, SINGLE_PROCESS)
+    assert not torch.allclose(moved, used[0], atol=0.05)
 
 
 @pytest.mark.parametrize(
