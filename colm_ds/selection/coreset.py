@@ -275,6 +275,8 @@ def _choose(
                     part.copy_(_draw_by_importance(pool, raw, signals.parts, chances, settings, step))
                 else:
                     part.copy_(_pick_pool(pool, compared, raw, signals.parts, settings))
+            if settings.picks == "importance":
+                _scale_together([part[pool.quota : -1] for pool, part in zip(pools, parts, strict=True)])
     exchange.broadcast(outcome)
     if not outcome[0]:
         return exchange.broadcast(finite.to(torch.uint8)).bool(), None
@@ -296,7 +298,7 @@ def _draw_balanced(pool: Pool, raw: Tensor, settings: SelectionSettings, step: i
 def _draw_by_importance(
     pool: Pool, raw: Tensor, parts: Tensor | None, chances: Tensor | None, settings: SelectionSettings, step: int
 ) -> Tensor:
-    """Return positions `[quota]`, weights `[quota]` and coherence of a draw by importance, float64 `[2 quota + 1]`."""
+    """Return positions, weights of any mean and coherence of a draw by importance, float64 `[2 quota + 1]`."""
     generator = private_generator(settings.seed, "importance", step, pool.source)
     sizes = torch.ones(len(raw)) if parts is None else parts[pool.positions]
     likely = raw.double().norm(dim=1) if chances is None else chances[pool.positions]
@@ -305,6 +307,13 @@ def _draw_by_importance(
     else:
         places, weights = torch.arange(len(raw)), torch.ones(len(raw))
     return torch.cat([pool.positions[places].double(), weights.double(), _coherence(raw)])
+
+
+def _scale_together(weights: Sequence[Tensor]) -> None:
+    """Scale the weights of all pools to mean 1 in place; in each pool by itself few draws would have a bias."""
+    total = sum(float(each.sum()) for each in weights)
+    for each in weights:
+        each.mul_(sum(map(len, weights)) / total)
 
 
 def _pick_pool(pool: Pool, compared: Tensor, raw: Tensor, parts: Tensor | None, settings: SelectionSettings) -> Tensor:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from colm_ds.selection.draws import proportional_probabilities, systematic_draw
 from colm_ds.selection.options import option
-from colm_ds.selection.weights import mean_one
 
 LEAST_CHANCE = 0.1
 """Least chance relative to the mean one: no weight is more than ten times the mean one."""
@@ -104,7 +103,8 @@ def importance_draw(
         generator: private CPU generator.
 
     Returns:
-        Ascending places, int64 `[count]`, and weights of mean 1, float32 `[count]`.
+        Ascending places, int64 `[count]`, and weights of the inverse probability, whose mean is 1 in expectation,
+        float64 `[count]`.
     """
     likely = chances.double()
     probabilities = proportional_probabilities(likely.clamp_min(LEAST_CHANCE * float(likely.mean())), count)
@@ -113,4 +113,4 @@ def importance_draw(
     deviations = (wide - parts[:, None] * mean) / probabilities[:, None]
     drawn = exchange_for_balance(systematic_draw(probabilities, generator), deviations, generator)
     places = drawn.nonzero().flatten()
-    return places, mean_one(1.0 / probabilities[places])
+    return places, (count / len(parts)) / probabilities[places]
