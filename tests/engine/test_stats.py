@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from colm_ds.engine.data_use import DataUse
 from colm_ds.memory.breakdown import PARTS
 from colm_ds.memory.recorder import PEAKS, PHASES
 from colm_ds.types import NUM_NAMED
@@ -19,8 +21,10 @@ NUM_COORDINATES, MASK_SIZE = 16 * 32, 32
 @pytest.mark.parametrize(("case", "world_size"), MATRIX)
 def test_counts(case: Case, world_size: int, outcomes: Runner, data: list[Record]) -> None:
     ranks = outcomes(case, world_size)
+    trained: list[int] = []
     for number, steps in enumerate(zip(*(seen.steps for seen in ranks), strict=True), start=1):
         step = steps[0]
+        trained += step.chosen
         stats, chosen = step.stats, [data[index] for index in step.chosen]
         num_tokens = sum(len(record["input_ids"]) for record in chosen)
         assert stats["step"] == number
@@ -28,6 +32,8 @@ def test_counts(case: Case, world_size: int, outcomes: Runner, data: list[Record
         assert stats["tokens"] == num_tokens
         assert stats["examples_trained"] == CORESET
         assert stats["samples"] == number * CORESET
+        rows = {"seen": number * LARGE, "trained": len(trained), "distinct": len(set(trained))}
+        assert stats["data_use"] == {kind: count / len(data) for kind, count in rows.items()}
         assert stats["examples_probed"] == sum(data[index]["source"] not in SMALL_SOURCES for index in step.large)
         assert stats["selected"] is True
         computed = sum(rows * columns for seen in steps for rows, columns in seen.shapes if (rows, columns) != (1, 2))
@@ -38,8 +44,27 @@ def test_counts(case: Case, world_size: int, outcomes: Runner, data: list[Record
             rows * columns for rank in shapes for rows, columns in rank
         )
         for seen in steps:
-            same = ("loss", "lr", "tokens", "padding_fraction", "exchange_bytes", "coreset", "examples_probed")
+            same = (
+                "loss",
+                "lr",
+                "tokens",
+                "padding_fraction",
+                "data_use",
+                "exchange_bytes",
+                "coreset",
+                "examples_probed",
+            )
             assert [seen.stats[key] for key in same] == [stats[key] for key in same]
+
+
+def test_rows_trained_again_count_once_as_distinct() -> None:
+    use, trained = DataUse(11), [[3, 3, 10], [], [10, 0, 7]]
+    for number, rows in enumerate(trained):
+        if number == 2:  # a resume
+            state, use = use.state_dict(), DataUse(11)
+            use.load_state_dict(state)
+        use.note(4, torch.tensor(rows, dtype=torch.int64))
+    assert use.as_dict() == {"seen": 12 / 11, "trained": 6 / 11, "distinct": 4 / 11}
 
 
 @pytest.mark.distributed

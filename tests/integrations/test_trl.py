@@ -56,10 +56,11 @@ def make(tmp_path: Path, data: list[dict[str, Any]], colm: dict[str, Any], **arg
     )
 
 
-def test_same_training_as_with_the_trainer(tmp_path: Path) -> None:
-    ours = make(tmp_path, records(SOURCES), SIZES)
+@pytest.mark.parametrize("colm", [SIZES, {"large_batch_size": LARGE, "probe": {"estimator": "tokens"}}])
+def test_same_training_as_with_the_trainer(colm: dict[str, Any], tmp_path: Path) -> None:
+    ours = make(tmp_path, records(SOURCES), colm)
     ours.train()
-    plain = make_trainer(str(tmp_path), SIZES, 3)
+    plain = make_trainer(str(tmp_path), colm, 3)
     plain.train()
     one, other = (trainer.model.state_dict() for trainer in (ours, plain))
     assert largest_difference(one, other) <= 1e-5
