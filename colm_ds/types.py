@@ -197,7 +197,8 @@ class Coreset:
     Attributes:
         positions: chosen positions in the large batch, int64 `[b]`: kept small-source examples first, then the
             medoids of each pool in pick order.
-        weights: loss weight of each, float32 `[b]`; mean 1 within each pool, 1 for kept examples.
+        weights: loss weight of each, float32 `[b]`; mean 1 within each pool (of `importance`, over all pools), 1 for
+            kept examples.
         num_kept: how many of the first positions are kept small-source examples.
         num_dropped_small: small-source examples that did not fit into b.
         num_nonfinite: examples left out because their signal was not finite.

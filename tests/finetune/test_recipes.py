@@ -127,6 +127,12 @@ def test_recipe_is_valid(path: Path, mixture: Path) -> None:
     if "smollm2" in path.stem:
         overrides.append("model.name_or_path=elsewhere")  # the package may not be installed
     recipe = load_recipe(path, overrides)
+    if path.stem.endswith("_tokens"):  # but for the choice the recipe beside it
+        other = load_recipe(FOLDER / f"{path.stem.removesuffix('_tokens')}.yaml", overrides)
+        mine, theirs = (each.model_dump(exclude={"colm", "name", "output_dir"}) for each in (recipe, other))
+        assert mine == theirs
+        assert recipe.colm.large_batch_size == 4 * (recipe.colm.coreset_size or 0)
+        assert (recipe.colm.probe.estimator, recipe.colm.selector) == ("tokens", "importance")
     if path.stem in TINY:
         assert recipe.lora is not None
         assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.dropout) == (128, 512, 0.05)

@@ -27,7 +27,7 @@ def test_recipe_is_valid(path: Path) -> None:
     recipe = load_recipe(path)
     assert isinstance(recipe, PretrainingRecipe)
     head = "".join(line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.startswith("#"))
-    by_tokens = path.stem == "llama60m_pile5_tokens128"
+    by_tokens = "_tokens" in path.stem
     assert recipe.colm.probe.estimator == ("tokens" if by_tokens else "spsa")
     assert f"pretrain/recipes/{path.name}" in head or (path.stem == "demo" and "launch/pretrain.sh" in head)
 
