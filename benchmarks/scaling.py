@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from choose import choose, make_features
+from choose import IMPORTANCE, WAYS, choose, make_features
 from result_file import write_result
 from step import make_arm
 
@@ -40,6 +40,7 @@ from colm_ds.probe.directions import Directions
 from colm_ds.probe.tokens import features
 from colm_ds.selection import AdamHistory, LowRankGradients, SelectionSettings, Signals, select_coreset
 from colm_ds.selection.exchange import broadcast_coreset
+from colm_ds.selection.importance import chances_by_labels
 from colm_ds.types import Coreset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,13 +140,13 @@ def measure_sketch(r: int, width: int, repeats: int) -> list[float]:
 
 
 def measure_tokens(repeats: int) -> list[dict[str, Any]]:
-    """Measure the parts of choosing r / 4 of r by token vectors for r / 64 ranks, with the bytes of the broadcast."""
+    """Measure the parts of drawing r / 4 of r by token vectors for r / 64 ranks, with the bytes of the broadcast."""
     rows = []
     with tempfile.NamedTemporaryFile() as file:
-        width = make_features(1).shape[1]
+        width = make_features(1)[0].shape[1]
         table = np.memmap(file.name, dtype=np.float16, mode="w+", shape=(TABLE_ROWS, width))
         for start in range(0, TABLE_ROWS, 1 << 16):
-            table[start : start + (1 << 16)] = make_features(1 << 16).numpy()
+            table[start : start + (1 << 16)] = make_features(1 << 16)[0].numpy()
         means = torch.from_numpy(table)
         for r in TOKEN_SIZES:
             rows.append(measure_tokens_of(means, r, repeats))
@@ -161,7 +162,7 @@ def measure_tokens_of(means: torch.Tensor, r: int, repeats: int) -> dict[str, An
     ranks = r // RANK_SHARE
     positions = torch.randperm(r, generator=generator)[: r // 4].sort().values
     home = torch.zeros(r, dtype=torch.int64)
-    read = features(means[indices], lengths, 0.5)
+    read, chances = features(means[indices], lengths, 1 / 3), chances_by_labels(lengths)
 
     def assign() -> dict[int, int]:
         home_ranks(lengths, ranks)
@@ -171,8 +172,8 @@ def measure_tokens_of(means: torch.Tensor, r: int, repeats: int) -> dict[str, An
     trained = assign()
     held = by_rank(trained, trained.values(), ranks)
     parts: dict[str, Callable[[], Any]] = {
-        "read_s": lambda: features(means[indices], lengths, 0.5),
-        "choose_s": lambda: choose(read),
+        "read_s": lambda: features(means[indices], lengths, 1 / 3),
+        "choose_s": lambda: choose(read, chances, WAYS[IMPORTANCE]),
         "assign_s": assign,
         "micro_batches_s": lambda: micro_batches(held, lengths, max_examples=4),
     }
@@ -184,7 +185,7 @@ def measure_tokens_of(means: torch.Tensor, r: int, repeats: int) -> dict[str, An
             run()
             seconds.append(time.process_time() - begun)
         row[name] = statistics.median(seconds)
-    row["peak_mib"] = counted_allocations(lambda: choose(read)).peak / 2**20
+    row["peak_mib"] = counted_allocations(lambda: choose(read, chances, WAYS[IMPORTANCE])).peak / 2**20
     row["broadcast_bytes"] = 8 * len(positions)
     row["broadcast_on_paper_s"] = 8 * len(positions) / 25e9 + math.ceil(math.log2(ranks)) * 5e-6
     return row

@@ -196,7 +196,7 @@ class Coreset:
 
     Attributes:
         positions: chosen positions in the large batch, int64 `[b]`: kept small-source examples first, then the
-            medoids of each pool in pick order.
+            medoids of each pool in pick order, or its draws in the order of the batch.
         weights: loss weight of each, float32 `[b]`; mean 1 within each pool (of `importance`, over all pools), 1 for
             kept examples.
         num_kept: how many of the first positions are kept small-source examples.

@@ -29,6 +29,7 @@ from colm_ds.probe.gradient_sketch import (
 )
 from colm_ds.probe.tokens import example_features, vectors_of_model, vocabulary_size
 from colm_ds.process.progress import Progress
+from colm_ds.randomness import private_generator
 from colm_ds.recipes.model import load_tokenizer
 from colm_ds.recipes.recipe import BaseRecipe
 from colm_ds.selection import SINGLE_PROCESS, Signals
@@ -115,7 +116,7 @@ def check_recipe(
     task = load_task(recipe, tokenizer)
     data = task.train
     check_enough(min(num_examples or len(data), len(data)), config.large_batch_size)  # now: loading a model takes long
-    model = load_at_start(recipe, tokenizer, fresh=at is not None)
+    model = load_at_start(recipe, tokenizer)
     vectors = None
     if at is not None:
         with suppress(ProbeError):  # `check_model` meets it again, and says what it leaves out
@@ -155,7 +156,7 @@ def checked_section(recipe: BaseRecipe) -> CoLMSection:
     if config.coreset_size == config.large_batch_size:
         raise ConfigError(
             f"colm.coreset_size = {config.coreset_size}: all of the large batch, so there is nothing to choose. Check "
-            "with the r that you have in mind, for example colm.selector=colm "
+            "with the r that you have in mind, for example colm.selector=auto "
             f"colm.large_batch_size={2 * config.large_batch_size}."
         )
     return config
@@ -291,9 +292,15 @@ def _errors(
     seed: int,
     progress: bool,
 ) -> list[CoresetError]:
-    """Return the error of every way to choose; ways that share a batch's signals compute them once."""
+    """Return the error of every way to choose; ways that share a batch's signals compute them once.
+
+    Quotas carry over from a batch to that at the same place of the next round: so the errors of one round's batches,
+    of whose products the bias is made, are independent.
+    """
     coresets: list[list[Coreset]] = [[] for _ in ways]
-    carries: list[dict[int, float]] = [{} for _ in ways]
+    per_round = int((batches.rounds == 0).sum())
+    sources = facts.sources.unique().tolist()
+    carries = [[_first_carry(sources, seed, chain) for chain in range(per_round)] for _ in ways]
     with Progress("choosing", len(batches.examples), "batches", shown=progress) as bar:
         for number, examples in enumerate(batches.examples):
             made: list[tuple[ProbeConfig, Signals]] = []
@@ -306,8 +313,16 @@ def _errors(
                     if signals is None:
                         signals = facts.signals(way.probe, examples, number + 1, seed)
                         made.append((way.probe, signals))
-                coreset = way.choose(facts, batches, number, size, signals, carries[place])
-                carries[place] = carries[place] if coreset.carry is None else coreset.carry
+                chain = number % per_round
+                coreset = way.choose(facts, batches, number, size, signals, carries[place][chain])
+                if coreset.carry is not None:
+                    carries[place][chain] = coreset.carry
                 coresets[place].append(coreset)
             bar.advance()
     return [coreset_error(gram, batches, chosen) for chosen in coresets]
+
+
+def _first_carry(sources: Sequence[int], seed: int, chain: int) -> dict[int, float]:
+    """Return a carry-over as in the midst of a run: what is left of a rounding, by source id, of sum 0."""
+    rest = torch.rand(len(sources), generator=private_generator(seed, "check carry", chain), dtype=torch.float64)
+    return dict(zip(sources, (rest - rest.mean()).tolist(), strict=True))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from colm_ds.check.sample import DrawnSample
 from colm_ds.check.signals_of_sample import SampleFacts
-from colm_ds.check.ways_to_choose import BY_SOURCE, JOINT, WaysCompared, WayToChoose
+from colm_ds.check.ways_to_choose import BY_SOURCE, JOINT, WaysCompared, WayToChoose, probe_keys
 from colm_ds.config.colm import OWN_WEIGHTS, CoLMSection, ProbeConfig
 from colm_ds.engine.target_stream import TargetStream
 from colm_ds.probe.of_examples import signals_of_examples
@@ -70,9 +70,10 @@ def _ways_of(name: str, config: CoLMSection, facts: SampleFacts, num_sources: in
     for options, probe, (scope, per_source) in product(_VARIANTS.get(name, ({},)), probes, scopes):
         by_tokens = probe.estimator == "tokens"
         words = [name, *map(str, options.values()), *(["by tokens"] if by_tokens else [])]
-        keys = [f"colm.selector={name}", *(f"colm.options.{key}={value}" for key, value in options.items())]
+        keys = [f"colm.selector={name}"]
         if needs.signal == "gradient":
-            keys.append(f"colm.probe.estimator={probe.estimator}")
+            keys += probe_keys(probe)
+        keys += [f"colm.options.{key}={value}" for key, value in options.items()]
         if pools:
             keys += [f"colm.per_source={str(per_source).lower()}", "colm.small_sources=none"]
         ways.append(

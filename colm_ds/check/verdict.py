@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,8 +90,9 @@ def recommend(ways: Sequence[MeasuredWay], size: int, large: int, steps: int) ->
         best = max((way for way in paying if _is_as_good(way, first)), key=_preference)
         own = ", which is this recipe's" if best.way.is_recipe else ""
         tie = "" if best is first else f", and within the error as good as {first.way.name} with {_pair(first)}"
+        keys = shlex.join(best.way.keys)
         return (
-            f"Take {best.way.name} ({' '.join(best.way.keys)}){own}{tie}: with kappa {_pair(best)} a coreset of {size} "
+            f"Take {best.way.name} ({keys}){own}{tie}: with kappa {_pair(best)} a coreset of {size} "
             f"is worth {best.error.worth:.0f} random examples, and over {steps:,} steps, {_bias(best)}, the squared "
             f"error of the mean gradient falls to {1.0 / best.gain:.2f} of plain {size}'s at {best.price:.2f} times "
             "its price."

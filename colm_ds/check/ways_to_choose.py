@@ -241,11 +241,17 @@ def _add_recipe(
         compared.notes.append(f"{RECIPE!r} is measured with mask.criterion: grad.")
 
 
+def probe_keys(probe: ProbeConfig) -> tuple[str, ...]:
+    """Return `key=value` for a recipe that may write keys of another estimator, or options of another selector."""
+    layer = "" if probe.estimator == "tokens" or probe.layer == ProbeConfig().layer else f", layer: {probe.layer}"
+    return (f"colm.probe={{estimator: {probe.estimator}{layer}}}", "colm.mask={}", "colm.options={}")
+
+
 def _keys(selector: str, probe: ProbeConfig, settings: SelectionSettings) -> tuple[str, ...]:
-    """Return its settings as `key=value` for a recipe."""
+    """Return its settings as `key=value` for a recipe, in place of what the recipe writes about the probe."""
     return (
         f"colm.selector={selector}",
-        f"colm.probe.estimator={probe.estimator}",
+        *probe_keys(probe),
         "colm.small_sources=none",
         f"colm.per_source={str(settings.per_source).lower()}",
         f"colm.weights={settings.weights}",

@@ -207,7 +207,8 @@ def with_preset(values: Any) -> Any:
     vectors = _compares_vectors(values)
     if tokens and values.get("selector") == "colm":
         fitting["weights"] = "matched"
-    if vectors and not tokens:
+    draws = values.get("selector") in OWN_WEIGHTS
+    if (vectors or draws) and not tokens:
         fitting["geometry"] = "adam" if values.get("selector") == "opus" else "plain"
     stored = isinstance(probe, Mapping) and probe.get("source") == "store"
     if stored:
@@ -218,7 +219,7 @@ def with_preset(values: Any) -> Any:
         filled["probe"] = {**(probe or {}), "estimator": "sketch"}
     if stored and isinstance(probe, Mapping):
         filled["probe"] = {"estimator": "sketch", "refresh": "run", **probe}
-    if tokens or vectors or stored:
+    if tokens or vectors or draws or stored:
         filled = {**fitting, **filled}
     for key, pinned in preset.items():
         written = filled.get(key, {})
@@ -297,7 +298,7 @@ class CoLMSection(Section):
     geometry: Literal["adam", "plain"] = Field(
         "adam",
         description="compare gradients as Adam would scale them, by the history of selected ones, or as they are; "
-        "auto: adam; plain with tokens, with stored sketches, for vector_sum, grab and greats",
+        "auto: adam; plain with tokens, with stored sketches, for importance and balanced, vector_sum, grab and greats",
     )
     metric: Literal["l1", "euclidean", "cosine"] = Field(
         "l1", description="distance between examples; auto: l1, with tokens euclidean"

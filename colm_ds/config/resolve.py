@@ -295,14 +295,13 @@ def _is_default(probe: ProbeConfig, key: str) -> bool:
 
 def _check_without_effect(colm: CoLMSection, problems: Problems) -> None:
     """Record values that nothing would go by; the values of `auto` are accepted, as presets and recipes write them."""
-    fitting = FITS_TOKENS if colm.probe.estimator == "tokens" else FITS_GRADIENTS
     if colm.small_sources in ("none", []) and colm.small_share not in ("auto", 1.0):
         what = f"no small sources are kept (colm.small_sources = {colm.small_sources!r})"
         problems.add("colm.small_share", colm.small_share, what, "Remove it, or write small_sources: below_mean.")
-    if colm.selector in WITHOUT_SIGNALS and colm.weights not in ("uniform", fitting["weights"]):
+    if colm.selector in WITHOUT_SIGNALS and colm.weights != "uniform":
         what = f"{colm.selector!r} has no medoids to weigh"
         problems.add("colm.weights", colm.weights, what, 'Write "uniform".')
-    if colm.selector in OWN_WEIGHTS and colm.metric != fitting["metric"]:
+    if colm.selector in OWN_WEIGHTS and colm.metric not in (FITS_TOKENS["metric"], FITS_GRADIENTS["metric"]):
         what = f"{colm.selector!r} draws at random and compares no distances"
         problems.add("colm.metric", colm.metric, what, "Remove it, or write selector: colm, whose medoids do.")
 

@@ -258,7 +258,7 @@ def loss_scale(batch: LargeBatch, coreset: Coreset, normalization: str, without:
     if normalization == "token":
         factors = weights / (weights * labelled).sum().clamp_min(1e-12)
     else:
-        factors = weights / (labelled * len(positions))
+        factors = weights / (labelled * (len(positions) if bool(keep.all()) else weights.sum().clamp_min(1e-12)))
     scale = torch.zeros(batch.size)
     scale[positions] = factors.float()
     return scale

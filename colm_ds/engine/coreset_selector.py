@@ -518,7 +518,7 @@ class CoresetSelector:
     def state_dict(self) -> dict[str, Any]:
         """Return the last step and the histories of selector and estimator; complete on rank 0."""
         estimator = self._estimator.state_dict() if self._estimator else {}
-        state: dict[str, Any] = {"step": self.step_count, "carry": dict(self.carry)}
+        state: dict[str, Any] = {"step": self.step_count, "carry": dict(self.carry), "chosen_by": self._chosen_by()}
         if self._losses is not None:
             state["losses"] = self._losses.state_dict()
         if self._sketches is not None:
@@ -528,7 +528,11 @@ class CoresetSelector:
         return {**state, "selector": self.selector.state_dict(), "estimator": estimator}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore step and histories; every rank is given rank 0's."""
+        """Restore step and histories; every rank is given rank 0's. Warn if steps before were chosen in another way."""
+        before, now = state.get("chosen_by"), self._chosen_by()
+        if before not in (None, now) and self._rank == 0:
+            keys = ", ".join(f"colm.{key} = {before.get(key)!r}" for key in now if before.get(key) != now[key])
+            logger.warning("steps before the checkpoint were chosen with %s; from now on by this configuration.", keys)
         self.step_count = state.get("step", 0)
         self.carry = dict(state.get("carry", {}))
         if self._losses is not None and "losses" in state:
@@ -543,6 +547,12 @@ class CoresetSelector:
         self.selector.load_state_dict(state["selector"])
         if self._estimator and state["estimator"]:
             self._estimator.load_state_dict(state["estimator"])
+
+    def _chosen_by(self) -> dict[str, Any]:
+        """Return the keys that decide most about the choice, for a resume to compare."""
+        config = self._config
+        keys = {"selector": config.selector, "probe.estimator": config.probe.estimator, "weights": config.weights}
+        return {**keys, "per_source": config.per_source}
 
     def _gather(self, examples: Sequence[Any] | Mapping[str, Any]) -> LargeBatch:
         def read() -> list[Example]:

@@ -21,6 +21,8 @@ MERGED = "merged"
 
 _METHODS = {
     "colm": "mini-batch coresets (CoLM, arXiv 2407.19580)",
+    "importance": "coresets drawn by importance, exchanged until they fit the large batch (in CoLM, arXiv 2407.19580)",
+    "balanced": "coresets drawn to balance the large batch (in CoLM, arXiv 2407.19580)",
     "random": "a random part of every large batch",
     "keep_random": "the small sources of every large batch and a random part of the others",
     "full": "whole batches",
@@ -229,9 +231,10 @@ def _recipe_lines(run: Run, facts: Facts, dtype: str) -> list[str]:
         ("Large batch r, examples inspected in a step", lookup(colm, "large_batch_size")),
         ("Coreset b, examples trained on in a step", lookup(colm, "coreset_size")),
     ]
+    if lookup(colm, "selector") in ("colm", "importance", "balanced"):
+        pairs.append(("Estimator", lookup(colm, "probe", "estimator")))
     if lookup(colm, "selector") == "colm":
         pairs += [
-            ("Estimator", lookup(colm, "probe", "estimator")),
             ("Number of probes", lookup(colm, "probe", "num_probes")),
             ("Mask", _settings(lookup(colm, "mask"))),
             ("Distance", lookup(colm, "metric")),

@@ -43,7 +43,10 @@ class CoLMConfig:
     large_batch_size: int = field(default=0, metadata=_help("r: examples inspected in an optimizer step"))
     coreset_size: int | None = field(default=None, metadata=_help("b; default: by the Trainer's batch size"))
     preset: str | None = field(default=None, metadata=_help("paper: keys left at their defaults are the paper's"))
-    selector: str = field(default="colm", metadata=_help("colm, random, keep_random, full or another"))
+    selector: str = field(
+        default="auto",
+        metadata=_help("colm, importance, random, keep_random, full or another; auto: colm, with tokens importance"),
+    )
     options: dict | str | None = field(default=None, metadata=_help("options of the selector, as JSON"))
     outer_rules: Literal["auto", "on", "off"] = field(
         default="auto", metadata=_help("small sources kept and quotas by source around the selector's rule")
@@ -159,7 +162,9 @@ def resolve_section(
     config = validate_section(CoLMSection, {"seed": seed, **section}, "", problems)
     if not isinstance(config, CoLMSection):
         return None
-    for key in OWN_TO_THE_ENGINE.keys() & config.model_fields_set:
+    for key in OWN_TO_THE_ENGINE:
+        if getattr(config, key) == CoLMSection.model_fields[key].get_default(call_default_factory=True):
+            continue  # presets write it
         problems.add(key, getattr(config, key), "is for colm_ds.initialize", f"{OWN_TO_THE_ENGINE[key]}. Remove it.")
     if config.replay in ("on", "offload"):
         problems.add("replay", config.replay, "needs colm_ds.initialize: here examples change ranks", "Remove it.")
@@ -193,7 +198,7 @@ def with_normalization(section: dict[str, Any]) -> dict[str, Any]:
     """
     if not is_auto(section):
         return section
-    as_trainer = section.get("selector", "colm") in ("random", "full")
+    as_trainer = section.get("selector", "auto") in ("random", "full")
     return {**section, "loss_normalization": "token" if as_trainer else "example"}
 
 

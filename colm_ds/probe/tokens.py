@@ -1,7 +1,7 @@
 """`tokens`: an example's labels, looked up in the model's input embeddings, without any pass of the model.
 
-phi_i = T_i^(-p) x mean over the labelled tokens of a vector for each token id, T_i their number. With one pool and
-matched weights its medoids represent a large batch as well as those of the exact gradient.
+phi_i = T_i^(-p) x mean over the labelled tokens of a vector for each token id, T_i their number. Draws by importance
+from one pool, or its medoids with matched weights, represent a large batch as well as those of the exact gradient.
 """
 
 from __future__ import annotations

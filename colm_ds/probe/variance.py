@@ -24,9 +24,9 @@ def worth_of(kappa: float, size: int, large: int) -> float:
 class GradientVariance:
     """Accumulate the gradients of all examples of a large batch, or sketches of them, in three sums.
 
-    With g the gradients, r and b the sizes: the coreset's error is |sum over S of w_i g_i / b - mean over M of g_i|^2,
-    that of b random ones is on average (1 - b / r) / b times the variance of the g_i, sum |g_i - mean|^2 / (r - 1).
-    Both are relative to |mean over M of g_i|^2. In a mean over tokens T_i g_i over the sum of T_i replaces g_i, in the
+    With g the gradients, r and b the sizes: the coreset's error is |sum over S of w_i g_i / sum w_i - mean|^2, that of
+    b random ones is on average (1 - b / r) / b times the variance of the g_i, sum |g_i - mean|^2 / (r - 1). Both are
+    relative to |mean|^2, the mean is over M. In a mean over tokens T_i g_i over the sum of T_i replaces g_i, in the
     coreset over the sum of w_i T_i, and the mean error of random ones is that of this ratio to first order. Examples
     whose gradient is not finite are left out throughout.
     """
@@ -82,7 +82,7 @@ class GradientVariance:
         scale = float(mean.square().sum())
         if scale == 0.0:
             return None
-        error = float((coreset / (coreset_parts if self._by_token else b) - mean).square().sum())
+        error = float((coreset / coreset_parts - mean).square().sum())
         spread = squares - 2.0 * float(mean @ weighted) + parts_squared * scale
         variance = max(0.0, spread) / (r - 1) / (parts / r) ** 2
         random = (1.0 - b / r) / b * variance

@@ -194,7 +194,9 @@ def describe(arm: Arm) -> str | None:
         "random": "plain, random",
         "keep_random": "small sources kept, rest random",
     }
-    if arm.selector != "colm":
+    by_signals = {"colm": "medoids", "importance": "draws by importance", "balanced": "balanced draws"}
+    picks = by_signals.get(arm.selector or "")
+    if picks is None:
         return known.get(arm.selector or "", arm.selector)
     colm = arm.config["colm"]
     estimator = str(lookup(colm, "probe", "estimator") or "signal")
@@ -202,7 +204,8 @@ def describe(arm: Arm) -> str | None:
     if estimator not in ("exact", "tokens") and isinstance(count, int):
         estimator += f" K = {count}"
     pool = " in one pool" if colm.get("per_source") is False else ""
-    return f"medoids{pool} by {estimator}, {colm.get('weights', 'uniform')} weights"
+    weights = f", {colm.get('weights', 'uniform')} weights" if arm.selector == "colm" else ""
+    return f"{picks}{pool} by {estimator}{weights}"
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:

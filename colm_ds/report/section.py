@@ -16,6 +16,9 @@ from colm_ds.report.tables import Column, Format, Table, compact, quoted, whole
 MAX_ARMS = 5
 """Arms in a picture unless more are asked for; tables have all."""
 
+BY_SIGNALS = ("colm", "importance", "balanced")
+"""Selectors that choose by gradients, or by what stands for them."""
+
 ROLES = {
     "plain_r": "plain on r",
     "plain_r_steps": "plain on r, equal accumulation steps",
@@ -79,8 +82,8 @@ class View:
     sized: Sequence[Arm] = ()
 
     def style(self, arm: Arm) -> Style:
-        """Return how an arm is drawn in every picture: thick if it is CoLM."""
-        return Style([other.name for other in self.drawn].index(arm.name), arm.selector == "colm")
+        """Return how an arm is drawn in every picture: thick if it chooses by gradients or what stands for them."""
+        return Style([other.name for other in self.drawn].index(arm.name), arm.selector in BY_SIGNALS)
 
     def references(self, arm: Arm) -> list[tuple[Arm, str]]:
         """Return the arms that one is held against, with their names and roles."""
@@ -106,9 +109,9 @@ class View:
 
 
 def main_arm(arms: Sequence[Arm]) -> Arm | None:
-    """Choose the arm that a comparison is about: of those that select CoLM first, the control last, then the best."""
+    """Choose the arm that a comparison is about: of those that select by signals first, control last, then the best."""
     selecting = [arm for arm in arms if arm.selector is not None and not arm.is_plain]
-    order = {"colm": 0, "keep_random": 2}
+    order = {**dict.fromkeys(BY_SIGNALS, 0), "keep_random": 2}
     return min(
         selecting,
         key=lambda arm: (
@@ -121,10 +124,10 @@ def main_arm(arms: Sequence[Arm]) -> Arm | None:
 
 
 def drawn_arms(arms: Sequence[Arm], most: int, against: Sequence[Arm] = ()) -> list[Arm]:
-    """Choose the arms in pictures: the main one, its references, then CoLM and others by held-out loss."""
+    """Choose the arms in pictures: the main one, its references, then those by signals and others by held-out loss."""
     main = main_arm(arms)
     first = [] if main is None else [main, *(against or references(main, arms).values())]
-    by_loss = sorted(arms, key=lambda arm: (arm.selector != "colm", arm.mean("heldout.overall") or math.inf))
+    by_loss = sorted(arms, key=lambda arm: (arm.selector not in BY_SIGNALS, arm.mean("heldout.overall") or math.inf))
     names = list(dict.fromkeys(arm.name for arm in [*first, *by_loss]))[:most]
     return [arm for arm in arms if arm.name in names]
 

@@ -275,6 +275,8 @@ def _as_now(recipe: Any) -> Any:
     colm["probe"]["num_probes"] = section.probe.resolved_num_probes
     if section.probe.estimator != "tokens":
         colm["probe"]["length_power"] = None  # without a meaning, and its default has changed
+    if section.selector != "colm":
+        colm["weights"] = None  # there are no medoids, and the default has changed
     size = section.coreset_size
     if "small_share" not in known or (size and section.small_share == "auto" and section.large_batch_size <= 2 * size):
         colm["small_share"] = 1.0

@@ -20,11 +20,13 @@ from colm_ds.check.other_selectors import other_ways, score_sample
 from colm_ds.check.report_of_check import as_json, as_svg, format_check
 from colm_ds.check.sample import measure_sample
 from colm_ds.check.signals_of_sample import SampleFacts
+from colm_ds.check.ways_to_choose import WayToChoose
 from colm_ds.cli import main
 from colm_ds.config.colm import CoLMSection
 from colm_ds.data.generated.mixture import write_mixture
 from colm_ds.probe.tokens import counted_tokens, example_features, vectors_of_model
 from colm_ds.randomness import private_generator
+from colm_ds.recipes.recipe import load_recipe
 from colm_ds.selection import SINGLE_PROCESS, DenseGradients, SelectionSettings, Signals, select_coreset
 from colm_ds.types import Coreset, Example
 from tests.choices import random_choices
@@ -80,7 +82,7 @@ def plain_kappa(rows: Tensor, parts: Tensor | None, batches: LargeBatches, cores
 @pytest.mark.parametrize("normalization", ["example", "token"])
 def test_kappa_is_that_of_autograd(normalization: str) -> None:
     data, model = RecordDataset(records(SOURCES)), tiny_model("llama", **WIDER)
-    result = check(model, data, loss_normalization=normalization)
+    result = check(model, data, loss_normalization=normalization, quotas="independent")
     examples = sampled(data, 64)
     assert result.num_examples == 64
     assert result.num_batches == 8
@@ -98,7 +100,7 @@ def test_kappa_is_that_of_autograd(normalization: str) -> None:
     sources = torch.tensor([example.source for example in examples])
 
     def chosen(matrix: Tensor, dense: bool, per_source: bool, metric: str) -> list[Coreset]:
-        found, carry = [], {}
+        found = []
         for step, batch in enumerate(batches.examples, start=1):
             signal = matrix[batch] if parts is None else matrix[batch] * parts[batch][:, None]
             signals = Signals(
@@ -113,11 +115,9 @@ def test_kappa_is_that_of_autograd(normalization: str) -> None:
                 metric=metric,
                 weights="matched",
                 per_source=per_source,
-                carries=True,
                 mask_size=64 if dense else None,
             )
-            found.append(select_coreset(sources[batch], signals, 8, settings=settings, step=step, carry=carry))
-            carry = found[-1].carry or {}
+            found.append(select_coreset(sources[batch], signals, 8, settings=settings, step=step))
         return found
 
     for name, coresets in (
@@ -126,6 +126,38 @@ def test_kappa_is_that_of_autograd(normalization: str) -> None:
         ("exact, one pool, matched", chosen(last, True, False, "l1")),
     ):
         assert kappa(result, name) == pytest.approx(plain_kappa(rows, parts, batches, coresets), abs=0.02), name
+
+
+def test_quotas_carry_over_from_round_to_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not within a round, whose errors have to be independent for the bias; in the long run shares are exact."""
+    given: list[tuple[int, dict[int, float], Coreset]] = []
+    choose = WayToChoose.choose
+
+    def spied(way: WayToChoose, *args: Any) -> Coreset:
+        coreset = choose(way, *args)
+        if way.name == "random by quotas":
+            given.append((args[2], dict(args[5]), coreset))
+        return coreset
+
+    monkeypatch.setattr(WayToChoose, "choose", spied)
+    check(tiny_model("llama", **WIDER), RecordDataset(records(SOURCES)))
+    assert [number for number, _, _ in given] == list(range(8))
+    first = [carry for _, carry, _ in given[:4]]
+    assert len({tuple(carry.values()) for carry in first}) == 4
+    assert all(sum(carry.values()) == pytest.approx(0.0) for carry in first)
+    assert [carry for _, carry, _ in given[4:]] == [coreset.carry for _, _, coreset in given[:4]]
+
+
+@pytest.mark.parametrize("name", ["cpu_lora", "phi2_math", "phi2_math_tokens"])
+def test_recommended_keys_fit_recipes(name: str, repo_root: Path) -> None:
+    """Also those that write keys of another estimator."""
+    result = check(tiny_model("llama", **WIDER), RecordDataset(records(SOURCES)))
+    for way in (each.way for each in result.ways if each.way.keys != ("as it is",)):
+        recipe = load_recipe(repo_root / "finetune" / "recipes" / f"{name}.yaml", way.keys, needs_files=False)
+        colm = recipe.resolve_section()
+        assert (colm.selector, colm.per_source) == (way.selector, way.settings.per_source)
+        if way.needs_signal:
+            assert (colm.weights, colm.metric) == (way.settings.weights, way.settings.metric)
 
 
 def test_other_selectors_choose_by_plain_losses_and_gradients() -> None:

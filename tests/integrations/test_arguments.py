@@ -9,11 +9,13 @@ from typing import Any
 from transformers import HfArgumentParser, TrainingArguments
 
 from colm_ds.config.colm import CoLMSection
+from colm_ds.errors import Problems
 from colm_ds.integrations.arguments import (
     OWN_TO_THE_ENGINE,
     CoLMArguments,
     CoLMConfig,
     read_section,
+    resolve_section,
     with_normalization,
 )
 
@@ -23,7 +25,7 @@ def test_the_dataclass_has_the_keys_and_defaults_of_the_section() -> None:
     theirs = {name: field.default for name, field in CoLMSection.model_fields.items()}
     # Without: what is the engine's, what TrainingArguments have, and what only colm_ds.initialize can do.
     assert ours.keys() - {"source_column", "log"} == theirs.keys() - OWN_TO_THE_ENGINE.keys() - {"seed", "replay"}
-    fitting = {"small_sources", "small_share", "per_source", "geometry", "metric", "weights"}  # by the estimator
+    fitting = {"small_sources", "small_share", "per_source", "geometry", "metric", "weights", "selector"}
     assert all(ours[name] == "auto" for name in fitting)
     own = {"source_column", "log", "large_batch_size", "mask", "probe", "schedule", "options", "loss_normalization"}
     for name in ours.keys() - own - fitting:
@@ -31,12 +33,12 @@ def test_the_dataclass_has_the_keys_and_defaults_of_the_section() -> None:
 
 
 def test_auto_is_what_fits_the_estimator() -> None:
-    for estimator, wanted in (("tokens", (False, "none", "matched")), ("spsa", (True, "auto", "uniform"))):
+    for estimator, wanted in (("tokens", ("importance", False, "none")), ("spsa", ("colm", True, "auto"))):
         section = with_normalization(read_section(CoLMConfig(large_batch_size=32, probe={"estimator": estimator})))
         resolved = CoLMSection.model_validate(
             {key: value for key, value in section.items() if key not in ("source_column", "log")}
         )
-        assert (resolved.per_source, resolved.small_sources, resolved.weights) == wanted
+        assert (resolved.selector, resolved.per_source, resolved.small_sources) == wanted
 
 
 def test_command_line_beside_training_arguments() -> None:
@@ -60,6 +62,19 @@ def test_preset_fills_in_what_is_left_at_its_default() -> None:
         {key: value for key, value in section.items() if key not in ("source_column", "log")}
     )
     assert (resolved.metric, resolved.weights, resolved.probe.num_probes) == ("cosine", "uniform", 1)
+
+
+def test_a_preset_is_whole_for_a_trainer() -> None:
+    """Keys of the engine that it pins to their defaults are none that were written."""
+    problems = Problems("colm")
+    section = read_section(CoLMConfig(large_batch_size=32, preset="paper"))
+    keys = {key: value for key, value in section.items() if key not in ("source_column", "log")}
+    found = resolve_section(keys, coreset_size=8, seed=0, num_processes=1, problems=problems)
+    assert problems.messages == []
+    assert found is not None
+    assert (found.selector, found.per_source, found.small_sources) == ("colm", True, "auto")
+    resolve_section({**keys, "target": {"size": 4}}, coreset_size=8, seed=0, num_processes=1, problems=problems)
+    assert "target" in problems.messages[0]
 
 
 def test_block_of_an_arguments_file(tmp_path: Path) -> None:

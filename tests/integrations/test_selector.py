@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import colm_ds
+from colm_ds.engine.accumulation import loss_scale
 from colm_ds.errors import ConfigError, DataError, SelectionError
+from colm_ds.types import Coreset, LargeBatch
 from tests.engine.oracle import largest_difference
 from tests.engine.training import Record, records
 from tests.integrations.runs import pad
@@ -78,6 +80,27 @@ def test_state_goes_on_exactly(estimator: str) -> None:
     rest.load_state_dict(first.state_dict())
     assert rest(batches[2]).positions.tolist() == wanted[2]
     assert rest.step_count == 3
+
+
+def test_a_state_of_another_choice_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    tokens = {"probe": {"estimator": "tokens"}}
+    before, after = make(selector="colm", **tokens), make(**tokens)
+    make(**tokens).load_state_dict(after.state_dict())
+    assert not caplog.messages
+    after.load_state_dict(before.state_dict())
+    (said,) = caplog.messages
+    assert "steps before the checkpoint were chosen with colm.selector = 'colm', colm.weights = 'matched'" in said
+
+
+def test_weights_of_what_is_left_when_an_example_breaks() -> None:
+    """As if it had not been chosen: factors of the others' mean losses add up to 1, in the proportion of weights."""
+    lengths = torch.tensor([3, 5, 2, 7])
+    nowhere = torch.zeros(4, dtype=torch.int64)
+    batch = LargeBatch(1, torch.arange(4), nowhere, lengths, lengths, nowhere, {})
+    coreset = Coreset(torch.tensor([0, 1, 3]), torch.tensor([0.3, 0.4, 2.3]), 0, 0, 0)
+    for broken, left in (([], [0.1, 0.4 / 3, 0.0, 2.3 / 3]), ([3], [0.3 / 0.7, 0.4 / 0.7, 0.0, 0.0])):
+        factors = loss_scale(batch, coreset, "example", broken) * lengths
+        assert factors.tolist() == pytest.approx(left)
 
 
 def test_example_losses_are_the_model_s() -> None:

@@ -50,6 +50,21 @@ def test_steps_in_epochs(steps: str, wanted: int) -> None:
         assert recipe_differences(damaged, open_ended, ())  # type: ignore[arg-type]
 
 
+def test_weights_are_compared_where_there_are_medoids() -> None:
+    """Runs without them, of a recipe by tokens, were written with `matched` before draws became its default."""
+
+    def differences(selector: str, weights: str) -> list[str]:
+        colm = {"large_batch_size": 8, "coreset_size": 4, "selector": selector, "probe": {"estimator": "tokens"}}
+        values = {"output_dir": "run", "steps": 3, "model": {"name_or_path": "model"}, "data": {"train": "data.jsonl"}}
+        now = recipe.Recipe.model_validate({**values, "colm": colm, "deepspeed": {}})
+        before = json.loads(json.dumps(now.model_dump()))
+        before["colm"]["weights"] = weights
+        return recipe_differences(before, now, ())
+
+    assert differences("random", "matched") == differences("keep_random", "matched") == []
+    assert differences("colm", "cluster") == ["colm.weights: 'cluster' there, 'matched' here"]
+
+
 def test_the_section_is_resolved_for_any_number_of_ranks() -> None:
     """A DeepSpeed file that fits two ranks is previewed and checked by one."""
     values = {
