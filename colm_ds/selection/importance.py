@@ -66,7 +66,7 @@ def exchange_for_balance(drawn: Tensor, vectors: Tensor, generator: torch.Genera
         number = -(-len(drawn) // part)
         parts = list(torch.randperm(len(drawn), generator=generator).tensor_split(number))
     total = vectors[drawn].sum(dim=0)
-    limit = -_NO_GAIN * float(vectors.square().sum(dim=1).mean())
+    limit = -_NO_GAIN * float(torch.linalg.vector_norm(vectors)) ** 2 / len(vectors)
     for places in parts:
         rows, inside = vectors[places], drawn[places]
         products = rows @ rows.T
@@ -108,9 +108,10 @@ def importance_draw(
     """
     likely = chances.double()
     probabilities = proportional_probabilities(likely.clamp_min(LEAST_CHANCE * float(likely.mean())), count)
-    wide, parts = signals.double(), sizes.double()
-    mean = wide.sum(dim=0) / parts.sum()
-    deviations = (wide - parts[:, None] * mean) / probabilities[:, None]
+    parts = sizes.double()
+    deviations = signals.to(torch.float64, copy=True)
+    mean = deviations.sum(dim=0) / parts.sum()
+    deviations.addr_(parts, mean, alpha=-1.0).div_(probabilities[:, None])
     drawn = exchange_for_balance(systematic_draw(probabilities, generator), deviations, generator)
     places = drawn.nonzero().flatten()
     return places, (count / len(parts)) / probabilities[places]
