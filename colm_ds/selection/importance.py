@@ -69,6 +69,7 @@ def exchange_for_balance(drawn: Tensor, vectors: Tensor, generator: torch.Genera
     limit = -_NO_GAIN * float(torch.linalg.vector_norm(vectors)) ** 2 / len(vectors)
     for places in parts:
         rows, inside = vectors[places], drawn[places]
+        others = total - rows[inside].sum(dim=0)
         products = rows @ rows.T
         along, squares = rows @ total, products.diagonal()
         for _ in range(int(inside.sum())):
@@ -86,7 +87,7 @@ def exchange_for_balance(drawn: Tensor, vectors: Tensor, generator: torch.Genera
             inside[out], inside[into] = False, True
             along += products[:, into] - products[:, out]
         drawn[places] = inside
-        total = vectors[drawn].sum(dim=0)
+        total = others + rows[inside].sum(dim=0)
     return drawn
 
 
