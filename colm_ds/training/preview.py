@@ -168,7 +168,11 @@ def describe_coreset(recipe: Recipe | ChoiceRecipe, train: Data, tokenizer: Any,
     batch = next(iter(loader))
     coreset = selector(batch).coreset
     return "\n".join(
-        [*_by_source(train, batch, coreset, recipe.colm), "", *_by_example(train, batch, coreset, tokenizer)]
+        [
+            *_by_source(train, batch, coreset, recipe.colm),
+            "",
+            *_by_example(train, batch, coreset, tokenizer, recipe.colm),
+        ]
     )
 
 
@@ -210,7 +214,7 @@ def _why_chosen(coreset: Coreset, batch: LargeBatch, source: int, config: CoLMSe
     return "by its quota" if coherence is None else f"{picks} by its quota; coherence {coherence:.2f}"
 
 
-def _by_example(train: Data, batch: LargeBatch, coreset: Coreset, tokenizer: Any) -> list[str]:
+def _by_example(train: Data, batch: LargeBatch, coreset: Coreset, tokenizer: Any, config: CoLMSection) -> list[str]:
     place = {position: number for number, position in enumerate(coreset.positions.tolist())}
     picks = _pick_numbers(batch, coreset)
     width = max(map(len, train.source_names))
@@ -223,7 +227,8 @@ def _by_example(train: Data, batch: LargeBatch, coreset: Coreset, tokenizer: Any
             kept = "kept (small source)"
         else:
             weight = float(coreset.weights[number])
-            kept = f"pick {picks[position]}" + (f", weight {weight:.2f}" if weight != 1 else "")
+            pick = "drawn" if config.selector in OWN_WEIGHTS else f"pick {picks[position]}"
+            kept = pick + (f", weight {weight:.2f}" if weight != 1 else "")
         example = batch.examples[position]
         answers = _answers(example, tokenizer)
         answer = answers[0 if example.candidates is None else example.candidates.gold]

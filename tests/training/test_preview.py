@@ -142,3 +142,4 @@ def test_it_says_how_sources_came_into_the_coreset(
     assert {each.split(";")[0] for each in whys} == {why}
     assert "small: fewer than" not in text
     assert " yes\n" not in text
+    assert ("  drawn" in text) == ("tokens" in changes[0] and "colm.selector=colm" not in changes)
