@@ -1,6 +1,6 @@
 """Choosing r / 4 of r by token vectors, as the reader's thread of rank 0 does it: CPU seconds, memory, the objective.
 
-    python benchmarks/choose.py                # draws by importance (the default) and medoids; 1 minute, one thread
+    python benchmarks/choose.py                # draws by importance (the default) and medoids; 3 minutes, one thread
     python benchmarks/choose.py --selectors    # every selector, b of r in one pool, beside a step of SmolLM2-135M
 
 Features are clusters of as many numbers as a token's vector has, as mean vectors of a mixture's sources are. Above

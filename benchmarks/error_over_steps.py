@@ -138,7 +138,8 @@ def errors(name: str, measured: Measured, size: int, large: int, steps: int, see
     """Return the error of every step's mean gradient by a way of `ways`, `[steps, N]`."""
     selector = dict(ways(size, seed))[name]
     known = torch.zeros_like(measured.signals) if name == BLIND else measured.signals
-    found, carry = [], {}
+    found: list[np.ndarray] = []
+    carry: dict[int, float] = {}
     for step, batch in enumerate(large_batches(len(measured.lengths), large, steps, seed), start=1):
         lengths, nowhere = measured.lengths[batch], torch.zeros_like(batch)
         facts = LargeBatch(step, batch, measured.sources[batch], lengths, lengths, nowhere, {}, carry=carry)

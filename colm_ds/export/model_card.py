@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from colm_ds.recipes.sections import ModelConfig
+from colm_ds.report.arms import BY_SIGNALS
 from colm_ds.report.facts import Facts, group, run_facts
 from colm_ds.report.tables import clean
 from colm_ds.run_folder.contents import ADAPTER, MODEL
@@ -231,7 +232,7 @@ def _recipe_lines(run: Run, facts: Facts, dtype: str) -> list[str]:
         ("Large batch r, examples inspected in a step", lookup(colm, "large_batch_size")),
         ("Coreset b, examples trained on in a step", lookup(colm, "coreset_size")),
     ]
-    if lookup(colm, "selector") in ("colm", "importance", "balanced"):
+    if lookup(colm, "selector") in BY_SIGNALS:
         pairs.append(("Estimator", lookup(colm, "probe", "estimator")))
     if lookup(colm, "selector") == "colm":
         pairs += [

@@ -26,6 +26,9 @@ _NOT_THE_METHOD = {
 _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 _LARGEST = ("peak_memory_gib", "micro_batches.largest_tokens")  # over seeds the largest counts
 
+BY_SIGNALS = {"colm": "medoids", "importance": "draws by importance", "balanced": "balanced draws"}
+"""Selectors that choose by gradients or what stands for them, and what they pick."""
+
 AXES = {
     "steps": "step",
     "tokens": "tokens trained on",
@@ -194,8 +197,7 @@ def describe(arm: Arm) -> str | None:
         "random": "plain, random",
         "keep_random": "small sources kept, rest random",
     }
-    by_signals = {"colm": "medoids", "importance": "draws by importance", "balanced": "balanced draws"}
-    picks = by_signals.get(arm.selector or "")
+    picks = BY_SIGNALS.get(arm.selector or "")
     if picks is None:
         return known.get(arm.selector or "", arm.selector)
     colm = arm.config["colm"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from colm_ds.report.arms import AXES, Arm, references
+from colm_ds.report.arms import AXES, BY_SIGNALS, Arm, references
 from colm_ds.report.charts import Line, Picture, Style, bar_picture, dot_picture, line_picture, smooth
 from colm_ds.report.facts import GROUPS, NUMBERS, Curve
 from colm_ds.report.svg import COLORS
@@ -15,9 +15,6 @@ from colm_ds.report.tables import Column, Format, Table, compact, quoted, whole
 
 MAX_ARMS = 5
 """Arms in a picture unless more are asked for; tables have all."""
-
-BY_SIGNALS = ("colm", "importance", "balanced")
-"""Selectors that choose by gradients, or by what stands for them."""
 
 ROLES = {
     "plain_r": "plain on r",

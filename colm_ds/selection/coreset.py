@@ -20,7 +20,7 @@ from colm_ds.selection.large_pools import pick_medoids
 from colm_ds.selection.mask import CRITERIA, mask_coordinates
 from colm_ds.selection.sources import Pool, share_out
 from colm_ds.selection.transfer import to_cpu, to_device
-from colm_ds.selection.weights import WEIGHTS, cluster_weights, matched_weights
+from colm_ds.selection.weights import WEIGHTS, cluster_weights, matched_weights, mean_one
 from colm_ds.types import NUM_NAMED, Coreset
 
 
@@ -275,8 +275,11 @@ def _choose(
                     part.copy_(_draw_by_importance(pool, raw, signals.parts, chances, settings, step))
                 else:
                     part.copy_(_pick_pool(pool, compared, raw, signals.parts, settings))
-            if settings.picks == "importance":
-                _scale_together([part[pool.quota : -1] for pool, part in zip(pools, parts, strict=True)])
+            if settings.picks == "importance" and pools:  # scaled in each pool, few draws would have a bias
+                weights = [part[pool.quota : -1] for pool, part in zip(pools, parts, strict=True)]
+                together = mean_one(torch.cat(weights)).split([pool.quota for pool in pools])
+                for own, scaled in zip(weights, together, strict=True):
+                    own.copy_(scaled)
     exchange.broadcast(outcome)
     if not outcome[0]:
         return exchange.broadcast(finite.to(torch.uint8)).bool(), None
@@ -307,13 +310,6 @@ def _draw_by_importance(
     else:
         places, weights = torch.arange(len(raw)), torch.ones(len(raw))
     return torch.cat([pool.positions[places].double(), weights.double(), _coherence(raw)])
-
-
-def _scale_together(weights: Sequence[Tensor]) -> None:
-    """Scale the weights of all pools to mean 1 in place; in each pool by itself few draws would have a bias."""
-    total = sum(float(each.sum()) for each in weights)
-    for each in weights:
-        each.mul_(sum(map(len, weights)) / total)
 
 
 def _pick_pool(pool: Pool, compared: Tensor, raw: Tensor, parts: Tensor | None, settings: SelectionSettings) -> Tensor:

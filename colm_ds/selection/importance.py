@@ -104,8 +104,8 @@ def importance_draw(
         generator: private CPU generator.
 
     Returns:
-        Ascending places, int64 `[count]`, and weights of the inverse probability, whose mean is 1 in expectation,
-        float64 `[count]`.
+        Ascending places, int64 `[count]`, and weights count / n over the probability, float64 `[count]`: of mean 1
+        in expectation before exchanges.
     """
     likely = chances.double()
     probabilities = proportional_probabilities(likely.clamp_min(LEAST_CHANCE * float(likely.mean())), count)

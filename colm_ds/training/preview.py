@@ -167,13 +167,8 @@ def describe_coreset(recipe: Recipe | ChoiceRecipe, train: Data, tokenizer: Any,
     )
     batch = next(iter(loader))
     coreset = selector(batch).coreset
-    return "\n".join(
-        [
-            *_by_source(train, batch, coreset, recipe.colm),
-            "",
-            *_by_example(train, batch, coreset, tokenizer, recipe.colm),
-        ]
-    )
+    by_example = _by_example(train, batch, coreset, tokenizer, recipe.colm)
+    return "\n".join([*_by_source(train, batch, coreset, recipe.colm), "", *by_example])
 
 
 def _target_of(recipe: Recipe | ChoiceRecipe, tokenizer: Any, train: Data, heldout: Data | None) -> TokenDataset | None:

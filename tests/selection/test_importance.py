@@ -119,6 +119,8 @@ def test_error_of_the_mean_gradient(by_token: bool) -> None:
             if not uniform:
                 chances = chances_by_labels(lengths, parts)
                 places, weights = importance_draw(signals, chances, parts, count, generator(run))
+                inverse = count / n / probabilities_of(chances, count)[places]
+                torch.testing.assert_close(weights, inverse, rtol=1e-9, atol=0.0)
             wide = weights.double()
             mean = (wide[:, None] * gradients[places]).sum(dim=0) / (wide * parts[places]).sum()
             found.append((mean - target).numpy())
