@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 
 import torch
@@ -119,6 +119,7 @@ class CoresetError:
             chance of this sample in it.
         deviations: of every batch's squared error from kappa times the expected one, over the mean expected one, `[K]`;
             empty: not known.
+        kappa_by_part: kappa of the gradients of each part of the model by itself; empty if there is one part.
     """
 
     kappa: float
@@ -128,6 +129,7 @@ class CoresetError:
     bias_se: float | None
     bias_within_sample: float
     deviations: tuple[float, ...] = ()
+    kappa_by_part: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def shown_bias(self) -> float:
@@ -147,7 +149,12 @@ def se_of_difference(first: CoresetError, second: CoresetError) -> float:
     return float((both[0] - both[1]).std()) / count**0.5
 
 
-def coreset_error(gram: GradientGram, batches: LargeBatches, coresets: Sequence[Coreset]) -> CoresetError:
+def coreset_error(
+    gram: GradientGram,
+    batches: LargeBatches,
+    coresets: Sequence[Coreset],
+    by_part: Mapping[str, GradientGram] | None = None,
+) -> CoresetError:
     """Return the error of coresets, one for each large batch.
 
     Kappa is the sum of their squared errors over the sum of the expected ones. The squared mean error is estimated
@@ -158,6 +165,7 @@ def coreset_error(gram: GradientGram, batches: LargeBatches, coresets: Sequence[
         gram: inner products of all examples.
         batches: K batches of r examples.
         coresets: K coresets of b.
+        by_part: inner products of the gradients of each part of the model.
     """
     differences = torch.stack(
         [gram.coefficients(batch, coreset) for batch, coreset in zip(batches.examples, coresets, strict=True)]
@@ -165,10 +173,7 @@ def coreset_error(gram: GradientGram, batches: LargeBatches, coresets: Sequence[
     products = differences @ gram.products @ differences.T
     squares = products.diagonal()
     r, sizes = batches.examples.shape[1], [coreset.size for coreset in coresets]
-    expected = torch.tensor(
-        [(1.0 / size - 1.0 / r) * gram.variance(batch) for size, batch in zip(sizes, batches.examples, strict=True)],
-        dtype=torch.float64,
-    )
+    expected = _expected(gram, batches, sizes)
     kappa = float(squares.sum() / expected.sum())
     deviations = (squares - kappa * expected) / expected.mean()
     scale = gram.mean_square()
@@ -187,7 +192,20 @@ def coreset_error(gram: GradientGram, batches: LargeBatches, coresets: Sequence[
         else None,
         bias_within_sample=within,
         deviations=tuple(deviations.tolist()),
+        kappa_by_part={
+            name: float((differences @ part.products * differences).sum() / _expected(part, batches, sizes).sum())
+            for name, part in (by_part or {}).items()
+        },
     )
+
+
+def _expected(gram: GradientGram, batches: LargeBatches, sizes: Sequence[int]) -> Tensor:
+    """Return the expected squared error of as many random examples of every large batch, float64 `[K]`."""
+    r = batches.examples.shape[1]
+    expected = [
+        (1.0 / size - 1.0 / r) * gram.variance(batch) for size, batch in zip(sizes, batches.examples, strict=True)
+    ]
+    return torch.tensor(expected, dtype=torch.float64)
 
 
 def _chance(gram: GradientGram, mean: Tensor) -> float:

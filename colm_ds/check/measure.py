@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from colm_ds.batching.loader import source_counts
 from colm_ds.batching.sources import small_source_ids
-from colm_ds.check.errors_of_coresets import CoresetError, GradientGram, LargeBatches, coreset_error
+from colm_ds.check.errors_of_coresets import LargeBatches, coreset_error
 from colm_ds.check.other_selectors import ScoredSample, other_ways, score_sample
 from colm_ds.check.prices import price_of_ways
 from colm_ds.check.sample import DrawnSample, check_enough, measure_sample
@@ -57,7 +57,7 @@ class CheckResult:
         num_examples: N.
         num_batches: K.
         side: side of the gradient sketches.
-        num_modules: number of trained linear modules.
+        num_modules: number of trained matrices.
         variance: V, squared error of the mean gradient of b random examples, relative to |mean gradient|^2.
         ways: every way to choose, the lowest kappa first.
         recommendation: one sentence.
@@ -201,7 +201,7 @@ def check_model(
 
     Raises:
         ConfigError: if there are too few examples for two large batches, or the model does not fit the data.
-        ProbeError: if no linear module is trained, or too many gradients are not finite.
+        ProbeError: if no matrix is trained, or too many gradients are not finite.
     """
     check_model_fits(model, data)
     size, large = int(config.coreset_size or 0), config.large_batch_size
@@ -229,7 +229,8 @@ def check_model(
         compared.ways += others.ways
         compared.notes += others.notes
     batches = LargeBatches.draw(len(sample.examples), large, num_batches, config.seed)
-    errors = _errors(compared.ways, facts, scored, gram, batches, size, config.seed, progress)
+    coresets = _coresets(compared.ways, facts, scored, batches, size, config.seed, progress)
+    errors = [coreset_error(gram, batches, chosen, measured.by_part) for chosen in coresets]
     everything = torch.arange(len(sample.examples))
     variance = gram.variance(everything) / size / gram.mean_square()
     ways = [
@@ -249,7 +250,7 @@ def check_model(
         variance=variance,
         ways=tuple(ways),
         recommendation=recommend(ways, size, large, steps),
-        notes=(*notes, *compared.notes),
+        notes=(*_by_part(ways), *notes, *compared.notes),
         weights=weights,
         recipe_is_random=config.selector == "random",
     )
@@ -282,17 +283,16 @@ def _token_vectors(model: nn.Module, config: CoLMSection, data: SourcedDataset) 
     return vectors_of_model(model, config.seed, SINGLE_PROCESS, occurs)
 
 
-def _errors(
+def _coresets(
     ways: Sequence[WayToChoose],
     facts: SampleFacts,
     scored: Mapping[tuple[str, ...], ScoredSample],
-    gram: GradientGram,
     batches: LargeBatches,
     size: int,
     seed: int,
     progress: bool,
-) -> list[CoresetError]:
-    """Return the error of every way to choose; ways that share a batch's signals compute them once.
+) -> list[list[Coreset]]:
+    """Return the coresets of every way to choose, a list each; ways that share a batch's signals compute them once.
 
     Quotas carry over from a batch to that at the same place of the next round: so the errors of one round's batches,
     of whose products the bias is made, are independent.
@@ -319,7 +319,16 @@ def _errors(
                     carries[place][chain] = coreset.carry
                 coresets[place].append(coreset)
             bar.advance()
-    return [coreset_error(gram, batches, chosen) for chosen in coresets]
+    return coresets
+
+
+def _by_part(ways: Sequence[MeasuredWay]) -> list[str]:
+    """Return a note about kappa in each part of the model, for the way with the lowest one."""
+    parts = ways[0].error.kappa_by_part
+    if not parts:
+        return []
+    numbers = ", ".join(f"{name} {kappa:.2f}" for name, kappa in parts.items())
+    return [f"kappa of {ways[0].way.name} by part of the model, each of which Adam scales by itself: {numbers}."]
 
 
 def _first_carry(sources: Sequence[int], seed: int, chain: int) -> dict[int, float]:

@@ -114,6 +114,7 @@ def _way_as_json(way: MeasuredWay) -> dict[str, Any]:
         "is_recipe": way.way.is_recipe,
         "keys": list(way.way.keys),
         **finite,
+        "kappa_by_part": dict(error.kappa_by_part),
         "pays": way.pays,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,6 @@ from colm_ds.probe.gradient_sketch import (
     GradientSketch,
     fitting_side,
     is_fresh_adapter,
-    trained_linears,
 )
 from colm_ds.process.progress import Progress
 from colm_ds.types import Example, SourcedDataset
@@ -57,15 +57,17 @@ class MeasuredSample:
     Attributes:
         sample: the N examples, without those whose gradients are not finite.
         gram: inner products of their gradients.
+        by_part: the same for each part of the model (`GradientSketch.parts`); empty if there is one part.
         exact: gradients of the probed matrices, float32 `[N, d]`; None if the family is unknown or they are too large.
         architecture: parts of the model with the probed matrices; None if `exact` is.
         side: side of the sketches.
-        num_modules: number of measured linear modules.
+        num_modules: number of measured matrices.
         notes: what was left out, and why, in sentences.
     """
 
     sample: DrawnSample
     gram: GradientGram
+    by_part: Mapping[str, GradientGram]
     exact: Tensor | None
     architecture: Architecture | None
     side: int
@@ -94,14 +96,13 @@ def measure_sample(
 
     Raises:
         ConfigError: if there are too few examples for two large batches.
-        ProbeError: if no linear module is trained.
+        ProbeError: if no matrix is trained.
     """
     large = config.large_batch_size
     sample = _drawn_sample(data, config, num_examples or max(LEAST_EXAMPLES, LARGE_BATCHES * large))
     check_enough(len(sample.examples), large)
     architecture, notes = _probed_part(model, config, len(sample.examples))
-    linears = trained_linears(model)
-    side = fitting_side(linears, len(sample.examples))
+    side = fitting_side(model, len(sample.examples))
     sketch = GradientSketch(
         model, config.seed, side, exact=() if architecture is None else architecture.targets, name="check"
     )
@@ -115,16 +116,20 @@ def measure_sample(
         check_enough(len(sample.examples), large)
     by_token = config.loss_normalization == "token"
     parts = sample.num_label_tokens.float() if by_token else None
-    gram = GradientGram(
-        _products(table, parts), torch.ones(len(table)).double() if parts is None else parts.double(), by_token
-    )
+    divisors = torch.ones(len(table)).double() if parts is None else parts.double()
+    by_part = {
+        name: GradientGram(_products(table[:, columns], parts), divisors, by_token)
+        for name, columns in sketch.parts().items()
+    }
+    everything = sum((part.products for part in by_part.values()), torch.zeros(len(table), len(table)).double())
     return MeasuredSample(
         sample=sample,
-        gram=gram,
+        gram=GradientGram(everything, divisors, by_token),
+        by_part=by_part if len(by_part) > 1 else {},
         exact=None if architecture is None else exact,
         architecture=architecture,
         side=side,
-        num_modules=len(linears),
+        num_modules=len(sketch.linears) + len(sketch.tokens),
         notes=tuple(notes),
     )
 

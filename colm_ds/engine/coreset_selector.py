@@ -469,11 +469,11 @@ class CoresetSelector:
     def gradient_variance(self, selection: Selection) -> dict[str, float] | None:
         """Return how far the coreset's mean gradient is from the large batch's: see `GradientVariance`.
 
-        The gradients are those of every trained linear module, through a `GradientSketch` that is the same in every
+        The gradients are those of every trained matrix, through a `GradientSketch` that is the same in every
         step. All ranks call it together.
 
         Raises:
-            ProbeError: if no linear module is trained, or ZeRO-3 partitions the weights.
+            ProbeError: if no matrix is trained, or ZeRO-3 partitions the weights.
         """
         batch = selection.batch
         by_token = self._config.loss_normalization == "token"

@@ -209,13 +209,18 @@ def find_head(base: Any) -> Any:
         return None
 
 
-def embedding_weight(model: Any) -> Tensor | None:
-    """Return the weight of a model's input embeddings, partitioned or whole; None if it does not name one."""
+def find_embeddings(model: Any) -> Any:
+    """Return the module that maps token ids to vectors; None if the model names none."""
     get = getattr(model, "get_input_embeddings", None)
     try:
-        weight = getattr(get(), "weight", None) if callable(get) else None
+        return get() if callable(get) else None
     except (AttributeError, NotImplementedError):
         return None
+
+
+def embedding_weight(model: Any) -> Tensor | None:
+    """Return the weight of a model's input embeddings, partitioned or whole; None if it does not name one."""
+    weight = getattr(find_embeddings(model), "weight", None)
     return weight if (isinstance(weight, Tensor) and weight.dim() == 2) or hasattr(weight, "ds_id") else None
 
 

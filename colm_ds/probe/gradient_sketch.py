@@ -1,9 +1,10 @@
-"""Per-example gradients of every trained linear module, reduced by a Kronecker sketch to a few numbers a module.
+"""Per-example gradients of every trained matrix, reduced by a Kronecker sketch to a few numbers a matrix.
 
 For a module with input x `[T, in]` and gradient delta `[T, out]` at its output, an example's weight gradient is
 sum_t delta_t x_t^T. Its sketch is (delta P)^T (x Q), `side` x `side` numbers, with P `[out, side]` and Q `[in, side]`
 of independent normal entries over sqrt(side), and the identity where a dimension is no larger than `side`. So inner
 products of sketches are unbiased for those of the gradients, and where no dimension exceeds `side` they are exact.
+Input embeddings and head, whose other side is one-hot, go the same way (`token_matrices`). No norms and biases.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from colm_ds.batching.micro_batch import MicroBatch
 from colm_ds.errors import ProbeError
 from colm_ds.models.architecture import ProbeTarget, find_head
 from colm_ds.models.dora import hooked, norms_by_adapter
-from colm_ds.models.example_loss import example_loss_sums, find_loss_head
+from colm_ds.models.example_loss import find_loss_head, label_losses, loss_sums
 from colm_ds.models.patch import eval_mode
 from colm_ds.models.quantized import adapts_tensor
+from colm_ds.probe.token_matrices import HeadStates, TokenMatrix, add_head_gradients, trained_token_matrices
 from colm_ds.randomness import private_generator
 from colm_ds.selection.transfer import to_device
 
@@ -58,7 +60,7 @@ class LinearModule:
 
 
 def trained_linears(model: nn.Module) -> list[LinearModule]:
-    """Return the trained linear modules of a model in order, without its output head.
+    """Return the trained linear modules of a model in order, without its output head, of which there may be none.
 
     These are `nn.Linear` and transformers' `Conv1D`; under LoRA the adapters' own. Where every `lora_B` is zero, as in
     a fresh adapter, the gradients of `lora_A` are zero, and they are left out.
@@ -67,7 +69,7 @@ def trained_linears(model: nn.Module) -> list[LinearModule]:
         model: any model, also in a `PeftModel`.
 
     Raises:
-        ProbeError: if there are none.
+        ProbeError: if one adapts a tensor of experts.
     """
     in_head = {id(module) for module in _head_modules(model)}
     fresh = is_fresh_adapter(model)
@@ -86,11 +88,6 @@ def trained_linears(model: nn.Module) -> list[LinearModule]:
                 "by example. Leave the measurement out (colm.variance_every)."
             )
         linears.append(LinearModule(name, module, *sizes))
-    if not linears:
-        raise ProbeError(
-            f"{type(model).__name__}: no linear module beside the output head has a trained weight, so there are no "
-            "gradients to sketch. Train at least one, or leave out variance_every."
-        )
     return linears
 
 
@@ -108,29 +105,33 @@ def is_fresh_adapter(model: nn.Module) -> bool:
     return bool(weights) and not any(bool(weight.detach().any()) for weight in weights)
 
 
-def fitting_side(linears: Sequence[LinearModule], num_examples: int) -> int:
+def fitting_side(model: nn.Module, num_examples: int) -> int:
     """Return the largest side from `LEAST_SIDE` to `SIDE` whose table of all examples stays below `TABLE_BYTES`.
 
     Args:
-        linears: from `trained_linears`.
+        model: the model whose trained matrices are sketched.
         num_examples: rows of the table, in float32.
     """
+    linears, tokens = trained_linears(model), trained_token_matrices(model)
     for side in range(SIDE, LEAST_SIDE, -1):
-        if 4 * num_examples * sum(linear.size(side) for linear in linears) <= TABLE_BYTES:
+        numbers = sum(linear.size(side) for linear in linears) + sum(matrix.size(side) for matrix in tokens)
+        if 4 * num_examples * numbers <= TABLE_BYTES:
             return side
     return LEAST_SIDE
 
 
 class GradientSketch:
-    """Sketches of the per-example gradients of a model's trained linear modules.
+    """Sketches of the per-example gradients of a model's trained linear modules, input embeddings and head.
 
     Gradients are taken by `torch.autograd.grad` at the modules' outputs, so no parameter's `.grad` and no hook of ZeRO
     is touched; the model is in eval mode meanwhile (no dropout, no activation checkpointing).
 
     Attributes:
-        linears: the modules, in the order of their numbers.
+        linears: the linear modules, in the order of their numbers.
+        tokens: embeddings and head, if they are trained; their numbers come last.
         side: rows and columns of a module's sketch.
         width: entries of an example's sketch.
+        num_of_linears: entries of those of the linear modules, which come first.
         num_exact: entries of the matrices whose full gradients are returned as well.
         device: device of the model.
     """
@@ -148,26 +149,40 @@ class GradientSketch:
             name: distinguishes sketches of the same seed.
 
         Raises:
-            ProbeError: if no linear module is trained, or the weights are partitioned.
+            ProbeError: if none of these is trained, or the weights are partitioned.
         """
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise ProbeError("gradient sketch: ZeRO-3 partitions the weights. Measure at stage 0, 1 or 2.")
         self.linears = trained_linears(model)
         self.side = side
-        self.width = sum(linear.size(side) for linear in self.linears)
+        self.tokens = trained_token_matrices(model)
+        if not self.linears and not self.tokens:
+            raise ProbeError(
+                f"{type(model).__name__}: no linear module and no input embeddings have a trained weight, so there are "
+                "no gradients to sketch. Train at least one, or leave out variance_every."
+            )
+        self.num_of_linears = sum(linear.size(side) for linear in self.linears)
+        self.width = self.num_of_linears + sum(matrix.size(side) for matrix in self.tokens)
         self._model = model
         self._norms = norms_by_adapter(model)
         self._head = find_loss_head(model)
         self._exact = tuple(exact)
         self.num_exact = sum(target.num_coordinates for target in self._exact)
         self.device = next(model.parameters()).device
-        self._dtype = torch.promote_types(self.linears[0].module.weight.dtype, torch.float32)  # type: ignore[arg-type]
+        self._dtype = torch.promote_types(next(p.dtype for p in model.parameters() if p.requires_grad), torch.float32)
         self._maps = [
             (
                 self._projection(linear.out_features, seed, name, place, "rows"),
                 self._projection(linear.in_features, seed, name, place, "columns"),
             )
             for place, linear in enumerate(self.linears)
+        ]
+        self._token_maps = [
+            (
+                self._projection(matrix.num_tokens, seed, name, -1 - place, "rows"),
+                self._projection(matrix.hidden, seed, name, -1 - place, "columns"),
+            )
+            for place, matrix in enumerate(self.tokens)
         ]
 
     def rows(self, micro: MicroBatch) -> Tensor:
@@ -208,14 +223,48 @@ class GradientSketch:
                 start += part.shape[1]
                 reader = _Reader(target.name, micro, owners, part, None, None, target)
                 stack.enter_context(_tapped(target.module, reader, anchor, target.norm))
-            sums = example_loss_sums(self._model, self._head, micro)
+            states = HeadStates(micro)
+            for matrix, part, (left, right) in self._token_parts(sketches):
+                if matrix.embedding is not None:
+                    reader = _EmbeddingReader(matrix.name, micro, owners, part, left, right, None, matrix.num_tokens)
+                    stack.enter_context(_tapped(matrix.embedding, reader, anchor))
+                if matrix.head is not None and self._head is not None:
+                    stack.enter_context(states.kept(self._head))
+                elif matrix.head is not None:
+                    reader = _Reader(matrix.name, micro, owners, part, left, right)
+                    stack.enter_context(_tapped(matrix.head, reader, anchor))
+            losses = label_losses(self._model, self._head, micro)
+            sums = loss_sums(losses, micro)
             # In fp16 the gradient of a mean over many tokens underflows; that of their sum does not.
             summed = any(p.dtype == torch.float16 for p in self._model.parameters())
             counts = micro.counts.clamp_min(1.0)
-            torch.autograd.grad((sums if summed else sums / counts).sum(), anchor)
+            total = (sums if summed else sums / counts).sum()
+            _, slopes = torch.autograd.grad(total, (anchor, losses), allow_unused=True)
+            if states.states is not None:
+                owner = micro.rows if owners is None else owners[micro.rows]
+                for matrix, part, maps in self._token_parts(sketches):
+                    if matrix.head is not None:
+                        add_head_gradients(part, matrix.head, states.states, micro.targets, slopes, owner, *maps)
         if summed:
             sketches, exact = sketches / counts[:, None], exact / counts[:, None]
         return sketches, exact
+
+    def parts(self) -> dict[str, slice]:
+        """Return the columns of each part of the model: its layers, and embeddings and head where they are trained."""
+        columns = {"layers": slice(0, self.num_of_linears)} if self.linears else {}
+        start = self.num_of_linears
+        for matrix in self.tokens:
+            columns[matrix.name] = slice(start, start + matrix.size(self.side))
+            start += matrix.size(self.side)
+        return columns
+
+    def _token_parts(
+        self, sketches: Tensor
+    ) -> Iterator[tuple[TokenMatrix, Tensor, tuple[Tensor | None, Tensor | None]]]:
+        """Yield the embeddings' and the head's matrices, their part of a table, and their P and Q."""
+        columns = self.parts()
+        for matrix, maps in zip(self.tokens, self._token_maps, strict=True):
+            yield matrix, sketches[:, columns[matrix.name]], maps
 
     def _projection(self, size: int, seed: int, name: str, place: int, which: str) -> Tensor | None:
         """Return P or Q, `[size, side]` on the device; None for the identity."""
@@ -255,9 +304,12 @@ class _Reader:
     def take(self, delta: Tensor, seen: Tensor) -> None:
         """Add the numbers of one call of the module."""
         delta = delta if self.target is None else self.target.rows_of(delta)
-        left = _through(self._by_row(delta), self.left)
+        self._add(_through(self._by_row(delta), self.left), seen)
+
+    def _add(self, left: Tensor, right: Tensor) -> None:
+        """Add the sum over tokens of left right^T, both `[rows, length, ...]`."""
         dtype = self.part.dtype
-        numbers = (left.to(dtype).transpose(1, 2) @ seen.to(dtype)).flatten(1)
+        numbers = (left.to(dtype).transpose(1, 2) @ right.to(dtype)).flatten(1)
         if self.owners is None:
             self.part.add_(numbers)
         else:
@@ -271,6 +323,28 @@ class _Reader:
                 "gradients cannot be told apart by example (an expert of a mixture?). Leave the measurement out."
             )
         return values.reshape(rows, length, values.shape[-1])
+
+
+@dataclass(frozen=True)
+class _EmbeddingReader(_Reader):
+    """Add (onehot(ids) P)^T (delta Q) of every example at the input embeddings to a part of a table.
+
+    Attributes:
+        num_tokens: rows of the embeddings.
+    """
+
+    num_tokens: int = 0
+
+    def seen(self, inputs: Tensor) -> Tensor:
+        """Return onehot(ids) P, `[rows, length, ...]`."""
+        ids = inputs.reshape(self.micro.input_ids.shape)
+        if self.left is not None:
+            return self.left[ids]
+        return nn.functional.one_hot(ids, self.num_tokens).to(self.part.dtype)
+
+    def take(self, delta: Tensor, seen: Tensor) -> None:
+        """Add the numbers of one call of the embeddings."""
+        self._add(seen, _through(self._by_row(delta), self.right))
 
 
 def _through(values: Tensor, projection: Tensor | None) -> Tensor:
@@ -294,7 +368,7 @@ class _Tap(torch.autograd.Function):
 
 
 @contextmanager
-def _tapped(module: nn.Module, reader: _Reader, anchor: Tensor, norm: nn.Module | None) -> Iterator[None]:
+def _tapped(module: nn.Module, reader: _Reader, anchor: Tensor, norm: nn.Module | None = None) -> Iterator[None]:
     """Let a reader see the inputs and output gradients of every call of a module; remove the hook afterwards."""
 
     def hook(called: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:

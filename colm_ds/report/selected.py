@@ -23,7 +23,7 @@ def selected_section(view: View) -> ReportSection:
         "Selection pays where an arm is better at equal seconds; one that is better at equal steps alone takes "
         "dearer steps. Coherence is the length of a source's mean gradient signal over the mean length: near 1 a "
         "medoid stands for its source, near 1/√n (n examples in the large batch) choosing within a source cannot "
-        "beat chance. Variance is the squared distance of the coreset's mean gradient of all trained linear modules "
+        "beat chance. Variance is the squared distance of the coreset's mean gradient of all trained matrices "
         "(of the probed layer in runs of version 0.1.0) to the large batch's, relative to the latter's squared "
         "length; × random, or kappa, is that over the same of as many random examples, worth the number of random "
         "examples with the coreset's error."

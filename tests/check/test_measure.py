@@ -93,7 +93,8 @@ def test_kappa_is_that_of_autograd(normalization: str) -> None:
         occurs[counted_tokens(data[place])] = True
     features = example_features(examples, vectors_of_model(model, 0, SINGLE_PROCESS, occurs), 1 / 3)
     double = tiny_model("llama", **WIDER).double()
-    names = [name for name, module in double.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    names = [name for name, module in double.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]
+    assert {"lm_head", "model.embed_tokens"} < set(names)
     rows = plain_rows(double, examples, names)
     last = plain_rows(double, examples, ["model.layers.1.self_attn.v_proj"]).float()
     batches = LargeBatches.draw(64, 16, 8, seed=0)
@@ -120,12 +121,20 @@ def test_kappa_is_that_of_autograd(normalization: str) -> None:
             found.append(select_coreset(sources[batch], signals, 8, settings=settings, step=step))
         return found
 
+    ends = {"input embeddings": ["model.embed_tokens"], "head": ["lm_head"]}
+    ends["layers"] = [name for name in names if name not in ("lm_head", "model.embed_tokens")]
     for name, coresets in (
         ("tokens, one pool, matched", chosen(features, False, False, "euclidean")),
         ("tokens, per source, matched", chosen(features, False, True, "euclidean")),
         ("exact, one pool, matched", chosen(last, True, False, "l1")),
     ):
         assert kappa(result, name) == pytest.approx(plain_kappa(rows, parts, batches, coresets), abs=0.02), name
+        (error,) = [way.error for way in result.ways if way.way.name == name]
+        assert set(error.kappa_by_part) == set(ends)
+        for part, of_part in ends.items():
+            plain = plain_kappa(plain_rows(double, examples, of_part), parts, batches, coresets)
+            assert error.kappa_by_part[part] == pytest.approx(plain, abs=0.06), (name, part)  # one matrix of 48 x 48
+    assert any(note.startswith("kappa of ") and "head" in note for note in result.notes)
 
 
 def test_quotas_carry_over_from_round_to_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +189,7 @@ def test_other_selectors_choose_by_plain_losses_and_gradients() -> None:
     assert "losses of earlier steps" in note
     examples = sampled(data, 64)
     double = tiny_model("llama", **WIDER).double()
-    modules = [name for name, module in double.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    modules = [name for name, module in double.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]
     rows = plain_rows(double, examples, modules)
     with torch.no_grad():
         losses = torch.stack(

@@ -118,13 +118,16 @@ def test_sketches_hold_whole_gradients(name: str) -> None:
     from colm_ds.batching.micro_batch import make_micro_batch
 
     model = adapted(**WAYS[name])
-    linears = trained_linears(model)
-    found = GradientSketch(model, 0, side=1000).rows(make_micro_batch(EXAMPLES))
+    sketch = GradientSketch(model, 0, side=1000)
+    modules = [linear.module for linear in sketch.linears]
+    modules += [matrix.head for matrix in sketch.tokens if matrix.head is not None]
+    assert len(modules) == len(sketch.linears) + (name == "head")
+    found = sketch.rows(make_micro_batch(EXAMPLES))
     expected = []
     for example in EXAMPLES:
         model.zero_grad()
         model(input_ids=example.input_ids[None], labels=example.labels[None]).loss.backward()
-        expected.append(torch.cat([linear.module.weight.grad.flatten() for linear in linears]))  # type: ignore[union-attr,operator]
+        expected.append(torch.cat([module.weight.grad.flatten() for module in modules]))  # type: ignore[union-attr,operator]
     assert relative_error(found, torch.stack(expected)) < 1e-6
 
 

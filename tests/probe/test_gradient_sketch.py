@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 from colm_ds.batching.micro_batch import make_micro_batch
 from colm_ds.errors import ProbeError
+from colm_ds.models import token_loss
 from colm_ds.models.architecture import find_architecture
+from colm_ds.models.example_loss import find_loss_head
 from colm_ds.probe.gradient_sketch import (
     LEAST_SIDE,
     SIDE,
@@ -51,7 +53,7 @@ def plain_rows(model: Any, examples: Sequence[Example], names: Sequence[str]) ->
 
 
 def names_of(model: nn.Module, kind: type[nn.Module] | str = nn.Linear) -> list[str]:
-    """Modules that must be sketched, found by name and type: trained, and not the head."""
+    """Linear modules that must be sketched, found by name and type: trained, and not the head."""
     return [
         name
         for name, module in model.named_modules()
@@ -59,6 +61,16 @@ def names_of(model: nn.Module, kind: type[nn.Module] | str = nn.Linear) -> list[
         and module.weight.requires_grad
         and not name.endswith("lm_head")
     ]
+
+
+def token_names(model: nn.Module) -> list[str]:
+    """Input embeddings and head, if they are trained; one of them, if they are one weight."""
+    base: Any = model
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    if ends[0].weight is ends[1].weight:
+        ends.pop()
+    by_module = {module: name for name, module in model.named_modules()}
+    return [by_module[end] for end in ends if end.weight.requires_grad]
 
 
 @pytest.mark.parametrize("family", ["llama", "phi", "phi3", "gpt2"])
@@ -70,10 +82,14 @@ def test_a_wide_sketch_has_the_inner_products(family: str, lora: bool) -> None:
     names = names_of(model, "Conv1D" if family == "gpt2" else nn.Linear)
     assert [linear.name for linear in trained_linears(model)] == names
     examples = make_examples()
-    rows = GradientSketch(model, 0, WIDE).rows(make_micro_batch(examples))
-    plain = plain_rows(model, examples, names)
+    sketch = GradientSketch(model, 0, WIDE)
+    rows = sketch.rows(make_micro_batch(examples))
+    plain = plain_rows(model, examples, [*names, *token_names(model)])
     assert rows.shape == plain.shape
     assert torch.allclose(rows @ rows.T, plain @ plain.T, rtol=1e-9, atol=1e-12)
+    layers = rows[:, : sketch.num_of_linears]
+    plain_layers = plain_rows(model, examples, names)
+    assert torch.allclose(layers @ layers.T, plain_layers @ plain_layers.T, rtol=1e-9, atol=1e-12)
 
 
 def test_classification_sums_the_candidates() -> None:
@@ -81,7 +97,7 @@ def test_classification_sums_the_candidates() -> None:
     choices = random_choices(5)
     examples = [choices[index] for index in range(5)]
     rows = GradientSketch(model, 0, WIDE).rows(make_micro_batch(examples))
-    plain = plain_rows(model, examples, names_of(model))
+    plain = plain_rows(model, examples, [*names_of(model), *token_names(model)])
     # Rotary embeddings are in float32, and those of another length differ in the last digit.
     assert float((rows @ rows.T - plain @ plain.T).abs().max() / (plain @ plain.T).abs().max()) < 1e-6
 
@@ -90,7 +106,7 @@ def test_a_narrow_sketch_is_unbiased() -> None:
     """Over many draws the mean of the inner products is the true one, within four of its standard errors."""
     model, examples = tiny_model("llama").double(), make_examples()
     micro = make_micro_batch(examples)
-    plain = plain_rows(model, examples, names_of(model))
+    plain = plain_rows(model, examples, [*names_of(model), *token_names(model)])
     true = plain @ plain.T
     found = []
     for seed in range(60):
@@ -199,6 +215,28 @@ def test_frozen_layers_below() -> None:
     assert torch.allclose(rows @ rows.T, plain @ plain.T, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("trained", [("head",), ("embeddings",), ("embeddings", "head")], ids="+".join)
+@pytest.mark.parametrize("kind", ["llama", "tied", "processed logits", "long"])
+def test_token_matrices_alone(trained: tuple[str, ...], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings and head, tied or not, of a model that scales its logits, and with logits in several chunks."""
+    if kind == "processed logits":
+        model = tiny_model("granite", logits_scaling=2.0).double()
+        assert find_loss_head(model) is None
+    else:
+        model = tiny_model("llama", tie_word_embeddings=kind == "tied").double()
+    monkeypatch.setattr(token_loss, "_CHUNK_LOGITS", 7 * VOCABULARY_SIZE if kind == "long" else 1 << 23)
+    model.requires_grad_(False)
+    ends = {"embeddings": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    for name in trained:
+        ends[name].weight.requires_grad_(True)
+    examples = make_examples()
+    sketch = GradientSketch(model, 0, WIDE)
+    assert len(sketch.tokens) == len({ends[name].weight for name in trained})
+    rows = sketch.rows(make_micro_batch(examples))
+    plain = plain_rows(model, examples, token_names(model))
+    assert torch.allclose(rows @ rows.T, plain @ plain.T, rtol=1e-9, atol=1e-12)
+
+
 class _Experts(nn.Module):
     """A model whose linear module sees some tokens only."""
 
@@ -223,8 +261,8 @@ def test_what_can_not_be_sketched_is_named() -> None:
         GradientSketch(_Experts(), 0).rows(make_micro_batch(make_examples()))
     model = tiny_model("llama")
     model.requires_grad_(False)
-    model.get_input_embeddings().weight.requires_grad_(True)
-    with pytest.raises(ProbeError, match="no linear module beside the output head has a trained weight"):
+    model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(ProbeError, match="no linear module and no input embeddings have a trained weight"):
         GradientSketch(model, 0)
     cut = tiny_model("llama")
     cut.model.norm.weight.ds_id = 1
@@ -233,8 +271,8 @@ def test_what_can_not_be_sketched_is_named() -> None:
 
 
 def test_the_side_fits_the_table() -> None:
-    linears = trained_linears(tiny_model("llama"))
-    assert fitting_side(linears, 100) == SIDE
-    per_example = 4 * sum(linear.size(20) for linear in linears)
-    assert fitting_side(linears, (1 << 30) // per_example) == 20
-    assert fitting_side(linears, 1 << 30) == LEAST_SIDE
+    model = tiny_model("llama")
+    assert fitting_side(model, 100) == SIDE
+    per_example = 4 * GradientSketch(model, 0, 20).width
+    assert fitting_side(model, (1 << 30) // per_example) == 20
+    assert fitting_side(model, 1 << 30) == LEAST_SIDE
