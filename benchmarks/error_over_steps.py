@@ -4,8 +4,9 @@
 
 What is chosen in one step adds to what is chosen in the next: an error that points elsewhere every time averages out,
 one that always points the same way does not. The gradients of some hundred examples are measured once, as `colm-ds
-check` does, and stored (`--keep FILE`, 15 minutes on two cores; without key=value they are read from there), and every
-way chooses from the same large batches, step after step.
+check` does, and stored (`--keep FILE`, a quarter of an hour on two cores; without key=value they are read from there), and
+every way chooses from the same large batches, step after step. What is compared is the gradient of the layers' matrices, or
+of another part of the model (`--part`).
 """
 
 from __future__ import annotations
@@ -85,20 +86,25 @@ def measure(recipe_file: str, overrides: list[str], count: int, keep: Path) -> N
     keep.parent.mkdir(parents=True, exist_ok=True)
     torch.save(
         {
-            "products": measured.gram.products,
+            "products": {name: gram.products for name, gram in measured.parts.items()},
             "means": mean_vectors(examples, token_vectors(embedding, recipe.seed, occurs=occurs)),
             "lengths": torch.tensor([len(counted_tokens(example)) for example in examples]),
             "sources": torch.tensor([example.source for example in examples]),
-            "about": {"model": recipe.name, "modules": measured.num_modules, "side": measured.side},
+            "about": {
+                "model": recipe.name,
+                "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+                "matrices": measured.num_modules,
+                "side": measured.side,
+            },
         },
         keep,
     )
 
 
-def read(keep: Path) -> Measured:
-    """Read what `measure` stored."""
+def read(keep: Path, part: str = "layers") -> Measured:
+    """Read what `measure` stored of a part of the model."""
     stored = torch.load(keep, weights_only=True)
-    values, vectors = np.linalg.eigh(stored["products"].numpy())
+    values, vectors = np.linalg.eigh(stored["products"][part].numpy())
     signals = features(stored["means"], stored["lengths"], 1 / 3)
     rows = vectors * np.sqrt(np.clip(values, 0.0, None))
     return Measured(rows, signals, stored["lengths"], stored["sources"], stored["about"])
@@ -194,6 +200,7 @@ def main() -> None:
     parser.add_argument("--recipe", default=str(RECIPE), help="YAML file (SmolLM2-135M on the math mixture)")
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="b:r", help=f"({' '.join(SIZES)})")
     parser.add_argument("--examples", type=int, default=512, help="examples whose gradients are measured (512)")
+    parser.add_argument("--part", default="layers", help="layers, all, or a part that a check names (layers)")
     parser.add_argument("--steps", type=int, default=200, help="steps of a seed (200)")
     parser.add_argument("--seeds", type=int, default=4, help="seeds of batches and draws (4)")
     parser.add_argument("--keep", type=Path, default=KEPT, help="file of the measured gradients")
@@ -205,13 +212,14 @@ def main() -> None:
     sizes = [(int(size), int(large)) for size, _, large in (each.partition(":") for each in options.sizes)]
     if options.overrides:
         measure(options.recipe, options.overrides, options.examples, options.keep)
-    measured = read(options.keep)
+    measured = read(options.keep, options.part)
     rows = table(measured, sizes, options.steps, options.seeds)
     result = {
         "benchmark": "error_over_steps",
         **describe_environment(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **measured.about,
+        "part": options.part,
         "examples": len(measured.lengths),
         "steps": options.steps,
         "seeds": options.seeds,

@@ -148,7 +148,7 @@ def main() -> None:
     occurs = occurring_ids(data, vocabulary_size(model), SINGLE_PROCESS, 0)
     embedding = model.get_input_embeddings().weight.detach().cpu()  # type: ignore[operator]
     means = make_means(embedding, occurs, measured.sample, recipe.seed)
-    rows = measure(measured.gram, measured.sample, means, sizes, options.batches)
+    rows = measure(measured.parts["layers"], measured.sample, means, sizes, options.batches)
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     result = {
         "benchmark": "token_signal",

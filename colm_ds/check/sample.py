@@ -74,6 +74,11 @@ class MeasuredSample:
     num_modules: int
     notes: tuple[str, ...]
 
+    @property
+    def parts(self) -> dict[str, GradientGram]:
+        """Return the inner products of each part's gradients, `layers` among them, and of `all`."""
+        return {"layers": self.gram, **self.by_part, "all": self.gram}
+
 
 def measure_sample(
     model: nn.Module,
