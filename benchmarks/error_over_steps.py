@@ -4,9 +4,9 @@
 
 What is chosen in one step adds to what is chosen in the next: an error that points elsewhere every time averages out,
 one that always points the same way does not. The gradients of some hundred examples are measured once, as `colm-ds
-check` does, and stored (`--keep FILE`, a quarter of an hour on two cores; without key=value they are read from there), and
-every way chooses from the same large batches, step after step. What is compared is the gradient of the layers' matrices, or
-of another part of the model (`--part`).
+check` does, and stored (`--keep FILE`, 15 minutes on two cores; without key=value they are read from there), and every
+way chooses from the same large batches, step after step. What is compared is the gradient of the layers, or of another
+part of the model (`--part`).
 """
 
 from __future__ import annotations
