@@ -140,10 +140,12 @@ def check_recipe(
         vectors=vectors,
         progress=progress,
     )
-    if getattr(recipe, "clusters", None) is None:
-        return result
-    note = "The recipe's clusters are made while it trains; sources are those of the data here."
-    return replace(result, notes=(*result.notes, note))
+    notes = list(result.notes)
+    if getattr(recipe, "clusters", None) is not None:
+        notes.append("The recipe's clusters are made while it trains; sources are those of the data here.")
+    if at is None and recipe.model.config is not None:
+        notes.append("The weights are random, and soon others: look again after some twenty steps (--at).")
+    return replace(result, notes=tuple(notes))
 
 
 def checked_section(recipe: BaseRecipe) -> CoLMSection:
@@ -323,12 +325,12 @@ def _coresets(
 
 
 def _by_part(ways: Sequence[MeasuredWay]) -> list[str]:
-    """Return a note about kappa in each part of the model, for the way with the lowest one."""
-    parts = ways[0].error.kappa_by_part
-    if not parts:
+    """Return a note about kappa in each part of the model, for the recipe's way or else that with the lowest one."""
+    shown = next((way for way in ways if way.way.is_recipe), ways[0])
+    if not shown.error.kappa_by_part:
         return []
-    numbers = ", ".join(f"{name} {kappa:.2f}" for name, kappa in parts.items())
-    return [f"kappa of {ways[0].way.name} by part of the model, each of which Adam scales by itself: {numbers}."]
+    numbers = ", ".join(f"{name} {kappa:.2f}" for name, kappa in shown.error.kappa_by_part.items())
+    return [f"kappa of {shown.way.name} by part of the model, each of which Adam scales by itself: {numbers}."]
 
 
 def _first_carry(sources: Sequence[int], seed: int, chain: int) -> dict[int, float]:

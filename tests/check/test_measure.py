@@ -319,6 +319,7 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads((folder / "run_check" / "check.json").read_text())
     assert (found["size"], found["large"], found["num_examples"], found["num_batches"]) == (8, 16, 40, 4)
     assert found["recommendation"] in shown
+    assert "Note: The weights are random" in shown
     assert re.search(r"^random \(plain training\) +1 +8 +0 +1\.00", shown, flags=re.MULTILINE)
     assert [way["name"] for way in found["ways"] if way["is_recipe"]] == ["this recipe"]
     prices = {way["name"]: way["price"] for way in found["ways"]}
