@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,8 +12,12 @@ import torch
 from colm_ds.batching.mixture import MixtureSampler, Sampler, seeded_permutation
 from colm_ds.batching.weighted_mixture import WeightedSampler, checked_weights, counts_by_weight
 from colm_ds.data.pretraining.token_store import HELDOUT, TRAIN, TokenStore
+from colm_ds.data.token_cache import cache_key
 from colm_ds.errors import ConfigError
 from colm_ds.types import Example
+
+CACHE = "cache"
+"""Folder in a store for what is computed from its chunks: the table of the estimator `tokens`."""
 
 
 class ChunkDataset:
@@ -70,6 +76,13 @@ class ChunkDataset:
 
     def __len__(self) -> int:
         return len(self.source_ids)
+
+    @property
+    def cache(self) -> tuple[Path, str]:
+        """Folder and name of these chunks' cache entry, the same for the same tokens wherever they lie."""
+        chunks = hashlib.sha256(self._numbers.tobytes()).hexdigest()
+        facts = {"store": self._store.digest, "split": self._split, "tokens": self._chunk_tokens, "chunks": chunks}
+        return self._store.folder / CACHE, cache_key({**facts, "sources": list(self.source_names)})
 
     def __getitem__(self, index: int) -> Example:
         source = int(self.source_ids[index])

@@ -134,7 +134,8 @@ def _claim(wanted: Preparation, files: Sequence[Path], overwrite: bool) -> None:
                 "Choose another folder (data.store), or prepare it again with --overwrite."
             )
         for left in folder.rglob(".*.[0-9]*"):
-            left.unlink(missing_ok=True)  # of a run that was killed
+            if left.is_file():
+                left.unlink(missing_ok=True)  # of a run that was killed
         return
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder}: holds other files. Choose an empty or new folder.")

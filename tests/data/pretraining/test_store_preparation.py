@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import multiprocessing
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +25,10 @@ from colm_ds.data.pretraining.scan import Sample
 from colm_ds.data.pretraining.store_preparation import Preparation, prepare
 from colm_ds.data.pretraining.store_table import format_table, table_rows
 from colm_ds.data.pretraining.token_store import HELDOUT, SPLITS, TRAIN, TokenStore
+from colm_ds.engine.token_table import mean_table
 from colm_ds.errors import CoLMError, ConfigError, DataError
+from colm_ds.probe.tokens import mean_vectors, random_vectors
+from colm_ds.selection import SINGLE_PROCESS
 
 FORK = multiprocessing.get_context("fork")
 SETTINGS: dict[str, Any] = {
@@ -129,6 +134,28 @@ def test_a_limit_takes_the_same_chunks_of_every_source(store: TokenStore) -> Non
     chosen = [(some.source_ids[i], tuple(some[i].input_ids.tolist())) for i in range(len(some))]
     assert len(set(chosen)) == len(chosen)
     assert set(chosen) <= there
+
+
+def test_the_table_of_tokens_is_computed_once(
+    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second start reads it from the store's folder, also under another name; other chunks have another one."""
+    shutil.copytree(store.folder, tmp_path / "store")
+    data = ChunkDataset(TokenStore(tmp_path / "store"), TRAIN, 64)
+    vectors = random_vectors(int(store.manifest["vocabulary_size"]), 0, 16)
+    first = mean_table(data, vectors, SINGLE_PROCESS, 0, data.cache)
+    assert first is not None
+    assert torch.equal(first, mean_vectors([data[index] for index in range(len(data))], vectors))
+    (tmp_path / "store").rename(tmp_path / "moved")
+    moved = TokenStore(tmp_path / "moved")
+    same, other = ChunkDataset(moved, TRAIN, 64), ChunkDataset(moved, TRAIN, 64, limit=3)
+    assert same.cache[1] == data.cache[1] != other.cache[1]
+    monkeypatch.setattr(TokenStore, "read", None)
+    again = mean_table(same, vectors, SINGLE_PROCESS, 0, same.cache)
+    assert again is not None
+    assert torch.equal(first, again)
+    with pytest.raises(TypeError):  # it would have to read
+        mean_table(other, vectors, SINGLE_PROCESS, 0, other.cache)
 
 
 @pytest.mark.parametrize("num_processes", [3])
