@@ -149,13 +149,39 @@ def se_of_difference(first: CoresetError, second: CoresetError) -> float:
     return float((both[0] - both[1]).std()) / count**0.5
 
 
-def coreset_error(
+def coreset_errors(
     gram: GradientGram,
     batches: LargeBatches,
-    coresets: Sequence[Coreset],
+    ways: Sequence[Sequence[Coreset]],
     by_part: Mapping[str, GradientGram] | None = None,
+) -> list[CoresetError]:
+    """Return the error of every way's coresets, one for each large batch.
+
+    Args:
+        gram: inner products of all examples.
+        batches: K batches of r examples.
+        ways: K coresets of b for every way.
+        by_part: inner products of the gradients of each part of the model, if there are several.
+    """
+    variances = _variances(gram, batches)
+    parts = by_part if by_part is not None and len(by_part) > 1 else {}
+    of_parts = {name: (part, _variances(part, batches)) for name, part in parts.items()}
+    return [_coreset_error(gram, variances, batches, coresets, of_parts) for coresets in ways]
+
+
+def coreset_error(gram: GradientGram, batches: LargeBatches, coresets: Sequence[Coreset]) -> CoresetError:
+    """Return the error of coresets, one for each large batch; see `coreset_errors`."""
+    return coreset_errors(gram, batches, [coresets])[0]
+
+
+def _coreset_error(
+    gram: GradientGram,
+    variances: Tensor,
+    batches: LargeBatches,
+    coresets: Sequence[Coreset],
+    of_parts: Mapping[str, tuple[GradientGram, Tensor]],
 ) -> CoresetError:
-    """Return the error of coresets, one for each large batch.
+    """Return the error of one way's coresets.
 
     Kappa is the sum of their squared errors over the sum of the expected ones. The squared mean error is estimated
     by products of the errors of two batches, whose mean is free of noise. Batches that share examples share the chance
@@ -163,9 +189,10 @@ def coreset_error(
 
     Args:
         gram: inner products of all examples.
+        variances: of every batch, `[K]`.
         batches: K batches of r examples.
         coresets: K coresets of b.
-        by_part: inner products of the gradients of each part of the model.
+        of_parts: the same inner products and variances for each part of the model.
     """
     differences = torch.stack(
         [gram.coefficients(batch, coreset) for batch, coreset in zip(batches.examples, coresets, strict=True)]
@@ -173,7 +200,8 @@ def coreset_error(
     products = differences @ gram.products @ differences.T
     squares = products.diagonal()
     r, sizes = batches.examples.shape[1], [coreset.size for coreset in coresets]
-    expected = _expected(gram, batches, sizes)
+    factors = torch.tensor([1.0 / size - 1.0 / r for size in sizes], dtype=torch.float64)
+    expected = factors * variances
     kappa = float(squares.sum() / expected.sum())
     deviations = (squares - kappa * expected) / expected.mean()
     scale = gram.mean_square()
@@ -193,19 +221,16 @@ def coreset_error(
         bias_within_sample=within,
         deviations=tuple(deviations.tolist()),
         kappa_by_part={
-            name: float((differences @ part.products * differences).sum() / _expected(part, batches, sizes).sum())
-            for name, part in (by_part or {}).items()
+            name: float((differences @ part.products * differences).sum() / (factors * of_part).sum())
+            for name, (part, of_part) in of_parts.items()
+            if bool(of_part.any())  # a part whose gradients are all zero has no kappa
         },
     )
 
 
-def _expected(gram: GradientGram, batches: LargeBatches, sizes: Sequence[int]) -> Tensor:
-    """Return the expected squared error of as many random examples of every large batch, float64 `[K]`."""
-    r = batches.examples.shape[1]
-    expected = [
-        (1.0 / size - 1.0 / r) * gram.variance(batch) for size, batch in zip(sizes, batches.examples, strict=True)
-    ]
-    return torch.tensor(expected, dtype=torch.float64)
+def _variances(gram: GradientGram, batches: LargeBatches) -> Tensor:
+    """Return the variance of every large batch, float64 `[K]`."""
+    return torch.tensor([gram.variance(batch) for batch in batches.examples], dtype=torch.float64)
 
 
 def _chance(gram: GradientGram, mean: Tensor) -> float:

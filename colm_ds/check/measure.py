@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from colm_ds.batching.loader import source_counts
 from colm_ds.batching.sources import small_source_ids
-from colm_ds.check.errors_of_coresets import LargeBatches, coreset_error
+from colm_ds.check.errors_of_coresets import LargeBatches, coreset_errors
 from colm_ds.check.other_selectors import ScoredSample, other_ways, score_sample
 from colm_ds.check.prices import price_of_ways
 from colm_ds.check.sample import DrawnSample, check_enough, measure_sample
@@ -232,7 +232,7 @@ def check_model(
         compared.notes += others.notes
     batches = LargeBatches.draw(len(sample.examples), large, num_batches, config.seed)
     coresets = _coresets(compared.ways, facts, scored, batches, size, config.seed, progress)
-    errors = [coreset_error(gram, batches, chosen, measured.by_part) for chosen in coresets]
+    errors = coreset_errors(gram, batches, coresets, measured.by_part)
     everything = torch.arange(len(sample.examples))
     variance = gram.variance(everything) / size / gram.mean_square()
     ways = [

@@ -57,7 +57,7 @@ class MeasuredSample:
     Attributes:
         sample: the N examples, without those whose gradients are not finite.
         gram: inner products of their gradients.
-        by_part: the same for each part of the model (`GradientSketch.parts`); empty if there is one part.
+        by_part: the same for each part of the model (`GradientSketch.parts`).
         exact: gradients of the probed matrices, float32 `[N, d]`; None if the family is unknown or they are too large.
         architecture: parts of the model with the probed matrices; None if `exact` is.
         side: side of the sketches.
@@ -76,8 +76,8 @@ class MeasuredSample:
 
     @property
     def parts(self) -> dict[str, GradientGram]:
-        """Return the inner products of each part's gradients, `layers` among them, and of `all`."""
-        return {"layers": self.gram, **self.by_part, "all": self.gram}
+        """Return the inner products of each part's gradients, and of `all`."""
+        return {**self.by_part, "all": self.gram}
 
 
 def measure_sample(
@@ -113,6 +113,8 @@ def measure_sample(
     )
     if is_fresh_adapter(model):
         notes.append("Every lora_B is zero, so that lora_A has no gradient yet: B alone is measured. See --at.")
+    if others := [name for name in sketch.left_out if ".lora_A." not in name or not is_fresh_adapter(model)]:
+        notes.append(f"Not measured: {len(others)} trained tensors of other kinds, such as {others[0]}.")
     table, exact = _sketch_all(sketch, sample, max_tokens, progress)
     broken = ~(torch.isfinite(table).all(dim=1) & torch.isfinite(exact).all(dim=1))
     if bool(broken.any()):
@@ -130,7 +132,7 @@ def measure_sample(
     return MeasuredSample(
         sample=sample,
         gram=GradientGram(everything, divisors, by_token),
-        by_part=by_part if len(by_part) > 1 else {},
+        by_part=by_part,
         exact=None if architecture is None else exact,
         architecture=architecture,
         side=side,

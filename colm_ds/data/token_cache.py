@@ -219,8 +219,8 @@ def store_arrays(
 
 
 def log_uncached(cache_dir: Path, error: OSError) -> None:
-    """Log that tokens could not be written to the cache."""
-    _log.warning("the tokens could not be cached in %s (%s); continuing without a cache", cache_dir, error)
+    """Log that nothing could be written to the cache."""
+    _log.warning("an entry could not be cached in %s (%s); continuing without a cache", cache_dir, error)
 
 
 def _rename(source: Path, target: Path) -> bool:

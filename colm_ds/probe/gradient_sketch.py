@@ -131,20 +131,21 @@ class GradientSketch:
         tokens: embeddings and head, if they are trained; their numbers come last.
         side: rows and columns of a module's sketch.
         width: entries of an example's sketch.
+        left_out: names of trained matrices and tensors that are of neither kind.
         num_of_linears: entries of those of the linear modules, which come first.
         num_exact: entries of the matrices whose full gradients are returned as well.
         device: device of the model.
     """
 
     def __init__(
-        self, model: nn.Module, seed: int, side: int = SIDE, *, exact: Sequence[ProbeTarget] = (), name: str = ""
+        self, model: nn.Module, seed: int, side: int | None = None, *, exact: Sequence[ProbeTarget] = (), name: str = ""
     ) -> None:
         """Draw P and Q of every module.
 
         Args:
             model: the model that a forward calls, bare or in a `PeftModel`; not partitioned by ZeRO-3.
             seed: seed of P and Q, which depend on it, `name` and the module's index alone.
-            side: see the class.
+            side: see the class; None: `SIDE`.
             exact: matrices whose full gradients `with_exact` returns as well.
             name: distinguishes sketches of the same seed.
 
@@ -154,13 +155,22 @@ class GradientSketch:
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise ProbeError("gradient sketch: ZeRO-3 partitions the weights. Measure at stage 0, 1 or 2.")
         self.linears = trained_linears(model)
+        side = SIDE if side is None else side
         self.side = side
         self.tokens = trained_token_matrices(model)
         if not self.linears and not self.tokens:
             raise ProbeError(
-                f"{type(model).__name__}: no linear module and no input embeddings have a trained weight, so there are "
-                "no gradients to sketch. Train at least one, or leave out variance_every."
+                f"{type(model).__name__}: no linear module, no input embeddings and no head have a trained weight, so "
+                "there are no gradients to sketch (adapters of a head are not). Train at least one, or leave out "
+                "variance_every."
             )
+        measured = {id(linear.module.weight) for linear in self.linears}
+        measured |= {id(module.weight) for matrix in self.tokens for module in matrix.modules}
+        self.left_out = [
+            name
+            for name, weight in model.named_parameters()
+            if weight.requires_grad and weight.dim() > 1 and id(weight) not in measured
+        ]
         self.num_of_linears = sum(linear.size(side) for linear in self.linears)
         self.width = self.num_of_linears + sum(matrix.size(side) for matrix in self.tokens)
         self._model = model
@@ -226,7 +236,7 @@ class GradientSketch:
             states = HeadStates(micro)
             for matrix, part, (left, right) in self._token_parts(sketches):
                 if matrix.embedding is not None:
-                    reader = _EmbeddingReader(matrix.name, micro, owners, part, left, right, None, matrix.num_tokens)
+                    reader = _EmbeddingReader(matrix.name, micro, owners, part, left, right, None, matrix)
                     stack.enter_context(_tapped(matrix.embedding, reader, anchor))
                 if matrix.head is not None and self._head is not None:
                     stack.enter_context(states.kept(self._head))
@@ -330,17 +340,19 @@ class _EmbeddingReader(_Reader):
     """Add (onehot(ids) P)^T (delta Q) of every example at the input embeddings to a part of a table.
 
     Attributes:
-        num_tokens: rows of the embeddings.
+        matrix: the embeddings'.
     """
 
-    num_tokens: int = 0
+    matrix: TokenMatrix | None = None
 
     def seen(self, inputs: Tensor) -> Tensor:
-        """Return onehot(ids) P, `[rows, length, ...]`."""
+        """Return onehot(ids) P times the embeddings' scale, `[rows, length, ...]`; 0 for padding, not trained."""
+        assert self.matrix is not None
         ids = inputs.reshape(self.micro.input_ids.shape)
-        if self.left is not None:
-            return self.left[ids]
-        return nn.functional.one_hot(ids, self.num_tokens).to(self.part.dtype)
+        dtype = self.part.dtype
+        rows = nn.functional.one_hot(ids, self.matrix.num_tokens).to(dtype) if self.left is None else self.left[ids]
+        trained = self.matrix.scale * (ids != self.matrix.padding).to(dtype)
+        return rows * trained[..., None]
 
     def take(self, delta: Tensor, seen: Tensor) -> None:
         """Add the numbers of one call of the embeddings."""

@@ -29,12 +29,21 @@ class TokenMatrix:
         head: the head's linear module, if it is the head's: both, if they are tied.
         num_tokens: its rows.
         hidden: its columns.
+        scale: number that the embeddings' module multiplies its rows with.
+        padding: token id whose row of the embeddings gets no gradient; -1: none.
     """
 
     embedding: nn.Module | None
     head: nn.Module | None
     num_tokens: int
     hidden: int
+    scale: float = 1.0
+    padding: int = -1
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Return its one or two modules."""
+        return [module for module in (self.embedding, self.head) if module is not None]
 
     @property
     def name(self) -> str:
@@ -51,21 +60,37 @@ class TokenMatrix:
 def trained_token_matrices(model: nn.Module) -> list[TokenMatrix]:
     """Return the token matrices that are trained whole, embeddings first: none, one, or two if they are not tied.
 
-    Adapters of one are left out, and modules of other kinds.
+    Adapters of one are left out, and modules of other kinds, such as embeddings that are more than scaled rows.
 
     Args:
         model: any model, also in a `PeftModel`.
     """
     embedding = _whole(find_embeddings(model), nn.Embedding)
     head = _whole(find_head(model), nn.Linear)
-    if embedding is not None and head is not None and embedding.weight is head.weight:
-        return [TokenMatrix(embedding, head, *_shape(head))]
+    scale = None if embedding is None else _scale(embedding)
+    tied = embedding is not None and head is not None and embedding.weight is head.weight
+    if tied and scale is None:  # what comes from the head alone is not its gradient
+        return []
     found = []
-    if embedding is not None:
-        found.append(TokenMatrix(embedding, None, *_shape(embedding)))
-    if head is not None:
+    if embedding is not None and scale is not None:
+        padding = -1 if embedding.padding_idx is None else int(embedding.padding_idx)  # type: ignore[arg-type]
+        found.append(TokenMatrix(embedding, head if tied else None, *_shape(embedding), scale, padding))
+    if head is not None and not tied:
         found.append(TokenMatrix(None, head, *_shape(head)))
     return found
+
+
+def _scale(embedding: nn.Module) -> float | None:
+    """Return what embeddings multiply their rows with: 1, or their `embed_scale`; None if they do something else."""
+    if type(embedding).forward is nn.Embedding.forward:
+        return 1.0
+    weight: Tensor = embedding.weight  # type: ignore[assignment]
+    scale = torch.as_tensor(getattr(embedding, "embed_scale", 1.0)).to(weight)
+    ids = torch.arange(min(4, len(weight)), device=weight.device)
+    with torch.no_grad():
+        output = embedding(ids)
+        is_scaled = scale.numel() == 1 and output.shape == weight[ids].shape
+        return float(scale) if is_scaled and torch.allclose(output, weight[ids] * scale) else None
 
 
 def _whole(module: Any, kind: type[nn.Module]) -> nn.Module | None:
@@ -129,9 +154,10 @@ def add_head_gradients(
     """
     dtype, size = part.dtype, chunk_size(int(head.weight.shape[0]))  # type: ignore[index]
     chunks = zip(*(each.split(size) for each in (states, targets, slopes, owners)), strict=True)
-    with torch.no_grad():
+    weight: Tensor = head.weight  # type: ignore[assignment]
+    with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
         for hidden, target, slope, owner in chunks:
-            chances = functional.linear(hidden, head.weight, head.bias).to(dtype).softmax(dim=1)  # type: ignore[arg-type]
+            chances = functional.linear(hidden.to(weight.dtype), weight, head.bias).to(dtype).softmax(dim=1)  # type: ignore[arg-type]
             chances[torch.arange(len(target), device=target.device), target] -= 1.0
             chances *= slope.to(dtype)[:, None]
             rows = chances if left is None else chances @ left

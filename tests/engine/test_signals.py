@@ -40,14 +40,11 @@ CASES = {
 def errors(
     model: Any, records: list[Record], chosen: list[int], weights: list[float], by_token: bool
 ) -> dict[str, float]:
-    """Relative squared errors of the coreset's mean gradient, and what follows, over all trained linear modules.
-
-    The tiny models' dimensions are no larger than a sketch's side, so a sketch is exact.
-    """
+    """Relative squared errors of the coreset's mean gradient, and what follows, over all trained matrices."""
     modules = [
         module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.weight.requires_grad and not name.endswith("lm_head")
+        for module in model.modules()
+        if isinstance(module, (nn.Linear, nn.Embedding)) and module.weight.requires_grad
     ]
     rows, counts = [], []
     for record in records:

@@ -51,6 +51,7 @@ class Case:
         steps: optimizer steps.
         sources: examples of each source in the dataset.
         dtype: of the model's weights.
+        side: of gradient sketches: beyond every dimension of the models, so that they are the gradients.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Case:
     steps: int = 3
     sources: dict[str, int] = field(default_factory=lambda: dict(SOURCES))
     dtype: str = "float32"
+    side: int = 128
 
     def config(self) -> dict[str, Any]:
         """The DeepSpeed configuration with its `"colm"` section."""
@@ -160,7 +162,9 @@ def records(counts: dict[str, int], seed: int = 0) -> list[Record]:
 def start(case: Case, **arguments: Any) -> Any:
     """The engine of a case, in a rank; arguments of `colm_ds.initialize` go over those that follow from the case."""
     import colm_ds
+    from colm_ds.probe import gradient_sketch
 
+    gradient_sketch.SIDE = case.side
     given = {"model": case.build_model(), "config": case.config(), "training_data": case.records()} | arguments
     return colm_ds.initialize(**given)[0]
 

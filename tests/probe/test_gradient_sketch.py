@@ -216,12 +216,18 @@ def test_frozen_layers_below() -> None:
 
 
 @pytest.mark.parametrize("trained", [("head",), ("embeddings",), ("embeddings", "head")], ids="+".join)
-@pytest.mark.parametrize("kind", ["llama", "tied", "processed logits", "long"])
+@pytest.mark.parametrize("kind", ["llama", "tied", "processed logits", "scaled embeddings", "padding", "long"])
 def test_token_matrices_alone(trained: tuple[str, ...], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Embeddings and head, tied or not, of a model that scales its logits, and with logits in several chunks."""
+    """Tied or not, with scaled logits or embeddings, with padding inside, and with logits in several chunks."""
     if kind == "processed logits":
         model = tiny_model("granite", logits_scaling=2.0).double()
         assert find_loss_head(model) is None
+    elif kind == "scaled embeddings":
+        model = tiny_model("gemma").double()
+        assert type(model.get_input_embeddings()).forward is not nn.Embedding.forward
+    elif kind == "padding":
+        model = tiny_model("llama", tie_word_embeddings=len(trained) == 1).double()
+        model.get_input_embeddings().padding_idx = int(make_examples()[0].input_ids[1])
     else:
         model = tiny_model("llama", tie_word_embeddings=kind == "tied").double()
     monkeypatch.setattr(token_loss, "_CHUNK_LOGITS", 7 * VOCABULARY_SIZE if kind == "long" else 1 << 23)
@@ -235,6 +241,30 @@ def test_token_matrices_alone(trained: tuple[str, ...], kind: str, monkeypatch: 
     rows = sketch.rows(make_micro_batch(examples))
     plain = plain_rows(model, examples, token_names(model))
     assert torch.allclose(rows @ rows.T, plain @ plain.T, rtol=1e-9, atol=1e-12)
+
+
+def test_embeddings_that_are_more_than_rows_are_left_out() -> None:
+    class Normed(nn.Embedding):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return F.layer_norm(super().forward(input_ids), (self.embedding_dim,))
+
+    model = tiny_model("llama")
+    normed = Normed(VOCABULARY_SIZE, 32)
+    model.set_input_embeddings(normed)
+    sketch = GradientSketch(model, 0)
+    assert [matrix.name for matrix in sketch.tokens] == ["head"]
+    assert sketch.left_out == ["model.embed_tokens.weight"]
+    model.lm_head.weight = normed.weight
+    assert GradientSketch(model, 0).tokens == []
+
+
+def test_within_autocast() -> None:
+    model, micro = tiny_model("llama"), make_micro_batch(make_examples())
+    wanted = GradientSketch(model, 0, 12).rows(micro)
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = GradientSketch(model, 0, 12).rows(micro)
+    assert rows.dtype == torch.float32
+    assert float(F.cosine_similarity(rows, wanted).min()) > 0.99
 
 
 class _Experts(nn.Module):
@@ -262,7 +292,7 @@ def test_what_can_not_be_sketched_is_named() -> None:
     model = tiny_model("llama")
     model.requires_grad_(False)
     model.model.norm.weight.requires_grad_(True)
-    with pytest.raises(ProbeError, match="no linear module and no input embeddings have a trained weight"):
+    with pytest.raises(ProbeError, match="no linear module, no input embeddings and no head have a trained weight"):
         GradientSketch(model, 0)
     cut = tiny_model("llama")
     cut.model.norm.weight.ds_id = 1

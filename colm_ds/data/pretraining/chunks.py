@@ -80,7 +80,7 @@ class ChunkDataset:
     @property
     def cache(self) -> tuple[Path, str]:
         """Folder and name of these chunks' cache entry, the same for the same tokens wherever they lie."""
-        chunks = hashlib.sha256(self._numbers.tobytes()).hexdigest()
+        chunks = hashlib.sha256(self._numbers.data).hexdigest()
         facts = {"store": self._store.digest, "split": self._split, "tokens": self._chunk_tokens, "chunks": chunks}
         return self._store.folder / CACHE, cache_key({**facts, "sources": list(self.source_names)})
 
