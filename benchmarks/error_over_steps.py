@@ -101,13 +101,15 @@ def measure(recipe_file: str, overrides: list[str], count: int, keep: Path) -> N
     )
 
 
-def read(keep: Path, part: str = "layers") -> Measured:
-    """Read what `measure` stored of a part of the model."""
+def read(keep: Path, part: str = "layers", rows: slice = slice(None)) -> Measured:
+    """Read what `measure` stored of a part of the model, for some of the examples."""
     stored = torch.load(keep, weights_only=True)
-    values, vectors = np.linalg.eigh(stored["products"][part].numpy())
-    signals = features(stored["means"], stored["lengths"], 1 / 3)
-    rows = vectors * np.sqrt(np.clip(values, 0.0, None))
-    return Measured(rows, signals, stored["lengths"], stored["sources"], stored["about"])
+    if part not in stored["products"]:
+        raise SystemExit(f"--part {part}: {keep} holds {', '.join(stored['products'])}")
+    values, vectors = np.linalg.eigh(stored["products"][part][rows, rows].numpy())
+    signals = features(stored["means"][rows], stored["lengths"][rows], 1 / 3)
+    gradients = vectors * np.sqrt(np.clip(values, 0.0, None))
+    return Measured(gradients, signals, stored["lengths"][rows], stored["sources"][rows], stored["about"])
 
 
 def ways(size: int, seed: int) -> Iterator[tuple[str, Selector]]:
@@ -200,6 +202,7 @@ def main() -> None:
     parser.add_argument("--recipe", default=str(RECIPE), help="YAML file (SmolLM2-135M on the math mixture)")
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="b:r", help=f"({' '.join(SIZES)})")
     parser.add_argument("--examples", type=int, default=512, help="examples whose gradients are measured (512)")
+    parser.add_argument("--rows", default=":", metavar="FROM:TO", help="only these of the measured examples (all)")
     parser.add_argument("--part", default="layers", help="layers, all, or a part that a check names (layers)")
     parser.add_argument("--steps", type=int, default=200, help="steps of a seed (200)")
     parser.add_argument("--seeds", type=int, default=4, help="seeds of batches and draws (4)")
@@ -212,7 +215,8 @@ def main() -> None:
     sizes = [(int(size), int(large)) for size, _, large in (each.partition(":") for each in options.sizes)]
     if options.overrides:
         measure(options.recipe, options.overrides, options.examples, options.keep)
-    measured = read(options.keep, options.part)
+    first, _, last = options.rows.partition(":")
+    measured = read(options.keep, options.part, slice(int(first or 0), int(last) if last else None))
     rows = table(measured, sizes, options.steps, options.seeds)
     result = {
         "benchmark": "error_over_steps",
@@ -220,6 +224,7 @@ def main() -> None:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **measured.about,
         "part": options.part,
+        "examples of the kept": options.rows,
         "examples": len(measured.lengths),
         "steps": options.steps,
         "seeds": options.seeds,
