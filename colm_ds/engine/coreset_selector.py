@@ -469,8 +469,8 @@ class CoresetSelector:
     def gradient_variance(self, selection: Selection) -> dict[str, float] | None:
         """Return how far the coreset's mean gradient is from the large batch's: see `GradientVariance`.
 
-        The gradients are those of all trained linear modules, input embeddings and head, through a `GradientSketch` that
-        is the same in every step. All ranks call it together.
+        The gradients are those of all trained linear modules, input embeddings and head, through a `GradientSketch`
+        that is the same in every step. All ranks call it together.
 
         Raises:
             ProbeError: if no matrix is trained, or ZeRO-3 partitions the weights.
