@@ -75,18 +75,23 @@ def main() -> None:
         name: peers_frameworks.environment(FRAMEWORKS[name], theirs[name]) for name in arms if name in theirs
     }
     rounds: list[dict[str, dict[str, Any]]] = []
+    not_run: dict[str, str] = {}
     for turn in range(options.rounds):
         rounds.append({})
-        for name in arms:
-            rounds[-1][name] = _in_a_process(name, interpreters.get(name), options.steps)
+        for name in [name for name in arms if name not in not_run]:
+            try:
+                rounds[-1][name] = _in_a_process(name, interpreters.get(name), options.steps)
+            except SystemExit as failure:
+                if name not in theirs:
+                    raise
+                not_run[name] = str(failure).strip().rpartition("\n")[2]
+                print(f"round {turn + 1}: {name}: not run: {not_run[name]}", flush=True)
+                continue
             print(f"round {turn + 1}: {name}: {rounds[-1][name]['step_s']:.2f} s", flush=True)
-    rows = summarise(rounds)
+        rows = summarise([{name: arm for name, arm in each.items() if name not in not_run} for each in rounds])
+        versions = {name: peers_frameworks.versions(FRAMEWORKS[name], python) for name, python in interpreters.items()}
+        _write(options, rows, versions, not_run)
     print(format_rows(rows))
-    _write(
-        options,
-        rows,
-        {name: peers_frameworks.versions(FRAMEWORKS[name], python) for name, python in interpreters.items()},
-    )
 
 
 def _in_a_process(name: str, python: Path | None, steps: int) -> dict[str, Any]:
@@ -412,11 +417,16 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _write(options: argparse.Namespace, rows: list[dict[str, Any]], versions: dict[str, dict[str, str]]) -> None:
+def _write(
+    options: argparse.Namespace,
+    rows: list[dict[str, Any]],
+    versions: dict[str, dict[str, str]],
+    not_run: dict[str, str],
+) -> None:
     unwritten = ("data", "out", "run_arm", *FRAMEWORKS.values())
     settings = {key: value for key, value in vars(options).items() if key not in unwritten}
     trl = importlib.metadata.version("trl") if importlib.util.find_spec("trl") else None
-    write_result(options.out, "peers", trl=trl, theirs=versions, settings=settings, rows=rows)
+    write_result(options.out, "peers", trl=trl, theirs=versions, settings=settings, rows=rows, not_run=not_run)
     print(f"written to {options.out}")
 
 

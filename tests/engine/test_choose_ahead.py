@@ -233,7 +233,7 @@ def choices(case: Case) -> list[tuple[list[int], list[float]]]:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("selector", ["colm", "balanced"])
+@pytest.mark.parametrize("selector", ["colm", "balanced", "importance"])
 def test_the_choice_is_bitwise_the_same_at_1_2_and_4_ranks_and_every_stage(selector: str) -> None:
     """Whatever the step did to the weights in the meantime: signals are those of the first ones."""
     made = []
