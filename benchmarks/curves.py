@@ -17,8 +17,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from colm_ds.report.svg import COLORS
+
 MEASURES = {"overall": "all tokens", "macro": "mean of sources"}
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 DASHES = ("-", "--", ":")
 
 
@@ -54,9 +55,8 @@ def main() -> None:
         for arm in sorted(arms, key=lambda arm: arms[arm][1][-1]):
             steps, values = arms[arm]
             style = sorted(arms).index(arm)
-            axes[place].plot(
-                steps, values, DASHES[style // len(COLOURS)], color=COLOURS[style % len(COLOURS)], label=arm
-            )
+            dashes, color = DASHES[style // len(COLORS)], COLORS[style % len(COLORS)]
+            axes[place].plot(steps, values, dashes, color=color, label=arm)
         axes[place].axhline(0.0, color="black", linewidth=0.8)
         lowest = min(min(values) for _, values in arms.values())
         axes[place].set_ylim(1.1 * lowest, options.highest)

@@ -74,6 +74,7 @@ def main() -> None:
     interpreters = {
         name: peers_frameworks.environment(FRAMEWORKS[name], theirs[name]) for name in arms if name in theirs
     }
+    versions = {name: peers_frameworks.versions(FRAMEWORKS[name], python) for name, python in interpreters.items()}
     rounds: list[dict[str, dict[str, Any]]] = []
     not_run: dict[str, str] = {}
     for turn in range(options.rounds):
@@ -89,7 +90,6 @@ def main() -> None:
                 continue
             print(f"round {turn + 1}: {name}: {rounds[-1][name]['step_s']:.2f} s", flush=True)
         rows = summarise([{name: arm for name, arm in each.items() if name not in not_run} for each in rounds])
-        versions = {name: peers_frameworks.versions(FRAMEWORKS[name], python) for name, python in interpreters.items()}
         _write(options, rows, versions, not_run)
     print(format_rows(rows))
 
