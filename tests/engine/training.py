@@ -34,6 +34,10 @@ NOTHING_PERSISTS = {"stage3_param_persistence_threshold": 0}
 Record = dict[str, Any]
 
 
+SKETCH_SIDE = 128
+"""Side of gradient sketches in ranks: beyond every dimension of the models, so that they are the gradients."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One training run.
@@ -51,7 +55,6 @@ class Case:
         steps: optimizer steps.
         sources: examples of each source in the dataset.
         dtype: of the model's weights.
-        side: of gradient sketches: beyond every dimension of the models, so that they are the gradients.
     """
 
     name: str
@@ -66,7 +69,6 @@ class Case:
     steps: int = 3
     sources: dict[str, int] = field(default_factory=lambda: dict(SOURCES))
     dtype: str = "float32"
-    side: int = 128
 
     def config(self) -> dict[str, Any]:
         """The DeepSpeed configuration with its `"colm"` section."""
@@ -164,7 +166,7 @@ def start(case: Case, **arguments: Any) -> Any:
     import colm_ds
     from colm_ds.probe import gradient_sketch
 
-    gradient_sketch.SIDE = case.side
+    gradient_sketch.SIDE = SKETCH_SIDE
     given = {"model": case.build_model(), "config": case.config(), "training_data": case.records()} | arguments
     return colm_ds.initialize(**given)[0]
 
