@@ -5,9 +5,10 @@
     python benchmarks/peers.py --arms "plain loop,ours"
 
 Arms take turns, each time in a process of its own. Of every process the median over its steps but the first two counts,
-and of those the median over rounds, as a ratio to the plain PyTorch loop of the same round. Plain arms train on the
-same rows in the same order with the mean over all tokens of the b, so that their losses must agree; the largest
-relative difference to the plain loop's is in the table. Peak memory is the process's resident peak over what it held
+and of those the median over rounds, as a ratio to the plain PyTorch loop of the same round; so with the seconds of the
+CPU, which other work on the machine changes less. Plain arms train on the same rows in the same order with the mean
+over all tokens of the b, so that their losses must agree; the largest relative difference to the plain loop's is in
+the table. Peak memory is the process's resident peak over what it held
 before the first step. LLaMA-Factory and axolotl are two more arms (`--llamafactory FOLDER --axolotl FOLDER`, see
 `peers_frameworks.py`). DataFlex has an environment and a script of its own (`peers_dataflex.py`).
 """
@@ -133,9 +134,8 @@ def _run_arm(options: argparse.Namespace) -> None:
         return
     clock = Clock()
     ARMS[options.run_arm](options, model, records, clock)
-    seconds = [after - before for before, after in zip(clock.begun, clock.ended, strict=True)][WARM_UP:]
     result = {
-        "step_s": statistics.median(seconds),
+        **clock.medians(),
         "losses": clock.losses,
         "peak_gib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - clock.held) / 2**30,
     }
@@ -143,11 +143,11 @@ def _run_arm(options: argparse.Namespace) -> None:
 
 
 class Clock:
-    """Begin and end of every step, its loss, and the resident bytes before the first."""
+    """Begin and end of every step by the clock and the CPU, its loss, and the resident bytes before the first."""
 
     def __init__(self) -> None:
-        self.begun: list[float] = []
-        self.ended: list[float] = []
+        self.begun: list[tuple[float, float]] = []
+        self.ended: list[tuple[float, float]] = []
         self.losses: list[float] = []
         self.held = 0
 
@@ -157,13 +157,19 @@ class Clock:
             import psutil
 
             self.held = psutil.Process().memory_info().rss
-        self.begun.append(time.perf_counter())
+        self.begun.append((time.perf_counter(), time.process_time()))
 
     def end(self, loss: float | None = None) -> None:
         """Note the end of a step, and its loss if it is known."""
-        self.ended.append(time.perf_counter())
+        self.ended.append((time.perf_counter(), time.process_time()))
         if loss is not None:
             self.losses.append(loss)
+
+    def medians(self) -> dict[str, float]:
+        """Return the median seconds of a step after the first ones, by the clock and of the CPU."""
+        steps = list(zip(self.begun, self.ended, strict=True))[WARM_UP:]
+        kinds = enumerate(("step_s", "cpu_s"))
+        return {name: statistics.median(ended[kind] - begun[kind] for begun, ended in steps) for kind, name in kinds}
 
 
 def batches(options: argparse.Namespace, records: Rows) -> Iterator[Rows]:
@@ -390,30 +396,39 @@ def summarise(rounds: list[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     for name in rounds[0]:
         each = [turn[name] for turn in rounds]
         first = [turn.get(PLAIN_LOOP) for turn in rounds]
-        ratios = [arm["step_s"] / base["step_s"] for arm, base in zip(each, first, strict=True) if base]
-        row: dict[str, Any] = {
-            "arm": name,
-            "step_s": statistics.median(arm["step_s"] for arm in each),
-            "to_plain_loop": statistics.median(ratios) if ratios else None,
+        pairs = [(arm, base) for arm, base in zip(each, first, strict=True) if base]
+        row: dict[str, Any] = {"arm": name}
+        for kind, ratio in (("step_s", "to_plain_loop"), ("cpu_s", "cpu_to_plain_loop")):
+            row[kind] = statistics.median(arm[kind] for arm in each)
+            row[ratio] = statistics.median(arm[kind] / base[kind] for arm, base in pairs) if pairs else None
+        row |= {
             "peak_gib": statistics.median(arm["peak_gib"] for arm in each),
             "losses": each[0]["losses"],
             "largest_difference": None,
         }
         base = first[0]
         if base and name.startswith(PLAIN):
-            pairs = zip(each[0]["losses"], base["losses"], strict=False)
-            row["largest_difference"] = max(abs(one - other) / abs(other) for one, other in pairs)
+            losses = zip(each[0]["losses"], base["losses"], strict=False)
+            row["largest_difference"] = max(abs(one - other) / abs(other) for one, other in losses)
         rows.append(row)
     return rows
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
     """Return the table for the terminal."""
-    lines = [f"{'arm':30} {'s/step':>8} {'to plain loop':>14} {'peak GiB':>9} {'loss differs by':>16}"]
+    lines = [
+        f"{'arm':30} {'s/step':>8} {'to plain loop':>14} {'CPU s':>8} {'to plain loop':>14} {'peak GiB':>9} "
+        f"{'loss differs by':>16}"
+    ]
     for row in rows:
-        ratio = "" if row["to_plain_loop"] is None else f"{row['to_plain_loop']:.2f}"
+        ratio, of_cpu = (
+            "" if row[key] is None else f"{row[key]:.2f}" for key in ("to_plain_loop", "cpu_to_plain_loop")
+        )
         differs = "" if row["largest_difference"] is None else f"{row['largest_difference']:.1e}"
-        lines.append(f"{row['arm']:30} {row['step_s']:8.2f} {ratio:>14} {row['peak_gib']:9.2f} {differs:>16}")
+        lines.append(
+            f"{row['arm']:30} {row['step_s']:8.2f} {ratio:>14} {row['cpu_s']:8.2f} {of_cpu:>14} "
+            f"{row['peak_gib']:9.2f} {differs:>16}"
+        )
     return "\n".join(lines)
 
 

@@ -168,10 +168,10 @@ def _inside(framework: str) -> None:
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             if not begun:
                 held.append(psutil.Process().memory_info().rss)
-            begun.append(time.perf_counter())
+            begun.append((time.perf_counter(), time.process_time()))
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            ended.append(time.perf_counter())
+            ended.append((time.perf_counter(), time.process_time()))
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if logs and "loss" in logs:
@@ -199,9 +199,10 @@ def _inside(framework: str) -> None:
 
         sys.argv = ["axolotl.cli.train", CONFIG]
         runpy.run_module("axolotl.cli.train", run_name="__main__")
-    seconds = [after - before for before, after in zip(begun, ended, strict=True)]
+    steps = list(zip(begun, ended, strict=True))[2:]
     measured = {
-        "step_s": statistics.median(seconds[2:]),
+        "step_s": statistics.median(after[0] - before[0] for before, after in steps),
+        "cpu_s": statistics.median(after[1] - before[1] for before, after in steps),
         "losses": losses,
         "peak_gib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held[0]) / 2**30,
     }
