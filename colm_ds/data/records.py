@@ -27,10 +27,16 @@ def text_of(where: str, record: Mapping[str, Any], *keys: str) -> str:
 def label_of(where: str, record: Mapping[str, Any], labels: Mapping[Any, int], key: str = "label") -> int:
     """Return the index of the gold candidate, from a label that may be a number, true or false, or a word.
 
+    As in CSV, where everything is text, numbers may be written as text, and so may true and false.
+
     Raises:
         DataError: if it is missing or unknown.
     """
     value = record.get(key)
+    if isinstance(value, str) and value not in labels:
+        as_text = {str(label).lower(): label for label in labels if isinstance(label, int)}
+        as_text |= {str(int(label)): label for label in labels if isinstance(label, bool)}
+        value = as_text.get(value.strip().lower(), value)
     if not isinstance(value, (str, int)) or value not in labels:
         known = ", ".join(sorted({repr(label) for label in labels}))
         raise DataError(f"{where}: {key!r} is {value!r}. Write one of {known}.")

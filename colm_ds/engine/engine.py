@@ -46,7 +46,7 @@ from colm_ds.errors import LoopError, SelectionError
 from colm_ds.memory.meter import Meter
 from colm_ds.memory.recorder import MemoryRecorder
 from colm_ds.models.example_loss import find_loss_head
-from colm_ds.models.model_fit import ModelLimits, check_causal
+from colm_ds.models.model_fit import ModelLimits, check_causal, check_router_loss
 from colm_ds.models.packing import check_packing
 from colm_ds.models.quantized import without_quantized_state
 from colm_ds.process.watchdog import Watchdog
@@ -93,6 +93,7 @@ class CoLMEngine:
         self._source_names = list(dataset.source_names)
         self._exchange = make_exchange(self._device)
         check_causal(engine.module)
+        check_router_loss(engine.module)
         self._limits = None if is_looked_at(dataset) else ModelLimits.of(engine.module)
         self.loss_head = find_loss_head(engine.module)
         self.packing = self._find_packing(dataset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -122,7 +123,11 @@ class TransformersBackend:
             ]
 
     def score(self, questions: Sequence[tuple[str, Sequence[str]]]) -> Iterator[list[tuple[int, list[Likelihood]]]]:
-        """See `Backend.score`."""
+        """See `Backend.score`.
+
+        Raises:
+            ConfigError: if a log-probability is not a number.
+        """
         encoded = [
             [encode_pair(self.tokenizer, prompt, text, self._leading, self._positions) for text in candidates]
             for prompt, candidates in questions
@@ -131,13 +136,14 @@ class TransformersBackend:
         for group in length_sorted_batches(sizes, **self._budget):
             batch = [encoded[place] for place in group]
             scores = score_candidates(self.model, batch, device=self._device, share_prompt=self.share_prompt)
+            _check_numbers([score.log_probability for of_question in scores for score in of_question])
             yield list(zip(group, scores, strict=True))
 
     def text_losses(self, texts: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, float]]]:
         """See `Backend.text_losses`.
 
         Raises:
-            ConfigError: if a text is longer than the model's positions.
+            ConfigError: if a text is longer than the model's positions, or a loss is not a number.
         """
         longest = max(map(len, texts), default=0)
         if self._positions is not None and longest > self._positions:
@@ -147,7 +153,14 @@ class TransformersBackend:
             batch = make_micro_batch([_example(texts[place]) for place in group]).to(self._device)
             with torch.no_grad():
                 losses = example_loss_sums(self.model, head, batch)
+            _check_numbers(losses.tolist())
             yield list(zip(group, losses.tolist(), strict=True))
+
+
+def _check_numbers(values: Sequence[float]) -> None:
+    """Raise where the model gave no number: an accuracy of such scores would be one of chance."""
+    if any(map(math.isnan, values)):
+        raise ConfigError("the model's logits are not finite. Try --dtype float32, or check its weights.")
 
 
 def _example(ids: Sequence[int]) -> Example:

@@ -189,7 +189,7 @@ def _options(parsed: argparse.Namespace, source: ModelSource) -> Options:
         limit=parsed.limit,
         seed=parsed.seed,
         max_new_tokens=parsed.max_new_tokens,
-        chunk_tokens=parsed.chunk_tokens or DEFAULT_CHUNK_TOKENS,
+        chunk_tokens=DEFAULT_CHUNK_TOKENS if parsed.chunk_tokens is None else parsed.chunk_tokens,
         workers=parsed.workers,
         minimum=None if parsed.isolation is None else sandbox.check_level(parsed.isolation),
         overwrite=parsed.overwrite,

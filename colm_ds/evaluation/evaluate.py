@@ -26,6 +26,7 @@ from colm_ds.evaluation.results import IN_DOMAIN, OUT_OF_DOMAIN, averages, markd
 from colm_ds.evaluation.squad import SquadTask
 from colm_ds.evaluation.task import EvaluationTask, Row, WithTokenizer
 from colm_ds.process.progress import Progress
+from colm_ds.run_folder.lock import RunLock
 from colm_ds.selection import SINGLE_PROCESS, Exchange
 from colm_ds.untrusted.printable import visible
 
@@ -128,6 +129,8 @@ def find_sets(options: Options) -> tuple[list[tuple[EvaluationTask, str]], list[
     """
     if options.limit is not None and options.limit < 1:
         raise ConfigError(f"--limit {options.limit}: must be at least 1.")
+    if options.chunk_tokens < 2:
+        raise ConfigError(f"--chunk-tokens {options.chunk_tokens}: must be at least 2, as the first is not predicted.")
     names, singly = task_names(options.tasks)
     with_data, left_out = [], []
     for name in names:
@@ -219,12 +222,46 @@ def evaluate(
 
     Returns:
         Content of `results.json` on rank 0; None on the others.
+
+    Raises:
+        ConfigError: if another process writes to the folder, or it holds answers of another evaluation.
     """
     asked, left_out = together(lambda: sets or read_tasks(options, backend), device)
     identity = {**model, "backend": backend.name}
     settings = {each.task.name: each.settings for each in asked}
     say = say if say is not None and rank == 0 else _nothing
-    together(lambda: folder.start(identity, settings, overwrite=options.overwrite) if rank == 0 else None, device)
+    lock = together(lambda: RunLock(folder.path, "--out") if rank == 0 else None, device)
+    try:
+        together(lambda: folder.start(identity, settings, overwrite=options.overwrite) if rank == 0 else None, device)
+        return _ask_all(
+            asked,
+            backend,
+            folder,
+            {"title": title, "model": identity, **(facts or {}), "left_out": left_out},
+            exchange=exchange,
+            rank=rank,
+            device=device,
+            say=say,
+            progress=progress,
+        )
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _ask_all(
+    asked: Sequence[Asked],
+    backend: Backend,
+    folder: EvaluationFolder,
+    head: Mapping[str, Any],
+    *,
+    exchange: Exchange,
+    rank: int,
+    device: torch.device | None,
+    say: Callable[[str], None],
+    progress: bool,
+) -> dict[str, Any] | None:
+    """Ask set by set; return the content of `results.json` on rank 0."""
     results: dict[str, Any] | None = None
     for each in asked:
         done = together(lambda name=each.task.name: folder.collect(name) if rank == 0 else {}, device)  # type: ignore[misc]
@@ -234,9 +271,7 @@ def evaluate(
         if rank == 0:
             rows = _all_rows(each, folder)
             timing = {"seconds": time.perf_counter() - started, "taken_over": num_before}
-            results = _write_results(
-                each, rows, timing, folder, {"title": title, "model": identity, **(facts or {}), "left_out": left_out}
-            )
+            results = _write_results(each, rows, timing, folder, head)
     return results
 
 
@@ -303,7 +338,8 @@ def _write_results(
     tasks[each.task.name] = {**each.task.summarise(rows), **timing}
     ordered = {name: tasks[name] for name in TASK_NAMES if name in tasks}
     left_out = [name for name in head["left_out"] if name not in ordered]
-    results = {**head, "left_out": left_out, "tasks": ordered, "averages": averages(ordered)}
+    facts = {**earlier, **head}  # the isolation of programs, for example, is told by calls with such sets alone
+    results = {**facts, "left_out": left_out, "tasks": ordered, "averages": averages(ordered)}
     folder.write_json("results.json", results)
     folder.write_text("results.md", markdown(results))
     return results

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from colm_ds.batching.assign import by_rank, home_ranks, micro_batches
 from colm_ds.data.chat import ChatEncoder
@@ -17,7 +19,9 @@ from colm_ds.data.formats import read_records
 from colm_ds.data.parts import find_parts
 from colm_ds.data.prompt import encode_text, leading_special_ids
 from colm_ds.data.schemas import Conversation, Text, read_sample
-from colm_ds.errors import DataError
+from colm_ds.errors import DataError, Problems
+from colm_ds.evaluation.generate import most_positions
+from colm_ds.models.architecture import unwrap
 from colm_ds.models.patch import eval_mode
 from colm_ds.selection import Exchange
 
@@ -66,6 +70,7 @@ def load_questions(entries: Sequence[DataEntry], tokenizer: Any, chat: ChatEncod
         for where, row in read_records(part.place, part.split):
             sample = read_sample(row, part.schema, part.style)
             source = str(row[part.source_key]) if part.source_key and row.get(part.source_key) else part.source
+            answer = row.get("answer")
             if isinstance(sample, Text):
                 raise DataError(f"{where}: a text has no question. Set evaluation.exact_match=false.")
             if isinstance(sample, Conversation):
@@ -74,7 +79,9 @@ def load_questions(entries: Sequence[DataEntry], tokenizer: Any, chat: ChatEncod
                 end = chat.end_of_turn(chat.encode(sample))
             else:
                 prompt, gold, end = encode_text(tokenizer, sample.prompt, leading), sample.response, None
-            questions.append(Question(source, tuple(prompt), final_answer(str(row.get("answer") or gold)), end))
+            questions.append(
+                Question(source, tuple(prompt), final_answer(gold if answer in (None, "") else str(answer)), end)
+            )
     return questions
 
 
@@ -92,6 +99,9 @@ def exact_match(
 ) -> dict[str, Any]:
     """Return the share of questions whose greedy answer equals the gold one; all ranks call it together.
 
+    Prompts too long for the model's positions are cut on the left. Settings of generation that come with the model,
+    such as a penalty of repetitions, do not count.
+
     Args:
         model: model with a `generate` method.
         tokenizer: the model's tokenizer.
@@ -106,7 +116,8 @@ def exact_match(
     Returns:
         `overall`, `per_source` by name, `num_questions`.
     """
-    prompts = [list(question.prompt) for question in questions]
+    room = room_for_prompts(model, max_new_tokens)
+    prompts = [list(question.prompt)[-room:] for question in questions]
     ends = {tokenizer.eos_token_id, *(question.end for question in questions if question.end is not None)}
     lengths = torch.tensor([len(prompt) + max_new_tokens for prompt in prompts])
     home = home_ranks(lengths, exchange.num_processes)
@@ -130,6 +141,21 @@ def exact_match(
     }
 
 
+def room_for_prompts(model: Any, max_new_tokens: int) -> int:
+    """Return the maximum tokens of a prompt: the model's positions that an answer leaves.
+
+    Raises:
+        ConfigError: if it leaves none.
+    """
+    positions = most_positions(model) if hasattr(model, "config") else None
+    if positions is not None and max_new_tokens >= positions:
+        problems = Problems("recipe")
+        why = f"the model has {positions} positions for prompt and answer"
+        problems.add("evaluation.max_new_tokens", max_new_tokens, why, f"Choose at most {positions // 2}.")
+        problems.raise_if_any()
+    return sys.maxsize if positions is None else positions - max_new_tokens
+
+
 def _generate(
     model: Any,
     tokenizer: Any,
@@ -148,6 +174,10 @@ def _generate(
         if config is not None and config.use_cache is False:
             stack.callback(setattr, config, "use_cache", False)
             config.use_cache = True
+        base: Any = unwrap(model)
+        if getattr(base, "generation_config", None) is not None:  # may hold a penalty of repetitions, for example
+            stack.callback(setattr, base, "generation_config", base.generation_config)
+            base.generation_config = GenerationConfig()
         output: Tensor = model.generate(
             input_ids=ids,
             attention_mask=mask,

@@ -55,7 +55,7 @@ class MathTask:
     @property
     def subpaths(self) -> tuple[str, ...]:
         """See `EvaluationTask.subpaths`."""
-        return tuple(f"{folder}{self.name}{end}" for end in ("", "/test") for folder in ("math_eval/", ""))
+        return tuple(f"{folder}{self.name}{end}" for end in ("/test", "") for folder in ("math_eval/", ""))
 
     def read(self, records: Records, words: WithTokenizer) -> list[MathQuestion]:
         """See `EvaluationTask.read`."""

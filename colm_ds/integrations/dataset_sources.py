@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from colm_ds.config.section import validate_section
 from colm_ds.errors import CoLMError, ConfigError, DataError, Problems
 from colm_ds.integrations.arguments import Given, pop_log, read_section, with_normalization
 from colm_ds.process.exit_codes import ExitCode
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_COLUMN = "source"
 """Column that is read where a dataset has it; any other name must be a column of every dataset."""
@@ -155,11 +158,15 @@ def by_source(
     """Return a function for `Dataset.map(..., batched=True)` that works on the rows of each source by themselves.
 
     So texts may be joined and cut into blocks, each of one source, which the column names: `by_source(group_texts)`.
+    What does not fill a block of its source is dropped in every batch, so sort the dataset by the column first. A
+    source whose rows of a batch make no row is warned of, once.
 
     Args:
         function: makes a batch of any number of rows of a batch; it does not see the column.
         column: of the sources.
     """
+
+    warned: set[Any] = set()
 
     def on_each_source(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         made: dict[str, list[Any]] = {}
@@ -168,6 +175,15 @@ def by_source(
             part = {key: [values[row] for row in rows] for key, values in batch.items() if key != column}
             result = dict(function(part))
             result[column] = [source] * len(next(iter(result.values())))
+            if not result[column] and source not in warned:
+                warned.add(source)
+                logger.warning(
+                    "by_source: %d rows of %r in a batch of map make no row, so they are lost. Sort the dataset by %r "
+                    "before map, or raise its batch_size.",
+                    len(rows),
+                    source,
+                    column,
+                )
             for key, values in result.items():
                 made.setdefault(key, []).extend(values)
         return made

@@ -335,10 +335,15 @@ def dataset_sources(dataset: Any, column: str, given: Sequence[Any] | None) -> l
             None if column not in columns else values_of_column(dataset, column) if is_plain else list(dataset[column])
         )
     else:
-        records = [dataset[index] for index in range(len(dataset))]
-        columns = list(records[0]) if records and isinstance(records[0], Mapping) else []
-        has_all = all(isinstance(record, Mapping) and column in record for record in records)
-        values = [record[column] for record in records] if has_all else None
+        first = dataset[0] if len(dataset) else None
+        columns = list(first) if isinstance(first, Mapping) else []
+        values = []
+        for index in range(len(dataset)):  # records may hold all tokens: one at a time
+            record = dataset[index]
+            if not isinstance(record, Mapping) or column not in record:
+                values = None
+                break
+            values.append(record[column])
     if values is None:
         raise ConfigError(
             f"train_dataset: no {column!r} column (it has {', '.join(map(str, columns))}) and no clusters. Add the "

@@ -12,10 +12,10 @@ from transformers import Trainer
 from colm_ds.batching.row_facts import has_arrow_columns
 from colm_ds.config.colm import CoLMSection
 from colm_ds.config.optimizer import check_groups, check_numbers
-from colm_ds.errors import CoLMError, Problems
+from colm_ds.errors import CoLMError, ConfigError, Problems
 from colm_ds.integrations.large_batches import ExampleCollator, facts_by_columns, number_common
 from colm_ds.models.architecture import find_architecture
-from colm_ds.models.model_fit import ModelLimits, add_head_problems
+from colm_ds.models.model_fit import ModelLimits, add_head_problems, check_router_loss
 
 TAKEN_OVER = {
     "compute_loss": "is called in evaluation, not for the micro-batches of a coreset",
@@ -169,6 +169,11 @@ def _check_loss(trainer: Any, loss_owner: type, allows_overrides: bool, problems
             problems.add("loss_type", args.loss_type, "has no loss per example", 'Write "nll".')
         if getattr(trainer, "aux_loss_enabled", False):
             problems.messages.append("router_aux_loss_coef: a loss of the whole batch has no weights. Write 0.")
+        return
+    try:
+        check_router_loss(trainer.model, "the model")
+    except ConfigError as error:
+        problems.messages.append(str(error))
 
 
 def take_over(trainer: Any, mixin: type, allows_overrides: bool, problems: Problems) -> list[str]:

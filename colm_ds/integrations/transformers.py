@@ -123,7 +123,9 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         self._logs_all = pop_log(section) == "all"
         self._notes: list[str] = []
         self._leaves_normalization_open = is_auto(section)
-        self.colm_config = self._check(section, sources, colm_allow_overrides)
+        self._asked = (section, sources, colm_allow_overrides)
+        self.colm_config = self._check(*self._asked)
+        self._checked_for = self._facts()
         self._say_what_differs()
 
     def _find_section(self, given: Given | None) -> Given:
@@ -132,6 +134,12 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         if section is None:
             raise ConfigError(f"{type(self).__name__}: no colm. Give colm=CoLMConfig(large_batch_size=...).")
         return section
+
+    def _facts(self) -> tuple[Any, ...]:
+        """Return what the check depends on and a search of hyperparameters, or an assignment, may change."""
+        args = self.args
+        sizes = (self._train_batch_size, args.gradient_accumulation_steps, args.world_size, args.seed, args.data_seed)
+        return (*sizes, id(self.train_dataset))
 
     def _check(self, section: dict[str, Any], sources: Sequence[Any] | None, allows_overrides: bool) -> CoLMSection:
         """Check everything that training will need, and report all problems together."""
@@ -214,6 +222,9 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Load this rank's share of each large batch, in as many parts as an optimizer step has micro-batches."""
+        if self._facts() != self._checked_for:
+            self.colm_config = self._check(*self._asked)
+            self._checked_for = self._facts()
         args, config, dataset = self.args, self.colm_config, self.train_dataset
         if dataset is None:
             return super().get_train_dataloader()  # which raises

@@ -111,10 +111,11 @@ def check_model_fits(model: nn.Module, dataset: SourcedDataset | None, where: st
         where: what the message names as the place of the problems.
 
     Raises:
-        ConfigError: as `check_rows_fit` and `check_causal`.
+        ConfigError: as `check_rows_fit`, `check_causal` and `check_router_loss`.
     """
     check_rows_fit(model, dataset, where)
     check_causal(model, where)
+    check_router_loss(model, where)
 
 
 def check_rows_fit(model: nn.Module, dataset: SourcedDataset | None, where: str = "model") -> None:
@@ -142,6 +143,19 @@ def check_causal(model: nn.Module, where: str = "model") -> None:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         why = "a token sees later ones, so its next token is no prediction"
         problems.add("model type", kind, why, "Use a causal LM.")
+        problems.raise_if_any()
+
+
+def check_router_loss(model: nn.Module, where: str = "model") -> None:
+    """Raise a `ConfigError` if a mixture of experts is to add its router's loss, which is one of no example."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    coefficient = getattr(config, "router_aux_loss_coef", None)
+    if getattr(config, "output_router_logits", False) and coefficient:
+        problems = Problems(where)
+        why = "the router's loss is one of the whole batch, and examples are chosen and weighed by their own"
+        instead = "Write 0 to train without it, or set output_router_logits to false."
+        problems.add("router_aux_loss_coef", coefficient, why, instead)
         problems.raise_if_any()
 
 

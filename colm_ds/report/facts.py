@@ -194,9 +194,11 @@ def run_facts(run: Run, small: Sequence[str], *, counted: bool = False) -> Facts
     by_steps |= {"data_loading_share": _data_loading_share(run), "peak_memory_gib": _largest(run.steps, "memory_gib")}
     by_steps["peak_memory_parts_gib"] = _largest(run.steps, "memory_parts_gib")
     by_steps["steps"] = run.steps[-1]["step"] if run.steps else None
-    by_steps |= {key_of(metric): _total(metric, run.steps) for metric in METRICS}
-    values = dict(flatten({**by_steps, **{key: value for key, value in run.summary.items() if value is not None}}))
-    values |= dict(flatten({"heldout": heldout_losses(group(values, "heldout"), small)}))
+    by_steps |= {key_of(each): _total(each, run.steps) for each in METRICS if not each.name.startswith("heldout.")}
+    at_end = {**by_steps, **{key: value for key, value in run.summary.items() if value is not None}}
+    values = dict(flatten(at_end))
+    if isinstance(at_end["heldout"], Mapping):
+        values |= dict(flatten({"heldout": heldout_losses(at_end["heldout"], small)}))
     late = run.steps[-max(1, len(run.steps) // 10) :]
     derived: dict[str, Any] = {
         "evaluation": read_object(run.folder / "evaluation" / "results.json").get("averages"),
@@ -237,8 +239,14 @@ def key_of(metric: Metric) -> str:
 
 
 def heldout_losses(heldout: Mapping[str, Any], small: Collection[str]) -> dict[str, float]:
-    """Return `overall`, `macro`, `small` and `big` of a `heldout` object, those that it has or that follow from it."""
-    by_source = numbers(heldout.get("per_source")) or group(heldout, "per_source")
+    """Return `overall`, `macro`, `small` and `big` of a `heldout` object, those that it has or that follow from it.
+
+    Where a source's loss is not finite, neither is a mean over sources, and it is left out.
+    """
+    asked = heldout.get("per_source")
+    by_source = numbers(asked)
+    if isinstance(asked, Mapping) and len(by_source) < len(asked):
+        return numbers({"overall": heldout.get("overall")})
     kept = [by_source[name] for name in small if name in by_source]
     others = [value for name, value in by_source.items() if name not in small]
     is_split = bool(kept) and len(kept) == len(small)

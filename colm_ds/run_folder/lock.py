@@ -16,11 +16,12 @@ from colm_ds.run_folder.contents import LOCK
 class RunLock:
     """Hold an output folder until `release` or the end of the process."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, option: str = "output_dir =") -> None:
         """Take the lock, making the folder if it is missing.
 
         Args:
-            folder: of the run.
+            folder: of the run or the evaluation.
+            option: what names it in messages.
 
         Raises:
             ConfigError: if another process holds it, or the folder cannot be written.
@@ -31,7 +32,7 @@ class RunLock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[str] | None = self._path.open("a+", encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"output_dir = {folder}: cannot be written: {error.strerror}.") from None
+            raise ConfigError(f"{option} {folder}: cannot be written: {error.strerror}.") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -39,7 +40,7 @@ class RunLock:
             holder = self._file.read().strip() or "another process"
             self._file.close()
             raise ConfigError(
-                f"output_dir = {folder}: {holder} is writing a run there. Wait for it, or choose another output_dir."
+                f"{option} {folder}: {holder} is writing there. Wait for it, or choose another folder."
             ) from None
         except OSError:  # a file system without locks: nothing can be held
             return

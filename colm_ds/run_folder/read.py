@@ -190,6 +190,10 @@ def _steps_and_heldout(path: Path, problems: list[str]) -> tuple[list[dict[str, 
     num_nonfinite = sum(isinstance(loss, float) and not math.isfinite(loss) for loss in losses)
     if num_nonfinite:
         problems.append(f"The training loss was not finite in {num_nonfinite} step{'s' * (num_nonfinite > 1)}.")
+    nonfinite = [step for step, losses in heldout.items() if "overall" in losses and number(losses["overall"]) is None]
+    if nonfinite:
+        at = ", ".join(map(str, nonfinite[:5])) + ", ..." * (len(nonfinite) > 5)
+        problems.append(f"The held-out loss was not finite at step{'s' * (len(nonfinite) > 1)} {at}.")
     return steps, {step: losses for step, losses in heldout.items() if losses}
 
 

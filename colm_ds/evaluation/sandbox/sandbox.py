@@ -319,13 +319,15 @@ def run_isolated(programs: Sequence[str], limits: Limits, workers: int, isolatio
                     result = server.run(programs[index])
                     if result.status == "refused":  # not caused by the program: try once more with a new server
                         server.close()
+                        server = None
                         server = _Server(limits, isolation)
                         result = server.run(programs[index])
                     results[index] = result
                 except SandboxError as problem:
                     results[index] = ProgramResult("killed", "", limits.wall_s, f"with its server: {problem}")
-                    server.close()
-                    server = None
+                    if server is not None:
+                        server.close()
+                        server = None
         finally:
             if server is not None:
                 server.close()
