@@ -39,6 +39,10 @@ SHARED = "colm.pt"
 _PARTIAL, _TRASH, _UNIVERSAL = ".partial_", ".trash_", ".universal_"
 _BLOCK = 1 << 22
 
+_STEP_NAME = re.compile(r"(global_)?step_?\d+$")
+_IS_OF_ONE = re.compile(r"colm.*\.pt$|manifest_\d+\.json$|.*_(model|optim)_states\.pt$")
+"""Names of checkpoints, as we and DeepSpeed write them, and of files in them."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -70,6 +74,7 @@ def save(
     facts: dict[str, Any],
     keep_last: int | None = None,
     resumed_in: Path | None = None,
+    save_latest: bool = True,
     exclude_frozen: bool = False,
 ) -> Path:
     """Write one checkpoint; all ranks call it together. If it fails, earlier checkpoints are untouched.
@@ -87,6 +92,7 @@ def save(
         facts: JSON values for the manifest.
         keep_last: delete all but this many of the newest, and checkpoints of later steps, whatever wrote them.
         resumed_in: folder of the checkpoint that the run was resumed from; if it is this one, those of later steps go.
+        save_latest: name it in the file `latest`.
         exclude_frozen: leave out parameters that are not trained.
 
     Returns:
@@ -120,13 +126,23 @@ def save(
     if rank == 0:
         with _noting(failures):
             _put_in_place(partial, target)
-            write_whole(folder / LATEST, tag)
+            if save_latest:
+                write_whole(folder / LATEST, tag)
             if keep_last is not None or (resumed_in is not None and resumed_in.resolve() == folder.resolve()):
                 _remove_later(target, step)
             if keep_last is not None:
                 _prune(target, keep_last)
     _agree(target, failures)
     return target
+
+
+def check_tag(tag: str) -> None:
+    """Raise a `CheckpointError` for the name of a checkpoint that is not that of a folder, or has a meaning already."""
+    if tag == LATEST or tag.startswith(".") or Path(tag).name != tag:
+        raise CheckpointError(
+            f"tag = {tag!r}: names no checkpoint. Give the name of a folder: without {os.sep!r}, no dot first, and not "
+            f"{LATEST!r}."
+        )
 
 
 def find(folder: Path, tag: str | None = None, *, repair: bool = False) -> Checkpoint | None:
@@ -380,10 +396,11 @@ def _rescue(folder: Path) -> None:
 
 
 def _by_age(folder: Path) -> list[Path]:
-    """List the checkpoints of a folder, the one with the most steps first."""
+    """List the checkpoints of a folder, the one with the most steps first; other folders are none."""
     if not folder.is_dir():
         return []
     paths = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    paths = [path for path in paths if _STEP_NAME.match(path.name) or any(map(_IS_OF_ONE.match, os.listdir(path)))]
     return sorted(paths, key=lambda path: (_steps(path), path.name), reverse=True)
 
 

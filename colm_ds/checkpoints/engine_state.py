@@ -14,10 +14,19 @@ from colm_ds.checkpoints import atomic
 from colm_ds.checkpoints.tensors_only import pickle_stage_by_value
 from colm_ds.distributed.agreement import broadcast_text
 from colm_ds.errors import CheckpointError
-from colm_ds.randomness import random_state, restore_random_state
+from colm_ds.randomness import restore_random_state
 
 
-def save_engine(engine: Any, folder: Path, tag: str, client_state: Mapping[str, Any], keep_last: int | None) -> None:
+def save_engine(
+    engine: Any,
+    folder: Path,
+    tag: str,
+    client_state: Mapping[str, Any],
+    *,
+    keep_last: int | None,
+    save_latest: bool,
+    exclude_frozen: bool,
+) -> None:
     """Write a checkpoint of a `CoLMEngine`; see `CoLMEngine.save_checkpoint`."""
     pickle_stage_by_value()
     atomic.save(
@@ -26,11 +35,12 @@ def save_engine(engine: Any, folder: Path, tag: str, client_state: Mapping[str, 
         tag,
         step=engine.step_count,
         shared={"client_state": dict(client_state), **engine.state_dict()},
-        own={"random_state": random_state()},
+        own={"random_state": engine.random_state()},
         facts=_facts(engine),
         keep_last=keep_last,
         resumed_in=engine.resumed_in,
-        exclude_frozen=_has_frozen(engine),
+        save_latest=save_latest,
+        exclude_frozen=exclude_frozen and _has_frozen(engine),
     )
 
 
@@ -49,6 +59,8 @@ def load_engine(engine: Any, checkpoint: atomic.Checkpoint, **options: Any) -> d
         atomic.load(engine.deepspeed_engine, checkpoint, **options)
         shared, own = atomic.read_state(checkpoint, dist.get_rank())
         client_state: dict[str, Any] = shared.pop("client_state")
+        if options.get("load_module_only"):
+            return client_state
         engine.load_state_dict(shared)
         if own is not None:
             restore_random_state(own["random_state"])

@@ -389,6 +389,10 @@ def _enabled(deepspeed: dict[str, Any], section: str) -> bool:
 def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems, supplied: Collection[str]) -> None:
     if deepspeed.get("managed_gradient_accumulation") is True:
         problems.add("managed_gradient_accumulation", True, "colm_ds accumulates gradients itself", "Remove it.")
+    if str(deepspeed.get("gradient_allreduce_op")).lower() == "sum":
+        op = deepspeed["gradient_allreduce_op"]
+        why = "the gradient of a step is a mean over ranks, whatever their number"
+        problems.add("gradient_allreduce_op", op, why, 'Write "mean".')
     check_keys(deepspeed, problems)
     check_monitors(deepspeed, problems)
     for key in (

@@ -39,8 +39,8 @@ class _Plan:
 class ChooseAhead:
     """Iterate over large batches with chosen coresets; all ranks take the next one together.
 
-    When a batch is returned, all ranks know the next choice and read its examples, while the one after that is being
-    chosen.
+    When a batch is returned, all ranks know the next choice, and the one after that is being chosen. Threads read the
+    examples of the next one meanwhile; without `num_workers` they are read when the batch is taken, by its thread.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class ChooseAhead:
             CoLMError: the error of choosing on rank 0; a SelectionError on the others.
         """
         step = self._loader.next_step
-        readers = max(1, self._loader.num_workers)
-        with _Threads(1) as planner, _Threads(readers) as reading:
+        with _Threads(1) as planner, _Threads(self._loader.num_workers or 1) as readers:
+            reading = readers if self._loader.num_workers else None
             plan = planner.submit(self._plan, step)
             ahead = self._announce(plan, reading)
             plan = planner.submit(self._plan, step + 1)
@@ -99,8 +99,8 @@ class ChooseAhead:
             self._carry = coreset.carry
         return _Plan(facts, coreset)
 
-    def _announce(self, plan: Future[_Plan], reading: ThreadPoolExecutor) -> Callable[[], LargeBatch]:
-        """Broadcast the choice and start reading; return a function that waits for the batch."""
+    def _announce(self, plan: Future[_Plan], reading: ThreadPoolExecutor | None) -> Callable[[], LargeBatch]:
+        """Broadcast the choice and start reading; return a function that waits for the batch, or reads it."""
         made: _Plan | None = None
         failure: Exception | None = None
         try:
@@ -125,11 +125,13 @@ class ChooseAhead:
         facts = replace(made.facts, home=self._homes(made.facts, coreset), chosen=Chosen(coreset, count.num_bytes))
         read = torch.arange(facts.size) if self._reads_all(facts.step) else coreset.positions
         wanted = read[facts.home[read] == self._rank].tolist()
-        futures = {position: reading.submit(self._read, int(facts.indices[position])) for position in wanted}
+        if reading is None:
+            return lambda: replace(facts, examples={position: self._read(facts, position) for position in wanted})
+        futures = {position: reading.submit(self._read, facts, position) for position in wanted}
         return lambda: replace(facts, examples={position: future.result() for position, future in futures.items()})
 
-    def _read(self, index: int) -> Example:
-        return self._loader.dataset[index]
+    def _read(self, facts: LargeBatch, position: int) -> Example:
+        return self._loader.dataset[int(facts.indices[position])]
 
     def _homes(self, facts: LargeBatch, coreset: Coreset) -> Tensor:
         """Return the rank that reads and trains each chosen example, int64 `[r]`; the others keep the loader's.

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -527,8 +528,20 @@ class CoresetSelector:
             state["target"] = self._target.state_dict()
         return {**state, "selector": self.selector.state_dict(), "estimator": estimator}
 
+    def snapshot(self) -> dict[str, Any]:
+        """Copy the part of `state_dict` that a choice changes."""
+        state: dict[str, Any] = {"step": self.step_count, "carry": self.carry, "selector": self.selector.state_dict()}
+        if self._target is not None:
+            state["target"] = self._target.state_dict()
+        if self._estimator is not None and not isinstance(self._estimator, TokensEstimator):  # its vectors stay
+            state["estimator"] = self._estimator.state_dict()
+        return deepcopy(state)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore step and histories; every rank is given rank 0's. Warn if steps before were chosen in another way."""
+        """Restore step and histories; every rank is given rank 0's. Warn if steps before were chosen in another way.
+
+        A selector or an estimator that took another's place starts without a history.
+        """
         before, now = state.get("chosen_by"), self._chosen_by()
         if before not in (None, now) and self._rank == 0:
             keys = ", ".join(f"colm.{key} = {before.get(key)!r}" for key in now if before.get(key) != now[key])
@@ -544,8 +557,10 @@ class CoresetSelector:
                 self._sketches.clear()
         if self._target is not None:
             self._target.load_state_dict(state.get("target", {}), self._device)
-        self.selector.load_state_dict(state["selector"])
-        if self._estimator and state["estimator"]:
+        same = {key for key in now if before is None or before.get(key) == now[key]}
+        if {"selector", "probe.estimator"} <= same:
+            self.selector.load_state_dict(state["selector"])
+        if self._estimator and state["estimator"] and "probe.estimator" in same:
             self._estimator.load_state_dict(state["estimator"])
 
     def _chosen_by(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from colm_ds.batching.loader import LargeBatchLoader, source_counts
 from colm_ds.batching.packing import Packing
 from colm_ds.batching.row_facts import is_looked_at
 from colm_ds.batching.sources import small_source_ids
-from colm_ds.checkpoints.atomic import Checkpoint
+from colm_ds.checkpoints.atomic import Checkpoint, check_tag
 from colm_ds.checkpoints.engine_state import find_on_all_ranks, load_engine, save_engine
 from colm_ds.config.resolve import ResolvedConfig
 from colm_ds.distributed.exchange import make_exchange
@@ -49,7 +49,9 @@ from colm_ds.models.example_loss import find_loss_head
 from colm_ds.models.model_fit import ModelLimits, check_causal, check_router_loss
 from colm_ds.models.packing import check_packing
 from colm_ds.models.quantized import without_quantized_state
+from colm_ds.probe.gradient_sketch import GradientSketch
 from colm_ds.process.watchdog import Watchdog
+from colm_ds.randomness import random_state, restore_random_state
 from colm_ds.run_folder.metrics import events
 from colm_ds.types import LargeBatch, SourcedDataset, StepStats
 
@@ -85,6 +87,7 @@ class CoLMEngine:
         self.num_samples = 0
         self.data_use = DataUse(len(dataset))
         self.open_step: OpenStep | None = None
+        self._before: dict[str, Any] = {}
         self.last_stats: StepStats | None = None
         self.resumed_in: Path | None = None
         self._contexts = ExitStack()
@@ -94,6 +97,8 @@ class CoLMEngine:
         self._exchange = make_exchange(self._device)
         check_causal(engine.module)
         check_router_loss(engine.module)
+        if config.colm.variance_every:
+            GradientSketch(engine.module, config.colm.seed)  # raises now what it would in the first step that measures
         self._limits = None if is_looked_at(dataset) else ModelLimits.of(engine.module)
         self.loss_head = find_loss_head(engine.module)
         self.packing = self._find_packing(dataset)
@@ -242,6 +247,7 @@ class CoLMEngine:
             data_s = time.perf_counter() - start
             contexts.enter_context(self._naming_what_ran_out(batch))
             meter = contexts.enter_context(self._measuring(batch))
+            self._before = {"selector": self.coreset_selector.snapshot(), "random_state": random_state()}
             selection = self._select(batch, meter)
             variance = self._gradient_variance(selection)
             with meter.phase("train"), self._exchange.counting("tokens") as count:
@@ -272,7 +278,7 @@ class CoLMEngine:
             return step
 
     def _close_step(self, what: str) -> None:
-        """Forget a step of which no backward pass was made.
+        """Forget a step of which no forward was made.
 
         Raises:
             LoopError: if one was made.
@@ -280,11 +286,19 @@ class CoLMEngine:
         step = self.open_step
         if step is None:
             return
-        if step.place or step.is_done:
+        if not self._is_untouched():
             raise LoopError(f"engine.{what}: a loop over the loader is at {step.name}. Let it take that step first.")
         self.loader.next_step = step.selection.batch.step  # its large batch is read again
+        self.coreset_selector.load_state_dict({**self.coreset_selector.state_dict(), **self._before["selector"]})
+        restore_random_state(self._before["random_state"])
+        self._batches = self._read()
         self.open_step = None
         self._contexts.close()
+
+    def _is_untouched(self) -> bool:
+        """Return whether a loop has a first micro-batch in hand that no forward was made of, as after `break`."""
+        step = self.open_step
+        return step is not None and not step.place and not step.is_done and step.loss is None
 
     def gradient_accumulation_steps(self) -> int:
         """Return the micro-batches of a coreset in a loop over the loader, on every rank."""
@@ -306,11 +320,7 @@ class CoLMEngine:
             DeviceMemoryError: if memory runs out, with the phase and advice.
             DivergenceError: if the gradient was not finite in the last `colm.max_skipped_steps` steps.
         """
-        if self.open_step is not None:
-            raise LoopError(
-                f"engine.train_batch: a loop over the loader is at {self.open_step.name}. Let it take that step, or "
-                "call train_batch in place of the loop."
-            )
+        self._close_step("train_batch")
         self.skipped.check(self.step_count)
         self.monitor.open()
         with self.watchdog.watching(f"step {self.step_count + 1}"):  # covers the time between its phases
@@ -534,7 +544,7 @@ class CoLMEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """Return counts, data position and selection history, without DeepSpeed's state; complete on rank 0."""
-        return {
+        state = {
             "step_count": self.step_count,
             "num_samples": self.num_samples,
             "data_use": self.data_use.state_dict(),
@@ -542,6 +552,14 @@ class CoLMEngine:
             "selector": self.coreset_selector.state_dict(),
             **self.loader.state_dict(),
         }
+        if self.open_step is not None and self._is_untouched():  # that step will be begun once more
+            state["selector"] |= self._before["selector"]
+            state["next_step"] = self.open_step.selection.batch.step
+        return state
+
+    def random_state(self) -> dict[str, Any]:
+        """Return the state of this process's random generators that goes with `state_dict`."""
+        return self._before["random_state"] if self._is_untouched() else random_state()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken; every rank is given rank 0's."""
@@ -567,6 +585,9 @@ class CoLMEngine:
         save_dir: str,
         tag: str | None = None,
         client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = True,
+        *,
         keep_last: int | None = None,
     ) -> bool:
         """Write model, optimizer, scheduler, selector history, data position, counts and every rank's random state.
@@ -576,22 +597,35 @@ class CoLMEngine:
 
         Args:
             save_dir: folder of the run's checkpoints.
-            tag: name of the checkpoint; default: by step.
+            tag: name of the checkpoint, a folder's name or a number; default: by step.
             client_state: the caller's own state, returned by `load_checkpoint`; rank 0's is kept.
+            save_latest: name it in the file `latest`, which DeepSpeed's own loading reads and ours does not.
+            exclude_frozen_parameters: leave out weights that are not trained, which the model is loaded with anyway.
             keep_last: delete all but this many of the newest checkpoints, and those of later steps in any case.
 
         Raises:
-            CheckpointError: on every rank, if any could not write; earlier checkpoints are untouched.
+            CheckpointError: on every rank, if any could not write, or for a tag that names no folder; earlier
+                checkpoints are untouched.
         """
-        if self.open_step is not None:
+        if self.open_step is not None and not self._is_untouched():
             raise LoopError(
                 f"engine.save_checkpoint: a loop over the loader is at {self.open_step.name}, whose gradients no "
                 "checkpoint holds. Save after its engine.step(): where engine.is_gradient_accumulation_boundary()."
             )
-        tag, without_base = tag or f"step_{self.step_count}", without_quantized_state(self.deepspeed_engine.module)
+        tag = f"step_{self.step_count}" if tag in (None, "") else str(tag)
+        check_tag(tag)
+        without_base = without_quantized_state(self.deepspeed_engine.module)
         watching = self.watchdog.watching(f"saving the checkpoint of step {self.step_count}")
         with watching, self.memory.saving(), without_base:
-            save_engine(self, Path(save_dir), tag, client_state or {}, keep_last)
+            save_engine(
+                self,
+                Path(save_dir),
+                tag,
+                client_state or {},
+                keep_last=keep_last,
+                save_latest=save_latest,
+                exclude_frozen=exclude_frozen_parameters,
+            )
         return True
 
     def load_checkpoint(
@@ -611,7 +645,7 @@ class CoLMEngine:
             CheckpointError: if no checkpoint is whole, or it does not fit the model.
         """
         with self.watchdog.watching(f"finding a checkpoint in {load_dir}"):
-            checkpoint = find_on_all_ranks(Path(load_dir), tag)
+            checkpoint = find_on_all_ranks(Path(load_dir), None if tag in (None, "") else str(tag))
         if checkpoint is None:
             self.monitor.resume(self.num_samples)
             return None, {}

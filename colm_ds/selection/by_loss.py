@@ -171,7 +171,7 @@ class SelectiveBackpropOptions:
     """Options of `selective_backprop`."""
 
     power: str | float = option("auto", "of an example's rank; auto: n / b - 1", choices=("auto",), low=0.0)
-    weights: str = option("none", "inverse: weights that make the choice unbiased", choices=("none", "inverse"))
+    weights: str = option("none", "inverse: by 1 / chance, scaled to a mean of 1", choices=("none", "inverse"))
     stale: bool = option(False, "losses of earlier steps in place of a probe; what was never seen comes first")
 
 

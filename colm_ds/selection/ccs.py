@@ -91,7 +91,7 @@ class CCSOptions:
     score: str = option("loss", "score that strata are made of", choices=("loss", "margin", "el2n"))
     beta: float = option(0.1, "share of the hardest examples that is dropped first", low=0.0, high=0.999)
     strata: int = option(NUM_STRATA, "strata of equal width; at most as many as picks", low=1)
-    weights: str = option("uniform", "weights; inverse makes them unbiased in a pool", choices=("uniform", "inverse"))
+    weights: str = option("uniform", "inverse: for the mean of what beta leaves", choices=("uniform", "inverse"))
 
 
 class CCSSelector(PoolSelector):

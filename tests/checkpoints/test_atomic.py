@@ -253,6 +253,23 @@ def test_ranks_share_out_the_same_files(tmp_path: Path) -> None:
     assert len(before) == 3
 
 
+@pytest.mark.parametrize("tag", ["latest", ".mine", "epoch/1", "..", "/"])
+def test_a_tag_that_names_no_folder(tag: str) -> None:
+    with pytest.raises(CheckpointError, match=r"names no checkpoint\. Give the name of a folder"):
+        atomic.check_tag(tag)
+
+
+def test_folders_of_other_things_are_no_checkpoints(tmp_path: Path) -> None:
+    """A run's own logs do not keep it from starting; what was a checkpoint by name or files is told."""
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "a.txt").write_text("")
+    assert atomic.find(tmp_path) is None
+    (tmp_path / "global_step3").mkdir()
+    with pytest.raises(CheckpointError, match="global_step3: holds no state of colm_ds"):
+        atomic.find(tmp_path)
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     assert atomic.find(tmp_path) is None
     assert atomic.find(tmp_path / "missing") is None

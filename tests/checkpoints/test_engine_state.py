@@ -34,6 +34,57 @@ CASES = [
 ]
 
 
+def weights_alone(folder: str) -> tuple[list[Any], list[Any]]:
+    """In a rank: a checkpoint after two steps is loaded without anything but weights; counts, and the weights."""
+    case = Case("exact", colm={"probe": {"estimator": "exact"}})
+    engine = start(case)
+    for _ in range(2):
+        step(engine)
+    engine.save_checkpoint(folder, 7, {}, False, False)  # DeepSpeed's order; a step's number as a tag
+    saved = parameters(engine)
+    engine.destroy()
+    engine = start(case)
+    path, _ = engine.load_checkpoint(folder, 7, load_module_only=True)
+    loaded = parameters(engine)
+    counts = [Path(path).name, engine.step_count, engine.loader.next_step, engine.num_samples]
+    engine.destroy()
+    return counts, [saved, loaded]
+
+
+@pytest.mark.distributed
+def test_weights_alone(pools: dict[int, Ranks], tmp_path: Path) -> None:
+    """The run from them is a new one: it begins at its first step."""
+    counts, (saved, loaded) = pools[1].run(weights_alone, str(tmp_path))[0]
+    assert counts == ["7", 0, 1, 0]
+    assert largest_difference(saved, loaded) == 0.0
+    assert not (tmp_path / "latest").exists()
+
+
+def another_estimator(folder: str, before: str, after: str) -> int:
+    """In a rank: two steps by one estimator, and two from there by another."""
+    for number, estimator in enumerate((before, after)):
+        probe = {"estimator": estimator, "num_probes": "auto" if estimator in ("tokens", "exact") else 32}
+        engine = start(Case(estimator, colm={"probe": probe, "selector": "colm", "mask": {}}))
+        if number:
+            engine.load_checkpoint(folder)
+        for _ in range(2):
+            step(engine)
+        engine.save_checkpoint(folder)
+        count = int(engine.step_count)
+        engine.destroy()
+    return count
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("before", "after"), [("sketch", "tokens"), ("tokens", "projection"), ("projection", "sketch"), ("exact", "tokens")]
+)
+def test_another_estimator_starts_without_a_history(
+    before: str, after: str, pools: dict[int, Ranks], tmp_path: Path
+) -> None:
+    assert pools[1].run(another_estimator, str(tmp_path), before, after) == [4]
+
+
 def stop_and_resume(case: Case, folder: str) -> dict[str, Any]:
     """In a rank: three steps, a checkpoint and two steps; and the last two again in an engine that loads it."""
     state = {"epoch_of_mine": 7}

@@ -356,6 +356,14 @@ def test_values_that_deepspeed_refuses_are_said_at_once(section: dict[str, Any],
         resolve_config(config, 1)
 
 
+def test_a_sum_over_ranks_is_refused() -> None:
+    """The gradient of a step would be W times itself."""
+    config = {"train_batch_size": 4, "gradient_allreduce_op": "SUM", "colm": {"large_batch_size": 8}}
+    with pytest.raises(ConfigError, match=r'gradient_allreduce_op = \'SUM\': .* Write "mean"'):
+        resolve_config(config, 1)
+    resolve_config({**config, "gradient_allreduce_op": "mean"}, 1)
+
+
 def test_numbers_with_exponents_written_as_text_are_numbers() -> None:
     section = {
         "stage": 2,

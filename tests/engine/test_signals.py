@@ -14,6 +14,7 @@ from colm_ds.errors import ConfigError
 from tests.engine.conftest import Runner
 from tests.engine.oracle import plain_training, token_losses
 from tests.engine.training import CORESET, LARGE, SOURCES, Case, Record
+from tests.ranks import Ranks
 
 EVERY = 2
 EXACT = {"probe": {"estimator": "exact"}, "weights": "matched"}
@@ -141,3 +142,24 @@ def test_stage_3_is_refused() -> None:
     config["colm"] |= {"variance_every": 2}
     with pytest.raises(ConfigError, match=r"colm\.variance_every = 2: .* at ZeRO stage 0, 1 or 2\. Write 0"):
         resolve_config(config, 1)
+
+
+def nothing_to_measure(case: Case) -> str:
+    """In a rank: the message where only norms are trained, and whose steps are to be measured."""
+    import colm_ds
+    from colm_ds.errors import ProbeError
+
+    model = case.build_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    try:
+        colm_ds.initialize(model=model, config=case.config(), training_data=case.records())
+    except ProbeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.distributed
+def test_what_cannot_be_measured_is_refused_before_the_first_step(pools: dict[int, Ranks]) -> None:
+    case = Case("norms", colm={"selector": "random", "variance_every": 3})
+    assert "leave out variance_every" in pools[1].run(nothing_to_measure, case)[0]

@@ -14,7 +14,7 @@ import torch
 from colm_ds.data.choices import WRITERS
 from colm_ds.data.formats import read_records
 from colm_ds.data.prompt import Continuation, encode_pair
-from colm_ds.errors import DataError
+from colm_ds.errors import ConfigError, DataError
 from colm_ds.evaluation.backend import TransformersBackend
 from colm_ds.evaluation.choices import CandidateTask
 from colm_ds.evaluation.likelihood import Likelihood, score_candidates, shared_length
@@ -98,6 +98,35 @@ def test_copa_of_effects_and_premises_without_full_stop() -> None:
     question = WRITERS["copa"]("file:1", record)
     assert question.prompt == "It rained so"
     assert question.candidates == (" I'm wet.", " if so.")
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+def test_labels_as_text(name: str) -> None:
+    """In CSV everything is text."""
+    record, _, _, gold = RECORDS[name]
+    ways = {str(record["label"])}
+    if isinstance(record["label"], bool):
+        ways |= {str(record["label"]).lower(), str(int(record["label"]))}
+    for label in ways:
+        assert WRITERS[name]("file:1", {**record, "label": label}).gold == gold
+    with pytest.raises(DataError, match="Write one of"):
+        WRITERS[name]("file:1", {**record, "label": "7"})
+
+
+def test_true_is_no_word_for_entailment() -> None:
+    with pytest.raises(DataError, match=r"'label' is 'false'\. Write one of"):
+        WRITERS["rte"]("file:1", {**RECORDS["rte"][0], "label": "false"})
+
+
+def test_scores_that_are_no_numbers_are_refused(tokenizer: Any) -> None:
+    """An accuracy of them would be that of the first candidate."""
+    backend = make_backend(tokenizer)
+    with torch.no_grad():
+        backend.model.lm_head.weight[3] = torch.nan
+    with pytest.raises(ConfigError, match="logits are not finite"):
+        score(backend)
+    with pytest.raises(ConfigError, match="logits are not finite"):
+        list(backend.text_losses([[1, 2, 3]]))
 
 
 @pytest.mark.parametrize("name", sorted(WRITERS))

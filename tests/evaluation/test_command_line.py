@@ -149,6 +149,7 @@ def test_math_names_its_isolation(models: Path, data: Path, tmp_path: Path) -> N
         ("{models}/base --tasks cb --data {data}", "cb: no data"),
         ("{models}/base --tasks copa", "copa: no data: no folder was given"),
         ("{models}/base --tasks gsm8k --data {data} --max-new-tokens 5000", "1024 positions"),
+        ("{models}/base --tasks perplexity --data perplexity={data} --chunk-tokens 0", "--chunk-tokens 0: must be at"),
         ("{models}/base --tasks copa --isolation rlimits", "'rlimits': this level was removed"),
         ("{models}/base --tasks copa --isolation strong", "Known: landlock, namespaces"),
         ("{models}/base --tasks copa --data {data} --backend vllm", "--backend vllm: this option was removed"),

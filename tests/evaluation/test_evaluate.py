@@ -13,9 +13,11 @@ from colm_ds.data.formats import read_place
 from colm_ds.data.sets import DataPlaces, find_set
 from colm_ds.errors import ConfigError, DataError
 from colm_ds.evaluation.evaluate import TASK_NAMES, Options, evaluate, read_tasks, task_names
+from colm_ds.evaluation.math_tasks import MathTask
 from colm_ds.evaluation.question_files import parse_places, subset
 from colm_ds.evaluation.question_log import EvaluationFolder
 from colm_ds.evaluation.results import AVERAGES, averages, markdown, wilson_interval
+from colm_ds.run_folder.lock import RunLock
 from tests.evaluation.evaluations import TASKS, assert_same_answers, make_options, numbers, run_on_rank, write_data
 from tests.evaluation.stubs import StubBackend, make_backend
 from tests.ranks import Ranks
@@ -169,6 +171,35 @@ def test_changed_questions_are_refused(data: Path, tmp_path: Path) -> None:
     file.write_text(file.read_text(encoding="utf-8").replace("cups", "hats"), encoding="utf-8")
     with pytest.raises(SystemExit):
         run(StubBackend(), options, tmp_path / "out")
+
+
+def test_a_folder_is_one_processs_at_a_time(data: Path, tmp_path: Path) -> None:
+    """Another's answers would be merged while it writes them."""
+    held = RunLock(tmp_path / "out")
+    with pytest.raises(SystemExit):
+        run(StubBackend(), make_options(data, ("copa",)), tmp_path / "out")
+    held.release()
+    run(StubBackend(), make_options(data, ("copa",)), tmp_path / "out")
+    RunLock(tmp_path / "out").release()  # let go of at the end
+
+
+def test_what_earlier_calls_told_stays(data: Path, tmp_path: Path) -> None:
+    options = {name: make_options(data, (name,)) for name in ("copa", "wic")}
+    for name, facts in (("copa", {"isolation": "strong", "world_size": 4}), ("wic", {"world_size": 1})):
+        results = evaluate(
+            StubBackend(), options[name], EvaluationFolder(tmp_path), title="", model={"base": "tiny"}, facts=facts
+        )
+    assert results is not None
+    assert (results["isolation"], results["world_size"], sorted(results["tasks"])) == ("strong", 1, ["copa", "wic"])
+
+
+def test_the_test_split_comes_before_the_folder(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / "gsm8k").mkdir(exist_ok=True)
+        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n')
+    place = find_set("gsm8k", MathTask("gsm8k").subpaths, DataPlaces(str(tmp_path)))
+    assert place is not None
+    assert Path(place).stem == "test"
 
 
 def test_further_sets_join_the_folder(data: Path, tmp_path: Path) -> None:

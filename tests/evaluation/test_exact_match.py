@@ -10,12 +10,13 @@ import torch
 
 from colm_ds.data import DataEntry
 from colm_ds.data.chat import ChatEncoder
-from colm_ds.errors import DataError
+from colm_ds.errors import ConfigError, DataError
 from colm_ds.evaluation.exact_match import Question, exact_match, final_answer, load_questions
 from colm_ds.selection import SingleProcess
 from tests.data.chats import as_chatml, chat_tokenizer
 from tests.data.test_formats import write_rows
 from tests.data.test_rows import expected, rows_of
+from tests.tiny_models import tiny_model
 
 
 def questions_of(rows: list[dict[str, Any]], path: Path) -> list[Question]:
@@ -44,11 +45,45 @@ def test_an_answer_and_a_source_of_the_row(tmp_path: Path) -> None:
     assert [(q.source, q.answer) for q in questions_of(rows, tmp_path / "a.jsonl")] == [("sums", "4")]
     rows = [row | {"answer": "four"} for row in rows]
     assert [q.answer for q in questions_of(rows, tmp_path / "b.jsonl")] == ["four"]
+    rows = [row | {"answer": 0} for row in rows]
+    assert [q.answer for q in questions_of(rows, tmp_path / "c.jsonl")] == ["0"]
 
 
 def test_a_text_has_no_question(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a.jsonl:1: a text has no question. Set evaluation.exact_match=false"):
         questions_of(rows_of("text"), tmp_path / "a.jsonl")
+
+
+def ask(model: Any, tokenizer: Any, question: Question, max_new_tokens: int) -> float:
+    answers = exact_match(
+        model,
+        tokenizer,
+        [question],
+        device=torch.device("cpu"),
+        exchange=SingleProcess(),
+        rank=0,
+        max_new_tokens=max_new_tokens,
+        max_tokens=99,
+    )
+    return float(answers["overall"])
+
+
+def test_settings_of_generation_that_come_with_a_model_do_not_count() -> None:
+    """Greedy is greedy: with a penalty of repetitions the model would say something else."""
+    tokenizer, model = chat_tokenizer(), tiny_model("gpt2", vocab_size=300, max_position_embeddings=64).eval()
+    prompt = list(range(60))
+    ids = prompt[-56:]
+    for _ in range(8):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    answer = final_answer(tokenizer.decode(ids[56:], skip_special_tokens=True))
+    question = Question("a", tuple(prompt), answer)
+    assert ask(model, tokenizer, question, 8) == 1.0  # 60 + 8 tokens do not fit 64 positions: cut on the left
+    model.generation_config.repetition_penalty = 1.9
+    assert ask(model, tokenizer, question, 8) == 1.0
+    assert model.generation_config.repetition_penalty == 1.9
+    with pytest.raises(ConfigError, match=r"max_new_tokens = 64: the model has 64 positions"):
+        ask(model, tokenizer, question, 64)
 
 
 class Parrot(torch.nn.Module):

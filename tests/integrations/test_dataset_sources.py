@@ -111,6 +111,21 @@ def test_blocks_are_cut_within_a_source(batch_size: int) -> None:
     assert sorted(zip(result["pair"], result["source"], strict=True)) == sorted(wanted) if wanted else len(result) == 0
 
 
+def test_a_source_that_fills_no_block_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Its rows are lost without a word from the Trainer, which never sees them; sorted rows keep them."""
+    rows = Dataset.from_dict({"number": list(range(40)), "source": ["big" if n % 20 else "small" for n in range(40)]})
+
+    def pairs(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {"pair": [batch["number"][at : at + 2] for at in range(0, len(batch["number"]) - 1, 2)]}
+
+    made = rows.map(by_source(pairs), batched=True, batch_size=10, remove_columns=rows.column_names)
+    assert set(made["source"]) == {"big"}
+    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("colm_ds")]
+    assert said.startswith("by_source: 1 rows of 'small' in a batch of map make no row, so they are lost. Sort")
+    made = rows.sort("source").map(by_source(pairs), batched=True, batch_size=10, remove_columns=rows.column_names)
+    assert made["source"].count("small") == 1
+
+
 NAMES = [
     ([{"path": "org/maths"}, {"path": "org/code"}], ["org/maths", "org/code"]),
     (

@@ -87,6 +87,19 @@ def test_normalisation_of_a_checkpoint_stays(tmp_path: Path, caplog: pytest.LogC
     assert any("its loss was the mean over examples, and stays it" in line for line in said(caplog))
 
 
+def test_what_a_search_of_hyperparameters_changes(tmp_path: Path) -> None:
+    """It sets arguments when training begins; b, the seed of the choices and the rows follow them."""
+    trainer = make_trainer(str(tmp_path), {"large_batch_size": LARGE, "probe": {"estimator": "tokens"}}, 2)
+    before = trainer.colm_config
+    trainer.args.gradient_accumulation_steps, trainer.args.seed = 2, 99
+    trainer.train_dataset = records(SOURCES)[:60]
+    trainer.train()
+    assert (before.coreset_size, before.seed) == (CORESET, SEED)
+    assert (trainer.colm_config.coreset_size, trainer.colm_config.seed) == (6, 99)
+    assert {len(chosen) for chosen in trainer.chosen} == {6}
+    assert len(trainer._rows) == 60
+
+
 def test_group_by_length_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     grouped = make_trainer(str(tmp_path), RANDOM, 2, train_sampling_strategy="group_by_length")
     assert sum(line.startswith("group_by_length: changes nothing") for line in said(caplog)) == 1

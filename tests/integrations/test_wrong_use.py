@@ -134,6 +134,19 @@ def test_unsupported_model(tmp_path: Path) -> None:
     make("keep_random")
 
 
+def test_a_routers_loss(tmp_path: Path) -> None:
+    """It is one of no example, and would be left out without a word."""
+    from transformers import TrainingArguments
+
+    model = tiny_model("mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=12, use_cpu=True, max_steps=1, report_to=[])
+    colm = CoLMConfig(large_batch_size=28, selector="random")
+    with pytest.raises(ConfigError, match=r"router_aux_loss_coef = 0.5: the router's loss is one of the whole batch"):
+        CoLMTrainer(model, args, pad, records(SOURCES), colm=colm)
+    model.config.router_aux_loss_coef = 0.0
+    CoLMTrainer(model, args, pad, records(SOURCES), colm=colm)
+
+
 def test_collator_that_gives_more_than_text(tmp_path: Path) -> None:
     from transformers import TrainingArguments
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from colm_ds.report import Run, load_run
 from colm_ds.report.arms import make_arms
 from colm_ds.report.comparison import look
+from colm_ds.report.facts import run_facts
 from colm_ds.report.summary import caveats, three_sentences
 from colm_ds.report.tables import listed
-from tests.report.run_folders import ARMS, write_run
+from tests.report.run_folders import ARMS, SMALL, SOURCES, write_run
 
 
 def told(runs: Sequence[Run]) -> str:
@@ -110,6 +112,23 @@ def test_uneven_times_are_told(tmp_path: Path) -> None:
     found = json.loads((folder / "summary.json").read_text()) | {"step_s": {"median": 0.2, "p10": 0.1, "p90": 0.9}}
     (folder / "summary.json").write_text(json.dumps(found))
     assert caveats(make_arms([load_run(folder)]))[0].startswith("The time per step of “a b” varies more than twofold")
+
+
+def test_a_last_loss_that_is_not_finite_is_no_result(tmp_path: Path) -> None:
+    """An earlier one in its place would call a run better that has diverged."""
+    broken = write_run(tmp_path / "broken", "colm-sketch")
+    path = broken / "metrics.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    last = [entry for entry in entries if "heldout" in entry][-1]
+    last["heldout"] = {"overall": math.nan, "macro": math.nan, "per_source": dict.fromkeys(SOURCES, math.nan)}
+    path.write_text("\n".join(map(json.dumps, entries)) + "\n")
+    summary = json.loads((broken / "summary.json").read_text())
+    (broken / "summary.json").write_text(json.dumps({**summary, "heldout": last["heldout"]}))
+    run = load_run(broken)
+    assert run.problems == [f"The held-out loss was not finite at step {last['step']}."]
+    facts = run_facts(run, SMALL)
+    assert not [key for key in facts.values if key.startswith("heldout.")]
+    assert "better" not in told([run, load_run(write_run(tmp_path / "good", "plain-64"))]).split(" A step ")[0]
 
 
 def test_listed() -> None:

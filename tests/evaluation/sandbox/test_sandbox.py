@@ -378,6 +378,26 @@ def test_a_program_that_was_not_run_is_tried_once_more(monkeypatch: pytest.Monke
     assert asked == [GOOD, GOOD, "never", "never"]
 
 
+def test_a_server_that_does_not_start_again_costs_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program was not run, and where a new server is made memory has run out."""
+    original, started = sandbox._Server.__init__, []
+    isolation = sandbox.detect()
+
+    def start(self: sandbox._Server, *given: Any) -> None:
+        started.append(given)
+        if len(started) == 2:
+            raise sandbox.SandboxError("cannot allocate memory")
+        original(self, *given)
+
+    monkeypatch.setattr(sandbox._Server, "__init__", start)
+    monkeypatch.setattr(
+        sandbox._Server, "run", lambda self, source: ProgramResult("refused" if source == "a" else "ok", "", 0.0, "")
+    )
+    results = sandbox.run_isolated(["a", "b"], sandbox.Limits(), 1, isolation)
+    assert [result.status for result in results] == ["killed", "ok"]
+    assert "cannot allocate memory" in results[0].message
+
+
 def test_a_machine_without_isolation_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     weak = Isolation("unshare: Operation not permitted", "no seccomp", "no Landlock", 0, False)
     without_filter = dataclasses.replace(weak, namespaces="", landlock="")
