@@ -74,9 +74,11 @@ def run(options: argparse.Namespace) -> None:
     from colm_ds.check.measure import check_recipe
     from colm_ds.check.report_of_check import format_check, write_check
     from colm_ds.recipes.model import quiet_libraries
+    from colm_ds.run_folder.files import check_can_write
 
     quiet_libraries()
     folder = Path(options.out) if options.out else Path(f"{recipe.output_dir.rstrip('/')}_check")
+    check_can_write(folder / "check.json")
     result = check_recipe(
         recipe,
         num_examples=options.examples,

@@ -42,9 +42,11 @@ def run(options: argparse.Namespace) -> None:
     from colm_ds.models.model_fit import check_model_fits
     from colm_ds.probe.of_examples import signals_of_examples
     from colm_ds.recipes.model import load_tokenizer, quiet_libraries
+    from colm_ds.run_folder.files import check_can_write
     from colm_ds.training.tasks import data_digest, load_task
 
     quiet_libraries()
+    check_can_write(Path(options.out))
     tokenizer = load_tokenizer(recipe.model, recipe.tokenizer_place)
     task = load_task(recipe, tokenizer)
     if options.model is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,7 @@ def run(options: argparse.Namespace) -> None:
     from colm_ds.data.subset import write_subset
     from colm_ds.models.model_fit import check_model_fits
     from colm_ds.recipes.model import load_tokenizer, quiet_libraries
+    from colm_ds.run_folder.files import check_can_write
     from colm_ds.selection import needs_of, wrong_options
     from colm_ds.training.tasks.instructions import load_data, load_target
 
@@ -72,7 +74,10 @@ def run(options: argparse.Namespace) -> None:
         name, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--option {text}: not of the form name=value.")
-        chosen_options[name] = yaml.safe_load(value)
+        try:
+            chosen_options[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--option {text}: {value!r} is no YAML value.") from None
     wrong = wrong_options(options.method, chosen_options)
     if wrong:
         lines = [f"--option {one.name} = {one.value!r}: {one.why}. {one.fix}" for one in wrong]
@@ -85,6 +90,7 @@ def run(options: argparse.Namespace) -> None:
         )
     if options.shares == "target" and options.target is None:
         raise ConfigError("--shares target: there is no target. Choose another.")
+    check_can_write(Path(options.out))
     tokenizer = load_tokenizer(recipe.model, recipe.tokenizer_place)
     train, heldout = load_data(recipe, tokenizer)
     size = _size(options.size, len(train))
@@ -143,7 +149,9 @@ def _size(text: str, num_examples: int) -> int:
     try:
         number = float(text)
     except ValueError:
-        raise ConfigError(f"--size {text}: not a number. For example 1000, or 0.1 for a tenth.") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"--size {text}: not a number. For example 1000, or 0.1 for a tenth.")
     size = round(number * num_examples) if 0.0 < number < 1.0 else int(number)
     if not 1 <= size <= num_examples or (number >= 1.0 and number != size):
         raise ConfigError(f"--size {text}: choose a whole number from 1 to {num_examples}, or a share below 1.")

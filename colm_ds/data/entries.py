@@ -35,7 +35,9 @@ class DataEntry(RowReading):
     path: str = Field(description="file, folder or hub:NAME:CONFIG:SPLIT")
     name: str | None = Field(None, min_length=1, description="source of rows without one; default: the file's name")
     weight: float | None = Field(
-        None, gt=0, description="share of every large batch, relative to the other entries'; all or none have one"
+        None,
+        gt=0,
+        description="share of large batches on average, relative to the other entries'; all or none have one",
     )
     split: str = Field("train", description="split of a saved data set or hub name that says none")
     source_key: str | None = Field("source", description="key that names a row's source; null: the entry's name")

@@ -50,9 +50,10 @@ class EvaluationFolder:
                 raise ConfigError(
                     f"{self.path / 'settings.json'}: is not an evaluation's. Remove the file or the folder."
                 )
-            differences = compare(settings.get("model", model), model, "model")
+            answered = {name: values for name, values in earlier.items() if self._has_answers(name)}
+            differences = compare(settings.get("model", model), model, "model") if answered else []
             for name, values in tasks.items():
-                differences += compare(earlier.get(name, values), values, name)
+                differences += compare(answered.get(name, values), values, name)
             if differences:
                 raise ConfigError(
                     "\n  ".join([f"{self.path}: holds answers of another evaluation:", *differences])
@@ -61,6 +62,11 @@ class EvaluationFolder:
             self.write_json("settings.json", {"model": model, "tasks": {**earlier, **tasks}})
         except OSError as error:
             raise ConfigError(f"--out {self.path}: cannot be written: {error.strerror}.") from None
+
+    def _has_answers(self, name: str) -> bool:
+        """Return whether a set has a row: a call that was refused before its first one leaves none."""
+        files = [self.path / f"{name}.jsonl", *self.path.glob(f"{name}.part-*.jsonl")]
+        return any(file.is_file() and file.stat().st_size for file in files)
 
     def collect(self, name: str) -> dict[int, Row]:
         """Merge a set's parts into one file in the order of its questions, and return its rows; rank 0 only.

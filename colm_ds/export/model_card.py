@@ -43,6 +43,7 @@ def write_model_card(
     step: int | None = None,
     base: ModelConfig | None = None,
     dtype: str | None = None,
+    tokenizer_class: str = "AutoTokenizer",
 ) -> Path:
     """Write `README.md` beside weights, from the files of their run.
 
@@ -53,6 +54,7 @@ def write_model_card(
         step: optimizer steps behind the weights, if they are not those of the run's end.
         base: the base model; default: the recipe's.
         dtype: dtype of the weights; default: the recipe's.
+        tokenizer_class: class of transformers that loads the tokenizer.
 
     Raises:
         DataError: if the folder is not a run's.
@@ -60,7 +62,15 @@ def write_model_card(
     run = load_run(run_folder)
     summary = run.summary if step is None or number(run.summary.get("steps")) == step else None
     text = model_card(
-        run.config, summary, steps=run.steps, heldout=run.heldout, kind=kind, step=step, base=base, dtype=dtype
+        run.config,
+        summary,
+        steps=run.steps,
+        heldout=run.heldout,
+        kind=kind,
+        step=step,
+        base=base,
+        dtype=dtype,
+        tokenizer_class=tokenizer_class,
     )
     path = folder / "README.md"
     path.write_text(visible(text), encoding="utf-8")
@@ -77,6 +87,7 @@ def model_card(
     step: int | None = None,
     base: ModelConfig | None = None,
     dtype: str | None = None,
+    tokenizer_class: str = "AutoTokenizer",
 ) -> str:
     """Return a model card in Markdown with YAML front matter; facts missing from the run's files are left out.
 
@@ -89,6 +100,7 @@ def model_card(
         step: optimizer steps behind the weights; default: the last known step.
         base: the base model; default: the recipe's.
         dtype: dtype of the weights; default: the recipe's.
+    tokenizer_class: class of transformers that loads the tokenizer.
     """
     if step is not None:
         steps = [entry for entry in steps if entry["step"] <= step]
@@ -104,7 +116,7 @@ def model_card(
         f"# {clean(run.name)}",
         _opening(run, facts, kind, step, path, gguf),
         "## Load",
-        _loading(kind, path, gguf, dtype, lookup(model, "quantization")),
+        _loading(kind, path, gguf, dtype, tokenizer_class, lookup(model, "quantization")),
         *_section("Data", [_data_text(config), _sources(run, facts)]),
         *_section("Recipe", [_bullets(_recipe_lines(run, facts, dtype))]),
         *_section("Numbers", [_numbers(run, facts)]),
@@ -142,11 +154,13 @@ def _opening(run: Run, facts: Facts, kind: str, step: int | None, path: str | No
     return text + "."
 
 
-def _loading(kind: str, path: str | None, gguf: str | None, dtype: str, quantization: str | None = None) -> str:
+def _loading(
+    kind: str, path: str | None, gguf: str | None, dtype: str, tokenizer_class: str, quantization: str | None = None
+) -> str:
     start = "Run in this folder, or put its path or hub name where the dots are.\n\n"
     if kind != ADAPTER:
         lines = [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import AutoModelForCausalLM, {tokenizer_class}",
             "",
             f'model = AutoModelForCausalLM.from_pretrained(".", dtype="{dtype}")',
         ]
@@ -159,12 +173,12 @@ def _loading(kind: str, path: str | None, gguf: str | None, dtype: str, quantiza
         file = f', gguf_file="{gguf}"' if gguf else ""
         lines = [
             "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import AutoModelForCausalLM, {tokenizer_class}",
             "",
             f'base = AutoModelForCausalLM.from_pretrained("{Path(path).as_posix()}"{file}, dtype="{dtype}")',
             'model = PeftModel.from_pretrained(base, ".")',
         ]
-    lines.append('tokenizer = AutoTokenizer.from_pretrained(".")')
+    lines.append(f'tokenizer = {tokenizer_class}.from_pretrained(".")')
     bits = {"4bit": 4, "8bit": 8}.get(str(quantization))
     if kind == ADAPTER and bits is not None:
         start += (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from colm_ds.checkpoints import atomic
 from colm_ds.checkpoints.weights import checkpoint_tensors, save_model, with_tied
 from colm_ds.config.section import validate_section
+from colm_ds.data.token_cache import describe_tokenizer
 from colm_ds.errors import CheckpointError, ConfigError, Problems
 from colm_ds.export.model_card import MERGED, write_model_card
+from colm_ds.models.families import GENERIC_TOKENIZERS
 from colm_ds.models.quantized import dequantize
 from colm_ds.randomness import random_state, restore_random_state, seed_global_generators
 from colm_ds.recipes.adapter import trained_names
@@ -26,6 +29,11 @@ from colm_ds.recipes.recipe import BaseRecipe, kind_of_recipe
 from colm_ds.recipes.sections import LoraConfig, ModelConfig
 from colm_ds.run_folder.contents import ADAPTER, CHECKPOINTS, CONFIG, FINISHED, MODEL, SUMMARY
 from colm_ds.run_folder.files import read_object
+
+logger = logging.getLogger(__name__)
+
+_OTHER_BASE = "Give the base model that the run was trained from with --model"
+_OTHER_RECIPE = "Name a run that was trained by this recipe, with its model and LoRA"
 
 _ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -122,7 +130,10 @@ def export_run(
             save_model(trained, partial)
         loaded_tokenizer.save_pretrained(partial)
         _check_written(partial, trained, kind)
-        write_model_card(partial, run, kind=kind, step=source.step, base=base, dtype=base.dtype)
+        tokenizer_class = _class_that_reads(partial, loaded_tokenizer)
+        write_model_card(
+            partial, run, kind=kind, step=source.step, base=base, dtype=base.dtype, tokenizer_class=tokenizer_class
+        )
         os.replace(partial, target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{target}: could not be written: {error}. No files are left there.") from None
@@ -195,10 +206,11 @@ def put_trained(model: Any, lora: LoraConfig | None, place: str | Path, dtype: s
     if kind == MODEL and source.checkpoint is None:
         final, _ = _final_model(source.path, dtype)
         wanted = {name: value.shape for name, value in model.named_parameters()}
-        _compare_shapes(source.path, wanted, {name: list(value.shape) for name, value in final.named_parameters()})
+        held = {name: list(value.shape) for name, value in final.named_parameters()}
+        _compare_shapes(source.path, wanted, held, _OTHER_RECIPE)
         model.load_state_dict(final.state_dict())
     else:
-        _fill(model, source, DTYPES[dtype], kind)
+        _fill(model, source, DTYPES[dtype], kind, _OTHER_RECIPE)
         if kind == MODEL:
             model.tie_weights()
     return source.path, source.step
@@ -266,6 +278,23 @@ def _load_tokenizer(model: ModelConfig, place: str | None) -> Any:
         return load_tokenizer(model, place)
     except ConfigError as error:
         raise ConfigError(f"{error} If it has moved, give its folder with --tokenizer.") from None
+
+
+def _class_that_reads(folder: Path, tokenizer: Any) -> str:
+    """Return the class of transformers that loads a folder's tokenizer as it was in training; warn if not the usual."""
+    from transformers import AutoTokenizer
+
+    try:
+        is_usual = describe_tokenizer(AutoTokenizer.from_pretrained(folder)) == describe_tokenizer(tokenizer)
+    except Exception:  # whatever a library makes of a model type of which it knows no tokenizer
+        is_usual = False
+    if is_usual or type(tokenizer).__name__ not in GENERIC_TOKENIZERS:
+        return "AutoTokenizer"
+    logger.warning(
+        "AutoTokenizer reads the tokenizer of this model type by other rules than those of training. Load it with "
+        "PreTrainedTokenizerFast.from_pretrained, as README.md there does."
+    )
+    return "PreTrainedTokenizerFast"
 
 
 def _base_config(model: ModelConfig) -> dict[str, Any]:
@@ -356,7 +385,7 @@ def _final_adapter(folder: Path, model: nn.Module, dtype: torch.dtype) -> Iterat
         raise CheckpointError(_final_broken(file, str(error))) from None
 
 
-def _fill(model: Any, source: _Source, dtype: torch.dtype, kind: str) -> int:
+def _fill(model: Any, source: _Source, dtype: torch.dtype, kind: str, advice: str = _OTHER_BASE) -> int:
     """Copy the trained weights into a model; raise unless all are there, fit, and are finite."""
     shapes = {name: value.shape for name, value in model.named_parameters() if value.requires_grad}
     buffers: list[str] = []
@@ -364,14 +393,14 @@ def _fill(model: Any, source: _Source, dtype: torch.dtype, kind: str) -> int:
         persistent = model.state_dict().keys()
         buffers = [name for name, _ in model.named_buffers() if name in persistent]
     if source.checkpoint is not None:
-        _compare_shapes(source.path, shapes, source.checkpoint.facts["trained"])
+        _compare_shapes(source.path, shapes, source.checkpoint.facts["trained"], advice)
         tensors = checkpoint_tensors(source.checkpoint, buffers, dtype)
     else:
         tensors = _final_adapter(source.path, model, dtype)
     state = {}
     for name, value in _checked(source.path, tensors):
         if name in shapes and value.shape != shapes[name]:
-            _compare_shapes(source.path, shapes, {name: list(value.shape)} | _as_lists(shapes, name))
+            _compare_shapes(source.path, shapes, {name: list(value.shape)} | _as_lists(shapes, name), advice)
         state[name] = value
     if kind == MODEL:
         state = with_tied(model, state)
@@ -383,24 +412,26 @@ def _as_lists(shapes: Mapping[str, torch.Size], without: str) -> dict[str, list[
     return {name: list(shape) for name, shape in shapes.items() if name != without}
 
 
-def _compare_shapes(where: Path, wanted: Mapping[str, torch.Size], held: Mapping[str, list[int]]) -> None:
+def _compare_shapes(
+    where: Path, wanted: Mapping[str, torch.Size], held: Mapping[str, list[int]], advice: str = _OTHER_BASE
+) -> None:
     """Raise if the shapes of a run's weights are not those of the model."""
-    _compare_names(where, set(wanted), set(held))
+    _compare_names(where, set(wanted), set(held), advice)
     wrong = [name for name in wanted if list(wanted[name]) != list(held[name])]
     if wrong:
         raise CheckpointError(
             f"{where}: {len(wrong)} of {len(wanted)} tensors do not fit the model: {wrong[0]} has shape "
             f"{list(held[wrong[0]])} there and {list(wanted[wrong[0]])} in the model. "
-            "Give the base model that the run was trained from with --model."
+            f"{advice}."
         )
 
 
-def _compare_names(where: Path, wanted: set[str], held: set[str]) -> None:
+def _compare_names(where: Path, wanted: set[str], held: set[str], advice: str = _OTHER_BASE) -> None:
     for names, what in ((wanted - held, "are missing"), (held - wanted, "are not known to the model")):
         if names:
             raise CheckpointError(
                 f"{where}: {len(names)} tensors {what}, the first is {min(names)}. "
-                "Give the base model that the run was trained from with --model, or take another checkpoint."
+                f"{advice}, or take another checkpoint."
             )
 
 

@@ -9,7 +9,10 @@ float32 on CPUs, as `model.dtype` of each recipe says.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from colm_ds.untrusted.json_text import read_json
 
 _SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -44,6 +47,30 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 """Families by `model_type`; SmolLM2 and Llama-3 are `llama`, Zephyr-7B is `mistral`, Zephyr-3B is `stablelm`."""
+
+
+GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
+"""Names of the class of a tokenizer that is all in its file, as tokenizer_config.json has them."""
+
+
+def read_tokenizer(place: str, **options: Any) -> Any:
+    """Load a tokenizer by its own file, where it says that it is of no class of its own; else as `AutoTokenizer` does.
+
+    `AutoTokenizer` goes by the model type of a config.json beside it, and reads whatever lies beside a Qwen2 with the
+    rules of Qwen2's tokenizer: ids would be others than those that a model was trained on.
+
+    Args:
+        place: folder or hub name.
+        options: for `from_pretrained`.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        declared = read_json(Path(place) / "tokenizer_config.json").get("tokenizer_class")
+    except (OSError, ValueError, AttributeError):
+        declared = None
+    own = declared in GENERIC_TOKENIZERS and (Path(place) / "tokenizer.json").is_file()
+    return (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(place, **options)
 
 
 def set_pad_token(tokenizer: Any) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 from colm_ds.data.hub import why_not_there
 from colm_ds.errors import CoLMError, ConfigError, Problems
 from colm_ds.models.architecture import attention_projections, decoder_layers
-from colm_ds.models.families import FAMILIES, set_pad_token
+from colm_ds.models.families import FAMILIES, read_tokenizer, set_pad_token
 from colm_ds.models.model_fit import add_head_problems
 from colm_ds.models.quantized import fused_experts, keep_trainable, quantize_experts
 from colm_ds.recipes.adapter import ADAPTER_CONFIG, load_adapter
@@ -42,15 +42,13 @@ def load_tokenizer(model: ModelConfig, place: str | None = None) -> Any:
     Raises:
         ConfigError: if it cannot be loaded.
     """
-    from transformers import AutoTokenizer
-
     path = place or model.name_or_path
     if path and not Path(path).is_dir() and (path.count("/") > 1 or path.startswith((".", "/"))):
         raise ConfigError(f"tokenizer {path!r}: no such folder. Name one with tokenizer.json or tokenizer.model.")
     gguf = {"gguf_file": model.gguf_file} if model.gguf_file and path == model.name_or_path else {}
     _check_hub(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **gguf)
+        tokenizer = read_tokenizer(str(path), **gguf)
     except Exception as error:  # whatever a library makes of a broken file
         raise ConfigError(
             f"tokenizer {path!r} cannot be loaded: {_first_line(error)} "
@@ -138,9 +136,14 @@ def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
     except CoLMError:
         raise
     except Exception as error:  # whatever a library makes of a broken file, a pickle that it refuses included
-        name = config.name_or_path or f"config of type {(config.config or {}).get('model_type')!r}"
+        if config.config is not None:
+            kind = config.config.get("model_type")
+            raise ConfigError(
+                f"model.config of type {kind!r} cannot be built: {_first_line(error)} Correct its keys, which are "
+                "those of the type's configuration in transformers."
+            ) from None
         raise ConfigError(
-            f"model {name} cannot be built: {_first_line(error)} "
+            f"model {config.name_or_path} cannot be built: {_first_line(error)} "
             "Name a whole model folder or a hub name; a file that was cut off must be fetched again."
         ) from None
 
@@ -380,5 +383,6 @@ def quiet_libraries() -> None:
 def _first_line(error: BaseException) -> str:
     if isinstance(error, pickle.UnpicklingError):  # torch's own text is about its versions
         return "its weights are a pickle that holds something else than tensors, so nothing of it was loaded or run."
-    text = str(error).strip().split("\n")[0] or type(error).__name__
+    first, *others = [line.strip() for line in str(error).strip().split("\n") if line.strip()] or [type(error).__name__]
+    text = f"{first} {others[0]}" if first.endswith(":") and others else first
     return text if text[-1] in ".:?!" else f"{text}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from colm_ds.errors import ConfigError
 from colm_ds.untrusted.json_text import read_json
 from colm_ds.untrusted.printable import escaped
 
@@ -34,6 +36,22 @@ def read_object(path: Path, problems: list[str] | None = None) -> dict[str, Any]
     if problems is not None:
         problems.append(problem)
     return {}
+
+
+def check_can_write(path: Path, option: str = "--out") -> None:
+    """Make the folder of a file that is to be written after hours of work.
+
+    Raises:
+        ConfigError: if it cannot be made or written to, or the file is a folder.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, "no permission")
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot be written: {error.strerror}. Name another file.") from None
 
 
 @contextmanager

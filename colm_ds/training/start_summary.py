@@ -169,7 +169,10 @@ def _ranks(start: Start) -> str:
 
 def _steps(start: Start) -> str:
     looked_at = start.recipe.steps * start.described["colm"]["large_batch_size"] / len(start.data)
-    weighted = getattr(getattr(start.recipe, "data", None), "weights", None)  # passes differ by source
+    data = getattr(start.recipe, "data", None)
+    entries = getattr(data, "train", None)
+    by_entry = isinstance(entries, (list, tuple)) and any(getattr(entry, "weight", None) for entry in entries)
+    weighted = getattr(data, "weights", None) or by_entry  # passes differ by source
     return f"{start.recipe.steps:,}" + ("" if weighted else f", {looked_at:.2f} epochs looked at")
 
 

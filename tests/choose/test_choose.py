@@ -238,6 +238,47 @@ def test_targets_of_a_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert set(task.identity()) == {"data.train", "colm.target.data"}
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (
+            "select recipe.yaml --method ccs --size 9 --out train.jsonl/x.json",
+            "--out train.jsonl/x.json: cannot be written",
+        ),
+        ("score recipe.yaml --at nowhere --out train.jsonl/x.pt", "--out train.jsonl/x.pt: cannot be written"),
+        ("check recipe.yaml --out train.jsonl/x", "--out train.jsonl/x/check.json: cannot be written"),
+        ("select recipe.yaml --method ccs --size inf --out x.json", "--size inf: not a number"),
+        ("select recipe.yaml --method ccs --size 9 --option x=[1 --out x.json", "--option x=[1: '[1' is no YAML value"),
+    ],
+)
+def test_what_cannot_be_done_is_said_first(
+    command: str, said: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    assert main(command.split()) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_rows_that_are_dropped_and_sources_that_are_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hold-out of nothing says how many rows were dropped; a subset is not blamed on the maximum length."""
+    monkeypatch.chdir(folder)
+    recipe = load_recipe("recipe.yaml", [])
+    tokenizer = load_tokenizer(recipe.model, recipe.tokenizer_place)
+    train = load_task(recipe, tokenizer).train
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    long = [row | {"instruction": "x " * 500} for row in rows[1:]]
+    (folder / "long.jsonl").write_text("\n".join(map(json.dumps, [rows[0], *long])) + "\n")
+    recipe = load_recipe("recipe.yaml", ["data.train=long.jsonl", "data.holdout_per_source=4"])
+    with pytest.raises(ConfigError, match=r"held out of 1 examples \(49 dropped for want of a label within data"):
+        load_task(recipe, tokenizer)
+    first = train.source_names[0]
+    kept = [index for index in range(len(train)) if train.source_ids[index] != 0]
+    write_subset(folder / "part.json", kept, train.digest(), {})  # type: ignore[attr-defined]
+    task = load_task(load_recipe("recipe.yaml", ["data.subset=part.json"]), tokenizer)
+    (said,) = [line for line in task.losses_of_data() if "WARNING" in line]
+    assert said == f"WARNING: data.subset has no example of {first}."
+
+
 def test_a_target_from_the_held_out_part(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the held-out examples `size` are the target, the others are evaluated on; none is trained on or lost."""
     monkeypatch.chdir(folder)

@@ -15,7 +15,7 @@ from colm_ds.errors import ConfigError, DataError
 from colm_ds.evaluation.evaluate import TASK_NAMES, Options, evaluate, read_tasks, task_names
 from colm_ds.evaluation.math_tasks import MathTask
 from colm_ds.evaluation.question_files import parse_places, subset
-from colm_ds.evaluation.question_log import EvaluationFolder
+from colm_ds.evaluation.question_log import EvaluationFolder, append
 from colm_ds.evaluation.results import AVERAGES, averages, markdown, wilson_interval
 from colm_ds.run_folder.lock import RunLock
 from tests.evaluation.evaluations import TASKS, assert_same_answers, make_options, numbers, run_on_rank, write_data
@@ -181,6 +181,18 @@ def test_a_folder_is_one_processs_at_a_time(data: Path, tmp_path: Path) -> None:
     held.release()
     run(StubBackend(), make_options(data, ("copa",)), tmp_path / "out")
     RunLock(tmp_path / "out").release()  # let go of at the end
+
+
+def test_a_call_without_an_answer_binds_nothing(data: Path, tmp_path: Path) -> None:
+    """It was refused before its first answer, and its message names another value to ask with."""
+    folder = EvaluationFolder(tmp_path)
+    folder.start({"base": "tiny"}, {"copa": {"limit": 5}}, overwrite=False)
+    folder.open_part("copa", 0).close()
+    folder.start({"base": "other"}, {"copa": {"limit": 6}}, overwrite=False)
+    with folder.open_part("copa", 0) as part:
+        append(part, [{"index": 0}])
+    with pytest.raises(ConfigError, match=r"copa.limit: 6 there, 7 here"):
+        folder.start({"base": "other"}, {"copa": {"limit": 7}}, overwrite=False)
 
 
 def test_what_earlier_calls_told_stays(data: Path, tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ from torch import Tensor
 from colm_ds.checkpoints import atomic
 from colm_ds.checkpoints.weights import save_model
 from colm_ds.cli import main
+from colm_ds.data.token_cache import describe_tokenizer
 from colm_ds.errors import CheckpointError, ConfigError
-from colm_ds.export.run import export_run, put_trained
+from colm_ds.export.run import _class_that_reads, export_run, put_trained
+from colm_ds.models.families import read_tokenizer
 from colm_ds.recipes.sections import LoraConfig
 from tests.engine.training import NOTHING_PERSISTS, Case
 from tests.export.runs import base_of, expected_logits, logits, random_base, write_run
@@ -211,6 +213,33 @@ def test_base_model_that_has_moved(unfinished: Path, lora_run: tuple[Path, dict[
     assert written["base_model_name_or_path"] == str(base)
     merged = load_model(export_run(unfinished, model=str(base), merge=True).folder)
     assert difference(logits(merged), expected_logits(case_of(2, True), lora_run[1])) <= 1e-5
+
+
+def test_a_tokenizer_that_is_all_in_its_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`AutoTokenizer` reads what lies beside a Qwen2 by the rules of Qwen2's own: other ids than those of training."""
+    from transformers import AutoTokenizer
+
+    from tests.evaluation.stubs import make_tokenizer
+    from tests.tiny_models import tiny_model
+
+    made = make_tokenizer(tmp_path / "made")
+    made.backend_tokenizer.normalizer = None
+    for family in ("llama", "qwen2"):
+        folder = tmp_path / family
+        tiny_model(family).save_pretrained(folder)
+        made.save_pretrained(folder)
+        text = "Hello world, 12 \u00c4rzte.\n\nfoo  bar"
+        assert read_tokenizer(str(folder))(text)["input_ids"] == made(text)["input_ids"]
+        usual = describe_tokenizer(AutoTokenizer.from_pretrained(folder)) == describe_tokenizer(made)
+        assert _class_that_reads(folder, made) == ("AutoTokenizer" if usual else "PreTrainedTokenizerFast")
+        assert len(caplog.records) == (0 if usual else 1)
+
+
+def test_a_run_of_another_recipe_is_refused(lora_run: tuple[Path, dict[str, Tensor]]) -> None:
+    """Where its weights are put into a recipe's model no option names another base."""
+    model = case_of(2, True, model={"hidden_size": 48}).build_model()
+    with pytest.raises(CheckpointError, match=r"Name a run that was trained by this recipe, with its model and LoRA"):
+        put_trained(model, LoraConfig(rank=4, alpha=8), lora_run[0], "float32")
 
 
 def test_another_base_model_is_refused(unfinished: Path, tmp_path: Path) -> None:

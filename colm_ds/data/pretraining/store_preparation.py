@@ -40,8 +40,8 @@ from colm_ds.data.pretraining.token_store import (
 )
 from colm_ds.data.prompt import leading_special_ids
 from colm_ds.data.token_cache import describe_tokenizer
-from colm_ds.errors import ConfigError, DataError
-from colm_ds.models.families import set_pad_token
+from colm_ds.errors import Attempts, ConfigError, DataError
+from colm_ds.models.families import read_tokenizer, set_pad_token
 from colm_ds.process.progress import Progress
 from colm_ds.run_folder.files import write_whole
 from colm_ds.untrusted.json_text import read_json
@@ -128,7 +128,9 @@ def _claim(wanted: Preparation, files: Sequence[Path], overwrite: bool) -> None:
             for key in {**before, **settings}
             if before.get(key) != settings.get(key)
         ]
-        if differences:
+        if differences and not (folder / _SCAN).exists():  # refused before anything was made of the files
+            write_whole(path, (json.dumps(settings, indent=1) + "\n").encode())
+        elif differences:
             raise ConfigError(
                 f"{folder}: was prepared with other settings.\n  " + "\n  ".join(differences) + "\n  "
                 "Choose another folder (data.store), or prepare it again with --overwrite."
@@ -139,7 +141,10 @@ def _claim(wanted: Preparation, files: Sequence[Path], overwrite: bool) -> None:
         return
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder}: holds other files. Choose an empty or new folder.")
-    (folder / PARTS).mkdir(parents=True)
+    try:
+        (folder / PARTS).mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"data.store = {folder}: cannot be written: {error.strerror}.") from None
     write_whole(path, (json.dumps(settings, indent=1) + "\n").encode())
 
 
@@ -187,9 +192,11 @@ def _scan_or_resume(wanted: Preparation, files: Sequence[Path], num_processes: i
         say(f"bad line: {message}")
     if contents.num_bad:
         say(f"{contents.num_bad:,} bad lines of {contents.num_lines:,}")
-    check_sources(contents, None if wanted.weights is None else list(wanted.weights), wanted.skip_others)
-    check_bad_lines(contents, wanted.max_bad_fraction)
-    check_heldout(contents, _used(wanted, contents), wanted.holdout)
+    attempts, names = Attempts("the files"), None if wanted.weights is None else list(wanted.weights)
+    attempts.of(lambda: check_sources(contents, names, wanted.skip_others))
+    attempts.of(lambda: check_bad_lines(contents, wanted.max_bad_fraction))
+    attempts.of(lambda: check_heldout(contents, _used(wanted, contents), wanted.holdout))
+    attempts.raise_if_any()
     folder = wanted.folder / TOKENIZER
     tokenizer = None if wanted.tokenizer is None else _given_tokenizer(wanted.tokenizer)
     shutil.rmtree(folder, ignore_errors=True)
@@ -212,12 +219,10 @@ def _used(wanted: Preparation, contents: Scan) -> list[str]:
 @lru_cache(maxsize=4)
 def _given_tokenizer(place: str) -> Any:
     """Load a tokenizer from a `.model` file, a folder or the hub."""
-    from transformers import AutoTokenizer
-
     if place.endswith(".model"):
         return load_sentencepiece(Path(place))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = read_tokenizer(place)
     except Exception as error:  # whatever a library makes of a broken file
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"tokenizer {place!r} cannot be loaded: {reason} Name a folder or a .model file.") from None

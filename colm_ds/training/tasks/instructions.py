@@ -32,6 +32,7 @@ class InstructionTask:
         self._settings = recipe.evaluation
         self._place = str(recipe.data.train)
         self._max_length = recipe.data.max_length
+        self._is_subset = recipe.data.subset is not None
         self.train, self._heldout = load_data(recipe, tokenizer)
         by_file = recipe.data.heldout is not None and self._heldout is not None
         self._num_common = count_common(self.train, self._heldout) if by_file and self._heldout is not None else 0
@@ -101,8 +102,12 @@ class InstructionTask:
             if by_source:
                 named = ", ".join(f"{count:,} of {source}" for source, count in sorted(by_source.items()))
                 parts.append(f"{sum(by_source.values()):,} {what} data.max_length = {self._max_length}: {named}.")
-        if gone := self._gone():
-            parts.append(f"WARNING: nothing is left of {', '.join(gone)}. Choose a larger data.max_length.")
+        gone = self._gone()
+        cut = [name for name in gone if not self._is_subset or name in self.train.lost["dropped"]]
+        if cut:
+            parts.append(f"WARNING: nothing is left of {', '.join(cut)}. Choose a larger data.max_length.")
+        if others := [name for name in gone if name not in cut]:
+            parts.append(f"WARNING: data.subset has no example of {', '.join(others)}.")
         if self.train.num_special:
             parts.append(f"WARNING: {self.train.num_special:,} conversations hold the text of a special token.")
         if self._num_common and self._heldout is not None:
@@ -149,10 +154,11 @@ def load_data(recipe: Recipe, tokenizer: Any) -> tuple[TokenDataset, TokenDatase
         num_examples = len(train)
         train, heldout = split_holdout(train, per_source=data.holdout_per_source, seed=recipe.seed)
         if len(heldout) == 0:
+            lost = "".join(f" ({count:,} {what})" for what, count in left_out.items() if count)
             raise ConfigError(
                 f"data.holdout_per_source = {data.holdout_per_source}: nothing can be held out of {len(train)} "
-                "examples: a source keeps at least half of its examples, and equal prompts stay together. Name a "
-                "held-out file (data.heldout), or hold out nothing (data.holdout_per_source=0, evaluation.every=0)."
+                f"examples{lost}: a source keeps at least half of its examples, and equal prompts stay together. Name "
+                "a held-out file (data.heldout), or hold out nothing (data.holdout_per_source=0, evaluation.every=0)."
             )
         left_out["held out by data.holdout_per_source"] = num_examples - len(train)
     if data.subset is not None:

@@ -331,6 +331,26 @@ def test_unknown_sources_are_listed_or_left_out(tmp_path: Path) -> None:
         prepare(Preparation([path], tmp_path / "u", **(wanted | {"weights": {"d": 1}})), say=quiet)
 
 
+def test_what_a_refusal_advises_is_taken(tmp_path: Path) -> None:
+    """Both faults are told at once; nothing was made yet, so other settings are no reason to start over."""
+    path = write_lines(tmp_path, *map(good, range(30)), good(1, "b"), "{broken")
+    wanted: dict[str, Any] = {"vocabulary_size": 300, "sample_mb": 1, "holdout": 0.2, "weights": {"a": 1.0}}
+    with pytest.raises(ConfigError) as refused:
+        prepare(Preparation([path], tmp_path / "s", **wanted), say=quiet)
+    assert "skip_other_sources" in str(refused.value)
+    assert "max_bad_fraction" in str(refused.value)
+    store = prepare(Preparation([path], tmp_path / "s", **wanted, skip_others=True, max_bad_fraction=0.1), say=quiet)
+    assert store.why_not_whole() is None
+    with pytest.raises(ConfigError, match="was prepared with other settings"):
+        prepare(Preparation([path], tmp_path / "s", **wanted, max_bad_fraction=0.1), say=quiet)
+
+
+def test_a_store_that_cannot_be_made(tmp_path: Path) -> None:
+    path = write_lines(tmp_path, *map(good, range(30)))
+    with pytest.raises(ConfigError, match=r"data\.store = .*: cannot be written: Not a directory"):
+        prepare(Preparation([path], path / "s", **SETTINGS), say=quiet)
+
+
 def test_files_that_change_meanwhile_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_lines(tmp_path, *map(good, range(40)))
     wanted = Preparation([path], tmp_path / "s", vocabulary_size=300, holdout=0.1)
