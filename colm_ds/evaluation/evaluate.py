@@ -230,7 +230,7 @@ def evaluate(
     identity = {**model, "backend": backend.name}
     settings = {each.task.name: each.settings for each in asked}
     say = say if say is not None and rank == 0 else _nothing
-    lock = together(lambda: RunLock(folder.path, "--out") if rank == 0 else None, device)
+    lock = together(lambda: RunLock(folder.path, "--out", "answers") if rank == 0 else None, device)
     try:
         together(lambda: folder.start(identity, settings, overwrite=options.overwrite) if rank == 0 else None, device)
         return _ask_all(

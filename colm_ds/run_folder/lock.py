@@ -16,12 +16,13 @@ from colm_ds.run_folder.contents import LOCK
 class RunLock:
     """Hold an output folder until `release` or the end of the process."""
 
-    def __init__(self, folder: str | Path, option: str = "output_dir =") -> None:
+    def __init__(self, folder: str | Path, option: str = "output_dir =", what: str = "a run") -> None:
         """Take the lock, making the folder if it is missing.
 
         Args:
             folder: of the run or the evaluation.
             option: what names it in messages.
+            what: what is written there.
 
         Raises:
             ConfigError: if another process holds it, or the folder cannot be written.
@@ -40,7 +41,8 @@ class RunLock:
             holder = self._file.read().strip() or "another process"
             self._file.close()
             raise ConfigError(
-                f"{option} {folder}: {holder} is writing there. Wait for it, or choose another folder."
+                f"{option} {folder}: {holder} is writing {what} there. Wait for it, or choose another "
+                f"{option.removesuffix(' =')}."
             ) from None
         except OSError:  # a file system without locks: nothing can be held
             return
