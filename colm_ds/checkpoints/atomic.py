@@ -37,6 +37,7 @@ LATEST = "latest"
 SHARED = "colm.pt"
 
 _PARTIAL, _TRASH, _UNIVERSAL = ".partial_", ".trash_", ".universal_"
+_LATEST_UNIVERSAL = "latest_universal"
 _BLOCK = 1 << 22
 
 _STEP_NAME = re.compile(r"(global_)?step_?\d+$")
@@ -270,6 +271,7 @@ def load(engine: Any, checkpoint: Checkpoint, **options: Any) -> None:
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(folder / tag, ignore_errors=True)
+            (folder / _LATEST_UNIVERSAL).unlink(missing_ok=True)
 
 
 def _written(partial: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from colm_ds.randomness import seed_global_generators
 from colm_ds.recipes.model import load_model, load_tokenizer
 from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe, Recipe
 from colm_ds.selection import sees_sources
+from colm_ds.training.start_summary import is_weighted
 from colm_ds.training.tasks import with_steps
 from colm_ds.training.tasks.choices import load_choice_data
 from colm_ds.training.tasks.instructions import load_data, load_target
@@ -88,7 +89,10 @@ def describe_sources(recipe: Recipe | ChoiceRecipe, train: Data, heldout: Data |
     )
     steps = with_steps(recipe, train).steps
     passes = steps * recipe.colm.large_batch_size / len(train)
-    lines.append(f"steps: {steps:,}, in which {passes:.2f} passes over the data are inspected")
+    looked_at = "passes over the data differ by file, as files have weights"
+    if not is_weighted(recipe):
+        looked_at = f"in which {passes:.2f} passes over the data are inspected"
+    lines.append(f"steps: {steps:,}, {looked_at}")
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in train.num_dropped.items() if count) or "none"
     lines.append(f"dropped: {dropped}; held out: {0 if heldout is None else len(heldout):,} examples")
     if recipe.clusters is not None:

@@ -169,11 +169,14 @@ def _ranks(start: Start) -> str:
 
 def _steps(start: Start) -> str:
     looked_at = start.recipe.steps * start.described["colm"]["large_batch_size"] / len(start.data)
-    data = getattr(start.recipe, "data", None)
-    entries = getattr(data, "train", None)
+    return f"{start.recipe.steps:,}" + ("" if is_weighted(start.recipe) else f", {looked_at:.2f} epochs looked at")
+
+
+def is_weighted(recipe: Any) -> bool:
+    """Return whether sources or files have weights, so that passes over the data differ by source."""
+    entries = getattr(recipe.data, "train", None)
     by_entry = isinstance(entries, (list, tuple)) and any(getattr(entry, "weight", None) for entry in entries)
-    weighted = getattr(data, "weights", None) or by_entry  # passes differ by source
-    return f"{start.recipe.steps:,}" + ("" if weighted else f", {looked_at:.2f} epochs looked at")
+    return bool(getattr(recipe.data, "weights", None)) or by_entry
 
 
 def _count(number: float) -> str:

@@ -19,6 +19,7 @@ from colm_ds.data import load_examples
 from colm_ds.data.schemas import SCHEMAS
 from colm_ds.recipes.recipe import Recipe, load_recipe
 from colm_ds.training.preview import preview
+from colm_ds.training.start_summary import is_weighted
 from colm_ds.training.tasks.instructions import InstructionTask, load_data
 from tests.data.chats import chat_tokenizer
 from tests.data.test_formats import FORMATS, write_rows
@@ -96,6 +97,8 @@ def test_several_files(tmp_path: Path, tokenizer_folder: Path) -> None:
     assert task.train.mixture_counts == {"chats": 16, "completions": 5, "instructions": 6}
     assert "WARNING: 2 of 5 held-out examples are trained on too." in task.losses_of_data()
     assert "reads alpaca: 9 instructions" in task.losses_of_data()
+    assert is_weighted(recipe)
+    assert not is_weighted(loaded(recipe_of(tmp_path, tokenizer_folder, {"train": str(tmp_path / "chats.jsonl")})))
     completions = task.train.source_names.index("completions")
     (third,) = [example for example in task.train if example.source == completions and example.index % 9 == 2]
     assert chat_tokenizer().decode(third.input_ids) == "Question: 2 is\nAnswer: 2<|im_end|>"
@@ -110,6 +113,7 @@ def test_preview_marks_what_is_trained(schema: str, tmp_path: Path, tokenizer_fo
         texts.add(preview(recipe, num_examples=1, with_coreset=False))
     (text,) = texts  # the same from every format
     assert f"reads {schema}: 9 " in text
+    assert "passes over the data are inspected" in text
     marked = {
         "messages": "assistant\n>>>two words\nand a line 0<|im_end|><<<\n<|im_start|>user\n",
         "sharegpt": "assistant\n>>>e 0<|im_end|><<<\n",
