@@ -402,8 +402,15 @@ def _by_age(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     paths = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    paths = [path for path in paths if _STEP_NAME.match(path.name) or any(map(_IS_OF_ONE.match, os.listdir(path)))]
+    paths = [path for path in paths if _STEP_NAME.match(path.name) or _holds_files_of_one(path)]
     return sorted(paths, key=lambda path: (_steps(path), path.name), reverse=True)
+
+
+def _holds_files_of_one(path: Path) -> bool:
+    try:
+        return any(map(_IS_OF_ONE.match, os.listdir(path)))
+    except OSError:  # a folder of others, such as lost+found
+        return False
 
 
 def _steps(path: Path) -> int:

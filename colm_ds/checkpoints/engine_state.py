@@ -53,6 +53,11 @@ def load_engine(engine: Any, checkpoint: atomic.Checkpoint, **options: Any) -> d
                 f"{checkpoint.path}: {_difference(key, theirs.get(key), ours[key])}. "
                 "Resume with the model, LoRA and ZeRO stage that it was saved with."
             )
+    if options.get("load_module_only") and ours["stage"] == 3:
+        raise CheckpointError(
+            f"{checkpoint.path}: load_module_only: DeepSpeed loads no weights alone at ZeRO stage 3. Load at another "
+            "stage, or give the run the folder that colm-ds export writes."
+        )
     if _has_frozen(engine):
         options = {"load_module_strict": False, **options}
     with _damage_told(checkpoint):

@@ -40,7 +40,9 @@ class ChooseAhead:
     """Iterate over large batches with chosen coresets; all ranks take the next one together.
 
     When a batch is returned, all ranks know the next choice, and the one after that is being chosen. Threads read the
-    examples of the next one meanwhile; without `num_workers` they are read when the batch is taken, by its thread.
+    examples of the next one meanwhile; without `num_workers` they are read when the batch is taken, by its thread. (A
+    choice by token vectors whose table does not fit, of more than 2^31 labelled tokens, reads all examples of its
+    batch in the thread that chooses.)
     """
 
     def __init__(

@@ -546,6 +546,7 @@ class CoresetSelector:
         if before not in (None, now) and self._rank == 0:
             keys = ", ".join(f"colm.{key} = {before.get(key)!r}" for key in now if before.get(key) != now[key])
             logger.warning("steps before the checkpoint were chosen with %s; from now on by this configuration.", keys)
+        same = {key for key in now if before is None or before.get(key) == now[key]}
         self.step_count = state.get("step", 0)
         self.carry = dict(state.get("carry", {}))
         if self._losses is not None and "losses" in state:
@@ -556,8 +557,7 @@ class CoresetSelector:
             else:
                 self._sketches.clear()
         if self._target is not None:
-            self._target.load_state_dict(state.get("target", {}), self._device)
-        same = {key for key in now if before is None or before.get(key) == now[key]}
+            self._target.load_state_dict(state.get("target", {}) if "probe.estimator" in same else {}, self._device)
         if {"selector", "probe.estimator"} <= same:
             self.selector.load_state_dict(state["selector"])
         if self._estimator and state["estimator"] and "probe.estimator" in same:

@@ -664,9 +664,11 @@ class CoLMEngine:
         Raises:
             CheckpointError: if it does not fit the model.
         """
+        self._close_step("load_checkpoint")
         with self.watchdog.watching(f"loading the checkpoint {checkpoint.path}"):
             client_state = load_engine(self, checkpoint, **kwargs)
-        self.resumed_in = checkpoint.path.parent
+        if not kwargs.get("load_module_only"):  # else this is a new run, to which later checkpoints are nothing
+            self.resumed_in = checkpoint.path.parent
         return client_state
 
     def _watching(self, step: int, phase: str) -> AbstractContextManager[None]:

@@ -15,6 +15,9 @@ from colm_ds.untrusted.json_text import parse_json, read_json
 from colm_ds.untrusted.lines import bounded_lines
 from colm_ds.untrusted.printable import escaped
 
+_NAME = re.compile(r"\w[\w.-]*")
+"""Names of sets, which files are named by."""
+
 
 class EvaluationFolder:
     """The files of an evaluation: `settings.json`, `NAME.jsonl` of each set, `results.json` and `results.md`.
@@ -65,6 +68,8 @@ class EvaluationFolder:
 
     def _has_answers(self, name: str) -> bool:
         """Return whether a set has a row: a call that was refused before its first one leaves none."""
+        if not _NAME.fullmatch(name):  # of a file that others wrote
+            return False
         files = [self.path / f"{name}.jsonl", *self.path.glob(f"{name}.part-*.jsonl")]
         return any(file.is_file() and file.stat().st_size for file in files)
 
@@ -105,7 +110,7 @@ class EvaluationFolder:
         """Remove the files of an evaluation, and nothing else in the folder."""
         tasks = self._read_json("settings.json").get("tasks")
         # A file that others wrote names no path: `../notes` is none of ours.
-        names = [name for name in tasks if re.fullmatch(r"\w[\w.-]*", name)] if isinstance(tasks, dict) else []
+        names = [name for name in tasks if _NAME.fullmatch(name)] if isinstance(tasks, dict) else []
         files = [self.path / f"{name}.jsonl" for name in names]
         files += [part for name in names for part in self.path.glob(f"{name}.part-*.jsonl")]
         for file in [*files, *(self.path / name for name in ("results.json", "results.md", "settings.json"))]:

@@ -31,6 +31,7 @@ from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.engine import CoLMEngine
 from colm_ds.engine.initialization import initialize, prepare_deepspeed
 from colm_ds.errors import CheckpointError, CoLMError, ConfigError, DeviceMemoryError, DivergenceError, SelectionError
+from colm_ds.evaluation.exact_match import room_for_prompts
 from colm_ds.export.model_card import write_model_card
 from colm_ds.memory.meter import GIB
 from colm_ds.memory.recorder import PEAKS
@@ -43,7 +44,7 @@ from colm_ds.process.stop_request import StopRequest
 from colm_ds.randomness import seed_global_generators
 from colm_ds.recipes.data_check import check_data
 from colm_ds.recipes.model import load_model, load_tokenizer, precision_sections, quiet_libraries
-from colm_ds.recipes.recipe import BaseRecipe, load_recipe
+from colm_ds.recipes.recipe import BaseRecipe, Recipe, load_recipe
 from colm_ds.recipes.sections import LrScheduleConfig
 from colm_ds.run_folder.contents import (
     ADAPTER,
@@ -486,6 +487,8 @@ class TrainingRun:
         model = load_model(self.recipe.model, self.recipe.lora, self.tokenizer)
         if self.recipe.colm.probes_model or self.recipe.colm.stores_sketches:
             find_architecture(model, self.recipe.colm.probe.layer)
+        if isinstance(self.recipe, Recipe) and self.recipe.evaluation.exact_match:  # asked after the last step
+            room_for_prompts(model, self.recipe.evaluation.max_new_tokens)
         return model
 
     def _load_task(self) -> TrainingTask:

@@ -265,6 +265,8 @@ def test_folders_of_other_things_are_no_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "a.txt").write_text("")
     assert atomic.find(tmp_path) is None
+    (tmp_path / "gone").symlink_to(tmp_path / "logs")
+    assert atomic.find(tmp_path) is None
     (tmp_path / "global_step3").mkdir()
     with pytest.raises(CheckpointError, match="global_step3: holds no state of colm_ds"):
         atomic.find(tmp_path)

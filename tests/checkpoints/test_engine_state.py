@@ -47,6 +47,9 @@ def weights_alone(folder: str) -> tuple[list[Any], list[Any]]:
     path, _ = engine.load_checkpoint(folder, 7, load_module_only=True)
     loaded = parameters(engine)
     counts = [Path(path).name, engine.step_count, engine.loader.next_step, engine.num_samples]
+    step(engine)
+    engine.save_checkpoint(folder)
+    counts.append(sorted(path.name for path in Path(folder).iterdir()))
     engine.destroy()
     return counts, [saved, loaded]
 
@@ -55,9 +58,27 @@ def weights_alone(folder: str) -> tuple[list[Any], list[Any]]:
 def test_weights_alone(pools: dict[int, Ranks], tmp_path: Path) -> None:
     """The run from them is a new one: it begins at its first step."""
     counts, (saved, loaded) = pools[1].run(weights_alone, str(tmp_path))[0]
-    assert counts == ["7", 0, 1, 0]
+    assert counts == ["7", 0, 1, 0, ["7", "latest", "step_1"]]  # the checkpoint of a later step stays
     assert largest_difference(saved, loaded) == 0.0
-    assert not (tmp_path / "latest").exists()
+
+
+def weights_alone_at_stage_3(folder: str) -> str:
+    """In a rank: what is said where DeepSpeed would load nothing."""
+    engine = start(Case("random", colm={"selector": "random"}, stage=3, zero=NOTHING_PERSISTS))
+    step(engine)
+    engine.save_checkpoint(folder)
+    try:
+        engine.load_checkpoint(folder, load_module_only=True)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return ""
+
+
+@pytest.mark.distributed
+def test_weights_alone_at_stage_3_are_refused(pools: dict[int, Ranks], tmp_path: Path) -> None:
+    assert "no weights alone at ZeRO stage 3" in pools[1].run(weights_alone_at_stage_3, str(tmp_path))[0]
 
 
 def another_estimator(folder: str, before: str, after: str) -> int:

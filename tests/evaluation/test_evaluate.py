@@ -186,6 +186,7 @@ def test_a_folder_is_one_processs_at_a_time(data: Path, tmp_path: Path) -> None:
 def test_a_call_without_an_answer_binds_nothing(data: Path, tmp_path: Path) -> None:
     """It was refused before its first answer, and its message names another value to ask with."""
     folder = EvaluationFolder(tmp_path)
+    folder.write_json("settings.json", {"model": {}, "tasks": {"/x": {}, "../x": {}}})  # of others
     folder.start({"base": "tiny"}, {"copa": {"limit": 5}}, overwrite=False)
     folder.open_part("copa", 0).close()
     folder.start({"base": "other"}, {"copa": {"limit": 6}}, overwrite=False)

@@ -40,7 +40,7 @@ from colm_ds.data.pretraining.token_store import (
 )
 from colm_ds.data.prompt import leading_special_ids
 from colm_ds.data.token_cache import describe_tokenizer
-from colm_ds.errors import Attempts, ConfigError, DataError
+from colm_ds.errors import Attempts, CoLMError, ConfigError, DataError
 from colm_ds.models.families import read_tokenizer, set_pad_token
 from colm_ds.process.progress import Progress
 from colm_ds.run_folder.files import write_whole
@@ -128,9 +128,7 @@ def _claim(wanted: Preparation, files: Sequence[Path], overwrite: bool) -> None:
             for key in {**before, **settings}
             if before.get(key) != settings.get(key)
         ]
-        if differences and not (folder / _SCAN).exists():  # refused before anything was made of the files
-            write_whole(path, (json.dumps(settings, indent=1) + "\n").encode())
-        elif differences:
+        if differences:
             raise ConfigError(
                 f"{folder}: was prepared with other settings.\n  " + "\n  ".join(differences) + "\n  "
                 "Choose another folder (data.store), or prepare it again with --overwrite."
@@ -196,7 +194,12 @@ def _scan_or_resume(wanted: Preparation, files: Sequence[Path], num_processes: i
     attempts.of(lambda: check_sources(contents, names, wanted.skip_others))
     attempts.of(lambda: check_bad_lines(contents, wanted.max_bad_fraction))
     attempts.of(lambda: check_heldout(contents, _used(wanted, contents), wanted.holdout))
-    attempts.raise_if_any()
+    try:
+        attempts.raise_if_any()
+    except CoLMError:  # nothing was made of the files yet: other settings are no reason to start over
+        shutil.rmtree(wanted.folder / PARTS, ignore_errors=True)
+        (wanted.folder / _SETTINGS).unlink(missing_ok=True)
+        raise
     folder = wanted.folder / TOKENIZER
     tokenizer = None if wanted.tokenizer is None else _given_tokenizer(wanted.tokenizer)
     shutil.rmtree(folder, ignore_errors=True)
