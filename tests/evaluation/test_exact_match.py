@@ -54,18 +54,17 @@ def test_a_text_has_no_question(tmp_path: Path) -> None:
         questions_of(rows_of("text"), tmp_path / "a.jsonl")
 
 
-def ask(model: Any, tokenizer: Any, question: Question, max_new_tokens: int) -> float:
-    answers = exact_match(
+def ask(model: Any, tokenizer: Any, questions: list[Question], max_new_tokens: int) -> dict[str, Any]:
+    return exact_match(
         model,
         tokenizer,
-        [question],
+        questions,
         device=torch.device("cpu"),
         exchange=SingleProcess(),
         rank=0,
         max_new_tokens=max_new_tokens,
         max_tokens=99,
     )
-    return float(answers["overall"])
 
 
 def test_settings_of_generation_that_come_with_a_model_do_not_count() -> None:
@@ -77,13 +76,15 @@ def test_settings_of_generation_that_come_with_a_model_do_not_count() -> None:
         with torch.no_grad():
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     answer = final_answer(tokenizer.decode(ids[56:], skip_special_tokens=True))
-    question = Question("a", tuple(prompt), answer)
-    assert ask(model, tokenizer, question, 8) == 1.0  # 60 + 8 tokens do not fit 64 positions: cut on the left
+    questions = [Question("a", tuple(prompt), answer)]
+    assert (
+        ask(model, tokenizer, questions, 8)["overall"] == 1.0
+    )  # 60 + 8 tokens do not fit 64 positions: cut on the left
     model.generation_config.repetition_penalty = 1.9
-    assert ask(model, tokenizer, question, 8) == 1.0
+    assert ask(model, tokenizer, questions, 8)["overall"] == 1.0
     assert model.generation_config.repetition_penalty == 1.9
     with pytest.raises(ConfigError, match=r"max_new_tokens = 64: the model has 64 positions"):
-        ask(model, tokenizer, question, 64)
+        ask(model, tokenizer, questions, 64)
 
 
 class Parrot(torch.nn.Module):
@@ -109,15 +110,6 @@ def test_an_answer_stops_at_the_end_of_a_turn(tmp_path: Path) -> None:
     entry = DataEntry(path=str(write_rows(rows, tmp_path / "a.jsonl")))
     questions = load_questions([entry], tokenizer, ChatEncoder(tokenizer))
     said = tokenizer("yes<|im_end|>no<|endoftext|>", add_special_tokens=False)["input_ids"]
-    result = exact_match(
-        Parrot(said),
-        tokenizer,
-        questions,
-        device=torch.device("cpu"),
-        exchange=SingleProcess(),
-        rank=0,
-        max_new_tokens=9,
-        max_tokens=99,
-    )
+    result = ask(Parrot(said), tokenizer, questions, 9)
     assert result == {"overall": 1.0, "per_source": {"a": 1.0}, "num_questions": 1}
     assert as_chatml(tokenizer, rows[0]["messages"], [1])[0][: len(questions[0].prompt)] == list(questions[0].prompt)
