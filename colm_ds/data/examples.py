@@ -39,8 +39,9 @@ from colm_ds.data.token_cache import (
     log_uncached,
 )
 from colm_ds.data.token_dataset import TokenDataset
-from colm_ds.data.workers import MAX_PROCESSES, map_in_order, usable_cores
+from colm_ds.data.workers import MAX_PROCESSES, map_in_order
 from colm_ds.errors import ConfigError, DataError
+from colm_ds.process.cores import usable_cores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

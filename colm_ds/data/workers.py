@@ -78,11 +78,6 @@ def map_in_order(
                 future.cancel()
 
 
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _start(work: Callable[[Any], Any]) -> None:
     global _work
     threading.Thread(target=_end_with_parent, daemon=True).start()

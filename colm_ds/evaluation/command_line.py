@@ -34,6 +34,7 @@ from colm_ds.evaluation.question_files import parse_places
 from colm_ds.evaluation.question_log import EvaluationFolder
 from colm_ds.evaluation.question_prompt import AUTO, QuestionPrompt, check_prompt, prompt_of_run
 from colm_ds.evaluation.sandbox import sandbox
+from colm_ds.process.cores import local_ranks, usable_cores
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.process.launch import add_num_gpus
 from colm_ds.recipes.model import DTYPES, quiet_libraries
@@ -127,8 +128,7 @@ def _join_ranks() -> torch.device:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:
-        local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world_size)))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+        torch.set_num_threads(max(1, usable_cores() // local_ranks()))
     if world_size > 1 and not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         meet(lambda: dist.init_process_group(backend, timeout=RANK_WAITS))

@@ -20,6 +20,7 @@ from queue import Queue
 from typing import IO, TYPE_CHECKING, Any
 
 from colm_ds.errors import CoLMError, ConfigError, Problems
+from colm_ds.process.cores import usable_cores
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.process.launch import accelerator_environment, ranks_command
 from colm_ds.recipes.data_check import check_data
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Resources of a run beside others: a number for its port, its GPUs (None: as many as it takes), its threads."""
+    """Resources of a run beside others: a number for its port, GPUs (None: as many as it takes), threads of a rank."""
 
     number: int
     devices: str | None
@@ -205,9 +206,9 @@ def run_jobs(
 
 
 def _places(grid: Grid) -> list[Place]:
-    launch, cores = grid.launch, os.cpu_count() or 1
-    groups: Sequence[str | None] = launch.device_groups or [None] * launch.parallel
-    return [Place(number, devices, max(1, cores // len(groups))) for number, devices in enumerate(groups)]
+    groups: Sequence[str | None] = grid.launch.device_groups or [None] * grid.launch.parallel
+    num_threads = max(1, usable_cores() // (len(groups) * _num_ranks(grid)))
+    return [Place(number, devices, num_threads) for number, devices in enumerate(groups)]
 
 
 def _prepare(path: Path, command: str, say: Callable[[str], None]) -> None:
@@ -218,7 +219,7 @@ def _prepare(path: Path, command: str, say: Callable[[str], None]) -> None:
     log = path.with_name(f"{path.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with stopping_runs():
-        code = _call([sys.executable, *shlex.split(command)], log, os.cpu_count() or 1)
+        code = _call([sys.executable, *shlex.split(command)], log, usable_cores())
     if code or not path.exists():
         raise ConfigError(f"prepare: {path} was not made. {_what_failed(code, log)}")
 
@@ -345,7 +346,7 @@ def default_ranks() -> int:
     """Return the default number of ranks of a run: one per GPU, two without any."""
     import torch
 
-    return torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+    return torch.cuda.device_count() or min(2, usable_cores())
 
 
 def _name(job: SweepJob) -> str:

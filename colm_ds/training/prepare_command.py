@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from colm_ds.errors import ConfigError
+from colm_ds.process.cores import usable_cores
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.untrusted.printable import visible
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", nargs="+", required=True, metavar="PLACE", help=".jsonl, .jsonl.gz, .jsonl.zst, folders"
     )
     parser.add_argument(
-        "--processes", type=int, default=os.cpu_count() or 1, help="processes that tokenise (default: one per core)"
+        "--processes", type=int, default=usable_cores(), help="processes that tokenise (default: one per core)"
     )
     parser.add_argument("--overwrite", action="store_true", help="remove what another preparation left in the folder")
     parser.set_defaults(run=run)

@@ -37,6 +37,7 @@ from colm_ds.memory.meter import GIB
 from colm_ds.memory.recorder import PEAKS
 from colm_ds.models.architecture import find_architecture
 from colm_ds.planner.advice import planned_advice
+from colm_ds.process.cores import local_ranks, usable_cores
 from colm_ds.process.exit import end_all, said_code
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.process.progress import Progress
@@ -109,8 +110,8 @@ def run(recipe: BaseRecipe | str | Path, overrides: Sequence[str] = ()) -> None:
 
 
 def threads_of_rank() -> int:
-    """Return this rank's share of the machine's cores, or fewer by OMP_NUM_THREADS."""
-    share = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
+    """Return this rank's share of the cores that may be used, or fewer by OMP_NUM_THREADS."""
+    share = max(1, usable_cores() // local_ranks())
     return min(share, int(os.environ.get("OMP_NUM_THREADS") or share))
 
 

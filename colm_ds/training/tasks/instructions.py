@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ from colm_ds.data.chat import ChatEncoder, writes_date
 from colm_ds.data.examples import describe_read
 from colm_ds.data.holdout import count_common
 from colm_ds.data.subset import read_subset
-from colm_ds.data.workers import MAX_PROCESSES, usable_cores
+from colm_ds.data.workers import MAX_PROCESSES
 from colm_ds.engine.target_stream import draw_targets
 from colm_ds.errors import ConfigError
 from colm_ds.evaluation.exact_match import Question, exact_match, load_questions
+from colm_ds.process.cores import local_ranks, usable_cores
 from colm_ds.recipes.data_check import chat_template_of, check_apart, check_large_batch, entries_of
 from colm_ds.recipes.recipe import Recipe
 from colm_ds.training.tasks.base import InTraining, measure_heldout_loss
@@ -173,7 +173,7 @@ def _load(recipe: Recipe, data: Any, tokenizer: Any, limit: int | None) -> Token
     section = recipe.data
     cache = None if section.cache_dir is None else Path(section.cache_dir).expanduser()
     # without a cache all ranks of this machine tokenise at the same time
-    ranks = 1 if cache is not None else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = 1 if cache is not None else local_ranks()
     return load_examples(
         data,
         tokenizer,
