@@ -147,7 +147,7 @@ def _evaluate(parsed: argparse.Namespace, device: torch.device) -> None:
         options = together(lambda: replace(options, prompt=_prompt(parsed.prompt, source)), device)
         together(lambda: _try_sandbox(options.minimum), device)  # now, not in an hour
     words = LoadedTokenizer(source)
-    sets = together(lambda: read_tasks(options, words), device)
+    sets = together(lambda: read_tasks(options, words, progress=rank == 0), device)
     if asks_math:
         together(lambda: options.prompt.turn_end(words.tokenizer), device)  # a chat template that cannot be used
     backend, model = together(lambda: _backend(parsed, source, words.tokenizer, device), device)

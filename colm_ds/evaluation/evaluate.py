@@ -11,7 +11,7 @@ import torch
 
 from colm_ds.batching.assign import home_ranks
 from colm_ds.data.choices import WRITERS
-from colm_ds.data.formats import find_places, read_place
+from colm_ds.data.formats import Records, find_places, read_place
 from colm_ds.data.sets import DataPlaces, find_set
 from colm_ds.distributed.agreement import together
 from colm_ds.errors import ConfigError, DataError, nearest_key
@@ -149,12 +149,13 @@ def find_sets(options: Options) -> tuple[list[tuple[EvaluationTask, str]], list[
     return with_data, left_out
 
 
-def read_tasks(options: Options, words: WithTokenizer) -> tuple[list[Asked], list[str]]:
+def read_tasks(options: Options, words: WithTokenizer, *, progress: bool = False) -> tuple[list[Asked], list[str]]:
     """Read the sets with their questions, and return the names of a group's sets without data.
 
     Args:
         options: options of the evaluation.
         words: holds the tokenizer that cuts texts into chunks, as every backend does.
+        progress: show how many texts are tokenised, which are all of them, whatever the limit.
 
     Raises:
         ConfigError: as `find_sets`.
@@ -166,7 +167,8 @@ def read_tasks(options: Options, words: WithTokenizer) -> tuple[list[Asked], lis
         if isinstance(task, PerplexityTask) and is_store(place):
             questions: list[Any] = task.read_store(place, words)
         else:
-            questions = task.read(read_place(place), words)
+            texts = progress and isinstance(task, PerplexityTask)
+            questions = task.read(_counted(read_place(place), texts), words)
         if not questions:
             raise DataError(
                 f"{place}: no questions of {task.name} in it. Give another place with --data {task.name}=PLACE."
@@ -182,6 +184,13 @@ def read_tasks(options: Options, words: WithTokenizer) -> tuple[list[Asked], lis
         }
         asked.append(Asked(task, chosen, indices, settings))
     return asked, left_out
+
+
+def _counted(records: Records, shown: bool) -> Records:
+    with Progress("tokenising texts", None, "rows", shown=shown) as bar:
+        for record in records:
+            yield record
+            bar.advance()
 
 
 def _no_data(name: str, task: EvaluationTask, places: DataPlaces) -> str:

@@ -34,7 +34,7 @@ class Progress:
     def __init__(
         self,
         label: str,
-        total: int,
+        total: int | None,
         units: str,
         *,
         done: int = 0,
@@ -46,8 +46,8 @@ class Progress:
 
         Args:
             label: what is done.
-            total: units of the whole work.
-            units: their name in the plural; "bytes" are shown as kB, MB or GB.
+            total: units of the whole work; None where it is not known: a short one is then not spoken of in a log.
+            units: their name in the plural; "bytes" of a known total are shown as kB, MB or GB.
             done: units done earlier, as by a run that is resumed.
             shown: False on ranks other than 0, and where nobody wants to see it.
             stream: where to; default: `sys.stderr`.
@@ -79,7 +79,7 @@ class Progress:
         if self._in_terminal:
             with suppress(OSError, ValueError):
                 _BARS.remove(self)
-        elif self.done != self._shown_done:
+        elif self.done != self._shown_done and (self.total is not None or self._shown_done):
             self._guarded(self._print)
         self._shown = False
 
@@ -102,7 +102,9 @@ class Progress:
         """Return how far the work is: units, note, and time left, or taken once it is done."""
         parts = [f"{self._label}: {_amount(self.done, self.total, self._units)}", self._note]
         now, (since, before) = self._clock(), self._samples[0]
-        if self.done >= self.total:
+        if self.total is None:
+            parts[0] += f" in {duration(now - self._started)}"
+        elif self.done >= self.total:
             parts.append(f"took {duration(now - self._started)}")
         elif self.done > before:
             parts.append(f"{duration((self.total - self.done) * (now - since) / (self.done - before))} left")
@@ -176,7 +178,9 @@ class _Bars:
             text.truncate(options.max_width - 1, overflow="crop")
             room = min(_LONGEST_BAR, options.max_width - text.cell_len - 2)
             grid = Table.grid(padding=(0, 1))
-            picture = [ProgressBar(max(1, bar.total), bar.done, width=room)] if room >= _SHORTEST_BAR else []
+            picture = []
+            if bar.total is not None and room >= _SHORTEST_BAR:
+                picture.append(ProgressBar(max(1, bar.total), bar.done, width=room))
             grid.add_row(*picture, text)
             yield grid
 
@@ -225,7 +229,9 @@ def duration(seconds: float) -> str:
     return f"{left} s"
 
 
-def _amount(done: int, total: int, units: str) -> str:
+def _amount(done: int, total: int | None, units: str) -> str:
+    if total is None:
+        return f"{done:,} {units}"
     if units == "bytes":
         size, units = next(((size, name) for size, name in _BYTES if total >= size), _BYTES[-1])
         return f"{done / size:.1f} of {total / size:.1f} {units}"

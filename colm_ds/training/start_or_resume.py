@@ -51,12 +51,10 @@ def where_to_start(recipe: BaseRecipe) -> atomic.Checkpoint | None:
     if recipe.overwrite:
         return None
     folder = Path(recipe.output_dir)
-    if recipe.resume not in ("auto", "never"):
-        path = Path(recipe.resume)
-        _check_may_take(recipe, path)
-        checkpoint = atomic.find(path.parent, path.name)
-        _check_same(recipe, path.parent.parent / CONFIG)
-        return checkpoint
+    named = None if recipe.resume in ("auto", "never") else Path(recipe.resume)
+    if named is not None and not _began_from(named, folder):
+        _check_may_take(recipe, named)
+        return _take(recipe, named)
     if not _holds_run(folder):
         return None
     check_not_finished(recipe.output_dir)
@@ -69,7 +67,23 @@ def where_to_start(recipe: BaseRecipe) -> atomic.Checkpoint | None:
             f"output_dir = {recipe.output_dir}: holds trained weights whose evaluation failed. Measure them with "
             "finetune/evaluate.py, choose another output_dir, or overwrite=true to start over."
         )
+    return _take(recipe, named) if checkpoint is None and named is not None else checkpoint
+
+
+def _take(recipe: BaseRecipe, path: Path) -> atomic.Checkpoint | None:
+    """Return the checkpoint at a path, once its run is found to be of the same recipe."""
+    checkpoint = atomic.find(path.parent, path.name)
+    _check_same(recipe, path.parent.parent / CONFIG)
     return checkpoint
+
+
+def _began_from(path: Path, folder: Path) -> bool:
+    """Return whether the run in a folder began from a checkpoint of elsewhere, so that the same command resumes it."""
+    if path.parent.resolve() == (folder / CHECKPOINTS).resolve() or not _holds_run(folder):
+        return False
+    before = read_object(folder / CONFIG).get("recipe")
+    begun = before.get("resume") if isinstance(before, Mapping) else None
+    return isinstance(begun, str) and begun not in ("auto", "never") and Path(begun).resolve() == path.resolve()
 
 
 def _holds_run(folder: Path) -> bool:

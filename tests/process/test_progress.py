@@ -64,6 +64,25 @@ def test_lines_without_a_terminal() -> None:
     assert len(lines) == 20
 
 
+def test_work_of_unknown_size() -> None:
+    """It is counted, without a guess of the time left; a short one is not spoken of."""
+    clock, out = Clock(), io.StringIO()
+    with Progress("reading", None, "rows", stream=out, clock=clock) as bar:
+        for _ in range(8):
+            clock.now += 10.0
+            bar.advance(500)
+    assert out.getvalue().split("\n") == [
+        "reading: 1,500 rows in 30 s",
+        "reading: 3,000 rows in 1 min",
+        "reading: 4,000 rows in 1 min 20 s",
+        "",
+    ]
+    out = io.StringIO()
+    with Progress("reading", None, "rows", stream=out, clock=clock) as bar:
+        bar.advance(500)
+    assert out.getvalue() == ""
+
+
 def test_a_last_line_wherever_it_ends() -> None:
     def fail(out: io.StringIO) -> None:
         with Progress("scan", 3_000_000, "bytes", stream=out, clock=Clock()) as bar:

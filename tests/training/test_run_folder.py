@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -128,6 +129,73 @@ def test_a_checkpoint_of_elsewhere_is_taken_into_a_free_folder(tmp_path: Path) -
     (tmp_path / "run" / "model").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"holds model and no metrics\.jsonl"):
         where_to_start(load_recipe(path, [f"resume={checkpoint}"]))
+
+
+def test_the_same_command_resumes_a_run_that_began_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its own newest checkpoint, and while it has none from the one that it began from."""
+    whole: list[Path] = []
+
+    def find(folder: Path, tag: str | None = None, *, repair: bool = False) -> Path | None:
+        of_folder = [path for path in whole if path.parent == folder and tag in (None, path.name)]
+        return of_folder[-1] if of_folder else None
+
+    monkeypatch.setattr("colm_ds.training.start_or_resume.atomic.find", find)
+    first = tmp_path / "before" / "checkpoints" / "step_1"
+    whole.append(first)
+    path = recipe_file(tmp_path)
+    recipe = load_recipe(path, [f"resume={first}"])
+    assert where_to_start(recipe) == first
+    (tmp_path / "run").mkdir()  # as the lock does
+    run = RunFolder(recipe.output_dir, resumed_step=1)  # and killed before its first checkpoint
+    run.write_config({"recipe": json.loads(json.dumps(recipe.model_dump(), default=str))})
+    run.close()
+    assert where_to_start(recipe) == first
+    whole.append(tmp_path / "run" / "checkpoints" / "step_2")
+    assert where_to_start(recipe) == whole[-1]
+    again = f"resume={tmp_path}/run/../before/checkpoints/step_1"
+    assert where_to_start(load_recipe(path, [again])) == whole[-1]
+    with pytest.raises(ConfigError, match=r"optimizer\.lr"):
+        where_to_start(load_recipe(path, [again, "optimizer.lr=0.5"]))
+    with pytest.raises(ConfigError, match="holds another run than the one that"):
+        where_to_start(load_recipe(path, [f"resume={first.with_name('step_5')}"]))
+    assert where_to_start(load_recipe(path, [f"resume={whole[-1]}"])) == whole[-1]
+
+
+@pytest.mark.slow
+def test_a_run_of_elsewhere_continued_twice(tmp_path: Path) -> None:
+    """It ends with the weights of the run that nobody stopped, whatever of the continuation is lost."""
+    write_mixture(tmp_path / "data", seed=1, scale=0.02)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_of(tmp_path, overwrite=False, save_every=1, keep_last=4, steps=4)))
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    other = tmp_path / "other"
+
+    def train(*overrides: str) -> str:
+        command = [sys.executable, "finetune/train.py", str(path), *overrides]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr
+
+    def weights(run: Path) -> list[bytes]:
+        return [file.read_bytes() for file in sorted(run.glob("*/*.safetensors"))]
+
+    train()
+    undisturbed = weights(tmp_path / "run")
+    assert undisturbed
+    taken = tmp_path / "run" / "checkpoints" / "step_2"
+    command = [f"resume={taken}", f"output_dir={other}"]
+    for left, begins in (([], taken), (["step_3"], other / "checkpoints" / "step_3")):
+        if not other.exists():
+            train(*command)
+        (other / "summary.json").write_text(json.dumps({"status": "stopped"}))
+        for checkpoint in (other / "checkpoints").glob("step_*"):
+            if checkpoint.name not in left:
+                shutil.rmtree(checkpoint)
+        if not left:
+            (other / "checkpoints" / "latest").unlink()
+        assert f"from {begins}" in train(*command)
+        assert weights(other) == undisturbed
+        steps = [json.loads(line)["step"] for line in (other / "metrics.jsonl").read_text().split("\n") if line]
+        assert [step for step in steps if step > 2] == [3, 4]
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:
