@@ -7,8 +7,9 @@ ENVIRONMENT is a folder with DataFlex, which wants versions of its own; it is ma
 DataFlex scores all rows of the data every few steps and chooses the rows of those steps. So for 10 steps of 8 it is
 given 320 rows, of which it takes 80, and we 10 large batches of 32, of which we take 8 each. Its selectors are called
 by its own trainer after a step of warming up; a wrapper notes the seconds of `select`, hands on the tokenised rows, and
-ends the run. Ours are called by `CoresetSelector` on these rows. Every call is in a process of its own; medians over
-rounds. `less` is slow here for a reason that a GPU does not have: its random projection falls back to the CPU's.
+ends the run. Ours are called by the engine of `colm_ds.initialize` on these rows, after a step too. Every call is in a
+process of its own; medians over rounds, of the wall clock and of the processor's. `less` is slow here for a reason that
+a GPU does not have: its random projection falls back to the CPU's.
 """
 
 from __future__ import annotations
@@ -47,8 +48,16 @@ OURS: dict[str, dict[str, Any]] = {
     "loss_band": {"selector": "loss_band"},
     "exact": {"probe": {"estimator": "exact"}},
     "tokens": {"probe": {"estimator": "tokens"}},
+    "opus": {
+        "selector": "opus",
+        "probe": {"estimator": "sketch", "refresh": "run"},
+        "target": {"size": 16, "batch": 16, "refresh": 10},
+    },
 }
-"""Ours by name: the first does the work of DataFlex's `loss`, a forward pass over all candidates and a draw."""
+"""Ours by name. `loss_band` does the work of DataFlex's `loss`: a forward pass over all candidates and a draw. `opus`
+has the purpose of `less`: gradients of all candidates, scaled as Adam does, against those of 16 target rows; of the
+last V's by a sketch here, of all that is trained by a random projection there.
+"""
 
 
 def main() -> None:
@@ -75,7 +84,7 @@ def main() -> None:
         _choose_by_ours(options)
         return
     python = make_environment(options.environment, PACKAGES, ("--no-deps", DATAFLEX), without=UNFIT)
-    seconds: dict[str, list[float]] = {}
+    seconds: dict[str, list[list[float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_inputs(folder, options)
@@ -86,25 +95,30 @@ def main() -> None:
             for selector in OURS:
                 command = [sys.executable, __file__, *sys.argv[1:], "--ours", selector]
                 seconds.setdefault(f"ours, {selector}", []).append(_seconds(command, folder))
-            print(f"round {turn + 1}: " + ", ".join(f"{key} {value[-1]:.3f} s" for key, value in seconds.items()))
+            print(f"round {turn + 1}: " + ", ".join(f"{key} {value[-1][0]:.3f} s" for key, value in seconds.items()))
         _report(options, seconds, json.loads((folder / "rows.json").read_text()), python)
 
 
-def _report(options: argparse.Namespace, seconds: dict[str, list[float]], rows: Any, python: Path) -> None:
+def _report(options: argparse.Namespace, seconds: dict[str, list[list[float]]], rows: Any, python: Path) -> None:
     from benchmarks.result_file import write_result
 
     base = seconds["DataFlex, loss"]
     table = [
         {
             "selector": name,
-            "seconds": statistics.median(values),
-            "loss_over_it": statistics.median(theirs / mine for theirs, mine in zip(base, values, strict=True)),
+            "seconds": statistics.median(wall for wall, _ in values),
+            "cpu_seconds": statistics.median(cpu for _, cpu in values),
+            "loss_over_it": statistics.median(theirs[0] / mine[0] for theirs, mine in zip(base, values, strict=True)),
+            "loss_over_it_cpu": statistics.median(
+                theirs[1] / mine[1] for theirs, mine in zip(base, values, strict=True)
+            ),
         }
         for name, values in seconds.items()
     ]
     for row in table:
         print(
-            f"{row['selector']:24} {row['seconds']:9.3f} s   DataFlex's loss takes {row['loss_over_it']:.2f} times that"
+            f"{row['selector']:24} {row['seconds']:9.3f} s, {row['cpu_seconds']:9.3f} s of the processor; "
+            f"DataFlex's loss takes {row['loss_over_it']:.2f} times that, {row['loss_over_it_cpu']:.2f} times"
         )
     versions = versions_in(python, ("dataflex", "llamafactory", "transformers", "torch"))
     tokens = sum(len(row["input_ids"]) for row in rows)
@@ -112,14 +126,14 @@ def _report(options: argparse.Namespace, seconds: dict[str, list[float]], rows: 
     write_result(options.out, "peers_dataflex", settings=settings, theirs=versions, tokens=tokens, rows=table)
 
 
-def _seconds(command: list[str], folder: Path) -> float:
-    """Run a process in the folder, which notes the seconds of choosing there."""
+def _seconds(command: list[str], folder: Path) -> list[float]:
+    """Run a process in the folder, which notes the seconds of choosing there, and those of its processor."""
     (folder / "seconds").unlink(missing_ok=True)
     variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), **VARIABLES}
     done = subprocess.run(command, cwd=folder, env=os.environ | variables, capture_output=True, text=True, check=False)
     if not (folder / "seconds").exists():
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-1500:]}{done.stderr[-3000:]}")
-    return float((folder / "seconds").read_text())
+    return [float(text) for text in (folder / "seconds").read_text().split()]
 
 
 def _write_inputs(folder: Path, options: argparse.Namespace) -> None:
@@ -204,14 +218,14 @@ def _inside(selector: str) -> None:
     choose = kind.select
 
     def select(self: Any, *arguments: Any, **more: Any) -> None:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         chosen = choose(self, *arguments, **more)
-        seconds = time.perf_counter() - start
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         names = ("input_ids", "labels")
         rows = [{name: list(row[name]) for name in names} for row in self.dataset]
         Path("rows.json").write_text(json.dumps(rows), encoding="utf-8")
         assert len(chosen) == 80
-        Path("seconds").write_text(str(seconds), encoding="utf-8")
+        Path("seconds").write_text(f"{seconds} {cpu}", encoding="utf-8")
         os._exit(0)
 
     kind.select = select
@@ -225,6 +239,7 @@ def _choose_by_ours(options: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM
 
     import colm_ds
+    from colm_ds.batching.loader import RecordDataset
     from colm_ds.distributed.agreement import single_process_environment
 
     single_process_environment()
@@ -233,17 +248,26 @@ def _choose_by_ours(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained("model", dtype=getattr(torch, options.dtype))
     model = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules="all-linear"))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    r = options.large
-    section = {"large_batch_size": r, "coreset_size": r // 4, **OURS[options.ours]}
-    selector = colm_ds.CoresetSelector(model, section, {"all": len(rows)}, optimizer=optimizer)
-    selector(rows[:r])  # warms up
-    start = time.perf_counter()
-    for first in range(0, len(rows) - r + 1, r):
-        places, _ = selector.share(selector(rows[first : first + r]))
-        assert len(places) == r // 4
-    Path("seconds").write_text(str(time.perf_counter() - start), encoding="utf-8")
+    section = OURS[options.ours]
+    engine, *_ = colm_ds.initialize(
+        model=model,
+        config={
+            "train_micro_batch_size_per_gpu": 8,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
+            "bf16": {"enabled": options.dtype == "bfloat16"},
+            "steps_per_print": 1_000_000,
+            "colm": {"large_batch_size": options.large, "coreset_size": options.large // 4, **section},
+        },
+        training_data=RecordDataset(rows),
+        target_data=RecordDataset(rows[:16]) if "target" in section else None,
+    )
+    engine.train_batch()  # a step of warming up, as there
+    batches = [engine.loader.batch(step) for step in range(2, 2 + len(rows) // options.large)]
+    start, cpu = time.perf_counter(), time.process_time()
+    for batch in batches:
+        assert len(engine.coreset_selector(batch).coreset.positions) == options.large // 4
+    noted = f"{time.perf_counter() - start} {time.process_time() - cpu}"
+    Path("seconds").write_text(noted, encoding="utf-8")
 
 
 if __name__ == "__main__":

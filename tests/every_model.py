@@ -74,6 +74,8 @@ SMALL: dict[str, Any] = {
     "embd_pdrop": 0.0,
     "resid_pdrop": 0.0,
     "resid_dropout": 0.0,
+    "residual_dropout": 0.0,
+    "embedding_dropout": 0.0,
     "hidden_dropout": 0.0,
     "dropout": 0.0,
     "activation_dropout": 0.0,

@@ -160,12 +160,9 @@ def find(folder: Path, tag: str | None = None, *, repair: bool = False) -> Check
     Raises:
         CheckpointError: if there are checkpoints but none of them, or not the one asked for, is whole.
     """
-    if tag is None:
-        if repair and folder.is_dir():
-            _rescue(folder)
-        candidates = _by_age(folder)
-    else:
-        candidates = [folder / tag]
+    if repair and folder.is_dir():
+        _rescue(folder)
+    candidates = _by_age(folder) if tag is None else [folder / tag]
     passed_over: list[str] = []
     for path in candidates:
         reason = why_not_whole(path)

@@ -103,6 +103,8 @@ def export_run(
     source = _find_source(run, tag, ADAPTER if recipe.lora else MODEL)
     name = f"{kind}_{source.path.name}" if source.checkpoint else kind
     target = Path(out) if out is not None else run / "export" / name
+    if target.resolve() == Path.cwd():
+        raise ConfigError(f"--out {out}: the folder that this runs in, which cannot be replaced. Name another.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target}: exists already. Choose another folder with --out, or remove this one.")
     base = _base_as_it_is_now(recipe.model, model, dtype)
@@ -120,6 +122,7 @@ def export_run(
         trained = merge_adapter(trained, DTYPES[base.dtype])
     elif kind == ADAPTER:
         trained.peft_config["default"].base_model_name_or_path = base.name_or_path
+    target = Path(os.path.abspath(target))
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -89,12 +89,16 @@ def why_not_replay(architecture: Architecture) -> str | None:
     if len(layers) < 2:
         return "the model has a single layer"
     config: Any = architecture.model.config
-    for name in ("attention_dropout", "attention_probs_dropout_prob"):
+    for name in ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "attn_dropout"):
         if float(getattr(config, name, 0.0) or 0.0) > 0:
             return f"{name} is {getattr(config, name)}: attention dropout cannot be repeated"
     for name in ("router_jitter_noise", "input_jitter_noise"):
         if float(getattr(config, name, 0.0) or 0.0) > 0:
             return f"{name} is {getattr(config, name)}: the noise of the router cannot be repeated"
+    for module in architecture.model.modules():
+        if name := _own_rate(module):
+            rate = f"{type(module).__name__}.{name} is {getattr(module, name)}"
+            return f"{rate}: dropout that is no module of its own cannot be repeated; set it to 0 in model.config"
     inside = {module for layer in layers for module in layer.modules()}
     if any(_drops_under_dora(module) for module in inside):
         return "DoRA leaves its dropout out of every pass but training's; set the dropout of the adapters to 0"
@@ -102,6 +106,15 @@ def why_not_replay(architecture: Architecture) -> str | None:
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in outside):
         return "there is dropout outside the decoder layers"
     return None
+
+
+def _own_rate(module: nn.Module) -> str | None:
+    """Return the name under which a module keeps a rate by which its forward drops something itself, if it has one.
+
+    Forwards that call `F.dropout` or leave out whole layers, as OPT's and Starcoder2's do, keep the rate as a number.
+    """
+    rates = (name for name, value in vars(module).items() if isinstance(value, float) and value > 0)
+    return next((name for name in rates if any(part in name for part in ("drop", "jitter"))), None)
 
 
 def _drops_under_dora(module: Any) -> bool:

@@ -244,7 +244,10 @@ def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 def method_settings(config: Mapping[str, Any]) -> dict[str, str]:
     """Return what makes up the method of a run, with dotted keys: no seed, name or place."""
     named = ("colm", "recipe", "deepspeed", "world_size", "num_parameters", "num_trainable", "sources")
-    kept = flatten({key: config.get(key) for key in named})
+    values = {key: config.get(key) for key in named}
+    if config.get("recipe") and isinstance(values["sources"], Mapping):
+        values["sources"] = sorted(values["sources"])  # how many of each are held out may depend on the seed
+    kept = flatten(values)
     # A recipe's own "colm" part is what the resolved one was made from: the same settings a second time.
     left_out = ("recipe.colm.", *(f"deepspeed.{name}." for name in _MONITORS))
     return {

@@ -14,7 +14,7 @@ import numpy as np
 
 from colm_ds.report.tables import Column, compact, fixed, percent, whole
 from colm_ds.run_folder.files import read_object
-from colm_ds.run_folder.metrics import METRICS, Metric, data_loading_share, step_seconds
+from colm_ds.run_folder.metrics import METRICS, Metric, data_loading_share, is_measured, step_seconds
 from colm_ds.run_folder.read import Run, lookup, names, number, numbers
 
 PHASES = ("data", "probe", "exchange", "select", "forward", "backward", "train", "step")
@@ -222,9 +222,7 @@ def run_facts(run: Run, small: Sequence[str], *, counted: bool = False) -> Facts
     if "peak_memory_gib.total" in values:
         values["peak_memory_gib.peak"] = values.pop("peak_memory_gib.total")
     _divide_step(values)
-    timed = [
-        None if numbers(step.get("counted_gib")) else number(lookup(step, "time_s", "total")) for step in run.steps
-    ]
+    timed = [None if is_measured(step) else number(lookup(step, "time_s", "total")) for step in run.steps]
     trained = [number(step.get("tokens")) for step in run.steps]
     clocks = {"seconds": _clock(run, timed), "tokens": {} if None in trained else _clock(run, trained)}
     unused = [key for key, value in values.items() if key.startswith("peak_memory_gib.") and value <= 0]

@@ -223,19 +223,20 @@ def with_computed(entry: Mapping[str, Any]) -> dict[str, Any]:
     return complete
 
 
+def is_measured(entry: Mapping[str, Any]) -> bool:
+    """Return whether a step made extra measurements: allocations counted, or the gradient's variance."""
+    return bool(entry.get("counted_gib") or lookup(entry, "coreset", "gradient_variance"))
+
+
 def timed(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the steps whose time counts: not the first, which warms up, and none with extra measurements.
 
-    Those count allocations or measure the gradient's variance. If no other steps exist, all of them count.
+    If no other steps exist, all of them count.
 
     Args:
         entries: of all steps, ascending.
     """
-
-    def measured(entry: Mapping[str, Any]) -> bool:
-        return bool(entry.get("counted_gib") or lookup(entry, "coreset", "gradient_variance"))
-
-    usual = [entry for entry in entries[1:] if not measured(entry) and number(lookup(entry, "time_s", "total"))]
+    usual = [entry for entry in entries[1:] if not is_measured(entry) and number(lookup(entry, "time_s", "total"))]
     return usual or [entry for entry in entries if number(lookup(entry, "time_s", "total"))]
 
 

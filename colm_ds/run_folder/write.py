@@ -22,13 +22,22 @@ class RunFolder:
         path: the folder.
     """
 
-    def __init__(self, path: str | Path, *, overwrite: bool = False, resumed_step: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        resumed_step: int | None = None,
+        resumed_from: Path | None = None,
+    ) -> None:
         """Make the folder, or open that of a run that is resumed.
 
         Args:
             path: where.
             overwrite: replace a run that is there; files that no run writes stay.
             resumed_step: the run is resumed after this step; what was logged of later ones is dropped.
+            resumed_from: folder of the run whose checkpoint was taken; where it is another one, what that logged up to
+                the step is taken over, so that curves, totals and clocks are of the whole course.
 
         Raises:
             ConfigError: if a run exists there that is neither resumed nor replaced, or the folder cannot be written.
@@ -37,7 +46,7 @@ class RunFolder:
         metrics = self.path / METRICS
         try:
             if resumed_step is not None:
-                _keep_up_to(metrics, resumed_step)
+                _keep_up_to(metrics, resumed_step, self.path if resumed_from is None else resumed_from)
                 (self.path / SUMMARY).unlink(missing_ok=True)  # it was written when the run stopped
             elif metrics.exists():
                 if not overwrite:
@@ -92,7 +101,7 @@ def no_run_of(own: Sequence[Path]) -> ConfigError:
     )
 
 
-def _keep_up_to(metrics: Path, step: int) -> None:
-    """Drop entries of later steps, whole file or none."""
+def _keep_up_to(metrics: Path, step: int, begun: Path) -> None:
+    """Keep the entries up to a step of the run in the folder where it began, whole file or none."""
     with replacing(metrics) as file:
-        file.writelines(json.dumps(entry) + "\n" for entry in read_metrics(metrics) if entry["step"] <= step)
+        file.writelines(json.dumps(entry) + "\n" for entry in read_metrics(begun / METRICS) if entry["step"] <= step)

@@ -18,10 +18,16 @@ from colm_ds.report import compare, format_table, load_run
 from colm_ds.run_folder.contents import CONFIG
 from colm_ds.run_folder.files import read_object
 from colm_ds.run_folder.read import is_finished
-from colm_ds.sweep import Grid, LaunchConfig, default_ranks, jobs_of, run_jobs
+from colm_ds.sweep import Grid, LaunchConfig, check_arms, default_ranks, jobs_of, run_jobs
 from colm_ds.training.start_or_resume import recipe_differences
 
 _FREE = ("name", "output_dir", "overwrite", "resume", "verbose", "monitor", "keep_last", "save_every")
+
+_OF_EVERY_CHOICE = {
+    *("seed", "memory", "loss_normalization", "micro_batch_tokens", "packing"),
+    *("num_workers", "max_skipped_steps", "phase_timeout_s"),
+}
+"""Keys of `colm` that mean the same whatever chooses."""
 
 COUNTED_STEPS = [2, 3, 4]
 """Steps whose allocations are counted without a GPU: lengths vary by step, and peaks with them."""
@@ -54,17 +60,15 @@ class ArmPlan:
 
     def changes(self, recipe: BaseRecipe) -> list[str]:
         """Return `key=value` changes to the recipe."""
-        changes = [
-            f"micro_batch_size={self.micro_batch}",
-            f"colm.large_batch_size={self.large}",
-            f"colm.coreset_size={self.coreset}",
-        ]
-        if self.by_tokens:
-            kept = recipe.colm.model_dump(include={"seed", "memory", "loss_normalization", "phase_timeout_s"})
-            sizes = {"large_batch_size": self.large, "coreset_size": self.coreset, "probe": {"estimator": "tokens"}}
-            changes = [f"micro_batch_size={self.micro_batch}", f"colm={json.dumps({**kept, **sizes})}"]
-        elif not self.selects:
-            changes += ["colm.selector=full", *(["colm.replay=auto"] if recipe.colm.replay != "off" else [])]
+        changes = [f"micro_batch_size={self.micro_batch}"]
+        sizes = {"large_batch_size": self.large, "coreset_size": self.coreset}
+        if self.selects:
+            changes += [f"colm.{key}={value}" for key, value in sizes.items()]
+        else:  # what the recipe says of its own choice may have no meaning without it
+            choice = {"probe": {"estimator": "tokens"}} if self.by_tokens else {"selector": "full"}
+            replay = {"replay": "off"} if recipe.colm.replay == "off" else {}
+            section = {**recipe.colm.model_dump(include=_OF_EVERY_CHOICE), **sizes, **choice, **replay}
+            changes.append(f"colm={json.dumps(section)}")
         if self.is_sized:  # without evaluation and checkpoints
             changes += ["evaluation.every=0", "save_every=0", "monitor=[]"]
             for section, key, value in (
@@ -163,12 +167,12 @@ def run_arms(
     common = [*overrides]
     if not _has_gpu() and not recipe.colm.memory.count_steps:
         common.append(f"colm.memory.count_steps={COUNTED_STEPS}")  # resident memory is uninformative for small models
-    failed, folders = 0, {}
+    grids: dict[bool, Grid] = {}
     for is_sized in (False, True):
         members = [plan for plan in plans if plan.is_sized == is_sized]
         if not members:
             continue
-        grid = Grid(
+        grids[is_sized] = Grid(
             recipe=recipe_path,
             out=str(out / ("sizes" if is_sized else "arms")),
             seeds=[recipe.seed],
@@ -178,6 +182,9 @@ def run_arms(
             launch=launch.model_copy(update={"num_gpus": num_ranks}),
             script=script,
         )
+        check_arms(grids[is_sized])
+    failed, folders = 0, {}
+    for is_sized, grid in grids.items():
         jobs = jobs_of(grid)
         for job in jobs:
             _check_same(job.folder, load_recipe(job.arguments[0], job.arguments[1:]))

@@ -470,7 +470,10 @@ class TrainingRun:
             return None
         recipe, done = self.recipe, self.first_step - 1
         restart = recipe.overwrite or (done == 0 and may_restart(recipe))
-        folder = RunFolder(recipe.output_dir, overwrite=restart, resumed_step=done if done else None)
+        begun = self.resumed.path.parent.parent if self.resumed else None
+        folder = RunFolder(
+            recipe.output_dir, overwrite=restart, resumed_step=done if done else None, resumed_from=begun
+        )
         set_environment(recipe)
         return folder
 

@@ -287,13 +287,14 @@ def test_half_written_folders_are_not_looked_at(copied: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_a_kill_between_the_two_renames_of_a_replacement(copied: Path) -> None:
-    """The one that was moved aside comes back where its successor did not arrive."""
+@pytest.mark.parametrize("tag", [None, "step_3"])
+def test_a_kill_between_the_two_renames_of_a_replacement(tag: str | None, copied: Path) -> None:
+    """The one that was moved aside comes back where its successor did not arrive, also where it is named."""
     (copied / "step_3").rename(copied / ".trash_step_3")
     found = atomic.find(copied)
     assert found is not None
     assert found.path.name == "step_2"  # someone who only looks changes nothing
-    found = atomic.find(copied, repair=True)
+    found = atomic.find(copied, tag, repair=True)
     assert found is not None
     assert found.path.name == "step_3"
 

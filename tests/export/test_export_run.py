@@ -342,13 +342,20 @@ def test_model_that_was_read_from_a_quantized_file(tmp_path: Path) -> None:
     assert difference(logits(load_model(tmp_path)), logits(model)) == 0
 
 
-def test_what_can_not_be_asked_for(lora_run: tuple[Path, dict[str, Tensor]], tmp_path: Path, pool: Ranks) -> None:
+def test_what_can_not_be_asked_for(
+    lora_run: tuple[Path, dict[str, Tensor]], tmp_path: Path, pool: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="exists already"):
         export_run(lora_run[0], out=taken)
     assert (taken / "thesis.txt").read_text() == "mine"
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with pytest.raises(ConfigError, match=r"--out \.: the folder that this runs in"):
+        export_run(lora_run[0].absolute(), out=".")
     full, _ = write_run(tmp_path, case_of(0, False), pool)
     with pytest.raises(ConfigError, match="--merge is for LoRA"):
         export_run(full, merge=True)

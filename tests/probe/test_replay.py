@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Starcoder2Config
 
 from colm_ds.batching.micro_batch import make_micro_batch
 from colm_ds.models.architecture import find_architecture
@@ -197,5 +198,34 @@ def test_reasons_against_replay() -> None:
     assert "attention_dropout" in str(why_not_replay(find_architecture(model)))
     model = checkpointed("phi", embd_pdrop=0.1)
     assert "outside the decoder layers" in str(why_not_replay(find_architecture(model)))
-    assert why_not_replay(find_architecture(checkpointed("phi", resid_pdrop=0.1))) is None
+    assert why_not_replay(find_architecture(checkpointed("phi", resid_pdrop=0.1))) is None  # a module in the layer
     assert why_not_replay(find_architecture(checkpointed("llama"))) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        (OPTConfig, {"dropout": 0.1, "ffn_dim": 64}, "dropout is 0.1"),
+        (OPTConfig, {"dropout": 0.0, "layerdrop": 0.2, "ffn_dim": 64}, "layerdrop is 0.2"),
+        (OPTConfig, {"dropout": 0.0, "ffn_dim": 64}, None),
+        (Starcoder2Config, {"residual_dropout": 0.3}, "residual_dropout is 0.3"),
+        (Starcoder2Config, {"embedding_dropout": 0.3}, "embedding_dropout is 0.3"),
+        (Starcoder2Config, {}, None),
+        (GPT2Config, {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.1}, "attn_pdrop is 0.1"),
+        (GPT2Config, {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0}, None),
+    ],
+)
+def test_dropout_that_is_no_module(kind: type, settings: dict[str, Any], said: str | None) -> None:
+    """A forward that draws its own masks is refused, and one without is not: two replays say which agree."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 128}
+    model = AutoModelForCausalLM.from_config(kind(**sizes, **settings))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    reason = why_not_replay(find_architecture(model))
+    assert reason is None if said is None else said in str(reason)
+    if "layerdrop" in settings:
+        return  # layers that are left out may be the same twice
+    examples = examples_of([9, 8])
+    twice = [gradients(model, examples, [[0, 1]], record(model, examples, [[0, 1]])) for _ in range(2)]
+    same = all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*twice, strict=True))
+    assert same == (said is None)

@@ -40,6 +40,41 @@ def test_seeds_are_one_arm(tmp_path: Path) -> None:
     assert measure.standard_error == pytest.approx(statistics.stdev(values) / 3**0.5)
 
 
+def test_seeds_that_hold_out_other_numbers_are_one_arm(tmp_path: Path) -> None:
+    """Of a recipe's held-out part, which the seed draws; without a recipe the counts say that the data are others."""
+    for recipe, num_arms in (({"steps": 5}, 1), (None, 2)):
+        runs = [
+            load_run(
+                write_run(
+                    tmp_path / f"{num_arms}_{seed}",
+                    f"run{seed}",
+                    arm="plain-64",
+                    seed=seed,
+                    num_steps=5,
+                    config={"sources": {"a": 30 - seed, "b": 60}, "recipe": recipe},
+                )
+            )
+            for seed in range(2)
+        ]
+        assert len(make_arms(runs)) == num_arms
+
+
+@pytest.mark.parametrize(
+    "extra", [{"counted_gib": {"total": 1.0}}, {"coreset": {"gradient_variance": {"coreset": 1.0}}}]
+)
+def test_clocks_leave_out_measurements(extra: dict[str, Any], tmp_path: Path) -> None:
+    """A step that measures something besides training takes as long as the median one."""
+    run = bare_run(tmp_path / "run", "a", 1.0)
+    entries = [
+        {"step": step, "loss": 1.0, "tokens": 10, "time_s": {"total": 30.0 if step == 3 else 2.0}}
+        for step in range(1, 6)
+    ]
+    entries[2] |= extra
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    (arm,) = make_arms([load_run(run.folder)])
+    assert arm.facts[0].clocks["seconds"][5] == pytest.approx(10.0)
+
+
 def test_same_seed_twice_is_two_arms_of_different_names(tmp_path: Path) -> None:
     runs = [load_run(write_run(tmp_path / str(place), "plain-64", num_steps=5)) for place in range(3)]
     assert [arm.name for arm in make_arms(runs)] == ["plain-64", "plain-64 (2)", "plain-64 (3)"]

@@ -13,7 +13,7 @@ import yaml
 from colm_ds import cli
 from colm_ds.data.generated.mixture import write_mixture
 from colm_ds.recipes.recipe import BaseRecipe, load_recipe
-from colm_ds.sweep import jobs, memory_comparison
+from colm_ds.sweep import Grid, check_arms, jobs, memory_comparison
 from colm_ds.sweep.memory_comparison import plan_arms
 from tests.finetune.test_entry import ROOT, recipe_of
 from tests.report.run_folders import write_run
@@ -79,9 +79,23 @@ def test_changes_are_what_a_recipe_takes(recipe: BaseRecipe, tmp_path: Path) -> 
         assert (getattr(made, "data").heldout is None) == plan.is_sized  # noqa: B009
 
 
+def test_arms_of_a_recipe_with_settings_of_its_choice(tmp_path: Path, data: Path) -> None:
+    """What says how medoids are weighed or compared has no place in the arms that choose none."""
+    path = recipe_file(tmp_path, data)
+    for own in (["colm.weights=matched", "colm.probe={estimator: exact}"], ["colm.micro_batch_tokens=64"]):
+        recipe = load_recipe(path, own)
+        plans = plan_arms(recipe, 2)
+        arms = {plan.name: plan.changes(recipe) for plan in plans}
+        check_arms(Grid(recipe=str(path), out=str(tmp_path), baseline=plans[0].name, common=own, arms=arms))
+        made = [load_recipe(path, [*own, *changes]).colm for changes in arms.values()]
+        assert {colm.micro_batch_tokens for colm in made} == {recipe.colm.micro_batch_tokens}
+        assert {colm.seed for colm in made} == {recipe.colm.seed}
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["colm.options={spread: 3}"], "options"),
         (["colm.selector=full", "colm.coreset_size=32"], "there is nothing to compare"),
         (["--sizes", "7"], "7 cannot be had: CoLM would train on 3.5 of them on 2 ranks. Choose multiples of 2"),
         (["steps=0"], "steps"),

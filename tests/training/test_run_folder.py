@@ -78,6 +78,34 @@ def recipe_file(folder: Path, **changes: Any) -> Path:
     return path
 
 
+def test_a_run_that_continues_another_takes_over_what_that_logged(tmp_path: Path) -> None:
+    """Up to the step of the checkpoint, once, whether or not the continuation was killed before one of its own."""
+
+    def entries(run: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().split("\n") if line]
+
+    first = RunFolder(tmp_path / "first")
+    for step in range(6):
+        first.log({"step": step, "loss": float(step)})
+    first.close()
+    (tmp_path / "second").mkdir()
+    for _ in range(2):
+        second = RunFolder(tmp_path / "second", resumed_step=3, resumed_from=tmp_path / "first")
+        second.log({"step": 4, "loss": 40.0})
+        second.close()
+        assert [(entry["step"], entry["loss"]) for entry in entries("second")] == [
+            (0, 0),
+            (1, 1),
+            (2, 2),
+            (3, 3),
+            (4, 40),
+        ]
+    own = RunFolder(tmp_path / "second", resumed_step=4, resumed_from=tmp_path / "second")
+    own.close()
+    assert entries("second")[-1]["loss"] == 40.0
+    assert len(entries("first")) == 6
+
+
 def test_metrics_that_are_gone_beside_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints" / "step_4").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"holds checkpoints and no metrics\.jsonl"):
@@ -195,7 +223,7 @@ def test_a_run_of_elsewhere_continued_twice(tmp_path: Path) -> None:
         assert f"from {begins}" in train(*command)
         assert weights(other) == undisturbed
         steps = [json.loads(line)["step"] for line in (other / "metrics.jsonl").read_text().split("\n") if line]
-        assert [step for step in steps if step > 2] == [3, 4]
+        assert steps == [*range(min(steps), 5)]  # those before it began are of the run that it continues
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:
