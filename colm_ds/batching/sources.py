@@ -25,7 +25,8 @@ def small_source_ids(config: CoLMSection, source_counts: Mapping[str, int]) -> l
     if config.small_sources == "none":
         return []
     if config.small_sources in ("auto", "below_mean"):
-        return [names.index(name) for name in split_sources(source_counts)[0]]
+        present = {name: count for name, count in source_counts.items() if count}  # data.limit may have drawn none
+        return [names.index(name) for name in split_sources(present)[0]] if present else []
     # A number is a source's name if the data has one of that name, otherwise its id.
     ids = [names.index(str(source)) if str(source) in names else source for source in config.small_sources]
     unknown = [source for source in ids if not isinstance(source, int) or not 0 <= source < len(names)]

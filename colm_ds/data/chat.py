@@ -21,6 +21,7 @@ from colm_ds.errors import ConfigError
 
 TrainOn = Literal["all", "last"]
 
+_BLANKS = re.compile(r"\s*")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _FILE = "a template file that renders a turn the same wherever it stands (chat_template: FILE.jinja)"
 
@@ -190,7 +191,10 @@ class ChatEncoder:
     def _tokens(
         self, text: str, spans: Sequence[tuple[int, int]]
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
-        """Tokenise a text; tokens within the spans are trained, one across the beginning of a span is not."""
+        """Tokenise a text; tokens within the spans are trained, one across the beginning of a span is not.
+
+        The last token of a span may hold blanks behind it, as special tokens with `rstrip`, such as Phi-3's, do.
+        """
         encoded = self._tokenizer(
             text,
             add_special_tokens=False,
@@ -202,10 +206,21 @@ class ChatEncoder:
         pairs = encoded["offset_mapping"]
         flat = itertools.chain.from_iterable(pairs)  # three times as fast as numpy.array, which looks at every pair
         places = np.fromiter(flat, dtype=np.int64, count=2 * len(pairs)).reshape(-1, 2)
+        ids = np.array(encoded["input_ids"], dtype=np.int32)
         trained = np.zeros(len(places), dtype=bool)
         for start, end in spans:
-            trained |= (places[:, 0] >= start) & (places[:, 1] <= end) & (places[:, 1] > places[:, 0])
-        return np.array(encoded["input_ids"], dtype=np.int32), trained
+            blanks = _BLANKS.match(text, end)
+            assert blanks is not None
+            inside = (places[:, 0] >= start) & (places[:, 0] < end) & (places[:, 1] <= blanks.end())
+            inside &= places[:, 1] > places[:, 0]
+            last = np.flatnonzero(inside)[-1:]
+            if not len(last) or int(ids[last[0]]) not in self._special_ids:
+                raise TemplateError(
+                    f"the tokenizer has no token of its own for the end of a turn, {text[start:end][-20:]!r}, so that "
+                    "the model would not learn to stop. Write one, or {{ eos_token }}, into the template."
+                )
+            trained |= inside
+        return ids, trained
 
     def _by_marks(
         self,

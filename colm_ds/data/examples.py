@@ -16,6 +16,7 @@ from colm_ds.batching.mixture import seeded_permutation
 from colm_ds.data.chat import ChatEncoder, TemplateError, TrainOn
 from colm_ds.data.entries import Data, DataEntry, as_entries
 from colm_ds.data.formats import (
+    HUB,
     PathLike,
     RowBatch,
     describe_places,
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT_VERSION = 2  # of the cache; raise it whenever the same files would give different tokens
+_CHAT_VERSION = 2
+"""Raised where the tokens or labels of conversations change, so that caches of earlier versions are left alone."""
+
 _PRELOADED = ("transformers",)  # by processes that tokenise
 _DTYPES = {"tokens": "int32", "offsets": "int64", "prompt_lengths": "int32", "source_ids": "int32"}
 _MASK_DTYPES = {"trained": "bool", "num_trained": "int32"}  # of conversations
@@ -210,7 +214,7 @@ def load_examples(
     check_encoding(tokenizer, max_length)
     if limit is not None and limit < 1:
         raise ConfigError(f"limit = {limit}: must be at least 1.")
-    entries = as_entries(data, schema, prompt, source_key)
+    entries = sorted(as_entries(data, schema, prompt, source_key), key=lambda entry: entry.path.startswith(HUB))
     _checked_weights(entries)
     parts = find_parts(entries)
     chat = None
@@ -280,7 +284,7 @@ def _key(
     if weighted or any(one != ["alpaca", "alpaca", source_key, None] for one in described):
         facts["parts"] = [[*one, part.entry] for one, part in zip(described, parts, strict=True)]
     if encode.chat is not None:
-        facts["chat"] = [encode.chat.template, train_on, dict(variables)]
+        facts["chat"] = [encode.chat.template, train_on, dict(variables), _CHAT_VERSION]
     return cache_key(facts)
 
 
@@ -298,8 +302,8 @@ def _dataset(
         if not all(counts):
             number = counts.index(0)
             raise ConfigError(
-                f"data: nothing is left of entry {number + 1}, {entries[number].path}, which has a weight. Choose a "
-                "larger max_length or limit, or remove it."
+                f"data: nothing is left of {entries[number].path}, which has a weight. Choose a larger max_length or "
+                "limit, or remove it."
             )
         entry_ids = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     return TokenDataset(

@@ -97,7 +97,14 @@ class TableRows:
 
         with pa.ipc.open_stream(self.table) as reader:
             for number, row in enumerate(reader.read_all().to_pylist(), start=self.first):
-                yield f"{self.place}[{self.kind} {number}]", row
+                yield f"{self.place}[{self.kind} {number}]", {key: _without_nulls(value) for key, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    """Leave out keys without a value inside a column's values: tables have them where another row has one."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def check_style(schema: Schema, prompt: str, rows: Iterable[Mapping[str, Any]] =
         "text": ["plain"],
     }[schema]
     if prompt == "auto":
-        is_chat = schema == "prompt_completion" and any(isinstance(row.get("prompt"), list) for row in rows)
+        is_chat = schema == "prompt_completion" and any(_holds_messages(row.get("prompt")) for row in rows)
         return "chat" if is_chat else styles[0]
     if prompt in styles:
         return prompt
@@ -241,6 +241,17 @@ def _list(row: Mapping[str, Any], key: str, problems: list[str]) -> list[Any] | 
     return value
 
 
+def _holds_messages(value: Any) -> bool:
+    """Return whether a value is a list, or the JSON of a list of messages, as in a CSV file; other texts are texts."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = parse_json(value)
+        except ValueError:
+            return False
+        return bool(value) and all(isinstance(item, dict) and "role" in item for item in value)
+    return isinstance(value, list)
+
+
 def _tools(row: Mapping[str, Any], problems: list[str]) -> tuple[dict[str, Any], ...] | None:
     if row.get("tools") in (None, "", []):
         return None
@@ -250,14 +261,7 @@ def _tools(row: Mapping[str, Any], problems: list[str]) -> tuple[dict[str, Any],
     if not all(isinstance(tool, dict) for tool in tools):
         problems.append("'tools' holds something else than objects. Write the JSON schemas of functions.")
         return None
-    return tuple(_without_nulls(tool) for tool in tools)
-
-
-def _without_nulls(value: Any) -> Any:
-    """Leave out keys without a value, which tables have where another row has one."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+    return tuple(tools)
 
 
 def _read_messages(row: Mapping[str, Any], style: str, problems: list[str]) -> Sample | None:
@@ -329,8 +333,8 @@ def _read_alpaca(row: Mapping[str, Any], style: str, problems: list[str]) -> Sam
 
 
 def _read_prompt_completion(row: Mapping[str, Any], style: str, problems: list[str]) -> Sample | None:
-    lists = [key for key in ("prompt", "completion") if isinstance(row.get(key), list)]
-    texts = [key for key in ("prompt", "completion") if isinstance(row.get(key), str) and row[key].lstrip()[:1] != "["]
+    lists = [key for key in ("prompt", "completion") if _holds_messages(row.get(key))]
+    texts = [key for key in ("prompt", "completion") if key not in lists and isinstance(row.get(key), str)]
     if lists and texts:
         given = f"{lists[0]!r} is a list of messages, {texts[0]!r} a text"
         problems.append(f"{given}. Write both as lists, or both as texts.")
@@ -394,7 +398,8 @@ def _message(item: Any, number: int, problems: list[str]) -> dict[str, Any] | No
     if not is_unicode(content):
         problems.append(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff). Write whole characters.")
         return None
-    return {**_without_nulls(item), "role": role, "content": content}
+    given = {key: value for key, value in item.items() if value is not None}  # templates ask whether a key is there
+    return {**given, "role": role, "content": content}
 
 
 def _joined(parts: list[Any], where: str, problems: list[str]) -> str | None:

@@ -7,7 +7,9 @@ import json
 import logging
 import mmap
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +28,8 @@ Arrays = dict[str, np.ndarray]
 Check = Callable[[Arrays, dict[str, Any]], bool]
 _META = "meta.json"
 _MOST_HEADER_BYTES = 1 << 12
+_UNFINISHED = re.compile(r"\.[0-9a-f]+\.[0-9a-f]{32}")
+_ABANDONED_S = 86400
 _log = logging.getLogger(__name__)
 
 
@@ -138,6 +142,7 @@ class ArrayWriter:
         self._cache_dir, self._key, self._dtypes = cache_dir, key, dict(dtypes)
         self._folder = cache_dir / f".{key}.{uuid.uuid4().hex}"
         self._folder.mkdir(parents=True)
+        _remove_abandoned(cache_dir)
         self._sizes = dict.fromkeys(dtypes, 0)
         self._files: dict[str, BinaryIO] = {}
 
@@ -189,6 +194,16 @@ class ArrayWriter:
         """Write the header of an array of its present size; numpy leaves room for any."""
         header = {"descr": np.dtype(self._dtypes[name]).str, "fortran_order": False, "shape": (self._sizes[name],)}
         np.lib.format.write_array_header_1_0(self._files[name], header)
+
+
+def _remove_abandoned(cache_dir: Path) -> None:
+    """Remove what killed processes left half-written, a day ago or more."""
+    for left in cache_dir.iterdir():
+        if _UNFINISHED.fullmatch(left.name):
+            with suppress(OSError):  # another process removes it too
+                newest = max(path.stat().st_mtime for path in (left, *left.iterdir()))
+                if time.time() - newest > _ABANDONED_S:
+                    shutil.rmtree(left, ignore_errors=True)
 
 
 def store_arrays(

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,9 @@ from colm_ds.errors import CoLMError, ConfigError, Problems
 from colm_ds.process.exit_codes import ExitCode
 
 Result = TypeVar("Result")
+
+RANK_WAITS = timedelta(days=2)
+"""For which ranks wait for one that reads data or asks longer questions."""
 
 
 def together(work: Callable[[], Result], device: torch.device | None = None) -> Result:

@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from colm_ds.data.sets import find_set
-from colm_ds.distributed.agreement import meet, single_process_environment, together
+from colm_ds.distributed.agreement import RANK_WAITS, meet, single_process_environment, together
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.errors import CoLMError, ConfigError
 from colm_ds.evaluation.backend import Backend, TransformersBackend
@@ -42,9 +41,6 @@ from colm_ds.run_folder.environment import describe_environment
 from colm_ds.untrusted.printable import visible
 
 DEFAULT_CHUNK_TOKENS = 1024
-
-RANK_WAITS = timedelta(days=2)
-"""Time that a rank with quick questions waits for the others."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

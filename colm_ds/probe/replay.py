@@ -96,8 +96,8 @@ def why_not_replay(architecture: Architecture) -> str | None:
         if float(getattr(config, name, 0.0) or 0.0) > 0:
             return f"{name} is {getattr(config, name)}: the noise of the router cannot be repeated"
     for module in architecture.model.modules():
-        if name := _own_rate(module):
-            rate = f"{type(module).__name__}.{name} is {getattr(module, name)}"
+        if (own := _own_rate(module)) is not None:
+            rate = f"{type(module).__name__}.{own} is {getattr(module, own)}"
             return f"{rate}: dropout that is no module of its own cannot be repeated; set it to 0 in model.config"
     inside = {module for layer in layers for module in layer.modules()}
     if any(_drops_under_dora(module) for module in inside):

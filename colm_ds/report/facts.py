@@ -172,7 +172,7 @@ def small_sources(runs: Sequence[Run]) -> list[str]:
         return list(listed)
     from colm_ds.selection import split_sources  # imports torch: only where it is needed
 
-    return list(split_sources({name: int(count) for name, count in counts.items() if count >= 0})[0])
+    return list(split_sources({name: int(count) for name, count in counts.items() if count > 0})[0])
 
 
 def has_counted(run: Run) -> bool:

@@ -26,7 +26,10 @@ NOT_EVALUATED = "not evaluated"
 
 _FILES = (CONFIG, METRICS, SUMMARY, "config.tmp", "metrics.tmp", "summary.tmp", EVALUATION_ERROR)
 _FOLDERS = (CHECKPOINTS, MODEL, ADAPTER, BEST_MODEL, MONITOR, EVALUATION)
-_PATTERNS = ("memory_*_rank*.pickle", ".config.json.*", ".metrics.jsonl.*", ".summary.json.*", ".*.partial")
+_PATTERNS = (
+    *("memory_*_rank*.pickle", ".config.json.*", ".metrics.jsonl.*", ".summary.json.*", ".*.partial"),
+    f".{BEST_MODEL}*",
+)
 
 
 def own_entries(folder: Path) -> list[Path]:

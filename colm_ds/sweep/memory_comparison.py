@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from colm_ds.errors import ConfigError
 from colm_ds.process.exit_codes import ExitCode
@@ -67,17 +68,17 @@ class ArmPlan:
         else:  # what the recipe says of its own choice may have no meaning without it
             choice = {"probe": {"estimator": "tokens"}} if self.by_tokens else {"selector": "full"}
             replay = {"replay": "off"} if recipe.colm.replay == "off" else {}
-            section = {**recipe.colm.model_dump(include=_OF_EVERY_CHOICE), **sizes, **choice, **replay}
+            section: dict[str, Any] = {**recipe.colm.model_dump(include=_OF_EVERY_CHOICE), **sizes, **choice, **replay}
             changes.append(f"colm={json.dumps(section)}")
         if self.is_sized:  # without evaluation and checkpoints
             changes += ["evaluation.every=0", "save_every=0", "monitor=[]"]
-            for section, key, value in (
+            for part, key, value in (
                 ("data", "heldout", "null"),
                 ("data", "holdout_per_source", "0"),
                 ("evaluation", "exact_match", "false"),
             ):
-                if hasattr(getattr(recipe, section, None), key):
-                    changes.append(f"{section}.{key}={value}")
+                if hasattr(getattr(recipe, part, None), key):
+                    changes.append(f"{part}.{key}={value}")
         return changes
 
 

@@ -81,21 +81,23 @@ def _lines_of(key: str, text: str) -> tuple[int, int] | None:
     return None
 
 
-def read_json(path: Path, errors: str = "strict") -> Any:
+def read_json(path: Path, errors: str = "strict", *, most_bytes: int | None = None) -> Any:
     """Return the value in a JSON file.
 
     Args:
         path: the file, in UTF-8.
         errors: for `bytes.decode`.
+        most_bytes: a larger file is not read; default: `MAX_FILE_BYTES`.
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: as `parse_json`, or if the file has more than `MAX_FILE_BYTES`.
+        ValueError: as `parse_json`, or if the file has more than `most_bytes`.
     """
     with path.open("rb") as file:
-        content = file.read(MAX_FILE_BYTES + 1)
-    if len(content) > MAX_FILE_BYTES:
-        raise ValueError(f"more than {MAX_FILE_BYTES >> 20} MiB")
+        most = MAX_FILE_BYTES if most_bytes is None else most_bytes
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"more than {most >> 20} MiB")
     return parse_json(content.decode("utf-8", errors))
 
 

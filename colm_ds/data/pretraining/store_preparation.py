@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from colm_ds.data.formats import find_files
+from colm_ds.data.formats import LINES, find_files
 from colm_ds.data.pretraining.part_pool import map_parts
 from colm_ds.data.pretraining.pile import PART_BYTES, BadLine, Part, documents, total_bytes
 from colm_ds.data.pretraining.scan import (
@@ -30,6 +30,7 @@ from colm_ds.data.pretraining.sentencepiece_model import load_sentencepiece, tra
 from colm_ds.data.pretraining.token_store import (
     HELDOUT,
     MANIFEST,
+    MOST_BYTES,
     PARTS,
     TOKENIZER,
     TRAIN,
@@ -99,8 +100,11 @@ def prepare(
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the work
     files = find_files([Path(file) for file in wanted.files])
-    if arrays := [file for file in files if file.name.endswith(".json")]:
-        raise DataError(f"{arrays[0]}: an array in one file. Write one document a line, in a .jsonl file.")
+    if others := [file for file in files if not file.name.endswith(LINES)]:
+        raise DataError(
+            f"{others[0]}: not read here. Write one document a line, as a JSON object, in {', '.join(LINES[:-1])} or "
+            f"{LINES[-1]} files, and name those if there are others beside them."
+        )
     _claim(wanted, files, overwrite)
     contents = _scan_or_resume(wanted, files, num_processes, say)
     check_sources(contents, None if wanted.weights is None else list(wanted.weights), wanted.skip_others)
@@ -149,7 +153,7 @@ def _claim(wanted: Preparation, files: Sequence[Path], overwrite: bool) -> None:
 def _own_json(path: Path) -> dict[str, Any]:
     """Read an object that an earlier preparation wrote."""
     try:
-        content = read_json(path)
+        content = read_json(path, most_bytes=MOST_BYTES)
         if isinstance(content, dict):
             return content
         reason = "not an object"
@@ -194,21 +198,22 @@ def _scan_or_resume(wanted: Preparation, files: Sequence[Path], num_processes: i
     attempts.of(lambda: check_sources(contents, names, wanted.skip_others))
     attempts.of(lambda: check_bad_lines(contents, wanted.max_bad_fraction))
     attempts.of(lambda: check_heldout(contents, _used(wanted, contents), wanted.holdout))
+    folder = wanted.folder / TOKENIZER
     try:
         attempts.raise_if_any()
+        tokenizer = None if wanted.tokenizer is None else _given_tokenizer(wanted.tokenizer)
+        shutil.rmtree(folder, ignore_errors=True)
+        if tokenizer is None:
+            megabytes = sum(len(text.encode()) for text in texts) / 1e6
+            say(f"training a tokenizer of {wanted.vocabulary_size:,} on {megabytes:.1f} MB")
+            folder.mkdir()
+            write_whole(folder / "sentencepiece.model", train_sentencepiece(iter(texts), wanted.vocabulary_size))
+            tokenizer = load_sentencepiece(folder / "sentencepiece.model")
     except CoLMError:  # nothing was made of the files yet: other settings are no reason to start over
-        shutil.rmtree(wanted.folder / PARTS, ignore_errors=True)
+        for made in (PARTS, TOKENIZER):
+            shutil.rmtree(wanted.folder / made, ignore_errors=True)
         (wanted.folder / _SETTINGS).unlink(missing_ok=True)
         raise
-    folder = wanted.folder / TOKENIZER
-    tokenizer = None if wanted.tokenizer is None else _given_tokenizer(wanted.tokenizer)
-    shutil.rmtree(folder, ignore_errors=True)
-    if tokenizer is None:
-        megabytes = sum(len(text.encode()) for text in texts) / 1e6
-        say(f"training a tokenizer of {wanted.vocabulary_size:,} on {megabytes:.1f} MB")
-        folder.mkdir()
-        write_whole(folder / "sentencepiece.model", train_sentencepiece(iter(texts), wanted.vocabulary_size))
-        tokenizer = load_sentencepiece(folder / "sentencepiece.model")
     tokenizer.save_pretrained(str(folder))
     write_whole(path, (json.dumps(asdict(contents), ensure_ascii=False) + "\n").encode())
     return contents

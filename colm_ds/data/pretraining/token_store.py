@@ -23,6 +23,9 @@ TOKENIZER = "tokenizer"
 TRAIN, HELDOUT = "train", "heldout"
 SPLITS = (TRAIN, HELDOUT)
 
+MOST_BYTES = 1 << 30
+"""Of a manifest, which has about a thousand for each part: enough for some terabytes of text."""
+
 Segments = Mapping[tuple[str, str], npt.ArrayLike]
 
 
@@ -106,7 +109,7 @@ def _is_segment(value: Any, sources: Mapping[str, Any]) -> bool:
 
 
 class TokenStore:
-    """A finished store, memory-mapped.
+    """A finished store, of which nothing but the manifest is held: a file is open while tokens are read from it.
 
     Attributes:
         folder: its folder.
@@ -122,7 +125,7 @@ class TokenStore:
         """
         self.folder = Path(folder)
         try:
-            manifest = read_json(self.folder / MANIFEST)
+            manifest = read_json(self.folder / MANIFEST, most_bytes=MOST_BYTES)
             _check_manifest(manifest)
         except FileNotFoundError:
             unfinished = (self.folder / PARTS).is_dir()
@@ -140,7 +143,6 @@ class TokenStore:
             if size != part["bytes"]:
                 state = "is missing" if size < 0 else f"has {size} bytes, not {part['bytes']}"
                 raise DataError(f"{path}: {state}. Prepare the data again.")
-        self._maps: dict[int, npt.NDArray[np.unsignedinteger[Any]]] = {}
 
     @cached_property
     def _segments(self) -> dict[tuple[str, str], npt.NDArray[np.int64]]:
@@ -175,6 +177,7 @@ class TokenStore:
 
         Raises:
             IndexError: if there are fewer.
+            DataError: if a file has become shorter.
         """
         if not 0 <= start <= self.num_tokens(split, source) - num_tokens:
             raise IndexError(f"tokens {start} to {start + num_tokens} of {source}: {self.num_tokens(split, source)}")
@@ -185,7 +188,7 @@ class TokenStore:
             before, part, place = rows[row]
             inside = start - int(before)
             size = min(wanted, int(rows[row + 1, 0]) - start)
-            pieces.append(self._map(int(part))[place + inside : place + inside + size])
+            pieces.append(self._piece(int(part), int(place) + inside, size))
             start, wanted, row = start + size, wanted - size, row + 1
         return np.concatenate(pieces).astype(np.int64)
 
@@ -199,8 +202,9 @@ class TokenStore:
     def _path(self, name: str) -> Path:
         return self.folder / PARTS / f"{name}.bin"
 
-    def _map(self, part: int) -> npt.NDArray[np.unsignedinteger[Any]]:
-        if part not in self._maps:
-            name = self.manifest["parts"][part]["name"]
-            self._maps[part] = np.memmap(self._path(name), dtype=self.manifest["dtype"], mode="r")
-        return self._maps[part]
+    def _piece(self, part: int, place: int, size: int) -> npt.NDArray[Any]:
+        path, dtype = self._path(self.manifest["parts"][part]["name"]), np.dtype(self.manifest["dtype"])
+        piece = np.fromfile(path, dtype, count=size, offset=place * dtype.itemsize)
+        if len(piece) < size:
+            raise DataError(f"{path}: has become shorter. Prepare the data again.")
+        return piece

@@ -103,11 +103,12 @@ class InstructionTask:
                 named = ", ".join(f"{count:,} of {source}" for source, count in sorted(by_source.items()))
                 parts.append(f"{sum(by_source.values()):,} {what} data.max_length = {self._max_length}: {named}.")
         gone = self._gone()
-        cut = [name for name in gone if not self._is_subset or name in self.train.lost["dropped"]]
+        cut = [name for name in gone if name in self.train.lost["dropped"]]
         if cut:
             parts.append(f"WARNING: nothing is left of {', '.join(cut)}. Choose a larger data.max_length.")
         if others := [name for name in gone if name not in cut]:
-            parts.append(f"WARNING: data.subset has no example of {', '.join(others)}.")
+            drawn = "data.subset has" if self._is_subset else "data.limit drew"
+            parts.append(f"WARNING: {drawn} no example of {', '.join(others)}.")
         if self.train.num_special:
             parts.append(f"WARNING: {self.train.num_special:,} conversations hold the text of a special token.")
         if self._num_common and self._heldout is not None:

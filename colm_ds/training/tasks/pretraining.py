@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from colm_ds.batching.weighted_mixture import WeightedSampler
 from colm_ds.checkpoints.weights import save_trained
 from colm_ds.data.pretraining.chunks import ChunkDataset
@@ -20,7 +22,8 @@ from colm_ds.run_folder.contents import BEST_MODEL
 from colm_ds.run_folder.files import read_object
 from colm_ds.training.tasks.base import InTraining, measure_heldout_loss
 
-"""Folder of the weights with the lowest held-out loss, in a run's folder."""
+_BEFORE = f".{BEST_MODEL}_before"
+"""Where the best weights stay until better ones are in their place."""
 
 
 class PretrainingTask:
@@ -82,7 +85,8 @@ class PretrainingTask:
         if not len(self._heldout):
             return None
         if self._best is None:  # only now, after a new run has removed earlier weights
-            self._best = _best_so_far(Path(self._recipe.output_dir) / BEST_MODEL)
+            best = _best_so_far(Path(self._recipe.output_dir)) if run.rank == 0 else math.inf
+            self._best = float(run.exchange.broadcast(torch.tensor([best], dtype=torch.float64)))
         losses = measure_heldout_loss(run, self._heldout, self._recipe.evaluation.max_tokens)
         shares = {name: self.train.mixture_counts[name] for name in losses["per_source"]}
         total = sum(loss * shares[name] for name, loss in losses["per_source"].items())
@@ -119,14 +123,21 @@ class PretrainingTask:
         if run.rank == 0:
             facts = {"step": step, "heldout_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
             (written / "best.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
-            shutil.rmtree(folder / BEST_MODEL, ignore_errors=True)
+            before = folder / _BEFORE
+            shutil.rmtree(before, ignore_errors=True)
+            if (folder / BEST_MODEL).exists():
+                os.replace(folder / BEST_MODEL, before)
             os.replace(written, folder / BEST_MODEL)
             shutil.rmtree(aside)
+            shutil.rmtree(before, ignore_errors=True)
 
 
 def _best_so_far(folder: Path) -> float:
-    """Return the loss of the best weights of a resumed run."""
+    """Return the loss of the best weights of a resumed run, put back where a kill came while they were replaced."""
+    before = folder / _BEFORE
+    if before.exists() and not (folder / BEST_MODEL).exists():
+        os.replace(before, folder / BEST_MODEL)
     try:
-        return float(read_object(folder / "best.json")["heldout_loss"])
+        return float(read_object(folder / BEST_MODEL / "best.json")["heldout_loss"])
     except (ValueError, KeyError, TypeError):
         return math.inf

@@ -417,7 +417,7 @@ def test_a_sample_does_not_depend_on_the_order(documents: list[tuple[int, int]],
     assert sample.texts() == expected
 
 
-def test_memory_maps_are_read_only(store: TokenStore) -> None:
+def test_what_was_read_is_a_copy(store: TokenStore) -> None:
     source = store.source_names[0]
     chunk = store.read(TRAIN, source, 0, 10)
     chunk[:] = 0
