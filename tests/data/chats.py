@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 CHATML = (
@@ -29,9 +29,12 @@ def special_texts(template: str) -> list[str]:
 
 
 def chat_tokenizer(
-    specials: Sequence[str] = ("<|im_start|>", "<|im_end|>"), template: str | None = CHATML
+    specials: Sequence[str] = ("<|im_start|>", "<|im_end|>"), template: str | None = CHATML, *, rstrip: bool = False
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per byte and special tokens, the last of which ends a sequence."""
+    """A tokenizer with one token per byte and special tokens, the last of which ends a sequence.
+
+    With `rstrip` special tokens take the blanks behind them, as Phi-3's do.
+    """
     every = ["<pad>", "<s>", *(text for text in specials if text != "<s>")]
     vocab = {text: number for number, text in enumerate(every)}
     for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
@@ -42,9 +45,11 @@ def chat_tokenizer(
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<s>",
-        eos_token=every[-1],
+        eos_token=AddedToken(every[-1], rstrip=rstrip, normalized=False, special=True),
         pad_token="<pad>",
-        additional_special_tokens=every[2:],
+        additional_special_tokens=[
+            AddedToken(text, rstrip=rstrip, normalized=False, special=True) for text in every[2:]
+        ],
     )
     tokenizer.chat_template = template
     return tokenizer

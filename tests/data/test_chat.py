@@ -40,6 +40,17 @@ def test_labels_are_the_turns_and_their_ends(train_on: Any, trained: list[int]) 
     assert labels_of(ChatEncoder(tokenizer, train_on=train_on), conversation()) == as_chatml(tokenizer, TURNS, trained)
 
 
+@pytest.mark.parametrize(("train_on", "turns"), [("all", [2, 4]), ("last", [4])])
+def test_an_end_of_turn_that_takes_the_blanks_behind_it(train_on: Any, turns: list[int]) -> None:
+    """The same labels, whether the token of the end is one with the line break behind it or not."""
+    ids, labels = labels_of(ChatEncoder(chat_tokenizer(rstrip=True), train_on=train_on), conversation())
+    tokenizer = chat_tokenizer()
+    assert ids != labels_of(ChatEncoder(tokenizer), conversation())[0]  # the line breaks are no tokens
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    expected = [id for turn in turns for id in (*tokenizer(TURNS[turn]["content"])["input_ids"], end)]
+    assert [label for label in labels if label != -100] == expected
+
+
 def test_ids_are_those_of_the_template() -> None:
     """Of any content: random conversations against pieces and against transformers."""
     tokenizer, draw = chat_tokenizer(), random.Random(0)

@@ -352,6 +352,18 @@ def test_concurrent_writers(write_jsonl: Writer, tokenizer: PreTrainedTokenizerB
     assert contents(load_examples(path, tokenizer, 1000, cache_dir=cache)) == good
 
 
+def test_what_a_killed_writer_left_is_removed_a_day_later(tmp_path: Path) -> None:
+    """And not what another process may be writing, or what is no entry."""
+    ages = {f".{'ab' * 12}.{'0' * 32}": 2 * 86400, f".{'ab' * 12}.{'1' * 32}": 3600, ".mine": 2 * 86400}
+    for name, age in ages.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokens.npy").write_bytes(b"0")
+        for path in (tmp_path / name / "tokens.npy", tmp_path / name):
+            os.utime(path, (time.time() - age,) * 2)
+    token_cache.store_arrays(tmp_path, "key", {"a": np.arange(3)}, {}, lambda *_: True)
+    assert {path.name for path in tmp_path.iterdir()} == {"key", *list(ages)[1:]}
+
+
 def test_valid_entry_of_another_writer_is_kept(tmp_path: Path) -> None:
     for content in (1, 2):
         arrays = {"tokens": np.array([content], np.int32)}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from colm_ds.data import TokenDataset, load_examples
+from colm_ds.data import DataEntry, TokenDataset, load_examples
 from colm_ds.errors import DataError
 
 from .conftest import Writer
@@ -48,6 +49,12 @@ def test_hub_name(
     both = load_examples([write_jsonl(RECORDS), "hub:a/math:main:test"], tokenizer, 1000)
     assert len(both) == 10
     assert calls[-1] == ("a/math", "main", "test")
+    weighted = [DataEntry(path="hub:a/math", weight=3), DataEntry(path=str(write_jsonl(RECORDS * 4)), weight=1)]
+    entries = load_examples(weighted, tokenizer, 1000)  # where the hub's come behind those of files
+    drawn = entries.mixture_counts
+    assert drawn is not None
+    assert np.bincount(entries.entry_ids).tolist() == [20, 5]
+    assert entries.weights == [1, 3]
     del rows[2]["source"]
     with pytest.raises(DataError, match=r"hub:a/math\[item 3\]: no key 'source'"):
         load()

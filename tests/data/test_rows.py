@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import subprocess
@@ -12,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from colm_ds.data import DataEntry, TokenDataset, load_examples, split_holdout, workers
 from colm_ds.data.examples import describe_read
+from colm_ds.data.formats import read_records
 from colm_ds.data.holdout import count_common
 from colm_ds.data.prompt import PROMPT_TEMPLATE
-from colm_ds.data.schemas import SCHEMAS
+from colm_ds.data.schemas import SCHEMAS, Conversation, read_sample
 from colm_ds.errors import ConfigError, DataError
 
 from .chats import TURNS, as_chatml, chat_tokenizer
@@ -162,6 +166,43 @@ def test_a_row_without_source_among_others(write_jsonl: Writer, tmp_path: Path) 
         load_examples(write_jsonl(rows), chat_tokenizer(), 99)
     with pytest.raises(DataError, match=r"rows.parquet\[row 3\]: the key 'source' is null"):
         load_examples(write_rows(rows, tmp_path / "rows.parquet"), chat_tokenizer(), 99)
+
+
+@pytest.mark.parametrize("prompt", ["auto", "chat"])
+def test_messages_in_cells_of_a_table_of_text(prompt: str, tmp_path: Path) -> None:
+    """The JSON of messages in a CSV file is messages; a text that begins with a bracket is a text."""
+    tokenizer = chat_tokenizer()
+    asked, answered = [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "yes"}]
+    whole = write_rows([{"prompt": asked, "completion": answered}], tmp_path / "rows.jsonl")
+    cells = tmp_path / "rows.csv"
+    with cells.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["prompt", "completion"], [json.dumps(asked), json.dumps(answered)]])
+    expected = load_examples(DataEntry(path=str(whole), prompt="chat"), tokenizer, 99)
+    read = load_examples(DataEntry(path=str(cells), prompt=prompt), tokenizer, 99)
+    assert read[0].input_ids.tolist() == expected[0].input_ids.tolist()
+    assert read[0].labels.tolist() == expected[0].labels.tolist()
+    text = write_rows([{"prompt": "[INST] hi [/INST]", "completion": "[1, 2]"}], tmp_path / "text.jsonl")
+    assert load_examples(str(text), tokenizer, 99).prompts == ("plain",)
+
+
+def test_a_null_of_ones_own_stays(tmp_path: Path) -> None:
+    """An argument that is null in JSON lines is null in the prompt; what a table fills in is not there."""
+    calls = [{"type": "function", "function": {"name": "find", "arguments": {"city": "Paris", "unit": None}}}]
+    messages = [
+        {"role": "user", "content": "hi", "name": None},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+    ]
+    path = write_rows([{"messages": messages}], tmp_path / "rows.jsonl")
+    (_, row), *_ = read_records(path)
+    sample = read_sample(row, "messages", "chat")
+    assert isinstance(sample, Conversation)
+    assert sample.messages[0] == {"role": "user", "content": "hi"}
+    assert sample.messages[1]["tool_calls"] == calls
+    table = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"messages": [messages]}), table)
+    (_, row), *_ = read_records(table)
+    assert "unit" not in row["messages"][1]["tool_calls"][0]["function"]["arguments"]
 
 
 # Weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import multiprocessing
+import os
 import shutil
 import subprocess
 import time
@@ -343,6 +344,39 @@ def test_what_a_refusal_advises_is_taken(tmp_path: Path) -> None:
     assert store.why_not_whole() is None
     with pytest.raises(ConfigError, match="was prepared with other settings"):
         prepare(Preparation([path], tmp_path / "s", **wanted, max_bad_fraction=0.1), say=quiet)
+
+
+def test_a_vocabulary_that_is_too_small_can_be_made_larger(tmp_path: Path) -> None:
+    path = write_lines(tmp_path, *map(good, range(30)))
+    with pytest.raises(DataError, match="Choose at least"):
+        prepare(Preparation([path], tmp_path / "s", vocabulary_size=20, holdout=0.1), say=quiet)
+    store = prepare(Preparation([path], tmp_path / "s", vocabulary_size=300, holdout=0.1), say=quiet)
+    assert store.why_not_whole() is None
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.csv", "x.json"])
+def test_files_without_lines_of_json(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("text,meta")
+    with pytest.raises(DataError, match=r"not read here\. Write one document a line"):
+        prepare(Preparation([tmp_path / name], tmp_path / "s", **SETTINGS), say=quiet)
+
+
+def test_no_file_of_a_store_stays_open(store: TokenStore) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    opened = TokenStore(store.folder)
+    for split, source in opened._segments:
+        for start in range(0, opened.num_tokens(split, source) - 5, 97):
+            opened.read(split, source, start, 5)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_that_becomes_shorter(store: TokenStore, tmp_path: Path) -> None:
+    copy = shutil.copytree(store.folder, tmp_path / "s")
+    opened = TokenStore(copy)
+    for part in (copy / "parts").glob("*.bin"):
+        part.write_bytes(b"")
+    with pytest.raises(DataError, match="has become shorter"):
+        opened.read(TRAIN, opened.source_names[0], 0, 5)
 
 
 def test_a_store_that_cannot_be_made(tmp_path: Path) -> None:
