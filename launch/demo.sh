@@ -11,11 +11,13 @@
 # CPU machine, all GPUs where there are some. RANKS, MASTER_PORT and OUT (default runs/demo) may be set.
 set -euo pipefail
 
+out="${OUT-}"
+[[ -z "$out" || "$out" == /* ]] || out="$PWD/$out"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [[ "$(python -c 'import torch; print(torch.cuda.device_count())')" == 0 ]]; then export DS_ACCELERATOR=cpu; fi
 
-options=(--out "${OUT:-runs/demo}" --port "${MASTER_PORT:-29617}")
+options=(--out "${out:-runs/demo}" --port "${MASTER_PORT:-29617}")
 [[ -z "${RANKS-}" ]] || options+=(--num-gpus "$RANKS")
 exec colm-ds demo "$@" "${options[@]}"

@@ -29,16 +29,14 @@ for change in "${@:2}"; do
     [[ "$change" == *=* ]] || fail "'$change': changes to the recipe are written key=value"
 done
 recipe="$(realpath "$1")"
-here="$PWD"
-
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[[ "$recipe" != "$PWD"/* ]] || recipe="${recipe#"$PWD"/}"     # as in the commands of the report
-bash launch/setup.sh
-export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+recipe="${recipe#"$PWD"/}"     # as in the commands of the report
+bash "$root/launch/setup.sh"
+export PATH="$root/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
 if [[ "$(python -c 'import torch; print(torch.cuda.device_count())')" == 0 ]]; then export DS_ACCELERATOR=cpu; fi
 
-options=(--port "${MASTER_PORT:-29640}" --size-steps "${SIZE_STEPS:-6}" --script "${SCRIPT:-finetune/train.py}")
-[[ -z "${OUT-}" ]] || options+=(--out "$([[ "$OUT" == /* ]] && echo "$OUT" || echo "$here/$OUT")")
+options=(--port "${MASTER_PORT:-29640}" --size-steps "${SIZE_STEPS:-6}" --script "${SCRIPT:-$root/finetune/train.py}")
+[[ -z "${OUT-}" ]] || options+=(--out "$OUT")
 [[ -z "${RANKS-}" ]] || options+=(--num-gpus "$RANKS")
 if [[ -n "${SIZES+set}" ]]; then
     read -ra sizes <<< "$SIZES"

@@ -21,7 +21,6 @@ if [[ "${1-}" == "-h" || "${1-}" == "--help" ]]; then
     sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
     exit 0
 fi
-here="$PWD"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 recipe="$root/pretrain/recipes/demo.yaml"
 given=() changes=()
@@ -34,23 +33,21 @@ if (( ${#given[@]} )); then
     recipe="$(realpath "${given[0]}")"
 fi
 
-absolute() { [[ "$1" == /* ]] && echo "$1" || echo "$here/$1"; }
 options=(--port "${MASTER_PORT:-29650}" --megabytes "${MEGABYTES:-4}")
 [[ -z "${RANKS-}" ]] || options+=(--num-gpus "$RANKS")
-[[ -z "${QUESTIONS-}" ]] || options+=(--questions "$(absolute "$QUESTIONS")")
+[[ -z "${QUESTIONS-}" ]] || options+=(--questions "$QUESTIONS")
 if [[ -n "${DATA-}" ]]; then
     read -ra given <<< "$DATA"
     places=()
     for place in "${given[@]}"; do
         [[ -e "$place" ]] || fail "DATA: $place: no such file or folder"
-        places+=("$(absolute "$place")")
+        places+=("$place")
     done
     options+=(--data "${places[@]}")
 fi
 
-cd "$root"
 recipe="${recipe#"$PWD"/}"     # as in the commands of the report
-bash launch/setup.sh
-export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+bash "$root/launch/setup.sh"
+export PATH="$root/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
 if [[ "$(python -c 'import torch; print(torch.cuda.device_count())')" == 0 ]]; then export DS_ACCELERATOR=cpu; fi
 exec colm-ds pretrain "$recipe" ${changes[@]+"${changes[@]}"} "${options[@]}"

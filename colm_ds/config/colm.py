@@ -101,6 +101,11 @@ class ScheduleConfig(Section):
         ended = 0 < self.end_step < step
         return started and not ended and not (self.plain_every and step % self.plain_every == 0)
 
+    def share(self, num_steps: int) -> float:
+        """Return the share of a run's steps in which the selector runs; 0 steps: that of the first thousand."""
+        num_steps = num_steps or 1000
+        return sum(map(self.selects, range(1, num_steps + 1))) / num_steps
+
 
 HELD_OUT = "held_out"
 """In place of a file: the target is drawn from the recipe's held-out examples."""

@@ -364,11 +364,26 @@ def build_dataless(spec: ModelSpec, num_layers: int, vocabulary: int, mode: Fake
         if spec.quantization is not None:
             quantize_shapes(model, spec.quantization, spec.double_quant, spec.dtype)
         if spec.lora is not None:
-            model = add_lora(model, spec.lora)
+            model = _with_lora(model, spec.lora)
     if spec.checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False, "preserve_rng_state": False})
     return make_dataless(model, mode, spec.dtype)
+
+
+def _with_lora(model: Any, lora: LoraConfig) -> Any:
+    """Add adapters to a model of few layers.
+
+    Raises:
+        ConfigError: if the adapters name layers, which the few have not, or do not fit the model.
+    """
+    if lora.layers_to_transform is not None:
+        raise ConfigError(
+            f"lora.layers_to_transform = {lora.layers_to_transform}: adapters in some of the layers cannot be planned, "
+            "as a plan builds two and three layers and counts on from there. Training takes them; plan with "
+            "lora.layers_to_transform=null for an upper bound."
+        )
+    return add_lora(model, lora)
 
 
 class _Directions:

@@ -12,6 +12,7 @@ import torch
 
 from colm_ds.batching.collate import IGNORE_INDEX
 from colm_ds.config.colm import CoLMSection
+from colm_ds.config.deepspeed import resolve_auto
 from colm_ds.data.pretraining.chunks import ChunkDataset
 from colm_ds.data.pretraining.token_store import MANIFEST, TokenStore
 from colm_ds.errors import ConfigError
@@ -26,6 +27,7 @@ from colm_ds.recipes.sections import LoraConfig
 from colm_ds.types import LargeBatch, SourcedDataset
 
 LENGTH_KEY, CHUNK_KEY = "data.max_length", "data.chunk_tokens"
+_BUCKET = "zero_optimization.reduce_bucket_size"
 """Keys that set the length of examples in a recipe and in a pretraining recipe."""
 
 KNOWN_MODELS: dict[str, dict[str, Any]] = json.loads(
@@ -63,7 +65,7 @@ class Job:
     steps: int = 1
     candidates: tuple[int, ...] = ()
     length_key: str = "data.max_length"
-    bucket_key: str = "zero_optimization.reduce_bucket_size"
+    bucket_key: str = _BUCKET
 
     @property
     def num_rows(self) -> int:
@@ -93,13 +95,19 @@ class Job:
         return min(share, math.ceil(share * self.mean_length / self.row_tokens)) if self.packs else share
 
     def training_rows(self, count: int) -> Rows:
-        """Return a training micro-batch of the longest examples, or of full packed rows."""
+        """Return a training micro-batch of the longest examples, as few as fit, or of full packed rows."""
         if not self.packs:
-            return self.rows(count)
+            return self.rows(min(count, self.most_examples))
         if not self.candidates:
             return replace(even_rows(count, self.row_tokens, self.label_share), packed=True)
         examples = count * math.ceil(self.row_tokens / self.padded_length)
         return Rows(count, self.row_tokens, examples * sum(self.candidates), packed=True)
+
+    @property
+    def most_examples(self) -> int:
+        """Return how many of the longest examples `micro_batch_tokens` lets a training micro-batch have."""
+        most = self.colm.micro_batch_tokens
+        return self.rows_of_step if most is None else max(1, most // self.padded_length)
 
     def rows(self, count: int) -> Rows:
         """Return a micro-batch of the longest examples."""
@@ -175,7 +183,11 @@ def job_of_recipe(
         quantization=recipe.model.quantization,
         double_quant=recipe.model.bnb_4bit_use_double_quant,
     )
-    zero = zero_settings(resolved.deepspeed, world_size, on_gpu=on_gpu)
+    hidden_size = getattr(spec.config, "hidden_size", None)
+    deepspeed = resolve_auto(resolved.deepspeed, hidden_size=hidden_size, dtype=spec.dtype, where=recipe.where)
+    if recipe.optimizer.torch_adam:
+        deepspeed |= {"optimizer": {"params": {"torch_adam": True}}}
+    zero = zero_settings(deepspeed, world_size, on_gpu=on_gpu)
     if spec.quantization is not None and zero.stage == 3:
         raise ConfigError(
             f"model.quantization = {spec.quantization!r}: ZeRO-3 partitions weights, and bitsandbytes needs whole "
@@ -193,7 +205,7 @@ def job_of_recipe(
         recipe.steps,
         candidates,
         key,
-        f"{recipe.deepspeed_prefix}zero_optimization.reduce_bucket_size",
+        bucket_key(recipe),
     )
     most = getattr(spec.config, "max_position_embeddings", None)
     if isinstance(recipe, PretrainingRecipe) and most is not None and length > most:
@@ -252,12 +264,19 @@ def _candidates(recipe: BaseRecipe, label_share: float, tokens: int | None) -> t
     return (tokens,) * len(known)
 
 
-def job_of_engine(engine: Any, batch: LargeBatch) -> Job:
+def bucket_key(recipe: BaseRecipe) -> str:
+    """Return where a recipe's `reduce_bucket_size` is written: a key of its own, or of its DeepSpeed file."""
+    prefix = recipe.deepspeed_prefix or f"{recipe.deepspeed}: "
+    return f"{prefix}{_BUCKET}"
+
+
+def job_of_engine(engine: Any, batch: LargeBatch, recipe: BaseRecipe | None = None) -> Job:
     """Make the job of a running `CoLMEngine`, with examples like those of a large batch.
 
     Args:
         engine: the engine.
         batch: large batch, for its longest example and mean length.
+        recipe: the recipe that the engine was made by, if there is one.
     """
     module, config = engine.deepspeed_engine.module, engine.config
     base = module.get_base_model() if hasattr(module, "get_base_model") else module
@@ -289,6 +308,7 @@ def job_of_engine(engine: Any, batch: LargeBatch) -> Job:
         1.0 if is_choice else float(batch.num_label_tokens.sum() / batch.lengths.sum()),
         candidates=_candidate_tokens(batch) if is_choice else (),
         length_key=CHUNK_KEY if isinstance(engine.loader.dataset, ChunkDataset) else LENGTH_KEY,
+        bucket_key=_BUCKET if recipe is None else bucket_key(recipe),
     )
 
 

@@ -27,7 +27,7 @@ class TimePlan:
 
 
 def step_cost(job: Job, parameters: Parameters, tflops: float | None) -> TimePlan:
-    """Return the cost of a step and of the run.
+    """Return the cost of a step, on average over the schedule of choices, and of the run.
 
     Args:
         job: the job.
@@ -44,9 +44,12 @@ def step_cost(job: Job, parameters: Parameters, tflops: float | None) -> TimePla
         trunk = 1.0 - _tail_flops(job, parameters) / forward
         of_probe = seen * trunk + probed * tail_passes(job) * probed_tail_flops(job, parameters) / forward
     lora, checkpointing = job.spec.lora is not None, job.spec.checkpointing
+    trained = step_forwards(job.size, lora=lora, checkpointing=checkpointing, replay=False, probe=0.0)
     forwards = step_forwards(job.size, lora=lora, checkpointing=checkpointing, replay=job.replays, probe=of_probe)
+    if job.probes:
+        share = job.colm.schedule.share(job.steps)
+        forwards = share * forwards + (1.0 - share) * trained
     if job.packs:
-        trained = step_forwards(job.size, lora=lora, checkpointing=checkpointing, replay=False, probe=0.0)
         forwards += trained * _packed_attention(job) / forward
     flops = forwards * forward
     seconds = None if tflops is None else flops / (tflops * 1e12 * job.zero.world_size)

@@ -41,15 +41,34 @@ def ranks_command(
         arguments: words after the program: with `colm-ds` its subcommand and that one's arguments.
         num_ranks: ranks; a single one needs no launcher, whose start takes seconds, unless `devices` are named.
         port: port of DeepSpeed's launcher.
-        devices: GPUs to use, such as "0,1", one rank on each; None: the first `num_ranks`.
+        devices: GPUs to use, such as "0,1", one rank on each; None: the first `num_ranks`, of those that
+            CUDA_VISIBLE_DEVICES names where it is set.
         script: a script to run; None: `colm-ds`.
+
+    Raises:
+        ConfigError: if CUDA_VISIBLE_DEVICES names fewer GPUs, or not by their numbers.
     """
     if num_ranks == 1 and devices is None:
         return [sys.executable, *([script] if script else ["-m", "colm_ds.cli"]), *arguments]
+    devices = devices or _visible_devices(num_ranks)
     where = ["--num_gpus", str(num_ranks)] if devices is None else ["--include", f"localhost:{devices}"]
     program = [script] if script else ["--module", "colm_ds.cli"]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", *where, "--master_port", str(port)]
     return [*launcher, *program, *arguments]
+
+
+def _visible_devices(num_ranks: int) -> str | None:
+    """Return the GPUs that CUDA_VISIBLE_DEVICES leaves, which DeepSpeed's launcher ignores beside `--num_gpus`."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
+    if not visible or (os.environ | accelerator_environment()).get("DS_ACCELERATOR") == "cpu":
+        return None
+    names = [name.strip() for name in visible.split(",")]
+    head = f"CUDA_VISIBLE_DEVICES = {visible}: "
+    if not all(name.isdigit() for name in names):
+        raise ConfigError(f"{head}DeepSpeed's launcher takes GPUs by their numbers only. Write 0,1 or the like.")
+    if len(names) < num_ranks:
+        raise ConfigError(f"{head}{len(names)} GPUs for {num_ranks} ranks. Name more, or ask for fewer ranks.")
+    return ",".join(names[:num_ranks])
 
 
 def add_num_gpus(parser: argparse.ArgumentParser, default: str) -> None:

@@ -84,9 +84,30 @@ def load_model(model: ModelConfig, lora: LoraConfig | None, tokenizer: Any, *, f
     return loaded
 
 
-def precision_sections(dtype: str) -> dict[str, Any]:
-    """Return DeepSpeed's sections for training in this precision."""
-    return {"bf16": {"enabled": dtype == "bfloat16"}, "fp16": {"enabled": dtype == "float16"}}
+def precision_sections(dtype: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return DeepSpeed's sections for training in this precision, with all else that a configuration says in them.
+
+    Args:
+        dtype: of the recipe.
+        given: the DeepSpeed configuration.
+        where: its name in messages.
+
+    Raises:
+        ConfigError: if it asks for another precision.
+    """
+    sections = {}
+    for key, wanted in (("bf16", "bfloat16"), ("fp16", "float16")):
+        own = given.get(key, {})
+        if not isinstance(own, Mapping):
+            continue  # which is refused with all else that is wrong there
+        if own.get("enabled") is True and dtype != wanted:
+            raise ConfigError(
+                f"{where}: {key}.enabled is true, but the recipe trains in {dtype}. Write model.dtype: {wanted} in the "
+                "recipe, or false here."
+            )
+        kept = {name: value for name, value in own.items() if value != "auto"}
+        sections[key] = {**kept, "enabled": dtype == wanted}
+    return sections
 
 
 def _base_model(config: ModelConfig, tokenizer: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -108,7 +108,7 @@ class BaseRecipe(Section):
     @classmethod
     def _read_epochs(cls, values: Any) -> Any:
         """Take `steps: 3 epochs` for `epochs: 3`."""
-        if not isinstance(values, dict) or values.get("epochs") is not None:
+        if not isinstance(values, dict):
             return values
         match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*epochs?\s*", str(values.get("steps")))
         if match is None:
@@ -311,7 +311,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, needs_files:
 
     Args:
         path: the YAML file.
-        overrides: `key=value` with dots for nested keys, for example `colm.coreset_size=8`; values are YAML.
+        overrides: `key=value` with dots for nested keys, for example `colm.coreset_size=8`; values are YAML. Of steps
+            and epochs the later one counts.
         needs_files: whether data and packages named in it must exist.
 
     Raises:
@@ -321,6 +322,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, needs_files:
     path = Path(path)
     loaded = read_values(path)
     problems = Problems(str(path))
+    if loaded.get("steps") and loaded.get("epochs"):
+        problems.add("epochs", loaded["epochs"], "written beside steps", "Write one of the two.")
     for override in overrides:
         _override(loaded, override, problems)
     kind = kind_of_recipe(loaded)
@@ -368,7 +371,16 @@ def read_values(path: Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: extends = {other!r}: that recipe extends this one. Remove one of the two.")
     inherited = read_values(place, (*_above, path.resolve()))
     _resolve_paths(inherited, place.parent, Problems(""))  # missing files are reported with the whole recipe
-    return {**inherited, **loaded}
+    return {**_without_length(inherited, loaded), **loaded}
+
+
+_LENGTHS = ("steps", "epochs")
+"""Keys that say how long a run is, of which what is written later replaces both."""
+
+
+def _without_length(values: dict[str, Any], later: Collection[str]) -> dict[str, Any]:
+    """Leave out how long a run is, if that is said again."""
+    return {key: value for key, value in values.items() if key not in _LENGTHS or not set(_LENGTHS) & set(later)}
 
 
 def no_such_file(path: Path, kind: str) -> ConfigError:
@@ -407,6 +419,9 @@ def _override(values: dict[str, Any], override: str, problems: Problems) -> None
     if not equals or not key:
         problems.add("override", override, "not of the form key=value", "For example steps=20 or colm.coreset_size=8.")
         return
+    if key in _LENGTHS:
+        for length in _LENGTHS:
+            values.pop(length, None)
     *parents, last = key.split(".")
     for parent in parents:
         inner = values.setdefault(parent, {})

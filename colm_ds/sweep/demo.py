@@ -83,8 +83,8 @@ def run_demo(out: Path, changes: Sequence[str], num_ranks: int, port: int) -> st
     paths = [f"tokenizer={data}/tokenizer", f"data.train={data}/train.jsonl", f"data.heldout={data}/heldout.jsonl"]
     paths.append(f"data.cache_dir={data}/tokens")  # the arms train on the same
     steps = load_recipe(RECIPE, [*paths, *changes], needs_files=False).steps
-    if not isinstance(steps, int):
-        raise ConfigError(f"steps = {steps!r}: the demo counts steps. Write a whole number.")
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigError(f"steps = {steps!r}: the demo counts steps, and not epochs. Write steps=N, a whole number.")
     words, finished, attempts = {}, set(), Attempts(str(out))
     for arm in ARMS:
         own = [f"name={json.dumps(arm.name)}", f"output_dir={out / arm.folder}", *paths, *arm.changes, *changes]

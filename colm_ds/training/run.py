@@ -223,7 +223,7 @@ def deepspeed_config(recipe: BaseRecipe) -> dict[str, Any]:
         del optimizer["torch_adam"]  # `initialize` prefers it on a CPU
     return {
         **config,
-        **precision_sections(recipe.model.dtype),
+        **precision_sections(recipe.model.dtype, config, where),
         **monitor_sections(recipe, config),
         "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
         "optimizer": {"type": "AdamW", "params": {**optimizer, "betas": list(recipe.optimizer.betas)}},
@@ -290,7 +290,7 @@ class TrainingRun:
                 try:
                     stats = self.engine.train_batch()
                 except DeviceMemoryError as error:
-                    raise error.with_advice(planned_advice(self.engine, error)) from error
+                    raise error.with_advice(planned_advice(self.engine, error, recipe)) from error
                 except (DivergenceError, SelectionError) as error:
                     bar.close()
                     return self._diverged(error)

@@ -145,8 +145,7 @@ def _price(job: Job | None, planner: Planner) -> float:
     assert job is not None
     parameters = planner.tracer(job.spec).parameters
     plain = step_cost(job.with_colm(selector="random"), parameters, None).forwards
-    price = step_cost(job, parameters, None).forwards / plain
-    return 1.0 + (price - 1.0) / job.colm.schedule.every
+    return step_cost(job, parameters, None).forwards / plain
 
 
 def _memory(job: Job | None, planner: Planner) -> str:

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=-1, help="from the launcher")
     args = deepspeed.add_config_arguments(parser).parse_args()
     single_process_environment()  # for a start without a launcher
-    model_name, data = (args.model, args.data) if args.model and args.data else generated.find()
+    model_name, data = generated.find(args.model, args.data)
     tokenizer = AutoTokenizer.from_pretrained(model_name)
 
     def tokenise(row: dict[str, str]) -> dict[str, Any]:

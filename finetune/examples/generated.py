@@ -66,12 +66,16 @@ def write(folder: Path = FOLDER) -> tuple[str, str]:
     return str(model), str(data)
 
 
-def find(folder: Path = FOLDER) -> tuple[str, str]:
-    """Return the paths, after the first rank of each node has written what is not there yet.
+def find(model: str | None = None, named: str | None = None, folder: Path = FOLDER) -> tuple[str, str]:
+    """Return the paths of model and data that were named, or of what the first rank of each node then writes.
 
     Raises:
-        SystemExit: if it is not there after a minute.
+        SystemExit: if only one of the two is named, or what is written is not there after a minute.
     """
+    if model is not None and named is not None:
+        return model, named
+    if model is not None or named is not None:
+        raise SystemExit(f"{model or named}: give model and data together, or neither for a tiny model and made rows.")
     data, begun = folder / "train.jsonl", time.monotonic()
     if os.environ.get("LOCAL_RANK", "0") == "0" and not data.exists():
         aside = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}")

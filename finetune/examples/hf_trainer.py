@@ -55,8 +55,7 @@ def main(arguments: list[str]) -> None:
     else:
         sizes = {**generated.SMALL_SIZES, "output_dir": "runs/examples/hf_trainer", "report_to": "none"}
         data, args, colm = parser.parse_dict({**sizes, "colm": {"large_batch_size": 16}})
-    if data.model is None or data.data is None:
-        data.model, data.data = generated.find()
+    data.model, data.data = generated.find(data.model, data.data)
     tokenizer = AutoTokenizer.from_pretrained(data.model)
     model = AutoModelForCausalLM.from_pretrained(data.model)
 

@@ -36,8 +36,7 @@ def main() -> None:
     parser.add_argument("--micro_batch_size", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-5)
     options = parser.parse_args()
-    if options.data is None:
-        options.model, options.data = generated.find()
+    options.model, options.data = generated.find(options.model, options.data)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()
@@ -53,6 +52,8 @@ def main() -> None:
     sizes = {"large_batch_size": options.large_batch_size, "coreset_size": options.coreset_size}
     selector = colm_ds.CoresetSelector(model, sizes, counts, optimizer=optimizer)
     loader = DataLoader(rows, options.large_batch_size, shuffle=True, drop_last=True, collate_fn=list)
+    if not len(loader):
+        parser.error(f"{options.data} has {len(rows)} rows, fewer than a large batch of {options.large_batch_size}")
     epochs = chain.from_iterable(repeat(loader))  # every one in another order
     for step, examples in enumerate(islice(epochs, options.steps), start=1):
         chosen, weights = selector.share(selector(examples))

@@ -39,8 +39,7 @@ def main() -> None:
     else:
         sizes = {**generated.SMALL_SIZES, "output_dir": "runs/examples/trl_sft", "report_to": "none", "bf16": False}
         data, args, colm = parser.parse_dict({**sizes, "large_batch_size": 16})
-    if data.model is None or data.data is None:
-        data.model, data.data = generated.find()
+    data.model, data.data = generated.find(data.model, data.data)
     lora = LoraConfig(r=data.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM") if data.lora_rank else None
     trainer = CoLMSFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(data.model),

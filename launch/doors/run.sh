@@ -20,12 +20,17 @@ case "$name" in
     *) echo "doors: NAME ${name:-is missing}: write llamafactory, axolotl or trl" >&2; exit 2 ;;
 esac
 folder="${FOLDER:-$root/runs/doors/$name}"
+mkdir -p "$folder"
+folder="$(cd "$folder" && pwd -P)"
 python="$folder/environment/bin/python"
-if [[ ! -x "$python" ]]; then
-    "${PYTHON:-python3}" -m venv "$folder/environment"
+wanted="${PACKAGES:-$packages}" stamp="$folder/environment/colm_ds_packages"     # written last
+if [[ ! -x "$python" || ! -f "$stamp" || "$(< "$stamp")" != "$wanted" ]]; then
+    rm -f "$stamp"
+    [[ -x "$python" ]] || "${PYTHON:-python3}" -m venv "$folder/environment"
     # Their own bounds decide about transformers. Ours are for the recipes, so colm_ds itself is not installed.
     # shellcheck disable=SC2086
-    "$python" -m pip install --quiet torch==2.13.0 "deepspeed>=0.18.6" scipy rich ${PACKAGES:-$packages}
+    "$python" -m pip install --quiet torch==2.13.0 "deepspeed>=0.18.6" scipy rich $wanted
+    echo "$wanted" > "$stamp"
 fi
 
 export PYTHONPATH="$root" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=

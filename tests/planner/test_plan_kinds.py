@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from colm_ds.batching.micro_batch import MicroBatch, make_micro_batch
 from colm_ds.cli import main
 from colm_ds.data.choices import WRITERS
 from colm_ds.data.pretraining.token_store import MANIFEST
+from colm_ds.errors import ConfigError
 from colm_ds.memory.counted import counted_allocations
 from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 from colm_ds.planner.choice_rows import CANDIDATE_TOKENS, choice_micro_batch, num_rows
 from colm_ds.planner.job import Job, job_of_recipe
 from colm_ds.planner.plan import Planner
+from colm_ds.planner.plan_report import accumulation_steps
+from colm_ds.planner.step_cost import step_cost
 from colm_ds.planner.suggestions import list_changes
 from colm_ds.recipes.model import add_lora
 from colm_ds.recipes.recipe import load_recipe
@@ -43,6 +47,48 @@ def job_of(path: Path, *overrides: str, world_size: int = 1, **options: Any) -> 
     """A recipe's job on this CPU."""
     recipe = load_recipe(path, overrides, needs_files=False)
     return job_of_recipe(recipe, world_size, on_gpu=False, **options)
+
+
+def test_the_schedule_counts_in_the_price(repo_root: Path) -> None:
+    """A step that chooses is dearer than a plain one; what a run costs lies between by their shares."""
+    recipe = repo_root / "finetune/recipes/smollm2_math.yaml"
+    planner = Planner()
+
+    def forwards(*overrides: str) -> float:
+        job = job_of(recipe, "steps=40", "model.activation_checkpointing=false", *overrides)
+        return step_cost(job, planner.tracer(job.spec).parameters, None).forwards
+
+    always, never = forwards(), forwards("colm.schedule.start_step=40")
+    assert forwards("colm.selector=random") == pytest.approx(never)
+    assert always > never
+    for schedule, share in (
+        ("{every: 4}", 0.25),
+        ("{start_step: 10}", 0.75),
+        ("{end_step: 10, plain_every: 2}", 0.125),
+    ):
+        assert forwards(f"colm.schedule={schedule}") == pytest.approx(share * always + (1 - share) * never)
+
+
+def test_settings_are_those_of_training(repo_root: Path, tmp_path: Path) -> None:
+    """What "auto" becomes, PyTorch's Adam where the recipe asks for it, and as few examples as tokens allow."""
+    recipe = repo_root / "finetune/recipes/smollm2_math.yaml"
+    section = "deepspeed={zero_optimization: {stage: 2, reduce_bucket_size: auto}}"
+    auto = job_of(recipe, section)
+    assert auto.zero.reduce_bucket == int(auto.spec.config.hidden_size) ** 2
+    assert auto.bucket_key == "deepspeed.zero_optimization.reduce_bucket_size"
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    assert job_of(recipe, f"deepspeed={tmp_path}/ds.json").bucket_key.startswith(f"{tmp_path}/ds.json: zero_opt")
+    read = load_recipe(recipe, ["optimizer.torch_adam=true"], needs_files=False)
+    assert job_of_recipe(read, 1, on_gpu=True).zero.adam_temporaries == 1
+    few = job_of(recipe, "micro_batch_size=8", "data.max_length=128", "colm.micro_batch_tokens=300")
+    assert few.training_rows(few.micro_batch).count == 2
+    assert accumulation_steps(few) == math.ceil(few.rows_of_step / 2)
+
+
+def test_adapters_in_some_layers_are_refused_in_their_words(repo_root: Path) -> None:
+    job = job_of(repo_root / "finetune/recipes/smollm2_math.yaml", "lora.layers_to_transform=[20, 29]")
+    with pytest.raises(ConfigError, match=r"lora\.layers_to_transform = \[20, 29\]: adapters in some of the layers"):
+        Planner().memory(job)
 
 
 def choice_job(repo_root: Path, task: str, *overrides: str, **options: Any) -> Job:

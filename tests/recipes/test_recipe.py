@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from colm_ds.errors import ConfigError
 from colm_ds.recipes import recipe
 from colm_ds.recipes.recipe import load_recipe
+from colm_ds.training.run import deepspeed_config
 from colm_ds.training.start_or_resume import recipe_differences
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +50,48 @@ def test_steps_in_epochs(steps: str, wanted: int) -> None:
     assert recipe_differences(json.loads(json.dumps(resolved.model_dump())), open_ended, ()) == []
     for damaged in (["colm"], {"colm": ["spsa"]}):
         assert recipe_differences(damaged, open_ended, ())  # type: ignore[arg-type]
+
+
+def test_how_long_a_run_is_comes_from_what_is_written_last(tmp_path: Path) -> None:
+    """A change over the file, a recipe over the one that it extends; both in one place are refused."""
+    values = {"output_dir": "run", "model": {"name_or_path": "model"}, "data": {"train": "data.jsonl"}, "deepspeed": {}}
+    values |= {"colm": {"large_batch_size": 8, "coreset_size": 4}}
+
+    def read(own: dict[str, object], *overrides: str, **other: object) -> tuple[int, float | None]:
+        (tmp_path / "other.yaml").write_text(yaml.safe_dump({**values, **other}))
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump({"extends": "other.yaml", **own}))
+        made = load_recipe(tmp_path / "own.yaml", overrides, needs_files=False)
+        return made.steps, made.epochs
+
+    assert read({}, epochs=3) == (0, 3)
+    assert read({}, "steps=20", epochs=3) == (20, None)
+    assert read({}, "epochs=1", steps=20) == (0, 1)
+    assert read({}, "epochs=1", steps="3 epochs") == (0, 1)
+    assert read({}, "epochs=1", "steps=20", steps=5) == (20, None)
+    assert read({"steps": 300}, epochs=3) == (300, None)
+    assert read({"epochs": 2}, steps=300) == (0, 2)
+    assert read({"name": "own"}, steps=300) == (300, None)
+    with pytest.raises(ConfigError, match=r"epochs = 3: written beside steps\. Write one of the two"):
+        read({"epochs": 3, "steps": 7})
+
+
+def test_precision_of_a_deepspeed_file(tmp_path: Path) -> None:
+    """What it says besides is kept; another precision than the recipe's is refused."""
+    values = {"output_dir": "run", "model": {"name_or_path": "model"}, "data": {"train": "data.jsonl"}, "steps": 1}
+    values |= {"colm": {"large_batch_size": 8, "coreset_size": 4}}
+
+    def config(dtype: str, **sections: object) -> dict[str, object]:
+        (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, **sections}))
+        model = {"name_or_path": "model", "dtype": dtype}
+        made = recipe.Recipe.model_validate({**values, "model": model, "deepspeed": str(tmp_path / "ds.json")})
+        return deepspeed_config(made)
+
+    scaled = config("float16", fp16={"enabled": "auto", "initial_scale_power": 8, "loss_scale": "auto"})
+    assert scaled["fp16"] == {"enabled": True, "initial_scale_power": 8}
+    assert scaled["bf16"] == {"enabled": False}
+    assert config("bfloat16", bf16={"enabled": True})["bf16"] == {"enabled": True}
+    with pytest.raises(ConfigError, match=r"ds\.json: bf16\.enabled is true, but the recipe trains in float32"):
+        config("float32", bf16={"enabled": True})
 
 
 def test_weights_are_compared_where_there_are_medoids() -> None:
