@@ -377,7 +377,8 @@ def _plan(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} {value:g}: not more than 0.")
-    recipe = load_recipe(options.recipe, options.overrides, needs_files=False)  # before torch is imported
+    # before torch is imported, and for GPUs, whatever this machine computes in
+    recipe = load_recipe(options.recipe, options.overrides, needs_files=False, auto_dtype="bfloat16")
     num_gpus, gpu_memory_gib = options.num_gpus or _ASSUMED_GPUS, options.gpu_memory_gib or _ASSUMED_GIB
     notes = []
     if options.num_gpus is None:

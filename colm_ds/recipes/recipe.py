@@ -306,7 +306,9 @@ def kind_of_recipe(values: Mapping[str, Any]) -> type[BaseRecipe]:
     return RECIPES[task]
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, needs_files: bool = True) -> BaseRecipe:
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, needs_files: bool = True, auto_dtype: str | None = None
+) -> BaseRecipe:
     """Read and check a recipe; the key `task` gives its kind, `extends` names a recipe to inherit from.
 
     Args:
@@ -314,6 +316,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, needs_files:
         overrides: `key=value` with dots for nested keys, for example `colm.coreset_size=8`; values are YAML. Of steps
             and epochs the later one counts.
         needs_files: whether data and packages named in it must exist.
+        auto_dtype: what `model.dtype: auto` stands for; default: this machine's.
 
     Raises:
         ConfigError: listing every problem found: a file that is missing or not YAML, unknown keys, wrong values,
@@ -326,6 +329,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, needs_files:
         problems.add("epochs", loaded["epochs"], "written beside steps", "Write one of the two.")
     for override in overrides:
         _override(loaded, override, problems)
+    model = loaded.get("model")
+    if auto_dtype is not None and isinstance(model, dict) and model.get("dtype") == "auto":
+        loaded["model"] = {**model, "dtype": auto_dtype}
     kind = kind_of_recipe(loaded)
     _expand_paths(loaded, problems)
     _resolve_paths(loaded, path.parent, problems, needs_files)

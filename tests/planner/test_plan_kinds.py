@@ -85,6 +85,19 @@ def test_settings_are_those_of_training(repo_root: Path, tmp_path: Path) -> None
     assert accumulation_steps(few) == math.ceil(few.rows_of_step / 2)
 
 
+def test_gpus_are_planned_in_their_precision(
+    repo_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`dtype: auto` is bfloat16 in a plan, though this machine may compute in float32."""
+    monkeypatch.setattr("colm_ds.recipes.sections.native_dtype", lambda: "float32")
+    words = ["plan", str(repo_root / "finetune/recipes/smollm2_math.yaml"), "--num-gpus", "1", "--json"]
+    states = {}
+    for dtype in ("auto", "bfloat16", "float32"):
+        assert main([*words, f"model.dtype={dtype}"]) == 0
+        states[dtype] = next(iter(json.loads(capsys.readouterr().out)["arms"].values()))["peak_gib"]
+    assert states["auto"] == states["bfloat16"] < states["float32"]
+
+
 def test_adapters_in_some_layers_are_refused_in_their_words(repo_root: Path) -> None:
     job = job_of(repo_root / "finetune/recipes/smollm2_math.yaml", "lora.layers_to_transform=[20, 29]")
     with pytest.raises(ConfigError, match=r"lora\.layers_to_transform = \[20, 29\]: adapters in some of the layers"):
