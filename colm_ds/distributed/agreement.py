@@ -18,7 +18,7 @@ from colm_ds.process.exit_codes import ExitCode
 Result = TypeVar("Result")
 
 RANK_WAITS = timedelta(days=2)
-"""For which ranks wait for one that reads data or asks longer questions."""
+"""For which ranks that have met wait for one that reads data or asks longer questions."""
 
 
 def together(work: Callable[[], Result], device: torch.device | None = None) -> Result:
@@ -66,6 +66,14 @@ def broadcast_text(text: str, source: int) -> str:
         said = torch.empty(int(length), dtype=torch.uint8, device=device)
     dist.broadcast(said, source)
     return bytes(said.tolist()).decode()
+
+
+def wait_for_ranks() -> None:
+    """Let collectives wait for `RANK_WAITS` from now on; how long ranks wait for each other to come stays as it was.
+
+    A step that hangs is the watchdog's to end.
+    """
+    dist.distributed_c10d._set_pg_timeout(RANK_WAITS)
 
 
 def first_failure(message: str | None) -> str | None:

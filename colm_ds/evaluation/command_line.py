@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from colm_ds.data.sets import find_set
-from colm_ds.distributed.agreement import RANK_WAITS, meet, single_process_environment, together
+from colm_ds.distributed.agreement import meet, single_process_environment, together, wait_for_ranks
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.errors import CoLMError, ConfigError
 from colm_ds.evaluation.backend import Backend, TransformersBackend
@@ -127,7 +127,8 @@ def _join_ranks() -> torch.device:
         torch.set_num_threads(max(1, usable_cores() // local_ranks()))
     if world_size > 1 and not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        meet(lambda: dist.init_process_group(backend, timeout=RANK_WAITS))
+        meet(lambda: dist.init_process_group(backend))
+        wait_for_ranks()
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 

@@ -26,8 +26,8 @@ from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe, PretrainingRecipe, 
 from colm_ds.recipes.sections import LoraConfig
 from colm_ds.types import LargeBatch, SourcedDataset
 
-LENGTH_KEY, CHUNK_KEY = "data.max_length", "data.chunk_tokens"
 _BUCKET = "zero_optimization.reduce_bucket_size"
+LENGTH_KEY, CHUNK_KEY = "data.max_length", "data.chunk_tokens"
 """Keys that set the length of examples in a recipe and in a pretraining recipe."""
 
 KNOWN_MODELS: dict[str, dict[str, Any]] = json.loads(

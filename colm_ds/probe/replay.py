@@ -98,7 +98,9 @@ def why_not_replay(architecture: Architecture) -> str | None:
     for module in architecture.model.modules():
         if (own := _own_rate(module)) is not None:
             rate = f"{type(module).__name__}.{own} is {getattr(module, own)}"
-            return f"{rate}: dropout that is no module of its own cannot be repeated; set it to 0 in model.config"
+            return (
+                f"{rate}: dropout that is no module cannot be repeated; with 0 in the model's config.json there is none"
+            )
     inside = {module for layer in layers for module in layer.modules()}
     if any(_drops_under_dora(module) for module in inside):
         return "DoRA leaves its dropout out of every pass but training's; set the dropout of the adapters to 0"

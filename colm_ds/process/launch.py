@@ -65,10 +65,20 @@ def _visible_devices(num_ranks: int) -> str | None:
     names = [name.strip() for name in visible.split(",")]
     head = f"CUDA_VISIBLE_DEVICES = {visible}: "
     if not all(name.isdigit() for name in names):
+        if len(names) == _num_gpus_of_machine():
+            return None  # all that there are, as in a container
         raise ConfigError(f"{head}DeepSpeed's launcher takes GPUs by their numbers only. Write 0,1 or the like.")
     if len(names) < num_ranks:
         raise ConfigError(f"{head}{len(names)} GPUs for {num_ranks} ranks. Name more, or ask for fewer ranks.")
     return ",".join(names[:num_ranks])
+
+
+def _num_gpus_of_machine() -> int | None:
+    """Return the number of GPUs, hidden ones included; None if torch cannot tell."""
+    import torch
+
+    count = getattr(torch.cuda, "_raw_device_count_nvml", None)
+    return None if count is None else int(count())
 
 
 def add_num_gpus(parser: argparse.ArgumentParser, default: str) -> None:

@@ -85,7 +85,7 @@ def load_model(model: ModelConfig, lora: LoraConfig | None, tokenizer: Any, *, f
 
 
 def precision_sections(dtype: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return DeepSpeed's sections for training in this precision, with all else that a configuration says in them.
+    """Return DeepSpeed's sections for training in this precision; of its own all that a configuration says is kept.
 
     Args:
         dtype: of the recipe.
@@ -105,7 +105,7 @@ def precision_sections(dtype: str, given: Mapping[str, Any], where: str) -> dict
                 f"{where}: {key}.enabled is true, but the recipe trains in {dtype}. Write model.dtype: {wanted} in the "
                 "recipe, or false here."
             )
-        kept = {name: value for name, value in own.items() if value != "auto"}
+        kept = {name: value for name, value in own.items() if value != "auto"} if dtype == wanted else {}
         sections[key] = {**kept, "enabled": dtype == wanted}
     return sections
 

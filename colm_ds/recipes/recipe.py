@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -167,8 +167,10 @@ class BaseRecipe(Section):
     def _whole_config(self) -> dict[str, Any]:
         """Return the DeepSpeed configuration with this recipe's micro-batch and `"colm"` section."""
         from colm_ds.config.resolve import load_config
+        from colm_ds.recipes.model import precision_sections
 
-        loaded, _ = load_config(self.deepspeed)
+        loaded, where = load_config(self.deepspeed)
+        precision_sections(self.model.dtype, loaded, where)  # refused here, before anything is started
         return {**loaded, "train_micro_batch_size_per_gpu": self.micro_batch_size, "colm": self.colm}
 
     def check(self, problems: Problems) -> None:
@@ -384,9 +386,10 @@ _LENGTHS = ("steps", "epochs")
 """Keys that say how long a run is, of which what is written later replaces both."""
 
 
-def _without_length(values: dict[str, Any], later: Collection[str]) -> dict[str, Any]:
+def _without_length(values: dict[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out how long a run is, if that is said again."""
-    return {key: value for key, value in values.items() if key not in _LENGTHS or not set(_LENGTHS) & set(later)}
+    again = any(later.get(key) for key in _LENGTHS)
+    return {key: value for key, value in values.items() if not again or key not in _LENGTHS}
 
 
 def no_such_file(path: Path, kind: str) -> ConfigError:
@@ -425,9 +428,7 @@ def _override(values: dict[str, Any], override: str, problems: Problems) -> None
     if not equals or not key:
         problems.add("override", override, "not of the form key=value", "For example steps=20 or colm.coreset_size=8.")
         return
-    if key in _LENGTHS:
-        for length in _LENGTHS:
-            values.pop(length, None)
+    whole = values
     *parents, last = key.split(".")
     for parent in parents:
         inner = values.setdefault(parent, {})
@@ -444,6 +445,10 @@ def _override(values: dict[str, Any], override: str, problems: Problems) -> None
         return
     if isinstance(values[last], str):
         values[last] = _number(values[last])
+    if key in _LENGTHS and values[last]:
+        for other in _LENGTHS:
+            if other != key:
+                whole.pop(other, None)
 
 
 def _number(text: str) -> str | float:

@@ -178,6 +178,7 @@ def run_jobs(
     for name, reason in failures.items():
         say(f"{name}: {reason}")
     places = _places(grid)
+    _command(grid, places[0], [])  # GPUs that cannot be named are said here, once
     free: Queue[Place] = Queue()
     for place in places:
         free.put(place)

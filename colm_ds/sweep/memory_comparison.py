@@ -162,12 +162,12 @@ def run_arms(
     Raises:
         ConfigError: if the recipe does not fit, or a finished run is of another recipe.
     """
-    recipe = load_recipe(recipe_path, overrides)
-    num_ranks = launch.num_gpus or default_ranks()
-    plans = plan_arms(recipe, num_ranks, sizes)
-    common = [*overrides]
+    recipe, common = load_recipe(recipe_path, overrides), [*overrides]
     if not _has_gpu() and not recipe.colm.memory.count_steps:
         common.append(f"colm.memory.count_steps={COUNTED_STEPS}")  # resident memory is uninformative for small models
+        recipe = load_recipe(recipe_path, common)
+    num_ranks = launch.num_gpus or default_ranks()
+    plans = plan_arms(recipe, num_ranks, sizes)
     grids: dict[bool, Grid] = {}
     for is_sized in (False, True):
         members = [plan for plan in plans if plan.is_sized == is_sized]

@@ -55,6 +55,7 @@ def run_all(
     from colm_ds.training.start_or_resume import check_finished
 
     num_ranks = num_ranks or default_ranks()
+    training = ranks_command(["train", *arguments], num_ranks, port=port)
     _prepare(recipe, arguments, data, megabytes)
     out = Path(recipe.output_dir)
     if is_finished(out) and not recipe.overwrite:
@@ -63,7 +64,7 @@ def run_all(
         _say(f"{out}: already trained")
     else:
         _say(f"training, {num_ranks} rank{'s' * (num_ranks > 1)}")
-        _call("training", ranks_command(["train", *arguments], num_ranks, port=port))
+        _call("training", training)
     _say("evaluating")
     places = [*([questions] if questions else []), f"perplexity={recipe.data.store}"]
     overwriting = ["--overwrite"] if recipe.overwrite else []

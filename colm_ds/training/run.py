@@ -26,7 +26,7 @@ from colm_ds.checkpoints.atomic import Checkpoint
 from colm_ds.checkpoints.engine_state import on_all_ranks
 from colm_ds.checkpoints.weights import save_trained
 from colm_ds.config.resolve import ResolvedConfig, load_config, resolve_config
-from colm_ds.distributed.agreement import RANK_WAITS, meet, single_process_environment, together
+from colm_ds.distributed.agreement import meet, single_process_environment, together, wait_for_ranks
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.engine import CoLMEngine
 from colm_ds.engine.initialization import initialize, prepare_deepspeed
@@ -95,9 +95,9 @@ def run(recipe: BaseRecipe | str | Path, overrides: Sequence[str] = ()) -> None:
     accelerator = deepspeed.get_accelerator()
     if torch.cuda.is_available():
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    # other ranks wait while one reads data, perhaps for hours; a step that hangs is the watchdog's
-    waits = {} if os.environ.get("DEEPSPEED_TIMEOUT") else {"timeout": RANK_WAITS}
-    meet(lambda: deepspeed.init_distributed(verbose=False, **waits))
+    meet(lambda: deepspeed.init_distributed(verbose=False))
+    if not os.environ.get("DEEPSPEED_TIMEOUT"):
+        wait_for_ranks()
     device = torch.device(accelerator.current_device_name())
     place = recipe
     read = together(lambda: place if isinstance(place, BaseRecipe) else load_recipe(place, overrides), device)

@@ -81,6 +81,8 @@ def _began_from(path: Path, folder: Path) -> bool:
     """Return whether the run in a folder began from a checkpoint of elsewhere, so that the same command resumes it."""
     if path.parent.resolve() == (folder / CHECKPOINTS).resolve() or not _holds_run(folder):
         return False
+    if not (folder / CONFIG).exists() and not (folder / CHECKPOINTS).exists():
+        return True  # killed before it wrote more than a log of no step of its own
     before = read_object(folder / CONFIG).get("recipe")
     begun = before.get("resume") if isinstance(before, Mapping) else None
     return isinstance(begun, str) and begun not in ("auto", "never") and Path(begun).resolve() == path.resolve()
@@ -197,6 +199,7 @@ def check_same_settings(
             f"deepspeed {key}: {one!r} there, {other!r} here"
             for key, one, other in _compare(_said(checkpoint, before["deepspeed"]), now)
             if not any(key == name or key.startswith(f"{name}.") for name in _DEEPSPEED_MAY_CHANGE)
+            and not (one is None and key.startswith(("fp16.", "bf16.")))  # which earlier versions left out
         ]
     if differences:
         raise ConfigError(

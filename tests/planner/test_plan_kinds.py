@@ -82,6 +82,7 @@ def test_settings_are_those_of_training(repo_root: Path, tmp_path: Path) -> None
     assert job_of_recipe(read, 1, on_gpu=True).zero.adam_temporaries == 1
     few = job_of(recipe, "micro_batch_size=8", "data.max_length=128", "colm.micro_batch_tokens=300")
     assert few.training_rows(few.micro_batch).count == 2
+    assert "micro_batch_size=1" in [change.override for change in list_changes(Planner(), few)]
     assert accumulation_steps(few) == math.ceil(few.rows_of_step / 2)
 
 

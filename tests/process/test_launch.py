@@ -30,9 +30,17 @@ def test_those_that_are_visible(visible: str, num_ranks: int, taken: str, gpus: 
     assert "localhost:0" in launch.ranks_command(["train"], 1, devices="0")  # named ones come first
 
 
+def test_names_of_all_that_there_are(gpus: pytest.MonkeyPatch) -> None:
+    """As in a container, where the launcher's first ones are the right ones."""
+    gpus.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f2c,GPU-91aa")
+    gpus.setattr(launch, "_num_gpus_of_machine", lambda: 2)
+    assert "--num_gpus" in launch.ranks_command(["train"], 2)
+
+
 @pytest.mark.parametrize(("visible", "said"), [("3", "1 GPUs for 2 ranks"), ("GPU-8f2c,GPU-91aa", "by their numbers")])
 def test_what_the_launcher_cannot_take(visible: str, said: str, gpus: pytest.MonkeyPatch) -> None:
     gpus.setenv("CUDA_VISIBLE_DEVICES", visible)
+    gpus.setattr(launch, "_num_gpus_of_machine", lambda: 8)
     with pytest.raises(ConfigError, match=said):
         launch.ranks_command(["train"], 2)
     launch.ranks_command(["train"], 1)  # without a launcher

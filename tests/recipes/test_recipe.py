@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -71,6 +72,8 @@ def test_how_long_a_run_is_comes_from_what_is_written_last(tmp_path: Path) -> No
     assert read({"steps": 300}, epochs=3) == (300, None)
     assert read({"epochs": 2}, steps=300) == (0, 2)
     assert read({"name": "own"}, steps=300) == (300, None)
+    assert read({}, "steps=20", "epochs=null", epochs=3) == (20, None)
+    assert read({"epochs": None}, steps=300) == (300, None)
     with pytest.raises(ConfigError, match=r"epochs = 3: written beside steps\. Write one of the two"):
         read({"epochs": 3, "steps": 7})
 
@@ -80,18 +83,21 @@ def test_precision_of_a_deepspeed_file(tmp_path: Path) -> None:
     values = {"output_dir": "run", "model": {"name_or_path": "model"}, "data": {"train": "data.jsonl"}, "steps": 1}
     values |= {"colm": {"large_batch_size": 8, "coreset_size": 4}}
 
-    def config(dtype: str, **sections: object) -> dict[str, object]:
+    def config(dtype: str, look: Any = deepspeed_config, **sections: object) -> dict[str, Any]:
         (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, **sections}))
         model = {"name_or_path": "model", "dtype": dtype}
         made = recipe.Recipe.model_validate({**values, "model": model, "deepspeed": str(tmp_path / "ds.json")})
-        return deepspeed_config(made)
+        return look(made)
 
     scaled = config("float16", fp16={"enabled": "auto", "initial_scale_power": 8, "loss_scale": "auto"})
     assert scaled["fp16"] == {"enabled": True, "initial_scale_power": 8}
     assert scaled["bf16"] == {"enabled": False}
     assert config("bfloat16", bf16={"enabled": True})["bf16"] == {"enabled": True}
-    with pytest.raises(ConfigError, match=r"ds\.json: bf16\.enabled is true, but the recipe trains in float32"):
-        config("float32", bf16={"enabled": True})
+    off = config("bfloat16", fp16={"enabled": "auto", "loss_scale": 0})
+    assert off["fp16"] == {"enabled": False}  # as in the checkpoints of earlier versions
+    for look in (deepspeed_config, lambda made: made.resolve(1)):
+        with pytest.raises(ConfigError, match=r"ds\.json: bf16\.enabled is true, but the recipe trains in float32"):
+            config("float32", look, bf16={"enabled": True})
 
 
 def test_weights_are_compared_where_there_are_medoids() -> None:

@@ -82,12 +82,16 @@ def test_changes_are_what_a_recipe_takes(recipe: BaseRecipe, tmp_path: Path) -> 
 def test_arms_of_a_recipe_with_settings_of_its_choice(tmp_path: Path, data: Path) -> None:
     """What says how medoids are weighed or compared has no place in the arms that choose none."""
     path = recipe_file(tmp_path, data)
-    for own in (["colm.weights=matched", "colm.probe={estimator: exact}"], ["colm.micro_batch_tokens=64"]):
+    for own in (
+        ["colm.weights=matched", "colm.probe={estimator: exact}"],
+        ["colm.micro_batch_tokens=64", "colm.memory.count_steps=[2, 3]"],
+    ):
         recipe = load_recipe(path, own)
         plans = plan_arms(recipe, 2)
         arms = {plan.name: plan.changes(recipe) for plan in plans}
         check_arms(Grid(recipe=str(path), out=str(tmp_path), baseline=plans[0].name, common=own, arms=arms))
         made = [load_recipe(path, [*own, *changes]).colm for changes in arms.values()]
+        assert {tuple(colm.memory.count_steps) for colm in made} == {tuple(recipe.colm.memory.count_steps)}
         assert {colm.micro_batch_tokens for colm in made} == {recipe.colm.micro_batch_tokens}
         assert {colm.seed for colm in made} == {recipe.colm.seed}
 
@@ -107,6 +111,25 @@ def test_bad_input(
     path = recipe_file(tmp_path, data)
     assert cli.main(["memory-report", str(path), *arguments, "--num-gpus", "2", "--out", str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_allocations_are_counted_in_every_arm_without_a_gpu(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: dict[str, list[int]] = {}
+
+    def fake_run(grid: Any, job: Any, place: Any) -> str:
+        counted[job.arm] = load_recipe(job.arguments[0], job.arguments[1:]).colm.memory.count_steps
+        return "not run"
+
+    monkeypatch.setattr(jobs, "_run", fake_run)
+    monkeypatch.setattr(memory_comparison, "_has_gpu", lambda: False)
+    path = recipe_file(tmp_path, data)
+    assert (
+        cli.main(["memory-report", str(path), "--num-gpus", "2", "--out", str(tmp_path / "out"), "--sizes", "16"]) == 2
+    )
+    assert len(counted) > 4
+    assert set(map(tuple, counted.values())) == {tuple(memory_comparison.COUNTED_STEPS)}
 
 
 def test_what_is_finished_is_skipped(

@@ -174,6 +174,8 @@ def test_the_same_command_resumes_a_run_that_began_elsewhere(tmp_path: Path, mon
     recipe = load_recipe(path, [f"resume={first}"])
     assert where_to_start(recipe) == first
     (tmp_path / "run").mkdir()  # as the lock does
+    RunFolder(recipe.output_dir, resumed_step=1).close()  # and killed before it wrote its configuration
+    assert where_to_start(recipe) == first
     run = RunFolder(recipe.output_dir, resumed_step=1)  # and killed before its first checkpoint
     run.write_config({"recipe": json.loads(json.dumps(recipe.model_dump(), default=str))})
     run.close()
