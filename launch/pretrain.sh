@@ -38,12 +38,10 @@ options=(--port "${MASTER_PORT:-29650}" --megabytes "${MEGABYTES:-4}")
 [[ -z "${QUESTIONS-}" ]] || options+=(--questions "$QUESTIONS")
 if [[ -n "${DATA-}" ]]; then
     read -ra given <<< "$DATA"
-    places=()
     for place in "${given[@]}"; do
         [[ -e "$place" ]] || fail "DATA: $place: no such file or folder"
-        places+=("$place")
     done
-    options+=(--data "${places[@]}")
+    options+=(--data "${given[@]}")
 fi
 
 recipe="${recipe#"$PWD"/}"     # as in the commands of the report

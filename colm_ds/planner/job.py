@@ -97,17 +97,16 @@ class Job:
     def training_rows(self, count: int) -> Rows:
         """Return a training micro-batch of the longest examples, as few as fit, or of full packed rows."""
         if not self.packs:
-            return self.rows(min(count, self.most_examples))
+            return self.rows(self.rows_at_once(count))
         if not self.candidates:
             return replace(even_rows(count, self.row_tokens, self.label_share), packed=True)
         examples = count * math.ceil(self.row_tokens / self.padded_length)
         return Rows(count, self.row_tokens, examples * sum(self.candidates), packed=True)
 
-    @property
-    def most_examples(self) -> int:
-        """Return how many of the longest examples `micro_batch_tokens` lets a training micro-batch have."""
+    def rows_at_once(self, count: int) -> int:
+        """Return the rows of a training micro-batch of `count`, fewer if `micro_batch_tokens` says so."""
         most = self.colm.micro_batch_tokens
-        return self.rows_of_step if most is None else max(1, most // self.padded_length)
+        return count if most is None or self.packs else min(count, max(1, most // self.padded_length))
 
     def rows(self, count: int) -> Rows:
         """Return a micro-batch of the longest examples."""

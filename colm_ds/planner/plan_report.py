@@ -126,7 +126,7 @@ def comparison(
 
 def accumulation_steps(job: Job) -> int:
     """Return the micro-batches of a step on one rank."""
-    return math.ceil(job.rows_of_step / (job.micro_batch if job.packs else min(job.micro_batch, job.most_examples)))
+    return math.ceil(job.rows_of_step / job.rows_at_once(job.micro_batch))
 
 
 _COLUMNS = (

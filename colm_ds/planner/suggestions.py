@@ -96,8 +96,7 @@ def make_fit(planner: Planner, job: Job, budget: int) -> tuple[list[str], Job] |
 
 def _changes(job: Job) -> Iterator[tuple[str, str, Job]]:
     spec, zero = job.spec, job.zero
-    now = job.micro_batch if job.packs else min(job.micro_batch, job.most_examples)
-    if now > 1:
+    if (now := job.rows_at_once(job.micro_batch)) > 1:
         half = now // 2
         yield f"micro_batch_size={half}", "micro-batch", replace(job, micro_batch=half)
     if not spec.checkpointing:
