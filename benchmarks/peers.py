@@ -6,7 +6,8 @@
 
 Arms take turns, each time in a process of its own. Of every process the median over its steps but the first two counts,
 and of those the median over rounds, as a ratio to the plain PyTorch loop of the same round; so with the seconds of the
-CPU, which other work on the machine changes less. Plain arms train on the same rows in the same order with the mean
+CPU, which other work on the machine changes less, and with the positions that went through the model, padding and
+passes for choosing included. Plain arms train on the same rows in the same order with the mean
 over all tokens of the b, so that their losses must agree; the largest relative difference to the plain loop's is in
 the table. Peak memory is the process's resident peak over what it held
 before the first step. LLaMA-Factory and axolotl are two more arms (`--llamafactory FOLDER --axolotl FOLDER`, see
@@ -20,12 +21,10 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,11 +35,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import peers_frameworks  # noqa: E402
+from benchmarks.peer_clock import KINDS, Clock  # noqa: E402
 from benchmarks.peers_frameworks import FRAMEWORKS  # noqa: E402
 from benchmarks.result_file import write_result  # noqa: E402
 from benchmarks.step import REAL_DATA, add_model_arguments, make_model, make_records  # noqa: E402
 
-LR, WARM_UP = 1e-4, 2
+LR = 1e-4
 PLAIN_LOOP, PLAIN = "plain loop, PyTorch", "plain"
 Rows = list[dict[str, Any]]
 
@@ -133,43 +133,9 @@ def _run_arm(options: argparse.Namespace) -> None:
         peers_frameworks.write_inputs(package, Path.cwd(), model, _tokenizer(options), ordered, settings)
         return
     clock = Clock()
+    clock.watch(model)
     ARMS[options.run_arm](options, model, records, clock)
-    result = {
-        **clock.medians(),
-        "losses": clock.losses,
-        "peak_gib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - clock.held) / 2**30,
-    }
-    options.out.write_text(json.dumps(result), encoding="utf-8")
-
-
-class Clock:
-    """Begin and end of every step by the clock and the CPU, its loss, and the resident bytes before the first."""
-
-    def __init__(self) -> None:
-        self.begun: list[tuple[float, float]] = []
-        self.ended: list[tuple[float, float]] = []
-        self.losses: list[float] = []
-        self.held = 0
-
-    def begin(self) -> None:
-        """Note the begin of a step."""
-        if not self.begun:
-            import psutil
-
-            self.held = psutil.Process().memory_info().rss
-        self.begun.append((time.perf_counter(), time.process_time()))
-
-    def end(self, loss: float | None = None) -> None:
-        """Note the end of a step, and its loss if it is known."""
-        self.ended.append((time.perf_counter(), time.process_time()))
-        if loss is not None:
-            self.losses.append(loss)
-
-    def medians(self) -> dict[str, float]:
-        """Return the median seconds of a step after the first ones, by the clock and of the CPU."""
-        steps = list(zip(self.begun, self.ended, strict=True))[WARM_UP:]
-        kinds = enumerate(("step_s", "cpu_s"))
-        return {name: statistics.median(ended[kind] - begun[kind] for begun, ended in steps) for kind, name in kinds}
+    options.out.write_text(json.dumps(clock.measured()), encoding="utf-8")
 
 
 def batches(options: argparse.Namespace, records: Rows) -> Iterator[Rows]:
@@ -390,6 +356,10 @@ ARMS: dict[str, Callable[..., None]] = {
 """Every arm: options, model, rows and clock to a trained model."""
 
 
+RATIOS = ("to_plain_loop", "cpu_to_plain_loop", "positions_to_plain_loop")
+"""Names of the ratios to the plain loop of what the clock measures."""
+
+
 def summarise(rounds: list[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     """Return a row for each arm: seconds, ratio to the plain loop of the same round, memory, difference of losses."""
     rows = []
@@ -398,7 +368,7 @@ def summarise(rounds: list[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
         first = [turn.get(PLAIN_LOOP) for turn in rounds]
         pairs = [(arm, base) for arm, base in zip(each, first, strict=True) if base]
         row: dict[str, Any] = {"arm": name}
-        for kind, ratio in (("step_s", "to_plain_loop"), ("cpu_s", "cpu_to_plain_loop")):
+        for kind, ratio in zip(KINDS, RATIOS, strict=True):
             row[kind] = statistics.median(arm[kind] for arm in each)
             row[ratio] = statistics.median(arm[kind] / base[kind] for arm, base in pairs) if pairs else None
         row |= {
@@ -417,17 +387,15 @@ def summarise(rounds: list[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
 def format_rows(rows: list[dict[str, Any]]) -> str:
     """Return the table for the terminal."""
     lines = [
-        f"{'arm':30} {'s/step':>8} {'to plain loop':>14} {'CPU s':>8} {'to plain loop':>14} {'peak GiB':>9} "
-        f"{'loss differs by':>16}"
+        f"{'arm':30} {'s/step':>8} {'to plain loop':>14} {'CPU s':>8} {'to plain loop':>14} {'positions':>10} "
+        f"{'to plain loop':>14} {'peak GiB':>9} {'loss differs by':>16}"
     ]
     for row in rows:
-        ratio, of_cpu = (
-            "" if row[key] is None else f"{row[key]:.2f}" for key in ("to_plain_loop", "cpu_to_plain_loop")
-        )
+        ratio, of_cpu, of_positions = ("" if row[key] is None else f"{row[key]:.2f}" for key in RATIOS)
         differs = "" if row["largest_difference"] is None else f"{row['largest_difference']:.1e}"
         lines.append(
             f"{row['arm']:30} {row['step_s']:8.2f} {ratio:>14} {row['cpu_s']:8.2f} {of_cpu:>14} "
-            f"{row['peak_gib']:9.2f} {differs:>16}"
+            f"{row['positions']:10,.0f} {of_positions:>14} {row['peak_gib']:9.2f} {differs:>16}"
         )
     return "\n".join(lines)
 

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.peer_clock import Clock  # noqa: E402
 from benchmarks.peer_environment import (  # noqa: E402
     UNFIT,
     VARIABLES,
@@ -153,33 +152,29 @@ def run(framework: str, python: Path, folder: Path, steps: int) -> dict[str, Any
 
 def _inside(framework: str) -> None:
     """Run a framework's command line in its environment, and note its steps."""
-    import resource
-
-    import psutil
     import torch
     from transformers import Trainer, TrainerCallback
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    begun, ended, losses, held = [], [], [], []  # type: ignore[var-annotated]
+    clock = Clock()
 
     class Timer(TrainerCallback):
         """Note begin, end and loss of every step."""
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            if not begun:
-                held.append(psutil.Process().memory_info().rss)
-            begun.append((time.perf_counter(), time.process_time()))
+            clock.begin()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            ended.append((time.perf_counter(), time.process_time()))
+            clock.end()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if logs and "loss" in logs:
-                losses.append(float(logs["loss"]))
+                clock.losses.append(float(logs["loss"]))
 
     train = Trainer.train
 
     def timed(self: Any, *arguments: Any, **more: Any) -> Any:
+        clock.watch(self.model)
         self.add_callback(Timer())
         return train(self, *arguments, **more)
 
@@ -199,14 +194,7 @@ def _inside(framework: str) -> None:
 
         sys.argv = ["axolotl.cli.train", CONFIG]
         runpy.run_module("axolotl.cli.train", run_name="__main__")
-    steps = list(zip(begun, ended, strict=True))[2:]
-    measured = {
-        "step_s": statistics.median(after[0] - before[0] for before, after in steps),
-        "cpu_s": statistics.median(after[1] - before[1] for before, after in steps),
-        "losses": losses,
-        "peak_gib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held[0]) / 2**30,
-    }
-    Path(MEASURED).write_text(json.dumps(measured), encoding="utf-8")
+    Path(MEASURED).write_text(json.dumps(clock.measured()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def test_all_arms_run_and_plain_losses_agree(repo_root: Path, tmp_path: Path) ->
     for name, row in rows.items():
         assert row["step_s"] > 0
         assert row["cpu_s"] > 0
+        assert row["positions"] > 0
         assert len(row["losses"]) == 4, name
         if name.startswith("plain"):
             assert row["largest_difference"] < 1e-4, name
