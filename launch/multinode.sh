@@ -2,7 +2,7 @@
 # Trains on several machines with DeepSpeed's launcher: one recipe, the hosts of a hostfile, every slot one rank.
 #
 #   bash launch/multinode.sh HOSTFILE RECIPE [key=value ...]    # changes to the recipe, as finetune/train.py takes them
-#   bash launch/multinode.sh hostfile finetune/recipes/demo.yaml steps=100
+#   bash launch/multinode.sh hostfile finetune/recipes/demo.yaml steps=100 output_dir=runs/first
 #
 # A hostfile has one line per machine, "HOST slots=N": N ranks on HOST, one per GPU; # starts a comment.
 # Every machine needs this repository with its .venv, the data and the model under the same paths, and a folder

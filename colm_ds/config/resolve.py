@@ -142,7 +142,27 @@ def selection_config(config: CoLMSection | Mapping[str, Any], num_processes: int
         raise ConfigError(f"colm.packing = {values['packing']!r}: {what}. Remove it.")
     off = {"replay": "off"}  # nothing would train from the states
     section = config.model_copy(update=off) if isinstance(config, CoLMSection) else values | off
-    return resolve_config({"colm": section}, num_processes, where="the colm configuration").colm
+    where = "the colm configuration"
+    colm = resolve_config({"colm": section}, num_processes, where=where).colm
+    problems = Problems(where)
+    _check_needs_no_engine(colm, problems)
+    problems.raise_if_any()
+    return colm
+
+
+def _check_needs_no_engine(colm: CoLMSection, problems: Problems) -> None:
+    """Record what a selector needs and only the step of `colm_ds.initialize` provides."""
+    needs = colm.needs
+    provided = {
+        "the losses of earlier steps": needs.past,
+        "the gradients of training's own passes (colm.probe.source = 'store')": colm.stores_sketches,
+        "target examples": needs.target,
+        "each example's index in the dataset": needs.reference,
+    }
+    missing = [what for what, needed in provided.items() if needed]
+    if missing:
+        why = f"needs {' and '.join(missing)}, which the step of colm_ds.initialize provides"
+        problems.add("colm.selector", colm.selector, why, "Train with that, or choose another selector.")
 
 
 def _resolve_batch(

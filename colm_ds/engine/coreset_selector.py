@@ -265,8 +265,6 @@ class CoresetSelector:
         self.plain: Selector = make_selector("random", replace(context, options={}, outer_rules="auto"))
         self._learning_rate = learning_rate
         needs = config.needs
-        if not by_engine:
-            _check_needs_the_engine(config)
         self._losses = LossStore(_length_of(dataset, config.selector)) if needs.past else None
         self.training_sketch: TrainingSketch | None = None
         self._sketches: SketchStore | None = None
@@ -679,23 +677,6 @@ class CoresetSelector:
         if config.mask.size != "auto":
             return config.mask.size
         return architecture.hidden_size if architecture is not None else None
-
-
-def _check_needs_the_engine(config: CoLMSection) -> None:
-    """Raise if the selector needs what only the step of `colm_ds.initialize` provides."""
-    needs = config.needs
-    provided = {
-        "the losses of earlier steps": needs.past,
-        "the gradients of training's own passes (colm.probe.source = 'store')": config.stores_sketches,
-        "target examples": needs.target,
-        "each example's index in the dataset": needs.reference,
-    }
-    missing = [what for what, needed in provided.items() if needed]
-    if missing:
-        raise ConfigError(
-            f"colm.selector = {config.selector!r}: needs {' and '.join(missing)}, which the step of colm_ds.initialize "
-            "provides. Train with that, or choose another selector."
-        )
 
 
 def _length_of(dataset: NumberedExamples | None, selector: str) -> int:

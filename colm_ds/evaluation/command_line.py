@@ -31,7 +31,7 @@ from colm_ds.evaluation.model_source import LoadedTokenizer, ModelSource, descri
 from colm_ds.evaluation.perplexity import PerplexityTask, is_store
 from colm_ds.evaluation.question_files import parse_places
 from colm_ds.evaluation.question_log import EvaluationFolder
-from colm_ds.evaluation.question_prompt import AUTO, QuestionPrompt, check_prompt, prompt_of_run
+from colm_ds.evaluation.question_prompt import AUTO, QuestionPrompt, prompt_of_run, read_prompt
 from colm_ds.evaluation.sandbox import sandbox
 from colm_ds.process.cores import local_ranks, usable_cores
 from colm_ds.process.exit_codes import ExitCode
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt",
         default=AUTO,
         help="how math questions are asked: alpaca, chat (the tokenizer's chat template), plain, or a template with "
-        "{instruction} (default: as the run was trained, alpaca for other models)",
+        "{instruction}, in which \\n is a line break (default: as the run was trained, alpaca for other models)",
     )
     add("--dtype", choices=sorted(DTYPES), help="precision (default: float32 on a CPU, bfloat16 on a GPU)")
     add("--gguf-file", help="GGUF file in the base model's folder")
@@ -212,7 +212,7 @@ def _prompt(asked: str, source: ModelSource) -> QuestionPrompt:
         return trained or QuestionPrompt()
     if asked == "chat" and trained is not None and trained.style == "chat":
         return trained  # with the variables of its template
-    return QuestionPrompt(check_prompt(asked))
+    return QuestionPrompt(read_prompt(asked))
 
 
 def _try_sandbox(minimum: str | None) -> None:

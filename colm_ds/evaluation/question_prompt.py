@@ -72,6 +72,11 @@ class QuestionPrompt:
             raise ConfigError(f"--prompt chat: the chat template cannot be used: {error}") from None
 
 
+def read_prompt(text: str) -> str:
+    r"""Return the style that a command line names, in which `\n` is a line break; raise as `check_prompt`."""
+    return check_prompt(text.replace(r"\n", "\n"))
+
+
 def check_prompt(style: str) -> str:
     """Return a style as it is.
 

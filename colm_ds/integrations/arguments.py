@@ -73,7 +73,7 @@ class CoLMConfig:
     )
     mask: dict | str | None = field(default=None, metadata=_help("size, criterion of compared coordinates"))
     probe: dict | str | None = field(default=None, metadata=_help("estimator, layer, epsilon, ..."))
-    schedule: dict | str | None = field(default=None, metadata=_help("start_step and every"))
+    schedule: dict | str | None = field(default=None, metadata=_help("start_step, every, end_step and plain_every"))
     source_column: str = field(default="source", metadata=_help("column that names each example's source"))
     log: Literal["brief", "all"] = field(
         default="brief", metadata=_help("numbers of the selection in the log: a few, or all, by source too")

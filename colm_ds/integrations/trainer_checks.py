@@ -108,12 +108,12 @@ def check_optimization(trainer: Any, problems: Problems) -> None:
 
 
 def check_heldout(trainer: Any, limits: ModelLimits, problems: Problems, notes: list[str]) -> None:
-    """Record evaluation data that is trained on, or that the model cannot be given.
+    """Record evaluation data that the model cannot be given, and note what of it is trained on.
 
     Args:
         trainer: the trainer; `eval_dataset` may be one dataset, several by name, or None.
         limits: of the model.
-        problems: the training data itself as evaluation data; ids and lengths.
+        problems: gets ids and lengths that the model cannot be given.
         notes: gets a line about examples that are in both.
     """
     several = trainer.eval_dataset

@@ -51,7 +51,7 @@ def load_tokenizer(model: ModelConfig, place: str | None = None) -> Any:
         tokenizer = read_tokenizer(str(path), **gguf)
     except Exception as error:  # whatever a library makes of a broken file
         raise ConfigError(
-            f"tokenizer {path!r} cannot be loaded: {_first_line(error)} "
+            f"tokenizer {path!r} cannot be loaded: {_first_sentence(error)} "
             "Name a folder with tokenizer.json or tokenizer.model, or a hub name."
         ) from None
     if tokenizer.eos_token_id is None:
@@ -160,11 +160,11 @@ def _base_model(config: ModelConfig, tokenizer: Any) -> Any:
         if config.config is not None:
             kind = config.config.get("model_type")
             raise ConfigError(
-                f"model.config of type {kind!r} cannot be built: {_first_line(error)} Correct its keys, which are "
+                f"model.config of type {kind!r} cannot be built: {_first_sentence(error)} Correct its keys, which are "
                 "those of the type's configuration in transformers."
             ) from None
         raise ConfigError(
-            f"model {config.name_or_path} cannot be built: {_first_line(error)} "
+            f"model {config.name_or_path} cannot be built: {_first_sentence(error)} "
             "Name a whole model folder or a hub name; a file that was cut off must be fetched again."
         ) from None
 
@@ -345,7 +345,7 @@ def add_lora(model: Any, config: LoraConfig) -> nn.Module:
     try:
         return peft.get_peft_model(model, peft.LoraConfig(**settings))
     except ValueError as error:
-        raise ConfigError(f"lora.targets = {targets}: {_first_line(error)}") from None
+        raise ConfigError(f"lora.targets = {targets}: {_first_sentence(error)}") from None
 
 
 def lora_targets(model: Any, config: LoraConfig) -> str | list[str]:
@@ -401,9 +401,14 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
 
-def _first_line(error: BaseException) -> str:
+def _first_sentence(error: BaseException) -> str:
     if isinstance(error, pickle.UnpicklingError):  # torch's own text is about its versions
         return "its weights are a pickle that holds something else than tensors, so nothing of it was loaded or run."
     first, *others = [line.strip() for line in str(error).strip().split("\n") if line.strip()] or [type(error).__name__]
-    text = f"{first} {others[0]}" if first.endswith(":") and others else first
+    text = first
+    for line in others:
+        if not text.endswith((":", ",", " or", " and")):
+            break
+        text = f"{text} {line}"
+    text = text.rstrip(",")
     return text if text[-1] in ".:?!" else f"{text}."

@@ -15,7 +15,7 @@ from colm_ds.errors import ConfigError
 from colm_ds.evaluation import command_line
 from colm_ds.evaluation.backend import TransformersBackend
 from colm_ds.evaluation.math_tasks import PROGRAM_SUFFIX, MathQuestion, MathTask
-from colm_ds.evaluation.question_prompt import QuestionPrompt, check_prompt, prompt_of_run
+from colm_ds.evaluation.question_prompt import QuestionPrompt, check_prompt, prompt_of_run, read_prompt
 from tests.data.chats import chat_tokenizer
 from tests.evaluation.stubs import CPU, StubBackend, make_model
 from tests.evaluation.test_generate import plain_greedy
@@ -79,6 +79,12 @@ def test_variables_of_the_template() -> None:
 def test_faulty_styles(style: str) -> None:
     with pytest.raises(ConfigError, match="--prompt"):
         check_prompt(style)
+
+
+def test_a_line_break_on_the_command_line() -> None:
+    asked = QuestionPrompt(read_prompt(r"Question: {instruction}\nAnswer:"))
+    assert asked.write(["1?"], None) == ["Question: 1?\nAnswer:"]
+    assert read_prompt("plain") == "plain"
 
 
 def test_a_template_that_cannot_be_used() -> None:

@@ -77,6 +77,19 @@ def test_a_preset_is_whole_for_a_trainer() -> None:
     assert "target" in problems.messages[0]
 
 
+def test_what_only_the_engine_provides_is_known_before_training() -> None:
+    for section, what in (
+        ({"selector": "infobatch"}, "the losses of earlier steps"),
+        ({"selector": "greats"}, "target examples"),
+        ({"selector": "colm", "probe": {"estimator": "sketch", "source": "store"}}, "training's own passes"),
+    ):
+        problems = Problems("colm")
+        keys = with_normalization({"large_batch_size": 32, **section})
+        assert resolve_section(keys, coreset_size=8, seed=0, num_processes=1, problems=problems) is None
+        assert len(problems.messages) == 1
+        assert f"needs {what}" in problems.messages[0].replace("the gradients of ", "")
+
+
 def test_block_of_an_arguments_file(tmp_path: Path) -> None:
     path = tmp_path / "arguments.yaml"
     path.write_text(
