@@ -18,7 +18,7 @@ from colm_ds.check.prices import price_of_ways
 from colm_ds.check.sample import DrawnSample, check_enough, measure_sample
 from colm_ds.check.signals_of_sample import SampleFacts
 from colm_ds.check.verdict import MeasuredWay, measured_way, recommend
-from colm_ds.check.ways_to_choose import WayToChoose, ways_to_choose
+from colm_ds.check.ways_to_choose import WayToChoose, picks_at_random, resets, ways_to_choose
 from colm_ds.config.colm import CoLMSection, ProbeConfig
 from colm_ds.engine.token_table import occurring_ids
 from colm_ds.errors import ConfigError, ProbeError
@@ -251,10 +251,10 @@ def check_model(
         num_modules=measured.num_modules,
         variance=variance,
         ways=tuple(ways),
-        recommendation=recommend(ways, size, large, steps),
+        recommendation=recommend(ways, size, large, steps, resets(config, "random", None)),
         notes=(*_by_part(ways), *notes, *compared.notes),
         weights=weights,
-        recipe_is_random=config.selector == "random",
+        recipe_is_random=picks_at_random(config),
     )
 
 

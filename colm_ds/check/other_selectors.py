@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from colm_ds.check.sample import DrawnSample
 from colm_ds.check.signals_of_sample import SampleFacts
-from colm_ds.check.ways_to_choose import BY_SOURCE, JOINT, WaysCompared, WayToChoose, probe_keys
+from colm_ds.check.ways_to_choose import BY_SOURCE, JOINT, WaysCompared, WayToChoose, probe_keys, with_resets
 from colm_ds.config.colm import OWN_WEIGHTS, CoLMSection, ProbeConfig
 from colm_ds.engine.target_stream import TargetStream
 from colm_ds.probe.of_examples import signals_of_examples
@@ -55,6 +55,7 @@ def other_ways(config: CoLMSection, facts: SampleFacts, num_sources: int, has_ta
         if names:
             fix = " (--target)" if why == "a target" else ""
             compared.notes.append(f"{', '.join(names)}: not measured for want of {why}{fix}.")
+    compared.ways = [with_resets(way, config) for way in compared.ways]
     if any(way.selector == "opus" for way in compared.ways):
         compared.notes.append("opus is measured with geometry: plain, as a check has no history of gradients.")
     return compared

@@ -75,7 +75,7 @@ def measured_way(
     return MeasuredWay(way, error, price, break_even(price, size, large), gain, least)
 
 
-def recommend(ways: Sequence[MeasuredWay], size: int, large: int, steps: int) -> str:
+def recommend(ways: Sequence[MeasuredWay], size: int, large: int, steps: int, resets: Sequence[str] = ()) -> str:
     """Return the recommendation, one sentence.
 
     Args:
@@ -83,6 +83,7 @@ def recommend(ways: Sequence[MeasuredWay], size: int, large: int, steps: int) ->
         size: b.
         large: r.
         steps: n.
+        resets: `key=value` that plain training needs in this recipe, beside its selector.
     """
     paying = [way for way in ways if way.pays]
     if paying:
@@ -97,7 +98,7 @@ def recommend(ways: Sequence[MeasuredWay], size: int, large: int, steps: int) ->
             f"error of the mean gradient falls to {1.0 / best.gain:.2f} of plain {size}'s at {best.price:.2f} times "
             "its price."
         )
-    plain = f"Nothing pays: train plainly on {size} (colm.selector=random)"
+    plain = f"Nothing pays: train plainly on {size} ({' '.join(['colm.selector=random', *resets])})"
     better = [way for way in ways if way.better_than_random]
     if not better:
         lowest = min(ways, key=lambda way: way.error.kappa)

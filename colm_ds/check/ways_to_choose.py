@@ -176,6 +176,7 @@ def ways_to_choose(
         settings = SelectionSettings(geometry="plain", per_source=True, carries=carries, seed=config.seed)
         keys = ("colm.selector=keep_random", "colm.small_sources=none", "colm.per_source=true")
         compared.ways.append(WayToChoose("random by quotas", "keep_random", ProbeConfig(), settings, (), keys))
+    compared.ways = [with_resets(way, config) for way in compared.ways]
     _add_recipe(compared, config, small, facts, hidden_size)
     return compared
 
@@ -192,7 +193,7 @@ def _add_recipe(
         what = "a target" if needs.target else "losses of earlier steps"
         compared.notes.append(f"The recipe's selector {config.selector!r} needs {what}; it is not compared.")
         return
-    if config.selector in ("random", "full"):
+    if picks_at_random(config) or config.selector == "full":
         return
     if signal is not None and not facts.can(config.probe.estimator):
         compared.notes.append(f"The recipe's own choice by {config.probe.estimator!r} cannot be compared here.")
@@ -239,6 +240,39 @@ def _add_recipe(
         compared.notes.append(f"{RECIPE!r} is measured with probe.sample and probe.token_sample at 1.")
     if masked and config.mask.criterion not in ("grad", "random"):
         compared.notes.append(f"{RECIPE!r} is measured with mask.criterion: grad.")
+
+
+def picks_at_random(config: CoLMSection) -> bool:
+    """Return whether a recipe draws uniformly from the whole large batch."""
+    return config.selector == "random" and config.outer_rules != "on"
+
+
+def with_resets(way: WayToChoose, config: CoLMSection) -> WayToChoose:
+    """Return a way to choose whose keys also take back what a recipe writes and this way would refuse."""
+    selector, *others = way.keys
+    missing = [key for key in resets(config, way.selector, way.probe) if key not in others]
+    return replace(way, keys=(selector, *missing, *others))
+
+
+def resets(config: CoLMSection, selector: str, probe: ProbeConfig | None) -> tuple[str, ...]:
+    """Return `key=value` that take back a recipe's keys of other selectors.
+
+    Args:
+        config: the recipe's section.
+        selector: the one to be written.
+        probe: its signal; None: it needs none.
+    """
+    passes = probe is not None and probe.estimator != "tokens"
+    given = {
+        "colm.options={}": bool(config.options),
+        "colm.target={}": config.target.data is not None and not needs_of(selector).target,
+        "colm.small_share=auto": config.small_share != "auto",
+        "colm.outer_rules=auto": config.outer_rules != "auto",
+        "colm.weights=uniform": config.weights != "uniform" and selector != "colm",
+        "colm.geometry=adam": config.geometry != "adam" and selector == "opus",
+        "colm.replay=auto": config.replay in ("on", "offload") and not passes,
+    }
+    return tuple(key for key, is_in_the_way in given.items() if is_in_the_way)
 
 
 def probe_keys(probe: ProbeConfig) -> tuple[str, ...]:

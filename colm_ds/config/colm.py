@@ -381,7 +381,7 @@ class CoLMSection(Section):
     def _fill_in_preset(cls, values: Any) -> Any:
         return with_preset(values)
 
-    @field_validator("replay", "packing", mode="before")
+    @field_validator("outer_rules", "replay", "packing", mode="before")
     @classmethod
     def _yaml_switch(cls, value: Any) -> Any:
         """Read a bare on or off, which YAML makes a truth value, as text."""

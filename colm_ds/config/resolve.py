@@ -41,9 +41,6 @@ class ResolvedConfig:
 Config = str | Path | dict[str, Any] | ResolvedConfig
 
 
-WITHOUT_SIGNALS = ("random", "keep_random", "full")
-"""Selectors that choose without looking at signals, every example with weight 1."""
-
 STORED = ("colm", *OWN_WEIGHTS)
 """Selectors that choose by stored sketches, and draw examples that have none yet."""
 
@@ -286,12 +283,10 @@ def _check_mask_and_probe(colm: CoLMSection, problems: Problems) -> None:
     if colm.probe.estimator in ("sketch", "projection") and colm.mask != MaskConfig():
         what = f"a {colm.probe.estimator} is compared whole, without a mask"
         problems.add("colm.mask", colm.mask.model_dump(), what, "Remove it.")
-    if colm.selector in OWN_WEIGHTS and colm.weights != "uniform":
-        what = f"{colm.selector!r} has weights of its own"
-        problems.add("colm.weights", colm.weights, what, 'Write "uniform", or selector: colm, whose medoids take them.')
     if colm.probe.estimator == "tokens":
         _check_tokens(colm, problems)
-    if colm.probe.is_stored:
+    is_pass = not colm.probe.is_stored
+    if not is_pass:
         _check_stored(colm, problems)
     elif colm.probe.max_age != ProbeConfig.model_fields["max_age"].default:
         why = "only stored sketches have an age"
@@ -302,6 +297,12 @@ def _check_mask_and_probe(colm: CoLMSection, problems: Problems) -> None:
     if colm.probe.estimator != "spsa" and not _is_default(colm.probe, "epsilon"):
         what = f"{colm.probe.estimator} takes no random step"
         problems.add("colm.probe.epsilon", colm.probe.epsilon, what, "Remove it.")
+    if colm.probe.estimator in ("exact", "sketch", "projection") and colm.probe.precision != "auto" and is_pass:
+        what = "only the tail of spsa is computed in a precision of its own"
+        problems.add("colm.probe.precision", colm.probe.precision, what, "Remove it.")
+    if colm.probe.estimator == "exact" and colm.probe.refresh != "step":
+        what = "the exact gradient draws no directions or signs that it could keep"
+        problems.add("colm.probe.refresh", colm.probe.refresh, what, "Remove it.")
     if colm.probe.estimator != "tokens" and not _is_default(colm.probe, "length_power"):
         what = "only the features of the estimator 'tokens' are divided by a power of the length"
         problems.add("colm.probe.length_power", colm.probe.length_power, what, "Remove it.")
@@ -318,9 +319,10 @@ def _check_without_effect(colm: CoLMSection, problems: Problems) -> None:
     if colm.small_sources in ("none", []) and colm.small_share not in ("auto", 1.0):
         what = f"no small sources are kept (colm.small_sources = {colm.small_sources!r})"
         problems.add("colm.small_share", colm.small_share, what, "Remove it, or write small_sources: below_mean.")
-    if colm.selector in WITHOUT_SIGNALS and colm.weights != "uniform":
-        what = f"{colm.selector!r} has no medoids to weigh"
-        problems.add("colm.weights", colm.weights, what, 'Write "uniform".')
+    if colm.selector in SELECTORS and colm.selector != "colm" and colm.weights != "uniform":
+        own = colm.selector in OWN_WEIGHTS or colm.needs.vectors
+        what = f"{colm.selector!r} has weights of its own" if own else f"{colm.selector!r} does not weigh its picks so"
+        problems.add("colm.weights", colm.weights, what, 'Write "uniform", or selector: colm, whose medoids take them.')
     if colm.selector in OWN_WEIGHTS and colm.metric not in (FITS_TOKENS["metric"], FITS_GRADIENTS["metric"]):
         what = f"{colm.selector!r} draws at random and compares no distances"
         problems.add("colm.metric", colm.metric, what, "Remove it, or write selector: colm, whose medoids do.")
@@ -338,8 +340,6 @@ def _check_selector(colm: CoLMSection, problems: Problems) -> None:
         if probe.estimator == "exact":
             what = f"{colm.selector!r} compares short vectors on one rank, not whole gradients"
             problems.add("colm.probe.estimator", "exact", what, "Write sketch.")
-        if colm.weights != "uniform":
-            problems.add("colm.weights", colm.weights, f"{colm.selector!r} has weights of its own", 'Write "uniform".')
         steps_meet = needs.average > 0.0 or (needs.target and colm.target.refresh > 1)
         if steps_meet and probe.estimator != "tokens" and probe.refresh == "step":
             what = f"{colm.selector!r} compares signals of several steps, which need the same directions"
@@ -347,6 +347,8 @@ def _check_selector(colm: CoLMSection, problems: Problems) -> None:
     if needs.vectors and needs.target and probe.estimator == "tokens":
         what = f"{colm.selector!r} compares gradients, and token embeddings are none"
         problems.add("colm.probe.estimator", probe.estimator, what, "Write sketch.")
+    if colm.geometry == "adam":
+        _check_adam(colm, problems)
     if colm.selector == "opus" and (colm.geometry, probe.estimator) != ("adam", "sketch"):
         what = "'opus' scales gradients as Adam does, in the sketch"
         problems.add("colm.geometry", colm.geometry, what, "Write adam, and probe.estimator: sketch.")
@@ -358,6 +360,20 @@ def _check_selector(colm: CoLMSection, problems: Problems) -> None:
     if colm.target.data is not None and not needs.target:
         what = f"{colm.selector!r} compares with no target"
         problems.add("colm.target.data", colm.target.data, what, "Remove it.")
+
+
+def _check_adam(colm: CoLMSection, problems: Problems) -> None:
+    """Record selectors that would not see Adam's geometry, or see a target's gradients in it."""
+    needs, estimator = colm.needs, colm.probe.estimator
+    what = None
+    if needs.signal == "gradient" and estimator == "spsa" and colm.selector != "colm":
+        what = f"{colm.selector!r} goes by the slopes of spsa as they are"
+    elif colm.selector in OWN_WEIGHTS and estimator == "exact":
+        what = f"{colm.selector!r} goes by exact gradients as they are"
+    elif needs.vectors and needs.target and estimator == "projection":
+        what = f"{colm.selector!r} compares with a target's gradients, which a projection would scale too"
+    if what is not None:
+        problems.add("colm.geometry", "adam", what, "Write plain, or probe.estimator: sketch.")
 
 
 def _check_tokens(colm: CoLMSection, problems: Problems) -> None:

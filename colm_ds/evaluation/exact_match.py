@@ -27,11 +27,14 @@ from colm_ds.selection import Exchange
 
 TRIGGER = "The answer is"
 
+_AROUND = " :\n\r\t"
+"""Characters between the trigger and the answer, and around it."""
+
 
 def final_answer(text: str) -> str:
-    """Return the text after the last "The answer is" to the end of its line, without a full stop; else all the text."""
+    """Return the first line after the last "The answer is", or else of the text, without a full stop at its end."""
     answer = text.rpartition(TRIGGER)[2] if TRIGGER in text else text
-    return answer.strip().split("\n")[0].strip().removesuffix(".").strip(" :")
+    return answer.strip(_AROUND).split("\n")[0].strip().removesuffix(".").strip(_AROUND)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def load_questions(entries: Sequence[DataEntry], tokenizer: Any, chat: ChatEncod
         chat: encodes conversations, where there are any.
 
     Raises:
-        DataError: for a row that cannot be read, or a text, which has no question.
+        DataError: for a row that cannot be read, whose answer is empty, or a text, which has no question.
     """
     questions = []
     leading = leading_special_ids(tokenizer)
@@ -79,9 +82,11 @@ def load_questions(entries: Sequence[DataEntry], tokenizer: Any, chat: ChatEncod
                 end = chat.end_of_turn(chat.encode(sample))
             else:
                 prompt, gold, end = encode_text(tokenizer, sample.prompt, leading), sample.response, None
-            questions.append(
-                Question(source, tuple(prompt), final_answer(gold if answer in (None, "") else str(answer)), end)
-            )
+            wanted = final_answer(gold if answer in (None, "") else str(answer))
+            if not wanted:
+                why = "its answer is empty, and any empty output would match it"
+                raise DataError(f"{where}: {why}. Write one under 'answer', or set evaluation.exact_match=false.")
+            questions.append(Question(source, tuple(prompt), wanted, end))
     return questions
 
 

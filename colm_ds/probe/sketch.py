@@ -106,8 +106,9 @@ class FactoredHistory:
         return _inverse_root(self.row), _inverse_root(self.column)
 
     def size(self) -> Tensor:
-        """Return 1 / sqrt of the mean second moment, by which relative scales become absolute; 1 before any update."""
-        mean = (self.row.mean() * self.column.mean()).sqrt()  # two estimates of one number
+        """Return 1 / sqrt of the mean corrected second moment, by which scales become absolute; 1 before any update."""
+        corrected = 1.0 - self._beta2 ** max(1, self.count)
+        mean = (self.row.mean() * self.column.mean()).sqrt() / corrected  # two estimates of one number
         return torch.where(mean > 0, mean.clamp_min(1e-38).rsqrt(), torch.ones_like(mean))
 
     def update(self, row_mean: Tensor, column_mean: Tensor) -> None:

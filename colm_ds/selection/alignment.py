@@ -6,7 +6,6 @@ from a Boltzmann distribution.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,9 +77,9 @@ def boltzmann_greedy(
     return torch.tensor(picks, dtype=torch.int64)
 
 
-def adam_factor(lr: float, betas: tuple[float, float], step: int) -> float:
-    """Return lr (1 - beta1) sqrt(1 - beta2^t) / (1 - beta1^t): Adam's factor of a gradient over sqrt(v)."""
-    return lr * (1.0 - betas[0]) * math.sqrt(1.0 - betas[1] ** step) / (1.0 - betas[0] ** step)
+def adam_factor(lr: float, beta1: float, step: int) -> float:
+    """Return lr (1 - beta1) / (1 - beta1^t): Adam's factor of a gradient over a corrected root of v."""
+    return lr * (1.0 - beta1) / (1.0 - beta1**step)
 
 
 def balancing_rate(scores: Tensor, products: Tensor, count: int) -> float:
@@ -177,7 +176,11 @@ class OpusOptions:
     """Options of `opus`."""
 
     temperature: float = option(0.9, "of the Boltzmann distribution; the original takes 0.8 for Qwen", low=1e-9)
-    scale: str = option("std", "scores over their standard deviation, or raw as the original", choices=("std", "raw"))
+    scale: str = option(
+        "std",
+        "std: scores over their standard deviation, interaction as large as they are; or raw as the original",
+        choices=("std", "raw"),
+    )
     average: float = option(
         0.0, "share of earlier steps in the target's gradient; needs probe.refresh run", low=0.0, high=0.999
     )
@@ -194,11 +197,15 @@ class OpusSelector(_Aligned):
         scores, products = self._terms(pool)
         if self.options.scale == "raw":
             rate = _known_rate(pool.batch, self.name)
-            unit = adam_factor(rate, self.context.betas, pool.batch.step)
+            unit = adam_factor(rate, self.context.betas[0], pool.batch.step)
+            interaction = unit**2
         else:
             deviation = float(scores.std(correction=0))
             unit = 1.0 / deviation if deviation > 0.0 else 0.0
-        return Picks(boltzmann_greedy(scores * unit, products * unit**2, quota, self.options.temperature, generator))
+            interaction = unit * balancing_rate(scores, products, quota)  # both keep their size if gradients are scaled
+        return Picks(
+            boltzmann_greedy(scores * unit, products * interaction, quota, self.options.temperature, generator)
+        )
 
 
 def _known_rate(batch: LargeBatch, name: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -76,7 +77,7 @@ def read_options(kind: type[Any], values: Mapping[str, Any], owner: str) -> tupl
             continue
         about = known[name].metadata
         if _fits(value, known[name].default, about):
-            right[name] = float(value) if isinstance(known[name].default, float) and _is_number(value) else value
+            right[name] = _as_kind(value, known[name].default, about)
         else:
             wrong.append(
                 WrongOption(name, value, f"not {_allowed(known[name].default, about)}", f"It is: {about['text']}.")
@@ -97,6 +98,13 @@ def made_options(kind: type[Any], values: Mapping[str, Any], owner: str) -> Any:
     return options
 
 
+def _as_kind(value: Any, default: Any, about: Mapping[str, Any]) -> Any:
+    """Return a number as the kind that the option is, as JSON writes 4.0 for 4 and 1 for 1.0."""
+    if not _is_number(value):
+        return value
+    return int(value) if about["whole"] else float(value) if isinstance(default, float) else value
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -108,7 +116,7 @@ def _fits(value: Any, default: Any, about: Mapping[str, Any]) -> bool:
         return True
     if about["low"] is None:
         return not about["choices"] and isinstance(value, str)
-    if not _is_number(value) or (about["whole"] and value != int(value)):
+    if not _is_number(value) or not math.isfinite(value) or (about["whole"] and value != int(value)):
         return False
     return bool(about["low"] <= value and (about["high"] is None or value <= about["high"]))
 

@@ -20,7 +20,7 @@ from colm_ds.check.other_selectors import other_ways, score_sample
 from colm_ds.check.report_of_check import as_json, as_svg, format_check
 from colm_ds.check.sample import measure_sample
 from colm_ds.check.signals_of_sample import SampleFacts
-from colm_ds.check.ways_to_choose import WayToChoose
+from colm_ds.check.ways_to_choose import WayToChoose, resets
 from colm_ds.cli import main
 from colm_ds.config.colm import CoLMSection
 from colm_ds.data.generated.mixture import write_mixture
@@ -167,6 +167,30 @@ def test_recommended_keys_fit_recipes(name: str, repo_root: Path) -> None:
         assert (colm.selector, colm.per_source) == (way.selector, way.settings.per_source)
         if way.needs_signal:
             assert (colm.weights, colm.metric) == (way.settings.weights, way.settings.metric)
+
+
+def test_recommended_keys_take_back_what_a_recipe_writes(tmp_path: Path, repo_root: Path) -> None:
+    target = tmp_path / "target.jsonl"
+    target.write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    written = [
+        "colm.selector=greats",
+        "colm.options.eta=auto",
+        f"colm.target.data={target}",
+        "colm.small_share=0.5",
+        "colm.outer_rules=off",
+        "colm.replay=on",
+    ]
+    path = repo_root / "finetune" / "recipes" / "phi2_math.yaml"
+    config = load_recipe(path, ["colm.mask={}", "colm.probe={}", *written], needs_files=False).resolve_section()
+    data, model = RecordDataset(records(SOURCES)), tiny_model("llama", **WIDER)
+    own = config.model_copy(update=SIZES)
+    settings = {"price": free, "steps": 10, "num_examples": 64, "num_batches": 8, "all_selectors": True}
+    result = check_model(model, own, data, **settings)
+    recommended = [way.way.keys for way in result.ways if way.way.keys != ("as it is",)]
+    plain = ("colm.selector=random", *resets(own, "random", None))
+    assert len(recommended) > 30
+    for keys in (*recommended, plain):
+        load_recipe(path, ["colm.probe={}", *written, *keys], needs_files=False).resolve_section()
 
 
 def test_other_selectors_choose_by_plain_losses_and_gradients() -> None:

@@ -247,6 +247,34 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "weights": ({"selector": "vector_sum", "weights": "matched"}, r"colm\.weights = 'matched'.* weights of its own"),
     "carry": ({"selector": "grab", "options": {"carry": True}}, r"colm\.probe\.refresh = 'step'.* Write run"),
     "geometry": ({"selector": "opus", "geometry": "plain"}, r"colm\.geometry = 'plain': 'opus' scales"),
+    "geometry of slopes": (
+        {"selector": "grab", "geometry": "adam", "probe": {"estimator": "spsa"}},
+        r"colm\.geometry = 'adam': 'grab' goes by the slopes of spsa as they are",
+    ),
+    "geometry of draws": (
+        {"selector": "importance", "geometry": "adam", "probe": {"estimator": "exact"}},
+        r"colm\.geometry = 'adam': 'importance' goes by exact gradients as they are",
+    ),
+    "geometry of a target": (
+        {"selector": "greats", "geometry": "adam", "probe": {"estimator": "projection"}},
+        r"colm\.geometry = 'adam': 'greats' compares with a target's gradients",
+    ),
+    "weights of medoids": (
+        {"selector": "hidden_medoids", "weights": "cluster"},
+        r"colm\.weights = 'cluster': 'hidden_medoids' does not weigh its picks so\. Write \"uniform\"",
+    ),
+    "precision": (
+        {"probe": {"estimator": "exact", "precision": "float64"}},
+        r"colm\.probe\.precision = 'float64': only the tail of spsa",
+    ),
+    "refresh": (
+        {"probe": {"estimator": "exact", "refresh": "run"}},
+        r"colm\.probe\.refresh = 'run': the exact gradient",
+    ),
+    "endless": (
+        {"selector": "ccs", "options": {"strata": float("inf")}},
+        r"colm\.options\.strata = inf: not a whole number",
+    ),
     "table": ({"selector": "rho_loss"}, r"colm\.options\.table = None: .* Write the file of colm-ds score"),
     "batch": ({"selector": "greats", "target": {"size": 4}}, r"colm\.target\.batch = 8: more than size = 4"),
     "target": (

@@ -49,6 +49,26 @@ def test_an_answer_and_a_source_of_the_row(tmp_path: Path) -> None:
     assert [q.answer for q in questions_of(rows, tmp_path / "c.jsonl")] == ["0"]
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("So 40 + 2. The answer is: 42.", "42"),
+        ("The answer is:\n42.\nDone.", "42"),
+        ("The answer is 1. No. The answer is\n\n 7 ", "7"),
+        ("yes.\nAnd more", "yes"),
+        ("The answer is:\n", ""),
+    ],
+)
+def test_final_answers(text: str, answer: str) -> None:
+    assert final_answer(text) == answer
+
+
+def test_an_empty_answer_is_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": "2+2", "completion": "The answer is:"}]
+    with pytest.raises(DataError, match=r"a.jsonl:1: its answer is empty"):
+        questions_of(rows, tmp_path / "a.jsonl")
+
+
 def test_a_text_has_no_question(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a.jsonl:1: a text has no question. Set evaluation.exact_match=false"):
         questions_of(rows_of("text"), tmp_path / "a.jsonl")

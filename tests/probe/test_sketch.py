@@ -159,6 +159,8 @@ def test_factored_history_against_a_plain_transcription() -> None:
         mean = sum(moments) / len(moments)
         expected = [(moment / mean + 1e-4) ** -0.5 for moment in moments]
         assert torch.allclose(scales, torch.tensor(expected), rtol=1e-5)
+    corrected = (sum(row) / 3 * sum(column) / 5) ** 0.5 / (1.0 - 0.9**4)
+    assert float(history.size()) == pytest.approx(corrected**-0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e-30, 1e30])
@@ -312,6 +314,7 @@ def test_targets_are_sketched_as_they_are(absolute: bool) -> None:
     row_scale, column_scale = history.scales()
     scale = torch.outer(row_scale, column_scale).double()
     moment = torch.outer(history.row, history.column).double() / (history.row.mean() * history.column.mean()).sqrt()
+    moment /= 1.0 - 0.9  # corrected for the one update
     if absolute:  # D is 1 / sqrt(v) entry by entry, up to the floor of small moments, over the matrix's size
         scale = scale * float(history.size()) / (out * width) ** 0.5
         assert float((scale * (out * width * moment).sqrt()).median()) == pytest.approx(1.0, rel=0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -117,6 +118,37 @@ def choose(variant: str, size: int = B, batch: LargeBatch | None = None, **signa
     name, options = VARIANTS[variant]
     selector = make_selector(name, context(size, options))
     return selector.select(batch or make_batch(), make_signals(name, options, **signals), SINGLE_PROCESS)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ccs", {"strata": 4}),
+        ("vector_sum", {"method": "best_of", "trials": 7}),
+        ("simcore", {"clusters": 4}),
+        ("goracs", {"swaps": 5}),
+    ],
+)
+def test_whole_numbers_may_be_written_with_a_point(name: str, options: dict[str, Any]) -> None:
+    """JSON made by a program has 4.0 for 4."""
+    written = {key: float(value) if isinstance(value, int) else value for key, value in options.items()}
+    one, other = (
+        make_selector(name, context(B, given)).select(make_batch(), make_signals(name, given), SINGLE_PROCESS)
+        for given in (options, written)
+    )
+    assert one.positions.tolist() == other.positions.tolist()
+
+
+@pytest.mark.parametrize("variant", ["opus", "greats, auto"])
+@pytest.mark.parametrize("size", [1e-6, 1e6])
+def test_the_size_of_gradients_does_not_matter(variant: str, size: float) -> None:
+    """Losses may be means or sums, and gradients shrink in training."""
+    name, options = VARIANTS[variant]
+    width, scale = width_of(name, options), 2.0 ** round(math.log2(size))  # no rounding
+    vectors, target = numbers(R, width, seed=1), numbers(4, width, seed=61)
+    plain = choose(variant, vectors=vectors, target=target)
+    scaled = choose(variant, vectors=vectors * scale, target=target * scale)
+    assert scaled.positions.tolist() == plain.positions.tolist()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

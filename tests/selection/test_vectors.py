@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,8 +144,8 @@ def test_opus(read: Read) -> None:
         check_frequencies(counts, case["inclusion_probability"], RUNS)
     check_sketches(vectors["countsketch"])
     scale = vectors["adamw_scale"]
-    betas = (scale["beta1"], scale["beta2"])
-    assert adam_factor(scale["lr"], betas, scale["t"]) == pytest.approx(scale["value"], rel=1e-5)
+    factor = adam_factor(scale["lr"], scale["beta1"], scale["t"])
+    assert factor * math.sqrt(1.0 - scale["beta2"] ** scale["t"]) == pytest.approx(scale["value"], rel=1e-5)
 
 
 def check_sketches(vectors: dict[str, Any]) -> None:
