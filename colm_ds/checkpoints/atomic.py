@@ -217,6 +217,8 @@ def why_not_whole(path: Path) -> str | None:
         names = {SHARED, *(_own_name(rank) for rank in range(first.world_size))}
         if missing := sorted(names - files.keys()):
             return f"{missing[0]} is not in its manifest"
+        if not any(name.endswith("model_states.pt") for name in files):
+            return "no weights are in its manifest"
         held = {str(file.relative_to(path)) for file in _written(path) if file.suffix == ".pt"}  # DeepSpeed looks for
         if extra := sorted(held - files.keys()):
             return f"{extra[0]} is not in its manifest"

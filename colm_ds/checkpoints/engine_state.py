@@ -36,7 +36,7 @@ def save_engine(
         step=engine.step_count,
         shared={"client_state": dict(client_state), **engine.state_dict()},
         own={"random_state": engine.random_state()},
-        facts=_facts(engine),
+        facts=_facts(engine) | _order(engine),
         keep_last=keep_last,
         resumed_in=engine.resumed_in,
         save_latest=save_latest,
@@ -52,6 +52,14 @@ def load_engine(engine: Any, checkpoint: atomic.Checkpoint, **options: Any) -> d
             raise CheckpointError(
                 f"{checkpoint.path}: {_difference(key, theirs.get(key), ours[key])}. "
                 "Resume with the model, LoRA and ZeRO stage that it was saved with."
+            )
+    order = {} if options.get("load_module_only") else _order(engine)
+    for key, this in order.items():
+        saved = checkpoint.facts.get(key, this)
+        if saved != this:
+            raise CheckpointError(
+                f"{checkpoint.path}: saved with {key} {saved}, this run has {this}, so its place in the data is of "
+                "another order. Resume with the former, or take the weights alone (load_module_only=True)."
             )
     if options.get("load_module_only") and ours["stage"] == 3:
         raise CheckpointError(
@@ -125,6 +133,12 @@ def _facts(engine: Any) -> dict[str, Any]:
         if parameter.requires_grad
     }
     return {"stage": int(engine.deepspeed_engine.zero_optimization_stage()), "trained": trained}
+
+
+def _order(engine: Any) -> dict[str, int]:
+    """Return what the order follows from in which rows are read."""
+    colm = engine.config.colm
+    return {"large_batch_size": colm.large_batch_size, "seed": colm.seed, "dataset": len(engine.loader.dataset)}
 
 
 def _has_frozen(engine: Any) -> bool:

@@ -321,7 +321,8 @@ def _check_without_effect(colm: CoLMSection, problems: Problems) -> None:
         problems.add("colm.small_share", colm.small_share, what, "Remove it, or write small_sources: below_mean.")
     if colm.selector in SELECTORS and colm.selector != "colm" and colm.weights != "uniform":
         own = colm.selector in OWN_WEIGHTS or colm.needs.vectors
-        what = f"{colm.selector!r} has weights of its own" if own else f"{colm.selector!r} does not weigh its picks so"
+        none = "has no medoids to weigh" if colm.signal is None else "does not weigh its picks so"
+        what = f"{colm.selector!r} {'has weights of its own' if own else none}"
         problems.add("colm.weights", colm.weights, what, 'Write "uniform", or selector: colm, whose medoids take them.')
     if colm.selector in OWN_WEIGHTS and colm.metric not in (FITS_TOKENS["metric"], FITS_GRADIENTS["metric"]):
         what = f"{colm.selector!r} draws at random and compares no distances"
@@ -459,12 +460,16 @@ def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems, supplied: Co
             "Remove it, or use stage 2.",
         )
     tensor_parallel = deepspeed.get("tensor_parallel") or {}
+    writer = (deepspeed.get("checkpoint") or {}).get("writer") or {}
+    late = "checkpoints are read back and renamed once they are written"
     for name, is_on, why in (
         ("zero_optimization.zenflow", zero.get("zenflow"), "it updates weights between the micro-batches of a step"),
         ("hybrid_engine", _enabled(deepspeed, "hybrid_engine"), "its engine generates between steps"),
         ("data_efficiency", _enabled(deepspeed, "data_efficiency"), "large batches are drawn from the whole dataset"),
         ("sequence_parallel_size", deepspeed.get("sequence_parallel_size", 1) != 1, "a rank probes whole sequences"),
         ("tensor_parallel", tensor_parallel.get("autotp_size"), "the probe needs whole layers"),
+        ("checkpoint.writer.decoupled", isinstance(writer, dict) and writer.get("decoupled"), late),
+        ("datastates_ckpt", deepspeed.get("datastates_ckpt") is not None, late),
     ):
         if is_on:
             problems.messages.append(f"{name}: not with coresets: {why}. Remove it.")
@@ -473,6 +478,10 @@ def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems, supplied: Co
         if checks is not None and str(checks).lower() in _FALSE:
             what = "gradients that are not finite would be applied, and every weight be NaN"
             problems.add(f"{key}.check_grad_overflow", checks, what, "Remove it: such steps are then skipped.")
+    norm = zero.get("compute_grad_norm")
+    if norm is not None and str(norm).lower() in _FALSE:
+        what = "in float32 it is by the norm that gradients that are not finite are noticed"
+        problems.add("zero_optimization.compute_grad_norm", norm, what, "Remove it: such steps are then skipped.")
     if (deepspeed.get("torch_autocast") or {}).get("enabled") not in (None, False, "auto"):
         problems.add("torch_autocast.enabled", True, "the probe does not run under autocast", "Use bf16 or fp16.")
     check_sections(deepspeed, problems, supplied)

@@ -342,7 +342,7 @@ class CoresetSelector:
         if not isinstance(batch, LargeBatch):
             batch = self._gather(batch)
         self.step_count = batch.step
-        selection = self._selected(self._with_histories(batch), meter or Meter(self._device))
+        selection = self._selected(self._with_histories(batch), meter or Meter(self._device, peaks=False))
         if selection.coreset.carry is not None:
             self.carry = selection.coreset.carry
         return selection

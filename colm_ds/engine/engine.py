@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -88,6 +88,7 @@ class CoLMEngine:
         self.data_use = DataUse(len(dataset))
         self.open_step: OpenStep | None = None
         self._before: dict[str, Any] = {}
+        self._broken_off: int | None = None
         self.last_stats: StepStats | None = None
         self.resumed_in: Path | None = None
         self._contexts = ExitStack()
@@ -182,7 +183,8 @@ class CoLMEngine:
             )
         if not scale_wrt_gas:
             raise LoopError("engine.backward: scale_wrt_gas=False: the loss is of the whole step. Leave it out.")
-        with self._naming_what_ran_out(step.selection.batch):
+        self._check_whole("backward")
+        with self._naming_what_ran_out(step.selection.batch), self._noting_a_part(step.selection.batch.step):
             return step.backward(loss, retain_graph)
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
@@ -194,7 +196,8 @@ class CoLMEngine:
             lr_kwargs: arguments of the learning-rate scheduler, as in DeepSpeed.
 
         Raises:
-            LoopError: if the micro-batch's backward pass was not made, or other token ids came in than the loader's.
+            LoopError: if the micro-batch's backward pass was not made, or other token ids or labels came in than the
+                loader's.
         """
         step = self.open_step
         if step is None or not step.is_done:
@@ -205,10 +208,13 @@ class CoLMEngine:
         selection = step.selection
         with self._naming_what_ran_out(selection.batch), self.watchdog.watching(f"step {selection.batch.step}"):
             done, differs = step.accumulated()
-            if float(self._exchange.sum(differs.float())) > 0:
+            others = self._exchange.sum(differs.float()).tolist()
+            if any(others):
+                names = " and ".join(name for name, count in zip(("input_ids", "labels"), others, strict=True) if count)
                 raise LoopError(
-                    f"step {selection.batch.step}: the engine was given other input_ids than the loader's. A coreset "
-                    f"is trained on as it was chosen: write {LOOP}, and evaluate under torch.no_grad()."
+                    f"step {selection.batch.step}: the engine was given other {names} than the loader's. A coreset "
+                    f"is trained on as it was chosen: write {LOOP}, with labels as the dataset's records or collate_fn "
+                    "make them, and evaluate under torch.no_grad()."
                 )
             lr = float(self.deepspeed_engine.get_lr()[0])
             update = self._update(selection, step.meter, _Passed(step.placement, step.token_bytes, done, lr_kwargs))
@@ -223,9 +229,11 @@ class CoLMEngine:
         Raises:
             LoopError: if the step was not taken after its last micro-batch.
         """
+        self._check_whole("a loop over the loader")
         step = self.open_step
         if step is None:
-            step = self.open_step = self._begin()
+            with self._reading_again():
+                step = self.open_step = self._begin()
         elif step.is_done:
             if step.is_last:
                 raise LoopError(f"{step.name}: engine.step() was not called after engine.backward. Write {LOOP}.")
@@ -319,11 +327,14 @@ class CoLMEngine:
             SelectionError: if no example of the batch has a finite signal.
             DeviceMemoryError: if memory runs out, with the phase and advice.
             DivergenceError: if the gradient was not finite in the last `colm.max_skipped_steps` steps.
+            LoopError: after an error in the passes of an earlier step, a part of whose gradient is held.
         """
+        self._check_whole("train_batch")
         self._close_step("train_batch")
         self.skipped.check(self.step_count)
         self.monitor.open()
-        with self.watchdog.watching(f"step {self.step_count + 1}"):  # covers the time between its phases
+        reading = self._reading_again() if batch is None else nullcontext()
+        with self.watchdog.watching(f"step {self.step_count + 1}"), reading:  # covers the time between its phases
             start = time.perf_counter()
             batch = batch if batch is not None else self._next_batch()
             data_s = time.perf_counter() - start
@@ -336,6 +347,36 @@ class CoLMEngine:
         if self._limits is not None:
             self._limits.check(batch.examples.values())
         return batch
+
+    @contextmanager
+    def _reading_again(self) -> Iterator[None]:
+        """Have the loader give its next large batch once more, if an error keeps a step from being taken on it."""
+        count, next_step = self.step_count, self.loader.next_step
+        try:
+            yield
+        except BaseException:
+            if self.step_count == count:
+                self.loader.next_step = next_step
+                self._batches = self._read()
+            raise
+
+    @contextmanager
+    def _noting_a_part(self, step: int) -> Iterator[None]:
+        """Remember that an error left a part of a gradient, which the next step would add its own to."""
+        try:
+            yield
+        except LoopError:
+            raise  # before the pass
+        except BaseException:
+            self._broken_off = step
+            raise
+
+    def _check_whole(self, what: str) -> None:
+        if self._broken_off is not None:
+            raise LoopError(
+                f"{what}: an error broke off the passes of step {self._broken_off}, and the part of its gradient that "
+                "was computed is still held. Make the engine again, and load its last checkpoint."
+            )
 
     @contextmanager
     def _naming_what_ran_out(self, batch: LargeBatch) -> Iterator[None]:
@@ -404,19 +445,20 @@ class CoLMEngine:
                         placement = self._place(selection, kept, packing)
                     token_bytes += count.num_bytes
                     scale = loss_scale(batch, selection.coreset, self.config.colm.loss_normalization, broken)
-                    done = accumulate(
-                        inner,
-                        self.loss_head,
-                        placement,
-                        scale,
-                        selection.replay,
-                        rank=self._rank,
-                        device=self._device,
-                        part=meter.part,
-                        sketch=self.coreset_selector.training_sketch,
-                    )
+                    with self._noting_a_part(batch.step):
+                        done = accumulate(
+                            inner,
+                            self.loss_head,
+                            placement,
+                            scale,
+                            selection.replay,
+                            rank=self._rank,
+                            device=self._device,
+                            part=meter.part,
+                            sketch=self.coreset_selector.training_sketch,
+                        )
             self.memory.note_trained(inner.module, inner.optimizer, replay)
-            with meter.phase("step"):
+            with meter.phase("step"), self._noting_a_part(batch.step):
                 inner.step(lr_kwargs)
             numbers = read_step(done, batch, kept, inner.get_global_grad_norm(), self._exchange)
             skipped = not inner.was_step_applied()

@@ -63,6 +63,41 @@ class CoresetOutput(ModelOutput):
         )
 
 
+@dataclass(frozen=True)
+class HandedOut:
+    """Copies of a micro-batch's text, to compare with what a script gives the engine.
+
+    Attributes:
+        input_ids: `[n, length]`.
+        labels: of the same shape.
+        is_real: False at padding; all True where there is no mask.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    is_real: Tensor
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> HandedOut:
+        """Copy what a loop may change in place."""
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        is_real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        return cls(ids.clone(), batch["labels"].clone(), is_real)
+
+    def differs(self, input_ids: Tensor, labels: Any, device: torch.device) -> Tensor:
+        """Return whether token ids, or labels that count, are others, bool `[2]` on the device.
+
+        Labels count at real positions from the second on; none given are no others.
+        """
+        ids = (input_ids.to(device) != self.input_ids.to(device)).any()
+        if labels is None:
+            return torch.stack([ids, torch.zeros_like(ids)])
+        if not isinstance(labels, Tensor) or labels.shape != self.labels.shape:
+            return torch.stack([ids, torch.ones_like(ids)])
+        others = (labels.to(device) != self.labels.to(device)) & self.is_real.to(device)
+        return torch.stack([ids, others[:, 1:].any()])
+
+
 class OpenStep:
     """An optimizer step whose micro-batches are handed out one by one.
 
@@ -72,7 +107,7 @@ class OpenStep:
         place: index of the current micro-batch.
         is_given: whether the loader has handed it out.
         is_done: whether its backward pass was made.
-        input_ids: its token ids as handed out.
+        text: its `input_ids`, `labels` and `attention_mask` (if there is one) as handed out; None before.
         loss: its loss, after its forward.
         token_bytes: payload of moving tokens.
         variance: from `CoresetSelector.gradient_variance`, in steps that are due.
@@ -120,7 +155,7 @@ class OpenStep:
         self.meter, self.start, self.data_s = meter, start, data_s
         self.place = 0
         self.is_given = self.is_done = False
-        self.input_ids: Tensor | None = None
+        self.text: HandedOut | None = None
         self.loss: Tensor | None = None
         self._engine, self._head, self._scale, self._rank = engine, head, scale, rank
         self._num_replayed = num_replayed
@@ -133,7 +168,7 @@ class OpenStep:
             sketch.begin()
         self._sums: list[Tensor] = []  # summed token losses of the examples, by micro-batch
         self._totals: list[Tensor] = []  # weighted sum of the finite ones, by micro-batch
-        self._differs: list[Tensor] = []  # whether other token ids came in, by micro-batch
+        self._differs: list[Tensor] = []  # whether other token ids came in, or other labels, by micro-batch, bool [2]
 
     @property
     def num_micro_batches(self) -> int:
@@ -154,7 +189,7 @@ class OpenStep:
         """Move to the next micro-batch."""
         self.place += 1
         self.is_given = self.is_done = False
-        self.input_ids = self.loss = None
+        self.text = self.loss = None
 
     def examples(self) -> list[Example]:
         """Return this rank's examples of the current micro-batch; none for a placeholder."""
@@ -164,13 +199,13 @@ class OpenStep:
         """Return whether a forward is the current micro-batch's.
 
         It is if gradients are enabled, there was no backward pass yet, and the token ids have the shape of those handed
-        out. Their values are compared on the device, and the comparison is read when the step is taken.
+        out. Their values, and labels', are compared on the device, and that is read when the step is taken.
         """
         if not self.is_given or self.is_done or not torch.is_grad_enabled():
             return False
         given = _input_ids(args, kwargs)
-        assert self.input_ids is not None
-        return isinstance(given, Tensor) and given.shape == self.input_ids.shape
+        assert self.text is not None
+        return isinstance(given, Tensor) and given.shape == self.text.input_ids.shape
 
     def forward(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CoresetOutput:
         """Compute the loss of the current micro-batch, from its examples; again if it was computed before.
@@ -189,11 +224,11 @@ class OpenStep:
                 f"{self.name}: the model is given {', '.join(others)}. Examples are probed and trained on by their "
                 "input_ids and labels alone. Leave that out of the call."
             )
-        assert self.input_ids is not None
+        assert self.text is not None
         self._replaying.close()
-        given: Tensor = _input_ids(args, kwargs)
-        differs = (given.to(self._device) != self.input_ids.to(self._device)).any()
         mine = self._mine()
+        labels = kwargs.get("labels") if mine else None  # a placeholder has none
+        differs = self.text.differs(_input_ids(args, kwargs), labels, self._device)
         self._micro = micro = make_micro_batch(self.examples()).to(self._device)
         scales = torch.zeros(len(micro.counts))
         scales[: len(mine)] = self._scale[mine]
@@ -241,14 +276,14 @@ class OpenStep:
         return part.detach()
 
     def accumulated(self) -> tuple[Accumulated, Tensor]:
-        """Return the results of all passes, and whether other token ids came in than were handed out, bool `[]`."""
+        """Return the results of all passes, and whether token ids or labels were others than handed out, bool `[2]`."""
         losses = torch.cat(self._sums)
         whole = torch.isfinite(losses)
         positions = [position for mine in self.placement.plans[self._rank] for position in mine]
         totals = torch.stack([torch.stack(self._totals).sum(), (~whole).sum().double()])
         sketches = None if self._sketch is None else self._sketch.sketches()
         done = Accumulated(totals, whole, torch.where(whole, losses, 0.0), positions, sketches)
-        return done, torch.stack(self._differs).any()
+        return done, torch.stack(self._differs).any(dim=0)
 
     def close(self) -> None:
         """Take the replay off the model, if a micro-batch was left before its backward pass."""
@@ -359,7 +394,7 @@ class MicroBatchLoader:
         while engine.open_step is not None or loader.epoch(loader.next_step) == epoch:
             step = engine.next_micro_batch()
             batch = self._batch(step.examples())
-            step.input_ids, step.is_given = batch["input_ids"], True
+            step.text, step.is_given = HandedOut.of(batch), True
             yield batch
             if not step.is_done:
                 raise LoopError(

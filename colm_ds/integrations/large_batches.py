@@ -49,7 +49,7 @@ class ShareSampler(Sampler[list[int]]):
         world_size: int,
         *,
         seed: int,
-        epoch: Callable[[], int],
+        global_step: Callable[[], int],
         shuffle: bool = True,
         rows: npt.NDArray[np.int64] | None = None,
     ) -> None:
@@ -61,14 +61,15 @@ class ShareSampler(Sampler[list[int]]):
             num_parts: micro-batches of an optimizer step on each rank.
             world_size: W.
             seed: seed of the order.
-            epoch: returns the 0-based epoch when one begins.
+            global_step: returns the optimizer steps taken so far.
             shuffle: False reads the dataset in order.
             rows: the dataset's index of each example, if some rows are left out.
         """
         self._rows = rows
         self._mixture = MixtureSampler(num_examples, large_batch_size, seed)
         self._num_parts, self._world_size = num_parts, world_size
-        self._epoch, self._shuffle = epoch, shuffle
+        self._global_step, self._shuffle = global_step, shuffle
+        self._begun: tuple[int, int] | None = None
         self.batch_size = large_batch_size // (num_parts * world_size)
         self.steps_per_epoch = self._mixture.steps_per_epoch
 
@@ -76,13 +77,23 @@ class ShareSampler(Sampler[list[int]]):
         return self.steps_per_epoch * self._num_parts * self._world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        first = self._epoch() * self.steps_per_epoch + 1
+        first = self._next_epoch() * self.steps_per_epoch + 1
         for step in range(first, first + self.steps_per_epoch):
             indices = self._indices(step)
             rows = indices if self._rows is None else self._rows[indices]
             shares = rows.reshape(self._world_size, self._num_parts, self.batch_size)
             for part in range(self._num_parts):
                 yield from shares[:, part].tolist()
+
+    def _next_epoch(self) -> int:
+        """Return the 0-based epoch that begins, by the steps taken; after one that a callback ended, the next."""
+        steps = self._global_step()
+        epoch = steps // self.steps_per_epoch
+        if self._begun is not None:
+            last, then = self._begun
+            epoch = max(epoch, last + (steps > then))
+        self._begun = epoch, steps
+        return epoch
 
     def _indices(self, step: int) -> npt.NDArray[np.int64]:
         if self._shuffle:

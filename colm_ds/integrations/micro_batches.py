@@ -29,10 +29,12 @@ class Weighted:
     Attributes:
         batch: the micro-batch, with its labelled positions, on the CPU.
         scales: factor of every example's summed token losses, float32 `[n]`; 0 for a placeholder.
+        text: copies of `input_ids` and `labels` as they are handed to the Trainer.
     """
 
     batch: MicroBatch
     scales: Tensor
+    text: Mapping[str, Tensor]
 
 
 def coreset_micro_batches(
@@ -92,8 +94,9 @@ def _inputs(examples: Sequence[Example], scales: Tensor, pad_token_id: int) -> d
     padded = pad_batch(list(examples) or [PLACE_HOLDER], pad_token_id)
     labels = padded["labels"] if examples else torch.full_like(padded["labels"], IGNORE_INDEX)
     mask = (torch.arange(labels.shape[1]) < padded["lengths"][:, None]).long()
-    weighted = Weighted(batch, scales if len(examples) else torch.zeros(1))
-    return {"input_ids": padded["input_ids"], "attention_mask": mask, "labels": labels, KEY: weighted}
+    text = {"input_ids": padded["input_ids"], "labels": labels}
+    weighted = Weighted(batch, scales if len(examples) else torch.zeros(1), _copied(text))
+    return {**text, "attention_mask": mask, KEY: weighted}
 
 
 def _packed_inputs(
@@ -104,5 +107,10 @@ def _packed_inputs(
     labels[batch.rows, batch.positions + 1] = batch.targets
     is_padding = torch.arange(labels.shape[1]) >= torch.tensor(batch.lengths)[:, None]
     input_ids = batch.input_ids.masked_fill(is_padding, pad_token_id)
-    weighted = Weighted(batch, scales)
-    return {"input_ids": input_ids, "position_ids": batch.position_ids, "labels": labels, KEY: weighted}
+    text = {"input_ids": input_ids, "labels": labels}
+    return {**text, "position_ids": batch.position_ids, KEY: Weighted(batch, scales, _copied(text))}
+
+
+def _copied(text: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies, as a Trainer's subclass may change tensors in place."""
+    return {key: value.clone() for key, value in text.items()}

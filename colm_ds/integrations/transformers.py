@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from colm_ds.config.colm import CoLMSection
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.accumulation import loss_scale
 from colm_ds.engine.coreset_selector import CoresetSelector, Selection
-from colm_ds.errors import CheckpointError, CoLMError, ConfigError, DataError, Problems, SelectionError
+from colm_ds.errors import CheckpointError, CoLMError, ConfigError, DataError, LoopError, Problems, SelectionError
 from colm_ds.integrations.arguments import (
     CoLMArguments,
     CoLMConfig,
@@ -117,6 +117,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         self.last_selection: Selection | None = None
         self._colm_saved: dict[str, Any] | None = None
         self._packing: Packing | None = None
+        self._differing: list[torch.Tensor] = []
         self._num_without_label = 0
         section = read_section(self._find_section(colm))
         self.data_collator = WithoutSource(self.data_collator, section.pop("source_column", "source"))
@@ -234,7 +235,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
             args.gradient_accumulation_steps,
             args.world_size,
             seed=config.seed,
-            epoch=lambda: self.state.global_step // sampler.steps_per_epoch,
+            global_step=lambda: self.state.global_step,
             shuffle=not isinstance(self._get_train_sampler(dataset), SequentialSampler),
             rows=self._rows,
         )
@@ -256,6 +257,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
         """Fetch r examples, select b, and return the micro-batches of one optimizer step."""
+        self._check_compared()
         selector = self.coreset_selector = self.coreset_selector or self._make_selector()
         rank, exchange = self.args.process_index, self._exchange
 
@@ -276,7 +278,7 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         if callable(to_training := getattr(self.optimizer, "train", None)):
             to_training()  # evaluation left the mean weights of a schedule-free optimizer in the model
         packing = self._find_packing(int(batch.lengths.max()))
-        meter = Meter(self.args.device)
+        meter = Meter(self.args.device, peaks=False)
         selection = selector(batch, meter)
         self.last_selection = replace(selection, batch=replace(batch, examples={}))
         coreset = selection.coreset
@@ -402,16 +404,43 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
             outputs = seen[0]
             sums = -outputs.log_probs.sum(dim=1)  # 0 without a label
         else:
+            self._compare(inputs, weighted)
             batch = weighted.batch.to(self.args.device)
             sums = example_loss_sums(model, self._loss_head, batch, self.args.label_smoothing_factor)
         scales = weighted.scales.to(sums.device, non_blocking=True)
         loss = (sums * scales).sum() * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
+    def _compare(self, inputs: Mapping[str, Any], weighted: Weighted) -> None:
+        """Note on the device whether a micro-batch arrives with other tokens or labels than it was made with."""
+        for key, ours in weighted.text.items():
+            given = inputs.get(key)
+            if not isinstance(given, torch.Tensor) or given.shape != ours.shape:
+                self._differing.append(torch.ones((), dtype=torch.bool, device=self.args.device))
+            else:
+                self._differing.append((given != ours.to(given.device, non_blocking=True)).any())
+
+    def _check_compared(self) -> None:
+        """Raise if micro-batches of the last steps arrived changed; what was noted is read once a step."""
+        differs = bool(self._differing) and bool(torch.stack(self._differing).any())
+        self._differing.clear()
+        if differs:
+            raise LoopError(
+                "compute_loss: a micro-batch of a coreset arrived with other input_ids or labels than it was chosen "
+                "with, and the loss is that of the latter. Change them in the dataset or in data_collator."
+            )
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as the Trainer does; the history of the selection starts empty or from the checkpoint."""
+        """Train as the Trainer does; the history of the selection starts empty or from the checkpoint.
+
+        Raises:
+            LoopError: if a subclass changes the tokens or labels of micro-batches on their way.
+        """
         self.coreset_selector, self._colm_saved, self._packing = None, None, None
-        return super().train(*args, **kwargs)
+        self._differing.clear()
+        trained = super().train(*args, **kwargs)
+        self._check_compared()
+        return trained
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the Trainer does, with the means of the selection's statistics since the last training entry."""

@@ -112,6 +112,8 @@ class Meter:
         device: torch.device,
         around: Callable[[str], AbstractContextManager[None]] | None = None,
         mark: Callable[[str], AbstractContextManager[None]] | None = None,
+        *,
+        peaks: bool = True,
     ) -> None:
         """Start with nothing measured.
 
@@ -119,6 +121,7 @@ class Meter:
             device: device to measure.
             around: makes a context around each phase, by name.
             mark: makes a context around each phase and part, by name.
+            peaks: False measures seconds alone, and leaves the peaks that others count as they are.
         """
         self._device = device
         self._around = around or nullcontext
@@ -127,6 +130,7 @@ class Meter:
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._seconds: dict[str, float] = {}
         self.counter = PeakCounter(device)
+        self._peaks = peaks
         self.peak_bytes: dict[str, int] = {}
         self.held_bytes: dict[str, int] = {}
         self.failed_in: str | None = None
@@ -166,7 +170,8 @@ class Meter:
     @contextmanager
     def _counting(self, name: str) -> Iterator[None]:
         self._fold()
-        self.held_bytes.setdefault(name, self.counter.now())
+        if self._peaks:
+            self.held_bytes.setdefault(name, self.counter.now())
         self._open.append(_Open(name))
         try:
             with self._mark(name):
@@ -177,12 +182,15 @@ class Meter:
         finally:
             self._fold()
             done = self._open.pop()
-            self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), done.peak)
+            if self._peaks:
+                self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), done.peak)
             if self._open:
                 self._open[-1].peak = max(self._open[-1].peak, done.peak)
 
     def _fold(self) -> None:
         """Give the peak since the last reset to the innermost open phase, and start a new one."""
+        if not self._peaks:
+            return
         if self._open:
             self._open[-1].peak = max(self._open[-1].peak, self.counter.peak())
         self.counter.reset()

@@ -6,7 +6,7 @@ metrics.jsonl, the monitors, summary.json, report, watch and the Trainer's log l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -277,20 +277,19 @@ def events(entry: Mapping[str, Any], samples: int) -> list[Event]:
     return told
 
 
-def log_means(entries: Iterable[Mapping[str, Any]], *, brief: bool) -> dict[str, float]:
-    """Return the means of some steps for a trainer's log, `colm/` before each name.
+def log_values(entry: Mapping[str, Any], *, brief: bool) -> dict[str, float]:
+    """Return a step's values for a trainer's log, `colm/` before each name.
 
     Args:
-        entries: of the steps since the last log.
+        entry: of the step.
         brief: only the few metrics that are `brief`.
     """
-    means: dict[str, list[float]] = {}
-    for entry in entries:
-        for metric in METRICS:
-            if metric.log and (metric.brief or not brief):
-                for name, value in metric.values(entry).items():
-                    means.setdefault(f"colm/{metric.log.format(name)}", []).append(value)
-    return {name: float(np.mean(values)) for name, values in means.items()}
+    logged = [metric for metric in METRICS if metric.log and (metric.brief or not brief)]
+    return {
+        f"colm/{metric.log.format(name)}": float(value)
+        for metric in logged
+        for name, value in metric.values(entry).items()
+    }
 
 
 def _flat(name: str) -> str:

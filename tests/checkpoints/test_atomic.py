@@ -318,10 +318,16 @@ def load_with_another_model(folder: str, case: Case) -> str:
         (Case("stage", stage=1, colm={"selector": "random"}), "was saved with stage 2, this engine has 1"),
         (Case("wider", stage=2, colm={"selector": "random"}, model={"intermediate_size": 40}), "has shape"),
         (Case("lora", stage=2, lora=True, colm={"selector": "random"}), "None: not trained"),
+        (Case("r", stage=2, colm={"selector": "random", "large_batch_size": 20}), "saved with large_batch_size 29"),
+        (Case("seed", stage=2, colm={"selector": "random", "seed": 9}), "saved with seed 3, this run has 9"),
+        (Case("rows", stage=2, colm={"selector": "random"}, sources={"a": 90}), "saved with dataset 123, this run has"),
     ],
-    ids=["stage", "shape", "lora"],
+    ids=["stage", "shape", "lora", "r", "seed", "rows"],
 )
-def test_another_model(case: Case, said: str, saved: Path, pools: dict[int, Ranks]) -> None:
+def test_another_run(case: Case, said: str, saved: Path, pools: dict[int, Ranks]) -> None:
+    advice = "Resume with the model, LoRA and ZeRO stage that it was saved with."
+    if "saved with stage" not in said and "saved with" in said:
+        advice = "Resume with the former, or take the weights alone (load_module_only=True)."
     for message in pools[2].run(load_with_another_model, str(saved), case):
         assert said in message
-        assert "Resume with the model, LoRA and ZeRO stage that it was saved with." in message
+        assert advice in message

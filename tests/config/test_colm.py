@@ -293,6 +293,15 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         )
         for key, value in (("bf16", False), ("bfloat16", "off"))
     ),
+    (
+        config({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}),
+        "zero_optimization.compute_grad_norm = False: in float32 it is by the norm that gradients that are not finite",
+    ),
+    (
+        config({"checkpoint": {"writer": {"type": "fast", "decoupled": True}}}),
+        "checkpoint.writer.decoupled: not with coresets: checkpoints are read back and renamed once they are written.",
+    ),
+    (config({"datastates_ckpt": {"host_cache_size": 1}}), "datastates_ckpt: not with coresets: checkpoints are read"),
     (config({"torch_autocast": {"enabled": True}}), "torch_autocast.enabled = True: the probe does not run under"),
     (
         config({"managed_gradient_accumulation": True}),

@@ -212,6 +212,15 @@ def used_wrongly(case: Case) -> dict[str, str]:
             break
     fails("other tokens", engine.step)
     engine.destroy()
+    engine, loader = make(case)
+    for batch in loader:
+        labels = batch["input_ids"].clone()
+        labels[:, :-2] = -100
+        engine.backward(engine(**{**batch, "labels": labels}).loss)
+        if engine.is_gradient_accumulation_boundary():
+            break
+    fails("other labels", engine.step)
+    engine.destroy()
     engine, loader = make(dataclasses.replace(case, colm={**case.colm, "micro_batch_tokens": 40}))
     fails("tokens", lambda: next(iter(loader)))
     engine.destroy()
@@ -238,6 +247,7 @@ def test_what_is_done_wrongly_is_said(pools: dict[int, Ranks]) -> None:
         "nothing at work": "engine.backward: no micro-batch of the loader that colm_ds.initialize returned is at work",
         "stats": "1 13",
         "other tokens": "step 2: the engine was given other input_ids than the loader's.",
+        "other labels": "step 1: the engine was given other labels than the loader's.",
         "tokens": "colm.micro_batch_tokens = 40: coresets have a varying number of micro-batches with it",
     }
     (said,) = pools[1].run(used_wrongly, Case("wrong", colm={"selector": "random"}))

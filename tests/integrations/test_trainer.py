@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from colm_ds.errors import CheckpointError
+from colm_ds.errors import CheckpointError, LoopError
 from colm_ds.integrations.large_batches import ShareSampler, number_sources
 from colm_ds.integrations.micro_batches import equal_ranks
+from colm_ds.integrations.transformers import CoLMTrainer
 from tests.engine.training import SOURCES, records
 from tests.integrations.runs import CORESET, LARGE, make_trainer, pad
 from tests.tiny_models import tiny_model
@@ -42,6 +43,57 @@ def test_epochs_evaluation_and_workers(tmp_path: Path) -> None:
     assert len(evaluated) == 2
 
 
+def test_epochs_that_a_callback_ends(tmp_path: Path) -> None:
+    """The next epoch begins in another order, as in the Trainer; looking at the data again changes nothing."""
+    from transformers import TrainerCallback
+
+    class EndEarly(TrainerCallback):
+        """End every epoch after its first step."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_epoch_stop = True
+
+    ended = make_trainer(str(tmp_path), SIZES, -1, num_train_epochs=3)
+    ended.add_callback(EndEarly())
+    ended.train()
+    assert ended.state.global_step == 3
+    large = [trainer_rows(ended, step) for step in (1, 5, 9)]
+    assert [set(chosen) <= set(rows) for chosen, rows in zip(ended.chosen, large, strict=True)] == [True] * 3
+    sampler = ShareSampler(29, 12, 1, 1, seed=0, global_step=lambda: 0)
+    assert list(sampler) == list(sampler)
+
+
+def trainer_rows(trainer: Any, step: int) -> list[int]:
+    """Dataset indices of the large batch of a step of undisturbed training."""
+    from colm_ds.batching.mixture import MixtureSampler
+
+    return MixtureSampler(len(trainer.train_dataset), LARGE, trainer.colm_config.seed).indices(step).tolist()
+
+
+def test_text_that_a_subclass_changes_on_the_way(tmp_path: Path) -> None:
+    class Masking(CoLMTrainer):
+        """Takes all labels away but the last two."""
+
+        def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+            prepared = super()._prepare_inputs(inputs)
+            prepared["labels"][:, :-2] = -100
+            return prepared
+
+    made = make_trainer(str(tmp_path), SIZES, 2)
+    trainer = Masking(made.model, made.args, pad, made.train_dataset, colm=SIZES)
+    with pytest.raises(LoopError, match="arrived with other input_ids or labels than it was chosen with"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_nothing_is_kept_where_nothing_is_logged(tmp_path: Path) -> None:
+    trainer = make_trainer(str(tmp_path), SIZES, 4, logging_strategy="no")
+    trainer.train()
+    statistics = trainer._statistics
+    assert set(statistics._counts.values()) == {3}
+    assert statistics.take()["colm/select_s"] > 0.0
+
+
 def test_examples_of_workers_hold_no_file_handles(tmp_path: Path) -> None:
     """However large r: as tensors every example of a large batch would hold two until it is trained."""
     trainer = make_trainer(str(tmp_path), SIZES, 1, dataloader_num_workers=1)
@@ -69,12 +121,12 @@ def test_checkpoint_of_other_sizes_or_none(tmp_path: Path, caplog: pytest.LogCap
 
 def test_every_rank_reads_its_part_of_each_large_batch() -> None:
     """24 examples, r = 12, on 3 ranks with 2 micro-batches each: accelerate deals the batches out in turn."""
-    sampler = ShareSampler(29, 12, 2, 3, seed=0, epoch=lambda: 1)
+    sampler = ShareSampler(29, 12, 2, 3, seed=0, global_step=lambda: 2)
     batches = list(sampler)
     assert len(batches) == len(sampler) == 12
     dealt = [[index for batch in batches[rank:6:3] for index in batch] for rank in range(3)]
     assert [index for share in dealt for index in share] == sampler._mixture.indices(3).tolist()
-    ordered = list(ShareSampler(29, 12, 1, 1, seed=0, epoch=lambda: 3, shuffle=False))
+    ordered = list(ShareSampler(29, 12, 1, 1, seed=0, global_step=lambda: 6, shuffle=False))
     assert ordered == [list(range(12)), list(range(12, 24))]
 
 

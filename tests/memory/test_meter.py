@@ -72,6 +72,19 @@ def test_phases_know_their_own_peaks(counter: FakeCounter) -> None:
     assert seen.failed_in is None
 
 
+def test_seconds_alone_leave_the_peaks_of_others(counter: FakeCounter) -> None:
+    """As of a script's own `torch.cuda.max_memory_allocated`, or of hooks around a selector."""
+    outer, inner = Meter(CPU), Meter(CPU, peaks=False)
+    with outer.phase("probe"):
+        counter.use(50)
+        counter.use(10)
+        with inner.phase("probe"), inner.part("forward"):
+            counter.use(20)
+    assert outer.peak_bytes == {"probe": 50}
+    assert set(inner.seconds) == {"probe", "forward"}
+    assert inner.peak_bytes == inner.held_bytes == {}
+
+
 def test_failed_phase_is_the_innermost(counter: FakeCounter) -> None:
     seen = Meter(CPU)
 

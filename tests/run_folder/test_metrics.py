@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from colm_ds.run_folder import metrics
-from colm_ds.run_folder.metrics import METRICS, Metric, events, log_means, step_seconds, timed, with_computed
+from colm_ds.run_folder.metrics import METRICS, Metric, events, log_values, step_seconds, timed, with_computed
 from colm_ds.run_folder.read import read_metrics
 from colm_ds.run_folder.summary import summarise
 from colm_ds.run_folder.write import RunFolder
@@ -95,7 +95,7 @@ def test_events_have_shares_and_names_that_are_files() -> None:
 
 def test_a_trainers_log_is_short_unless_asked() -> None:
     step = entry(4, time_s={"probe": 0.1, "exchange": 0.2, "select": 0.3})
-    brief, whole = (log_means([step, step], brief=brief) for brief in (True, False))
+    brief, whole = (log_values(step, brief=brief) for brief in (True, False))
     assert len(brief) <= 8
     assert brief["colm/select_s"] == pytest.approx(0.3)
     assert whole.keys() > brief.keys()
@@ -134,7 +134,7 @@ def test_an_added_metric_is_everywhere(tmp_path: Path, monkeypatch: pytest.Monke
     assert entries[1]["coreset"]["per_source"] == {"a/b": 6, "c": 2}
     assert summarise(entries[1:], {})["per_token"] == pytest.approx(statistics.mean(expected))
     assert ("Mine/per_token", pytest.approx(expected[0]), 8) in events(entry(1), 8)
-    assert log_means([entry(1)], brief=False)["colm/per_token"] == pytest.approx(expected[0])
+    assert log_values(entry(1), brief=False)["colm/per_token"] == pytest.approx(expected[0])
 
 
 def test_what_is_computed_leaves_the_entry_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
