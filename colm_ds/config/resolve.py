@@ -285,8 +285,7 @@ def _check_mask_and_probe(colm: CoLMSection, problems: Problems) -> None:
         problems.add("colm.mask", colm.mask.model_dump(), what, "Remove it.")
     if colm.probe.estimator == "tokens":
         _check_tokens(colm, problems)
-    is_pass = not colm.probe.is_stored
-    if not is_pass:
+    if colm.probe.is_stored:
         _check_stored(colm, problems)
     elif colm.probe.max_age != ProbeConfig.model_fields["max_age"].default:
         why = "only stored sketches have an age"
@@ -297,9 +296,6 @@ def _check_mask_and_probe(colm: CoLMSection, problems: Problems) -> None:
     if colm.probe.estimator != "spsa" and not _is_default(colm.probe, "epsilon"):
         what = f"{colm.probe.estimator} takes no random step"
         problems.add("colm.probe.epsilon", colm.probe.epsilon, what, "Remove it.")
-    if colm.probe.estimator in ("exact", "sketch", "projection") and colm.probe.precision != "auto" and is_pass:
-        what = "only the tail of spsa is computed in a precision of its own"
-        problems.add("colm.probe.precision", colm.probe.precision, what, "Remove it.")
     if colm.probe.estimator == "exact" and colm.probe.refresh != "step":
         what = "the exact gradient draws no directions or signs that it could keep"
         problems.add("colm.probe.refresh", colm.probe.refresh, what, "Remove it.")

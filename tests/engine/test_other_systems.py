@@ -263,10 +263,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"selector": "hidden_medoids", "weights": "cluster"},
         r"colm\.weights = 'cluster': 'hidden_medoids' does not weigh its picks so\. Write \"uniform\"",
     ),
-    "precision": (
-        {"probe": {"estimator": "exact", "precision": "float64"}},
-        r"colm\.probe\.precision = 'float64': only the tail of spsa",
-    ),
     "refresh": (
         {"probe": {"estimator": "exact", "refresh": "run"}},
         r"colm\.probe\.refresh = 'run': the exact gradient",
