@@ -251,7 +251,9 @@ def with_resets(way: WayToChoose, config: CoLMSection) -> WayToChoose:
     """Return a way to choose whose keys also take back what a recipe writes and this way would refuse."""
     selector, *others = way.keys
     missing = [key for key in resets(config, way.selector, way.probe) if key not in others]
-    return replace(way, keys=(selector, *missing, *others))
+    several = needs_of(way.selector, dict(way.options)).target and config.target.refresh > 1
+    refresh = ["colm.probe.refresh=run"] if several and way.needs_signal else []
+    return replace(way, keys=(selector, *missing, *others, *refresh))
 
 
 def resets(config: CoLMSection, selector: str, probe: ProbeConfig | None) -> tuple[str, ...]:
@@ -263,6 +265,7 @@ def resets(config: CoLMSection, selector: str, probe: ProbeConfig | None) -> tup
         probe: its signal; None: it needs none.
     """
     passes = probe is not None and probe.estimator != "tokens"
+    signal = needs_of(selector).signal
     given = {
         "colm.options={}": bool(config.options),
         "colm.target={}": config.target.data is not None and not needs_of(selector).target,
@@ -270,6 +273,8 @@ def resets(config: CoLMSection, selector: str, probe: ProbeConfig | None) -> tup
         "colm.outer_rules=auto": config.outer_rules != "auto",
         "colm.weights=uniform": config.weights != "uniform" and selector != "colm",
         "colm.geometry=adam": config.geometry != "adam" and selector == "opus",
+        "colm.geometry=plain": config.geometry == "adam" and selector != "opus" and signal == "gradient",
+        "colm.probe={}": config.probe.is_stored and signal not in (None, "gradient"),
         "colm.replay=auto": config.replay in ("on", "offload") and not passes,
     }
     return tuple(key for key, is_in_the_way in given.items() if is_in_the_way)

@@ -44,6 +44,17 @@ def save_engine(
     )
 
 
+def check_order(engine: Any, checkpoint: atomic.Checkpoint) -> None:
+    """Raise a `CheckpointError` if a checkpoint's place in the data is of another order than a `CoLMEngine` reads."""
+    for key, this in _order(engine).items():
+        saved = checkpoint.facts.get(key, this)  # earlier versions did not note it
+        if saved != this:
+            raise CheckpointError(
+                f"{checkpoint.path}: saved with {key} {saved}, this run has {this}, so its place in the data is of "
+                "another order. Resume with the former, or take the weights alone (load_module_only=True)."
+            )
+
+
 def load_engine(engine: Any, checkpoint: atomic.Checkpoint, **options: Any) -> dict[str, Any]:
     """Restore a `CoLMEngine` and return the client state; see `CoLMEngine.resume`."""
     ours, theirs = _facts(engine), checkpoint.facts
@@ -52,14 +63,6 @@ def load_engine(engine: Any, checkpoint: atomic.Checkpoint, **options: Any) -> d
             raise CheckpointError(
                 f"{checkpoint.path}: {_difference(key, theirs.get(key), ours[key])}. "
                 "Resume with the model, LoRA and ZeRO stage that it was saved with."
-            )
-    order = {} if options.get("load_module_only") else _order(engine)
-    for key, this in order.items():
-        saved = checkpoint.facts.get(key, this)
-        if saved != this:
-            raise CheckpointError(
-                f"{checkpoint.path}: saved with {key} {saved}, this run has {this}, so its place in the data is of "
-                "another order. Resume with the former, or take the weights alone (load_module_only=True)."
             )
     if options.get("load_module_only") and ours["stage"] == 3:
         raise CheckpointError(

@@ -315,14 +315,19 @@ def _check_without_effect(colm: CoLMSection, problems: Problems) -> None:
     if colm.small_sources in ("none", []) and colm.small_share not in ("auto", 1.0):
         what = f"no small sources are kept (colm.small_sources = {colm.small_sources!r})"
         problems.add("colm.small_share", colm.small_share, what, "Remove it, or write small_sources: below_mean.")
-    if colm.selector in SELECTORS and colm.selector != "colm" and colm.weights != "uniform":
-        own = colm.selector in OWN_WEIGHTS or colm.needs.vectors
+    own = colm.selector in OWN_WEIGHTS or (colm.selector in SELECTORS and colm.needs.vectors)
+    if (own or _is_built_in(colm.selector)) and colm.selector != "colm" and colm.weights != "uniform":
         none = "has no medoids to weigh" if colm.signal is None else "does not weigh its picks so"
         what = f"{colm.selector!r} {'has weights of its own' if own else none}"
         problems.add("colm.weights", colm.weights, what, 'Write "uniform", or selector: colm, whose medoids take them.')
     if colm.selector in OWN_WEIGHTS and colm.metric not in (FITS_TOKENS["metric"], FITS_GRADIENTS["metric"]):
         what = f"{colm.selector!r} draws at random and compares no distances"
         problems.add("colm.metric", colm.metric, what, "Remove it, or write selector: colm, whose medoids do.")
+
+
+def _is_built_in(selector: str) -> bool:
+    """Return whether a selector is one of the package's, whose use of every key is known."""
+    return selector in SELECTORS and SELECTORS[selector].__module__.startswith("colm_ds.")
 
 
 def _check_selector(colm: CoLMSection, problems: Problems) -> None:
@@ -363,7 +368,7 @@ def _check_adam(colm: CoLMSection, problems: Problems) -> None:
     """Record selectors that would not see Adam's geometry, or see a target's gradients in it."""
     needs, estimator = colm.needs, colm.probe.estimator
     what = None
-    if needs.signal == "gradient" and estimator == "spsa" and colm.selector != "colm":
+    if (colm.selector in OWN_WEIGHTS or needs.vectors) and estimator == "spsa":
         what = f"{colm.selector!r} goes by the slopes of spsa as they are"
     elif colm.selector in OWN_WEIGHTS and estimator == "exact":
         what = f"{colm.selector!r} goes by exact gradients as they are"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from colm_ds.batching.packing import Packing
 from colm_ds.batching.row_facts import is_looked_at
 from colm_ds.batching.sources import small_source_ids
 from colm_ds.checkpoints.atomic import Checkpoint, check_tag
-from colm_ds.checkpoints.engine_state import find_on_all_ranks, load_engine, save_engine
+from colm_ds.checkpoints.engine_state import check_order, find_on_all_ranks, load_engine, save_engine
 from colm_ds.config.resolve import ResolvedConfig
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.accumulation import (
@@ -184,7 +184,7 @@ class CoLMEngine:
         if not scale_wrt_gas:
             raise LoopError("engine.backward: scale_wrt_gas=False: the loss is of the whole step. Leave it out.")
         self._check_whole("backward")
-        with self._naming_what_ran_out(step.selection.batch), self._noting_a_part(step.selection.batch.step):
+        with self._naming_what_ran_out(step.selection.batch), self._breaking_off(step.selection.batch.step):
             return step.backward(loss, retain_graph)
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
@@ -217,11 +217,13 @@ class CoLMEngine:
                     "make them, and evaluate under torch.no_grad()."
                 )
             lr = float(self.deepspeed_engine.get_lr()[0])
-            update = self._update(selection, step.meter, _Passed(step.placement, step.token_bytes, done, lr_kwargs))
-            self._contexts.close()
-        self.open_step = None
-        time_s = {"data": step.data_s, **self.memory.seconds(), "total": time.perf_counter() - step.start}
-        self._record(selection, update, step.variance, lr, time_s)
+            passed = _Passed(step.placement, step.token_bytes, done, lr_kwargs)
+            with self._breaking_off(selection.batch.step):
+                update = self._update(selection, step.meter, passed)
+                self._contexts.close()
+                self.open_step = None
+                time_s = {"data": step.data_s, **self.memory.seconds(), "total": time.perf_counter() - step.start}
+                self._record(selection, update, step.variance, lr, time_s)
 
     def next_micro_batch(self) -> OpenStep:
         """Move to the next micro-batch, of the step under way or of a new one; `MicroBatchLoader` calls it.
@@ -232,8 +234,7 @@ class CoLMEngine:
         self._check_whole("a loop over the loader")
         step = self.open_step
         if step is None:
-            with self._reading_again():
-                step = self.open_step = self._begin()
+            step = self.open_step = self._begin()
         elif step.is_done:
             if step.is_last:
                 raise LoopError(f"{step.name}: engine.step() was not called after engine.backward. Write {LOOP}.")
@@ -254,6 +255,7 @@ class CoLMEngine:
             batch = self._next_batch()
             data_s = time.perf_counter() - start
             contexts.enter_context(self._naming_what_ran_out(batch))
+            contexts.enter_context(self._breaking_off(batch.step))
             meter = contexts.enter_context(self._measuring(batch))
             self._before = {"selector": self.coreset_selector.snapshot(), "random_state": random_state()}
             selection = self._select(batch, meter)
@@ -327,55 +329,53 @@ class CoLMEngine:
             SelectionError: if no example of the batch has a finite signal.
             DeviceMemoryError: if memory runs out, with the phase and advice.
             DivergenceError: if the gradient was not finite in the last `colm.max_skipped_steps` steps.
-            LoopError: after an error in the passes of an earlier step, a part of whose gradient is held.
+            LoopError: after an error in an earlier step, whose choice and gradient are half done.
         """
         self._check_whole("train_batch")
         self._close_step("train_batch")
         self.skipped.check(self.step_count)
         self.monitor.open()
-        reading = self._reading_again() if batch is None else nullcontext()
-        with self.watchdog.watching(f"step {self.step_count + 1}"), reading:  # covers the time between its phases
+        with self.watchdog.watching(f"step {self.step_count + 1}"):  # covers the time between its phases
             start = time.perf_counter()
             batch = batch if batch is not None else self._next_batch()
             data_s = time.perf_counter() - start
-            with self._naming_what_ran_out(batch):
+            with self._breaking_off(batch.step), self._naming_what_ran_out(batch):
                 return self._train_batch(batch, start, data_s)
 
     def _next_batch(self) -> LargeBatch:
-        with self.watchdog.watching(f"reading the batch of step {self.step_count + 1}"):
-            batch = next(self._batches)
-        if self._limits is not None:
-            self._limits.check(batch.examples.values())
+        """Read the next large batch; if that fails, the next call reads it again, but for several ranks."""
+        next_step = self.loader.next_step
+        try:
+            with self.watchdog.watching(f"reading the batch of step {self.step_count + 1}"):
+                batch = next(self._batches)
+            if self._limits is not None:
+                self._limits.check(batch.examples.values())
+        except BaseException:
+            self.loader.next_step = next_step
+            self._batches = self._read()
+            if self._world_size > 1:  # the others are in this step
+                self._broken_off = next_step
+            raise
         return batch
 
     @contextmanager
-    def _reading_again(self) -> Iterator[None]:
-        """Have the loader give its next large batch once more, if an error keeps a step from being taken on it."""
-        count, next_step = self.step_count, self.loader.next_step
+    def _breaking_off(self, step: int) -> Iterator[None]:
+        """Remember that an error ended a step whose choice or gradient is half done: the next one would go by it."""
+        count = self.step_count
         try:
             yield
+        except (LoopError, SelectionError):
+            raise  # before anything was changed
         except BaseException:
             if self.step_count == count:
-                self.loader.next_step = next_step
-                self._batches = self._read()
-            raise
-
-    @contextmanager
-    def _noting_a_part(self, step: int) -> Iterator[None]:
-        """Remember that an error left a part of a gradient, which the next step would add its own to."""
-        try:
-            yield
-        except LoopError:
-            raise  # before the pass
-        except BaseException:
-            self._broken_off = step
+                self._broken_off = step
             raise
 
     def _check_whole(self, what: str) -> None:
         if self._broken_off is not None:
             raise LoopError(
-                f"{what}: an error broke off the passes of step {self._broken_off}, and the part of its gradient that "
-                "was computed is still held. Make the engine again, and load its last checkpoint."
+                f"{what}: an error broke off step {self._broken_off}, and what was done of its choice and gradient is "
+                "still held. Make the engine again, and load its last checkpoint."
             )
 
     @contextmanager
@@ -445,20 +445,19 @@ class CoLMEngine:
                         placement = self._place(selection, kept, packing)
                     token_bytes += count.num_bytes
                     scale = loss_scale(batch, selection.coreset, self.config.colm.loss_normalization, broken)
-                    with self._noting_a_part(batch.step):
-                        done = accumulate(
-                            inner,
-                            self.loss_head,
-                            placement,
-                            scale,
-                            selection.replay,
-                            rank=self._rank,
-                            device=self._device,
-                            part=meter.part,
-                            sketch=self.coreset_selector.training_sketch,
-                        )
+                    done = accumulate(
+                        inner,
+                        self.loss_head,
+                        placement,
+                        scale,
+                        selection.replay,
+                        rank=self._rank,
+                        device=self._device,
+                        part=meter.part,
+                        sketch=self.coreset_selector.training_sketch,
+                    )
             self.memory.note_trained(inner.module, inner.optimizer, replay)
-            with meter.phase("step"), self._noting_a_part(batch.step):
+            with meter.phase("step"):
                 inner.step(lr_kwargs)
             numbers = read_step(done, batch, kept, inner.get_global_grad_norm(), self._exchange)
             skipped = not inner.was_step_applied()
@@ -654,6 +653,7 @@ class CoLMEngine:
                 f"engine.save_checkpoint: a loop over the loader is at {self.open_step.name}, whose gradients no "
                 "checkpoint holds. Save after its engine.step(): where engine.is_gradient_accumulation_boundary()."
             )
+        self._check_whole("save_checkpoint")
         tag = f"step_{self.step_count}" if tag in (None, "") else str(tag)
         check_tag(tag)
         without_base = without_quantized_state(self.deepspeed_engine.module)
@@ -684,13 +684,16 @@ class CoLMEngine:
             The loaded path and the client state; None and an empty state if there is no checkpoint.
 
         Raises:
-            CheckpointError: if no checkpoint is whole, or it does not fit the model.
+            CheckpointError: if no checkpoint is whole, or it does not fit the model, or its place in the data is of
+                another order.
         """
         with self.watchdog.watching(f"finding a checkpoint in {load_dir}"):
             checkpoint = find_on_all_ranks(Path(load_dir), None if tag in (None, "") else str(tag))
         if checkpoint is None:
             self.monitor.resume(self.num_samples)
             return None, {}
+        if not kwargs.get("load_module_only"):
+            check_order(self, checkpoint)
         return str(checkpoint.path), self.resume(checkpoint, **kwargs)
 
     def resume(self, checkpoint: Checkpoint, **kwargs: Any) -> dict[str, Any]:

@@ -77,23 +77,25 @@ class ShareSampler(Sampler[list[int]]):
         return self.steps_per_epoch * self._num_parts * self._world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        first = self._next_epoch() * self.steps_per_epoch + 1
+        begun = self._begin()
+        first = begun[0] * self.steps_per_epoch + 1
         for step in range(first, first + self.steps_per_epoch):
+            self._begun = begun  # whoever only looked at the data in between has begun nothing
             indices = self._indices(step)
             rows = indices if self._rows is None else self._rows[indices]
             shares = rows.reshape(self._world_size, self._num_parts, self.batch_size)
             for part in range(self._num_parts):
                 yield from shares[:, part].tolist()
+        self._begun = begun
 
-    def _next_epoch(self) -> int:
-        """Return the 0-based epoch that begins, by the steps taken; after one that a callback ended, the next."""
+    def _begin(self) -> tuple[int, int]:
+        """Return the 0-based epoch that begins, the next after one that a callback ended, and the steps taken."""
         steps = self._global_step()
         epoch = steps // self.steps_per_epoch
         if self._begun is not None:
             last, then = self._begun
             epoch = max(epoch, last + (steps > then))
-        self._begun = epoch, steps
-        return epoch
+        return epoch, steps
 
     def _indices(self, step: int) -> npt.NDArray[np.int64]:
         if self._shuffle:

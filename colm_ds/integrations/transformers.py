@@ -24,7 +24,7 @@ from colm_ds.config.colm import CoLMSection
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.accumulation import loss_scale
 from colm_ds.engine.coreset_selector import CoresetSelector, Selection
-from colm_ds.errors import CheckpointError, CoLMError, ConfigError, DataError, LoopError, Problems, SelectionError
+from colm_ds.errors import CheckpointError, CoLMError, ConfigError, DataError, Problems, SelectionError
 from colm_ds.integrations.arguments import (
     CoLMArguments,
     CoLMConfig,
@@ -67,6 +67,11 @@ __all__ = ["CoLMArguments", "CoLMConfig", "CoLMMixin", "CoLMTrainer", "by_source
 
 STATE_FILE = "colm_state.pt"
 """File beside the Trainer's own in a checkpoint."""
+
+_CHANGED = (
+    "a micro-batch of a coreset arrived in compute_loss with other input_ids or labels than it was chosen with, whose "
+    "loss was trained. Change them in the dataset or in data_collator."
+)
 
 logger = logging.getLogger(__name__)
 
@@ -257,7 +262,6 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
         """Fetch r examples, select b, and return the micro-batches of one optimizer step."""
-        self._check_compared()
         selector = self.coreset_selector = self.coreset_selector or self._make_selector()
         rank, exchange = self.args.process_index, self._exchange
 
@@ -267,6 +271,8 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
             nonlocal num_read
             examples = [one.example() for part in islice(epoch_iterator, num_batches) for one in part]
             num_read = len(examples)
+            if self._arrived_changed():
+                raise DataError(f"step {step - 1}: {_CHANGED}")
             self._limits.check(examples)
             return self._with_labels(examples, step)
 
@@ -420,26 +426,25 @@ class CoLMMixin(_Base):  # type: ignore[misc, valid-type]
             else:
                 self._differing.append((given != ours.to(given.device, non_blocking=True)).any())
 
-    def _check_compared(self) -> None:
-        """Raise if micro-batches of the last steps arrived changed; what was noted is read once a step."""
-        differs = bool(self._differing) and bool(torch.stack(self._differing).any())
+    def _arrived_changed(self) -> bool:
+        """Return whether micro-batches of the last step arrived changed; what was noted is read once a step."""
+        changed = bool(self._differing) and bool(torch.stack(self._differing).any())
         self._differing.clear()
-        if differs:
-            raise LoopError(
-                "compute_loss: a micro-batch of a coreset arrived with other input_ids or labels than it was chosen "
-                "with, and the loss is that of the latter. Change them in the dataset or in data_collator."
-            )
+        return changed
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does; the history of the selection starts empty or from the checkpoint.
 
         Raises:
-            LoopError: if a subclass changes the tokens or labels of micro-batches on their way.
+            DataError: on every rank, if a subclass changes the tokens or labels of micro-batches on their way.
         """
         self.coreset_selector, self._colm_saved, self._packing = None, None, None
         self._differing.clear()
         trained = super().train(*args, **kwargs)
-        self._check_compared()
+        if self.coreset_selector is not None:
+            changed = torch.tensor([float(self._arrived_changed())], device=self.args.device)
+            if float(self._exchange.sum(changed)) > 0:
+                raise DataError(f"step {self.state.global_step}: {_CHANGED}")
         return trained
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

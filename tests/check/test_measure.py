@@ -169,28 +169,39 @@ def test_recommended_keys_fit_recipes(name: str, repo_root: Path) -> None:
             assert (colm.weights, colm.metric) == (way.settings.weights, way.settings.metric)
 
 
-def test_recommended_keys_take_back_what_a_recipe_writes(tmp_path: Path, repo_root: Path) -> None:
+BY_TARGETS = ("simcore", "goracs", "greats", "opus")
+
+BY_TARGET = ["colm.small_share=0.5", "colm.outer_rules=off", "colm.replay=on", "colm.target.data=TARGET"]
+
+WRITTEN = {
+    "greats": ["colm.selector=greats", "colm.options.eta=auto", *BY_TARGET],
+    "opus": ["colm.selector=opus", *BY_TARGET],
+    "a target kept": [*BY_TARGET, "colm.selector=greats", "colm.target.refresh=4", "colm.probe.refresh=run"],
+    "stored": ["colm.probe.source=store"],
+    "matched": ["colm.weights=matched", "colm.geometry=adam"],
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_recommended_keys_take_back_what_a_recipe_writes(name: str, tmp_path: Path, repo_root: Path) -> None:
     target = tmp_path / "target.jsonl"
     target.write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
-    written = [
-        "colm.selector=greats",
-        "colm.options.eta=auto",
-        f"colm.target.data={target}",
-        "colm.small_share=0.5",
-        "colm.outer_rules=off",
-        "colm.replay=on",
-    ]
+    written = [key.replace("TARGET", str(target)) for key in WRITTEN[name]]
+    examples = RecordDataset(records({"a": 20, "c": 20}, seed=7))
     path = repo_root / "finetune" / "recipes" / "phi2_math.yaml"
-    config = load_recipe(path, ["colm.mask={}", "colm.probe={}", *written], needs_files=False).resolve_section()
+    written = ["colm.mask={}", "colm.probe={}", *written]
+    config = load_recipe(path, written, needs_files=False).resolve_section()
     data, model = RecordDataset(records(SOURCES)), tiny_model("llama", **WIDER)
     own = config.model_copy(update=SIZES)
     settings = {"price": free, "steps": 10, "num_examples": 64, "num_batches": 8, "all_selectors": True}
-    result = check_model(model, own, data, **settings)
+    result = check_model(model, own, data, target=examples, learning_rate=1e-3, **settings)
     recommended = [way.way.keys for way in result.ways if way.way.keys != ("as it is",)]
     plain = ("colm.selector=random", *resets(own, "random", None))
     assert len(recommended) > 30
     for keys in (*recommended, plain):
-        load_recipe(path, ["colm.probe={}", *written, *keys], needs_files=False).resolve_section()
+        with_target = [f"colm.target.data={target}"] if "colm.target={}" not in keys else []
+        named = with_target if keys[0] in {f"colm.selector={each}" for each in BY_TARGETS} else []
+        load_recipe(path, [*written, *named, *keys], needs_files=False).resolve_section()
 
 
 def test_other_selectors_choose_by_plain_losses_and_gradients() -> None:

@@ -20,7 +20,7 @@ from colm_ds.engine.loss_store import LossStore
 from colm_ds.engine.reference_losses import read_reference_losses, write_reference_losses
 from colm_ds.engine.target_stream import TargetStream, draw_targets
 from colm_ds.errors import CheckpointError, ConfigError, DataError, SelectionError
-from colm_ds.selection import SELECTORS
+from colm_ds.selection import SELECTORS, StatelessSelector
 from tests.engine.oracle import token_losses
 from tests.engine.training import NOTHING_PERSISTS, Case, records, start
 from tests.ranks import Ranks
@@ -285,6 +285,15 @@ def test_what_does_not_go_together(name: str) -> None:
     section, message = WRONG[name]
     with pytest.raises(ConfigError, match=message):
         resolve_config({"colm": {**SIZES, **section}}, 1)
+
+
+def test_own_selectors_may_use_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the package's do not use is refused; what others use is not known."""
+    for kind in (SELECTORS["colm"], StatelessSelector):
+        monkeypatch.setitem(SELECTORS, "mine", type("Mine", (kind,), {"name": "mine", "signal": "gradient"}))
+        for section in ({}, {"weights": "matched"}, {"geometry": "adam"}):
+            resolved = resolve_config({"colm": {**SIZES, "selector": "mine", **section}}, 1).colm
+            assert resolved.weights == section.get("weights", "uniform")
 
 
 def test_selectors_that_need_the_engine() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from colm_ds.errors import CheckpointError, LoopError
+from colm_ds.errors import CheckpointError, DataError
 from colm_ds.integrations.large_batches import ShareSampler, number_sources
 from colm_ds.integrations.micro_batches import equal_ranks
 from colm_ds.integrations.transformers import CoLMTrainer
@@ -59,8 +59,14 @@ def test_epochs_that_a_callback_ends(tmp_path: Path) -> None:
     assert ended.state.global_step == 3
     large = [trainer_rows(ended, step) for step in (1, 5, 9)]
     assert [set(chosen) <= set(rows) for chosen, rows in zip(ended.chosen, large, strict=True)] == [True] * 3
-    sampler = ShareSampler(29, 12, 1, 1, seed=0, global_step=lambda: 0)
-    assert list(sampler) == list(sampler)
+    steps = iter((0, 1, 2))
+    sampler = ShareSampler(29, 12, 1, 1, seed=0, global_step=lambda: next(steps))
+    plain = ShareSampler(29, 12, 1, 1, seed=0, global_step=lambda: 2)
+    reader = iter(sampler)
+    next(reader)
+    next(iter(sampler))  # a look at the data after the first of two steps
+    assert len(list(reader)) == 1
+    assert list(sampler) == list(plain)
 
 
 def trainer_rows(trainer: Any, step: int) -> list[int]:
@@ -81,7 +87,9 @@ def test_text_that_a_subclass_changes_on_the_way(tmp_path: Path) -> None:
 
     made = make_trainer(str(tmp_path), SIZES, 2)
     trainer = Masking(made.model, made.args, pad, made.train_dataset, colm=SIZES)
-    with pytest.raises(LoopError, match="arrived with other input_ids or labels than it was chosen with"):
+    with pytest.raises(
+        DataError, match=r"step 1: a micro-batch of a coreset arrived in compute_loss with other input_ids or labels"
+    ):
         trainer.train()
     assert trainer.state.global_step == 1
 
