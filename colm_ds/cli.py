@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import json
 import logging
 import os
@@ -41,6 +42,8 @@ class Command:
 
 
 _BROKEN_PIPE = 128 + 13  # as a shell reports a program that SIGPIPE ended
+_NOT_OURS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+"""Errors of disks and rights, which one line explains: what happened and to which file."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,6 +86,11 @@ def _run_command(words: list[str]) -> int:
     except CoLMError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return ExitCode.BAD_INPUT
+    except OSError as error:
+        if error.errno not in _NOT_OURS:
+            raise
+        print(f"{name}: {error}", file=sys.stderr)
+        return ExitCode.FAILED
     return code or ExitCode.DONE
 
 

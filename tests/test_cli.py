@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import errno
 import os
 import subprocess
 import sys
@@ -112,6 +113,19 @@ def test_changes_and_the_launchers_word_may_stand_anywhere(place: int, monkeypat
 def test_an_error_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["preview", "nothing.yaml"]) == 2
     assert capsys.readouterr().err == "ConfigError: nothing.yaml: no such recipe.\n"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_full_disk_is_one_message(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: argparse.Namespace) -> None:
+        raise OSError(number, os.strerror(number), "store/part")
+
+    command = cli.Command("write", "Write.", lambda parser: parser.set_defaults(run=fail), "")
+    monkeypatch.setitem(cli.COMMANDS, "write", command)
+    assert cli.main(["write"]) == 1
+    assert capsys.readouterr().err == f"write: [Errno {number}] {os.strerror(number)}: 'store/part'\n"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)

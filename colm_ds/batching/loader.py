@@ -372,11 +372,19 @@ def _source_name(value: Any, index: int) -> str | int:
 
 
 def _tokens(record: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.as_tensor(record["input_ids"], dtype=torch.int64)
+    ids = _one_row(record, "input_ids", torch.int64)
     labels = record.get("labels") if hasattr(record, "get") else record["labels"]
-    labels = ids if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+    labels = ids if labels is None else _one_row(record, "labels", torch.int64)
     mask = record.get("attention_mask") if hasattr(record, "get") else None
     if mask is not None:  # remove padding that a tokenizer added
-        keep = torch.as_tensor(mask, dtype=torch.bool)
+        keep = _one_row(record, "attention_mask", torch.bool)
         ids, labels = ids[keep], labels[keep]
     return ids, labels
+
+
+def _one_row(record: Mapping[str, Any], key: str, dtype: torch.dtype) -> torch.Tensor:
+    """Return a row's numbers, `[tokens]`."""
+    values = torch.as_tensor(record[key], dtype=dtype)
+    if values.dim() != 1:
+        raise ValueError(f"{key} has shape {list(values.shape)}, not [tokens]")
+    return values

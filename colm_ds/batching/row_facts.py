@@ -193,6 +193,8 @@ def has_arrow_columns(dataset: Any) -> bool:
         return False
     if "input_ids" not in (dataset.column_names or ()) or dataset.format["type"] == "custom":
         return False  # rows of a `set_transform` are made when they are read
+    if not set(_text_columns(dataset)) <= set(dataset.format["columns"] or dataset.column_names):
+        return False  # rows lack a column that the dataset's format hides
     return all(_is_list_of_integers(dataset, name) for name in _text_columns(dataset))
 
 

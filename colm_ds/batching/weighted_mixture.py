@@ -53,7 +53,7 @@ class WeightedSampler:
         seed: seed of the run.
 
     Raises:
-        SelectionError: if there are fewer examples than r, or a source has none.
+        SelectionError: if there are fewer examples than r, a source has none, or a weight is for none.
     """
 
     def __init__(
@@ -67,6 +67,14 @@ class WeightedSampler:
         self.large_batch_size = large_batch_size
         self.steps_per_epoch = sum(sizes) // large_batch_size
         self.counts = counts_by_weight(weights, self.steps_per_epoch * large_batch_size)
+        if 0 in self.counts:
+            least = self.counts.index(0)
+            share = weights[least] / sum(weights)
+            raise SelectionError(
+                f"weight {weights[least]:g} of source {least} is {share:.2g} of all: less than one of the "
+                f"{sum(self.counts):,} examples of a round, so that it would never be drawn. Give it a larger weight "
+                "or leave it out."
+            )
         self._starts, self._sizes, self._seed = list(starts), list(sizes), seed
         self._last: tuple[int, IndexArray, IndexArray] | None = None
 

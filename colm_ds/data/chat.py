@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from colm_ds.data.schemas import Conversation, RowError
+from colm_ds.data.schemas import HALF_PAIR, Conversation, RowError, is_unicode
 from colm_ds.errors import ConfigError
 
 TrainOn = Literal["all", "last"]
@@ -99,12 +99,11 @@ class ChatEncoder:
         if not wanted:
             raise RowError(["its last turn is not to be trained on, and train_on is last. Remove the record."])
         holds_special = any(self._special.search(message["content"]) for message in messages)
+        text = self.render(messages, tools)
+        self._check_tools(messages, text)
         if self._has_masks:
             ids, trained = self._by_marks(messages, tools, turns, wanted)
-            self._check_tools(messages, self.render(messages, tools))
         else:
-            text = self.render(messages, tools)
-            self._check_tools(messages, text)
             spans = [self._span(messages, tools, number, text) for number in wanted]
             ids, trained = self._tokens(text, spans)
         return EncodedChat(ids, trained, holds_special)
@@ -115,9 +114,12 @@ class ChatEncoder:
         """Return the text of messages, with the beginning of the assistant's next turn if `prompt`.
 
         Raises:
-            RowError: with the reason of the template, if it refuses them.
+            RowError: with the reason of the template, if it refuses them, or if the text is not Unicode.
         """
-        return self._apply(messages, tools, tokenize=False, add_generation_prompt=prompt)
+        text: str = self._apply(messages, tools, tokenize=False, add_generation_prompt=prompt)
+        if not is_unicode(text):  # from calls or descriptions of functions; contents are looked at as they are read
+            raise RowError([f"its text with tools and calls of them {HALF_PAIR}"])
+        return text
 
     def encode_prompt(self, conversation: Conversation) -> list[int]:
         """Return the ids of everything before the last turn, and of the beginning of that turn.
@@ -277,9 +279,12 @@ class ChatEncoder:
 
     @cached_property
     def _turn_end(self) -> re.Pattern[str]:
-        """Match what stands behind a turn's text: its end tokens, and blanks and further special tokens."""
+        """Match what stands behind a turn's text: its end tokens, and blanks and further special tokens.
+
+        No blanks before the end tokens: a search would look from each of many blanks in a text to the last of them.
+        """
         special = self._special.pattern
-        return re.compile(rf"\s*(?P<end>(?:{special})+)(?:\s+(?:{special})+)*\s*\Z")
+        return re.compile(rf"(?P<end>(?:{special})+)(?:\s+(?:{special})+)*\s*\Z")
 
 
 def writes_date(tokenizer: Any, variables: Mapping[str, Any]) -> bool:

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -149,7 +150,8 @@ def find_files(paths: PathLike | Sequence[PathLike]) -> list[Path]:
         The files and saved data sets, at least one.
 
     Raises:
-        DataError: if a path is missing, has an unsupported suffix or is listed twice, or if a folder has no such file.
+        DataError: if a path is missing, not readable, has an unsupported suffix or is listed twice, or if a folder has
+            no such file.
     """
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not given:
@@ -419,6 +421,8 @@ def _check_file(path: Path) -> None:
         raise DataError(f"{path}: a folder, not a file. Name a file in it.")
     if not path.name.endswith(SUFFIXES):
         raise DataError(f"{path}: unsupported kind of file. Use one ending in {', '.join(SUFFIXES)}.")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{path}: permission denied. Let this user read it (chmod), or name another file.")
 
 
 def _similar_names(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from colm_ds.data.schemas import HALF_PAIR, is_unicode
 from colm_ds.errors import DataError
 
 
@@ -12,12 +13,14 @@ def text_of(where: str, record: Mapping[str, Any], *keys: str) -> str:
     """Return the text under the first of some keys that a record has.
 
     Raises:
-        DataError: if it has none of them, or the value is neither text nor a number.
+        DataError: if it has none of them, or the value is neither Unicode text nor a number.
     """
     for key in keys:
         if record.get(key) is not None:
             value = record[key]
             if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+                if not is_unicode(str(value)):
+                    raise DataError(f"{where}: {key!r} {HALF_PAIR}")
                 return str(value)
             raise DataError(f"{where}: {key!r} is of type {type(value).__name__}, not text. Write a string.")
     wanted = " or ".join(map(repr, keys))

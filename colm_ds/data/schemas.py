@@ -194,8 +194,11 @@ def text_problem(row: Mapping[str, Any], key: str) -> str | None:
     if not value.strip():
         return f"example with an empty {key}. Write one or remove the record."
     if not is_unicode(value):
-        return f"{key!r} holds half of a surrogate pair (\\ud800 to \\udfff). Write whole characters."
+        return f"{key!r} {HALF_PAIR}"
     return None
+
+
+HALF_PAIR = "holds half of a surrogate pair (\\ud800 to \\udfff). Write whole characters."
 
 
 def is_unicode(text: str) -> bool:
@@ -312,6 +315,9 @@ def _read_alpaca(row: Mapping[str, Any], style: str, problems: list[str]) -> Sam
             if not whole or not all(isinstance(text, str) and text.strip() for text in turn):
                 problems.append(f"entry {number} of 'history' is no pair of texts. Write [question, answer].")
                 continue
+            if not all(map(is_unicode, turn)):
+                problems.append(f"entry {number} of 'history' {HALF_PAIR}")
+                continue
             messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
         question = f"{instruction}\n\n{context}" if context else instruction
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
@@ -368,6 +374,11 @@ _READERS: dict[Schema, Callable[[Mapping[str, Any], str, list[str]], Sample | No
 }
 
 
+def _is_call(call: Any) -> bool:
+    """Return whether a value is an object with a function's name, or with an object `function` that has it."""
+    return isinstance(call, dict) and isinstance(call.get("function") or call, dict)
+
+
 def _message(item: Any, number: int, problems: list[str]) -> dict[str, Any] | None:
     """Return a message as a template reads it, or None with a problem."""
     where = f"message {number}"
@@ -384,7 +395,7 @@ def _message(item: Any, number: int, problems: list[str]) -> dict[str, Any] | No
         if content is None:
             return None
     calls = item.get("tool_calls")
-    if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+    if calls and not (isinstance(calls, list) and all(map(_is_call, calls))):
         problems.append(f"{where}: 'tool_calls' is not a list of objects. Write [{{function: {{name: ...}}}}].")
         return None
     if content is None and calls:
@@ -396,7 +407,7 @@ def _message(item: Any, number: int, problems: list[str]) -> dict[str, Any] | No
         problems.append(f"{where}, of the {role}, is empty. Write a text, or remove the record.")
         return None
     if not is_unicode(content):
-        problems.append(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff). Write whole characters.")
+        problems.append(f"{where} {HALF_PAIR}")
         return None
     given = {key: value for key, value in item.items() if value is not None}  # templates ask whether a key is there
     return {**given, "role": role, "content": content}

@@ -18,16 +18,17 @@ from colm_ds.checkpoints import atomic
 from colm_ds.checkpoints.weights import checkpoint_tensors, save_model, with_tied
 from colm_ds.config.section import validate_section
 from colm_ds.data.token_cache import describe_tokenizer
-from colm_ds.errors import CheckpointError, ConfigError, Problems
+from colm_ds.errors import CheckpointError, CoLMError, ConfigError, Problems
 from colm_ds.export.model_card import MERGED, write_model_card
 from colm_ds.models.families import GENERIC_TOKENIZERS
 from colm_ds.models.quantized import dequantize
 from colm_ds.randomness import random_state, restore_random_state, seed_global_generators
 from colm_ds.recipes.adapter import trained_names
+from colm_ds.recipes.data_check import chat_template_of
 from colm_ds.recipes.model import DTYPES, add_lora, load_model, load_tokenizer
-from colm_ds.recipes.recipe import BaseRecipe, kind_of_recipe
+from colm_ds.recipes.recipe import BaseRecipe, Recipe, kind_of_recipe
 from colm_ds.recipes.sections import LoraConfig, ModelConfig
-from colm_ds.run_folder.contents import ADAPTER, CHECKPOINTS, CONFIG, FINISHED, MODEL, SUMMARY
+from colm_ds.run_folder.contents import ADAPTER, CHECKPOINTS, CONFIG, FINISHED, MODEL, NOT_EVALUATED, SUMMARY
 from colm_ds.run_folder.files import read_object
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,10 @@ def export_run(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target}: exists already. Choose another folder with --out, or remove this one.")
     base = _base_as_it_is_now(recipe.model, model, dtype)
-    loaded_tokenizer = _load_tokenizer(base, tokenizer or _tokenizer_of_run(run) or recipe.tokenizer_place)
+    own = None if tokenizer else _tokenizer_of_run(run)
+    loaded_tokenizer = _load_tokenizer(base, tokenizer or own or recipe.tokenizer_place)
+    if own is None:
+        _take_chat_template(loaded_tokenizer, recipe)
     if kind == MODEL and source.checkpoint is None:
         trained, num_tensors = _final_model(source.path, base.dtype)
     else:
@@ -138,7 +142,11 @@ def export_run(
             partial, run, kind=kind, step=source.step, base=base, dtype=base.dtype, tokenizer_class=tokenizer_class
         )
         os.replace(partial, target)
-    except (OSError, SafetensorError) as error:
+    except CoLMError:
+        raise
+    except Exception as error:
+        if not isinstance(error, (OSError, SafetensorError)) and "os error" not in str(error):  # as tokenizers says it
+            raise
         raise CheckpointError(f"{target}: could not be written: {error}. No files are left there.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -237,7 +245,7 @@ def _find_source(run: Path, tag: str | None, final: str) -> _Source:
     """Find the weights to export; `final` is the name of the folder that training writes at its end."""
     folder = run / CHECKPOINTS
     summary = read_object(run / SUMMARY)
-    finished = summary.get("status") == FINISHED
+    finished = summary.get("status") in (FINISHED, NOT_EVALUATED)
     if tag is None and finished and (run / final).is_dir():
         return _Source(run / final, summary.get("steps"), None)
     if tag is not None and not (folder / tag).is_dir():
@@ -281,6 +289,19 @@ def _load_tokenizer(model: ModelConfig, place: str | None) -> Any:
         return load_tokenizer(model, place)
     except ConfigError as error:
         raise ConfigError(f"{error} If it has moved, give its folder with --tokenizer.") from None
+
+
+def _take_chat_template(tokenizer: Any, recipe: BaseRecipe) -> None:
+    """Give a tokenizer the chat template that the run was trained with, if its recipe names one."""
+    if not isinstance(recipe, Recipe):
+        return
+    try:
+        template = chat_template_of(recipe)
+    except ConfigError as error:
+        logger.warning("%s The chat template of the base model is exported in its place.", error)
+        return
+    if template is not None:
+        tokenizer.chat_template = template
 
 
 def _class_that_reads(folder: Path, tokenizer: Any) -> str:

@@ -136,11 +136,28 @@ def test_a_source_that_is_none_is_read_only_where_it_is_needed(source: Any, by_c
         ({"input_ids": [1, 2, 3], "labels": [1, 2], "source": "a"}, "example 1: 3 tokens, 2 labels"),
         ({"input_ids": [1, 2], "attention_mask": [1], "source": "a"}, "example 1: .*attention_mask"),
         ({"input_ids": "text", "source": "a"}, "example 1: .*as lists"),
+        ({"input_ids": [[1, 2]], "source": "a"}, r"example 1: input_ids has shape \[1, 2\], not \[tokens\]"),
+        ({"input_ids": [1, 2], "labels": 3, "source": "a"}, r"example 1: labels has shape \[\], not \[tokens\]"),
     ],
 )
 def test_broken_record(record: Record, says: str) -> None:
     with pytest.raises(DataError, match=says):
         RecordDataset([{"input_ids": [1, 2], "source": "a"}, record])
+
+
+def test_columns_that_the_format_hides() -> None:
+    """Rows are counted as they are read: without the column."""
+    datasets = pytest.importorskip("datasets")
+    rows = [
+        {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, 7, 7, -100, 5], "attention_mask": [1] * size + [0] * (5 - size)}
+        for size in (3, 5)
+    ]
+    data = datasets.Dataset.from_list(rows)
+    for columns in (["input_ids", "labels"], ["input_ids", "attention_mask"], list(rows[0])):
+        dataset = RecordDataset(data.with_format("torch", columns=columns), needs_sources=False)
+        read = [dataset[index] for index in range(2)]
+        assert dataset.lengths.tolist() == [len(one.input_ids) for one in read]
+        assert dataset.num_label_tokens.tolist() == [int((one.labels[1:] != -100).sum()) for one in read]
 
 
 def loaders(world_size: int, large_batch_size: int = 29, **arguments: Any) -> list[LargeBatchLoader]:

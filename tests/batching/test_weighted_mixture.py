@@ -86,6 +86,8 @@ def test_epochs_of_a_source_have_new_orders() -> None:
 def test_wrong_arguments_say_what_is_wrong() -> None:
     with pytest.raises(SelectionError, match="large_batch_size = 9"):
         WeightedSampler([0], [8], [1.0], 9, seed=0)
+    with pytest.raises(SelectionError, match=r"weight 1 of source 1 is 0\.0033 of all: less than one of the 104"):
+        WeightedSampler([0, 100], [100, 4], [300.0, 1.0], 8, seed=0)
     with pytest.raises(ConfigError, match="no source 'c'"):
         checked_weights({"c": 1.0}, ["a", "b"])
     with pytest.raises(ConfigError, match="must be above 0"):

@@ -187,9 +187,22 @@ def test_tools_are_rendered_or_refused() -> None:
         '<call>add{"a": 1}</call><|im_end|>42<|im_end|>'
     )
     assert "it is 42" in tokenizer.decode(ids)
+    call["function"] = {"name": "add", "arguments": {"a": "\ud83d"}}
+    with pytest.raises(RowError, match="its text with tools and calls of them holds half of a surrogate pair"):
+        ChatEncoder(tokenizer, with_tools).encode(conversation(turns))
+    call["function"] = {"name": "add", "arguments": {"a": 1}}
     without = with_tools.replace("{{ message['content'] }}{%", "{{ message['content'] if message.role != 'tool' }}{%")
     with pytest.raises(RowError, match="message 3 is of the tool, which the chat template leaves out"):
         ChatEncoder(tokenizer, without).encode(conversation(turns))
+
+
+def test_many_blanks_take_no_longer_than_other_characters() -> None:
+    """Where each is a place to begin a search that goes over all others, these are ten billion steps."""
+    encoder = ChatEncoder(chat_tokenizer())
+    answer = "table" + " " * 100_000 + "end"
+    ids, labels = labels_of(encoder, conversation((TURNS[1], {"role": "assistant", "content": answer})))
+    assert sum(label != -100 for label in labels) == len(answer) + 1
+    assert len(ids) > len(answer)
 
 
 def test_prompts_of_questions() -> None:

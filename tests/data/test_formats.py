@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from colm_ds.data import formats
-from colm_ds.data.formats import describe_places, find_places, read_place, read_records
+from colm_ds.data.formats import describe_places, find_files, find_places, read_place, read_records
 from colm_ds.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -138,6 +138,13 @@ def test_damaged_files(tmp_path: Path, name: str, damage: Callable[[Path], None]
         list(read_records(path))
     assert str(caught.value).startswith(str(path))
     assert [part for part in parts if part not in str(caught.value)] == []
+
+
+def test_files_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"")
+    monkeypatch.setattr("os.access", lambda path, mode: not str(path).endswith("x.parquet"))
+    with pytest.raises(DataError, match=r"x\.parquet: permission denied\. Let this user read it"):
+        find_files(tmp_path)
 
 
 def test_csv_that_begins_with_a_mark_and_has_blank_lines(tmp_path: Path) -> None:

@@ -171,6 +171,7 @@ def turns(*roles: str) -> list[dict[str, str]]:
         ({"messages": [USER, ANSWER | {"tool_calls": "f(1)"}]}, "message 2: 'tool_calls' is not a list of objects"),
         ({"messages": [USER, ANSWER | {"tool_calls": ["f"]}]}, "message 2: 'tool_calls' is not a list of objects"),
         ({"messages": [{"from": "human", "value": "x"}]}, "'from' and 'value' belong in a list 'conversations'"),
+        ({"messages": [USER, ANSWER | {"tool_calls": [{"function": "f"}]}]}, "'tool_calls' is not a list of objects"),
         ({"messages": "2+2?"}, "'messages' is of type str, not a list"),
         ({"messages": "[{]"}, "'messages' is a text that is no JSON list"),
         ({"messages": [USER, ANSWER], "tools": [1]}, "'tools' holds something else than objects"),
@@ -199,6 +200,8 @@ def test_faults_of_a_history() -> None:
     row = {"instruction": "a", "output": "b", "history": [["c"], ["d", "e"]]}
     with pytest.raises(RowError, match=r"entry 1 of 'history' is no pair of texts. Write \[question, answer\]"):
         read(row, prompt="chat")
+    with pytest.raises(RowError, match="entry 1 of 'history' holds half of a surrogate pair"):
+        read(row | {"history": [["c \ud83d", "d"]]}, prompt="chat")
 
 
 def test_every_fault_of_a_row_is_named() -> None:

@@ -155,6 +155,41 @@ def test_finished_run_gives_its_last_weights(lora: bool, pool: Ranks, tmp_path: 
         assert difference(logits(load_model(export_run(run, merge=True).folder)), wanted) <= 1e-5
 
 
+def test_a_run_whose_final_evaluation_failed_gives_its_last_weights(
+    lora_run: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    run = shutil.copytree(lora_run[0], tmp_path / "run")
+    (run / "summary.json").write_text(json.dumps({"status": "not evaluated", "steps": 3}))
+    shutil.rmtree(run / "checkpoints" / "step_3")
+    done = export_run(run)
+    assert (done.source, done.step) == (run / "adapter", 3)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_checkpoint_gets_the_chat_template_of_the_recipe(
+    moved: bool, unfinished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, config = unfinished / "own.jinja", unfinished / "config.json"
+    file.write_text("of the recipe")
+    values = json.loads(config.read_text())
+    values["recipe"]["data"]["chat_template"] = str(file)
+    config.write_text(json.dumps(values))
+    if moved:
+        file.unlink()
+    template = read_tokenizer(str(export_run(unfinished).folder)).chat_template
+    assert template == (None if moved else "of the recipe")
+    assert ("own.jinja" in caplog.text) == moved
+
+
+def test_a_full_disk_is_one_message(unfinished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
+    with pytest.raises(CheckpointError, match=r"could not be written: No space left on device .*\. No files are left"):
+        export_run(unfinished)
+
+
 def test_checkpoint_by_name(lora_run: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
     run, trained = lora_run
     second = export_run(run, tag="step_2", out=tmp_path / "second")

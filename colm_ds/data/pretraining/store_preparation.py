@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from colm_ds.data.formats import LINES, find_files
+from colm_ds.data.pretraining.chunks import CACHE
 from colm_ds.data.pretraining.part_pool import map_parts
 from colm_ds.data.pretraining.pile import PART_BYTES, BadLine, Part, documents, total_bytes
 from colm_ds.data.pretraining.scan import (
@@ -44,7 +45,9 @@ from colm_ds.data.token_cache import describe_tokenizer
 from colm_ds.errors import Attempts, CoLMError, ConfigError, DataError
 from colm_ds.models.families import read_tokenizer, set_pad_token
 from colm_ds.process.progress import Progress
-from colm_ds.run_folder.files import write_whole
+from colm_ds.run_folder.contents import LOCK
+from colm_ds.run_folder.files import read_object, write_whole
+from colm_ds.run_folder.lock import RunLock
 from colm_ds.untrusted.json_text import read_json
 
 FORMAT_VERSION = 1
@@ -91,11 +94,11 @@ def prepare(
     Args:
         wanted: the store to prepare.
         num_processes: processes that tokenise; memory grows with it, not with the files.
-        overwrite: remove what another preparation left in the folder.
+        overwrite: remove what another preparation left in the folder; other files stay.
         say: called with each line of progress.
 
     Raises:
-        ConfigError: if the folder holds other files, or the tokenizer cannot be used.
+        ConfigError: if the folder holds other files, another process prepares it, or the tokenizer cannot be used.
         DataError: for files that cannot be read, too many bad lines, unknown sources, or files that changed.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the work
@@ -105,26 +108,61 @@ def prepare(
             f"{others[0]}: not read here. Write one document a line, as a JSON object, in {', '.join(LINES[:-1])} or "
             f"{LINES[-1]} files, and name those if there are others beside them."
         )
-    _claim(wanted, files, overwrite)
-    contents = _scan_or_resume(wanted, files, num_processes, say)
-    check_sources(contents, None if wanted.weights is None else list(wanted.weights), wanted.skip_others)
-    if (wanted.folder / MANIFEST).exists():
-        store = TokenStore(wanted.folder)
-        if problem := store.why_not_whole():
-            raise DataError(f"{problem}. Prepare it again with --overwrite.")
-        say(f"{wanted.folder}: already finished")
-        return store
-    _tokenise(wanted, files, contents, num_processes, say)
-    _finish(wanted, contents)
-    return TokenStore(wanted.folder)
-
-
-def _claim(wanted: Preparation, files: Sequence[Path], overwrite: bool) -> None:
-    """Take over the folder for this preparation, or refuse it."""
+    _given_tokenizer.cache_clear()  # an earlier preparation of this process may have written others there
     settings = _settings(wanted, files)
-    folder, path = wanted.folder, wanted.folder / _SETTINGS
-    if overwrite and path.exists():
-        shutil.rmtree(folder)
+    _refuse_foreign(wanted.folder)
+    is_finished = (wanted.folder / MANIFEST).exists() and not overwrite  # only read, perhaps from a read-only disk
+    with nullcontext() if is_finished else _held(wanted.folder):
+        _claim(wanted.folder, settings, overwrite)
+        contents = _scan_or_resume(wanted, files, num_processes, say)
+        check_sources(contents, None if wanted.weights is None else list(wanted.weights), wanted.skip_others)
+        if (wanted.folder / MANIFEST).exists():
+            store = TokenStore(wanted.folder)
+            if problem := store.why_not_whole():
+                raise DataError(f"{problem}. Prepare it again with --overwrite.")
+            say(f"{wanted.folder}: already finished")
+            return store
+        _tokenise(wanted, files, contents, num_processes, say)
+        _finish(wanted, contents)
+        return TokenStore(wanted.folder)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise a ConfigError if the folder holds files and is no store."""
+    settings, parts = folder / _SETTINGS, folder / PARTS
+    others = [path for path in folder.iterdir() if path.name != LOCK] if folder.is_dir() else []
+    if all(path.match(f".{_SETTINGS}.*") or (path == parts and not any(path.iterdir())) for path in others):
+        return  # empty, or a process was killed as it began there
+    is_store = {"version", "files", "part_bytes"} <= read_object(settings).keys()
+    is_broken = settings.exists() and parts.is_dir() and not read_object(settings)
+    if not is_store and not is_broken:
+        raise ConfigError(f"{folder}: holds other files. Choose an empty or new folder.")
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Keep other processes from preparing the folder."""
+    lock = RunLock(folder, "data.store =", "a store")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _remove_store(folder: Path) -> None:
+    """Remove what preparations and trainings wrote into the folder; other files stay."""
+    for name in (MANIFEST, _SCAN, _SETTINGS):  # the manifest first: half a store is none
+        (folder / name).unlink(missing_ok=True)
+    for name in (PARTS, TOKENIZER, CACHE):
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+
+
+def _claim(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
+    """Take over the folder for this preparation, or refuse it."""
+    path = folder / _SETTINGS
+    if overwrite:
+        _remove_store(folder)
     if path.exists():
         before = _own_json(path)
         differences = [
@@ -137,16 +175,11 @@ def _claim(wanted: Preparation, files: Sequence[Path], overwrite: bool) -> None:
                 f"{folder}: was prepared with other settings.\n  " + "\n  ".join(differences) + "\n  "
                 "Choose another folder (data.store), or prepare it again with --overwrite."
             )
-        for left in folder.rglob(".*.[0-9]*"):
+        for left in () if (folder / MANIFEST).exists() else folder.rglob(".*.[0-9]*"):
             if left.is_file():
                 left.unlink(missing_ok=True)  # of a run that was killed
         return
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"{folder}: holds other files. Choose an empty or new folder.")
-    try:
-        (folder / PARTS).mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(f"data.store = {folder}: cannot be written: {error.strerror}.") from None
+    (folder / PARTS).mkdir(exist_ok=True)
     write_whole(path, (json.dumps(settings, indent=1) + "\n").encode())
 
 
@@ -215,6 +248,7 @@ def _scan_or_resume(wanted: Preparation, files: Sequence[Path], num_processes: i
         (wanted.folder / _SETTINGS).unlink(missing_ok=True)
         raise
     tokenizer.save_pretrained(str(folder))
+    _given_tokenizer.cache_clear()
     write_whole(path, (json.dumps(asdict(contents), ensure_ascii=False) + "\n").encode())
     return contents
 

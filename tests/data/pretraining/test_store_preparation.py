@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from colm_ds.data.generated.text import SHARES, write_text
 from colm_ds.data.pretraining import store_preparation, token_store
@@ -29,6 +31,7 @@ from colm_ds.data.pretraining.token_store import HELDOUT, SPLITS, TRAIN, TokenSt
 from colm_ds.engine.token_table import mean_table
 from colm_ds.errors import CoLMError, ConfigError, DataError
 from colm_ds.probe.tokens import mean_vectors, random_vectors
+from colm_ds.run_folder.lock import RunLock
 from colm_ds.selection import SINGLE_PROCESS
 
 FORK = multiprocessing.get_context("fork")
@@ -67,8 +70,9 @@ def store(text: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file below a folder but the lock, which names a process."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "run.lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def records_of(folder: Path) -> Iterator[dict[str, Any]]:
@@ -398,6 +402,41 @@ def test_files_that_change_meanwhile_are_noticed(tmp_path: Path, monkeypatch: py
     with pytest.raises(ConfigError, match="was prepared with other settings"):
         prepare(Preparation([path], tmp_path / "s", vocabulary_size=310, holdout=0.1), say=quiet)
     assert len(prepare(wanted, overwrite=True, say=quiet).source_names) == 1
+
+
+def test_overwriting_removes_a_store_and_nothing_else(tmp_path: Path) -> None:
+    path = write_lines(tmp_path, *map(good, range(40)))
+    project, disk, link = tmp_path / "project", tmp_path / "disk", tmp_path / "link"
+    for folder in (project, disk):
+        folder.mkdir()
+    (project / "settings.json").write_text('{"editor.fontSize": 12}')
+    (project / "thesis.tex").write_text("years of work")
+    link.symlink_to(disk)
+    wanted = Preparation([path], project, vocabulary_size=300, holdout=0.1)
+    with pytest.raises(ConfigError, match="holds other files"):
+        prepare(wanted, overwrite=True, say=quiet)
+    assert (project / "thesis.tex").exists()
+    assert not (project / "run.lock").exists()
+    prepare(replace(wanted, folder=link), say=quiet)
+    (disk / "notes.txt").write_text("mine")
+    other = prepare(replace(wanted, folder=link, vocabulary_size=310), overwrite=True, say=quiet)
+    assert other.why_not_whole() is None
+    assert other.manifest["vocabulary_size"] == 310
+    assert len(AutoTokenizer.from_pretrained(link / "tokenizer")) == 310
+    assert (disk / "notes.txt").exists()
+
+
+def test_two_preparations_of_a_store_at_once(tmp_path: Path) -> None:
+    path = write_lines(tmp_path, *map(good, range(40)))
+    wanted = Preparation([path], tmp_path / "s", vocabulary_size=300, holdout=0.1)
+    lock = RunLock(tmp_path / "s", "data.store =", "a store")
+    with pytest.raises(ConfigError, match=r"data\.store = .*: process \d+ on .* is writing a store there"):
+        prepare(wanted, say=quiet)
+    lock.release()
+    store = prepare(wanted, say=quiet)
+    lock = RunLock(tmp_path / "s", "data.store =", "a store")
+    assert contents(prepare(wanted, say=quiet).folder) == contents(store.folder)  # only read
+    lock.release()
 
 
 def _interrupted(*_: Any) -> None:
