@@ -39,7 +39,7 @@ options=(--port "${MASTER_PORT:-29640}" --size-steps "${SIZE_STEPS:-6}" --script
 [[ -z "${OUT-}" ]] || options+=(--out "$OUT")
 [[ -z "${RANKS-}" ]] || options+=(--num-gpus "$RANKS")
 if [[ -n "${SIZES+set}" ]]; then
-    read -ra sizes <<< "$SIZES"
+    read -rd '' -a sizes <<< "$SIZES" || true    # of several lines, too
     options+=(--sizes "${sizes[@]}")
 fi
 exec colm-ds memory-report "$recipe" "${@:2}" "${options[@]}"

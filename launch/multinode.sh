@@ -74,6 +74,14 @@ case "$launcher" in
     *) fail "LAUNCHER=$launcher: unknown. Choose pdsh, openmpi or slurm" ;;
 esac
 
+# The remote shell reads these words once more, and would split them.
+if [[ "$launcher" == pdsh ]]; then
+    for place in "$PWD" "$root" "$script"; do
+        [[ "$(printf '%q' "$place")" == "$place" ]] ||
+            fail "'$place': pdsh starts ranks under paths without blanks and signs of the shell only. Rename it"
+    done
+fi
+
 bash "$root/launch/setup.sh"
 
 # Every host is asked before the first rank starts: one that is missing would leave the others waiting for it.

@@ -37,7 +37,7 @@ options=(--port "${MASTER_PORT:-29650}" --megabytes "${MEGABYTES:-4}")
 [[ -z "${RANKS-}" ]] || options+=(--num-gpus "$RANKS")
 [[ -z "${QUESTIONS-}" ]] || options+=(--questions "$QUESTIONS")
 if [[ -n "${DATA-}" ]]; then
-    read -ra given <<< "$DATA"
+    read -rd '' -a given <<< "$DATA" || true    # of several lines, too
     for place in "${given[@]}"; do
         [[ -e "$place" ]] || fail "DATA: $place: no such file or folder"
     done

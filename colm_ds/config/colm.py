@@ -101,6 +101,12 @@ class ScheduleConfig(Section):
         ended = 0 < self.end_step < step
         return started and not ended and not (self.plain_every and step % self.plain_every == 0)
 
+    @property
+    def ever_selects(self) -> bool:
+        """Return whether there is a step in which the selector runs."""
+        period = self.every * max(1, self.plain_every)  # after which steps repeat
+        return any(map(self.selects, range(self.start_step + 1, self.start_step + period + 1)))
+
     def share(self, num_steps: int) -> float:
         """Return the share of a run's steps in which the selector runs; 0 steps: that of the first thousand."""
         num_steps = num_steps or 1000

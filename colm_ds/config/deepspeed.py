@@ -118,7 +118,7 @@ def check_zero(config: Mapping[str, Any], problems: Problems) -> None:
     """
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    given = {key: value for key, value in (config.get("zero_optimization") or {}).items() if value != "auto"}
+    given = {str(key): value for key, value in (config.get("zero_optimization") or {}).items() if value != "auto"}
     refused: set[str] = set()
     try:
         DeepSpeedZeroConfig(**given)
@@ -280,6 +280,10 @@ def check_monitors(config: Mapping[str, Any], problems: Problems) -> None:
     from deepspeed.monitor.config import get_monitor_config
 
     for name, section in sections.items():
+        if not isinstance(section, dict):
+            what = "not a section of keys and values"
+            problems.add(name, section, what, 'Write {"enabled": true} or remove the section.')
+            continue
         try:
             get_monitor_config({name: section})
         except (TypeError, ValidationError) as error:

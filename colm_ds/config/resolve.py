@@ -143,6 +143,9 @@ def selection_config(config: CoLMSection | Mapping[str, Any], num_processes: int
     colm = resolve_config({"colm": section}, num_processes, where=where).colm
     problems = Problems(where)
     _check_needs_no_engine(colm, problems)
+    for key in ("micro_batch_tokens", "num_workers", "max_skipped_steps", "phase_timeout_s", "memory"):
+        if getattr(colm, key) != CoLMSection.model_fields[key].get_default(call_default_factory=True):
+            problems.add(f"colm.{key}", getattr(colm, key), "is for the step of colm_ds.initialize", "Remove it.")
     problems.raise_if_any()
     return colm
 
@@ -217,7 +220,7 @@ def _resolve_batch(
         why = f"examples packed into rows (colm.packing = {colm.packing!r}) are not where the probe passed them"
         problems.add("colm.replay", colm.replay, why, 'Write "auto" or "off", or remove colm.packing.')
     _check_deepspeed(deepspeed, problems, supplied)
-    if colm.variance_every and (deepspeed.get("zero_optimization") or {}).get("stage") == 3:
+    if colm.variance_every and (deepspeed.get("zero_optimization") or {}).get("stage") in (3, "3"):
         why = "the gradients of all layers are sketched at ZeRO stage 0, 1 or 2"
         problems.add("colm.variance_every", colm.variance_every, why, "Write 0, or another stage.")
     problems.raise_if_any()
@@ -302,6 +305,10 @@ def _check_mask_and_probe(colm: CoLMSection, problems: Problems) -> None:
     if colm.probe.estimator != "tokens" and not _is_default(colm.probe, "length_power"):
         what = "only the features of the estimator 'tokens' are divided by a power of the length"
         problems.add("colm.probe.length_power", colm.probe.length_power, what, "Remove it.")
+    if not colm.schedule.ever_selects:
+        set_keys = colm.schedule.model_dump(exclude_defaults=True)
+        what = "in no step of it the selector runs"
+        problems.add("colm.schedule", set_keys, what, "Write selector: random for that, or change it.")
     _check_without_effect(colm, problems)
 
 
@@ -320,6 +327,9 @@ def _check_without_effect(colm: CoLMSection, problems: Problems) -> None:
         none = "has no medoids to weigh" if colm.signal is None else "does not weigh its picks so"
         what = f"{colm.selector!r} {'has weights of its own' if own else none}"
         problems.add("colm.weights", colm.weights, what, 'Write "uniform", or selector: colm, whose medoids take them.')
+    if own and colm.probe.estimator == "spsa" and colm.mask != MaskConfig():
+        what = f"{colm.selector!r} goes by the slopes of spsa, and not by coordinates that a mask would choose"
+        problems.add("colm.mask", colm.mask.model_dump(), what, "Remove it.")
     if colm.selector in OWN_WEIGHTS and colm.metric not in (FITS_TOKENS["metric"], FITS_GRADIENTS["metric"]):
         what = f"{colm.selector!r} draws at random and compares no distances"
         problems.add("colm.metric", colm.metric, what, "Remove it, or write selector: colm, whose medoids do.")
@@ -453,7 +463,7 @@ def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems, supplied: Co
         else:
             problems.add(f"{key}.params", params, "not keys and values", "Write an object: {...}.")
     zero = deepspeed.get("zero_optimization") or {}
-    if zero.get("overlap_comm") is True and zero.get("stage", 0) in (0, 1):
+    if str(zero.get("overlap_comm")).lower() == "true" and str(zero.get("stage", 0)) in ("0", "1"):
         problems.add(
             "zero_optimization.overlap_comm",
             True,

@@ -20,7 +20,7 @@ from colm_ds.batching.resourced import WithSources
 from colm_ds.batching.sources import known_counts, small_source_ids
 from colm_ds.config.colm import CoLMSection
 from colm_ds.config.optimizer import check_groups
-from colm_ds.config.resolve import selection_config
+from colm_ds.config.resolve import resolve_config, selection_config
 from colm_ds.distributed.exchange import make_exchange
 from colm_ds.engine.accumulation import loss_scale
 from colm_ds.engine.adam_constants import adam_constants
@@ -216,7 +216,10 @@ class CoresetSelector:
             attempts.of(_check_alone)
         resolved = config if (is_checked or by_engine) and isinstance(config, CoLMSection) else None
         if resolved is None or resolved.coreset_size is None:
-            resolved = attempts.of(lambda: selection_config(config, exchange.num_processes))
+            size = exchange.num_processes
+            resolved = attempts.of(
+                lambda: resolve_config({"colm": config}, size).colm if by_engine else selection_config(config, size)
+            )
         attempts.of(lambda: check_groups(optimizer))
         if not (is_checked or by_engine):
             counted: Any = dataset if hasattr(dataset, "num_label_tokens") else None

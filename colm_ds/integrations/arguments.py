@@ -87,7 +87,7 @@ class CoLMConfig:
             values = {key: value for key, value in values.items() if value != defaults[key]}
             values.setdefault("small_sources", "auto")
             values |= {"source_column": self.source_column, "log": self.log}
-        names = values["small_sources"]
+        names = values.get("small_sources", "auto")
         if isinstance(names, str) and names not in ("auto", "below_mean", "none"):
             values["small_sources"] = [name.strip() for name in names.split(",")]
         return values

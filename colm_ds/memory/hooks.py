@@ -19,7 +19,8 @@ class MemoryHooks:
 
     A phase lasts until the next begins: `forward` from the module's forward to its end, `backward` from the first
     gradient of its outputs until the optimizer (or the next forward), `step` within the optimizer; between them is
-    `other`, and blocks under `phase(name)` have that name. Hooks cost microseconds and do not synchronise a GPU.
+    `other`, and blocks under `phase(name)` have that name, forward passes without gradients in them included. Hooks
+    cost microseconds and do not synchronise a GPU.
 
     Example:
         >>> with MemoryHooks(model, optimizer) as memory:
@@ -42,13 +43,14 @@ class MemoryHooks:
 
         Args:
             module: the module that the loop calls, bare or wrapped by DDP, FSDP or DeepSpeed.
-            optimizer: a torch optimizer; without one the backward phase lasts until the next forward.
+            optimizer: a torch optimizer, or one of DeepSpeed's, which has one; without one the backward phase lasts
+                until the next forward.
             device: device to measure; default: that of the module's parameters.
         """
         self._module = module
         self._optimizer = optimizer
         self._counter = PeakCounter(device if device is not None else next(module.parameters()).device)
-        self._phase = OTHER
+        self._phase = self._around = OTHER
         self._handles: list[Any] = []
         self.peak_bytes: dict[str, int] = {}
 
@@ -65,13 +67,16 @@ class MemoryHooks:
     def __enter__(self) -> MemoryHooks:
         """Add the hooks."""
         self._handles = [
-            self._module.register_forward_pre_hook(lambda *_: self._begin("forward")),
+            self._module.register_forward_pre_hook(self._before_forward),
             self._module.register_forward_hook(self._after_forward),
         ]
-        if self._optimizer is not None:
+        optimizer: Any = self._optimizer
+        while optimizer is not None and not hasattr(optimizer, "register_step_pre_hook"):
+            optimizer = getattr(optimizer, "optimizer", None)
+        if optimizer is not None:
             self._handles += [
-                self._optimizer.register_step_pre_hook(lambda *_: self._begin("step")),
-                self._optimizer.register_step_post_hook(lambda *_: self._begin(OTHER)),
+                optimizer.register_step_pre_hook(lambda *_: self._begin("step")),
+                optimizer.register_step_post_hook(lambda *_: self._begin(self._around)),
             ]
         self._counter.reset()
         self._phase = OTHER
@@ -86,12 +91,14 @@ class MemoryHooks:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the block as a phase of this name; phases of the module inside it keep their own."""
+        """Count the block as a phase of this name; phases of the module's training inside it keep their own."""
+        outer, self._around = self._around, name
         self._begin(name)
         try:
             yield
         finally:
-            self._begin(OTHER)
+            self._around = outer
+            self._begin(outer)
 
     def _begin(self, name: str) -> None:
         """End the running phase and start another."""
@@ -99,8 +106,13 @@ class MemoryHooks:
         self._counter.reset()
         self._phase = name
 
+    def _before_forward(self, *_: object) -> None:
+        if torch.is_grad_enabled() or self._around == OTHER:
+            self._begin("forward")
+
     def _after_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._begin(OTHER)
+        if self._phase == "forward":
+            self._begin(self._around)
         if not torch.is_grad_enabled():
             return
         for tensor in _tensors(output):

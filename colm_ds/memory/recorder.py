@@ -48,7 +48,7 @@ class MemoryRecorder:
         self._config = config
         self._device = device
         self._rank = rank
-        self._steps = 0
+        self._steps = self._selecting = 0
         self._held: dict[str, int] = {}
         self._selection = self._replay_probed = self._replay_trained = 0
         self._counted: dict[str, int] | None = None
@@ -122,7 +122,8 @@ class MemoryRecorder:
             kept: tensors that selector and estimator keep.
             replay: the `ReplayStore` of this step, or None.
         """
-        if self._steps <= _SETTLED:
+        self._selecting += bool(kept)
+        if self._steps <= _SETTLED or self._selecting <= _SETTLED:  # a schedule may begin to select later
             self._selection = storage_bytes(kept, self._device)
         self._replay_probed = self._replay_trained = replay.bytes_on(self._device) if replay is not None else 0
 

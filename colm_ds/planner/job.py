@@ -138,7 +138,7 @@ class Job:
     def by_tokens(self) -> Job:
         """Return the same job with b of 4 b chosen by token embeddings, without a pass of the model."""
         section: dict[str, Any] = {"large_batch_size": 4 * self.size, "coreset_size": self.size}
-        section |= {"probe": {"estimator": "tokens"}, "packing": self.colm.packing}
+        section |= {"probe": {"estimator": "tokens"}, **self.colm.model_dump(include={"packing", "micro_batch_tokens"})}
         return replace(self, colm=CoLMSection.model_validate(section))
 
     def with_colm(self, **changes: object) -> Job:

@@ -152,8 +152,10 @@ def closing_logits(architecture: Architecture, states: Tensor, num_outputs: int)
     output = _as_layer_output(states[:, None], num_outputs)
     skipped: dict[nn.Module, Forward] = {layer: lambda *args, **kwargs: output for layer in architecture.layers}
     tokens = torch.zeros(len(states), 1, dtype=torch.int64, device=states.device)
+    model = architecture.model
+    forward = getattr(model, "_original_forward", model.forward)  # without the autocast that accelerate puts around it
     with patched_forwards(skipped):  # not by __call__: a forward of ZeRO-3's own begins with the outermost module's
-        logits: Tensor = architecture.model.forward(input_ids=tokens, use_cache=False).logits
+        logits: Tensor = forward(input_ids=tokens, use_cache=False).logits
     return logits[:, 0]
 
 

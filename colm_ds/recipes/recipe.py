@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -423,6 +424,21 @@ def describe_keys(kind: type[Section] = Recipe) -> list[str]:
     return lines
 
 
+def change_of(key: str, text: str | Path) -> str:
+    """Return the change `key=value` that gives a key a text, quoted where YAML would read it as something else."""
+    text = str(text)
+    try:
+        is_plain = parse_yaml(text) == text
+    except ValueError:
+        is_plain = False
+    return f"{key}={text if is_plain else json.dumps(text, ensure_ascii=False)}"
+
+
+def expanded(path: str | Path) -> str:
+    """Return a path with `~`, `$NAME` and `${NAME}` replaced, as in a recipe."""
+    return os.path.expanduser(os.path.expandvars(path))
+
+
 def _override(values: dict[str, Any], override: str, problems: Problems) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -510,10 +526,10 @@ def _expand_paths(values: dict[str, Any], problems: Problems) -> None:
             return {**value, "path": expand(value["path"], f"{key}.path")} if "path" in value else value
         if not isinstance(value, str):
             return value
-        expanded = os.path.expanduser(os.path.expandvars(value))
-        if unknown := re.search(r"\$(\w+|\{\w+\})", expanded):
+        path = expanded(value)
+        if unknown := re.search(r"\$(\w+|\{\w+\})", path):
             problems.add(key, value, f"there is no environment variable {unknown.group(1)}", "Export it.")
-        return expanded
+        return path
 
     for section, key, whole, _ in _path_keys(values):
         section[key] = expand(section[key], whole)

@@ -175,9 +175,12 @@ def references(arm: Arm, arms: Sequence[Arm]) -> dict[str, Arm]:
 def equal_budget(arm: Arm, other: Arm, axis: str, key: str = "overall") -> Difference | None:
     """Subtract held-out losses where both arms have spent as much: the most that all runs of both have spent.
 
-    What is spent is one of `AXES`, the loss one of those of `Facts.heldout`.
+    What is spent is one of `AXES`, the loss one of those of `Facts.heldout`. Runs that ended with a loss that is not
+    finite, which means over seeds leave out as well, would end the comparison where they were last finite.
     """
-    curves = [[(facts.run.seed, facts.heldout().get(key, Curve())) for facts in each.used] for each in (arm, other)]
+    curves = [
+        [(facts.run.seed, facts.heldout().get(key, Curve())) for facts in _to_the_end(each)] for each in (arm, other)
+    ]
     ends = [x[-1] if (x := getattr(curve, axis)) else 0.0 for each in curves for _, curve in each]
     losses = [
         {
@@ -188,6 +191,11 @@ def equal_budget(arm: Arm, other: Arm, axis: str, key: str = "overall") -> Diffe
         for each in curves
     ]
     return difference(*(measure(each) for each in losses)) if min(ends) > 0 and all(losses) else None
+
+
+def _to_the_end(arm: Arm) -> Sequence[Facts]:
+    """Return the runs that count and have a held-out loss at their end; all that count if none has."""
+    return [facts for facts in arm.used if "heldout.overall" in facts.values] or arm.used
 
 
 def describe(arm: Arm) -> str | None:

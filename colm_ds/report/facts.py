@@ -192,7 +192,8 @@ def run_facts(run: Run, small: Sequence[str], *, counted: bool = False) -> Facts
     end = run.heldout[max(run.heldout)] if max(run.heldout, default=0) > 0 else {}
     by_steps: dict[str, Any] = {"heldout": end, "heldout_before": run.heldout.get(0), "step_s": step_seconds(run.steps)}
     by_steps |= {"data_loading_share": _data_loading_share(run), "peak_memory_gib": _largest(run.steps, "memory_gib")}
-    by_steps["peak_memory_parts_gib"] = _largest(run.steps, "memory_parts_gib")
+    at_peak = max(run.steps, key=lambda step: number(lookup(step, "memory_gib", "peak")) or 0.0, default={})
+    by_steps["peak_memory_parts_gib"] = numbers(at_peak.get("memory_parts_gib"))
     by_steps["steps"] = run.steps[-1]["step"] if run.steps else None
     by_steps |= {key_of(each): _total(each, run.steps) for each in METRICS if not each.name.startswith("heldout.")}
     at_end = {**by_steps, **{key: value for key, value in run.summary.items() if value is not None}}

@@ -35,6 +35,12 @@ def caveats(arms: Sequence[Arm]) -> list[str]:
         left_out = len(arm.facts) - len(arm.used)
         if left_out:
             sentences.append(f"{quoted(arm.name)}: {plural(left_out, 'run')} not finished and left out of the means.")
+        without = sum(bool(facts.heldout()) and "heldout.overall" not in facts.values for facts in arm.used)
+        if 0 < without < len(arm.used):
+            sentences.append(
+                f"{quoted(arm.name)}: the held-out loss of {without} of {plural(len(arm.used), 'seed')} was not finite "
+                "at the end; its means are of the others."
+            )
     if uneven := uneven_times(arms):
         sentences.append(
             f"The time per step of {listed([quoted(arm.name) for arm in uneven])} varies more than twofold within the "

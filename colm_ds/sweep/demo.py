@@ -17,7 +17,7 @@ from colm_ds.data.generated.mixture import write_mixture
 from colm_ds.errors import Attempts, ConfigError, PartFailedError
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.process.launch import accelerator_environment, add_num_gpus, ranks_command
-from colm_ds.recipes.recipe import BaseRecipe, load_recipe
+from colm_ds.recipes.recipe import BaseRecipe, change_of, expanded, load_recipe
 from colm_ds.report import compare, load_run
 from colm_ds.report.arms import Arm, make_arms
 from colm_ds.report.facts import LOSS, Curve
@@ -80,14 +80,16 @@ def run_demo(out: Path, changes: Sequence[str], num_ranks: int, port: int) -> st
     if own := [change for change in changes if change.startswith(("name=", "output_dir="))]:
         raise ConfigError(f"{own[0]}: the demo names its runs itself. Leave it out; --out names the folder of all.")
     data = out / "data"
-    paths = [f"tokenizer={data}/tokenizer", f"data.train={data}/train.jsonl", f"data.heldout={data}/heldout.jsonl"]
-    paths.append(f"data.cache_dir={data}/tokens")  # the arms train on the same
+    places = {"tokenizer": "tokenizer", "data.train": "train.jsonl", "data.heldout": "heldout.jsonl"}
+    places["data.cache_dir"] = "tokens"  # the arms train on the same
+    paths = [change_of(key, data / name) for key, name in places.items()]
     steps = load_recipe(RECIPE, [*paths, *changes], needs_files=False).steps
     if not isinstance(steps, int) or steps < 1:
         raise ConfigError(f"steps = {steps!r}: the demo counts steps, and not epochs. Write steps=N, a whole number.")
     words, finished, attempts = {}, set(), Attempts(str(out))
     for arm in ARMS:
-        own = [f"name={json.dumps(arm.name)}", f"output_dir={out / arm.folder}", *paths, *arm.changes, *changes]
+        own = [f"name={json.dumps(arm.name)}", change_of("output_dir", out / arm.folder), *paths]
+        own += [*arm.changes, *changes]
         words[arm] = [*own, f"steps={-(-steps // arm.part_of_steps)}"]
         recipe = load_recipe(RECIPE, words[arm], needs_files=False)
         if not recipe.overwrite and is_finished(recipe.output_dir):
@@ -212,13 +214,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the demo and print its table and its answer; return the exit code: 3 if it was stopped, else 0."""
-    started = time.monotonic()
+    started, out = time.monotonic(), Path(expanded(options.out))
     try:
-        print(run_demo(options.out, options.overrides, options.num_gpus or default_ranks(), options.port))
+        print(run_demo(out, options.overrides, options.num_gpus or default_ranks(), options.port))
     except KeyboardInterrupt:
         print("demo: stopped; the same command resumes", file=sys.stderr)
         return ExitCode.STOPPED
-    _say(f"done in {time.monotonic() - started:.0f} s; open {options.out}/report.html")
+    _say(f"done in {time.monotonic() - started:.0f} s; open {out}/report.html")
     return ExitCode.DONE
 
 

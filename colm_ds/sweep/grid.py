@@ -12,7 +12,7 @@ from pydantic import Field
 
 from colm_ds.config.section import Section, validate_section
 from colm_ds.errors import ConfigError, Problems
-from colm_ds.recipes.recipe import no_such_file
+from colm_ds.recipes.recipe import change_of, expanded, no_such_file
 from colm_ds.untrusted.yaml_text import read_yaml
 
 
@@ -127,7 +127,14 @@ def load_grid(
     if launch.device_groups and launch.parallel > 1:
         problems.add("launch.parallel", launch.parallel, "there are device groups", "Remove one of the two.")
     problems.raise_if_any()
-    updates = {"recipe": str(recipe), "common": [*grid.common, *changes], "seeds": list(seeds) or grid.seeds}
+    out, runs = (value if value is None else expanded(value) for value in (grid.out, grid.runs))
+    updates = {
+        "recipe": str(recipe),
+        "out": out,
+        "runs": runs,
+        "common": [*grid.common, *changes],
+        "seeds": list(seeds) or grid.seeds,
+    }
     return grid.model_copy(update={**updates, "launch": launch})
 
 
@@ -137,7 +144,12 @@ def jobs_of(grid: Grid) -> list[SweepJob]:
     for seed in grid.seeds:
         for arm, changes in grid.arms.items():
             folder = Path(grid.runs or grid.out) / _slug(arm) / f"seed_{seed}"
-            own = [f"name={json.dumps(arm)}", f"output_dir={folder}", f"seed={seed}", f"colm.seed={seed}"]
+            own = [
+                f"name={json.dumps(arm, ensure_ascii=False)}",
+                change_of("output_dir", folder),
+                f"seed={seed}",
+                f"colm.seed={seed}",
+            ]
             jobs.append(SweepJob(arm, seed, folder, [grid.recipe, *grid.common, *changes, *own, "overwrite=false"]))
     return jobs
 

@@ -187,12 +187,16 @@ def run_jobs(
 
     def work(job: SweepJob) -> None:
         nonlocal num_done
+        if _stopping.is_set():
+            return
         place = free.get()
         begun = time.monotonic()
         try:
             failure = _run(grid, job, place)
         finally:
             free.put(place)
+        if failure == _STOPPED:  # by the same signal as this process, which its main thread may not have seen yet
+            _stopping.wait(_SIGNAL_S)
         with lock:
             num_done += 1
             if failure:
@@ -277,28 +281,36 @@ def _command(grid: Grid, place: Place, arguments: Sequence[str], script: str | N
 
 
 _started: set[subprocess.Popen[bytes]] = set()
+_stopping = threading.Event()  # a signal has asked this process to stop
+_SIGNAL_S = 2.0  # seconds that the main thread may take to see a signal, on a busy machine
+_STOPPED = "stopped; the same command resumes it"
 
 
 @contextmanager
 def stopping_runs() -> Iterator[None]:
     """Let SIGTERM stop the runs under way after their step, with a checkpoint, and then raise KeyboardInterrupt.
 
-    SIGINT from a terminal reaches them anyway.
+    SIGINT from a terminal reaches them anyway. After either no further run begins.
     """
 
-    def stop(*_: object) -> None:
-        for process in list(_started):
+    def stop(number: int, _: object) -> None:
+        _stopping.set()
+        for process in list(_started) if number == signal.SIGTERM else ():
             process.terminate()
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():  # only it may handle signals
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    _stopping.clear()
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in a shell's background
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _call(command: Sequence[str], log: Path, num_threads: int) -> int:
@@ -337,7 +349,7 @@ def call_and_wait(command: Sequence[str], environment: Mapping[str, str], output
 
 def _what_failed(code: int, log: Path) -> str:
     if code == ExitCode.STOPPED:
-        return "stopped; the same command resumes it"
+        return _STOPPED
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = [line for line in re.split(r"[\r\n]+", text) if "Error" in line]
     return f"failed with exit code {code}: {lines[0].strip() if lines else 'no message'} (see {log})"

@@ -14,7 +14,7 @@ from typing import Any
 from colm_ds.errors import ConfigError
 from colm_ds.process.exit_codes import ExitCode
 from colm_ds.process.launch import add_num_gpus
-from colm_ds.recipes.recipe import BaseRecipe, load_recipe
+from colm_ds.recipes.recipe import BaseRecipe, expanded, load_recipe
 from colm_ds.report import compare, format_table, load_run
 from colm_ds.run_folder.contents import CONFIG
 from colm_ds.run_folder.files import read_object
@@ -244,7 +244,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ConfigError: see `run_arms`.
     """
-    out = options.out or Path("runs/memory_report") / Path(options.recipe).stem
+    out = Path(expanded(options.out)) if options.out else Path("runs/memory_report") / Path(options.recipe).stem
     try:
         failed = run_arms(
             options.recipe,

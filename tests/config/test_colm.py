@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from colm_ds.config.colm import CoLMSection
+from colm_ds.config.colm import CoLMSection, ScheduleConfig
 from colm_ds.config.resolve import ResolvedConfig, resolve_config, selection_config
 from colm_ds.engine.coreset_selector import small_source_ids
 from colm_ds.errors import CoLMError, ConfigError
@@ -228,6 +229,26 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
             ("importance", {"metric": "cosine", "probe": {"estimator": "sketch"}}),
         )
     ),
+    *(
+        (config(schedule=schedule), f"colm.schedule = {schedule}: in no step of it the selector runs. Write selector: ")
+        for schedule in (
+            {"plain_every": 1},
+            {"start_step": 100, "end_step": 50},
+            {"every": 2, "plain_every": 1},
+            {"start_step": 1, "every": 2, "plain_every": 2},
+        )
+    ),
+    (
+        config(selector="balanced", weights="uniform", mask={"size": 7}),
+        "colm.mask = {'size': 7, 'criterion': 'grad'}: 'balanced' goes by the slopes of spsa, and not by coordinates",
+    ),
+    (
+        config({"zero_optimization": {"stage": "1", "overlap_comm": "true"}}),
+        "zero_optimization.overlap_comm = True: works with accumulation by colm_ds at stages 2 and 3 only",
+    ),
+    (config({"zero_optimization": {"stage": "3"}}, variance_every=5), "colm.variance_every = 5"),
+    (config({"zero_optimization": {None: 1}}), "zero_optimization.None"),
+    (config({"wandb": "yes"}), "wandb = 'yes': not a section of keys and values. Write {"),
     (config(geometry="flat"), "colm.geometry = 'flat': must be 'adam' or 'plain'"),
     (config(probe={"layer": "head"}), "colm.probe.layer = 'head': must be 'v_proj', 'qkv' or 'fc'"),
     (config(schedule={"evry": 2}), "colm.schedule.evry: unknown key. Did you mean 'every'?"),
@@ -487,6 +508,19 @@ def test_packing_and_replay() -> None:
         assert f"colm.replay = '{replay}': examples packed into rows (colm.packing = 256) are not where" in message
     assert resolve_config(config({"train_batch_size": 64}, packing=256, replay="auto"), 2).colm.replay == "auto"
     assert "colm.packing" in "".join(problems(config({"train_batch_size": 64}, packing=0)))
+
+
+def test_schedules_that_select() -> None:
+    for schedule in ({}, {"plain_every": 2}, {"every": 3, "plain_every": 2}, {"start_step": 9, "end_step": 10}):
+        assert resolve_config(config(schedule=schedule), 2).colm.schedule.ever_selects
+    for every, plain_every, first in itertools.product(range(1, 5), range(5), range(4)):
+        made = ScheduleConfig(every=every, plain_every=plain_every, start_step=first)
+        assert made.ever_selects == (made.share(2000) > 0)
+
+
+def test_keys_of_the_engine_in_a_loop_of_ones_own() -> None:
+    with pytest.raises(ConfigError, match=r"colm\.num_workers = 3: is for the step of colm_ds\.initialize\. Remove it"):
+        selection_config({"large_batch_size": 16, "coreset_size": 8, "num_workers": 3})
 
 
 def test_packing_in_a_loop_of_ones_own() -> None:

@@ -32,6 +32,10 @@ def test_the_dataclass_has_the_keys_and_defaults_of_the_section() -> None:
         assert ours[name] == theirs[name], name
 
 
+def test_none_is_the_default() -> None:
+    assert "small_sources" not in CoLMConfig(small_sources=None).section()  # type: ignore[arg-type]
+
+
 def test_auto_is_what_fits_the_estimator() -> None:
     for estimator, wanted in (("tokens", ("importance", False, "none")), ("spsa", ("colm", True, "auto"))):
         section = with_normalization(read_section(CoLMConfig(large_batch_size=32, probe={"estimator": estimator})))

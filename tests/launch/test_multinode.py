@@ -169,6 +169,17 @@ def test_bad_arguments(machines: Machines, arguments: tuple[str, ...], environme
     assert machines.refused("hostfile", *arguments, **environment) == says
 
 
+def test_paths_that_pdsh_would_split(machines: Machines) -> None:
+    machines.program("pdsh", FAKE_PDSH)
+    (machines.folder / "show it.py").write_text(REPORT)
+    says = ": pdsh starts ranks under paths without blanks and signs of the shell only. Rename it"
+    assert machines.refused("hostfile", RECIPE, SCRIPT="show it.py") == f"'show it.py'{says}"
+    (machines.folder / "my project").mkdir()
+    shutil.copy(machines.folder / "hostfile", machines.folder / "my project")
+    machines.folder = machines.folder / "my project"
+    assert machines.refused("hostfile", RECIPE) == f"'{machines.folder}'{says}"
+
+
 @pytest.mark.parametrize(
     ("launcher", "says"),
     [

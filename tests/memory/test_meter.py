@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,6 +138,41 @@ def test_hooks_on_a_plain_module(counter: FakeCounter) -> None:
     assert memory.peak_bytes["probe"] == 400
     assert memory.peak_gib["probe"] == 400 / 2**30
     assert set(memory.peak_bytes) == {"forward", "backward", "step", "probe", "other"}
+
+
+def test_an_evaluation_is_a_phase_of_its_own(counter: FakeCounter) -> None:
+    """With its forward passes and what follows them; DeepSpeed's optimizers hold the one that takes the step."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    optimizer = torch.optim.AdamW(model.parameters())
+    wrapper = SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer))
+    model[0].register_forward_hook(lambda *_: counter.use(100 if torch.is_grad_enabled() else 500))
+    with MemoryHooks(model, wrapper) as memory:  # type: ignore[arg-type]
+        plain_step(model, optimizer)
+        counter.use(10)
+        with memory.phase("evaluation"):
+            with torch.no_grad():
+                model(torch.ones(4, 8))
+            counter.use(900)
+            counter.use(10)
+            plain_step(model, optimizer)
+            counter.use(950)
+            counter.use(10)
+    assert memory.peak_bytes["forward"] == 100
+    assert memory.peak_bytes["evaluation"] == 950
+    assert "step" in memory.peak_bytes
+    assert memory.peak_bytes["other"] < 500
+
+
+def test_what_a_selection_keeps_is_known_when_it_begins_later() -> None:
+    """As under a schedule, or of clusters that are made after some steps."""
+    recorder = MemoryRecorder(MemoryConfig(), CPU, rank=0)
+    model = nn.Linear(4, 4)
+    for step in range(1, 8):
+        with recorder.step(step, lambda _: nullcontext(), model, torch.optim.SGD(model.parameters())) as seen:
+            recorder.note_selected([torch.ones(MIB)] if step > 4 else [], None)
+            with seen.phase("train"), seen.part("forward"):
+                torch.ones(4 * MIB)
+    assert recorder._selection == 4 * MIB
 
 
 @pytest.mark.parametrize("make", [lambda x: x, lambda x: (x, None), lambda x: {"logits": x, "list": [x]}])

@@ -118,6 +118,8 @@ def test_packed_rows_of_a_job() -> None:
     assert not replace(one, spec=checkpointing).replays
     assert replace(one, spec=checkpointing).with_colm(packing="off").replays
     assert one.by_tokens().packs
+    limited = replace(one.with_colm(packing="off", micro_batch_tokens=64), micro_batch=4)
+    assert limited.by_tokens().rows_at_once(4) == limited.rows_at_once(4) == 1
     choice = replace(one, candidates=(1, 3))
     assert choice.training_rows(2).labels == 2 * 1 * 4
     assert choice.with_colm(packing=4 * choice.padded_length).training_rows(2).labels == 2 * 4 * 4

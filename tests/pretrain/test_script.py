@@ -94,6 +94,7 @@ def test_help(script: Path) -> None:
         (["steps=2", "more"], {}, "pretrain: more: no such recipe; changes to one are written key=value"),
         ([DEMO, "steps=2", DEMO], {}, "demo.yaml': one recipe at a time"),
         (["data.store=runs/none", PILE5], {}, "no data was named"),
+        (["steps=2"], {"DATA": "/etc/hosts\nno/such/file.jsonl"}, "DATA: no/such/file.jsonl: no such file or folder"),
         (["steps=2"], {"DATA": "no/such/file.jsonl"}, "DATA: no/such/file.jsonl: no such file or folder"),
         pytest.param(["stepps=2"], {}, "Did you mean 'steps'", marks=pytest.mark.slow),
         pytest.param(["steps=2"], {"QUESTIONS": "nowhere"}, "nowhere: no such folder", marks=pytest.mark.slow),

@@ -85,6 +85,7 @@ def probe_step(
     *,
     step: int = 1,
     batch_size: int | None = None,
+    parts: Tensor | None = None,
 ) -> Any:
     """The `Signals` of examples, probed as in a step of training.
 
@@ -95,10 +96,11 @@ def probe_step(
         micro_batches: positions of every micro-batch in their order; None takes one of all examples.
         step: 1-based.
         batch_size: r, if larger than the examples given.
+        parts: see `Estimator.begin`.
     """
     groups = [list(range(len(examples)))] if micro_batches is None else [list(group) for group in micro_batches]
     probed = torch.tensor(sorted(position for group in groups for position in group))
-    estimator.begin(step, probed, len(probed))
+    estimator.begin(step, probed, len(probed), parts)
     architecture = find_architecture(model)
     with eval_mode(model), torch.no_grad():
         for group in groups:

@@ -74,16 +74,21 @@ def test_bf16_equals_autograd_in_bf16(family: str) -> None:
     assert relative_error(found, expected) < 2e-2
 
 
-def test_scaled_after_an_update() -> None:
-    """In the second step delta and x are divided by roots of the factored second moment of the first."""
+@pytest.mark.parametrize("parts", [None, torch.tensor([3.0, 1.0, 0.5, 2.0, 7.0])], ids=["example", "token"])
+def test_scaled_after_an_update(parts: Tensor | None) -> None:
+    """In the second step delta and x are divided by roots of the factored second moment of the first.
+
+    Where the step's loss is a mean over tokens, a gradient counts by its tokens, and its square by theirs.
+    """
     model, examples = tiny_model("llama"), make_examples()
     architecture = find_architecture(model)
     estimator = make_estimator("sketch", architecture, num_probes=6)
-    probe_step(estimator, model, examples)
+    probe_step(estimator, model, examples, parts=parts)
     estimator.update(coreset_of([3, 0, 2], num_kept=1), SINGLE_PROCESS)
-    found = probe_step(estimator, model, examples, step=2).vectors
+    found = probe_step(estimator, model, examples, step=2, parts=parts).vectors
 
     gradients = plain_gradients(model, examples)
+    gradients = gradients if parts is None else parts.double()[:, None, None] * gradients
     rows, columns = (signs.double() for signs in signs_of(architecture, 6, epoch=1))
     medoids = gradients[[0, 2]]  # 3 is kept, not chosen
     moment_of_rows = (medoids @ columns.T).square().mean(dim=(0, 2)) / 32

@@ -204,6 +204,16 @@ def test_signals_of_a_step(num_probes: int) -> None:
     assert torch.allclose(signals.gradients.columns(rows, index), expected[:, index], atol=1e-6)
 
 
+def test_parts_of_the_steps_mean() -> None:
+    """Where the step's loss is a mean over tokens, an example's slope counts by its tokens."""
+    model, examples = tiny_model("llama"), make_examples()
+    estimator = make_estimator("spsa", find_architecture(model), num_probes=3)
+    plain = probe_step(estimator, model, examples).vectors
+    parts = torch.tensor([3.0, 1.0, 0.5, 2.0, 7.0])
+    found = probe_step(estimator, model, examples, parts=parts).vectors
+    assert relative_difference(found, parts[:, None] * plain) < 1e-6
+
+
 def test_micro_batches_in_any_order() -> None:
     model, examples = tiny_model("llama"), make_examples()
     architecture = find_architecture(model)

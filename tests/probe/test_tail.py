@@ -196,6 +196,20 @@ def test_precise_tail_ignores_autocast() -> None:
         assert torch.equal(losses_of(architecture, tail), expected)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_precise_tail_ignores_the_autocast_that_accelerate_wraps_a_model_in(family: str) -> None:
+    """These have no norm of a known kind, so that their own forward computes the logits."""
+    from accelerate import Accelerator
+
+    model = tiny_model(family, head_dim=8, attn_implementation="eager")
+    architecture, tail = trunk(model, make_examples())
+    with precise_tail(architecture):
+        expected = losses_of(architecture, tail)
+    Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    with precise_tail(architecture):
+        assert torch.equal(losses_of(architecture, tail), expected)
+
+
 @pytest.fixture
 def product_settings() -> Iterator[None]:
     """Puts torch's settings for float32 matrix products back."""

@@ -10,6 +10,7 @@ import pytest
 
 from colm_ds.report import Comparison, Run, compare, load_run
 from colm_ds.report.arms import make_arms, references
+from colm_ds.report.facts import run_facts
 from tests.report.run_folders import PROTOCOL_ARMS, SIZED_ARMS, measured_run, measured_runs, write_run
 
 
@@ -97,6 +98,19 @@ def test_phases_and_parts(found: Comparison) -> None:
         "batch-1",
         "heldout-per-source",
     } <= keys  # the same pictures
+
+
+def test_parts_of_an_unfinished_run_are_those_of_one_step(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", finished=False)
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for number, line in enumerate(lines):
+        part, peak = ("probe", 11.0) if number % 2 else ("activations", 10.0)
+        line |= {"memory_gib": {"peak": peak}, "memory_parts_gib": {"weights": 2.0, part: peak - 2.0}}
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    facts = run_facts(load_run(folder), ())
+    parts = {key: value for key, value in facts.values.items() if key.startswith("peak_memory_parts_gib.")}
+    assert parts == {"peak_memory_parts_gib.weights": 2.0, "peak_memory_parts_gib.probe": 9.0}
 
 
 def test_counted_steps_are_not_timed(found: Comparison) -> None:

@@ -7,8 +7,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from colm_ds.report import Run, load_run
-from colm_ds.report.arms import make_arms
+from colm_ds.report.arms import equal_budget, make_arms
 from colm_ds.report.comparison import look
 from colm_ds.report.facts import run_facts
 from colm_ds.report.summary import caveats, three_sentences
@@ -129,6 +131,26 @@ def test_a_last_loss_that_is_not_finite_is_no_result(tmp_path: Path) -> None:
     facts = run_facts(run, SMALL)
     assert not [key for key in facts.values if key.startswith("heldout.")]
     assert "better" not in told([run, load_run(write_run(tmp_path / "good", "plain-64"))]).split(" A step ")[0]
+
+
+def test_a_seed_whose_loss_is_not_finite_is_left_out_and_said(tmp_path: Path) -> None:
+    """And does not end the comparison at equal budgets where it was last finite."""
+    runs = [
+        load_run(write_run(tmp_path / f"{arm}{seed}", f"{arm}-{seed}", arm=arm, seed=seed))
+        for arm in ("plain-64", "colm-spsa")
+        for seed in (0, 1)
+    ]
+    broken = runs[-1]
+    for step in [step for step in broken.heldout if step > 20]:
+        broken.heldout[step] = {"overall": math.nan}
+    broken.summary["heldout"] = {"overall": math.nan}
+    plain, colm = make_arms(runs)
+    assert colm.values["heldout.overall"].num_seeds == 1
+    said = "colm-spsa: the held-out loss of 1 of 2 seeds was not finite at the end; its means are of the others."
+    assert said in caveats([plain, colm])
+    at_end = equal_budget(colm, plain, "steps")
+    assert at_end is not None
+    assert at_end.mean == pytest.approx(runs[2].heldout[120]["overall"] - runs[0].heldout[120]["overall"])
 
 
 def test_listed() -> None:

@@ -223,6 +223,7 @@ def test_share_out_needs_a_size(size: int) -> None:
     [
         (7, 8, 16, None, 7),  # r = 2 b: all that are there
         (14, 8, 32, None, 7),  # r = 4 b: as many as 2 b examples would have
+        (13, 8, 32, None, 7),  # half of one more counts as one
         (30, 8, 32, None, 8),  # never more than b
         (7, 8, 16, 1.0, 7),
         (7, 8, 16, 0.25, 2),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from colm_ds.selection.by_loss import (
     rank_probabilities,
     window,
 )
-from colm_ds.selection.ccs import deal, strata_of, stratified_draw, without_hardest
+from colm_ds.selection.ccs import CCSOptions, CCSSelector, deal, strata_of, stratified_draw, without_hardest
 from colm_ds.selection.draws import inclusion_probabilities, softmax_draw, uniform_draw, weighted_draw
 from colm_ds.selection.goracs import cover, group_costs, refine, swap_scores
 from colm_ds.selection.grab import balance_signs, balanced_half, herd
@@ -119,6 +120,16 @@ def test_the_hardest_are_dropped_and_never_too_many() -> None:
     assert without_hardest(hardness, 0.0, 2).tolist() == [0, 1, 2, 3, 4, 5]
     assert without_hardest(hardness, 0.34, 2).tolist() == [0, 1, 2, 4]
     assert without_hardest(hardness, 0.9, 4).tolist() == [0, 1, 2, 4]
+
+
+@pytest.mark.parametrize(("score", "hardest"), [("loss", 5), ("el2n", 5), ("margin", 0)])
+def test_the_hardest_have_the_highest_loss_or_the_smallest_margin(score: str, hardest: int) -> None:
+    selector = CCSSelector.__new__(CCSSelector)
+    selector.options = CCSOptions(score=score, beta=0.2)
+    pool = SimpleNamespace(signals=torch.arange(6.0)[:, None])
+    draws = [selector.pick(pool, 3, generator(seed)) for seed in range(40)]  # type: ignore[arg-type]
+    picked = {int(place) for draw in draws for place in draw.rows}
+    assert picked == set(range(6)) - {hardest}
 
 
 def test_one_stratum_is_a_random_draw() -> None:

@@ -19,6 +19,7 @@ import yaml
 from colm_ds import report
 from colm_ds.data.generated.mixture import write_mixture
 from colm_ds.errors import ConfigError
+from colm_ds.recipes.recipe import load_recipe
 from colm_ds.report import compare
 from colm_ds.sweep import Grid, Place, SweepJob, jobs_of, load_grid, run_sweep
 from colm_ds.sweep import jobs as sweep
@@ -246,6 +247,23 @@ def test_one_seed_has_no_error(faked: list[str], tmp_path: Path) -> None:
     assert " ± " not in text.replace("± is the", "").replace("± its", "")
 
 
+def test_folders_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sweep looks for a run where its recipe puts it."""
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for out in ("~/sweep", "$SCRATCH/sweep", "runs/try #2", "runs/a: b", "runs/{x}", "runs/- 'é\"", "runs/plain"):
+        for key in ("out", "runs"):
+            grid = load_grid(write_grid(tmp_path, arms={"plain": [], "🚀 fast": []}, **{key: out}))
+            write_recipe(tmp_path)
+            for job in jobs_of(grid):
+                recipe = load_recipe(job.arguments[0], job.arguments[1:], needs_files=False)
+                assert Path(recipe.output_dir) == job.folder
+                assert recipe.name == job.arm
+                assert job.folder.parts[-3] == Path(out).name
+                assert "$" not in str(job.folder)
+                assert "~" not in str(job.folder)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -435,6 +453,23 @@ signal.signal(signal.SIGINT, stop)
 pathlib.Path("begun").write_text("")
 time.sleep(60)
 """
+
+
+def test_no_run_begins_after_a_signal_that_the_main_thread_sees_late(
+    faked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal's SIGINT may have ended a run before the sweep's own main thread is told."""
+
+    def run(grid: Grid, job: SweepJob, place: Place) -> str:
+        faked.append(f"{job.arm} {job.seed}")
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return "stopped; the same command resumes it"
+
+    monkeypatch.setattr(sweep, "_run", run)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(load_grid(write_grid(tmp_path)), say=lambda line: None)
+    assert faked == ["plain 0"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def listen_to_interrupts() -> None:
