@@ -10,6 +10,7 @@ import difflib
 import errno
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -383,8 +384,8 @@ def _plan(options: argparse.Namespace) -> None:
 
     for name in ("num_gpus", "gpu_memory_gib", "label_share", "tflops", "mean_length"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')} {value:g}: not more than 0.")
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')} {value:g}: not a number of more than 0. Write one.")
     # before torch is imported, and for GPUs, whatever this machine computes in
     recipe = load_recipe(options.recipe, options.overrides, needs_files=False, auto_dtype="bfloat16")
     num_gpus, gpu_memory_gib = options.num_gpus or _ASSUMED_GPUS, options.gpu_memory_gib or _ASSUMED_GIB

@@ -155,6 +155,7 @@ def test_bad_input_of_every_kind_of_program_ends_alike(tmp_path: Path, capsys: p
         (["frobnicate"], "Choose from train, "),
         (["plan", "recipe.yaml", "--num-gpu-memory", "4"], "unrecognized arguments: --num-gpu-memory"),
         (["report", "RUN", "--max-arm5", "4"], "Did you mean --max-arms?"),
+        (["memory-report", "recipe.yaml", "--port", "65432"], "argument --port: 65432: must be 1 to 65000"),
         (["train", "recipe.yaml", "--steps", "10"], "Keys of a recipe are written without dashes: steps=10\n"),
         (["train", "recipe.yaml", "--lr=1e-3"], "without dashes: optimizer.lr=1e-3\n"),
         (["train", "recipe.yaml", "--colm.coreset_size=8"], "without dashes: colm.coreset_size=8\n"),

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from colm_ds.batching.micro_batch import MicroBatch
-from colm_ds.errors import ConfigError
+from colm_ds.errors import ConfigError, ProbeError
 from colm_ds.models.architecture import Architecture, find_architecture
 from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 from colm_ds.models.patch import eval_mode
@@ -76,6 +76,11 @@ class ModelSpec:
     quantization: str | None = None
     double_quant: bool = True
 
+    @property
+    def text_config(self) -> Any:
+        """The part of the configuration that describes the decoder: all of it but for models of several kinds."""
+        return self.config.get_text_config(decoder=True)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -124,6 +129,8 @@ class Parameters:
         embedding: elements of the input embedding, which multiplies nothing; 0 if shared with the head.
         buffers: bytes of buffers.
         mlp: elements of a decoder layer's MLP.
+        experts: elements of all experts among which tokens are routed; shared ones are not counted.
+        layer_experts: those of one decoder layer.
         sizes: number of parameters by their elements.
         quantized: elements, of all, that are held in 4 or 8 bits.
         quantized_bytes: bytes of these with their scales.
@@ -137,6 +144,8 @@ class Parameters:
     embedding: int
     buffers: int
     mlp: int = 0
+    experts: int = 0
+    layer_experts: int = 0
     sizes: tuple[tuple[int, int], ...] = ()
     quantized: int = 0
     quantized_bytes: int = 0
@@ -169,7 +178,7 @@ class Tracer:
     @property
     def num_layers(self) -> int:
         """Decoder layers of the model."""
-        return int(self.spec.config.num_hidden_layers)
+        return int(self.spec.text_config.num_hidden_layers)
 
     def architecture(self, layer: str) -> Architecture:
         """Return the parts of the model of few layers; see `ProbeConfig.layer`."""
@@ -177,7 +186,11 @@ class Tracer:
 
     @cached_property
     def parameters(self) -> Parameters:
-        """Elements by role, of the whole model."""
+        """Elements by role, of the whole model.
+
+        Raises:
+            ConfigError: if its layers have different sizes, so that a few do not tell those of all.
+        """
         few = min(_FEW, self.num_layers)
         small, large = self._model(few), self._model(few + 1)
         trained = [p.numel() for p in small.parameters() if p.requires_grad]
@@ -185,6 +198,7 @@ class Tracer:
         def extended(count: Any) -> int:
             return count(small) + (self.num_layers - few) * (count(large) - count(small))
 
+        self._check_alike(extended(_num_elements))
         head = find_loss_head(small)
         embedding = _base(small).get_input_embeddings().weight
         weight = None if head is None else head.weight
@@ -196,7 +210,9 @@ class Tracer:
             head=0 if not isinstance(weight, Tensor) else weight.numel(),
             embedding=0 if embedding is weight else embedding.numel(),
             buffers=extended(_buffer_bytes),
-            mlp=_num_mlp_elements(self.architecture("v_proj")),
+            mlp=_num_mlp_elements(small),
+            experts=extended(_num_expert_elements),
+            layer_experts=_num_expert_elements(large) - _num_expert_elements(small),
             sizes=tuple(
                 (size, extended(lambda model, size=size: _sizes(model)[size])) for size in sorted(_sizes(large))
             ),
@@ -235,6 +251,21 @@ class Tracer:
         if key not in self._probes:
             self._probes[key] = self._probe(rows, estimator, min(num_probes, 2), tail_dtype, layer)
         return self._probes[key]
+
+    def _check_alike(self, total: int) -> None:
+        """Raise a ConfigError if layers of several kinds together have another size than `total`."""
+        values = self.spec.text_config.to_dict()
+        may_differ = any("expert" in key or "moe" in key for key in values)
+        may_differ |= any(len(set(values.get(key) or ())) > 1 for key in ("layer_types", "mlp_layer_types"))
+        if not may_differ or self.num_layers <= _FEW + 1:
+            return
+        model = build_dataless(self.spec, self.num_layers, int(self.spec.text_config.vocab_size), self._mode)
+        whole = _num_elements(model)
+        if whole != total:
+            raise ConfigError(
+                f"a model of type {self.spec.config.model_type!r} of {whole / 1e9:.3g}e9 parameters: its layers are of "
+                "different sizes, as where only some have experts or attention, so it cannot be planned. Measure one."
+            )
 
     def _extended(self, run: Any) -> TrainingActivations:
         if self.num_layers <= _FEW + 1:
@@ -288,7 +319,7 @@ class Tracer:
         return live.peak
 
     def _model(self, layers: int, vocabulary: int | None = None) -> nn.Module:
-        key = layers, vocabulary or int(self.spec.config.vocab_size)
+        key = layers, vocabulary or int(self.spec.text_config.vocab_size)
         if key not in self._models:
             self._models[key] = build_dataless(self.spec, *key, self._mode)
         return self._models[key]
@@ -296,7 +327,7 @@ class Tracer:
     @cached_property
     def _trains_vocabulary(self) -> bool:
         """True if any trained parameter has a row for every token, as a head in `modules_to_save` has."""
-        size = int(self.spec.config.vocab_size)
+        size = int(self.spec.text_config.vocab_size)
         return any(size in p.shape for p in self._model(min(_FEW, self.num_layers)).parameters() if p.requires_grad)
 
     def _check_time(self) -> None:
@@ -307,7 +338,9 @@ class Tracer:
     def _vocabulary(self, rows: Rows) -> int:
         """Return the smallest vocabulary for which a frozen head needs the memory of the full one."""
         needed = max(2048, -(-_LOGITS // rows.labels))
-        return min(int(self.spec.config.vocab_size), 1 << (needed - 1).bit_length())  # few sizes, as models are cached
+        return min(
+            int(self.spec.text_config.vocab_size), 1 << (needed - 1).bit_length()
+        )  # few sizes, as models are cached
 
     def _micro_batch(self, rows: Rows) -> MicroBatch:
         if rows.candidates:
@@ -350,11 +383,12 @@ def build_dataless(spec: ModelSpec, num_layers: int, vocabulary: int, mode: Fake
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(spec.config)
-    config.num_hidden_layers, config.vocab_size, config.pad_token_id = num_layers, vocabulary, None
+    text = config.get_text_config(decoder=True)
+    text.num_hidden_layers, text.vocab_size, text.pad_token_id, config.pad_token_id = num_layers, vocabulary, None, None
     vars(config).pop("quantization_config", None)
-    if getattr(config, "layer_types", None):
-        kinds = list(config.layer_types)
-        config.layer_types = (kinds + kinds[-1:] * num_layers)[:num_layers]
+    for name in ("layer_types", "mlp_layer_types"):
+        if kinds := list(getattr(text, name, None) or ()):
+            setattr(text, name, (kinds + kinds[-1:] * num_layers)[:num_layers])
     attention = attention_for(config, "eager" if spec.attention == "eager" else "sdpa")
     with torch.device("meta"):
         try:
@@ -433,9 +467,20 @@ def _quantized_bytes(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if is_packed(p))
 
 
-def _num_mlp_elements(architecture: Architecture) -> int:
-    """Elements of the MLP that the probe runs on labelled positions alone; 0 if it runs on all, as experts do."""
-    return 0 if architecture.mlp is None else _num_elements(architecture.mlp)
+def _num_mlp_elements(model: nn.Module) -> int:
+    """Elements of the MLP that the probe runs on labelled positions alone; 0 if it runs on all, as experts do.
+
+    Also 0 for a model that cannot be probed, as of several kinds of layers: it may be chosen for by token vectors.
+    """
+    try:
+        mlp = find_architecture(model, "v_proj").mlp
+    except ProbeError:
+        return 0
+    return 0 if mlp is None else _num_elements(mlp)
+
+
+def _num_expert_elements(model: nn.Module) -> int:
+    return sum(num_elements(p) for name, p in model.named_parameters() if ".experts." in name)
 
 
 def _num_trained(model: nn.Module) -> int:

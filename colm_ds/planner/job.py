@@ -20,11 +20,15 @@ from colm_ds.models.quantized import quantized_linears, rounds_inputs
 from colm_ds.planner.activations import ModelSpec, Rows, choice_rows, even_rows
 from colm_ds.planner.choice_rows import CANDIDATE_TOKENS, num_rows
 from colm_ds.planner.zero_states import ZeroSettings, zero_settings
+from colm_ds.probe.replay import RATES_IN_LAYERS
 from colm_ds.recipes.adapter import section_of
 from colm_ds.recipes.model import DTYPES, load_tokenizer
 from colm_ds.recipes.recipe import BaseRecipe, ChoiceRecipe, PretrainingRecipe, Recipe
 from colm_ds.recipes.sections import LoraConfig
 from colm_ds.types import LargeBatch, SourcedDataset
+
+_RATES_OUTSIDE = ("dropout", "layerdrop", "embd_pdrop", "embedding_dropout", "residual_dropout")
+"""Keys of a model's configuration for dropout that is no module within its layers."""
 
 _BUCKET = "zero_optimization.reduce_bucket_size"
 LENGTH_KEY, CHUNK_KEY = "data.max_length", "data.chunk_tokens"
@@ -127,8 +131,17 @@ class Job:
     @property
     def replays(self) -> bool:
         """Return whether training starts from the probe's hidden states."""
-        can = self.probes and not self.packs and self.spec.checkpointing and int(self.spec.config.num_hidden_layers) > 1
+        several = int(self.spec.text_config.num_hidden_layers) > 1
+        can = self.probes and not self.packs and self.spec.checkpointing and several and not self._drops_unrepeatably
         return can and self.colm.replay != "off" and self.colm.probe.dtype == "auto"
+
+    @property
+    def _drops_unrepeatably(self) -> bool:
+        """Return whether dropout keeps training from a replay, as `why_not_replay` sees it from the model."""
+        lora, config = self.spec.lora, self.spec.text_config
+        if lora is not None and lora.use_dora and lora.dropout > 0:
+            return True
+        return any(float(getattr(config, name, 0.0) or 0.0) > 0 for name in (*RATES_IN_LAYERS, *_RATES_OUTSIDE))
 
     def plain(self, size: int) -> Job:
         """Return the same job trained plainly on batches of a size."""

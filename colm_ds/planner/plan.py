@@ -138,7 +138,7 @@ class Planner:
     def _selection(self, job: Job) -> tuple[int, int, int]:
         if job.colm.signal == "gradient" and job.colm.probe.estimator == "tokens":
             on_device = job.spec.device_type == "cpu"  # token vectors are in host memory
-            return (4 * WIDTH * int(job.spec.config.vocab_size) if on_device else 0), 0, 0
+            return (4 * WIDTH * int(job.spec.text_config.vocab_size) if on_device else 0), 0, 0
         if not job.probes:
             return 0, 0, 0
         architecture = self.tracer(job.spec).architecture(job.colm.probe.layer)
@@ -149,7 +149,7 @@ class Planner:
         """Return the bytes of hidden states of all probed examples, and of the chosen ones, on the device."""
         if not job.replays or job.colm.replay == "offload":
             return 0, 0
-        layers, hidden = int(job.spec.config.num_hidden_layers), int(job.spec.config.hidden_size)
+        layers, hidden = int(job.spec.text_config.num_hidden_layers), int(job.spec.text_config.hidden_size)
 
         def of(size: int) -> int:
             return replay_bytes(

@@ -65,8 +65,8 @@ def tail_passes(job: Job) -> int:
 
 def forward_flops(job: Job, parameters: Parameters) -> float:
     """Return the operations of one example's forward."""
-    body = parameters.total - parameters.embedding - parameters.head
-    attention = _layer_attention(job) * int(job.spec.config.num_hidden_layers)
+    body = parameters.total - parameters.embedding - parameters.head - _idle_share(job) * parameters.experts
+    attention = _layer_attention(job) * int(job.spec.text_config.num_hidden_layers)
     return 2.0 * (body + parameters.head * _labelled(job)) * job.mean_length + attention
 
 
@@ -77,13 +77,28 @@ def probed_tail_flops(job: Job, parameters: Parameters) -> float:
     """
     gradient = job.colm.signal == "gradient"
     looked_at = _labelled(job) * (job.colm.probe.token_sample if gradient else 1.0)
-    weights = parameters.layer - parameters.mlp + (parameters.mlp + parameters.head) * looked_at
+    weights = _running_layer(job, parameters) - parameters.mlp + (parameters.mlp + parameters.head) * looked_at
     return 2.0 * weights * job.mean_length + _layer_attention(job)
 
 
 def _tail_flops(job: Job, parameters: Parameters) -> float:
     """Return the operations of the last layer and the head in an ordinary forward of an example."""
-    return 2.0 * (parameters.layer + parameters.head * _labelled(job)) * job.mean_length + _layer_attention(job)
+    running = _running_layer(job, parameters) + parameters.head * _labelled(job)
+    return 2.0 * running * job.mean_length + _layer_attention(job)
+
+
+def _running_layer(job: Job, parameters: Parameters) -> float:
+    """Return the elements of a layer that a token meets."""
+    return parameters.layer - _idle_share(job) * parameters.layer_experts
+
+
+def _idle_share(job: Job) -> float:
+    """Return the share of the routed experts that a token does not meet; 0 for a model without."""
+    config = job.spec.text_config
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    total = next((count for name in names if (count := getattr(config, name, None))), None)
+    chosen = next((k for name in ("num_experts_per_tok", "moe_topk") if (k := getattr(config, name, None))), None)
+    return 1.0 - min(1.0, chosen / total) if total and chosen else 0.0
 
 
 def _labelled(job: Job) -> float:
@@ -92,7 +107,7 @@ def _labelled(job: Job) -> float:
 
 def _layer_attention(job: Job) -> float:
     """Return the operations of queries, keys and values in one layer, for rows of one length; half, as it is causal."""
-    return 2.0 * job.mean_length**2 / job.num_rows * int(job.spec.config.hidden_size)
+    return 2.0 * job.mean_length**2 / job.num_rows * int(job.spec.text_config.hidden_size)
 
 
 def _packed_attention(job: Job) -> float:
@@ -102,5 +117,5 @@ def _packed_attention(job: Job) -> float:
     """
     if job.spec.attention.startswith("flash"):
         return 0.0
-    layers, hidden = int(job.spec.config.num_hidden_layers), int(job.spec.config.hidden_size)
+    layers, hidden = int(job.spec.text_config.num_hidden_layers), int(job.spec.text_config.hidden_size)
     return layers * (4.0 * job.mean_length * job.row_tokens * hidden - _layer_attention(job))

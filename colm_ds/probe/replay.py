@@ -81,6 +81,15 @@ class _Part:
     stored_rows: list[int]
 
 
+RATES_IN_LAYERS = {
+    **dict.fromkeys(
+        ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "attn_dropout"), "attention dropout"
+    ),
+    **dict.fromkeys(("router_jitter_noise", "input_jitter_noise"), "the noise of the router"),
+}
+"""Keys of a model's configuration for what is random within its layers, and what that is."""
+
+
 def why_not_replay(architecture: Architecture) -> str | None:
     """Return the reason why this model's forwards cannot be replayed; None if they can."""
     layers = list(architecture.layers)
@@ -89,12 +98,9 @@ def why_not_replay(architecture: Architecture) -> str | None:
     if len(layers) < 2:
         return "the model has a single layer"
     config: Any = architecture.model.config
-    for name in ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "attn_dropout"):
+    for name, what in RATES_IN_LAYERS.items():
         if float(getattr(config, name, 0.0) or 0.0) > 0:
-            return f"{name} is {getattr(config, name)}: attention dropout cannot be repeated"
-    for name in ("router_jitter_noise", "input_jitter_noise"):
-        if float(getattr(config, name, 0.0) or 0.0) > 0:
-            return f"{name} is {getattr(config, name)}: the noise of the router cannot be repeated"
+            return f"{name} is {getattr(config, name)}: {what} cannot be repeated"
     for module in architecture.model.modules():
         if (own := _own_rate(module)) is not None:
             rate = f"{type(module).__name__}.{own} is {getattr(module, own)}"

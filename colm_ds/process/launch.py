@@ -92,7 +92,7 @@ def add_num_gpus(parser: argparse.ArgumentParser, default: str) -> None:
         "--num-gpus", type=_positive, metavar="N", help=f"ranks, each on a GPU if there are any (default: {default})"
     )
     parser.add_argument(
-        "--port", type=int, default=DEFAULT_PORT, help=f"port of the launcher of several ranks ({DEFAULT_PORT})"
+        "--port", type=_port, default=DEFAULT_PORT, help=f"port of the launcher of several ranks ({DEFAULT_PORT})"
     )
 
 
@@ -138,6 +138,13 @@ def _without(words: Sequence[str], names: Sequence[str]) -> list[str]:
         elif not word.startswith(tuple(f"{name}=" for name in names)):
             kept.append(word)
     return kept
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 65000:  # runs at the same time take the next ones
+        raise argparse.ArgumentTypeError(f"{text}: must be 1 to 65000")
+    return number
 
 
 def _positive(text: str) -> int:

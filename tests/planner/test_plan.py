@@ -19,14 +19,17 @@ from colm_ds.cli import main
 from colm_ds.config.colm import CoLMSection
 from colm_ds.errors import ConfigError
 from colm_ds.memory.counted import counted_allocations
+from colm_ds.models.architecture import find_architecture
 from colm_ds.models.example_loss import example_loss_sums, find_loss_head
 from colm_ds.models.quantized import quantized_linears
 from colm_ds.planner.activations import ModelSpec, Parameters, Rows, Tracer, even_rows
 from colm_ds.planner.job import KNOWN_MODELS, Job, known_model
 from colm_ds.planner.plan import Planner, largest_that
 from colm_ds.planner.plan_report import accumulation_steps, comparison, format_comparison, format_plan, plan_report
+from colm_ds.planner.step_cost import forward_flops, probed_tail_flops
 from colm_ds.planner.suggestions import best_of_each_key, list_changes, make_fit
 from colm_ds.planner.zero_states import ZeroSettings, model_states, zero_settings
+from colm_ds.probe.replay import why_not_replay
 from colm_ds.recipes.model import add_lora, load_model
 from colm_ds.recipes.recipe import load_recipe
 from colm_ds.recipes.sections import LoraConfig, ModelConfig
@@ -470,7 +473,9 @@ def test_compare_plans_a_row_for_each_size(repo_root: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--num-gpus", "0"], "--num-gpus 0: not more than 0"),
+        (["--num-gpus", "0"], "--num-gpus 0: not a number of more than 0"),
+        (["--mean-length", "nan"], "--mean-length nan: not a number of more than 0"),
+        (["--gpu-memory-gib", "inf"], "--gpu-memory-gib inf: not a number of more than 0"),
         (["--num-gpus", "99"], "fewer than the 99 ranks"),
         (["model.name_or_path=no/such"], "not among the known models"),
         (["lora.targets=[nothing]"], "lora.targets"),
@@ -603,3 +608,89 @@ def test_what_is_assumed_is_said(
     monkeypatch.undo()
     assert main(["plan", recipe]) == 0
     assert "\nAssumed: 4 GPUs" in capsys.readouterr().out
+
+
+def of_layers(family: str, **changes: Any) -> ModelSpec:
+    """A tiny model of many layers, without adapters."""
+    config = tiny_causal_config(family, **changes)
+    if getattr(config, "layer_types", None):
+        config.layer_types = (list(config.layer_types) * 4)[:8]
+    config.num_hidden_layers = 8
+    return ModelSpec(config, torch.float32, device_type="cpu")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("deepseek_v3", {"first_k_dense_replace": 3}), ("qwen3_moe", {"decoder_sparse_step": 2}), ("qwen3_next", {})],
+)
+def test_layers_of_different_sizes_are_refused(family: str, changes: dict[str, Any]) -> None:
+    """Three of them do not tell how large all are."""
+    with pytest.raises(
+        ConfigError, match="its layers are of different sizes, as where only some have experts or atten"
+    ):
+        _ = Tracer(of_layers(family, **changes)).parameters
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gemma3_text"])
+def test_layers_alike_are_counted(family: str) -> None:
+    spec = of_layers(family)
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(copy.deepcopy(spec.config))
+    assert Tracer(spec).parameters.total == sum(parameter.numel() for parameter in whole.parameters())
+
+
+def test_experts_that_a_token_does_not_meet_cost_no_time() -> None:
+    """Doubling the experts doubles the memory of experts and nothing of the operations, but for the router's."""
+    few, many = (
+        replace(job(spec=of_layers("mixtral", num_local_experts=count, num_experts=count)), mean_length=50.0)
+        for count in (4, 8)
+    )
+    sizes = [Tracer(each.spec).parameters for each in (few, many)]
+    assert sizes[1].experts == 2 * sizes[0].experts > 0
+    assert sizes[1].layer_experts * 8 == sizes[1].experts
+    routers = 4 * 8 * few.spec.config.hidden_size  # four more outputs in every layer
+    flops = [forward_flops(each, size) for each, size in zip((few, many), sizes, strict=True)]
+    assert flops[1] - flops[0] == pytest.approx(2.0 * routers * 50.0)
+    tails = [probed_tail_flops(each, size) for each, size in zip((few, many), sizes, strict=True)]
+    assert tails[1] - tails[0] == pytest.approx(2.0 * routers / 8 * 50.0)
+
+
+def test_a_configuration_of_several_parts() -> None:
+    """As Gemma 3 with images: sizes of the decoder are in its `text_config`."""
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+    }
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    text |= {"num_key_value_heads": 2, "vocab_size": 500}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision)
+    one = job(spec=ModelSpec(config, torch.float32, device_type="cpu"))
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    plan = Planner().memory(one)
+    assert Planner().tracer(one.spec).parameters.total == sum(each.numel() for each in whole.parameters())
+    assert plan.peak > 0
+
+
+def test_dropout_that_cannot_be_replayed() -> None:
+    """Is known from the configuration, as training knows it from the model."""
+    lora = LoraConfig(rank=4, dropout=0.05)
+    spec = ModelSpec(configuration(), torch.float32, lora=lora, checkpointing=True, device_type="cpu")
+    one = job(spec=spec)
+    assert one.replays
+    assert not replace(one, spec=replace(spec, lora=lora.model_copy(update={"use_dora": True}))).replays
+    still = lora.model_copy(update={"use_dora": True, "dropout": 0.0})
+    assert replace(one, spec=replace(spec, lora=still)).replays
+    for family in ("opt", "gpt2", "starcoder2"):
+        config = tiny_causal_config(family)
+        for name in ("attention_dropout", "attn_pdrop", "dropout", "residual_dropout"):
+            if hasattr(config, name):
+                setattr(config, name, 0.1)
+        model = AutoModelForCausalLM.from_config(config)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        assert why_not_replay(find_architecture(model)) is not None
+        assert not replace(one, spec=replace(spec, config=config, lora=None)).replays
