@@ -147,7 +147,7 @@ def test_a_failure_later_on_is_said_once(capsys: pytest.CaptureFixture[str]) -> 
     ("section", "said"),
     [
         ({"csv_monitor": {"enable": True}}, "csv_monitor.enable: "),
-        ({"tensorboard": True}, "tensorboard: "),
+        ({"tensorboard": True}, "tensorboard = True: not a section"),
         ({"comet": {"enabled": True}}, "comet.enabled = True: comet_ml is not installed. Run pip install comet_ml."),
     ],
 )

@@ -197,10 +197,14 @@ def test_precise_tail_ignores_autocast() -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2"])
-def test_precise_tail_ignores_the_autocast_that_accelerate_wraps_a_model_in(family: str) -> None:
+def test_precise_tail_ignores_the_autocast_that_accelerate_wraps_a_model_in(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """These have no norm of a known kind, so that their own forward computes the logits."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # an earlier test's Trainer may have made another
     model = tiny_model(family, head_dim=8, attn_implementation="eager")
     architecture, tail = trunk(model, make_examples())
     with precise_tail(architecture):

@@ -466,10 +466,14 @@ def test_no_run_begins_after_a_signal_that_the_main_thread_sees_late(
         return "stopped; the same command resumes it"
 
     monkeypatch.setattr(sweep, "_run", run)
-    with pytest.raises(KeyboardInterrupt):
-        run_sweep(load_grid(write_grid(tmp_path)), say=lambda line: None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(load_grid(write_grid(tmp_path)), say=lambda line: None)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert faked == ["plain 0"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def listen_to_interrupts() -> None:
