@@ -46,6 +46,10 @@ def test_streams_are_whole_epochs_and_rounds_have_the_shares(
     sizes, weights = [size for size, _ in facts], [weight for _, weight in facts]
     starts = np.concatenate([[0], np.cumsum(sizes)])[:-1].tolist()
     size = data.draw(st.integers(1, sum(sizes)))
+    if 0 in counts_by_weight(weights, sum(sizes) // size * size):
+        with pytest.raises(SelectionError, match="so that it would never be drawn"):
+            WeightedSampler(starts, sizes, weights, size, seed=3)
+        return
     sampler = WeightedSampler(starts, sizes, weights, size, seed=3)
     num_rounds = 4
     steps = [sampler.indices(step) for step in range(1, num_rounds * sampler.steps_per_epoch + 1)]
