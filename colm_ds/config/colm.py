@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -111,6 +111,12 @@ class ScheduleConfig(Section):
         """Return the share of a run's steps in which the selector runs; 0 steps: that of the first thousand."""
         num_steps = num_steps or 1000
         return sum(map(self.selects, range(1, num_steps + 1))) / num_steps
+
+
+def changed(section: Section, keys: Iterable[str]) -> list[str]:
+    """Return those of the keys whose values in a section are not the defaults, which presets write too."""
+    defaults = {key: type(section).model_fields[key].get_default(call_default_factory=True) for key in keys}
+    return [key for key, default in defaults.items() if getattr(section, key) != default]
 
 
 HELD_OUT = "held_out"

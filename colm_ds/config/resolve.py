@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from colm_ds.config.colm import FITS_GRADIENTS, FITS_TOKENS, OWN_WEIGHTS, CoLMSection, MaskConfig, ProbeConfig
+from colm_ds.config.colm import (
+    FITS_GRADIENTS,
+    FITS_TOKENS,
+    OWN_WEIGHTS,
+    CoLMSection,
+    MaskConfig,
+    ProbeConfig,
+    changed,
+)
 from colm_ds.config.deepspeed import as_numbers, check_auto, check_keys, check_monitors, check_sections, check_zero
 from colm_ds.config.optimizer import check_numbers
 from colm_ds.config.section import validate_section
@@ -143,9 +151,8 @@ def selection_config(config: CoLMSection | Mapping[str, Any], num_processes: int
     colm = resolve_config({"colm": section}, num_processes, where=where).colm
     problems = Problems(where)
     _check_needs_no_engine(colm, problems)
-    for key in ("micro_batch_tokens", "num_workers", "max_skipped_steps", "phase_timeout_s", "memory"):
-        if getattr(colm, key) != CoLMSection.model_fields[key].get_default(call_default_factory=True):
-            problems.add(f"colm.{key}", getattr(colm, key), "is for the step of colm_ds.initialize", "Remove it.")
+    for key in changed(colm, ("micro_batch_tokens", "num_workers", "max_skipped_steps", "phase_timeout_s", "memory")):
+        problems.add(f"colm.{key}", getattr(colm, key), "is for the step of colm_ds.initialize", "Remove it.")
     problems.raise_if_any()
     return colm
 
@@ -220,7 +227,7 @@ def _resolve_batch(
         why = f"examples packed into rows (colm.packing = {colm.packing!r}) are not where the probe passed them"
         problems.add("colm.replay", colm.replay, why, 'Write "auto" or "off", or remove colm.packing.')
     _check_deepspeed(deepspeed, problems, supplied)
-    if colm.variance_every and (deepspeed.get("zero_optimization") or {}).get("stage") in (3, "3"):
+    if colm.variance_every and (deepspeed.get("zero_optimization") or {}).get("stage") == 3:
         why = "the gradients of all layers are sketched at ZeRO stage 0, 1 or 2"
         problems.add("colm.variance_every", colm.variance_every, why, "Write 0, or another stage.")
     problems.raise_if_any()
@@ -463,7 +470,11 @@ def _check_deepspeed(deepspeed: dict[str, Any], problems: Problems, supplied: Co
         else:
             problems.add(f"{key}.params", params, "not keys and values", "Write an object: {...}.")
     zero = deepspeed.get("zero_optimization") or {}
-    if str(zero.get("overlap_comm")).lower() == "true" and str(zero.get("stage", 0)) in ("0", "1"):
+    if isinstance(zero.get("stage"), str) and zero["stage"].isdigit():  # DeepSpeed takes texts too
+        zero["stage"] = int(zero["stage"])
+    if str(zero.get("overlap_comm")).lower() in ("true", "false"):
+        zero["overlap_comm"] = str(zero["overlap_comm"]).lower() == "true"
+    if zero.get("overlap_comm") is True and zero.get("stage", 0) in (0, 1):
         problems.add(
             "zero_optimization.overlap_comm",
             True,

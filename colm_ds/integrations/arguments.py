@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from colm_ds.config.colm import CoLMSection
+from colm_ds.config.colm import CoLMSection, changed
 from colm_ds.config.resolve import selection_config
 from colm_ds.config.section import validate_section
 from colm_ds.errors import ConfigError, Problems
@@ -162,9 +162,7 @@ def resolve_section(
     config = validate_section(CoLMSection, {"seed": seed, **section}, "", problems)
     if not isinstance(config, CoLMSection):
         return None
-    for key in OWN_TO_THE_ENGINE:
-        if getattr(config, key) == CoLMSection.model_fields[key].get_default(call_default_factory=True):
-            continue  # presets write it
+    for key in changed(config, OWN_TO_THE_ENGINE):
         problems.add(key, getattr(config, key), "is for colm_ds.initialize", f"{OWN_TO_THE_ENGINE[key]}. Remove it.")
     if config.replay in ("on", "offload"):
         problems.add("replay", config.replay, "needs colm_ds.initialize: here examples change ranks", "Remove it.")

@@ -259,6 +259,7 @@ class Tracer:
         may_differ |= any(len(set(values.get(key) or ())) > 1 for key in ("layer_types", "mlp_layer_types"))
         if not may_differ or self.num_layers <= _FEW + 1:
             return
+        self._check_time()
         model = build_dataless(self.spec, self.num_layers, int(self.spec.text_config.vocab_size), self._mode)
         whole = _num_elements(model)
         if whole != total:

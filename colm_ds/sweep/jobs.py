@@ -302,7 +302,6 @@ def stopping_runs() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only it may handle signals
         yield
         return
-    _stopping.clear()
     before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in a shell's background
         before[signal.SIGINT] = signal.signal(signal.SIGINT, stop)
@@ -311,6 +310,7 @@ def stopping_runs() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _stopping.clear()  # a later call in this process begins its runs
 
 
 def _call(command: Sequence[str], log: Path, num_threads: int) -> int:

@@ -474,6 +474,11 @@ def test_no_run_begins_after_a_signal_that_the_main_thread_sees_late(
     finally:
         signal.signal(signal.SIGINT, before)
     assert faked == ["plain 0"]
+    monkeypatch.setattr(sweep, "_run", lambda grid, job, place: faked.append(job.arm) or "")
+    later = threading.Thread(target=run_sweep, args=(load_grid(write_grid(tmp_path)), lambda line: None))
+    later.start()  # as in a notebook: signals are not its own, and it begins its runs
+    later.join()
+    assert len(faked) == 1 + 9
 
 
 def listen_to_interrupts() -> None:
